@@ -1,0 +1,64 @@
+"""What every kernel file shares: path choice, argument checks, and the record of a shipped launch configuration."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels._triton import HAS_TRITON
+
+
+class AotCase(NamedTuple):
+    """One kernel at one shipped launch configuration, as the ahead-of-time gate compiles it (no GPU needed)."""
+
+    name: str  # unique, e.g. "policy_loss_kernel/token"
+    kernel: Any  # the raw @triton.jit function
+    signature: dict[str, str]  # argument -> Triton type ("*fp32", "i32", "fp32"); constexprs are "constexpr"
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    max_shared: int | None = None  # bytes; None: not gated
+    max_barriers: int | None = None  # BAR instructions; None: not gated
+
+
+def interpreting() -> bool:
+    """True where the Triton interpreter stands in for the compiler (``TRITON_INTERPRET=1``), as in the CPU tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def use_triton(*tensors: Tensor | None) -> bool:
+    """True if these tensors take the Triton path: on a CUDA device, or anywhere under the interpreter."""
+    if not HAS_TRITON:
+        return False
+    return interpreting() or any(t is not None and t.is_cuda for t in tensors)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless ``condition``; messages name the argument and what it got."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    """Raise unless ``tensor`` has this shape (``None``: any size)."""
+    got = tuple(tensor.shape)
+    if len(got) != len(shape) or any(w is not None and g != w for g, w in zip(got, shape, strict=True)):
+        want = "[" + ", ".join("any" if w is None else str(w) for w in shape) + "]"
+        raise ValueError(f"{name}: expected shape {want}, got {list(got)}")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise ``TypeError`` unless ``tensor.dtype`` is one of ``allowed``."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name}: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise unless all given tensors live on one device."""
+    named = {k: t.device for k, t in tensors.items() if t is not None}
+    if len(set(named.values())) > 1:
+        raise ValueError("tensors on different devices: " + ", ".join(f"{k} on {d}" for k, d in named.items()))

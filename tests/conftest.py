@@ -1,0 +1,46 @@
+"""Shared fixtures: where the real data is, which markers run here, one seed per test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def _data_dir() -> Path | None:
+    named = os.environ.get("FASTRL_DATA")
+    for candidate in [Path(named)] if named else [REPO.parent / "shared" / "data"]:
+        if (candidate / "coco" / "instances.json").is_file():
+            return candidate
+    return None
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real perception data: ``FASTRL_DATA`` or ``../shared/data``. Absent: skip, but fail where CI promises it."""
+    found = _data_dir()
+    if found is None:
+        message = "real data not found: set FASTRL_DATA to its folder"
+        if os.environ.get("FASTRL_REQUIRE_DATA") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return found
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if ("interpreter" in item.keywords) != interpreting:
+            reason = "needs TRITON_INTERPRET=1" if not interpreting else "not an interpreter test"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
