@@ -1,0 +1,59 @@
+"""Scenes: a seeded generator of pictures and clips with exact truth, the CPU test bed of every method.
+
+``scenes:grounding?n=256&seed=1&difficulty=2`` names a data set: task, number of records, seed, difficulty 1 to 4, and for other
+picture sizes ``size`` (pixels), for clips ``frames``. Records are made when asked for, and the same name gives the same records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import overload
+
+from fastrl.data.records import Record
+from fastrl.data.scenes.tasks import MAKERS, scene_record
+from fastrl.data.scenes.world import LEVELS, Scene, Shape, Word, render, sample_scene
+
+__all__ = ["LEVELS", "MAKERS", "Scene", "Scenes", "Shape", "Word", "load", "render", "sample_scene", "scene_record"]
+
+_DEFAULTS = {"n": 1024, "seed": 0, "difficulty": 2, "size": 112, "frames": 6}
+
+
+class Scenes(Sequence[Record]):
+    """``n`` records of one task, made on demand; ``skipped`` is always 0."""
+
+    skipped = 0
+
+    def __init__(self, task: str, n: int, seed: int, difficulty: int, size: int, frames: int) -> None:
+        self.task, self.n, self.seed = task, n, seed
+        self.options = {"difficulty": difficulty, "size": size, "frames": frames}
+        if n:
+            self[0]  # a wrong task, difficulty or size is an error now, not in the middle of a run
+
+    def __len__(self) -> int:
+        return self.n
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.n))]
+        if not -self.n <= index < self.n:
+            raise IndexError(index)
+        return scene_record(self.task, index % self.n, self.seed, **self.options)
+
+
+def load(path: str, query: Mapping[str, str]) -> Scenes:
+    """The data set named ``scenes:PATH?QUERY``. Raises ``ValueError`` for an unknown task, key, or a value that is no integer."""
+    options = dict(_DEFAULTS)
+    for key, value in query.items():
+        if key not in options:
+            raise ValueError(f"scenes: unknown key {key!r}; allowed: {', '.join(options)}")
+        try:
+            options[key] = int(value)
+        except ValueError:
+            raise ValueError(f"scenes: {key} must be an integer, got {value!r}") from None
+    if options["n"] < 0:
+        raise ValueError(f"scenes: n must not be negative, got {options['n']}")
+    return Scenes(path, **options)

@@ -1,0 +1,160 @@
+"""Scenes as ``Record``s: grounding, counting, detection, OCR, captions and trajectories from one seeded world."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastrl.data.records import Record
+from fastrl.data.scenes.clips import Clip, render_frame, sample_clip
+from fastrl.data.scenes.expressions import RELATIONS, pick_expression, related
+from fastrl.data.scenes.world import KINDS, Scene, Shape, render, sample_scene
+
+PROMPTS = {
+    "grounding": "Output the bounding box of the {} in the image.",
+    "counting": "Output all the bounding boxes of the {}",
+    "detection": "Please output bbox coordinates and names of {}.",
+    "ocr": "OCR this image.",
+    "caption": "Describe the image.",
+    "trajectory": "Track the {}.",
+}
+
+
+def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: int = 112, frames: int = 6) -> Record:
+    """The ``index``-th record of a task; the same arguments give the same record. Raises ``ValueError`` for an unknown task."""
+    if task not in MAKERS:
+        raise ValueError(f"scenes task: expected one of {', '.join(sorted(MAKERS))}, got {task!r}")
+    rng = random.Random(f"{task}/{seed}/{index}")
+    identity = f"{task}-{seed}-{index}"
+    if task == "trajectory":
+        return trajectory_record(rng, sample_clip(rng, frames, difficulty, size), identity)
+    words = rng.randint(1, min(difficulty, 3)) if task == "ocr" else int(rng.random() < 0.3)
+    while True:  # an unlucky scene may have nothing to ask about: draw another
+        record = MAKERS[task](rng, sample_scene(rng, difficulty, size, words), identity, difficulty)
+        if record is not None:
+            return record
+
+
+def question(task: str, text: str = "", images: int = 1) -> tuple[Mapping[str, Any], ...]:
+    """The user message of a task: its images, then the prompt with ``text`` filled in."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": PROMPTS[task].format(text)}]
+    return ({"role": "user", "content": content},)
+
+
+def grounding_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
+    """Which box is meant by an expression that fits exactly one shape."""
+    if not scene.shapes:
+        return None
+    target = rng.choice(scene.shapes)
+    expression = pick_expression(rng, scene, target, spatial=difficulty >= 2)
+    if expression is None:
+        return None
+    truth = {"box": target.box, "expression": expression}
+    return Record(identity, "grounding", (render(scene),), question("grounding", expression), truth)
+
+
+def counting_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
+    """All shapes of one kind, one colour, or simply all; the answer lists their boxes from left to right."""
+    if not scene.shapes:
+        return None
+    anchor = rng.choice(scene.shapes)
+    label, test = rng.choice(counting_labels(anchor))
+    chosen = sorted((s.box for s in scene.shapes if test(s)), key=lambda b: (b[0], b[1]))
+    points = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in chosen]
+    truth = {"label": label, "count": len(chosen), "points": points, "boxes": [list(b) for b in chosen]}
+    return Record(identity, "counting", (render(scene),), question("counting", label), truth)
+
+
+def counting_labels(shape: Shape) -> list[tuple[str, Callable[[Shape], bool]]]:
+    """The sets a shape can stand for in a counting question."""
+    return [
+        (f"{shape.kind}s", lambda s: s.kind == shape.kind),
+        (f"{shape.color} shapes", lambda s: s.color == shape.color),
+        ("shapes", lambda _: True),
+    ]
+
+
+def detection_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
+    """Every shape with its kind, listed from left to right."""
+    shapes = sorted(scene.shapes, key=lambda s: (s.box[0], s.box[1]))
+    truth = {
+        "boxes": [list(s.box) for s in shapes],
+        "labels": [s.kind for s in shapes],
+        "crowd": [False] * len(shapes),
+        "categories": list(KINDS),
+    }
+    return Record(identity, "detection", (render(scene),), question("detection", ", ".join(KINDS)), truth)
+
+
+def ocr_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
+    """The words from top to bottom, one a line."""
+    if not scene.words:
+        return None
+    text = "\n".join(w.text for w in sorted(scene.words, key=lambda w: (w.box[1], w.box[0])))
+    return Record(identity, "ocr", (render(scene),), question("ocr"), {"text": text})
+
+
+def caption_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
+    """A description with objects, attributes and relations, and the same facts as data."""
+    if not scene.shapes:
+        return None
+    shapes = sorted(scene.shapes, key=lambda s: (s.box[0], s.box[1]))
+    text, relations = describe(shapes, scene.width)
+    truth = {
+        "references": [text],
+        "objects": [s.kind for s in shapes],
+        "attributes": [[s.kind, a] for s in shapes for a in (s.size, s.color)],
+        "relations": relations,
+    }
+    return Record(identity, "caption", (render(scene),), question("caption"), truth)
+
+
+def describe(shapes: list[Shape], side: int) -> tuple[str, list[list[str]]]:
+    """A caption in reading order, each later shape placed relative to the one before where that is clear."""
+    sentences, relations = [], []
+    for previous, shape in zip([None, *shapes], shapes, strict=False):
+        phrase = None
+        if previous is not None and previous.name != shape.name:
+            phrase = next((p for p in ("above", "below", "right of") if related(shape, p, previous, side)), None)
+        start = f"A {shape.size} {shape.name}"
+        if phrase is None or previous is None:
+            sentences.append(f"{start}.")
+        else:
+            sentences.append(f"{start} {phrase} the {previous.name}.")
+            relations.append([shape.kind, phrase, previous.kind])
+    return " ".join(sentences), relations
+
+
+def trajectory_record(rng: random.Random, clip: Clip, identity: str) -> Record:
+    """Follow one named shape through all frames of a clip."""
+    mover = rng.choice(clip.movers)
+    images = tuple(render_frame(clip, f) for f in range(clip.frames))
+    return Record(identity, "trajectory", images, question("trajectory", mover.name, clip.frames), clip_target(clip, [mover.name]))
+
+
+def clip_target(clip: Clip, asked: list[str]) -> dict[str, Any]:
+    """A clip's truth: ``tracks`` of the asked names (id, name, boxes per frame, spans), frame times and size in pixels."""
+    tracks = [
+        {
+            "id": number,
+            "name": m.name,
+            "boxes": {f: list(b) for f, b in enumerate(m.boxes)},
+            "spans": [{"action": s.action, "first": s.first, "last": s.last} for s in m.spans],
+        }
+        for number, m in enumerate(clip.movers, start=1)
+        if m.name in asked
+    ]
+    return {"tracks": tracks, "frames": clip.frames, "seconds": list(clip.seconds), "size": [clip.width, clip.height]}
+
+
+MAKERS: dict[str, Callable[..., Record | None]] = {
+    "grounding": grounding_record,
+    "counting": counting_record,
+    "detection": detection_record,
+    "ocr": ocr_record,
+    "caption": caption_record,
+    "trajectory": trajectory_record,
+}
+
+__all__ = ["MAKERS", "PROMPTS", "RELATIONS", "clip_target", "question", "scene_record"]
