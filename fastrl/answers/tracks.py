@@ -1,0 +1,151 @@
+"""Trajectory text ↔ tracks: ``Track1: dog<Id1>Frame1:[x1,y1,x2,y2];Frame2:[x1,y1,x2,y2];</Id1>``.
+
+The spelling is Merlin's, which Video-UTR builds on (also without ``Track1:``); its coordinates are 0-1000. Frame
+numbers count from 1 within the clip. ``format_tracks`` then ``parse_tracks`` gives back the same tracks, and formatting
+those the same text.
+Parsing follows the rules of ``parse.py``: never raises, linear time, bounded counts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+from fastrl.answers.frames import View, from_original
+from fastrl.answers.parse import _FOUR, _clean_label
+from fastrl.answers.text import answer_region
+
+MAX_TRACKS = 256
+MAX_FRAMES = 4096  # boxes of one track
+
+_OPEN = re.compile(r"<id([0-9]{1,9}+)>", re.IGNORECASE)
+_FRAME = re.compile(rf"frame[ \t]{{0,8}}+([0-9]{{1,9}}+)\s*+:\s*+\[\s*+{_FOUR}\s*+\]", re.IGNORECASE)
+_HEADING = re.compile(r"track[ \t]{0,8}+[0-9]{0,9}+\s{0,8}+:", re.IGNORECASE)
+_NAME_WINDOW = 200  # characters before <Id> in which a track's name is looked for
+_NOT_IN_NAME = "<>;:\n\r"
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Track:
+    """One subject's boxes by frame number (from 1). Corners as written, finite."""
+
+    identity: int
+    name: str
+    boxes: Mapping[int, Box]
+    coords: tuple[float, ...] = field(default=(), repr=False, compare=False)  # all numbers, for resolve_frame
+
+
+@dataclass(frozen=True)
+class ParsedTracks(Sequence[Track]):
+    """The tracks of a text, in its order; two of one identity stay two."""
+
+    tracks: tuple[Track, ...] = ()
+    format: str | None = None  # "tracks", or None where nothing was recognised
+    decimal: bool = False
+    dropped: int = 0  # non-finite boxes and second boxes for a frame (the first one counts)
+    truncated: bool = False  # more than max_tracks tracks or max_frames boxes were found
+
+    @property
+    def parsable(self) -> bool:
+        """At least one track with at least one box."""
+        return bool(self.tracks)
+
+    @overload
+    def __getitem__(self, index: int) -> Track: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Track, ...]: ...
+    def __getitem__(self, index: int | slice) -> Track | tuple[Track, ...]:
+        return self.tracks[index]
+
+    def __len__(self) -> int:
+        return len(self.tracks)
+
+
+def parse_tracks(text: str, max_tracks: int = MAX_TRACKS, max_frames: int = MAX_FRAMES) -> ParsedTracks:
+    """Tracks of a model's answer, in the text's own numbers.
+
+    A track runs from ``<Id1>`` to ``</Id1>``, the next track, or the end (an answer cut short keeps its boxes). Tracks
+    without a single box are left out. The name is what stands before ``<Id1>``, after ``Track1:`` where that is given.
+    """
+    text = answer_region(text)
+    tracks: list[Track] = []
+    dropped, decimal, truncated = 0, False, False
+    openings = []
+    for match in _OPEN.finditer(text):
+        openings.append((int(match.group(1)), match.start(), match.end()))
+        if len(openings) > 4 * max_tracks:
+            truncated = True
+            break
+    for i, (identity, head, start) in enumerate(openings):
+        end = openings[i + 1][1] if i + 1 < len(openings) else len(text)
+        close = text.find("</", start, end)
+        body_end = end if close < 0 else close
+        boxes: dict[int, Box] = {}
+        for match in _FRAME.finditer(text, start, body_end):
+            values = tuple(float(v) for v in match.groups()[1:])
+            frame = int(match.group(1))
+            if frame in boxes or not all(math.isfinite(v) for v in values):
+                dropped += 1
+            elif len(boxes) == max_frames:
+                truncated = True
+                break
+            else:
+                boxes[frame] = (values[0], values[1], values[2], values[3])
+                decimal = decimal or "." in match.group()
+        if not boxes:
+            continue
+        if len(tracks) == max_tracks:
+            truncated = True
+            break
+        previous_end = openings[i - 1][2] if i else 0
+        coords = tuple(v for box in boxes.values() for v in box)
+        tracks.append(Track(identity, _name(text, max(previous_end, head - _NAME_WINDOW), head), boxes, coords))
+    return ParsedTracks(tuple(tracks), "tracks" if tracks else None, decimal, dropped, truncated)
+
+
+def _name(text: str, start: int, end: int) -> str:
+    window = text[start:end]
+    headings = list(_HEADING.finditer(window))
+    if headings:
+        window = window[headings[-1].end() :]
+    else:  # prose may precede: the name is what follows the last mark that no name holds
+        window = re.split(r"[<>;:\n\r.]", window)[-1]
+    return _clean_label(window) or ""
+
+
+def format_tracks(tracks: Iterable[Track], view: View | None = None) -> str:
+    """Tracks as text, one per line. With ``view``, original pixels become 0-1000 integers; else boxes stay as given.
+
+    Raises ``ValueError`` for a name that would not survive the round trip (empty, too long, or holding ``<>;:`` or a
+    line break), for an empty track, and for a frame number below 1.
+    """
+    lines = []
+    for position, track in enumerate(tracks, start=1):
+        name = track.name
+        if not _is_writable(name):
+            raise ValueError(f"track {track.identity}: name {name!r} cannot be written in trajectory text")
+        if track.identity < 0 or not track.boxes:
+            raise ValueError(f"track {track.identity}: needs an identity of at least 0 and at least one box")
+        frames = ""
+        for frame in sorted(track.boxes):
+            if frame < 1:
+                raise ValueError(f"track {track.identity}: frame numbers count from 1, got {frame}")
+            frames += f"Frame{frame}:[{','.join(_numbers(track.boxes[frame], view))}];"
+        lines.append(f"Track{position}: {name}<Id{track.identity}>{frames}</Id{track.identity}>")
+    return "\n".join(lines)
+
+
+def _is_writable(name: str) -> bool:
+    clean = bool(name) and name == _clean_label(name)
+    return clean and len(name) <= _NAME_WINDOW // 2 and not any(c in name for c in _NOT_IN_NAME)
+
+
+def _numbers(box: Sequence[float], view: View | None) -> list[str]:
+    if view is not None:
+        return [str(min(max(math.floor(v + 0.5), 0), 1000)) for v in from_original(box, "thousand", view)]
+    return [str(int(v)) if float(v).is_integer() and abs(v) < 1e15 else repr(float(v)) for v in box]
