@@ -129,11 +129,11 @@ def format_tracks(tracks: Iterable[Track], view: View | None = None) -> str:
         name = track.name
         if not _is_writable(name):
             raise ValueError(f"track {track.identity}: name {name!r} cannot be written in trajectory text")
-        if track.identity < 0 or not track.boxes:
-            raise ValueError(f"track {track.identity}: needs an identity of at least 0 and at least one box")
+        if not 0 <= track.identity < 10**9 or not track.boxes:
+            raise ValueError(f"track {track.identity}: needs an identity from 0 to 999999999 and at least one box")
         frames = ""
         for frame in sorted(track.boxes):
-            if frame < 1:
+            if not 1 <= frame < 10**9:
                 raise ValueError(f"track {track.identity}: frame numbers count from 1, got {frame}")
             frames += f"Frame{frame}:[{','.join(_numbers(track.boxes[frame], view))}];"
         lines.append(f"Track{position}: {name}<Id{track.identity}>{frames}</Id{track.identity}>")

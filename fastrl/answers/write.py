@@ -43,9 +43,9 @@ def format_answer(
     """The text a model of family ``style`` would give for ``target`` (a ``Record.target``: original pixels).
 
     ``qwen2_5``: a JSON list of ``{"bbox_2d": [x1, y1, x2, y2], "label": ...}`` (or ``point_2d``) in integer pixels of
-    the resized image. ``qwen2``: reference and box tokens, 0-1000; a point is a box without extent. ``labels`` says whether
-    JSON items carry their label; by default detection and counting do and grounding does not. Nothing there to answer
-    with is ``[]``. Detection leaves crowd regions out. ``view`` is needed wherever there are coordinates.
+    the resized image. ``qwen2``: reference and box tokens, 0-1000; a point is a box without extent. ``labels`` says
+    whether JSON items carry their label; by default detection and counting do and grounding does not. Nothing there to
+    answer with is ``[]``. Detection leaves crowd regions out. ``view`` is needed wherever there are coordinates.
 
     Raises ``ValueError`` for an unknown task or style, a missing view, and counting truth without boxes and points.
     """
@@ -112,8 +112,8 @@ def matches_grounding_format(text: str, style: str = "qwen2", *, loose: bool = F
     """Whether a grounding answer has its family's form and nothing else.
 
     ``qwen2``: ``<|object_ref_start|>…<|object_ref_end|><|box_start|>…<|box_end|>``, then ``<|im_end|>`` where the
-    end of turn was kept. This is the pattern Perception-R1 intends. ``loose=True`` replicates its released regular expression,
-    whose unescaped pipes make it an alternation that passes nearly any text starting with ``<``; only for replication.
+    end of turn was kept. This is the pattern Perception-R1 intends. ``loose=True`` replicates its released regular
+    expression, whose unescaped pipes make it an alternation that passes nearly any text starting with ``<``.
     ``qwen2_5``: a JSON list (fenced or not) of objects that each hold one ``bbox_2d`` of four finite numbers.
     """
     check_style(style)
