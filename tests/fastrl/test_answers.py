@@ -314,10 +314,39 @@ def test_hostile_text_is_read_in_linear_time(name: str) -> None:
     subprocess.run([sys.executable, "-c", code], input=HOSTILE[name], text=True, check=True, timeout=60)
 
 
-FRAGMENTS = (
-    '{"bbox_2d": [1,2,3,4] } { [ ] , "label": "a" \' " \\ NaN -Infinity 1e400 true'
-    " <|box_start|> <|box_end|> <|object_ref_start|> (1,2) ( ) <answer> </answer> ``` <Id1> </Id1> Frame1: Track1: é 0.5"
-).split(" ")
+FRAGMENTS = [
+    '{"bbox_2d":',
+    "[1,2,3,4]",
+    "}",
+    "{",
+    "[",
+    "]",
+    ",",
+    '"label":',
+    '"a"',
+    "'",
+    '"',
+    "\\",
+    "NaN",
+    "-Infinity",
+    "1e400",
+    "true",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|object_ref_start|>",
+    "(1,2)",
+    "(",
+    ")",
+    "<answer>",
+    "</answer>",
+    "```",
+    "<Id1>",
+    "</Id1>",
+    "Frame1:",
+    "Track1:",
+    "é",
+    "0.5",
+]
 fragments = st.sampled_from([*FRAGMENTS, " ", "\n", "\ud800", "```json\n", "9" * 30])
 
 
@@ -431,7 +460,7 @@ def test_json_format_refuses_what_is_not_a_list_of_boxes() -> None:
     assert matches_json_boxes('```json\n[{"bbox_2d": [1, 2, 3, 4]}]\n```')
     coords = ("1, 2, 3, NaN", "1, 2, 3, true", "1, 2, 3", "1, 2, 3, " + "9" * 5000, "1, 2, 3, 1e999", '1, 2, 3, "4"')
     others = ("[]", "{}", "[1, 2, 3, 4]", "[" * 10**5, '```json\n[{"bbox_2d": [1, 2, 3, 4]}]')
-    for text in (*('[{"bbox_2d": [%s]}]' % inner for inner in coords), *others):
+    for text in (*('[{"bbox_2d": [' + inner + "]}]" for inner in coords), *others):
         assert not matches_json_boxes(text), text[:40]
     assert matches_json_boxes("[]", empty=True)
     assert not matches_json_boxes('[{"bbox_2d": [1, 2, 3, 4], "label": " "}]', label=True)
