@@ -1,1 +1,52 @@
-"""placeholder docstring, replaced by the owner of this package"""
+"""The paper's evaluation protocols: ``evaluate(task, records, answers)`` on answers from anywhere.
+
+``load_predictions(path, records)`` reads answers that another system wrote to a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fastrl.data.records import Record
+from fastrl.evaluate.coco import evaluate_detection
+from fastrl.evaluate.counting import evaluate_counting
+from fastrl.evaluate.ocr import evaluate_ocr
+from fastrl.evaluate.predictions import PredictionError, Predictions, load_predictions
+from fastrl.evaluate.refcoco import evaluate_grounding
+from fastrl.rewards.base import unknown
+
+EVALUATIONS: dict[str, Callable[[Sequence[Record], Sequence[str]], dict[str, float]]] = {
+    "grounding": evaluate_grounding,
+    "counting": evaluate_counting,
+    "detection": evaluate_detection,
+    "ocr": evaluate_ocr,
+}
+
+
+def evaluate(task: str, records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
+    """Metrics of ``answers[i]`` as an answer to ``records[i]``; all but the counts are shares or means in [0, 1].
+
+    - grounding: ``acc@0.5 acc@0.75 acc@0.95 mean_iou``
+    - counting: ``accuracy``
+    - detection: ``AP AP50 AP75`` (−1 where the data holds no object, as pycocotools says it)
+    - ocr: ``edit_distance`` (lower is better) ``f1 precision recall bleu meteor``
+
+    and always ``n`` (answers) and ``unparsable`` (answers in which nothing could be read). Coordinates are read in each
+    record's ``frame``, with the sizes in its ``views``.
+
+    Raises:
+        ValueError: an unknown task, no records, records of another task, or not one answer per record.
+    """
+    if task not in EVALUATIONS:
+        raise ValueError(unknown("task to evaluate", task, EVALUATIONS))
+    if len(records) != len(answers):
+        raise ValueError(f"{len(records)} records but {len(answers)} answers")
+    if not records:
+        raise ValueError(f"no {task} records to evaluate")
+    for record in records:
+        if record.task != task:
+            raise ValueError(f"{record.source or record.id}: a {record.task} record cannot be evaluated as {task}")
+    return EVALUATIONS[task](records, answers)
+
+
+__all__ = ["EVALUATIONS", "PredictionError", "Predictions", "evaluate", "load_predictions"]

@@ -1,0 +1,126 @@
+"""Detection evaluation: COCO average precision through pycocotools, with score 1 for boxes that carry none."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastrl.answers import parse_boxes
+from fastrl.data.records import Record
+from fastrl.rewards.detection import label_key
+from fastrl.rewards.reading import to_pixels
+
+MAX_BOXES = 20_000  # read from one answer; COCO scores the best 100 per image and category
+
+_COCO_NAMES = (
+    "person; bicycle; car; motorcycle; airplane; bus; train; truck; boat; traffic light; fire hydrant; stop sign; "
+    "parking meter; bench; bird; cat; dog; horse; sheep; cow; elephant; bear; zebra; giraffe; backpack; umbrella; "
+    "handbag; tie; suitcase; frisbee; skis; snowboard; sports ball; kite; baseball bat; baseball glove; skateboard; "
+    "surfboard; tennis racket; bottle; wine glass; cup; fork; knife; spoon; bowl; banana; apple; sandwich; orange; "
+    "broccoli; carrot; hot dog; pizza; donut; cake; chair; couch; potted plant; bed; dining table; toilet; tv; "
+    "laptop; mouse; remote; keyboard; cell phone; microwave; oven; toaster; sink; refrigerator; book; clock; vase; "
+    "scissors; teddy bear; hair drier; toothbrush"
+)
+_COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # of the ids 1 to 90
+COCO_2017: Mapping[int, str] = dict(
+    zip((i for i in range(1, 91) if i not in _COCO_UNUSED), _COCO_NAMES.split("; "), strict=True)
+)
+
+
+def coco_category_names(records: Sequence[Record]) -> Mapping[int, str]:
+    """Category id → name for result files about ``records``: COCO 2017's, whose names must cover the records'.
+
+    Raises:
+        ValueError: the records have a category that is not COCO's; the ids must then be given.
+    """
+    known = {label_key(name) for name in COCO_2017.values()}
+    for record in records:
+        for name in record.target["categories"]:
+            if label_key(name) not in known:
+                raise ValueError(
+                    f"{record.source or record.id}: category {name!r} is not one of COCO's 80, so the category ids of "
+                    "a COCO result file are unknown; give categories={id: name}"
+                )
+    return COCO_2017
+
+
+def evaluate_detection(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
+    """``AP`` (mean over IoU 0.5 to 0.95), ``AP50``, ``AP75``, ``n`` and ``unparsable``.
+
+    Boxes are brought to pixels of the original image. Labels outside the records' categories are dropped; labels are
+    compared without regard to case. Boxes of equal score rank by image id, then as the answer lists them, so the order
+    of the records changes nothing. Crowd regions are ignored as in COCO.
+    """
+    names = sorted({label_key(name) for record in records for name in record.target["categories"]})
+    category_of = {name: i for i, name in enumerate(names, 1)}
+    image_ids = _image_ids(records)
+    truths: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    unparsable = 0
+    for image_id, record, answer in zip(image_ids, records, answers, strict=True):
+        target = record.target
+        crowd = target.get("crowd") or [False] * len(target["boxes"])
+        for box, label, is_crowd in zip(target["boxes"], target["labels"], crowd, strict=True):
+            row = _row(len(truths) + 1, image_id, category_of[label_key(label)], box)
+            truths.append({**row, "iscrowd": int(is_crowd)})
+        parsed = parse_boxes(answer, MAX_BOXES)
+        unparsable += not parsed.parsable
+        for item, box in zip(parsed.items, to_pixels(parsed, record), strict=True):
+            category = category_of.get(label_key(item.label))
+            if category is not None:
+                row = _row(len(found) + 1, image_id, category, box)
+                found.append({**row, "iscrowd": 0, "score": 1.0 if item.score is None else item.score})
+    stats = _average_precision(image_ids, sorted(category_of.values()), truths, found)
+    return {"AP": stats[0], "AP50": stats[1], "AP75": stats[2], "n": len(answers), "unparsable": unparsable}
+
+
+def _image_ids(records: Sequence[Record]) -> list[int]:
+    """Distinct numbers for the records: their ids where all are numbers (as in COCO), else their rank by id."""
+    names = [record.id for record in records]
+    if len(set(names)) != len(names):
+        twice = sorted(name for name in set(names) if names.count(name) > 1)[0]
+        raise ValueError(f"two records have the id {twice!r}: detection is scored per image")
+    if all(name.isascii() and name.isdigit() and len(name) <= 15 for name in names):
+        numbers = [int(name) for name in names]
+        if len(set(numbers)) == len(numbers):
+            return numbers
+    rank = {name: i for i, name in enumerate(sorted(names), 1)}
+    return [rank[name] for name in names]
+
+
+def _row(number: int, image_id: int, category: int, box: Sequence[float]) -> dict[str, Any]:
+    """One annotation in COCO's form; inverted corners make a box without extent, which matches nothing."""
+    x, y = float(box[0]), float(box[1])
+    width, height = max(float(box[2]) - x, 0.0), max(float(box[3]) - y, 0.0)
+    place = {"id": number, "image_id": image_id, "category_id": category}
+    return {**place, "bbox": [x, y, width, height], "area": width * height}
+
+
+def _average_precision(
+    image_ids: Sequence[int],
+    categories: Sequence[int],
+    truths: Sequence[Mapping[str, Any]],
+    found: Sequence[Mapping[str, Any]],
+) -> list[float]:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def index(annotations: Sequence[Mapping[str, Any]]) -> COCO:
+        tables: Any = {
+            "images": [{"id": i} for i in image_ids],
+            "categories": [{"id": c} for c in categories],
+            "annotations": list(annotations),
+        }
+        coco = COCO()
+        coco.dataset = tables
+        coco.createIndex()
+        return coco
+
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress on stdout
+        scored = COCOeval(index(truths), index(found), "bbox")
+        scored.evaluate()
+        scored.accumulate()
+        scored.summarize()
+    return [float(value) for value in scored.stats[:3]]

@@ -1,0 +1,244 @@
+"""fastrl rewards under other trainers' calling conventions: TRL's ``reward_funcs`` and verl's ``compute_score``.
+
+Both hand over loose values (dataset columns, a ground truth, extra info) where fastrl has a ``Record``;
+:func:`record_from` is the one place that turns the former into the latter. An error about the *truth* is raised and
+names the column; nothing in an *answer* ever raises.
+
+Coordinates: when the row gives the image's size (``width``/``height``, or a PIL image in ``image``/``images``), the
+truth is in pixels of that image and the answer's frame is read as everywhere in fastrl (``frame``,
+``resized_width``/``resized_height``). Without a size, answer and truth are compared number by number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastrl.answers import View
+from fastrl.data.records import Record
+from fastrl.rewards.base import Reward, unknown
+
+# What a column may be called, by the field of the target that it fills. The first name is fastrl's own.
+_ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
+    "grounding": {"box": ("box", "bbox", "solution"), "expression": ("expression", "normal_caption")},
+    "counting": {"count": ("count",), "points": ("points",), "boxes": ("boxes",), "label": ("label",)},
+    "detection": {
+        "boxes": ("boxes", "bboxes"),
+        "labels": ("labels", "names"),
+        "crowd": ("crowd",),
+        "categories": ("categories",),
+    },
+    "ocr": {"text": ("text",)},
+}
+_WHOLE = ("target", "ground_truth")  # columns that may hold the whole truth as a mapping or as its JSON text
+
+
+def answer_text(completion: Any) -> str:
+    """Text of one completion: a string, or a conversation (its last message's text parts, joined)."""
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, Mapping):
+        content = completion.get("content")
+        if content is None or isinstance(content, str):
+            return content or ""
+        return "".join(str(part.get("text") or "") if isinstance(part, Mapping) else str(part) for part in content)
+    if isinstance(completion, Sequence):
+        return answer_text(completion[-1]) if completion else ""
+    raise TypeError(f"completion: expected a string or a list of chat messages, got {type(completion).__name__}")
+
+
+def _plain(value: Any) -> Any:
+    """Arrays (numpy, torch) inside a row as nested lists; tables read from Parquet are full of them."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _numbers(value: Any, count: int, what: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(v) for v in value)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != count or not all(math.isfinite(v) for v in numbers):
+        raise ValueError(f"{what}: expected {count} finite numbers, got {value!r:.80}")
+    return numbers
+
+
+def _many(value: Any, count: int, what: str) -> list[tuple[float, ...]]:
+    if isinstance(value, Mapping) and set(value) == {"x", "y"} and count == 2:  # PixMo keeps two columns
+        value = list(zip(value["x"], value["y"], strict=True))
+    if not isinstance(value, list):
+        raise ValueError(f"{what}: expected a list, got {value!r:.80}")
+    return [_numbers(item, count, f"{what}[{i}]") for i, item in enumerate(value)]
+
+
+def _strings(value: Any, what: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"{what}: expected a list of strings, got {value!r:.80}")
+    return value
+
+
+def _need(target: Mapping[str, Any], task: str, name: str, where: str) -> Any:
+    if target.get(name) is None:
+        names = " or ".join(repr(alias) for alias in _ALIASES[task][name])
+        raise ValueError(f"{where}: the {task} reward needs the truth in {names}; this row has {sorted(target)}")
+    return target[name]
+
+
+def _check_target(task: str, target: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The target with checked types, as the reward of ``task`` reads it."""
+    if task == "ocr":
+        text = _need(target, task, "text", where)
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: 'text' must be a string, got {text!r:.80}")
+        return {"text": text}
+    if task == "grounding":
+        box = _numbers(_need(target, task, "box", where), 4, f"{where}: 'box'")
+        return {"box": box, "expression": target.get("expression") or ""}
+    if task == "detection":
+        boxes = _many(_need(target, task, "boxes", where), 4, f"{where}: 'boxes'")
+        labels = _strings(_need(target, task, "labels", where), f"{where}: 'labels'")
+        crowd = [bool(c) for c in target.get("crowd") or [False] * len(boxes)]
+        if not len(boxes) == len(labels) == len(crowd):
+            raise ValueError(f"{where}: {len(boxes)} boxes, {len(labels)} labels and {len(crowd)} crowd flags")
+        categories = _strings(target.get("categories") or sorted(set(labels)), f"{where}: 'categories'")
+        return {"boxes": boxes, "labels": labels, "crowd": crowd, "categories": categories}
+    points, boxes, count = target.get("points"), target.get("boxes"), target.get("count")
+    points = None if points is None else _many(points, 2, f"{where}: 'points'")
+    boxes = None if boxes is None else _many(boxes, 4, f"{where}: 'boxes'")
+    if count is None:
+        places = points if points is not None else boxes
+        if places is None:
+            raise ValueError(f"{where}: the counting reward needs 'points', 'boxes' or 'count'; has {sorted(target)}")
+        count = len(places)
+    if isinstance(count, bool) or not isinstance(count, int | float) or count != count // 1 or count < 0:
+        raise ValueError(f"{where}: 'count' must be a whole number, got {count!r:.80}")
+    return {"label": target.get("label") or "", "count": int(count), "points": points, "boxes": boxes}
+
+
+def _size(row: Mapping[str, Any]) -> View | None:
+    """Original and resized size of the row's image in pixels; None where the row does not say."""
+    width, height = row.get("width"), row.get("height")
+    if width is None or height is None:
+        images = row.get("images") or row.get("image")
+        image: Any = images[0] if isinstance(images, list) and images else images
+        if image is None or isinstance(image, str) or not hasattr(image, "size"):
+            return None
+        width, height = image.size
+    resized = (row.get("resized_width") or width, row.get("resized_height") or height)
+    return View(int(width), int(height), int(resized[0]), int(resized[1]))
+
+
+def record_from(task: str, row: Mapping[str, Any], where: str = "row") -> Record:
+    """One row of loose columns as a ``Record``.
+
+    The truth is looked for in the columns of its own names (``box``, ``count``, ``points``, ``boxes``, ``labels``,
+    ``text``; also ``bbox``, ``solution``, …), then inside a mapping or JSON text in ``target`` or ``ground_truth``.
+
+    Raises:
+        ValueError: no truth for ``task``, or one of the wrong type or length, with ``where`` in the message.
+    """
+    if task not in _ALIASES:
+        raise ValueError(f"{where}: " + unknown("task", task, _ALIASES))
+    row = {key: value if key in ("image", "images") else _plain(value) for key, value in row.items()}
+    truth = next((row[name] for name in _WHOLE if row.get(name) is not None), None)
+    if isinstance(truth, str) and task != "ocr":
+        try:
+            truth = json.loads(truth)
+        except ValueError as error:
+            raise ValueError(f"{where}: ground truth is no JSON: {truth[:60]!r} ({error})") from None
+    if truth is not None and not isinstance(truth, Mapping):
+        truth = {next(iter(_ALIASES[task])): truth}  # a bare box, count or text
+    fields = {**row, **(truth or {})}
+    target = {}
+    for name, aliases in _ALIASES[task].items():
+        found = next((fields[alias] for alias in aliases if fields.get(alias) is not None), None)
+        if found is not None:
+            target[name] = found
+    view = _size(row)
+    return Record(
+        id=str(row.get("id", where)),
+        task=task,
+        images=(),
+        messages=(),
+        target=_check_target(task, target, where),
+        source=where,
+        views=() if view is None else (view,),
+        frame=str(row.get("frame") or "auto"),
+    )
+
+
+def trl_rewards(
+    reward: Reward,
+    *,
+    completions: Sequence[Any],
+    prompts: Sequence[Any] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **columns: Any,
+) -> list[float]:
+    """The weighted sum per completion, called as TRL calls a reward function (all rows of a step at once).
+
+    ``columns`` are the dataset's columns, one value per completion; values that are no list of that length (the
+    trainer's state, callbacks) are ignored. Each component's mean goes to ``log_metric`` when TRL passes it.
+    """
+    n = len(completions)
+    rows = {name: values for name, values in columns.items() if isinstance(values, list | tuple) and len(values) == n}
+    records = [record_from(reward.task, {k: v[i] for k, v in rows.items()}, f"row {i}") for i in range(n)]
+    components = reward.score([answer_text(c) for c in completions], records)
+    if log_metric is not None and n:
+        for name, values in components.items():
+            log_metric(f"{reward.task}/{name}", math.fsum(values) / n)
+    return reward.total(components)
+
+
+def verl_score(
+    reward: Reward,
+    *,
+    solution_str: str,
+    ground_truth: Any,
+    data_source: str = "",
+    extra_info: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """``{"score": weighted sum, component: value, …}`` for one answer, called as verl calls ``compute_score``.
+
+    ``ground_truth`` is the target as a mapping, its JSON text, or the bare box, count or text; sizes and frame come
+    from ``extra_info``. verl decodes without special tokens, so give ``frame`` for models that answer in 0–1000.
+    ``options`` (verl's ``reward_kwargs``) override the reward's own; verl's further arguments (``reward_…``) are left
+    alone.
+
+    Raises:
+        ValueError: an unknown option, or a truth that is missing or malformed.
+    """
+    options = {name: value for name, value in options.items() if not name.startswith("reward_")}
+    for name in options:
+        if name not in reward.options():
+            raise ValueError(f"{reward.task} reward: " + unknown("option", name, reward.options()))
+    reward = replace(reward, **options)
+    row = {**(extra_info or {}), "ground_truth": ground_truth}
+    record = record_from(reward.task, row, f"{data_source or 'row'} {row.get('index', '')}".strip())
+    components = reward.score([solution_str], [record])
+    return {"score": reward.total(components)[0], **{name: values[0] for name, values in components.items()}}
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None, **options: Any
+) -> float:
+    """verl's entry point for mixed tasks: set ``custom_reward_function`` to this file and this name.
+
+    The task is ``extra_info["task"]``, else the part of ``data_source`` before the first "/" (``grounding/refcoco``).
+    ``options`` (verl's ``reward_kwargs``) are the reward's options. Only the weighted sum is returned, for verl wants
+    the same keys from every row of a batch.
+    """
+    from fastrl.rewards import reward_for
+
+    task = (extra_info or {}).get("task") or data_source.split("/")[0]
+    call = {"data_source": data_source, "solution_str": solution_str, "ground_truth": ground_truth}
+    return verl_score(reward_for(task, **options), **call, extra_info=extra_info)["score"]

@@ -1,0 +1,122 @@
+"""Counting reward: predicted points against true ones under an optimal matching (Perception-R1, Eqs. 3 to 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fastrl_kernels.detection_reward import detection_reward
+
+from fastrl.answers import Parsed, parse_points
+from fastrl.data.records import Record
+from fastrl.rewards.base import Components, Reward
+from fastrl.rewards.format import format_scores
+from fastrl.rewards.reading import LIMIT, Coords, batches, pad, to_pixels, to_thousand, view_of
+
+DIAGONAL = 1000.0 * math.sqrt(2.0)  # of an image in 0–1000 coordinates
+
+
+def true_points(record: Record) -> list[Coords] | None:
+    """The record's points, or centres of its boxes, in original pixels; None where it knows neither."""
+    points, boxes = record.target.get("points"), record.target.get("boxes")
+    if points is not None:
+        return [(float(x), float(y)) for x, y in points]
+    if boxes is not None:
+        return [(0.5 * (b[0] + b[2]), 0.5 * (b[1] + b[3])) for b in boxes]
+    return [] if record.target.get("count") == 0 else None
+
+
+def matched_distances(
+    predicted: Sequence[Sequence[Coords]], truth: Sequence[Sequence[Coords]], scale: float
+) -> list[list[float]]:
+    """L2 distances of the matched pairs of each problem; one-to-one, with the greatest total of 1 − d / ``scale``.
+
+    Only pairs with d < ``scale`` are matched. All in 0–1000 coordinates.
+    """
+    result: list[list[float]] = [[] for _ in predicted]
+    for batch in batches([len(p) for p in predicted], [len(t) for t in truth]):
+        a, b = pad([predicted[i] for i in batch], 2), pad([truth[i] for i in batch], 2)
+        match = detection_reward(
+            a.values, b.values, a.counts, b.counts, metric="point", threshold=0.0, scale=scale
+        ).match.tolist()
+        for i, row in zip(batch, match, strict=True):
+            pairs = [(predicted[i][p], truth[i][t]) for p, t in enumerate(row) if t >= 0]
+            result[i] = [math.dist(p, t) for p, t in pairs]
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountingReward(Reward):
+    """Components ``points``, ``count`` (with ``exact_bonus``) and ``format``.
+
+    Boxes of an answer stand for their centres. All distances are in 0–1000 coordinates of the image.
+
+    Args:
+        score_by: ``matched``: Σ over matched pairs of ``max(0, 1 − d / (1000 √2))``, divided by the larger of the two
+            numbers of points, in [0, 1] (missing and surplus points both cost). ``precursor``: the development
+            repository's, ``1 − (d / 1000) · √2`` as written there, averaged over the matched pairs only, in [−1, 1].
+            ``count``: 1 for the exact number, else 0 (needs no true points).
+        exact_bonus: value of component ``count`` for an answer with the exact number, 0 for any other.
+        format: ``strict`` (1 for the model family's exact form, else 0) or ``none``.
+
+    With ``score_by="precursor"``, ``exact_bonus=1`` and weights format 0.25, count 0.55 and points 0.7 this is the
+    development repository's combined reward.
+    """
+
+    task: ClassVar[str] = "counting"
+    parts: ClassVar[tuple[str, ...]] = ("points", "count", "format")
+
+    score_by: Literal["matched", "precursor", "count"] = "matched"
+    exact_bonus: float = 0.0
+    format: Literal["strict", "none"] = "strict"
+
+    def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
+        read = [parse_points(answer, self.max_items) for answer in answers]
+        exact = [_exact(parsed, record) for parsed, record in zip(read, records, strict=True)]
+        points = exact if self.score_by == "count" else self._points(read, records)
+        result = {"points": points}
+        if self.exact_bonus:
+            result["count"] = [self.exact_bonus * value for value in exact]
+        if self.format != "none":
+            result["format"] = format_scores(self.task, answers, records, self.frame, self.format)
+        return result
+
+    def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
+        return [parse_points(answer, 1).parsable for answer in answers]
+
+    def _points(self, read: Sequence[Parsed], records: Sequence[Record]) -> list[float]:
+        predicted, truth = [], []
+        for parsed, record in zip(read, records, strict=True):
+            known = true_points(record)
+            if known is None:
+                raise ValueError(
+                    f"{record.source or record.id}: counting reward score_by={self.score_by!r} needs true points or "
+                    "boxes and this record has only a count; score_by='count' needs none"
+                )
+            view = view_of(record)
+            predicted.append(to_thousand(to_pixels(parsed, record, self.frame, boxes=False), view))
+            truth.append(to_thousand(known, view))
+        # The precursor matches every pair, however far apart.
+        distances = matched_distances(predicted, truth, 4 * LIMIT if self.score_by == "precursor" else DIAGONAL)
+        return [
+            self._pair_scores(d, parsed, len(p), len(t))
+            for d, parsed, p, t in zip(distances, read, predicted, truth, strict=True)
+        ]
+
+    def _pair_scores(self, distances: Sequence[float], parsed: Parsed, n_pred: int, n_truth: int) -> float:
+        if not n_pred and not n_truth:
+            return float(parsed.parsable)  # an explicit empty list is right, prose is not
+        if not distances:
+            return 0.0
+        if self.score_by == "precursor":
+            return math.fsum(max(-1.0, 1.0 - d / 1000.0 * math.sqrt(2.0)) for d in distances) / len(distances)
+        return math.fsum(1.0 - d / DIAGONAL for d in distances) / max(n_pred, n_truth)
+
+
+def _exact(parsed: Parsed, record: Record) -> float:
+    count = record.target.get("count")
+    if count is None:
+        count = len(true_points(record) or ())
+    return float(parsed.parsable and not parsed.truncated and len(parsed) == count)

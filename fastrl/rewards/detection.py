@@ -1,0 +1,109 @@
+"""Detection reward: optimal match, then location, class, F1, missing (Perception-R1; its weights are unpublished)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from fastrl_kernels.detection_reward import detection_reward
+from torch import Tensor
+
+from fastrl.answers import parse_boxes
+from fastrl.data.records import Record
+from fastrl.rewards.base import Components, Reward
+from fastrl.rewards.format import format_scores
+from fastrl.rewards.reading import Coords, batches, pad, to_pixels
+
+Labelled = tuple[list[Coords], list[str]]  # boxes in one unit, and a normalised label for each
+
+
+def label_key(label: str | None) -> str:
+    """Labels are compared without regard to case and white space at the ends."""
+    return "" if label is None else label.strip().casefold()
+
+
+def true_boxes(target: Any) -> Labelled:
+    """Boxes (original pixels) and label keys of a detection target, without crowd regions: those are no one object."""
+    crowd = target.get("crowd") or [False] * len(target["boxes"])
+    kept = [i for i, is_crowd in enumerate(crowd) if not is_crowd]
+    return [tuple(map(float, target["boxes"][i])) for i in kept], [label_key(target["labels"][i]) for i in kept]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionReward(Reward):
+    """Components ``location``, ``class``, ``f1``, ``missing`` and ``format``.
+
+    Predictions and truths are matched one to one across categories. ``location`` is the mean IoU and ``class`` the
+    share of equal labels over matched pairs that overlap at all; ``f1`` counts the pairs with IoU ≥ ``threshold``
+    (surplus and duplicate boxes lower its precision). These lie in [0, 1]. ``missing`` is minus the share of truths
+    without such a pair, in [−1, 0]. Nothing predicted where nothing is (an explicit empty list) earns 1 on each
+    positive component; text that holds no boxes and is no empty list earns 0 there.
+
+    Args:
+        matching: ``optimal`` (greatest total IoU), or ``sequence`` (the i-th box against the i-th truth: the paper's
+            ablation without reward matching).
+        threshold: IoU from which a pair counts as found.
+        format: ``strict`` (1 for the model family's exact form, else 0) or ``none``.
+    """
+
+    task: ClassVar[str] = "detection"
+    parts: ClassVar[tuple[str, ...]] = ("location", "class", "f1", "missing", "format")
+
+    matching: Literal["optimal", "sequence"] = "optimal"
+    threshold: float = 0.5
+    format: Literal["strict", "none"] = "strict"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"detection reward: threshold must lie in (0, 1], got {self.threshold!r}")
+
+    def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
+        predicted: list[Labelled] = []
+        honest_empty = []  # an empty list was said, not just nothing readable
+        for answer, record in zip(answers, records, strict=True):
+            parsed = parse_boxes(answer, self.max_items)
+            predicted.append((to_pixels(parsed, record, self.frame), [label_key(item.label) for item in parsed]))
+            honest_empty.append(parsed.parsable)
+        result = self._match(predicted, [true_boxes(record.target) for record in records])
+        for name in ("location", "class", "f1"):
+            result[name] = [value if ok else 0.0 for value, ok in zip(result[name], honest_empty, strict=True)]
+        if self.format != "none":
+            result["format"] = format_scores(self.task, answers, records, self.frame, self.format)
+        return result
+
+    def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
+        return [parse_boxes(answer, 1).parsable for answer in answers]
+
+    def _match(self, predicted: Sequence[Labelled], truth: Sequence[Labelled]) -> Components:
+        result: Components = {name: [0.0] * len(predicted) for name in ("location", "class", "f1", "missing")}
+        for batch in batches([len(boxes) for boxes, _ in predicted], [len(boxes) for boxes, _ in truth]):
+            a, b = pad([predicted[i][0] for i in batch], 4), pad([truth[i][0] for i in batch], 4)
+            keys = [(predicted[i][1], truth[i][1]) for i in batch]
+            scored = detection_reward(
+                a.values,
+                b.values,
+                a.counts,
+                b.counts,
+                pred_label=_label_ids(keys, 0, a.values.shape[1]),
+                gt_label=_label_ids(keys, 1, b.values.shape[1]),
+                matching=self.matching,
+                threshold=self.threshold,
+            )
+            parts = (scored.location, scored.label, scored.f1, scored.missing)
+            for name, values in zip(("location", "class", "f1", "missing"), parts, strict=True):
+                for i, value in zip(batch, values.tolist(), strict=True):
+                    result[name][i] = value
+        return result
+
+
+def _label_ids(keys: Sequence[tuple[list[str], list[str]]], side: int, width: int) -> Tensor:
+    """Labels of one side as ids [B, width]: equal keys of one problem, equal ids, whichever side they are on."""
+    ids = torch.full((len(keys), width), -1, dtype=torch.int64)
+    for i, both in enumerate(keys):
+        table = {key: n for n, key in enumerate(dict.fromkeys([*both[1], *both[0]]))}
+        if both[side]:
+            ids[i, : len(both[side])] = torch.tensor([table[key] for key in both[side]])
+    return ids

@@ -1,0 +1,102 @@
+"""Answers as rewards and metrics need them: boxes and points of a text in pixels of the record's original image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.answers import Item, Parsed, View, from_original, resolve_frame, to_original
+from fastrl.data.records import Record
+
+# Coordinates are clamped to this many pixels (of 0–1000 units for points): far outside any image, and products of two
+# of them stay exact enough for areas. A model may write 1e300.
+LIMIT = 1e6
+
+Coords = tuple[float, ...]
+
+
+class Padded(NamedTuple):
+    """Ragged lists of coordinates as one tensor: ``values`` [B, n, k] float64, zero beyond ``counts`` [B] int64."""
+
+    values: Tensor
+    counts: Tensor
+
+
+def view_of(record: Record) -> View | None:
+    """Sizes of the record's (first) image in pixels; None for a record that has neither views nor images.
+
+    Without views the model is taken to see the image at its own size. Only a file's header is read.
+    """
+    if record.views:
+        return record.views[0]
+    if not record.images:
+        return None
+    image = record.images[0]
+    if isinstance(image, Path | str):
+        from PIL import Image
+
+        with Image.open(image) as opened:
+            return View.unresized(*opened.size)
+    return View.unresized(*image.size)
+
+
+def _clamp(coords: Sequence[float]) -> Coords:
+    return tuple(min(max(float(v), -LIMIT), LIMIT) for v in coords)
+
+
+def _bounded(items: Sequence[Item], boxes: bool) -> list[Coords]:
+    return [_clamp(item.box if boxes else item.point) for item in items]
+
+
+def to_pixels(parsed: Parsed, record: Record, frame: str | None = None, *, boxes: bool = True) -> list[Coords]:
+    """Boxes (or, with ``boxes=False``, centres) in pixels of the record's original image, in the answer's order.
+
+    ``frame`` overrides the record's own; ``auto`` goes by the answer's format. A record without any image size leaves
+    the numbers as they are. Every coordinate is finite and within ±``LIMIT``.
+    """
+    coords = _bounded(parsed.items, boxes)
+    resolved = resolve_frame(parsed, frame or record.frame)
+    if resolved == "original" or (resolved == "resized" and not record.views) or not coords:
+        return coords
+    view = view_of(record)
+    if view is None:
+        return coords
+    return [_clamp(to_original(c, resolved, view)) for c in coords]
+
+
+def to_thousand(coords: Sequence[Coords], view: View | None) -> list[Coords]:
+    """Original pixels → 0–1000 of each side; without sizes the numbers count as 0–1000 already."""
+    return [c if view is None else _clamp(from_original(c, "thousand", view)) for c in coords]
+
+
+def pad(rows: Sequence[Sequence[Coords]], width: int) -> Padded:
+    """Lists of ``width``-tuples as one tensor [B, max(1, longest), width] in float64, with their lengths."""
+    longest = max([1, *(len(row) for row in rows)])
+    values = torch.zeros(len(rows), longest, width, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        if row:
+            values[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+    return Padded(values, torch.tensor([len(row) for row in rows], dtype=torch.int64))
+
+
+def batches(n_pred: Sequence[int], n_truth: Sequence[int], cells: int = 1 << 20) -> Iterator[list[int]]:
+    """Indices of problems in batches whose padded cost matrices stay within ``cells``, small problems together.
+
+    One answer that repeats a box five hundred times then does not pad all the others to its size.
+    """
+    order = sorted(range(len(n_pred)), key=lambda i: (n_pred[i], n_truth[i]))
+    batch: list[int] = []
+    widest = 1
+    for i in order:
+        wider = max(widest, n_truth[i])
+        if batch and (len(batch) + 1) * max(n_pred[i], 1) * wider > cells:
+            yield batch
+            batch, wider = [], max(1, n_truth[i])
+        batch.append(i)
+        widest = wider
+    if batch:
+        yield batch
