@@ -1,11 +1,23 @@
-"""``PromptGroup`` → ``PackedBatch``: the one batch format (design: a row of tokens, each prompt once, then its completions)."""
+"""``PromptGroup`` → ``PackedBatch``: the one batch format, a row of tokens, each prompt once, then its completions.
+
+::
+
+    group 0: [prompt | c1 | c2 | … | cG]   group 1: [prompt | c1 | …]   …
+
+Losses see only the N predicted tokens: the first token of every completion is predicted by its prompt's last row, which
+all completions of a group share, every other one by its predecessor.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+from fastrl.segments import Segments, Span
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
@@ -39,8 +51,8 @@ class Prompt:
 class Completion:
     """One sampled or given answer, with everything a loss may need about it.
 
-    ``per_token`` entries are [T] tensors (``old_logp``, ``ref_logp``, ``sigma``, ``mask``, …), ``scalars`` one number per
-    completion (``advantage``, ``reward``, …); packing turns them into [N] and [C] tensors of the same names.
+    ``per_token`` entries are [T] tensors (``old_logp``, ``ref_logp``, ``sigma``, ``mask``, …), ``scalars`` one number
+    per completion (``advantage``, ``reward``, …); packing turns them into [N] and [C] tensors of the same names.
     """
 
     token_ids: Tensor  # [T] int64, with its EOS if it finished
@@ -59,3 +71,173 @@ class PromptGroup:
     prompt: Prompt
     completions: list[Completion]
     record: Record | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Rows this group takes in a batch."""
+        return len(self.prompt.token_ids) + sum(len(c.token_ids) for c in self.completions)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Several groups as one row of L tokens, with C completions and N predicted tokens, in the order of the groups."""
+
+    input_ids: Tensor  # [1, L] int64
+    positions: Tensor  # [3, 1, L] int64
+    segments: Segments  # which rows attend to which
+    images: tuple[ImageInput, ...]  # unique by key
+    image_of_slot: tuple[int, ...]  # index into images of each run of image tokens, in row order
+    image_rows: Tensor  # [image tokens] int64: the rows those runs cover
+    predict_rows: Tensor  # [N] int64: the row whose hidden state predicts each token
+    targets: Tensor  # [N] int64
+    completion_of_token: Tensor  # [N] int64
+    group_of_completion: Tensor  # [C] int64, groups of this batch from 0
+    per_token: dict[str, Tensor]  # [N] each
+    per_completion: dict[str, Tensor]  # [C] float32 each
+    completions: tuple[Completion, ...]  # the C completions themselves: where results are written back
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    @property
+    def n_groups(self) -> int:
+        return len(self.segments.spans)
+
+    def to(self, device: str | torch.device) -> PackedBatch:
+        """The same batch on ``device``; pixels follow when the vision tower takes them."""
+        device = torch.device(device)
+        if self.device == device:
+            return self
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in (
+                "input_ids",
+                "positions",
+                "image_rows",
+                "predict_rows",
+                "targets",
+                "completion_of_token",
+                "group_of_completion",
+            )
+        }
+        return replace(
+            self,
+            **moved,
+            segments=self.segments.to(device),
+            per_token={k: v.to(device, non_blocking=True) for k, v in self.per_token.items()},
+            per_completion={k: v.to(device, non_blocking=True) for k, v in self.per_completion.items()},
+        )
+
+    def split(self, per_token: Tensor) -> list[Tensor]:
+        """A tensor [N, …] as one [T, …] tensor per completion, in the order of ``completions``."""
+        return list(per_token.split([len(c.token_ids) for c in self.completions]))
+
+
+def pack(groups: Iterable[PromptGroup], token_budget: int) -> list[PackedBatch]:
+    """Pack groups into batches of at most ``token_budget`` rows, in order.
+
+    A group is never split; one larger than the budget is a batch of its own, so the budget bounds memory only if no
+    group exceeds it. Groups without completions hold nothing to predict and are left out.
+
+    Raises:
+        ValueError: a budget under 1, an empty prompt, or completions of a batch that do not all carry the same
+        per-token
+            and scalar names, or per-token values of another length than their completion.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget: need at least 1, got {token_budget}")
+    batches: list[list[PromptGroup]] = []
+    held = 0
+    for group in groups:
+        if not group.completions:
+            continue
+        if not batches or held + group.tokens > token_budget:
+            batches.append([])
+            held = 0
+        batches[-1].append(group)
+        held += group.tokens
+    return [pack_row(batch) for batch in batches]
+
+
+def pack_row(groups: Sequence[PromptGroup]) -> PackedBatch:
+    """All ``groups`` as one batch, whatever its size."""
+    if not groups:
+        raise ValueError("groups: a batch needs at least one group")
+    spans, ids, positions, predict, starts = [], [], [], [], []
+    at = 0
+    for group in groups:
+        prompt = group.prompt
+        span = Span(at, len(prompt.token_ids), tuple(len(c.token_ids) for c in group.completions))
+        spans.append(span)
+        starts.append(at)
+        ids.append(prompt.token_ids)
+        positions.append(prompt.positions)
+        last = at + span.prompt - 1
+        at += span.prompt
+        for completion in group.completions:
+            length = len(completion.token_ids)
+            ids.append(completion.token_ids)
+            positions.append(torch.arange(prompt.next_position, prompt.next_position + length).expand(3, length))
+            predict.append(torch.tensor([last, *range(at, at + length - 1)] if length else [], dtype=torch.int64))
+            at += length
+    completions = tuple(c for group in groups for c in group.completions)
+    lengths = torch.tensor([len(c.token_ids) for c in completions])
+    return PackedBatch(
+        input_ids=torch.cat(ids)[None],
+        positions=torch.cat(positions, dim=1)[:, None],
+        segments=Segments(tuple(spans)),
+        **_images(groups, starts),
+        predict_rows=torch.cat(predict),
+        targets=torch.cat([c.token_ids for c in completions]),
+        completion_of_token=torch.repeat_interleave(torch.arange(len(completions)), lengths),
+        group_of_completion=torch.tensor([n for n, group in enumerate(groups) for _ in group.completions]),
+        per_token=_per_token(completions),
+        per_completion=_per_completion(completions),
+        completions=completions,
+    )
+
+
+def _images(groups: Sequence[PromptGroup], starts: Sequence[int]) -> dict:
+    index: dict[str, int] = {}
+    images: list[ImageInput] = []
+    of_slot: list[int] = []
+    rows = [torch.empty(0, dtype=torch.int64)]
+    for group, start in zip(groups, starts, strict=True):
+        for image, (slot, length) in zip(group.prompt.images, group.prompt.image_slots, strict=True):
+            if image.key not in index:
+                index[image.key] = len(images)
+                images.append(image)
+            of_slot.append(index[image.key])
+            rows.append(torch.arange(start + slot, start + slot + length))
+    return {"images": tuple(images), "image_of_slot": tuple(of_slot), "image_rows": torch.cat(rows)}
+
+
+def _per_token(completions: Sequence[Completion]) -> dict[str, Tensor]:
+    out = {}
+    for name in _shared_names(completions, lambda c: c.per_token, "per-token"):
+        for n, completion in enumerate(completions):
+            if len(completion.per_token[name]) != len(completion.token_ids):
+                raise ValueError(
+                    f"completion {n}: per-token {name!r} has {len(completion.per_token[name])} values "
+                    f"for {len(completion.token_ids)} tokens"
+                )
+        out[name] = torch.cat([c.per_token[name] for c in completions])
+    if all(c.sampler_logp is not None for c in completions):
+        out.setdefault("sampler_logp", torch.cat([c.sampler_logp for c in completions if c.sampler_logp is not None]))
+    return out
+
+
+def _per_completion(completions: Sequence[Completion]) -> dict[str, Tensor]:
+    names = _shared_names(completions, lambda c: c.scalars, "scalar")
+    return {name: torch.tensor([c.scalars[name] for c in completions], dtype=torch.float32) for name in names}
+
+
+def _shared_names(completions: Sequence[Completion], of: Callable[[Completion], dict], what: str) -> list[str]:
+    """Names every completion has; raises where only some have one."""
+    names = sorted({name for c in completions for name in of(c)})
+    for name in names:
+        lacking = [n for n, c in enumerate(completions) if name not in of(c)]
+        if lacking:
+            raise ValueError(f"completion {lacking[0]} of the batch has no {what} value {name!r}, others have")
+    return names

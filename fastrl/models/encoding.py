@@ -1,0 +1,203 @@
+"""``Record`` → ``Prompt``: chat template, token ids with image runs expanded, explicit positions, pixels.
+
+The chat template comes with the tokenizer. Answers inside a dialogue are tokenised on their own, exactly as a sampled
+answer is, so that a prompt continued turn by turn has the same ids as one encoded at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastrl.answers import View
+from fastrl.batch import Completion, ImageInput, Prompt
+from fastrl.models.positions import mrope_positions
+from fastrl.models.vision import ImagePreprocessor
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+
+
+class EncodeError(ValueError):
+    """A record that cannot become a prompt; the message names the record."""
+
+
+class Encoder:
+    """Turns records into prompts for one model family.
+
+    Args:
+        tokenizer: with a chat template that writes one image token per image.
+        preprocessor: the model's image preprocessing.
+        image_token_id: id of the image placeholder.
+        end_of_turn: the token text that closes an assistant turn.
+        control_tokens: token texts that message text must not smuggle in (placeholders, turn markers); they become a
+        space. frame: what coordinates mean in this model's answers (``resized`` or ``thousand``).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        preprocessor: ImagePreprocessor,
+        *,
+        image_token_id: int,
+        end_of_turn: str,
+        control_tokens: Sequence[str],
+        frame: str,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.preprocessor = preprocessor
+        self.image_token_id = image_token_id
+        self.end_of_turn = end_of_turn
+        self.frame = frame
+        self._control = re.compile("|".join(re.escape(text) for text in control_tokens))
+
+    def encode(self, record: Record, *, max_prompt_tokens: int | None = None) -> tuple[Prompt, Record]:
+        """The whole of ``record.messages`` as a prompt, with a generation prompt unless the last turn is the
+        assistant's.
+
+        Returns:
+            The prompt, and the record with ``views`` (original and resized size of each image) and ``frame`` filled in.
+
+        Raises:
+            EncodeError: images and placeholders that do not match, an unreadable image, no message, or a prompt longer
+            than
+                ``max_prompt_tokens``. Nothing is ever truncated: a cut inside an image corrupts what follows.
+        """
+        images, record = self._images(record)
+        generate = not record.messages or record.messages[-1]["role"] != "assistant"
+        ids = torch.cat([self._tokens(text) for text, _ in self._pieces(record, generate)])
+        prompt = self._prompt(record, ids, images)
+        self._check_length(record, prompt, max_prompt_tokens)
+        return prompt, record
+
+    def encode_dialogue(
+        self, record: Record, *, max_prompt_tokens: int | None = None
+    ) -> tuple[Prompt, Completion, Record]:
+        """A dialogue that ends with the assistant, as one prompt and one branch.
+
+        The prompt reaches up to the first assistant turn's content; the completion is everything after, with
+        ``per_token`` ``mask`` [T] float32 (1 on the assistant's tokens, its end of turn included) and ``turn`` [T]
+        int64 (which assistant turn a token belongs to; -1: none). The newline after the last turn is left out.
+
+        Raises:
+            EncodeError: as ``encode``, and for a dialogue without an assistant's last turn or with images after the
+            first.
+        """
+        images, record = self._images(record)
+        if not record.messages or record.messages[-1]["role"] != "assistant":
+            raise EncodeError(f"{_name(record)}: a dialogue must end with an assistant turn")
+        (head, _), *rest = self._pieces(record, generate=False)
+        prompt = self._prompt(record, self._tokens(head), images)
+        self._check_length(record, prompt, max_prompt_tokens)
+        while not rest[-1][1]:
+            rest.pop()
+        ids, turns, turn = [], [], 0
+        for text, answer in rest:
+            piece = self._tokens(text)
+            ids.append(piece)
+            turns.append(torch.full_like(piece, turn if answer else -1))
+            turn += answer
+        turn_of_token = torch.cat(turns)
+        completion = Completion(token_ids=torch.cat(ids), text="".join(text for text, _ in rest))
+        completion.per_token = {"mask": (turn_of_token >= 0).float(), "turn": turn_of_token}
+        return prompt, completion, record
+
+    def encode_answer(self, text: str) -> Tensor:
+        """Ids [T] int64 of one assistant turn's text with its end of turn."""
+        return self._tokens(self._control.sub(" ", text) + self.end_of_turn)
+
+    def _images(self, record: Record) -> tuple[list[ImageInput], Record]:
+        images, views = [], []
+        for n, source in enumerate(record.images):
+            try:
+                image, (width, height) = self.preprocessor(source)
+            except (OSError, ValueError) as error:
+                raise EncodeError(f"{_name(record)}: image {n}: {error}") from error
+            patch = self.preprocessor.patch
+            views.append(View(width, height, image.grid[2] * patch, image.grid[1] * patch))
+            images.append(image)
+        return images, replace(record, views=tuple(views), frame=self.frame)
+
+    def _pieces(self, record: Record, generate: bool) -> list[tuple[str, bool]]:
+        """The rendered dialogue, cut into (text, is an assistant's answer with its end of turn)."""
+        messages = [self._clean(record, message) for message in record.messages]
+        if not messages:
+            raise EncodeError(f"{_name(record)}: no messages")
+        full = self._render(record, messages, generate)
+        pieces, at = [], 0
+        for n, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start = self._render(record, messages[:n], True)
+            answer = "".join(part["text"] for part in message["content"]) + self.end_of_turn
+            if not full.startswith(start) or not full.startswith(answer, len(start)):
+                raise EncodeError(f"{_name(record)}: the chat template does not render turn {n} as it was generated")
+            pieces += [(full[at : len(start)], False), (answer, True)]
+            at = len(start) + len(answer)
+        pieces.append((full[at:], False))
+        return pieces
+
+    def _clean(self, record: Record, message: Mapping[str, Any]) -> dict[str, Any]:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        clean = []
+        for part in parts:
+            kind = part.get("type")
+            if kind == "text":
+                clean.append({"type": "text", "text": self._control.sub(" ", part["text"])})
+            elif kind == "image" and message["role"] != "assistant":
+                clean.append({"type": "image"})
+            else:
+                raise EncodeError(f"{_name(record)}: a {message['role']} turn cannot hold a {kind!r} part")
+        return {"role": message["role"], "content": clean}
+
+    def _render(self, record: Record, messages: list[dict[str, Any]], generate: bool) -> str:
+        # Templates of text-only models know no part lists; where a message is all text, a string means the same to all.
+        plain = [
+            m
+            if any(p["type"] == "image" for p in m["content"])
+            else m | {"content": "".join(p["text"] for p in m["content"])}
+            for m in messages
+        ]
+        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
+
+    def _tokens(self, text: str) -> Tensor:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _prompt(self, record: Record, ids: Tensor, images: list[ImageInput]) -> Prompt:
+        """Expand each image placeholder to its image's number of tokens and lay out the positions."""
+        places = (ids == self.image_token_id).nonzero()[:, 0].tolist()
+        if len(places) != len(images):
+            raise EncodeError(
+                f"{_name(record)}: {len(images)} images, but the messages have {len(places)} image places"
+            )
+        pieces, slots, at, length = [], [], 0, 0
+        for place, image in zip(places, images, strict=True):
+            run = self.preprocessor.tokens(image)
+            pieces += [ids[at:place], ids[place].expand(run)]
+            length += place - at
+            slots.append((length, run))
+            length += run
+            at = place + 1
+        ids = torch.cat([*pieces, ids[at:]])
+        positions = mrope_positions(len(ids), slots, [image.grid for image in images], self.preprocessor.merge)
+        return Prompt(token_ids=ids, positions=positions, images=tuple(images), image_slots=tuple(slots))
+
+    def _check_length(self, record: Record, prompt: Prompt, limit: int | None) -> None:
+        length = len(prompt.token_ids)
+        if limit is not None and length > limit:
+            of_images = sum(run for _, run in prompt.image_slots)
+            raise EncodeError(
+                f"{_name(record)}: the prompt has {length} tokens ({of_images} of images), over the limit of {limit}; "
+                "prompts are never truncated: raise the limit, lower max_pixels or skip the record"
+            )
+
+
+def _name(record: Record) -> str:
+    return f"record {record.id!r}" + (f" ({record.source})" if record.source else "")

@@ -1,0 +1,123 @@
+"""A Hugging Face folder of Qwen2.5-VL or Qwen2-VL → ``Policy``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrl.models.lora import Lora
+from fastrl.models.lora import freeze as freeze_parameters
+from fastrl.models.policy import STYLES, Policy
+
+
+def load_policy(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    lora: Lora | Mapping[str, Any] | None = None,
+    freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> Policy:
+    """Load a policy.
+
+    Args:
+        folder: local Hugging Face folder (config, safetensors, tokenizer with chat template, preprocessor config).
+        dtype: of the weights; default bfloat16 on a GPU, float32 on a CPU.
+        device: default the GPU if there is one.
+        lora: fields of ``Lora``; only the adapters are then trained.
+        freeze: parameter-name patterns whose gradient is turned off (see ``fastrl.models.lora.freeze``).
+        gradient_checkpointing: recompute each layer in the backward.
+        min_pixels, max_pixels: limits of a resized image's area, in pixels; default the folder's own.
+
+    Raises:
+        FileNotFoundError: no such folder, or one without a config.
+        ValueError: a model type that is not supported, a tokenizer without chat template, an unknown pattern or field.
+    """
+    folder = Path(folder)
+    model_type = _model_type(folder)
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype if dtype is not None else torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokenizer = load_tokenizer(folder)
+    image_processor = load_image_processor(folder, min_pixels=min_pixels, max_pixels=max_pixels)
+    core = _model_class(model_type).from_pretrained(folder, dtype=dtype, local_files_only=True)
+    policy = Policy(core.to(device), tokenizer, image_processor, lora=lora)
+    freeze_parameters(policy.core, freeze)
+    if gradient_checkpointing:
+        policy.core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The folder's tokenizer, with a chat template that places images (its own, else the folder's processor's)."""
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or "image" not in template:
+        template = _processor_template(folder)
+        if template is None:
+            raise ValueError(
+                f"{folder}: no chat template that places images (tokenizer_config.json, chat_template.jinja)"
+            )
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def load_image_processor(folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+    """The folder's image processor, always through PIL: pixels are then the same with and without torchvision."""
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
+    except ImportError:  # before transformers split its image processors by backend
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
+    if not any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise FileNotFoundError(f"{folder}: no preprocessor_config.json (image size limits and normalisation)")
+    processor = Processor.from_pretrained(folder, local_files_only=True)
+    size = processor.size
+    low = min_pixels if min_pixels is not None else size["shortest_edge"]
+    high = max_pixels if max_pixels is not None else size["longest_edge"]
+    side = int(processor.patch_size) * int(processor.merge_size)
+    if not 0 < low <= high or high < side * side:
+        raise ValueError(f"min_pixels={low}, max_pixels={high}: need 0 < min_pixels <= max_pixels >= {side * side}")
+    processor.size = {"shortest_edge": low, "longest_edge": high}
+    return processor
+
+
+def _model_type(folder: Path) -> str:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model folder not found: {folder}")
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} is not a Hugging Face model folder: no config.json")
+    model_type = json.loads(config.read_text()).get("model_type")
+    if model_type not in STYLES:
+        raise ValueError(
+            f"{folder}: model type {model_type!r} is not supported; supported: {', '.join(sorted(STYLES))}"
+        )
+    return model_type
+
+
+def _model_class(model_type: str) -> Any:
+    if model_type == "qwen2_5_vl":
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        return Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2VLForConditionalGeneration
+
+    return Qwen2VLForConditionalGeneration
+
+
+def _processor_template(folder: Path) -> str | None:
+    jinja, old = folder / "chat_template.jinja", folder / "chat_template.json"
+    if jinja.is_file():
+        return jinja.read_text()
+    if old.is_file():
+        return json.loads(old.read_text())["chat_template"]
+    return None

@@ -1,0 +1,92 @@
+"""LoRA adapters (peft) and freezing parameters by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv:2106.09685): W + (alpha / rank) · B A on chosen linear layers.
+
+    ``targets``: names of linear layers of the language model, or one regular expression over full module names.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | str = LANGUAGE_LINEARS
+
+    @classmethod
+    def of(cls, spec: Lora | Mapping[str, Any]) -> Lora:
+        """From a mapping with this class's fields. Raises ``ValueError`` on an unknown field."""
+        if isinstance(spec, Lora):
+            return spec
+        known = {f.name for f in fields(cls)}
+        if unknown := set(spec) - known:
+            raise ValueError(f"lora: unknown fields {sorted(unknown)}; allowed: {sorted(known)}")
+        values = dict(spec)
+        if "targets" in values and not isinstance(values["targets"], str):
+            values["targets"] = tuple(values["targets"])
+        return cls(**values)
+
+
+def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any]) -> Any:
+    """Wrap ``core`` in a peft model that trains only new adapters. The layers of ``core`` are changed in place."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = Lora.of(spec)
+    names = "|".join(lora.targets) if not isinstance(lora.targets, str) else ""
+    targets = lora.targets if isinstance(lora.targets, str) else rf".*language_model\..*\.({names})"
+    options: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
+    return get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
+
+
+def freeze(core: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Turn off the gradient of every parameter a pattern names, and return their names.
+
+    A pattern is a glob over full parameter names (``model.visual.*``), or a run of whole parts of them (``visual``,
+    ``layers.0``).
+
+    Raises:
+        ValueError: a pattern that matches nothing; the message has the nearest parts.
+    """
+    named = dict(core.named_parameters())
+    frozen: list[str] = []
+    for pattern in patterns:
+        found = [name for name in named if fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."]
+        if not found:
+            parts = sorted({part for name in named for part in name.split(".") if not part.isdigit()})
+            near = difflib.get_close_matches(pattern, [*parts, *named], n=3, cutoff=0.4)
+            raise ValueError(f"freeze: {pattern!r} matches no parameter; near: {', '.join(near) or ', '.join(parts)}")
+        for name in found:
+            named[name].requires_grad_(False)
+        frozen += found
+    return sorted(set(frozen))
+
+
+def merged_state_dict(core: nn.Module) -> dict[str, Any]:
+    """State of ``core`` with its adapters added into the weights, under the names it had before they were attached."""
+    deltas = {
+        name: module.get_delta_weight(adapter)  # type: ignore[operator]
+        for name, module in core.named_modules()
+        if hasattr(module, "get_delta_weight")
+        for adapter in module.active_adapters  # type: ignore[union-attr]
+    }
+    state = {}
+    for name, value in core.state_dict().items():
+        if ".lora_" in name:
+            continue
+        owner, _, leaf = name.rpartition(".base_layer.")
+        if owner and leaf == "weight" and owner in deltas:
+            value = (value.float() + deltas[owner].float()).to(value.dtype)
+        state[name.replace(".base_layer.", ".")] = value
+    return state

@@ -1,0 +1,234 @@
+"""``Policy``: a perception MLLM that encodes records and gives log-probs of packed batches, prompts computed once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastrl.answers import STYLE_FRAME
+from fastrl.batch import Completion, ImageInput, PackedBatch, Prompt
+from fastrl.models.encoding import Encoder
+from fastrl.models.lora import Lora, add_lora, merged_state_dict
+from fastrl.models.prefix_attention import use_prefix_attention
+from fastrl.models.vision import ImagePreprocessor, unique_images, vision_features
+
+if TYPE_CHECKING:
+    from fastrl_kernels.linear_logprob import LogProb
+
+    from fastrl.data.records import Record
+
+STYLES = {"qwen2_5_vl": "qwen2_5", "qwen2_vl": "qwen2"}
+# Never sampled and never taken from a message's text, beside the ids the config names.
+CONTROL_TOKENS = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|im_start|>",
+)
+END_OF_TURN = "<|im_end|>"
+
+
+class Policy:
+    """A Qwen2.5-VL or Qwen2-VL model with its tokenizer and image processor.
+
+    Attributes:
+        core: the transformers ``…ForConditionalGeneration`` model, whatever wraps it.
+        model: what holds the parameters: ``core``, or the peft model around it.
+        style: how the family writes answers, ``"qwen2_5"`` or ``"qwen2"``; ``frame``: ``"resized"`` or ``"thousand"``.
+        eos_token_ids: ids that end an answer; ``suppressed_token_ids``: ids that are never sampled (image and video
+            placeholders, vision start and end, turn markers other than EOS).
+    """
+
+    def __init__(
+        self, core: Any, tokenizer: Any, image_processor: Any, *, lora: Lora | Mapping[str, Any] | None = None
+    ):
+        self.core = core
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.style = STYLES[core.config.model_type]
+        self.frame = STYLE_FRAME[self.style]
+        self.preprocessor = ImagePreprocessor(image_processor)
+        self.eos_token_ids = _eos_ids(core, tokenizer)
+        self.suppressed_token_ids = _suppressed_ids(core, tokenizer, self.eos_token_ids)
+        end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.end_of_turn_id = int(end if end in self.eos_token_ids else self.eos_token_ids[0])
+        self.encoder = Encoder(
+            tokenizer,
+            self.preprocessor,
+            image_token_id=core.config.image_token_id,
+            end_of_turn=tokenizer.convert_ids_to_tokens(self.end_of_turn_id),
+            control_tokens=tokenizer.convert_ids_to_tokens([*self.suppressed_token_ids, *self.eos_token_ids]),
+            frame=self.frame,
+        )
+        self.peft: Any = add_lora(core, lora) if lora is not None else None
+        self._reference_core: Any = None
+        use_prefix_attention(core)
+
+    @property
+    def model(self) -> Any:
+        return self.peft if self.peft is not None else self.core
+
+    @property
+    def device(self) -> torch.device:
+        return self.core.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.core.lm_head.weight.dtype
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The language model's head, [vocabulary, hidden]."""
+        return self.core.lm_head.weight
+
+    # Text and images in, ids and positions out
+
+    def encode(self, record: Record, *, max_prompt_tokens: int | None = None) -> tuple[Prompt, Record]:
+        """See ``Encoder.encode``: the prompt, and the record with ``views`` and ``frame``."""
+        return self.encoder.encode(record, max_prompt_tokens=max_prompt_tokens)
+
+    def encode_dialogue(
+        self, record: Record, *, max_prompt_tokens: int | None = None
+    ) -> tuple[Prompt, Completion, Record]:
+        """See ``Encoder.encode_dialogue``: a dialogue that ends with the assistant, as prompt and one masked branch."""
+        return self.encoder.encode_dialogue(record, max_prompt_tokens=max_prompt_tokens)
+
+    def encode_text(self, text: str) -> Tensor:
+        """Ids [T] int64 of an answer, with the end of turn. Control tokens inside ``text`` become a space."""
+        return self.encoder.encode_answer(text)
+
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
+        """Text of a completion up to its first EOS; special tokens (boxes, references) are kept."""
+        listed = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        end = next((n for n, token in enumerate(listed) if token in self.eos_token_ids), len(listed))
+        return self.tokenizer.decode(listed[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    # The model
+
+    def features(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
+        """Vision features [tokens, hidden] by image key; each key goes through the tower once."""
+        unique = unique_images(images)
+        features = vision_features(self.core, unique)
+        return {image.key: feature for image, feature in zip(unique, features, strict=True)}
+
+    def hidden(self, batch: PackedBatch, *, features: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Hidden states [N, hidden] at the batch's prediction rows.
+
+        Args:
+            batch: on this policy's device.
+            features: vision features by image key, where the caller already has them (they must belong to the current
+                weights); default: the tower runs here, once per unique image.
+        """
+        # Dropout and checkpointing belong to the pass that takes a gradient; old and reference log-probs have neither.
+        if self.core.training != torch.is_grad_enabled():
+            self.core.train(torch.is_grad_enabled())
+        embeds = self.core.get_input_embeddings()(batch.input_ids[0])
+        if batch.images:
+            found = features if features is not None else self.features(batch.images)
+            rows = torch.cat([found[batch.images[i].key] for i in batch.image_of_slot])
+            # By position: an image id inside a completion is text like any other.
+            embeds = embeds.index_copy(0, batch.image_rows, rows.to(embeds.dtype))
+        out = self.core.model.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=batch.positions,
+            attention_mask={"full_attention": None, "sliding_attention": None},
+            use_cache=False,
+            fastrl_segments=batch.segments,
+        )
+        return out.last_hidden_state[0].index_select(0, batch.predict_rows)
+
+    def logprob(
+        self,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        return_entropy: bool = False,
+        rows: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
+    ) -> LogProb:
+        """Log-probs [N] float32 (and entropies) of the batch's completion tokens.
+
+        Args:
+            batch: on this policy's device.
+            temperature: divides the logits.
+            return_entropy: also the entropy [N] of each predicted distribution.
+            rows: indices into N whose gradient may be other than zero (see ``fastrl_kernels.linear_logprob``).
+            features: see ``hidden``.
+        """
+        from fastrl_kernels.linear_logprob import linear_logprob
+
+        hidden = self.hidden(batch, features=features)
+        return linear_logprob(
+            hidden,
+            self.head_weight,
+            batch.targets,
+            temperature=temperature,
+            return_entropy=return_entropy,
+            rows=rows,
+        )
+
+    # The reference
+
+    def make_reference(self) -> None:
+        """Keep a frozen copy of the present weights as the reference. Needless (and refused) under LoRA."""
+        if self.peft is not None:
+            raise RuntimeError(
+                "make_reference: under LoRA the reference is the model without its adapter; no copy is made"
+            )
+        self._reference_core = copy.deepcopy(self.core).requires_grad_(False).eval()
+
+    @contextmanager
+    def reference(self) -> Iterator[Policy]:
+        """Inside, this policy computes with the reference weights (adapter off, or frozen copy) and no gradients."""
+        if self.peft is not None:
+            wanted = {name: p.requires_grad for name, p in self.core.named_parameters()}
+            with torch.no_grad(), self.peft.disable_adapter():
+                yield self
+            for (
+                name,
+                parameter,
+            ) in self.core.named_parameters():  # peft turns every adapter's gradient on when it returns
+                parameter.requires_grad_(wanted[name])
+        elif self._reference_core is not None:
+            live, self.core = self.core, self._reference_core
+            try:
+                with torch.no_grad():
+                    yield self
+            finally:
+                self.core = live
+        else:
+            raise RuntimeError("reference: there is none; call make_reference() before training, or train with LoRA")
+
+    def save(self, folder: str | Path) -> None:
+        """Write an ordinary Hugging Face folder (safetensors, tokenizer, image processor); adapters are merged in."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = merged_state_dict(self.core) if self.peft is not None else None
+        self.core.save_pretrained(folder, state_dict=state)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
+def _eos_ids(core: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer: the generation config's, else the model config's, else the tokenizer's."""
+    for holder in (getattr(core, "generation_config", None), core.config, core.config.get_text_config(), tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None:
+            return tuple(int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]))
+    raise ValueError("this model names no end-of-sequence token: set eos_token_id in generation_config.json")
+
+
+def _suppressed_ids(core: Any, tokenizer: Any, eos: tuple[int, ...]) -> tuple[int, ...]:
+    config = core.config
+    ids = {getattr(config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision_end")}
+    vocabulary = tokenizer.get_vocab()
+    ids |= {vocabulary.get(token) for token in (*CONTROL_TOKENS, END_OF_TURN, "<|endoftext|>")}
+    return tuple(sorted(i for i in ids if i is not None and i not in eos))

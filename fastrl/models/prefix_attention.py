@@ -1,0 +1,230 @@
+"""Attention in which every completion of a group reads its prompt's keys, computed once. Registered with transformers.
+
+A prompt row sees its own prompt causally; a completion row sees its prompt and its own completion causally; nothing
+sees across groups. Two paths with one meaning:
+
+- CPU (and any device without variable-length attention): scaled-dot-product attention, per group the prompt alone,
+  then its completions as padded blocks of similar length.
+- GPU: one variable-length call per layer over the whole row; a completion's keys are gathered as [prompt, own].
+
+Calls without segments (a model's own ``generate``) fall through to transformers' attention. The vision tower makes one
+call per layer over the images' or windows' lengths; transformers makes that single call only for a name that contains
+"flash".
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrl.segments import CompletionBlock, Segments, Span, VarlenTables
+
+LANGUAGE = "fastrl_prefix"
+VISION = "fastrl_flash_vision"
+
+
+def use_prefix_attention(core: Any) -> None:
+    """Switch a model's language and vision attention to the two functions of this file."""
+    _register()
+    core.model.language_model.config._attn_implementation = LANGUAGE
+    core.model.visual.config._attn_implementation = VISION
+
+
+@cache
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(LANGUAGE, _language_attention)
+    AttentionInterface.register(VISION, _vision_attention)
+    AttentionMaskInterface.register(LANGUAGE, sdpa_mask)
+
+
+def _language_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [1, Hq, L, D], key and value [1, Hkv, L, D] → [1, L, Hq, D]."""
+    segments: Segments | None = kwargs.pop("fastrl_segments", None)
+    if segments is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scale = kwargs.get("scaling")
+    if kwargs.get("dropout") or kwargs.get("sliding_window") is not None:
+        raise NotImplementedError("prefix-shared attention has neither dropout nor a sliding window")
+    call = varlen_call() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
+    if call is None:
+        return dense_prefix_attention(query, key, value, segments, scale=scale), None
+    return varlen_prefix_attention(query, key, value, segments.varlen, call, scale=scale), None
+
+
+def _vision_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention function: [1, H, L, D] each, segments ``cu_seq_lens_q`` → [1, L, H, D], not causal."""
+    cu, longest, scale = kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs.get("scaling")
+    call = varlen_call() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
+    if call is None:
+        return segment_attention(query, key, value, tuple((cu[1:] - cu[:-1]).tolist()), scale=scale), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return call(q, k, v, cu, cu, longest, longest, scale=scale, causal=False)[None], None
+
+
+# Scaled-dot-product path
+
+
+def dense_prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float | None = None
+) -> Tensor:
+    """Prefix-shared attention of one packed row.
+
+    Args:
+        query: [1, Hq, L, D]; key, value: [1, Hkv, L, D] with Hkv dividing Hq.
+        segments: the row's groups; their lengths sum to L.
+        scale: of the scores; default 1/sqrt(D).
+
+    Returns:
+        [1, L, Hq, D].
+    """
+    _check_rows(query, segments)
+    parts: list[Tensor] = []
+    for group in segments.dense.groups:
+        span = group.span
+        rows = slice(span.start, span.start + span.prompt)
+        prompt = F.scaled_dot_product_attention(
+            query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal=True, scale=scale, enable_gqa=True
+        )
+        parts.append(prompt[0].transpose(0, 1))
+        parts += [_completion_block(query[0], key[0], value[0], span, block, scale) for block in group.blocks]
+    out = torch.cat(parts)
+    order = segments.dense.order
+    return (out if order is None else out[order])[None]
+
+
+def _completion_block(
+    query: Tensor, key: Tensor, value: Tensor, span: Span, block: CompletionBlock, scale: float | None
+) -> Tensor:
+    """Attention of one block's real rows, [rows, Hq, D].
+
+    Query heads that share a key head are stacked along the query axis: no key is repeated, and the mask is repeated
+    instead.
+    """
+    hq, _, d = query.shape
+    hkv, ratio = len(key), len(query) // len(key)
+    b, t = block.rows.shape
+    rows = block.rows.flatten()
+
+    def with_prompt(x: Tensor) -> Tensor:  # [Hkv, L, D] → [B, Hkv, P + T, D]
+        prompt = x[:, span.start : span.start + span.prompt].expand(b, -1, -1, -1)
+        return torch.cat([prompt, x[:, rows].view(hkv, b, t, d).transpose(0, 1)], dim=2)
+
+    stacked = query[:, rows].view(hkv, ratio, b, t, d).permute(2, 0, 1, 3, 4).reshape(b, hkv, ratio * t, d)
+    mask = block.mask.repeat(ratio, 1)
+    out = F.scaled_dot_product_attention(stacked, with_prompt(key), with_prompt(value), attn_mask=mask, scale=scale)
+    out = out.view(b, hkv, ratio, t, d).permute(0, 3, 1, 2, 4).reshape(b * t, hq, d)
+    return out if len(block.valid) == b * t else out[block.valid]
+
+
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], *, scale: float | None = None
+) -> Tensor:
+    """Full attention inside consecutive segments: [1, H, L, D] → [1, L, H, D], one call for each distinct length."""
+    by_length, order = _equal_lengths(lengths)
+    out = []
+    for rows in by_length:  # [segments, length]
+        q, k, v = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v, scale=scale)  # [segments, H, length, D]
+        out.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)[order.to(query.device)][None]
+
+
+@lru_cache(maxsize=64)
+def _equal_lengths(lengths: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    """Rows [segments, length] of the segments of each distinct length, and the order that undoes the regrouping."""
+    starts = list(accumulate(lengths, initial=0))
+    by_length = [
+        torch.tensor([s for s, n in zip(starts, lengths, strict=False) if n == length])[:, None] + torch.arange(length)
+        for length in sorted(set(lengths) - {0})
+    ]
+    return by_length, torch.argsort(torch.cat([rows.flatten() for rows in by_length]))
+
+
+# Variable-length path
+
+
+def varlen_prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, tables: VarlenTables, call: Callable[..., Tensor], *, scale: float | None
+) -> Tensor:
+    """As ``dense_prefix_attention``, as one variable-length call: ``call(q, k, v, cu_q, cu_k, max_q, max_k, …)``."""
+    k, v = (_GatherKeys.apply(x[0].transpose(0, 1), tables) for x in (key, value))
+    q = query[0].transpose(0, 1)
+    return call(q, k, v, tables.cu_q, tables.cu_k, tables.max_q, tables.max_k, scale=scale, causal=True)[None]
+
+
+class _GatherKeys(torch.autograd.Function):
+    """Rows [L, H, D] → gathered keys [K, H, D]. The backward sums a row's copies in fp32 and in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, tables: VarlenTables) -> Tensor:
+        ctx.tables, ctx.length = tables, len(rows)
+        return rows.index_select(0, tables.key_rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.length, *grad.shape[1:], dtype=wide, device=grad.device)
+        for rows, places in ctx.tables.copies:
+            total[rows] += grad.index_select(0, places)
+        return total.to(grad.dtype), None
+
+
+@cache
+def varlen_call() -> Callable[..., Tensor] | None:
+    """The variable-length attention found here (torch's own, else flash_attn's), or None.
+
+    The result takes q [Tq, Hq, D], k and v [Tk, Hkv, D], cumulative lengths, longest lengths, ``scale`` and ``causal``
+    (queries aligned with the last keys).
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return _flash_attn_call()
+    known = inspect.signature(varlen_attn).parameters
+    if "scale" not in known:
+        return _flash_attn_call()
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, scale: float | None, causal: bool) -> Tensor:
+        options: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {}
+        if not options:
+            options["is_causal"] = causal
+        if "enable_gqa" in known:
+            options["enable_gqa"] = q.shape[1] != k.shape[1]
+        elif q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        return varlen_attn(q, k, v, *lengths, scale=scale, **options)
+
+    return call
+
+
+def _flash_attn_call() -> Callable[..., Tensor] | None:
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, scale: float | None, causal: bool) -> Tensor:
+        return flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, causal=causal)
+
+    return call
+
+
+def _check_rows(query: Tensor, segments: Segments) -> None:
+    if query.shape[0] != 1 or query.shape[2] != segments.length:
+        raise ValueError(f"query: expected one row of {segments.length} tokens, got {list(query.shape)}")

@@ -1,0 +1,135 @@
+"""Images → pixels (once per content) → vision features (once per batch)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastrl.batch import ImageInput
+from fastrl.models.positions import image_tokens
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class ImagePreprocessor:
+    """A model's own resize, normalisation and patching, with a bounded cache keyed by the picture's content.
+
+    ``processor`` is the model's image processor. ``cache_bytes`` bounds the pixels kept; the least recently used go
+    first.
+    """
+
+    def __init__(self, processor: Any, *, cache_bytes: int = 256 << 20) -> None:
+        self.processor = processor
+        self.patch = int(processor.patch_size)
+        self.merge = int(processor.merge_size)
+        self.cache_bytes = cache_bytes
+        self._cache: OrderedDict[str, ImageInput] = OrderedDict()
+        self._held = 0
+
+    def __call__(self, image: Path | str | Image) -> tuple[ImageInput, tuple[int, int]]:
+        """The image as the model takes it, and its original (width, height) in pixels.
+
+        Raises:
+            OSError: a file that is missing or is no image.
+            ValueError: a picture the processor refuses (one side over 200 times the other).
+        """
+        picture = open_image(image)
+        key = self.key(picture)
+        found = self._cache.get(key)
+        if found is None:
+            out = self.processor(images=[picture], return_tensors="pt")
+            t, h, w = (int(n) for n in out["image_grid_thw"][0])
+            found = ImageInput(pixel_values=out["pixel_values"].float(), grid=(t, h, w), key=key)
+            self._keep(found)
+        else:
+            self._cache.move_to_end(key)
+        return found, picture.size
+
+    def key(self, picture: Image) -> str:
+        """Content key: pictures with equal pixels under equal processor limits have equal keys."""
+        size = self.processor.size
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"{picture.size} {size['shortest_edge']} {size['longest_edge']}".encode())
+        digest.update(picture.tobytes())
+        return digest.hexdigest()
+
+    def tokens(self, image: ImageInput) -> int:
+        """Number of language-model tokens of this image."""
+        return image_tokens(image.grid, self.merge)
+
+    def _keep(self, image: ImageInput) -> None:
+        self._cache[image.key] = image
+        self._held += _bytes(image)
+        while self._held > self.cache_bytes and len(self._cache) > 1:
+            self._held -= _bytes(self._cache.popitem(last=False)[1])
+
+
+def open_image(image: Path | str | Image) -> Image:
+    """An RGB picture from a file or a PIL image, oriented as its pixels are stored (annotations refer to those)."""
+    if not isinstance(image, str | Path):
+        return image.convert("RGB")
+    from PIL import Image as pil
+
+    with pil.open(image) as opened:
+        return opened.convert("RGB")
+
+
+def unique_images(images: Iterable[ImageInput]) -> list[ImageInput]:
+    """One image per key, in order of first appearance."""
+    return list({image.key: image for image in reversed(list(images))}.values())[::-1]
+
+
+def vision_features(core: Any, images: Sequence[ImageInput]) -> list[Tensor]:
+    """Vision tower over unique ``images`` in one call.
+
+    Args:
+        core: the ``…ForConditionalGeneration`` model.
+        images: images, each [patches, values] with its own grid.
+
+    Returns:
+        For each image, features [tokens, hidden] in token order.
+    """
+    if not images:
+        return []
+    visual = core.model.visual
+    device = next(visual.parameters()).device
+    pixels = torch.cat([image.pixel_values.to(device, visual.dtype, non_blocking=True) for image in images])
+    grids = torch.tensor([image.grid for image in images])
+    # A frozen tower needs no graph: nothing below the embeddings takes a gradient.
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
+    with torch.set_grad_enabled(trained):
+        features = visual(pixels, grid_thw=grids.to(device), **_vision_tables(visual, grids, device)).pooler_output
+    return list(features.split([image_tokens(image.grid, visual.spatial_merge_size) for image in images]))
+
+
+def _vision_tables(visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
+    """What the tower derives from the grids, made on the host: on the device each piece costs a synchronisation."""
+    try:
+        from transformers import vision_utils
+    except ImportError:  # older versions derive them inside the tower and take no such keywords
+        return {}
+    config = visual.config
+    cu = vision_utils.get_vision_cu_seqlens(grids)
+    tables: dict[str, Any] = {
+        "position_ids": vision_utils.get_vision_position_ids(grids, visual.spatial_merge_size).to(device),
+        "cu_seqlens": cu.to(device),
+        "max_seqlen": int((cu[1:] - cu[:-1]).max()),
+    }
+    if hasattr(config, "window_size"):
+        index, cu = vision_utils.get_vision_window_index(
+            grids, visual.spatial_merge_size, config.window_size, config.patch_size
+        )
+        tables |= {"window_index": index.to(device), "cu_window_seqlens": cu.to(device)}
+        tables["max_window_seqlen"] = int((cu[1:] - cu[:-1]).max())
+    return tables
+
+
+def _bytes(image: ImageInput) -> int:
+    return image.pixel_values.numel() * image.pixel_values.element_size()
