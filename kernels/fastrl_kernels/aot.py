@@ -63,8 +63,8 @@ def compile_case(case: AotCase, arch: int) -> AotRow:
 
     Signature types are Triton's (``"*bf16"``, ``"i32"``, ``"fp32"``, ``"constexpr"``). Pointers are taken as aligned to
     16 bytes, as torch allocates them; an integer written ``"i32:16"`` is taken as divisible by 16, as the launcher
-    would specialise it. Raises ``RuntimeError`` under the interpreter or without Triton, ``ValueError`` for a case whose
-    arguments are not the kernel's.
+    would specialise it. Raises ``RuntimeError`` under the interpreter or without Triton, ``ValueError`` for a case with
+    arguments that are not the kernel's.
     """
     if not HAS_TRITON or interpreting():
         raise RuntimeError("ahead-of-time compilation needs Triton and no TRITON_INTERPRET")

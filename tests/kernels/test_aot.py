@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from fastrl_kernels import aot
 from fastrl_kernels._common import AotCase, interpreting
 from fastrl_kernels._triton import HAS_TRITON, tl, triton
