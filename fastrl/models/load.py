@@ -11,7 +11,7 @@ import torch
 
 from fastrl.models.lora import Lora
 from fastrl.models.lora import freeze as freeze_parameters
-from fastrl.models.policy import STYLES, Policy
+from fastrl.models.policy import STYLES, Policy, quiet_progress
 
 
 def load_policy(
@@ -46,11 +46,15 @@ def load_policy(
     dtype = dtype if dtype is not None else torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = load_tokenizer(folder)
     image_processor = load_image_processor(folder, min_pixels=min_pixels, max_pixels=max_pixels)
-    core = _model_class(model_type).from_pretrained(folder, dtype=dtype, local_files_only=True)
+    with quiet_progress():
+        core = _model_class(model_type).from_pretrained(folder, dtype=dtype, local_files_only=True)
     policy = Policy(core.to(device), tokenizer, image_processor, lora=lora)
     freeze_parameters(policy.core, freeze)
     if gradient_checkpointing:
-        policy.core.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Renamed in transformers 5.2x; the old name still works there but warns.
+        core = policy.core
+        enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return policy
 
 

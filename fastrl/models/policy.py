@@ -212,9 +212,24 @@ class Policy:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = merged_state_dict(self.core) if self.peft is not None else None
-        self.core.save_pretrained(folder, state_dict=state)
+        with quiet_progress():
+            self.core.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Without transformers' progress bars, which it draws even where nobody watches."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _eos_ids(core: Any, tokenizer: Any) -> tuple[int, ...]:
