@@ -1,0 +1,126 @@
+"""DeepSpeed behind the engine's verbs: data parallel with ZeRO 0 to 2. Imported only when a recipe names it.
+
+ZeRO 3 is refused: rollouts would gather every layer for every token, and the head's weight is used outside its module.
+ZeRO 2 or LoRA is what a model of this size wants.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.engine import NonFiniteError, StepInfo, deepspeed_available, lr_scale, parameter_groups
+
+if TYPE_CHECKING:
+    from fastrl.recipe import EngineRecipe, OptimRecipe
+
+_TAG = "engine"
+
+
+def deepspeed_config(optim: OptimRecipe, engine: EngineRecipe, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration for a recipe. Micro-batches are counted by the trainer, so accumulation is 1 here."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.clip_norm or 0.0,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            **({"offload_optimizer": {"device": "cpu"}} if engine.offload_optimizer else {}),
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optim.lr,
+                "betas": list(optim.betas),
+                "eps": optim.eps,
+                "weight_decay": optim.weight_decay,
+            },
+        },
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+class DeepSpeedEngine:
+    """Data-parallel training through ``deepspeed.initialize``. Gradients are averaged over ranks."""
+
+    def __init__(self, model: nn.Module, optim: OptimRecipe, engine: EngineRecipe) -> None:
+        if not deepspeed_available():
+            raise RuntimeError(
+                "engine.kind: deepspeed needs DeepSpeed, which is not installed (pip install 'fastrl[distributed]'); "
+                "or use engine.kind: local"
+            )
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        self.optim = optim
+        self.updates = 0
+        groups = parameter_groups(model, optim)
+        self._base_lrs = [group.pop("base_lr") for group in groups]
+        for group in groups:
+            del group["names"]
+        dtype = groups[0]["params"][0].dtype
+        self._engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=groups, config=deepspeed_config(optim, engine, dtype)
+        )
+        self._device = groups[0]["params"][0].device
+        self._dist = torch.distributed
+        self.rank = self._dist.get_rank()
+        self.world_size = self._dist.get_world_size()
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the gradient of ``loss``; ranks reduce theirs in the ``last`` one."""
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self._engine.backward(loss)
+
+    def step(self) -> StepInfo:
+        """Clip, update, clear. A gradient that is not finite is only seen here after the update."""
+        scale = lr_scale(self.updates, self.optim)
+        for group, lr in zip(self._engine.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * scale
+        self._engine.step()
+        self.updates += 1
+        norm = self._engine.get_global_grad_norm()
+        grad_norm = 0.0 if norm is None else float(norm)
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError(f"the gradient norm is {grad_norm}")
+        return StepInfo(grad_norm=grad_norm, lr=self._base_lrs[0] * scale)
+
+    def save(self, folder: Path) -> None:
+        """Every rank writes its share."""
+        self._engine.save_checkpoint(
+            str(folder),
+            tag=_TAG,
+            client_state={"updates": self.updates},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
+
+    def load(self, folder: Path) -> None:
+        """Every rank reads its share."""
+        found, client = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        if found is None:
+            raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
+        self.updates = int(client["updates"])
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Parameters are whole up to ZeRO 2."""
+        return nullcontext()
+
+    def average(self, value: float) -> float:
+        return self._reduce(value, self._dist.ReduceOp.SUM) / self.world_size
+
+    def maximum(self, value: float) -> float:
+        return self._reduce(value, self._dist.ReduceOp.MAX)
+
+    def barrier(self) -> None:
+        self._dist.barrier()
+
+    def _reduce(self, value: float, op: Any) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self._device)
+        self._dist.all_reduce(tensor, op=op)
+        return float(tensor)

@@ -1,0 +1,154 @@
+"""What a training method is: the protocol the trainer calls, what it is handed, and what it hands back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fastrl_kernels.token_weights import token_weights
+
+if TYPE_CHECKING:
+    from fastrl.batch import PackedBatch, PromptGroup
+    from fastrl.data.records import Record
+    from fastrl.models.load import Policy
+    from fastrl.recipe import RewardRecipe, RolloutRecipe
+    from fastrl.stream import RecordStream
+
+
+class MethodOptions(BaseModel):
+    """Base of every method's options: a subclass adds ``kind: Literal[...]`` and its own keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Clock:
+    """Seconds spent in named phases of a step. On a GPU the end of a phase waits for the device."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to phase ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Seconds per phase since the last call."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+def _one_rank(value: float) -> float:
+    return value
+
+
+@dataclass
+class Context:
+    """What a method may use while it prepares a step.
+
+    ``stream`` is the data position of the run (a method that resamples draws from it), ``rng`` the sampler's generator,
+    and ``average`` the mean of a number over data-parallel ranks (the number itself with one rank).
+    """
+
+    policy: Policy
+    stream: RecordStream
+    rng: torch.Generator
+    rollout: RolloutRecipe
+    reward: RewardRecipe
+    clock: Clock = field(default_factory=Clock)
+    average: Callable[[float], float] = _one_rank
+
+
+@dataclass
+class Prepared:
+    """A step's work, before packing.
+
+    ``groups`` carry gradient; ``sampled`` are all groups the step drew, which is what reward and length metrics
+    describe (dropping groups must not flatter them). ``metrics`` are the method's own counts.
+    """
+
+    groups: list[PromptGroup]
+    sampled: list[PromptGroup]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """One training method: the trainer's loop calls these and nothing else."""
+
+    Options: ClassVar[type[MethodOptions]]
+    temperature: float  # of the log-probs the loss is made of
+    needs_reference: bool  # the loss reads batch.per_token["ref_logp"]
+    needs_entropy: bool
+
+    def __init__(self, options: Any, context: Context) -> None: ...
+
+    def prepare(self, records: Sequence[Record]) -> Prepared:
+        """Rollouts, rewards and advantages, or ready-made lists and dialogues, as groups with their coefficients."""
+        ...
+
+    def rows(self, batch: PackedBatch) -> Tensor | None:
+        """Indices of predicted rows whose coefficient is not zero (None: all); the rest skip the head's backward."""
+        ...
+
+    def loss(self, logp: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pure: the loss of one micro-batch and scalar metrics.
+
+        Losses of the micro-batches of a step add up to the step's loss: coefficients are normalised over the whole
+        step. A metric ending in ``max`` is reduced by maximum, every other one by its mean over predicted tokens.
+        """
+        ...
+
+
+def set_token_weights(
+    groups: Sequence[PromptGroup],
+    *,
+    aggregate: str,
+    live: Callable[[PromptGroup, int], bool] | None = None,
+    length: float | None = None,
+    average: Callable[[float], float] = _one_rank,
+) -> int:
+    """Write ``per_token["weight"]`` of every completion, normalised over all of ``groups`` together; return the live
+    tokens.
+
+    Args:
+        groups: all groups of one optimizer step, so that the split into micro-batches changes nothing.
+        aggregate: ``sequence``, ``token`` or ``constant`` (see ``fastrl_kernels.token_weights``).
+        live: whether completion i of a group counts (default: all). A dead completion weighs 0 and is not in the
+            denominator.
+        length: for ``constant``, the tokens every completion counts as, whatever its length (arXiv:2503.20783).
+        average: mean over ranks; gradients are averaged over ranks, so dividing by the mean denominator divides by the
+            global one.
+
+    Raises:
+        ValueError: ``constant`` without ``length``.
+    """
+    if aggregate == "constant" and length is None:
+        raise ValueError('aggregate "constant" needs length: the number of tokens every completion counts as')
+    answers = [(g, i, c) for g in groups for i, c in enumerate(g.completions)]
+    alive = [len(c.token_ids) > 0 and (live is None or live(g, i)) for g, i, c in answers]
+    lengths = torch.tensor([len(c.token_ids) for _, _, c in answers], dtype=torch.int64)
+    tokens = int((lengths * torch.tensor(alive, dtype=torch.int64)).sum()) if answers else 0
+    count = {"sequence": sum(alive), "token": tokens, "constant": sum(alive) * (length or 0.0)}[aggregate]
+    normalizer = average(float(count))
+    owner = torch.repeat_interleave(torch.arange(len(answers)), lengths)
+    mask = torch.tensor(alive, dtype=torch.bool)[owner]
+    if normalizer > 0:
+        weight = token_weights(owner, aggregate=aggregate, mask=mask, normalizer=normalizer).float()  # type: ignore[arg-type]
+    else:
+        weight = torch.zeros(len(owner))
+    for (_, _, completion), part in zip(answers, weight.split(lengths.tolist()), strict=True):
+        completion.per_token["weight"] = part
+    return tokens

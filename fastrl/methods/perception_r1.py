@@ -1,0 +1,246 @@
+"""Perception-R1 (arXiv:2504.07954): GRPO on rule rewards for grounding, counting, detection and OCR.
+
+G answers per prompt are sampled from the policy, scored by the task's rules, and compared within their group:
+
+    A_i = (r_i − mean r) / (std r + ε)                       (GRPO; other baselines and scales are options)
+    L = Σ_t w_t · [ −min(ρ_t A, clip(ρ_t, 1 − ε_low, 1 + ε_high) A) + β KL_t ]
+
+with token weights w normalised over all answers of the optimizer step. The authors' released trainer makes one update
+per rollout, so that ρ = 1 and the clip never acts; both are covered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from fastrl_kernels.group_advantage import group_advantage
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fastrl.batch import PackedBatch, PromptGroup
+from fastrl.methods.base import Context, MethodOptions, Prepared, set_token_weights
+from fastrl_kernels.policy_loss import policy_loss
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+    from fastrl.rewards.base import Reward
+
+
+class PerceptionR1Options(MethodOptions):
+    """Keys of ``method:`` for Perception-R1. Defaults are the paper's and the released trainer's."""
+
+    kind: Literal["perception-r1"] = "perception-r1"
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    scale: Literal["std", "none"] = "std"  # none: Dr. GRPO (arXiv:2503.20783)
+    unbiased: bool = True  # std over n − 1, as torch's default in the released trainer
+    eps: float = Field(1e-4, ge=0)
+    beta: float = Field(0.04, ge=0)  # 0: no KL, and no reference model is ever made
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_gradient: Literal["value", "k2"] = "value"  # k2: the slope of k2 whatever the value is, the unbiased one
+    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_high: float = Field(0.2, ge=0)
+    dual_clip: float | None = Field(None, gt=1)
+    ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO (arXiv:2507.18071)
+    aggregate: Literal["sequence", "token", "constant"] = "sequence"
+    constant_length: int | None = Field(None, ge=1)  # for constant; none: rollout.max_new_tokens
+    mask_truncated: bool = False  # answers cut at max_new_tokens carry no loss (their reward still counts in the group)
+    zero_variance: Literal["keep", "drop", "resample"] = "keep"  # groups whose rewards are all equal
+    max_resample: int = Field(3, ge=1)  # extra rounds of prompts a step may draw to replace them
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PerceptionR1Options:
+        if self.constant_length is not None and self.aggregate != "constant":
+            raise ValueError("constant_length is only read with aggregate: constant")
+        return self
+
+
+class PerceptionR1:
+    """GRPO on rule rewards."""
+
+    Options: ClassVar[type[MethodOptions]] = PerceptionR1Options
+    needs_entropy = True  # logged
+
+    def __init__(self, options: PerceptionR1Options, context: Context) -> None:
+        self.options = options
+        self.context = context
+        self.temperature = context.rollout.temperature
+        self.needs_reference = options.beta > 0
+        self._rewards: dict[str, Reward] = {}
+        self._generator = None
+
+    def prepare(self, records: Sequence[Record]) -> Prepared:
+        """Sample, score and compare G answers to each record; the groups that carry gradient, with their token weights.
+
+        Groups of equal rewards have no advantage. ``keep``: they stay in the denominators (and carry the KL term where
+        β > 0). ``drop``: they leave them. ``resample``: other prompts are drawn in their place, in at most
+        ``max_resample`` rounds; what is still missing then is not made up.
+        """
+        options = self.options
+        sampled: list[PromptGroup] = []
+        kept: list[PromptGroup] = []
+        wanted, constant_groups, rounds = len(records), 0, 0
+        while True:
+            groups = self._sample(records)
+            constant = self._compare(groups)
+            sampled += groups
+            constant_groups += sum(constant)
+            kept += [g for g, c in zip(groups, constant, strict=True) if options.zero_variance == "keep" or not c]
+            missing = wanted - len(kept)
+            if options.zero_variance != "resample" or missing <= 0 or rounds >= options.max_resample:
+                break
+            rounds += 1
+            records = self.context.stream.take(missing)
+        self._weigh(sampled, kept)
+        metrics = {
+            "groups/sampled": float(len(sampled)),
+            "groups/zero_variance": float(constant_groups),
+            "groups/kept": float(len(kept)),
+            "groups/resample_rounds": float(rounds),
+        }
+        return Prepared(groups=[g for g in kept if self._carries_gradient(g)], sampled=sampled, metrics=metrics)
+
+    def rows(self, batch: PackedBatch) -> Tensor | None:
+        """Rows with a weight and, where β = 0, an advantage."""
+        live = batch.per_token["weight"] != 0
+        if self.options.beta == 0:
+            live &= batch.per_completion["advantage"][batch.completion_of_token] != 0
+        return None if bool(live.all()) else live.nonzero().squeeze(-1)
+
+    def loss(self, logp: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped policy loss of one micro-batch (see :func:`grpo_loss`)."""
+        return grpo_loss(logp, entropy, batch, self.options)
+
+    def _sample(self, records: Sequence[Record]) -> list[PromptGroup]:
+        """Encode each record once and sample its answers."""
+        from fastrl.rollout import Generator, Sampling
+
+        context, rollout = self.context, self.context.rollout
+        with context.clock.phase("encode"):
+            encoded = [context.policy.encode(record) for record in records]
+        sampling = Sampling(
+            n=rollout.group_size,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+        )
+        self._generator = self._generator or Generator(context.policy)
+        with context.clock.phase("rollout"):
+            answers = self._generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
+        return [
+            PromptGroup(prompt=prompt, completions=completions, record=record)
+            for (prompt, record), completions in zip(encoded, answers, strict=True)
+        ]
+
+    def _reward_for(self, task: str) -> Reward:
+        if task not in self._rewards:
+            from fastrl.rewards import reward_for
+
+            section = self.context.reward
+            weights = {"weights": section.weights} if section.weights else {}
+            self._rewards[task] = reward_for(task, **section.options, **weights)
+        return self._rewards[task]
+
+    def _score(self, groups: Sequence[PromptGroup]) -> None:
+        """Reward components and their weighted sum of every answer, one batched call per task."""
+        by_task: dict[str, list[PromptGroup]] = {}
+        for group in groups:
+            assert group.record is not None
+            by_task.setdefault(group.record.task, []).append(group)
+        for task, members in by_task.items():
+            answers = [(c, g.record) for g in members for c in g.completions]
+            reward = self._reward_for(task)
+            components = reward.score([c.text for c, _ in answers], [r for _, r in answers if r is not None])
+            for i, ((completion, _), value) in enumerate(zip(answers, reward.total(components), strict=True)):
+                completion.rewards = {name: values[i] for name, values in components.items()}
+                completion.scalars["reward"] = value
+
+    def _compare(self, groups: Sequence[PromptGroup]) -> list[bool]:
+        """Advantages within each group; which groups have none."""
+        with self.context.clock.phase("reward"):
+            self._score(groups)
+            rewards = torch.tensor([c.scalars["reward"] for g in groups for c in g.completions], dtype=torch.float64)
+            sizes = torch.tensor([len(g.completions) for g in groups])
+            options = self.options
+            result = group_advantage(
+                rewards,
+                torch.repeat_interleave(torch.arange(len(groups)), sizes),
+                n_groups=len(groups),
+                baseline=options.baseline,
+                scale=options.scale,
+                unbiased=options.unbiased,
+                eps=options.eps,
+            )
+            values = iter(result.advantage.tolist())
+            for group in groups:
+                for completion in group.completions:
+                    completion.scalars["advantage"] = next(values)
+            return result.constant.tolist()
+
+    def _weigh(self, sampled: Sequence[PromptGroup], kept: Sequence[PromptGroup]) -> None:
+        """Token weights over the whole step; what is not kept weighs 0."""
+        options = self.options
+        for group in sampled:
+            for completion in group.completions:
+                completion.per_token["weight"] = torch.zeros(len(completion.token_ids))
+        length = None
+        if options.aggregate == "constant":
+            length = float(options.constant_length or self.context.rollout.max_new_tokens)
+        set_token_weights(
+            kept,
+            aggregate=options.aggregate,
+            live=(lambda group, i: group.completions[i].finished) if options.mask_truncated else None,
+            length=length,
+            average=self.context.average,
+        )
+
+    def _carries_gradient(self, group: PromptGroup) -> bool:
+        return any(
+            (self.options.beta > 0 or c.scalars["advantage"] != 0) and bool((c.per_token["weight"] != 0).any())
+            for c in group.completions
+        )
+
+
+def grpo_loss(
+    logp: Tensor, entropy: Tensor | None, batch: PackedBatch, options: PerceptionR1Options
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO's loss of one micro-batch. Pure.
+
+    Args:
+        logp: [N] log-probs of the batch's predicted rows, with gradient.
+        entropy: [N] or None, only logged.
+        batch: reads per_token ``weight``, ``old_logp`` (absent: this is the first update, the detached ``logp`` stands
+            in), ``ref_logp`` (needed where β > 0), per_completion ``advantage`` and ``completion_of_token``.
+        options: the method's options.
+
+    Returns:
+        The loss (a scalar that sums over micro-batches to the step's) and metrics: ``kl``, ``clip/low``, ``clip/high``,
+        ``ratio/mean``, ``ratio/max``, ``entropy``.
+    """
+    result = policy_loss(
+        logp,
+        batch.per_completion["advantage"],
+        batch.completion_of_token,
+        old_logp=batch.per_token.get("old_logp"),
+        ref_logp=batch.per_token["ref_logp"] if options.beta > 0 else None,
+        weight=batch.per_token["weight"],
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        dual_clip=options.dual_clip,
+        beta=options.beta,
+        kl=options.kl,
+        kl_gradient=options.kl_gradient,
+        ratio=options.ratio,
+    )
+    metrics = {
+        "kl": result.kl,
+        "clip/low": result.clip_low_fraction,
+        "clip/high": result.clip_high_fraction,
+        "ratio/mean": result.ratio_mean,
+        "ratio/max": result.ratio_max,
+    }
+    if entropy is not None and entropy.numel():
+        metrics["entropy"] = entropy.detach().mean()
+    return result.loss, metrics

@@ -1,0 +1,260 @@
+"""What a step reports: numbers from its groups and micro-batches, written to ``metrics.jsonl`` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastrl.batch import Completion, PackedBatch, PromptGroup
+
+# Rows of two runs of one recipe are equal but for keys that begin with these.
+VOLATILE = ("time/", "speed/", "memory/")
+
+
+class Meter:
+    """Metrics of micro-batches → one number each for the step. Values stay on the device until :meth:`read`.
+
+    A key that ends in ``max`` is reduced by maximum, every other one by its mean weighted with the tokens it stands
+    for.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def add(self, metrics: Mapping[str, Tensor], tokens: int) -> None:
+        """Metrics of a micro-batch (0-d tensors) that stand for ``tokens`` tokens."""
+        if tokens:
+            for key, value in metrics.items():
+                self._values.setdefault(key, []).append((value.detach().double(), tokens))
+
+    def read(self) -> dict[str, float]:
+        """One number per key, with a single wait for the device."""
+        reduced = {}
+        for key, pairs in self._values.items():
+            values = torch.stack([value for value, _ in pairs])
+            if key.endswith("max"):
+                reduced[key] = values.max()
+            else:
+                weights = values.new_tensor([tokens for _, tokens in pairs])
+                reduced[key] = (values * weights).sum() / weights.sum()
+        if not reduced:
+            return {}
+        return dict(zip(reduced, torch.stack(list(reduced.values())).tolist(), strict=True))
+
+
+def sampler_gap(logp: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+    """How far the trainer's log-probs are from the sampler's, on the same tokens: mean and largest |Δ|, and the mean
+    ratio.
+
+    Empty where the batch has no sampler log-probs. Both are over the full vocabulary at the sampling temperature, so
+    with equal weights only rounding is left; more than that means rollouts and training disagree about the model.
+    """
+    sampler = batch.per_token.get("sampler_logp")
+    if sampler is None or sampler.numel() == 0:
+        return {}
+    delta = logp.detach().float() - sampler
+    return {
+        "sampler/gap_mean": delta.abs().mean(),
+        "sampler/gap_max": delta.abs().max(),
+        "sampler/ratio_mean": delta.exp().mean(),
+    }
+
+
+def group_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
+    """Rewards, advantages and lengths of a step's groups, from their completions.
+
+    ``reward/mean`` and one ``reward/NAME`` per component, ``reward/group_std`` (mean over groups), ``advantage/*``,
+    ``completion/length_*`` in tokens, ``completion/truncated`` (fraction cut at max_new_tokens). Keys whose numbers the
+    completions do not carry are left out.
+    """
+    completions = [c for g in groups for c in g.completions]
+    if not completions:
+        return {}
+    metrics: dict[str, float] = {}
+    rewards = [c.scalars["reward"] for c in completions if "reward" in c.scalars]
+    if rewards:
+        metrics |= {"reward/mean": statistics.fmean(rewards), "reward/min": min(rewards), "reward/max": max(rewards)}
+        metrics["reward/std"] = statistics.pstdev(rewards)
+        spreads = [statistics.pstdev([c.scalars["reward"] for c in g.completions]) for g in groups if _rewarded(g)]
+        metrics["reward/group_std"] = statistics.fmean(spreads) if spreads else 0.0
+    components: dict[str, list[float]] = {}
+    for completion in completions:
+        for name, value in completion.rewards.items():
+            components.setdefault(name, []).append(value)
+    metrics |= {f"reward/{name}": statistics.fmean(values) for name, values in sorted(components.items())}
+    advantages = [c.scalars["advantage"] for c in completions if "advantage" in c.scalars]
+    if advantages:
+        metrics |= {
+            "advantage/mean": statistics.fmean(advantages),
+            "advantage/abs_mean": statistics.fmean(abs(a) for a in advantages),
+            "advantage/std": statistics.pstdev(advantages),
+            "advantage/min": min(advantages),
+            "advantage/max": max(advantages),
+        }
+    lengths = [len(c.token_ids) for c in completions]
+    metrics |= {
+        "completion/length_mean": statistics.fmean(lengths),
+        "completion/length_min": float(min(lengths)),
+        "completion/length_max": float(max(lengths)),
+        "completion/truncated": statistics.fmean(0.0 if c.finished else 1.0 for c in completions),
+    }
+    return metrics
+
+
+def work_metrics(groups: Sequence[PromptGroup], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Phase times in seconds, throughput of the whole step, and memory in GiB."""
+    total = sum(seconds.values())
+    answers = sum(len(c.token_ids) for g in groups for c in g.completions)
+    tokens = answers + sum(len(g.prompt.token_ids) for g in groups)
+    images = sum(len(g.prompt.images) for g in groups)
+    metrics = {f"time/{name}": value for name, value in seconds.items()} | {"time/step": total}
+    if total > 0:
+        metrics |= {"speed/tokens_per_s": tokens / total, "speed/images_per_s": images / total}
+    if seconds.get("rollout", 0) > 0:
+        metrics["speed/rollout_tokens_per_s"] = answers / seconds["rollout"]
+    return metrics | memory()
+
+
+def memory() -> dict[str, float]:
+    """Resident memory of this process now and at its peak, and the GPU allocator's peak, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    found = {"memory/rss_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    try:
+        import psutil
+    except ImportError:
+        pass
+    else:
+        found["memory/rss_gb"] = psutil.Process().memory_info().rss / 2**30
+    if torch.cuda.is_initialized():
+        found["memory/cuda_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
+def sample_table(groups: Sequence[PromptGroup], n: int) -> list[dict[str, Any]]:
+    """Best and worst answer of the first groups, ``n`` rows at most: record id, task, question, answer, rewards."""
+    rows = []
+    for group in groups[: max(1, n // 2)]:
+        ranked = sorted(group.completions, key=lambda c: -c.scalars.get("reward", 0.0))
+        picked: list[Completion] = ranked[:1] if len(ranked) == 1 else [ranked[0], ranked[-1]]
+        for completion in picked:
+            record = group.record
+            rows.append(
+                {
+                    "id": record.id if record else "",
+                    "task": record.task if record else "",
+                    "question": question_of(record.messages) if record else "",
+                    "answer": completion.text,
+                    "reward": completion.scalars.get("reward"),
+                    "rewards": completion.rewards,
+                }
+            )
+    return rows[:n]
+
+
+def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Text of the last user turn."""
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            content = message.get("content", "")
+            if isinstance(content, str):
+                return content
+            return " ".join(part["text"] for part in content if part.get("type") == "text")
+    return ""
+
+
+class MetricsLog:
+    """``OUT/metrics.jsonl`` (one row a step), ``OUT/samples.jsonl``, and TensorBoard events where it is installed.
+
+    Args:
+        out: the run's folder.
+        tensorboard: whether to write ``OUT/tensorboard``.
+        after: rows of later steps are gone (a resume): TensorBoard is told to forget them.
+    """
+
+    def __init__(self, out: Path, *, tensorboard: bool = True, after: int = 0) -> None:
+        self._rows = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        self._samples = out / "samples.jsonl"
+        self._board = _summary_writer(out / "tensorboard", after) if tensorboard else None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """One row; numbers that are not finite become null, as JSON has no word for them."""
+        self._rows.write(_json_line(row))
+        self._rows.flush()
+        if self._board is not None:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float) and math.isfinite(value):
+                    self._board.add_scalar(key, value, row["step"])
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sample answers of a step."""
+        with self._samples.open("a", encoding="utf-8") as file:
+            file.writelines(_json_line({"step": step, **row}) for row in rows)
+
+    def sync(self) -> None:
+        """Flush to the disk (before a checkpoint, so that it never knows of a step the log does not)."""
+        self._rows.flush()
+        os.fsync(self._rows.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self._rows.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class NoLog:
+    """The log of a rank that writes none."""
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _rewarded(group: PromptGroup) -> bool:
+    return bool(group.completions) and all("reward" in c.scalars for c in group.completions)
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
+    return value
+
+
+def _summary_writer(folder: Path, after: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=after + 1 if after else None)

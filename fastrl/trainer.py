@@ -1,0 +1,376 @@
+"""The one training loop: records → groups → packed batches → log-probs → loss → update. Read :func:`Run.step` first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastrl import checkpoint
+from fastrl.batch import PackedBatch, PromptGroup, pack
+from fastrl.checkpoint import CheckpointError, RunState
+from fastrl.engine import Engine, NonFiniteError, StepInfo, make_engine
+from fastrl.methods import Clock, Context, Method, Prepared, method_for
+from fastrl.metrics import Meter, MetricsLog, NoLog, group_metrics, sample_table, sampler_gap, work_metrics
+from fastrl.progress import Progress
+from fastrl.recipe import Recipe, build_recipe, differences
+from fastrl.stream import RecordStream
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+    from fastrl.models.load import Policy
+
+
+class TrainingError(RuntimeError):
+    """Training stopped because going on would spoil the weights; they are those of the last good update."""
+
+
+@dataclass
+class Summary:
+    """How a run ended."""
+
+    out: Path
+    steps: int  # the last step done
+    seconds: float  # of this call, set-up and checkpoints included
+    interrupted: bool  # stopped by Ctrl-C or SIGTERM, after saving
+    checkpoint: Path | None  # the newest one
+    last: dict[str, Any] = field(default_factory=dict)  # the last row of metrics
+
+    @property
+    def model(self) -> Path | None:
+        """Hugging Face folder of the trained model."""
+        return self.checkpoint / "model" if self.checkpoint is not None else None
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    records: Sequence[Record] | None = None,
+    policy: Policy | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    show: bool = True,
+) -> Summary:
+    """Train as a recipe says.
+
+    Args:
+        recipe: the whole run.
+        resume: go on from the last checkpoint in the recipe's folder (from the beginning where there is none yet).
+        records: the data, where it is not to be loaded from ``recipe.data.spec``.
+        policy: the model, where it is not to be loaded from ``recipe.model``; it is trained in place.
+        on_step: called with each step's row of metrics, after it is written.
+        show: progress on stderr.
+
+    Raises:
+        CheckpointError: the folder holds a run and ``resume`` is off, or another process trains in it.
+        TrainingError: a loss or gradient that is not finite; the message has the step and the records.
+        ValueError: recipe, data and model do not fit each other.
+    """
+    start = time.monotonic()
+    out = recipe.folder
+    writes = _is_first_rank(recipe)  # the other ranks of a distributed run write nothing but their part of checkpoints
+    with ExitStack() as stack:
+        if writes:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(checkpoint.lock_run(out))
+        saved = _open_folder(recipe, resume, writes)
+        run = Run(recipe, records=records, policy=policy)
+        done = checkpoint.load_checkpoint(saved, run.state) if saved is not None else 0
+        log = MetricsLog(out, tensorboard=recipe.log.tensorboard, after=done) if writes else NoLog()
+        stack.callback(log.close)
+        steps, every = recipe.optim.steps, recipe.log.every
+        progress = stack.enter_context(Progress(steps, done=done, every=every, show=show and writes))
+        if resume:
+            progress.note(f"resuming after step {done}" if done else "no checkpoint yet: starting from the beginning")
+        stop = stack.enter_context(_stop_signals(progress.note))
+        row: dict[str, Any] = {}
+        stopping = False
+        while done < steps and not stopping:
+            done += 1
+            row, table = run.step(done)
+            log.write(row)
+            progress.step(row)
+            if table:
+                log.samples(done, table)
+                progress.samples(done, table)
+            if on_step is not None:
+                on_step(row)
+            stopping = run.engine.maximum(float(stop.is_set())) > 0  # every rank stops after the same step
+            last = done == steps and recipe.checkpoint.final
+            due = recipe.checkpoint.every and done % recipe.checkpoint.every == 0
+            if due or last or stopping:
+                log.sync()
+                with run.clock.phase("checkpoint"):
+                    saved = checkpoint.save_checkpoint(out, done, run.state, keep=recipe.checkpoint.keep)
+        interrupted = stopping and done < steps
+        if interrupted:
+            progress.note(f"stopped after step {done}; go on with --resume")
+    return Summary(out, done, time.monotonic() - start, interrupted, saved, row)
+
+
+class Run:
+    """Model, data, method and engine of a run, and what one step does with them."""
+
+    def __init__(
+        self, recipe: Recipe, *, records: Sequence[Record] | None = None, policy: Policy | None = None
+    ) -> None:
+        _seed(recipe.seed)
+        self.recipe = recipe
+        self.clock = Clock()
+        self.policy = policy if policy is not None else load_model(recipe)
+        self.engine: Engine = make_engine(self.policy.model, recipe.optim, recipe.engine)
+        self.stream = RecordStream(
+            records if records is not None else _load_records(recipe),
+            seed=recipe.seed if recipe.data.seed is None else recipe.data.seed,
+            order=recipe.data.order,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+        )
+        _seed(recipe.seed + self.engine.rank)  # the steps draw the same numbers however much loading drew
+        rng = torch.Generator().manual_seed(recipe.seed + self.engine.rank)
+        self.context = Context(
+            policy=self.policy,
+            stream=self.stream,
+            rng=rng,
+            rollout=recipe.rollout,
+            reward=recipe.reward,
+            clock=self.clock,
+            average=self.engine.average,
+        )
+        self.method: Method = method_for(recipe.method)(recipe.method, self.context)
+        if self.method.needs_reference and recipe.model.lora is None:
+            self.policy.make_reference()
+        # Features of a frozen vision tower are the same for every pass of a step, the reference's among them.
+        passes = recipe.optim.updates_per_batch + self.method.needs_reference
+        self.share_vision = passes > 1 and not any(
+            p.requires_grad for n, p in self.policy.core.named_parameters() if ".visual." in f".{n}."
+        )
+        self.state = RunState(policy=self.policy, engine=self.engine, stream=self.stream, rng=rng)
+
+    def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """One rollout batch and its updates. Returns the row of metrics and, when one is due, a table of samples."""
+        recipe, method, meter = self.recipe, self.method, Meter()
+        with self.clock.phase("data"):
+            records = self.stream.take(recipe.data.prompts_per_step)
+        prepared = method.prepare(records)
+        with self.clock.phase("pack"):
+            batches = self._pack(prepared)
+        if method.needs_reference:
+            with self.clock.phase("reference"):
+                self._score_reference(batches)
+        info, losses = None, []
+        for update in range(recipe.optim.updates_per_batch):
+            with self.clock.phase("update"):
+                loss, info = self._update(number, batches, meter, first=update == 0)
+                losses.append(loss)
+        row = {
+            "step": number,
+            "loss": sum(losses) / len(losses),
+            **meter.read(),
+            **self._counts(prepared, batches, info),
+        }
+        every = recipe.log.samples_every
+        table = sample_table(prepared.sampled, recipe.log.samples) if every and (number - 1) % every == 0 else []
+        return row | work_metrics(prepared.sampled, self.clock.read()), table
+
+    def _pack(self, prepared: Prepared) -> list[_Batch]:
+        """Groups as micro-batches; every rank gets the same number, the surplus with weight 0."""
+        groups = prepared.groups
+        batches = [_Batch(b) for b in pack(groups, self.recipe.optim.token_budget)]
+        offset = 0
+        for batch in batches:
+            batch.groups = groups[offset : offset + batch.packed.n_groups]
+            offset += batch.packed.n_groups
+        missing = int(self.engine.maximum(len(batches))) - len(batches)
+        if missing:
+            spare = batches[0].packed if batches else pack(prepared.sampled[:1], 1)[0]
+            batches += [_Batch(spare, scale=0.0) for _ in range(missing)]
+        return batches
+
+    def _score_reference(self, batches: Sequence[_Batch]) -> None:
+        """Log-probs under the reference, once per step (skipped where the method brought them)."""
+        with self.policy.reference():
+            for batch in batches:
+                if "ref_logp" not in batch.packed.per_token:
+                    packed = batch.packed.to(self.policy.device)
+                    features = self._vision(batch, packed)
+                    result = self.policy.logprob(packed, temperature=self.method.temperature, features=features)
+                    batch.packed.per_token["ref_logp"] = result.logp
+
+    def _vision(self, batch: _Batch, packed: PackedBatch) -> dict[str, Tensor] | None:
+        """Vision features several passes may share; None: each pass computes its own."""
+        if not self.share_vision or not packed.images:
+            return None
+        if batch.features is None:
+            with torch.no_grad():
+                batch.features = self.policy.features(packed.images)
+        return batch.features
+
+    def _update(
+        self, number: int, batches: Sequence[_Batch], meter: Meter, *, first: bool
+    ) -> tuple[float, StepInfo | None]:
+        """One optimizer update over all micro-batches. With nothing to learn from, the weights stay as they are."""
+        if not batches:
+            return 0.0, None
+        keep_old = first and self.recipe.optim.updates_per_batch > 1
+        losses = []
+        for index, batch in enumerate(batches):
+            with self.engine.gathered():
+                packed = batch.packed.to(self.policy.device)
+                result = self.policy.logprob(
+                    packed,
+                    temperature=self.method.temperature,
+                    return_entropy=self.method.needs_entropy,
+                    rows=self.method.rows(packed),
+                    features=self._vision(batch, packed),
+                )
+                loss, metrics = self.method.loss(result.logp, result.entropy, packed)
+                self.engine.backward(loss * batch.scale, last=index == len(batches) - 1)
+            losses.append(loss.detach())
+            if batch.scale:
+                gap = sampler_gap(result.logp, packed) if first else {}
+                meter.add(metrics | gap, len(packed.targets))
+            if keep_old:  # the weights have not moved since the rollout: these are the old log-probs, at no extra pass
+                batch.packed.per_token["old_logp"] = result.logp.detach()
+        total = torch.stack(losses).double().cpu()
+        bad = [b for b, finite in zip(batches, total.isfinite().tolist(), strict=True) if not finite]
+        if bad:
+            raise TrainingError(_not_finite("the loss is not a finite number", number, bad))
+        try:
+            info = self.engine.step()
+        except NonFiniteError as error:
+            raise TrainingError(_not_finite(str(error), number, batches)) from None
+        return float((total * torch.tensor([b.scale for b in batches], dtype=torch.float64)).sum()), info
+
+    def _counts(self, prepared: Prepared, batches: Sequence[_Batch], info: StepInfo | None) -> dict[str, Any]:
+        """Reward, advantage and length metrics, what was consumed, and the optimizer's numbers."""
+        return {
+            **group_metrics(prepared.sampled),
+            **prepared.metrics,
+            "grad_norm": info.grad_norm if info is not None else 0.0,
+            "lr": info.lr if info is not None else 0.0,
+            "update/skipped": 0.0 if info is not None else 1.0,
+            "update/micro_batches": float(len(batches)),
+            "update/tokens": float(sum(b.packed.input_ids.shape[1] for b in batches)),
+            "data/consumed": self.stream.consumed,
+            "data/epoch": self.stream.epochs,
+        }
+
+
+@dataclass
+class _Batch:
+    """A micro-batch and the groups it holds."""
+
+    packed: PackedBatch
+    groups: list[PromptGroup] = field(default_factory=list)
+    scale: float = 1.0  # 0: only here to keep ranks in step
+    features: dict[str, Tensor] | None = None
+
+
+def load_model(recipe: Recipe) -> Policy:
+    """The policy a recipe names."""
+    from fastrl.models.load import load_policy
+
+    model = recipe.model
+    path = model.path
+    if path.startswith("tiny:"):
+        from fastrl.models import tiny
+
+        path = str(tiny.resolve(path))
+    return load_policy(
+        path,
+        dtype=None if model.dtype == "auto" else getattr(torch, model.dtype),
+        device=model.device,
+        lora=model.lora.spec() if model.lora is not None else None,
+        freeze=model.freeze,
+        gradient_checkpointing=model.gradient_checkpointing,
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+    )
+
+
+def _load_records(recipe: Recipe) -> Sequence[Record]:
+    from fastrl.data import load_data
+
+    return load_data(recipe.data.spec, skip_bad=recipe.data.skip_bad)
+
+
+def _seed(seed: int) -> None:
+    import random
+
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _is_first_rank(recipe: Recipe) -> bool:
+    return recipe.engine.kind == "local" or os.environ.get("RANK", "0") == "0"  # as its launcher sets it
+
+
+def _open_folder(recipe: Recipe, resume: bool, writes: bool) -> Path | None:
+    """Check the run folder, write the resolved recipe, cut logs back; the checkpoint to resume from, if any."""
+    out = recipe.folder
+    stored = out / "recipe.yaml"
+    found = checkpoint.latest_checkpoint(out) if resume or writes else None
+    if not writes:
+        return found
+    if not resume and (found is not None or (out / "metrics.jsonl").exists()):
+        raise CheckpointError(f"{out} already holds a run: go on with --resume, or choose another --out")
+    if resume and found is not None and stored.is_file():
+        _check_same_run(recipe, stored)
+    checkpoint.write_atomically(stored, recipe.dump())
+    step = checkpoint.step_of(found) if found is not None else 0
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        checkpoint.truncate_rows(out / name, step)
+    return found
+
+
+def _check_same_run(recipe: Recipe, stored: Path) -> None:
+    """A resumed run may be longer and log otherwise; whatever else changes makes it another run."""
+    import yaml
+
+    old = build_recipe(yaml.safe_load(stored.read_text(encoding="utf-8")), source=str(stored))
+    free = ("optim.steps", "checkpoint.", "log.", "out", "name", "model.path", "model.device", "optim.token_budget")
+    changed = {k: v for k, v in differences(old, recipe).items() if not k.startswith(free)}
+    if changed:
+        listed = "\n".join(f"  {key}: was {was!r}, is {now!r}" for key, (was, now) in changed.items())
+        raise CheckpointError(f"{stored.parent}: cannot resume with other settings than the run began with:\n{listed}")
+
+
+def _not_finite(what: str, step: int, batches: Sequence[_Batch]) -> str:
+    names = [g.record.id if g.record is not None else "?" for b in batches for g in b.groups]
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return f"step {step}: {what}. The weights were not changed. Records of the batch: {shown}"
+
+
+@contextmanager
+def _stop_signals(note: Callable[[str], None]) -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM ask the run to stop after its step; a second Ctrl-C stops it at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(signum: int, _frame: object) -> None:
+        if stop.is_set() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        note("stopping after this step (again: at once)")
+
+    before: Mapping[signal.Signals, Any] = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

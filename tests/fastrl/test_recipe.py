@@ -1,0 +1,152 @@
+"""Recipes: every shipped one loads, every wrong key names the right one."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastrl.recipe import RecipeError, build_recipe, differences, load_recipe, shipped_recipes
+
+TASKS, SIZES = ("grounding", "counting", "detection", "ocr"), ("tiny", "2b", "3b")
+MINIMAL: dict[str, Any] = {
+    "method": {"kind": "perception-r1"},
+    "model": {"path": "m"},
+    "data": {"spec": "scenes:grounding"},
+    "optim": {"steps": 1},
+}
+
+
+@pytest.mark.parametrize("name", [f"perception-r1-{task}-{size}" for task in TASKS for size in SIZES])
+def test_shipped_recipes_load_and_survive_their_dump(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert build_recipe(yaml.safe_load(recipe.dump())) == recipe
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_reward_options_exist(name: str) -> None:
+    from fastrl.rewards import reward_for
+
+    recipe = load_recipe(name)
+    if recipe.method.kind == "perception-r1":
+        task = name.split("-")[2]
+        reward_for(
+            task, **recipe.reward.options, **({"weights": recipe.reward.weights} if recipe.reward.weights else {})
+        )
+
+
+def test_big_recipes_hold_the_papers_constants() -> None:
+    for size in ("2b", "3b"):
+        recipe = load_recipe(f"perception-r1-grounding-{size}")
+        assert (recipe.rollout.group_size, recipe.method.beta, recipe.optim.lr) == (8, 0.04, 1e-6)
+        assert (recipe.rollout.temperature, recipe.rollout.max_new_tokens, recipe.data.prompts_per_step) == (
+            1.0,
+            2048,
+            14,
+        )
+        assert (recipe.method.aggregate, recipe.method.kl, recipe.method.eps) == ("sequence", "k3", 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "meant"),
+    [
+        ("optim.stepz", "optim.steps"),
+        ("optim.group_size", "rollout.group_size"),
+        ("rollout.max_new_token", "rollout.max_new_tokens"),
+        ("method.betta", "method.beta"),
+        ("modle", "model"),
+        ("model.lora.rnak", "model.lora.rank"),
+        ("temperature", "rollout.temperature"),
+    ],
+)
+def test_unknown_key_names_its_path_and_the_nearest_valid_one(dotted: str, meant: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe("perception-r1-grounding-tiny", [f"{dotted}=1"])
+    assert f"{dotted}: unknown key; did you mean {meant}?" in str(error.value)
+
+
+def test_all_problems_are_reported_together() -> None:
+    values = MINIMAL | {"optim": {"steps": 0, "lrr": 1}, "rollout": {"group_size": "many"}}
+    with pytest.raises(RecipeError) as error:
+        build_recipe(values, source="mine.yaml")
+    message = str(error.value)
+    assert message.startswith("mine.yaml:")
+    for part in ("optim.steps:", "optim.lrr: unknown key", "rollout.group_size:", "'many'"):
+        assert part in message
+
+
+def test_missing_key_unknown_method_and_unknown_recipe() -> None:
+    with pytest.raises(RecipeError, match=r"data\.spec: missing"):
+        build_recipe(MINIMAL | {"data": {}})
+    with pytest.raises(RecipeError, match=r"unknown method 'perception_r1'; did you mean perception-r1\?"):
+        build_recipe(MINIMAL | {"method": {"kind": "perception_r1"}})
+    with pytest.raises(RecipeError, match=r"did you mean perception-r1-ocr-3b\?"):
+        load_recipe("perception-r1-ocr-3")
+    with pytest.raises(RecipeError, match="recipe file not found"):
+        load_recipe("no/such.yaml")
+
+
+def test_overrides_are_yaml_and_reach_new_sections() -> None:
+    recipe = load_recipe(
+        "perception-r1-grounding-tiny",
+        [
+            "optim.lr=3e-5",
+            "model.lora.rank=4",
+            "model.freeze=[visual, lm_head]",
+            "reward.options={metric: iou}",
+            "seed=7",
+        ],
+    )
+    assert recipe.optim.lr == 3e-5
+    assert recipe.model.lora is not None
+    assert recipe.model.lora.rank == 4
+    assert recipe.model.freeze == ["visual", "lm_head"]
+    assert recipe.seed == 7
+    assert load_recipe("perception-r1-grounding-tiny", {"optim.lr": 3e-5}).optim.lr == 3e-5
+
+
+def test_scientific_notation_without_a_point_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + "reward: {options: {exact_bonus: 1e-3}}\n")
+    assert load_recipe(path).reward.options["exact_bonus"] == 1e-3
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "seed.x=1", "optim.lr=[1"])
+def test_bad_override_is_a_recipe_error(override: str) -> None:
+    with pytest.raises(RecipeError):
+        load_recipe("perception-r1-grounding-tiny", [override])
+
+
+def test_key_given_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(RecipeError, match="'seed' is given twice"):
+        load_recipe(path)
+
+
+def test_pain_06_truncated_sampling_needs_consent() -> None:
+    for key in ("rollout.top_p=0.9", "rollout.top_k=50"):
+        with pytest.raises(RecipeError, match="allow_truncated_sampling"):
+            load_recipe("perception-r1-grounding-tiny", [key])
+        load_recipe("perception-r1-grounding-tiny", [key, "rollout.allow_truncated_sampling=true"])
+
+
+def test_differences_are_dotted() -> None:
+    a = build_recipe(MINIMAL)
+    b = build_recipe(MINIMAL | {"optim": {"steps": 9}, "model": {"path": "m", "lora": {"rank": 2}}})
+    changed = differences(a, b)
+    assert changed["optim.steps"] == (1, 9)
+    assert changed["model.lora.rank"] == (None, 2)
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(max_size=8), lambda x: st.dictionaries(st.text(max_size=8), x)))
+def test_anything_else_is_a_recipe_error_too(junk: Any) -> None:
+    for section in ("method", "model", "optim", "rollout", "nonsense"):
+        with contextlib.suppress(RecipeError):
+            build_recipe(MINIMAL | {section: junk})
