@@ -1,1 +1,80 @@
-"""placeholder docstring, replaced by the owner of this package"""
+"""Data: ``load_data("adapter:path?key=value")`` → records, checked before anything is trained on them.
+
+Adapters, each in its own module with a ``load(path, query)`` (a new format is one more module and one more line here):
+
+- ``coco``: instance JSON → detection or counting     - ``refexp``: referring expressions → grounding
+- ``pixmo``: counts with points → counting            - ``ocr``: lines, words, pages → OCR
+- ``mot``, ``sav``, ``tracks``: tracked clips → trajectory   - ``scenes``: made-up pictures, every task
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from urllib.parse import unquote
+
+from fastrl.data.records import PROMPTS, Dataset, Record, question
+from fastrl.data.validate import DataError, Problem, fail, nearest
+
+__all__ = ["ADAPTERS", "PROMPTS", "DataError", "Dataset", "Problem", "Record", "load_data", "parse_spec", "question"]
+
+# name → (module, function), imported when asked for. The module's KEYS are its query keys; else it checks them.
+ADAPTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "coco": ("fastrl.data.coco", "load"),
+        "refexp": ("fastrl.data.refexp", "load"),
+        "pixmo": ("fastrl.data.pixmo", "load"),
+        "ocr": ("fastrl.data.page_ocr", "load"),
+        "scenes": ("fastrl.data.scenes", "load"),
+        "mot": ("fastrl.data.tracks", "load_mot"),
+        "sav": ("fastrl.data.tracks", "load_sav"),
+        "tracks": ("fastrl.data.tracks", "load_jsonl"),
+    }
+)
+
+
+def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
+    """``adapter:path?key=value&key=value`` → (adapter, path, query). Values may be percent-encoded; ``+`` is a plus.
+
+    Raises ``DataError`` for an unknown adapter, a part that is not ``key=value``, or a key given twice.
+    """
+    adapter, colon, rest = spec.partition(":")
+    if not colon or adapter not in ADAPTERS:
+        message = f"unknown data adapter {adapter!r}{nearest(adapter, ADAPTERS)}; a spec is adapter:path?key=value"
+        raise fail(spec, "bad spec", message)
+    path, _, options = rest.partition("?")
+    if not path:
+        raise fail(spec, "bad spec", f"no path after {adapter}:")
+    query: dict[str, str] = {}
+    for option in filter(None, options.split("&")):
+        key, equals, value = option.partition("=")
+        if not equals or key in query:
+            raise fail(spec, "bad spec", f"option {option!r} must be key=value, each key once")
+        query[key] = unquote(value)
+    return adapter, path, query
+
+
+def load_data(spec: str, *, skip_bad: bool = False) -> Dataset:
+    """Load the data set that ``spec`` names, every row checked.
+
+    With ``skip_bad`` bad rows are left out (``Dataset.skipped`` counts them, ``Dataset.reasons`` says why, and
+    ``Dataset.problems`` where); without, a ``DataError`` reports them all. Also raises ``DataError`` for an unknown
+    adapter or option (with the nearest valid name), an unreadable file, and when no record is left.
+    """
+    adapter, path, query = parse_spec(spec)
+    module_name, function = ADAPTERS[adapter]
+    module = importlib.import_module(module_name)
+    keys = getattr(module, "KEYS", None)
+    if isinstance(keys, Mapping):
+        keys = keys[adapter]
+    for key in query:
+        if keys is not None and key not in keys:
+            raise fail(spec, "bad option", f"unknown option {key!r} of {adapter}{nearest(key, keys)}")
+    loaded = getattr(module, function)(path, query)
+    dataset = loaded if isinstance(loaded, Dataset) else Dataset(loaded)
+    if dataset.problems and not skip_bad:
+        raise DataError(dataset.problems)
+    if len(dataset) == 0:
+        raise DataError(dataset.problems or dataset.left_out or [Problem(spec, "empty", "holds no records")])
+    return dataset

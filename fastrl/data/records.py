@@ -1,16 +1,35 @@
-"""``Record``: one row of data, whatever file format it came from."""
+"""``Record``: one row of data, whatever file format it came from; ``Dataset``: many, and what was left out of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fastrl.answers import View
+    from fastrl.data.validate import Problem
+
+# Perception-R1's training prompts (the caption prompt is RePer's); "{}" takes the expression, label or category names.
+PROMPTS: Mapping[str, str] = {
+    "grounding": "Output the bounding box of the {} in the image.",
+    "counting": "Output all the bounding boxes of the {}",
+    "detection": "Please output bbox coordinates and names of {}.",
+    "ocr": "OCR this image.",
+    "caption": "Please generate a detailed caption that accurately describes the image.",
+    "trajectory": "Track {} through all frames. Answer as Track1: name<Id1>Frame1:[x1,y1,x2,y2];…</Id1> in 0-1000.",
+}
+
+
+def question(task: str, text: str = "", *, images: int = 1, prompt: str | None = None) -> tuple[Mapping[str, Any], ...]:
+    """The messages of a record: one user turn with its images, then ``prompt`` or that of ``task`` about ``text``."""
+    words = PROMPTS[task].format(text) if prompt is None else prompt
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": words}]
+    return ({"role": "user", "content": content},)
 
 
 @dataclass(frozen=True)
@@ -18,14 +37,14 @@ class Record:
     """One prompt with its truth.
 
     ``messages`` are chat messages whose content is a list of ``{"type": "image"}`` (taken in order from ``images``) and
-    ``{"type": "text", "text": ...}`` parts. ``target`` holds the truth in **pixels of the original image**; its keys by task:
+    ``{"type": "text", "text": ...}`` parts. ``target`` holds the truth in **pixels of the original image**; its keys:
 
     - grounding: ``box`` (x1, y1, x2, y2), ``expression``
     - counting: ``label``, ``count``, ``points`` [(x, y), ...] or None, ``boxes`` or None
-    - detection: ``boxes`` [[x1, y1, x2, y2], ...], ``labels`` [str, ...], ``crowd`` [bool, ...], ``categories`` [str, ...]
+    - detection: ``boxes`` [[x1, y1, x2, y2], ...], ``labels`` [str, ...], ``crowd`` [bool, ...], ``categories`` [str]
     - ocr: ``text``
     - caption: ``references`` [str, ...], and where known ``objects``, ``attributes``, ``relations``
-    - trajectory: ``tracks``
+    - trajectory: ``tracks`` [{``identity``, ``name``, ``boxes`` {frame number from 1: (x1, y1, x2, y2)}, ...}, ...]
     - qa: ``choices`` and ``answer``
     """
 
@@ -37,3 +56,38 @@ class Record:
     source: str = ""  # "file:line", for messages about this row
     views: tuple[View, ...] = field(default=())  # original and resized size of each image, once a processor is known
     frame: str = "auto"  # what a model's coordinates mean: auto | resized | thousand | original | unit
+
+
+class Dataset(Sequence[Record]):
+    """Records in order, with what did not become one.
+
+    ``problems`` are rows that are wrong; ``left_out`` are sound rows that hold nothing to train on (such as a referring
+    expression to an object that is not there). Both count as ``skipped``.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], problems: Sequence[Problem] = (), left_out: Sequence[Problem] = ()
+    ) -> None:
+        self.records = records
+        self.problems = tuple(problems)
+        self.left_out = tuple(left_out)
+
+    @property
+    def skipped(self) -> int:
+        """Rows that did not become a record."""
+        return len({problem.where for problem in (*self.problems, *self.left_out)})
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Why rows were skipped: kind → how often, most frequent first."""
+        return dict(Counter(problem.kind for problem in (*self.problems, *self.left_out)).most_common())
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        return self.records[index]
+
+    def __len__(self) -> int:
+        return len(self.records)

@@ -1,0 +1,84 @@
+"""Referring expressions, one row each → grounding records.
+
+Layouts (told apart by the row's own fields):
+
+- VLM-R1 / Perception-R1: ``image``, ``problem``, ``solution`` [x1, y1, x2, y2] in pixels or ``normalized_solution`` in
+  0-1000; the bare expression is ``normal_caption``, or is taken out of ``problem``
+- plain: ``image``, ``expression``, ``bbox``
+
+A null box says that no such object is there: the row is left out and counted, since grounding has nothing to answer.
+
+Query keys: ``images`` (folder the image paths start from), ``limit``, ``seed``, ``box`` (``xyxy`` or ``xywh``: how
+boxes are written), ``prompt`` (``paper``: Perception-R1's; ``row``: the row's own ``problem``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastrl.answers import View, to_original
+from fastrl.data import rows
+from fastrl.data.records import Dataset, Record, question
+from fastrl.data.rows import IMAGE_FIELDS, LeftOut, choice_option, load_rows
+from fastrl.data.validate import Row, corners
+
+KEYS = (*rows.KEYS, "box", "prompt")
+EXPRESSION_FIELDS = ("expression", "normal_caption", "caption", "problem", "question")
+BOX_FIELDS = ("bbox", "solution", "box", "normalized_solution")
+_QUESTIONS = (
+    re.compile(
+        r"please provide the bounding box coordinates? of the region this sentence describes:\s*+(.+)", re.I | re.S
+    ),
+    re.compile(r"output the bounding box of (.+) in the image\.?", re.I | re.S),
+)
+
+
+def load(path: str, query: Mapping[str, str]) -> Dataset:
+    """Read a file of referring expressions. Raises ``DataError`` for an unreadable file or option."""
+    written = choice_option(query, "box", ("xyxy", "xywh"), path)
+    prompt = choice_option(query, "prompt", ("paper", "row"), path)
+    return load_rows(path, query, lambda row: _record(row, written, prompt))
+
+
+def bare_expression(text: str) -> str:
+    """The expression inside a question that asks for it, or the text itself; no image tag, no full stop at the end."""
+    text = text.replace("<image>", "").strip()
+    for pattern in _QUESTIONS:
+        match = pattern.fullmatch(text)
+        if match:
+            text = match.group(1)
+    return text.strip().rstrip(".").strip()
+
+
+def _record(row: Row, written: str, prompt: str) -> Record | LeftOut | None:
+    identity = row.id()
+    image = row.image(*IMAGE_FIELDS)
+    text = row.text(*EXPRESSION_FIELDS)
+    expression = bare_expression(text) if text else None
+    if text and not expression:
+        row.fail("empty expression", "expression is empty")
+    own_prompt = row.text("problem", "question") if prompt == "row" else None
+    name, value = row.first(BOX_FIELDS)
+    if name not in row.fields:
+        row.fail("missing field", f"no box: one of {', '.join(BOX_FIELDS)} is needed")
+        return None
+    if value is None:
+        return LeftOut("no such object", f"{name} is null: the expression names nothing in the image")
+    box = _box(row, name, value, written, image[1]) if image else None
+    if image is None or box is None or not expression:
+        return None
+    # "the {}" is part of the prompt already.
+    asked = re.sub(r"^the\s+", "", expression, flags=re.I)
+    messages = question("grounding", asked, prompt=own_prompt)
+    return Record(identity, "grounding", (image[0],), messages, {"box": box, "expression": expression})
+
+
+def _box(row: Row, name: str, value: Any, written: str, size: tuple[int, int]) -> tuple[float, ...] | None:
+    if name == "normalized_solution":
+        sound = row.box(value, (1000, 1000), name)
+        return to_original(sound, "thousand", View.unresized(*size)) if sound else None
+    if written == "xywh" and name in ("bbox", "box"):
+        value = corners(value)
+    return row.box(value, size, name)

@@ -1,0 +1,153 @@
+"""Row files (JSONL, or a JSON list of objects) → records: reading, ordering, limiting, shared by all such adapters."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from fastrl.data.records import Dataset, Record
+from fastrl.data.validate import ImageFolder, Problem, Row, fail, find_image_folder, short
+
+KEYS = ("images", "limit", "seed")  # query keys every row adapter takes
+IMAGE_FIELDS = ("image", "image_path", "file_name")
+T = TypeVar("T")
+
+
+class LeftOut(NamedTuple):
+    """A sound row with nothing to train on: why."""
+
+    kind: str
+    message: str
+
+
+Build = Callable[[Row], Record | LeftOut | None]
+Result = Record | list[Problem] | tuple[Problem, ...]  # a record, what is wrong with a row, or why it is left out
+
+
+def int_option(query: Mapping[str, str], key: str, where: str, minimum: int = 0) -> int | None:
+    """The integer value of a query key, or None where it is not given. Raises ``DataError``."""
+    if key not in query:
+        return None
+    try:
+        value = int(query[key])
+    except ValueError:
+        value = None
+    if value is None or value < minimum:
+        raise fail(where, "bad option", f"{key} must be an integer of at least {minimum}, got {query[key]!r}")
+    return value
+
+
+def choice_option(query: Mapping[str, str], key: str, allowed: Sequence[str], where: str) -> str:
+    """The value of a query key among ``allowed``; the first of them where it is not given. Raises ``DataError``."""
+    value = query.get(key, allowed[0])
+    if value not in allowed:
+        raise fail(where, "bad option", f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def ordered(items: Sequence[T], seed: int | None) -> list[T]:
+    """``items`` as they are, or in the order that ``seed`` shuffles them to."""
+    result = list(items)
+    if seed is not None:
+        random.Random(seed).shuffle(result)
+    return result
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file (with or without byte order mark). Raises ``DataError``."""
+    if not path.exists():
+        raise fail(str(path), "missing file", "no such file or folder")
+    if path.is_dir():
+        raise fail(str(path), "missing file", "is a folder; a file is needed")
+    try:
+        return path.read_text(encoding="utf-8-sig", errors="strict")
+    except (OSError, UnicodeDecodeError) as error:
+        raise fail(str(path), "unreadable file", f"cannot be read as UTF-8 text ({error})") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The JSON value of ``text``, or a ``Problem``. NaN and Infinity are read, for the row's checks to name."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        return Problem(where, "unreadable JSON", "unreadable JSON: nested too deeply")
+    except ValueError as error:
+        return Problem(where, "unreadable JSON", f"unreadable JSON: {error}")
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any] | Problem]]:
+    """(line from 0, ``file:line`` from 1, fields or what is wrong) of each row; blank lines are no rows."""
+    text = read_text(path)
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        values = parse_json(text, str(path))
+        if isinstance(values, Problem):
+            yield 0, str(path), values
+            return
+        rows = [(i, f"{path}:row {i + 1}", value) for i, value in enumerate(values)]
+    else:
+        # Not splitlines(): JSON strings may hold characters that Python, but no other tool, counts as line ends.
+        lines = ((i, f"{path}:{i + 1}", line) for i, line in enumerate(text.split("\n")) if line.strip())
+        rows = ((i, where, parse_json(line, where)) for i, where, line in lines)
+    for number, where, value in rows:
+        if not isinstance(value, Mapping | Problem):
+            value = Problem(where, "wrong type", f"a row must be a JSON object, got {short(value)}")
+        yield number, where, value
+
+
+def load_rows(path: str, query: Mapping[str, str], build: Build) -> Dataset:
+    """Read a row file and turn each row into a record with ``build``.
+
+    ``build`` returns a record, ``LeftOut``, or None after noting problems on the row. ``seed`` shuffles; ``limit``
+    stops after that many records, and rows behind it are not looked at.
+    """
+    file = Path(path)
+    limit, seed = int_option(query, "limit", path, 1), int_option(query, "seed", path)
+    rows = ordered(list(read_rows(file)), seed)
+    names = (row.get(name, "") for _, _, row in rows if isinstance(row, Mapping) for name in IMAGE_FIELDS)
+    folder = Path(query["images"]) if "images" in query else find_image_folder(file, names)
+    if not folder.is_dir():
+        raise fail(path, "missing file", f"images folder not found: {folder}")
+    images = ImageFolder(folder)
+    return collect((_build(fields, where, number, images, build) for number, where, fields in rows), limit, path)
+
+
+def _build(fields: Mapping[str, Any] | Problem, where: str, number: int, images: ImageFolder, build: Build) -> Result:
+    if isinstance(fields, Problem):
+        return [fields]
+    row = Row(fields, where, number, images)
+    result = build(row)
+    if row.problems:
+        return row.problems
+    if isinstance(result, LeftOut):
+        return (Problem(where, *result),)  # a tuple: left out, not wrong
+    if result is None:
+        raise AssertionError(f"adapter gave neither a record nor a reason for {where}")
+    return replace(result, source=where)
+
+
+def collect(results: Iterator[Result], limit: int | None, path: str) -> Dataset:
+    """Records and problems of a stream of results, up to ``limit`` records. A second record of one id is a problem."""
+    records: list[Record] = []
+    problems: list[Problem] = []
+    left_out: list[Problem] = []
+    seen: dict[str, str] = {}
+    for result in results:
+        if isinstance(result, list):
+            problems += result
+        elif isinstance(result, tuple):
+            left_out += result
+        elif result.id in seen:
+            message = f"id {result.id!r} is already the id of {seen[result.id]}"
+            problems.append(Problem(result.source, "duplicate id", message))
+        else:
+            seen[result.id] = result.source
+            records.append(result)
+            if len(records) == limit:
+                break
+    if not (records or problems or left_out):
+        raise fail(path, "empty file", "holds no rows")
+    return Dataset(records, problems, left_out)
