@@ -1,0 +1,283 @@
+"""Bad rows of every kind, in every adapter: found before training, all at once, with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fastrl.data import DataError, load_data, parse_spec
+from fastrl.data.validate import SHOWN
+
+GOOD: dict[str, dict[str, Any]] = {
+    "refexp": {"image": "a.png", "expression": "the cat", "bbox": [1, 2, 30, 20]},
+    "pixmo": {"image": "a.png", "label": "cat", "count": 2, "points": {"x": [1, 2], "y": [3, 4]}},
+    "ocr": {"image": "a.png", "text": "hello"},
+}
+BAD = [
+    # adapter, what replaces the good row's fields (None: field taken out), kind
+    *((adapter, {"image": None}, "missing field") for adapter in GOOD),
+    *((adapter, {"image": "gone.png"}, "missing image") for adapter in GOOD),
+    *((adapter, {"image": "https://example.org/a.png"}, "missing image") for adapter in GOOD),
+    *((adapter, {"image": "a\0.png"}, "missing image") for adapter in GOOD),
+    *((adapter, {"image": 7}, "wrong type") for adapter in GOOD),
+    *((adapter, {"image": "broken.png"}, "bad image") for adapter in GOOD),
+    *((adapter, {"image": "thin.png"}, "bad image") for adapter in GOOD),
+    *((adapter, {"id": [1]}, "wrong type") for adapter in GOOD),
+    *((adapter, {"width": 41, "height": 30}, "wrong size") for adapter in GOOD),
+    ("refexp", {"expression": " "}, "empty expression"),
+    ("refexp", {"expression": None}, "missing field"),
+    ("refexp", {"expression": ["cat"]}, "wrong type"),
+    ("refexp", {"bbox": None}, "missing field"),
+    ("refexp", {"bbox": [1, 2, 3]}, "wrong type"),
+    ("refexp", {"bbox": "1,2,3,4"}, "wrong type"),
+    ("refexp", {"bbox": [1, 2, "3", 4]}, "not a number"),
+    ("refexp", {"bbox": [1, 2, True, 4]}, "not a number"),
+    ("refexp", {"bbox": [1, 2, float("nan"), 4]}, "not a number"),
+    ("refexp", {"bbox": [1, 2, float("inf"), 4]}, "not a number"),
+    ("refexp", {"bbox": [1, 2, 10**400, 4]}, "not a number"),
+    ("refexp", {"bbox": [30, 2, 1, 20]}, "inverted box"),
+    ("refexp", {"bbox": [1, 2, 1, 20]}, "box without area"),
+    ("refexp", {"bbox": [1, 2, 43, 20]}, "box outside"),
+    ("refexp", {"bbox": [-5, 2, 10, 20]}, "box outside"),
+    ("refexp", {"bbox": [40.2, 2, 40.8, 20]}, "box outside"),  # within the tolerance, but nothing of it is inside
+    ("pixmo", {"label": ""}, "empty label"),
+    ("pixmo", {"count": "2"}, "wrong type"),
+    ("pixmo", {"count": True}, "wrong type"),
+    ("pixmo", {"count": 2.0}, "wrong type"),
+    ("pixmo", {"count": -1}, "wrong type"),
+    ("pixmo", {"count": 3}, "count and points differ"),
+    ("pixmo", {"points": {"x": [1, 2], "y": [3]}}, "wrong type"),
+    ("pixmo", {"points": {"x": [1, None], "y": [3, 4]}}, "not a number"),
+    ("pixmo", {"points": {"x": [1, float("nan")], "y": [3, 4]}}, "not a number"),
+    ("pixmo", {"points": {"x": [1, 99], "y": [3, 4]}}, "point outside"),
+    ("pixmo", {"points": "many"}, "wrong type"),
+    ("ocr", {"text": "  "}, "empty text"),
+    ("ocr", {"text": 5}, "wrong type"),
+    ("ocr", {"text": None}, "missing field"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    Image.new("RGB", (40, 30)).save(folder / "a.png")
+    Image.new("RGB", (2010, 10)).save(folder / "thin.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    return folder
+
+
+def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
+    file = folder / name
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return file
+
+
+@pytest.mark.parametrize(("adapter", "change", "kind"), BAD)
+def test_a_bad_row_is_reported_with_file_and_line_and_can_be_skipped(
+    folder: Path, adapter: str, change: dict[str, Any], kind: str
+) -> None:
+    good = GOOD[adapter]
+    bad = {k: v for k, v in {**good, **change}.items() if v is not None}
+    file = write(folder, good, "", bad, good)  # the blank line counts as a line and is no row
+    with pytest.raises(DataError) as error:
+        load_data(f"{adapter}:{file}")
+    assert {problem.kind for problem in error.value.problems} == {kind}
+    assert all(problem.where == f"{file}:3" for problem in error.value.problems)
+    assert f"{file}:3: " in str(error.value)
+    data = load_data(f"{adapter}:{file}", skip_bad=True)
+    assert [record.id for record in data] == ["0", "3"]
+    assert (data.skipped, set(data.reasons)) == (1, {kind})
+
+
+@pytest.mark.parametrize("row", ["{", "[1]", '"x"', "{'a': 1}", "[" * 10**5, '{"a":' * 10**5])
+@pytest.mark.parametrize("adapter", GOOD)
+def test_an_unreadable_line_does_not_hide_the_others(folder: Path, adapter: str, row: str) -> None:
+    file = write(folder, row, GOOD[adapter], row)
+    with pytest.raises(DataError) as error:
+        load_data(f"{adapter}:{file}")
+    assert [problem.where for problem in error.value.problems] == [f"{file}:1", f"{file}:3"]
+    assert [record.id for record in load_data(f"{adapter}:{file}", skip_bad=True)] == ["1"]
+
+
+def test_image_token_mismatch_fails_at_data_load_with_the_offending_row(folder: Path) -> None:
+    """An image that the processor would refuse or resize differently is named before training, not in the middle."""
+    rows = [GOOD["refexp"], {**GOOD["refexp"], "image": "thin.png", "bbox": [1, 2, 3, 4]}]
+    file = write(
+        folder, *rows, {**GOOD["refexp"], "image": "broken.png"}, {**GOOD["refexp"], "width": 80, "height": 60}
+    )
+    with pytest.raises(DataError) as error:
+        load_data(f"refexp:{file}")
+    assert [problem.where for problem in error.value.problems] == [f"{file}:{line}" for line in (2, 3, 4)]
+    assert "differ at most 200 times" in str(error.value)
+    assert "row says 80x60 pixels" in str(error.value)
+
+
+def test_all_problems_of_a_row_and_of_a_file_come_together(folder: Path) -> None:
+    bad = {"image": "gone.png", "label": "", "count": None}
+    file = write(folder, *[bad] * 30)
+    with pytest.raises(DataError) as error:
+        load_data(f"pixmo:{file}")
+    assert len(error.value.problems) == 90
+    text = str(error.value)
+    assert text.startswith("90 problems")
+    assert text.count("\n") == SHOWN + 1
+    assert "and 70 more" in text
+
+
+def test_nothing_left_is_an_error_even_when_skipping(folder: Path) -> None:
+    file = write(folder, {**GOOD["ocr"], "text": ""})
+    with pytest.raises(DataError, match="text is empty"):
+        load_data(f"ocr:{file}", skip_bad=True)
+    with pytest.raises(DataError, match="no rows"):
+        load_data(f"ocr:{write(folder, '')}")
+
+
+def test_ids_are_the_rows_own_and_unique(folder: Path) -> None:
+    rows = [{**GOOD["ocr"], "id": "x"}, {**GOOD["ocr"], "id": 7}, {**GOOD["ocr"], "id": "x"}, GOOD["ocr"]]
+    file = write(folder, *rows)
+    with pytest.raises(DataError, match=rf"rows\.jsonl:3: id 'x' is already the id of {file}:1"):
+        load_data(f"ocr:{file}")
+    data = load_data(f"ocr:{file}", skip_bad=True)
+    assert [record.id for record in data] == ["x", "7", "3"]
+
+
+def test_other_spellings_of_good_rows(folder: Path) -> None:
+    points = [{"x": 1, "y": 3}, {"x": 2.5, "y": 40.2 - 10}]
+    file = write(folder, {**GOOD["pixmo"], "points": points}, {**GOOD["pixmo"], "points": None})
+    data = load_data(f"pixmo:{file}")
+    assert data[0].target["points"] == [(1, 3), (2.5, 30)]  # 0.2 pixels outside is rounding, and clipped
+    assert data[1].target["points"] is None
+    listed = folder / "list.json"
+    listed.write_text(json.dumps([GOOD["refexp"], {**GOOD["refexp"], "bbox": None}]))
+    assert [r.id for r in load_data(f"refexp:{listed}")] == ["0"]
+    wide = write(folder, {**GOOD["refexp"], "bbox": [1, 2, 30, 20]})
+    assert load_data(f"refexp:{wide}?box=xywh")[0].target["box"] == (1, 2, 31, 22)
+    marked = folder / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD["ocr"]).encode() + b"\r\n")
+    assert load_data(f"ocr:{marked}")[0].target["text"] == "hello"
+    separators = write(folder, json.dumps({**GOOD["ocr"], "text": "a\u2028b"}, ensure_ascii=False))
+    assert load_data(f"ocr:{separators}")[0].target["text"] == "a\u2028b"  # a line end to Python, not to JSONL
+
+
+def test_images_option_and_default_folder(folder: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "x" / "y"
+    deep.mkdir(parents=True)
+    file = write(deep, GOOD["ocr"])
+    assert len(load_data(f"ocr:{file}?images={folder}")) == 1
+    with pytest.raises(DataError, match="image not found"):
+        load_data(f"ocr:{file}")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert load_data(f"ocr:{file}")[0].images == (tmp_path / "a.png",)  # a folder above
+    with pytest.raises(DataError, match="images folder not found"):
+        load_data(f"ocr:{file}?images={tmp_path}/none")
+
+
+# ---- COCO
+
+
+def instances(**change: Any) -> dict[str, Any]:
+    return {
+        "images": [{"id": 5, "file_name": "a.png", "width": 40, "height": 30}, {"id": 6, "file_name": "a.png"}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}],
+        "annotations": [
+            {"id": 10, "image_id": 5, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 0},
+            {"id": 11, "image_id": 6, "category_id": 3, "bbox": [1, 2, 3, 4], **change},
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"bbox": [1, 2, 0, 4]}, "box without area"),
+        ({"bbox": [1, 2, -3, 4]}, "inverted box"),
+        ({"bbox": [30, 2, 30, 4]}, "box outside"),
+        ({"bbox": [1, 2, float("nan"), 4]}, "not a number"),
+        ({"bbox": None}, "wrong type"),
+        ({"category_id": 2}, "unknown category"),
+        ({"category_id": [1]}, "unknown category"),
+        ({"image_id": 9}, "unknown image"),
+        ({"iscrowd": 2}, "wrong type"),
+    ],
+)
+def test_a_bad_coco_annotation_is_named_and_skips_its_image(folder: Path, change: dict, kind: str) -> None:
+    file = write(folder, instances(**change), name="instances.json")
+    with pytest.raises(DataError, match=r"instances\.json:annotation 11 \(number 1\)") as error:
+        load_data(f"coco:{file}")
+    assert [problem.kind for problem in error.value.problems] == [kind]
+    data = load_data(f"coco:{file}", skip_bad=True)
+    assert [record.id for record in data] == (["5", "6"] if kind == "unknown image" else ["5"])
+    assert data.reasons == {kind: 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "unreadable JSON"),
+        ("[]", "no list 'images'"),
+        ({"images": [], "annotations": []}, "no list 'categories'"),
+        ({"images": [], "annotations": [], "categories": [{"id": 1}]}, "needs an id and a name"),
+        ({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}] * 2}, "twice"),
+        ({"images": [], "annotations": [], "categories": []}, "holds no rows"),
+        ({"images": [1], "annotations": [], "categories": []}, "must be an object"),
+        ({"images": [{"file_name": "a.png"}], "annotations": [], "categories": []}, "no id"),
+        ({"images": [{"id": 1, "file_name": "gone.png"}], "annotations": [], "categories": []}, "image not found"),
+        ({"images": [{"id": 1, "file_name": "a.png"}] * 2, "annotations": [], "categories": []}, "already the id"),
+    ],
+)
+def test_a_bad_coco_file_says_what_is_wrong(folder: Path, content: Any, message: str) -> None:
+    file = write(folder, content, name="instances.json")
+    with pytest.raises(DataError, match=message):
+        load_data(f"coco:{file}")
+
+
+def test_a_page_without_a_readable_transcript_is_reported(folder: Path, tmp_path: Path) -> None:
+    for name in ("p1", "p2", "p3", "p4"):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{name}.png")
+    (tmp_path / "p1.txt").write_text("page one\n")
+    (tmp_path / "p2.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "p3.txt").write_text(" \n")
+    with pytest.raises(DataError) as error:
+        load_data(f"ocr:{tmp_path}")
+    assert [problem.kind for problem in error.value.problems] == ["unreadable file", "empty text", "missing file"]
+    assert [record.id for record in load_data(f"ocr:{tmp_path}", skip_bad=True)] == ["p1"]
+
+
+# ---- the spec
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("refex:x.jsonl", "did you mean 'refexp'"),
+        ("x.jsonl", "adapter:path"),
+        ("ocr:", "no path"),
+        ("ocr:?limit=3", "no path"),
+        ("ocr:none.jsonl", "no such file"),
+        ("refexp:.", "is a folder"),
+        ("ocr:rows.jsonl?imags=x", "unknown option 'imags' of ocr; did you mean 'images'"),
+        ("ocr:rows.jsonl?limit", "must be key=value"),
+        ("ocr:rows.jsonl?limit=1&limit=2", "each key once"),
+        ("ocr:rows.jsonl?limit=0", "limit must be an integer of at least 1, got '0'"),
+        ("ocr:rows.jsonl?limit=many", "got 'many'"),
+        ("refexp:rows.jsonl?box=yxyx", "box must be one of xyxy, xywh"),
+        ("coco:instances.json?categories=cats", "did you mean 'cat'"),
+        ("ocr:.?images=x", "for row files"),
+    ],
+)
+def test_a_wrong_spec_gets_the_nearest_valid_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str
+) -> None:
+    write(folder, GOOD["ocr"])
+    write(folder, instances(), name="instances.json")
+    monkeypatch.chdir(folder)
+    with pytest.raises(DataError, match=message):
+        load_data(spec)
+
+
+def test_spec_values_are_percent_decoded_and_plus_is_plus() -> None:
+    assert parse_spec("ocr:a b/c?images=x%26y+z&limit=3") == ("ocr", "a b/c", {"images": "x&y+z", "limit": "3"})
