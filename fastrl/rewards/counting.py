@@ -9,11 +9,11 @@ from typing import ClassVar, Literal
 
 from fastrl_kernels.detection_reward import detection_reward
 
-from fastrl.answers import Parsed, parse_points
+from fastrl.answers import Parsed
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
 from fastrl.rewards.format import format_scores
-from fastrl.rewards.reading import LIMIT, Coords, batches, pad, to_pixels, to_thousand, view_of
+from fastrl.rewards.reading import LIMIT, Coords, batches, pad, read_points, to_pixels, to_thousand, view_of
 
 DIAGONAL = 1000.0 * math.sqrt(2.0)  # of an image in 0–1000 coordinates
 
@@ -73,7 +73,7 @@ class CountingReward(Reward):
     format: Literal["strict", "none"] = "strict"
 
     def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
-        read = [parse_points(answer, self.max_items) for answer in answers]
+        read = [read_points(answer, self.max_items) for answer in answers]
         exact = [_exact(parsed, record) for parsed, record in zip(read, records, strict=True)]
         points = exact if self.score_by == "count" else self._points(read, records)
         result = {"points": points}
@@ -84,7 +84,7 @@ class CountingReward(Reward):
         return result
 
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
-        return [parse_points(answer, 1).parsable for answer in answers]
+        return [read_points(answer, 1).parsable for answer in answers]
 
     def _points(self, read: Sequence[Parsed], records: Sequence[Record]) -> list[float]:
         predicted, truth = [], []

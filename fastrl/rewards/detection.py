@@ -10,11 +10,10 @@ import torch
 from fastrl_kernels.detection_reward import detection_reward
 from torch import Tensor
 
-from fastrl.answers import parse_boxes
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
 from fastrl.rewards.format import format_scores
-from fastrl.rewards.reading import Coords, batches, pad, to_pixels
+from fastrl.rewards.reading import Coords, batches, pad, read_boxes, to_pixels
 
 Labelled = tuple[list[Coords], list[str]]  # boxes in one unit, and a normalised label for each
 
@@ -64,7 +63,7 @@ class DetectionReward(Reward):
         predicted: list[Labelled] = []
         honest_empty = []  # an empty list was said, not just nothing readable
         for answer, record in zip(answers, records, strict=True):
-            parsed = parse_boxes(answer, self.max_items)
+            parsed = read_boxes(answer, self.max_items)
             predicted.append((to_pixels(parsed, record, self.frame), [label_key(item.label) for item in parsed]))
             honest_empty.append(parsed.parsable)
         result = self._match(predicted, [true_boxes(record.target) for record in records])
@@ -75,7 +74,7 @@ class DetectionReward(Reward):
         return result
 
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
-        return [parse_boxes(answer, 1).parsable for answer in answers]
+        return [read_boxes(answer, 1).parsable for answer in answers]
 
     def _match(self, predicted: Sequence[Labelled], truth: Sequence[Labelled]) -> Components:
         result: Components = {name: [0.0] * len(predicted) for name in ("location", "class", "f1", "missing")}

@@ -7,10 +7,9 @@ from typing import Literal
 
 from fastrl.answers import matches_format, matches_grounding_format
 from fastrl.data.records import Record
+from fastrl.rewards.reading import MAX_CHARACTERS
 
 FormatCheck = Literal["strict", "loose", "none"]
-
-MAX_CHARACTERS = 1 << 20  # a longer text is no well-formed answer, whatever it holds
 
 _STYLES = {"resized": ("qwen2_5",), "thousand": ("qwen2",)}
 
@@ -20,7 +19,7 @@ def well_formed(task: str, answer: str, frame: str, check: FormatCheck = "strict
 
     ``resized`` asks for Qwen2.5-VL's JSON list, ``thousand`` for Qwen2-VL's box tokens; any other frame takes either.
     ``loose`` replicates the released code's unescaped pattern (for grounding only): nearly any text starting with ``<``
-    passes.
+    passes. A text longer than is read for coordinates is not well formed.
     """
     if check == "loose":
         return matches_grounding_format(answer, loose=True)

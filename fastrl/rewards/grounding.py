@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 
 from fastrl_kernels.pairwise_iou import pairwise_iou
 
-from fastrl.answers import Parsed, parse_boxes
+from fastrl.answers import Parsed
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
 from fastrl.rewards.format import FormatCheck, format_scores, well_formed
-from fastrl.rewards.reading import Coords, pad, to_pixels
+from fastrl.rewards.reading import Coords, pad, read_boxes, to_pixels
 
 UNREADABLE, INVERTED, APART = -1.0, -0.6, -0.2  # the graded metric's values below IoU²
 
@@ -50,7 +50,7 @@ class GroundingReward(Reward):
     format: FormatCheck = "strict"
 
     def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
-        read = [parse_boxes(answer, 1) for answer in answers]
+        read = [read_boxes(answer, 1) for answer in answers]
         boxes = [self._box(parsed, record) for parsed, record in zip(read, records, strict=True)]
         values = box_iou(boxes, [record.target["box"] for record in records])
         if self.metric != "iou":
@@ -63,7 +63,7 @@ class GroundingReward(Reward):
         return result
 
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
-        return [bool(parse_boxes(answer, 1).items) for answer in answers]
+        return [bool(read_boxes(answer, 1).items) for answer in answers]
 
     def _box(self, parsed: Parsed, record: Record) -> Coords | None:
         if not parsed.items or parsed.items[0].inverted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,10 +27,9 @@ def edit_distance(a: str, b: str, max_cells: int = MAX_CELLS) -> int:
 
     if len(a) * len(b) <= max_cells:
         return Levenshtein.distance(a, b)
-    side = int(max_cells**0.5)
+    side = math.isqrt(max_cells)
     short = min(len(a), len(b))
-    cut_short = min(short, side)
-    cut_long = max_cells // max(cut_short, 1)
+    cut_short, cut_long = (side, side) if short > side else (short, max_cells // short)
     cut_a, cut_b = (cut_short, cut_long) if len(a) <= len(b) else (cut_long, cut_short)
     head = Levenshtein.distance(a[:cut_a], b[:cut_b])
     return head + max(len(a) - cut_a, len(b) - cut_b, 0)

@@ -9,12 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.answers import Item, Parsed, View, from_original, resolve_frame, to_original
+from fastrl.answers import Item, Parsed, View, from_original, parse_boxes, parse_points, resolve_frame, to_original
 from fastrl.data.records import Record
 
 # Coordinates are clamped to this many pixels (of 0–1000 units for points): far outside any image, and products of two
 # of them stay exact enough for areas. A model may write 1e300.
 LIMIT = 1e6
+
+# Characters of an answer that are read. Parsing is linear, so this bounds its time; four thousand tokens are far less.
+MAX_CHARACTERS = 1 << 21
 
 Coords = tuple[float, ...]
 
@@ -24,6 +27,16 @@ class Padded(NamedTuple):
 
     values: Tensor
     counts: Tensor
+
+
+def read_boxes(answer: str, max_items: int) -> Parsed:
+    """The first ``max_items`` boxes of a model's answer, in its own numbers; never raises, bounded time."""
+    return parse_boxes(answer[:MAX_CHARACTERS], max_items)
+
+
+def read_points(answer: str, max_items: int) -> Parsed:
+    """The first ``max_items`` points, or boxes (whose ``point`` is the centre), of a model's answer."""
+    return parse_points(answer[:MAX_CHARACTERS], max_items)
 
 
 def view_of(record: Record) -> View | None:
