@@ -71,8 +71,18 @@ def test_graded_metric_orders_the_ways_to_fail() -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    ["", "nothing", "[1, 2, 3]", "[320, 240, 64, 48]", "[64, 240, 320, 48]", "[64, 48, 64, 48]", "[nan, 1, 2, 3]"]
-    + ["[1e999, 0, 1, 1]", "[1e300, 0, 1e301, 1]", "[64, 48, 320, 1" + "0" * 500 + "]"],
+    [
+        "",
+        "nothing",
+        "[1, 2, 3]",
+        "[320, 240, 64, 48]",
+        "[64, 240, 320, 48]",
+        "[64, 48, 64, 48]",
+        "[nan, 1, 2, 3]",
+        "[1e999, 0, 1, 1]",
+        "[1e300, 0, 1e301, 1]",
+        "[64, 48, 320, 1" + "0" * 500 + "]",
+    ],
 )
 def test_unreadable_inverted_empty_and_non_finite_boxes_score_zero(answer: str) -> None:
     assert iou_of(answer, record(frame="original")) == 0.0

@@ -31,22 +31,35 @@ VARIANTS: list[Reward] = [
 ]
 LOWEST = {"missing": -1.0, "points": -1.0, "iou": -1.0}
 
-pieces = st.sampled_from(
-    [
-        '[{"bbox_2d": [',
-        "1, 2, 3, 4",
-        "]",
-        "}",
-        "{",
-        ", ",
-        '"label": "dog"',
-        "<|box_start|>",
-        "<|box_end|>",
-        "(1,2),(3,4)",
-    ]
-    + ["(600,400),(610,410)", "nan", "inf", "1e400", "-0.0", "1e-320", "9" * 30, '"', "\\", "\n", "```json", "<answer>"]
-    + ["<|object_ref_start|>", "<|object_ref_end|>", "[10,20,200,300]", "[]", "\ud800", "\x00", "字", "٣", "</think>"]
-)
+SYNTAX = [
+    '[{"bbox_2d": [',
+    "]",
+    "}",
+    "{",
+    ", ",
+    '"',
+    "\\",
+    "\n",
+    '"label": "dog"',
+    "```json",
+    "[]",
+    "<answer>",
+    "</think>",
+]
+TOKENS = ["<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|object_ref_end|>"]
+NUMBERS = [
+    "1, 2, 3, 4",
+    "(1,2),(3,4)",
+    "(600,400),(610,410)",
+    "[10,20,200,300]",
+    "nan",
+    "inf",
+    "1e400",
+    "-0.0",
+    "1e-320",
+]
+ODD = ["9" * 30, "\ud800", "\x00", "字", "٣"]
+pieces = st.sampled_from([*SYNTAX, *TOKENS, *NUMBERS, *ODD])
 hostile = st.one_of(st.text(max_size=60), st.lists(pieces, max_size=14).map("".join))
 
 
@@ -77,7 +90,7 @@ HUGE = {
     "a million braces": "{" * 1_000_000,
     "ten megabytes of words": "x y " * 2_500_000,
     "ten megabytes of digits": "9" * 10_000_000,
-    "half-open pairs": "(1," * 3_000_000,
+    "half-open pairs": "(1," * 500_000,
     "open objects": '{"a":[' * 500_000,
     "box tokens": "<|box_start|>" * 500_000,
     "a hundred thousand boxes": "<|box_start|>(1,2),(3,4)<|box_end|>" * 100_000,
