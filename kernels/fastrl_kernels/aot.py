@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import pkgutil
 import re
@@ -46,8 +47,9 @@ def aot_cases() -> list[AotCase]:
     package = importlib.import_module("fastrl_kernels")
     cases: list[AotCase] = []
     for info in pkgutil.iter_modules(package.__path__, prefix="fastrl_kernels."):
-        if info.name in (__name__, "fastrl_kernels.aot", "fastrl_kernels.__main__"):
-            continue
+        spec = importlib.util.find_spec(info.name)
+        if info.name in (__name__, "fastrl_kernels.aot") or spec is None or not str(spec.origin).endswith(".py"):
+            continue  # this module, or a compiled library
         define = getattr(importlib.import_module(info.name), "aot_cases", None)
         if callable(define) and define.__module__ == info.name:
             cases.extend(define())  # type: ignore[arg-type]

@@ -1,0 +1,227 @@
+"""The backward loop of the head: vocabulary-outer, logits recomputed slab by slab, gradients in place of the logits.
+
+A slab of the weight meets all rows (or chunks of rows, where the budget is small); its logits are recomputed into the
+scratch tile and turned in place into their gradient. The slab's weight gradient is complete when the slab is left: it
+is written once, accumulated in fp32 inside the matmul, so no fp32 ``[V, H]`` buffer exists. The gradient of the hidden
+states is summed over slabs in fp32. Rows known to have no gradient are left out of every matmul.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels._linear_logprob_driver import (
+    EAGER_ROWS,
+    Head,
+    Plan,
+    accumulator_dtype,
+    matmul_into,
+    plan_tiles,
+    ranges,
+    take_rows,
+    tile_dtype,
+)
+from fastrl_kernels._linear_logprob_tiles import RowTerms, differentiate_tile, eager_row_bytes, triton_path
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+
+def _backward_plan(hidden: Tensor, head: Head, n: int, needs: Needs) -> Plan:
+    dtype, triton_tiles = tile_dtype(hidden), triton_path(hidden)
+    size = dtype.itemsize
+    copied_slab = bool(head.rank) or dtype != head.weight.dtype
+    per_row = (head.width + bool(head.rank) * head.weight.shape[1]) * size
+    per_column = copied_slab * (head.width + bool(head.rank) * head.weight.shape[1]) * size
+
+    def plan(extra_per_column: int) -> Plan:
+        return plan_tiles(
+            n,
+            head.weight.shape[0],
+            head.scratch_bytes,
+            per_element=size,
+            per_row=per_row + (0 if triton_tiles else eager_row_bytes(size, head.softcap is not None)),
+            per_column=per_column + extra_per_column,
+            row_limit=n if triton_tiles else EAGER_ROWS,
+        )
+
+    accumulated = head.width * accumulator_dtype(dtype).itemsize
+    if dtype != head.weight.dtype and needs.weight:  # cast slabs always pass through an fp32 slab gradient
+        return plan(accumulated)
+    whole = plan(0)
+    if whole.rows >= n or dtype == accumulator_dtype(dtype):
+        return whole
+    return plan(accumulated)
+
+
+def backward(
+    hidden: Tensor,
+    head: Head,
+    rows: RowTerms,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    index: Tensor | None,
+    skip_zero_rows: bool,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias, lora_a and lora_b; empty where not needed.
+
+    Only the rows ``index`` contribute. On a CPU, or with ``skip_zero_rows``, rows whose upstream gradient is exactly 0
+    are dropped as well (the number of rows left is read from the device).
+    """
+    if skip_zero_rows or not triton_path(hidden):
+        index = _nonzero_rows(head, rows, grad_logp, grad_entropy, index)
+    if index is not None:
+        rows, grad_logp = rows.select(index), grad_logp.index_select(0, index)
+        grad_entropy = None if grad_entropy is None else grad_entropy.index_select(0, index)
+    work = _Backward(hidden, head, rows, grad_logp, grad_entropy, index, needs)
+    work.run()
+    return work.gradients()
+
+
+def _nonzero_rows(
+    head: Head, rows: RowTerms, grad_logp: Tensor, grad_entropy: Tensor | None, index: Tensor | None
+) -> Tensor | None:
+    live = grad_logp != 0
+    if grad_entropy is not None:
+        live |= grad_entropy != 0
+    live &= rows.target != head.options.ignore_index
+    if index is not None:
+        return index[live[index]]
+    kept = live.nonzero()[:, 0]
+    return None if kept.numel() == live.numel() else kept
+
+
+class _Backward:
+    """One backward pass: the loop over slabs and the gradients it fills."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        rows: RowTerms,  # of the rows that contribute, R of them
+        grad_logp: Tensor,  # [R]
+        grad_entropy: Tensor | None,  # [R]
+        index: Tensor | None,  # [R] which rows of hidden these are; None: all
+        needs: Needs,
+    ) -> None:
+        self.hidden, self.head, self.rows, self.index, self.needs = hidden, head, rows, index, needs
+        self.grad_logp, self.grad_entropy = grad_logp, grad_entropy
+        self.count, self.dtype, self.kind = rows.target.shape[0], tile_dtype(hidden), accumulator_dtype(hidden.dtype)
+        self.silent = rows.target == head.options.ignore_index
+        self.silent |= grad_logp == 0 if grad_entropy is None else (grad_logp == 0) & (grad_entropy == 0)
+        (vocabulary, size), rank = head.weight.shape, head.rank
+        self.x_from = 0 if needs.hidden else size  # columns of the widened input that need a gradient
+        x_width = head.width - self.x_from if needs.hidden or needs.lora_a else 0
+        self.d_x = hidden.new_zeros((self.count, x_width), dtype=self.kind)
+
+        def zeros(wanted: bool, like: Tensor | None, *shape: int) -> Tensor:
+            made = hidden if like is None else like
+            return made.new_zeros(shape if wanted else (0,), dtype=made.dtype)
+
+        self.d_weight = zeros(needs.weight, head.weight, vocabulary, size)
+        self.d_bias = zeros(needs.bias, head.bias, vocabulary)
+        self.d_a = zeros(needs.lora_a, head.lora_a, rank, size)
+        self.d_b = zeros(needs.lora_b, head.lora_b, vocabulary, rank)
+
+    def _features(self, start: int, end: int) -> Tensor:
+        """Widened rows; rows without a gradient are zeroed, so that what they hold (NaN, say) reaches no weight."""
+        x = take_rows(self.hidden, self.index, start, end).to(self.dtype)
+        if triton_path(self.hidden):  # the torch path has dropped them
+            x = x.masked_fill(self.silent[start:end, None], 0)
+        return self.head.widen(x)
+
+    def run(self) -> None:
+        if self.count == 0:
+            return
+        plan = _backward_plan(self.hidden, self.head, self.count, self.needs)
+        buffer = plan.tile_buffer(self.hidden, self.dtype)
+        chunks = list(ranges(self.count, plan.rows))
+        x = self._features(*chunks[0]) if len(chunks) == 1 else None
+        for first, last in ranges(self.head.weight.shape[0], plan.columns):
+            w = self.head.slab(first, last, self.dtype)
+            slab = _SlabGradients(self, first, last, whole=len(chunks) == 1)
+            for start, end in chunks:
+                rows_x = self._features(start, end) if x is None else x
+                tile = plan.view(buffer, end - start, last - first)
+                torch.mm(rows_x, w.T, out=tile)
+                part = slice(start, end)
+                differentiate_tile(
+                    tile,
+                    tile,
+                    first,
+                    self.head.options,
+                    self.rows.part(start, end),
+                    self.grad_logp[part],
+                    None if self.grad_entropy is None else self.grad_entropy[part],
+                )
+                if self.d_x.shape[1]:
+                    matmul_into(self.d_x[part], tile, w[:, self.x_from :], add=True)
+                slab.add(tile, rows_x, add=start > 0)
+                del rows_x
+            slab.write()
+            del w
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        head, size = self.head, self.head.weight.shape[1]
+        if head.lora_a is not None and self.d_x.shape[1]:
+            d_u = self.d_x[:, size - self.x_from :]
+            if self.needs.lora_a:
+                total = torch.zeros(head.rank, size, dtype=self.kind, device=self.hidden.device)
+                for start, end in ranges(self.count, EAGER_ROWS):
+                    x = take_rows(self.hidden, self.index, start, end).to(self.kind)
+                    total.addmm_(d_u[start:end].T, x.masked_fill(self.silent[start:end, None], 0))
+                self.d_a.copy_(total.mul_(head.lora_scale))
+            if self.needs.hidden:
+                self.d_x[:, :size].addmm_(d_u, head.lora_a.to(self.kind), alpha=head.lora_scale)
+        return self._hidden_gradient(size), self.d_weight, self.d_bias, self.d_a, self.d_b
+
+    def _hidden_gradient(self, size: int) -> Tensor:
+        if not self.needs.hidden:
+            return self.hidden.new_zeros(0)
+        d_hidden = self.d_x[:, :size].to(self.hidden.dtype).contiguous()
+        if self.index is None:
+            return d_hidden
+        return self.hidden.new_zeros(self.hidden.shape).index_copy_(0, self.index, d_hidden)
+
+
+class _SlabGradients:
+    """Gradients of one slab of the weight, the bias and LoRA's B, summed over chunks of rows and written once."""
+
+    def __init__(self, work: _Backward, first: int, last: int, *, whole: bool) -> None:
+        self.work, size = work, work.head.weight.shape[1]
+        wanted = (
+            (work.needs.weight, work.d_weight, slice(0, size)),
+            (work.needs.lora_b, work.d_b, slice(size, None)),
+        )
+        self.targets: list[tuple[Tensor, Tensor, slice]] = []  # (gradient, where it is summed, columns of the input)
+        for needed, gradient, columns in wanted:
+            if needed:
+                part = gradient[first:last]
+                direct = part.dtype == work.kind or (whole and part.dtype == work.dtype)
+                self.targets.append((part, part if direct else torch.empty_like(part, dtype=work.kind), columns))
+        self.bias = work.d_bias[first:last] if work.needs.bias else None
+        self.bias_sum = torch.zeros(last - first, dtype=work.kind, device=work.hidden.device)
+
+    def add(self, tile: Tensor, x: Tensor, *, add: bool) -> None:
+        for _, total, columns in self.targets:
+            matmul_into(total, tile.T, x[:, columns], add=add)
+        if self.bias is not None:
+            self.bias_sum += tile.sum(0, dtype=self.bias_sum.dtype)
+
+    def write(self) -> None:
+        for gradient, total, _ in self.targets:
+            if total is not gradient:
+                gradient.copy_(total)
+        if self.bias is not None:
+            self.bias.copy_(self.bias_sum)

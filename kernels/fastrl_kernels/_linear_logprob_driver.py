@@ -1,0 +1,209 @@
+"""The head's tiles under a byte budget that depends neither on the rows nor on the vocabulary, and the forward loop.
+
+Forward goes token-outer: a chunk of rows meets slab after slab of the vocabulary, one matmul into the same scratch tile
+and one pass that folds it. A LoRA on the head is a wider head: ``[hidden, hidden (s A)^T]`` against ``[W, B]``, so both
+products are rounded together.
+
+Tiles that go through Triton have the inputs' dtype (the matmul accumulates in fp32 and rounds once, as the plain path
+does). The torch path computes in fp32 (float64 for float64): its tiles, and the slabs it casts, obey the same budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels._linear_logprob_tiles import (
+    NO_IGNORE,
+    RowTerms,
+    TileOptions,
+    eager_row_bytes,
+    fold_tile,
+    triton_path,
+)
+
+_HAS_OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")  # fp32 result of a bf16/fp16 matmul; CUDA only
+_FORWARD_ROWS = 4096  # tokens per tile on a GPU: the weight is read once per this many
+EAGER_ROWS = 1024  # tokens per tile on a CPU
+_SLAB_COLUMNS = 4096  # narrower slabs starve the matmuls: rows are cut instead
+
+
+class Head(NamedTuple):
+    """The projection from hidden states to logits, and what it may spend."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    lora_a: Tensor | None  # [r, H]
+    lora_b: Tensor | None  # [V, r]
+    lora_scale: float
+    softcap: float | None
+    ignore_index: int | None
+    scratch_bytes: int
+
+    @property
+    def options(self) -> TileOptions:
+        ignore = NO_IGNORE if self.ignore_index is None else self.ignore_index
+        return TileOptions(self.weight.shape[0], self.bias, self.softcap, ignore)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.lora_a is None else self.lora_a.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns of the (LoRA-widened) hidden states."""
+        return self.weight.shape[1] + self.rank
+
+    def slab(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows ``first:last`` of ``[W, B]`` [last - first, width]; a view where nothing must be cast or joined."""
+        slab = self.weight[first:last].to(dtype)
+        return slab if self.lora_b is None else torch.cat([slab, self.lora_b[first:last].to(dtype)], 1)
+
+    def widen(self, hidden: Tensor) -> Tensor:
+        """``[hidden, hidden (s A)^T]`` [n, width]."""
+        if self.lora_a is None:
+            return hidden
+        scaled = (self.lora_a.to(accumulator_dtype(hidden.dtype)) * self.lora_scale).to(hidden.dtype)
+        return torch.cat([hidden, hidden @ scaled.T], 1)
+
+
+class Plan(NamedTuple):
+    """Tile shape: ``rows`` x ``columns``, stored with a row stride that keeps every row aligned."""
+
+    rows: int
+    columns: int
+    stride: int
+
+    def tile_buffer(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.rows * self.stride, dtype=dtype, device=like.device)
+
+    def view(self, buffer: Tensor, rows: int, columns: int) -> Tensor:
+        return buffer.as_strided((rows, columns), (self.stride, 1))
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tile_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype tiles are computed in: the inputs' own through Triton, the accumulator's in torch."""
+    return hidden.dtype if triton_path(hidden) else accumulator_dtype(hidden.dtype)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def plan_tiles(n: int, v: int, budget: int, *, per_element: int, per_row: int, per_column: int, row_limit: int) -> Plan:
+    """The largest tile of at most ``row_limit`` rows that fits ``budget`` bytes, cut evenly over n rows and v columns.
+
+    Rows are halved only where the slab would else be narrow. ``ValueError`` if not even one row of 64 columns fits.
+    """
+    whole = _round_up(v, 64)
+    rows = max(1, min(n, row_limit))
+    while True:
+        columns = (budget - rows * per_row) // (rows * per_element + per_column) // 64 * 64
+        if columns >= min(whole, _SLAB_COLUMNS if rows > 64 else 64):
+            break
+        if rows == 1:
+            least = per_row + 64 * (per_element + per_column)
+            raise ValueError(f"scratch_bytes: {budget} is too small for one tile of this head; at least {least} needed")
+        rows = (rows + 1) // 2
+    columns = min(columns, whole)
+    columns = _round_up(-(-v // -(-v // columns)), 64)
+    rows = -(-n // -(-n // rows)) if n else 1
+    return Plan(rows, columns, columns)
+
+
+def ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, total, step):
+        yield start, min(start + step, total)
+
+
+def _forward_plan(hidden: Tensor, head: Head, n: int, gathered: bool) -> Plan:
+    dtype, triton_tiles = tile_dtype(hidden), triton_path(hidden)
+    size = dtype.itemsize
+    copied_rows = gathered or bool(head.rank) or dtype != hidden.dtype
+    copied_slab = bool(head.rank) or dtype != head.weight.dtype
+    return plan_tiles(
+        n,
+        head.weight.shape[0],
+        head.scratch_bytes,
+        per_element=size,
+        per_row=copied_rows * (head.width + head.weight.shape[1]) * size
+        + (0 if triton_tiles else eager_row_bytes(size, head.softcap is not None)),
+        per_column=copied_slab * (head.width + bool(head.rank) * head.weight.shape[1]) * size,
+        row_limit=_FORWARD_ROWS if triton_tiles else EAGER_ROWS,
+    )
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """``out (+)= a @ b``. ``out`` has the operands' dtype, or is fp32: then nothing is rounded to bf16 on the way."""
+    if a.dtype == out.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif _HAS_OUT_DTYPE and out.is_cuda:
+        if add:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        matmul_into(out, a.to(out.dtype), b.to(out.dtype), add=add)
+
+
+def forward(
+    hidden: Tensor, head: Head, target: Tensor, inverse_temperature: Tensor, return_entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(logp [N], entropy [N] or None, log-sum-exp [N]) in the accumulator dtype; ignored rows are 0."""
+    n, vocabulary = hidden.shape[0], head.weight.shape[0]
+    kind = accumulator_dtype(hidden.dtype)
+    index = None
+    if head.ignore_index is not None and hidden.device.type == "cpu" and not triton_path(hidden):
+        kept = (target != head.ignore_index).nonzero()[:, 0]
+        index = kept if kept.numel() < n else None
+    results = [torch.zeros(n, dtype=kind, device=hidden.device) for _ in range(3 if return_entropy else 2)]
+    rows = RowTerms(target, inverse_temperature, results[0], results[1], results[2] if return_entropy else None)
+    if index is not None:
+        rows = rows.select(index)
+    count = rows.target.shape[0]
+    if count:
+        _forward_tiles(hidden, head, rows, index, _forward_plan(hidden, head, count, index is not None), vocabulary)
+    if index is not None:
+        results[0][index], results[1][index] = rows.logp, rows.lse
+        if rows.entropy is not None:
+            results[2][index] = rows.entropy
+    return results[0], results[2] if return_entropy else None, results[1]
+
+
+def _forward_tiles(
+    hidden: Tensor, head: Head, rows: RowTerms, index: Tensor | None, plan: Plan, vocabulary: int
+) -> None:
+    dtype, count = tile_dtype(hidden), rows.target.shape[0]
+    state = torch.empty(4, count, dtype=rows.logp.dtype, device=hidden.device)
+    buffer = plan.tile_buffer(hidden, dtype)
+    chunks, slabs = list(ranges(count, plan.rows)), list(ranges(vocabulary, plan.columns))
+    tiles = [(chunk, slab) for chunk in chunks for slab in slabs]
+    if head.rank or dtype != head.weight.dtype:  # slabs are copies: make each once
+        tiles = [(chunk, slab) for slab in slabs for chunk in chunks]
+    x = w = hidden  # replaced before use
+    at_chunk = at_slab = -1
+    for (start, end), (first, last) in tiles:
+        if at_chunk != start:
+            x, at_chunk = hidden, start  # the old copy is freed before its successor is made
+            x = head.widen(take_rows(hidden, index, start, end).to(dtype))
+        if at_slab != first:
+            w, at_slab = hidden, first
+            w = head.slab(first, last, dtype)
+        tile = plan.view(buffer, end - start, last - first)
+        torch.mm(x, w.T, out=tile)
+        fold_tile(tile, first, head.options, rows.part(start, end), state[:, start:end])
+
+
+def take_rows(hidden: Tensor, index: Tensor | None, start: int, end: int) -> Tensor:
+    return hidden[start:end] if index is None else hidden.index_select(0, index[start:end])

@@ -1,0 +1,282 @@
+"""Triton kernels of the head: fold a slab of logits into row statistics, turn a slab into its gradient in place.
+
+The mathematics stands in ``_linear_logprob_tiles``. Forward: one program per row reads the slab once. Each lane keeps
+its own running (max, sum, weighted sum) and spends one exponential per element, ``e = exp(-|z - m|)``, which rescales
+either the sums or the new term; lanes meet once at the end, so the loop has no barrier. Backward: elementwise given the
+row's log-sum-exp; read once, written once, rounded once. Both loops run unmasked over whole blocks and masked over the
+rest, so aligned rows move in 128-bit words whatever the vocabulary size. Grids are 1-D and row offsets 64-bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastrl_kernels._common import AotCase
+from fastrl_kernels._numerics import expm1_tail
+from fastrl_kernels._triton import tl, triton
+
+
+@triton.jit
+def _tanh(x):
+    """tanh without libdevice, relative error ~2e-7: its series near 0, (1 - e) / (1 + e), e = exp(-2|x|), elsewhere."""
+    a = tl.abs(x)
+    q = x * x
+    series = -1382.0 / 155925.0
+    series = series * q + 62.0 / 2835.0
+    series = series * q - 17.0 / 315.0
+    series = series * q + 2.0 / 15.0
+    series = series * q - 1.0 / 3.0
+    e = tl.exp(-2.0 * a)
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(a < 0.25, x + x * q * series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _load_logits(row_pointer, bias, columns, mask, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Raw logits of these columns as fp32, plus their bias."""
+    if MASKED:
+        s = tl.load(row_pointer + columns, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            s += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+    else:
+        s = tl.load(row_pointer + columns).to(tl.float32)
+        if HAS_BIAS:
+            s += tl.load(bias + columns).to(tl.float32)
+    return s
+
+
+@triton.jit
+def _fold_block(
+    m, l, w, row_pointer, bias, columns, end, softcap, scale,
+    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """One block of columns into each lane's running (max, sum, weighted sum), in units of log 2."""
+    mask = columns < end
+    z = _load_logits(row_pointer, bias, columns, mask, MASKED, HAS_BIAS)
+    if HAS_SOFTCAP:
+        z = softcap * _tanh(z / softcap)
+    z = z * scale
+    z = tl.where(z < -1.0e30, -1.0e30, z)  # a forbidden token (-inf) weighs nothing; NaN stays NaN
+    if MASKED:
+        z = tl.where(mask, z, -1.0e30)
+    d = z - m
+    e = tl.exp2(-tl.abs(d))
+    up = d > 0
+    if HAS_ENTROPY:
+        w = tl.where(up, e * (w - d * l), w + e * d)
+    l = tl.where(up, l * e + 1.0, l + e)
+    m = tl.where(up, z, m)
+    return m, l, w
+
+
+@triton.jit
+def linear_logprob_fold_kernel(
+    tile, target, inverse_temperature, bias, state, logp, lse, entropy,
+    tile_stride, state_stride, width, first_column, n_columns, ignore_index, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    wanted = tl.load(target + row)
+    ignored = wanted == ignore_index
+    width = tl.where(ignored, 0, width)
+    inv_t = tl.load(inverse_temperature + row)
+    softcap = tl.cast(softcap, tl.float32)
+    scale = inv_t * 1.4426950408889634
+    row_pointer = tile + row * tile_stride
+    bias += first_column
+    lanes = tl.arange(0, BLOCK)
+    m = tl.full([BLOCK], -1.0e30, tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)
+    w = tl.zeros([BLOCK], tl.float32)
+    full = width // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):  # no mask: aligned rows are read in 128-bit words whatever the vocabulary size
+        m, l, w = _fold_block(
+            m, l, w, row_pointer, bias, start + lanes, width, softcap, scale, False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY
+        )
+    if full < width:
+        m, l, w = _fold_block(
+            m, l, w, row_pointer, bias, full + lanes, width, softcap, scale, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY
+        )
+
+    # lanes, then the slabs before this one
+    seen = first_column > 0
+    state += row
+    m0 = tl.load(state, mask=seen, other=-1.0e30)
+    l0 = tl.load(state + state_stride, mask=seen, other=0.0)
+    top = tl.maximum(tl.max(m, 0), m0)
+    a = tl.exp2(m - top)
+    a0 = tl.exp2(m0 - top)
+    total = tl.sum(l * a, 0) + l0 * a0
+    column = wanted - first_column
+    here = (column >= 0) & (column < width)
+    z = tl.load(row_pointer + column, mask=here, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + column, mask=here, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        z = softcap * _tanh(z / softcap)
+    z_target = tl.where(here, z * scale, tl.load(state + 3 * state_stride, mask=seen, other=float("nan")))
+    if HAS_ENTROPY:
+        w0 = tl.load(state + 2 * state_stride, mask=seen, other=0.0)
+        weighted = tl.sum(a * (w + (m - top) * l), 0) + a0 * (w0 + (m0 - top) * l0)
+    else:
+        weighted = 0.0
+
+    if first_column + width < n_columns:
+        tl.store(state, top)
+        tl.store(state + state_stride, total)
+        tl.store(state + 2 * state_stride, weighted)
+        tl.store(state + 3 * state_stride, z_target)
+    if ignored | (first_column + width == n_columns):
+        log_total = tl.log2(total)
+        tl.store(logp + row, tl.where(ignored, 0.0, (z_target - top - log_total) * 0.6931471805599453))
+        tl.store(lse + row, tl.where(ignored, 0.0, (top + log_total) * 0.6931471805599453))
+        if HAS_ENTROPY:
+            tl.store(entropy + row, tl.where(ignored, 0.0, (log_total - weighted / total) * 0.6931471805599453))
+
+
+@triton.jit
+def _differentiate_block(
+    row_pointer, out_pointer, bias, columns, end, column, at_target, log_total, entropy, g, h, softcap, inv_t,
+    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    mask = columns < end
+    z = _load_logits(row_pointer, bias, columns, mask, MASKED, HAS_BIAS)
+    t = z
+    if HAS_SOFTCAP:
+        t = _tanh(z / softcap)
+        z = softcap * t
+    log_p = z * inv_t - log_total
+    log_p = tl.where(log_p < -1.0e30, -1.0e30, log_p)  # a forbidden token (-inf): p = 0, and 0 * log 0 = 0
+    p = tl.exp(log_p)
+    if HAS_ENTROPY:
+        d = -p * (g + h * (log_p + entropy))
+    else:
+        d = -p * g
+    d = tl.where(columns == column, at_target, d) * inv_t
+    if HAS_SOFTCAP:
+        d = d * (1.0 - t * t)
+    if MASKED:
+        tl.store(out_pointer + columns, d.to(out_pointer.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out_pointer + columns, d.to(out_pointer.dtype.element_ty))
+
+
+@triton.jit
+def linear_logprob_gradient_kernel(
+    tile, out, target, inverse_temperature, bias, logp, lse, entropy, grad_logp, grad_entropy,
+    tile_stride, out_stride, width, first_column, ignore_index, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    wanted = tl.load(target + row)
+    g = tl.load(grad_logp + row)
+    h = 0.0
+    big_h = 0.0
+    if HAS_ENTROPY:
+        h = tl.load(grad_entropy + row)
+        big_h = tl.load(entropy + row)
+    nothing = (wanted == ignore_index) | ((g == 0.0) & (h == 0.0))
+    lanes = tl.arange(0, BLOCK)
+    out_pointer = out + row * out_stride
+    if nothing:
+        zero = tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty)
+        for start in range(0, width, BLOCK):
+            tl.store(out_pointer + start + lanes, zero, mask=start + lanes < width)
+    else:
+        row_pointer = tile + row * tile_stride
+        bias += first_column
+        inv_t = tl.load(inverse_temperature + row)
+        softcap = tl.cast(softcap, tl.float32)
+        log_total = tl.load(lse + row)
+        log_p = tl.load(logp + row)
+        column = (wanted - first_column).to(tl.int32)
+        near = tl.maximum(log_p, -0.5)
+        rest = tl.where(log_p < -0.5, 1.0 - tl.exp(log_p), -(near + expm1_tail(near)))  # 1 - p of the target
+        at_target = g * rest
+        if HAS_ENTROPY:
+            at_target -= h * (1.0 - rest) * (log_p + big_h)
+        full = width // BLOCK * BLOCK
+        for start in range(0, full, BLOCK):
+            _differentiate_block(
+                row_pointer, out_pointer, bias, start + lanes, width, column, at_target, log_total, big_h, g, h,
+                softcap, inv_t, False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+            )  # fmt: skip
+        if full < width:
+            _differentiate_block(
+                row_pointer, out_pointer, bias, full + lanes, width, column, at_target, log_total, big_h, g, h,
+                softcap, inv_t, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+            )  # fmt: skip
+
+
+def launch_config(width: int) -> tuple[int, int]:
+    """(BLOCK, warps) for tiles this many columns wide; both kernels share it."""
+    if width > 2048:
+        return 4096, 8
+    if width > 256:
+        return 1024, 4
+    return 256, 1
+
+
+def launch_fold(tile: Tensor, first_column: int, options: Any, rows: Any, state: Tensor) -> None:
+    """Launch the forward kernel; arguments as ``fold_tile``."""
+    n, width = tile.shape
+    block, warps = launch_config(width)
+    has_entropy = rows.entropy is not None
+    linear_logprob_fold_kernel[(n,)](
+        tile, rows.target, rows.inverse_temperature, tile if options.bias is None else options.bias, state,
+        rows.logp, rows.lse, rows.entropy if has_entropy else rows.logp,
+        tile.stride(0), state.stride(0), width, first_column, options.n_columns, options.ignore_index,
+        options.softcap or 1.0,
+        HAS_BIAS=options.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_ENTROPY=has_entropy,
+        BLOCK=block, num_warps=warps,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+
+
+def launch_gradient(
+    tile: Tensor,
+    out: Tensor,
+    first_column: int,
+    options: Any,
+    rows: Any,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Launch the backward kernel; arguments as ``differentiate_tile``."""
+    n, width = tile.shape
+    block, warps = launch_config(width)
+    has_entropy = grad_entropy is not None
+    linear_logprob_gradient_kernel[(n,)](
+        tile, out, rows.target, rows.inverse_temperature, tile if options.bias is None else options.bias,
+        rows.logp, rows.lse, rows.entropy if has_entropy else rows.logp,
+        grad_logp, grad_entropy if has_entropy else grad_logp,
+        tile.stride(0), out.stride(0), width, first_column, options.ignore_index, options.softcap or 1.0,
+        HAS_BIAS=options.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_ENTROPY=has_entropy,
+        BLOCK=block, num_warps=warps,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+
+
+def aot_cases() -> list[AotCase]:
+    """Shipped configurations: every feature at the block size of real vocabularies, and the other blocks and dtypes."""
+    features = [(bias, cap, entropy) for bias in (False, True) for cap in (False, True) for entropy in (False, True)]
+    points = [(4096, 8, "bf16", chosen) for chosen in features]
+    points += [(block, warps, "bf16", (False, False, True)) for block, warps in ((1024, 4), (256, 1))]
+    points += [(4096, 8, dtype, (False, False, True)) for dtype in ("fp32", "fp16")]
+    vectors = dict.fromkeys(("inverse_temperature", "logp", "lse", "entropy"), "*fp32")
+    scalars = {"width": "i32", "ignore_index": "i32", "softcap": "fp32"}
+    scalars |= dict.fromkeys(("tile_stride", "first_column"), "i32:16")
+    cases = []
+    for block, warps, dtype, (bias, cap, entropy) in points:
+        switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, "BLOCK": block}
+        common = {"tile": f"*{dtype}", "target": "*i64", "bias": f"*{dtype}", **vectors, **scalars}
+        fold = {"state": "*fp32", "state_stride": "i32", "n_columns": "i32"}
+        gradient = {"out": f"*{dtype}", "out_stride": "i32:16", "grad_logp": "*fp32", "grad_entropy": "*fp32"}
+        named = "+".join(["entropy"] * entropy + ["bias"] * bias + ["softcap"] * cap) or "plain"
+        for name, kernel, own in (
+            ("fold", linear_logprob_fold_kernel, fold),
+            ("gradient", linear_logprob_gradient_kernel, gradient),
+        ):
+            full_name = f"linear_logprob_{name}/{dtype}/{named}/{block}x{warps}"
+            cases.append(AotCase(full_name, kernel, {**common, **own}, switches, num_warps=warps))
+    return cases

@@ -1,0 +1,195 @@
+"""The two passes over a tile of logits every head op is made of: fold it into statistics, turn it into its gradient.
+
+A tile holds raw logits ``s`` of some rows and a slab of vocabulary columns. What the row's distribution sees is
+
+    z = softcap * tanh((s + bias) / softcap) / temperature            (softcap and bias where given)
+
+``fold_tile`` reads a tile once and keeps, per row, the running maximum ``m``, ``l = sum exp(z - m)``,
+``w = sum exp(z - m) (z - m)`` and the target's logit. After the last slab ``logp = (z_target - m) - log l``,
+``lse = m + log l`` and ``entropy = log l - w / l``: differences to the maximum, so nothing cancels when one token takes
+all the mass or when logits are large.
+
+``differentiate_tile`` is elementwise once ``lse`` is known, so it may write over the tile. With upstream gradients
+``g`` (of logp) and ``h`` (of entropy ``H``), ``p = exp(z - lse)``:
+
+    dL/dz_j = g (1[j = target] - p_j) - h p_j (log p_j + H),        dL/ds = dL/dz / temperature * (1 - tanh^2)
+
+The target's column uses ``1 - p = -expm1(logp)`` in fp32 and is rounded once, so a confident target keeps its gradient.
+Rows whose target is ``ignore_index`` give exact zeros, whatever the tile holds there. A target outside the vocabulary
+gives NaN (CPU callers raise before). CUDA tiles go through Triton; the torch path works in the tile's own precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels._common import use_triton
+from fastrl_kernels._linear_logprob_kernels import launch_fold, launch_gradient
+
+NO_IGNORE = -(2**31)  # stands for "no target is ignored" where a kernel wants an integer
+_EAGER_BLOCK = 1024  # columns that one step of the torch path works on: bounds its temporaries
+
+
+class TileOptions(NamedTuple):
+    """What turns raw logits into the distribution, the same for every tile."""
+
+    n_columns: int  # of the whole vocabulary: the slab that ends it writes the results
+    bias: Tensor | None  # [n_columns]
+    softcap: float | None
+    ignore_index: int
+
+
+class RowTerms(NamedTuple):
+    """Per-row vectors of the rows a tile holds. fp32, or float64 on float64 tiles."""
+
+    target: Tensor  # [n] i64
+    inverse_temperature: Tensor  # [n]
+    logp: Tensor  # [n]
+    lse: Tensor  # [n]
+    entropy: Tensor | None  # [n]
+
+    def part(self, start: int, end: int) -> RowTerms:
+        """The terms of rows ``start:end``, as views."""
+        return self._map(lambda vector: vector[start:end])
+
+    def select(self, index: Tensor) -> RowTerms:
+        """The terms of the rows ``index`` [R], as copies."""
+        return self._map(lambda vector: vector.index_select(0, index))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> RowTerms:
+        entropy = None if self.entropy is None else change(self.entropy)
+        return RowTerms(
+            change(self.target), change(self.inverse_temperature), change(self.logp), change(self.lse), entropy
+        )
+
+
+def triton_path(tensor: Tensor) -> bool:
+    """True where tiles of this tensor's dtype and device go through Triton."""
+    return use_triton(tensor) and tensor.dtype != torch.float64
+
+
+def fold_tile(tile: Tensor, first_column: int, options: TileOptions, rows: RowTerms, state: Tensor) -> None:
+    """Fold a slab ``tile`` [n, width] of raw logits into the rows' statistics; slabs come in ascending column order.
+
+    ``state`` [4, n] carries the statistics between slabs (not initialised by the caller). The slab that ends the
+    vocabulary writes ``rows.logp``, ``.lse`` and, where given, ``.entropy``. The torch path overwrites the tile.
+    """
+    if tile.shape[0] == 0:
+        return
+    if triton_path(tile):
+        launch_fold(tile, first_column, options, rows, state)
+    else:
+        _fold_eager(tile, first_column, options, rows, state)
+
+
+def differentiate_tile(
+    tile: Tensor,
+    out: Tensor,
+    first_column: int,
+    options: TileOptions,
+    rows: RowTerms,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Write the gradient with respect to raw logits into ``out`` [n, width], which may be the tile itself.
+
+    ``grad_logp`` and ``grad_entropy`` [n]; ``grad_entropy`` needs ``rows.entropy``. The torch path overwrites the tile.
+    """
+    if tile.numel() == 0:
+        return
+    if triton_path(tile):
+        launch_gradient(tile, out, first_column, options, rows, grad_logp, grad_entropy)
+    else:
+        _differentiate_eager(tile, out, first_column, options, rows, grad_logp, grad_entropy)
+
+
+def eager_row_bytes(itemsize: int, softcap: bool) -> int:
+    """Bytes of temporaries per row that the torch path needs beside the tile."""
+    return (2 + softcap) * _EAGER_BLOCK * itemsize
+
+
+def _temper(s: Tensor, first: int, options: TileOptions, inverse_temperature: Tensor) -> Tensor | None:
+    """Raw logits -> tempered logits, in place; returns tanh where there is a softcap."""
+    tanh = None
+    if options.bias is not None:
+        s.add_(options.bias[first : first + s.shape[1]])
+    if options.softcap is not None:
+        tanh = s.div_(options.softcap).tanh_().clone()
+        s.mul_(options.softcap)
+    s.mul_(inverse_temperature[:, None])
+    return tanh
+
+
+def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: RowTerms, state: Tensor) -> None:
+    lowest = torch.finfo(tile.dtype).min
+    top, total, weighted, z_target = state
+    if first_column == 0:
+        top.fill_(lowest)
+        total.zero_()
+        weighted.zero_()
+        z_target.fill_(math.nan)
+    for start in range(0, tile.shape[1], _EAGER_BLOCK):
+        z = tile[:, start : start + _EAGER_BLOCK]
+        _temper(z, first_column + start, options, rows.inverse_temperature)
+        column = rows.target - (first_column + start)
+        here = (column >= 0) & (column < z.shape[1])
+        found = z.gather(1, column.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+        z_target.copy_(torch.where(here, found, z_target))
+        z.clamp_(min=lowest)  # a forbidden token (-inf) weighs nothing; NaN stays NaN
+        new_top = torch.maximum(top, z.amax(1))
+        z.sub_(new_top[:, None])
+        shift = top - new_top
+        rescale = shift.exp()
+        e = z.exp()
+        if rows.entropy is not None:
+            before = rescale * (weighted + shift.clamp_(min=lowest) * total)
+            weighted.copy_(before + z.clamp_(min=lowest).mul_(e).sum(1))
+        total.mul_(rescale).add_(e.sum(1))
+        top.copy_(new_top)
+    if first_column + tile.shape[1] == options.n_columns:
+        ignored = rows.target == options.ignore_index
+        log_total = total.log()
+        rows.logp.copy_((z_target - top - log_total).masked_fill_(ignored, 0))
+        rows.lse.copy_((top + log_total).masked_fill_(ignored, 0))
+        if rows.entropy is not None:
+            rows.entropy.copy_((log_total - weighted / total).masked_fill_(ignored, 0))
+
+
+def _differentiate_eager(
+    tile: Tensor,
+    out: Tensor,
+    first_column: int,
+    options: TileOptions,
+    rows: RowTerms,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:
+    lowest = torch.finfo(tile.dtype).min
+    nothing = (rows.target == options.ignore_index) | (grad_logp == 0)
+    at_target = -grad_logp * rows.logp.expm1()
+    if grad_entropy is not None and rows.entropy is not None:
+        nothing = (rows.target == options.ignore_index) | ((grad_logp == 0) & (grad_entropy == 0))
+        at_target -= grad_entropy * rows.logp.exp() * (rows.logp + rows.entropy)
+    for start in range(0, tile.shape[1], _EAGER_BLOCK):
+        s = tile[:, start : start + _EAGER_BLOCK]
+        tanh = _temper(s, first_column + start, options, rows.inverse_temperature)
+        s.sub_(rows.lse[:, None]).clamp_(min=lowest)
+        p = s.exp()
+        if grad_entropy is not None and rows.entropy is not None:
+            s.add_(rows.entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logp[:, None]).mul_(p).neg_()
+        else:
+            torch.mul(p, -grad_logp[:, None], out=s)
+        column = rows.target - (first_column + start)
+        here = ((column >= 0) & (column < s.shape[1])).nonzero()[:, 0]
+        s[here, column[here]] = at_target[here]
+        s.mul_(rows.inverse_temperature[:, None])
+        if tanh is not None:
+            s.mul_(tanh.square_().neg_().add_(1))
+        s.masked_fill_(nothing[:, None], 0)
+        if out is not tile:
+            out[:, start : start + _EAGER_BLOCK].copy_(s)

@@ -1,0 +1,288 @@
+"""Per-token log-probabilities (and entropy) straight from hidden states: the ``[N, V]`` logits never exist.
+
+    logp_i = log softmax(softcap(hidden_i W^T + bias) / temperature_i)[target_i],      H_i = -sum_j p_ij log p_ij
+
+Why it is fast: the matmuls are cuBLAS tiles in a bounded scratch, each read once by one kernel (forward) or rewritten
+in place by one kernel (backward); four matmuls in all, of which the three of the backward skip every row whose gradient
+is known to be zero, and the weight's is skipped when the head is frozen. Accumulation is fp32 throughout and every
+gradient is rounded once.
+
+Gradient, with z the tempered logits, p = softmax(z), upstream g (of logp) and h (of H):
+
+    dL/dz_j = g (1[j = target] - p_j) - h p_j (log p_j + H)
+    dL/dW = (dL/ds)^T hidden, dL/dhidden = (dL/ds) W,  where ds/dz = temperature and the softcap's slope
+
+Loops: ``_linear_logprob_driver`` (forward, token-outer) and ``_linear_logprob_backward`` (vocabulary-outer); tile
+mathematics: ``_linear_logprob_tiles``; kernels: ``_linear_logprob_kernels``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels import _linear_logprob_backward, _linear_logprob_driver
+from fastrl_kernels._common import check, check_dtype, check_same_device, check_shape
+from fastrl_kernels._linear_logprob_backward import Needs
+from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype
+from fastrl_kernels._linear_logprob_tiles import RowTerms
+from fastrl_kernels.token_logprob import (
+    LogProb,
+    check_values,
+    inverse_temperature,
+    row_temperature,
+    token_logprob_reference,
+)
+
+__all__ = ["LogProb", "linear_logprob", "linear_logprob_reference"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@torch.library.custom_op("fastrl::linear_logprob", mutates_args=())
+def _forward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    rows: Tensor | None,
+    temperature_value: float,
+    lora_scale: float,
+    softcap: float | None,
+    ignore_index: int | None,
+    return_entropy: bool,
+    skip_zero_rows: bool,
+    scratch_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(weight, bias, lora_a, lora_b, lora_scale, softcap, ignore_index, scratch_bytes)
+    check_values(target, weight.shape[0], ignore_index, temperature)
+    if rows is not None:
+        _check_rows(rows, target)
+    scale = inverse_temperature(target, accumulator_dtype(hidden.dtype), temperature, temperature_value)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logp, entropy, lse = _linear_logprob_driver.forward(hidden, head, target.contiguous(), scale, return_entropy)
+    return logp, logp.new_zeros(0) if entropy is None else entropy, lse
+
+
+@_forward_op.register_fake
+def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return_entropy = rest[9]
+    logp = hidden.new_empty(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
+    return logp, torch.empty_like(logp) if return_entropy else logp.new_empty(0), torch.empty_like(logp)
+
+
+@torch.library.custom_op("fastrl::linear_logprob_backward", mutates_args=())
+def _backward_op(
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    rows: Tensor | None,
+    logp: Tensor,
+    entropy: Tensor | None,
+    lse: Tensor,
+    temperature_value: float,
+    lora_scale: float,
+    softcap: float | None,
+    ignore_index: int | None,
+    skip_zero_rows: bool,
+    scratch_bytes: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = Head(weight, bias, lora_a, lora_b, lora_scale, softcap, ignore_index, scratch_bytes)
+    scale = inverse_temperature(target, logp.dtype, temperature, temperature_value)
+    if grad_entropy is None:
+        entropy = None
+    terms = RowTerms(target.contiguous(), scale, logp, lse, entropy)
+    upstream = torch.zeros_like(logp) if grad_logp is None else grad_logp.to(logp.dtype).contiguous()
+    upstream_entropy = None if grad_entropy is None else grad_entropy.to(logp.dtype).contiguous()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _linear_logprob_backward.backward(
+            hidden, head, terms, upstream, upstream_entropy, rows, skip_zero_rows, Needs(*needs)
+        )
+
+
+@_backward_op.register_fake
+def _(
+    grad_logp: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias, lora_a, lora_b, needs = rest[0], rest[2], rest[3], rest[-1]
+    sources = (hidden, weight, bias, lora_a, lora_b)
+    made = [
+        hidden.new_empty(0) if source is None else source.new_empty(source.shape if needed else (0,))
+        for source, needed in zip(sources, needs, strict=True)
+    ]
+    return made[0], made[1], made[2], made[3], made[4]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tensors, ctx.options = inputs[:8], inputs[8:]
+    logp, entropy, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, logp, entropy, lse)
+
+
+def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    *tensors, logp, entropy, lse = ctx.saved_tensors
+    hidden, weight, target, bias, temperature, lora_a, lora_b, rows = tensors
+    temperature_value, lora_scale, softcap, ignore_index, return_entropy, skip_zero_rows, scratch_bytes = ctx.options
+    needed = ctx.needs_input_grad
+    needs = [needed[0], needed[1], needed[3], needed[5], needed[6]]
+    if not return_entropy:
+        grad_entropy = entropy = None
+    if grad_logp is None and grad_entropy is None:
+        return (None,) * len(needed)
+    grads = torch.ops.fastrl.linear_logprob_backward(
+        grad_logp, grad_entropy, hidden, weight, target, bias, temperature, lora_a, lora_b, rows, logp, entropy, lse,
+        temperature_value, lora_scale, softcap, ignore_index, skip_zero_rows, scratch_bytes, needs,
+    )  # fmt: skip
+    d_hidden, d_weight, d_bias, d_a, d_b = (grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
+    return d_hidden, d_weight, None, d_bias, None, d_a, d_b, *[None] * (len(needed) - 7)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    return_entropy: bool = False,
+    rows: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    skip_zero_rows: bool = False,
+    scratch_bytes: int = 1 << 30,
+) -> LogProb:
+    """Log-probability of each row's target under a linear head, without the logits.
+
+    Differentiable in ``hidden``, ``weight``, ``bias`` and the LoRA matrices; only the gradients that are needed are
+    computed. Deterministic. Never synchronises a GPU, except in the backward where ``skip_zero_rows`` is set.
+
+    Args:
+        hidden: [N, H] bf16, fp16, fp32 (or fp64), any strides.
+        weight: [V, H] of ``hidden``'s dtype. Under autocast both are cast as ``F.linear`` would.
+        target: [N] int64. A target outside [0, V) that is not ``ignore_index`` raises on a CPU and gives NaN on a GPU.
+        bias: [V], added to the logits in fp32.
+        temperature: > 0, or [N] of them; divides the logits after the softcap. No gradient.
+        softcap: > 0: logits become ``softcap * tanh(logits / softcap)``.
+        ignore_index: rows with this target get logp 0, entropy 0 and no gradient, whatever they hold. ``None``: no row
+            is ignored.
+        return_entropy: also return the (differentiable) entropy of each row's tempered distribution, in nats.
+        rows: [R] int64, distinct: the rows whose gradient may be non-zero. All others are skipped by every matmul of
+            the backward; their gradient is exactly 0, whatever the upstream gradient says. The forward covers all rows.
+        lora: ``(A [r, H], B [V, r], scale)``: the head is ``weight + scale B A``. Without dropout. A and B may be fp32.
+        skip_zero_rows: drop the rows whose upstream gradient turns out to be exactly 0 from the backward. Costs one
+            device synchronisation on a GPU; CPU tensors always do it.
+        scratch_bytes: bound of all temporaries whose size would depend on V, or on N times H.
+
+    Returns:
+        ``LogProb(logp [N], entropy [N] | None)``, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError, TypeError: wrong shape, device, dtype or value; a budget too small for the smallest tile.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else lora
+    _check_arguments(hidden, weight, target, bias, rows, lora_a, lora_b, softcap, scratch_bytes)
+    per_row, value = row_temperature(temperature, target)
+    logp, entropy, _ = _forward_op(
+        hidden, weight, target, bias, per_row, lora_a, lora_b, rows, value, float(lora_scale),
+        None if softcap is None else float(softcap), ignore_index, return_entropy, skip_zero_rows, scratch_bytes,
+    )  # fmt: skip
+    return LogProb(logp, entropy if return_entropy else None)
+
+
+def linear_logprob_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    return_entropy: bool = False,
+    rows: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    skip_zero_rows: bool = False,
+    scratch_bytes: int = 1 << 30,
+) -> LogProb:
+    """The same function in plain torch with the whole ``[N, V]`` logits; the truth in tests. Keeps float64."""
+    kind = accumulator_dtype(hidden.dtype)
+    if ignore_index is not None:
+        hidden = hidden.masked_fill((target == ignore_index)[:, None], 0)
+    if rows is not None:
+        kept = torch.zeros_like(target, dtype=torch.bool).index_fill_(0, rows, True)[:, None]
+        hidden = torch.where(kept, hidden, hidden.detach())
+    wide = hidden.to(kind)
+    logits = wide @ weight.to(kind).T
+    if lora is not None:
+        a, b, scale = lora
+        logits = logits + scale * (wide @ a.to(kind).T) @ b.to(kind).T
+    if bias is not None:
+        logits = logits + bias.to(kind)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if rows is not None:  # nothing but the chosen rows sends a gradient anywhere
+        logits = torch.where(kept, logits, logits.detach())
+    return token_logprob_reference(
+        logits, target, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy
+    )
+
+
+def _check_rows(rows: Tensor, target: Tensor) -> None:
+    if rows.device.type == "cpu" and rows.numel():
+        n, low, high = target.shape[0], int(rows.min()), int(rows.max())
+        check(low >= 0 and high < n, f"rows: expected indices in 0..{n - 1}, got {low}..{high}")
+        check(rows.unique().numel() == rows.numel(), "rows: expected distinct indices, got repeated ones")
+
+
+def _check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    softcap: float | None,
+    scratch_bytes: int,
+) -> None:
+    check_shape("hidden", hidden, (None, None))
+    check_shape("weight", weight, (None, hidden.shape[1]))
+    check(weight.shape[0] > 0, "weight: expected at least one row (vocabulary entry), got 0")
+    check_shape("target", target, (hidden.shape[0],))
+    check_dtype("hidden", hidden, FLOATS)
+    check_dtype("weight", weight, (hidden.dtype,))
+    check_dtype("target", target, (torch.int64,))
+    check_same_device(hidden=hidden, weight=weight, target=target, bias=bias, rows=rows, lora_A=lora_a, lora_B=lora_b)
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],))
+        check_dtype("bias", bias, FLOATS)
+    if rows is not None:
+        check_shape("rows", rows, (None,))
+        check_dtype("rows", rows, (torch.int64,))
+    if lora_a is not None and lora_b is not None:
+        check_shape("lora A", lora_a, (None, hidden.shape[1]))
+        check_shape("lora B", lora_b, (weight.shape[0], lora_a.shape[0]))
+        check_dtype("lora A", lora_a, FLOATS)
+        check_dtype("lora B", lora_b, FLOATS)
+    check(softcap is None or softcap > 0, f"softcap: expected > 0, got {softcap}")
+    check(scratch_bytes > 0, f"scratch_bytes: expected > 0, got {scratch_bytes}")
