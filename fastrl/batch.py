@@ -166,8 +166,10 @@ def pack_row(groups: Sequence[PromptGroup]) -> PackedBatch:
         raise ValueError("groups: a batch needs at least one group")
     spans, ids, positions, predict, starts = [], [], [], [], []
     at = 0
-    for group in groups:
+    for n, group in enumerate(groups):
         prompt = group.prompt
+        if len(prompt.token_ids) == 0:
+            raise ValueError(f"group {n} of the batch has an empty prompt: nothing predicts its first token")
         span = Span(at, len(prompt.token_ids), tuple(len(c.token_ids) for c in group.completions))
         spans.append(span)
         starts.append(at)

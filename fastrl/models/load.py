@@ -64,15 +64,11 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     folder = Path(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    template = tokenizer.chat_template
-    if not isinstance(template, str) or "image" not in template:
-        template = _processor_template(folder)
-        if template is None:
-            raise ValueError(
-                f"{folder}: no chat template that places images (tokenizer_config.json, chat_template.jinja)"
-            )
-        tokenizer.chat_template = template
-    return tokenizer
+    for template in (tokenizer.chat_template, *_processor_templates(folder)):
+        if isinstance(template, str) and "image" in template:
+            tokenizer.chat_template = template
+            return tokenizer
+    raise ValueError(f"{folder}: no chat template that places images (tokenizer_config.json, chat_template.jinja)")
 
 
 def load_image_processor(folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
@@ -118,10 +114,8 @@ def _model_class(model_type: str) -> Any:
     return Qwen2VLForConditionalGeneration
 
 
-def _processor_template(folder: Path) -> str | None:
+def _processor_templates(folder: Path) -> list[str]:
+    """Templates a folder keeps beside the tokenizer's: today's file and the one older processors wrote."""
     jinja, old = folder / "chat_template.jinja", folder / "chat_template.json"
-    if jinja.is_file():
-        return jinja.read_text()
-    if old.is_file():
-        return json.loads(old.read_text())["chat_template"]
-    return None
+    found = [jinja.read_text()] if jinja.is_file() else []
+    return [*found, json.loads(old.read_text())["chat_template"]] if old.is_file() else found

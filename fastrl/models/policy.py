@@ -19,9 +19,8 @@ from fastrl.models.prefix_attention import use_prefix_attention
 from fastrl.models.vision import ImagePreprocessor, unique_images, vision_features
 
 if TYPE_CHECKING:
-    from fastrl_kernels.linear_logprob import LogProb
-
     from fastrl.data.records import Record
+    from fastrl_kernels.linear_logprob import LogProb
 
 STYLES = {"qwen2_5_vl": "qwen2_5", "qwen2_vl": "qwen2"}
 # Never sampled and never taken from a message's text, beside the ids the config names.
@@ -70,6 +69,7 @@ class Policy:
         )
         self.peft: Any = add_lora(core, lora) if lora is not None else None
         self._reference_core: Any = None
+        core.eval()  # new adapters come in training mode, which `hidden` would not see
         use_prefix_attention(core)
 
     @property

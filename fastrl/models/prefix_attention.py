@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -208,7 +208,7 @@ def varlen_call() -> Callable[..., Tensor] | None:
             options["enable_gqa"] = q.shape[1] != k.shape[1]
         elif q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, *lengths, scale=scale, **options)
+        return cast(Tensor, varlen_attn(q, k, v, *lengths, scale=scale, **options))
 
     return call
 

@@ -162,7 +162,7 @@ def count_calls(module: torch.nn.Module) -> list[int]:
 
 
 def test_pain_3_mixed_multi_image_batches_slice_images_by_their_own_grid(policy: Policy) -> None:
-    """Any order and subset of groups gives each completion the same log-probs, and an image is computed once per batch."""
+    """Any order and subset of groups gives a completion the same log-probs; an image is computed once per batch."""
     groups = groups_of_every_kind(policy)
     with torch.no_grad():
         alone = {id(c): x for g in groups for c, x in zip(g.completions, each(policy, [g]), strict=True)}

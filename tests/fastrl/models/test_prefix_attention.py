@@ -1,0 +1,179 @@
+"""Both attention paths against one dense softmax over the whole row with the visibility rule written out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastrl.models.prefix_attention import (
+    dense_prefix_attention,
+    segment_attention,
+    varlen_call,
+    varlen_prefix_attention,
+)
+from fastrl.segments import Segments, Span
+
+SHAPES: dict[str, list[tuple[int, tuple[int, ...]]]] = {
+    "equal": [(7, (4, 4, 4))],
+    "ragged": [(5, (1, 9, 3, 2, 8))],
+    "several groups": [(3, (2, 5)), (1, (1,)), (6, ())],
+    "empty completions": [(4, (0, 0)), (3, (0, 2, 0, 9))],
+    "one row": [(1, ())],
+}
+
+
+def segments_of(shape: list[tuple[int, tuple[int, ...]]]) -> Segments:
+    spans, at = [], 0
+    for prompt, completions in shape:
+        spans.append(Span(at, prompt, completions))
+        at += spans[-1].length
+    return Segments(tuple(spans))
+
+
+def visible(segments: Segments) -> Tensor:
+    """[L, L] bool: may row i see row j? The rule of the design, written once more and by rows."""
+    group, part = [], []
+    for n, span in enumerate(segments.spans):
+        group += [n] * span.length
+        part += [0] * span.prompt + [i for i, length in enumerate(span.completions, 1) for _ in range(length)]
+    rows = range(segments.length)
+    return torch.tensor([[j <= i and group[i] == group[j] and part[j] in (0, part[i]) for j in rows] for i in rows])
+
+
+def truth(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    ratio = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(ratio, 1), value.repeat_interleave(ratio, 1)
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def loop_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
+) -> Tensor:
+    """What a variable-length kernel promises: each segment by itself, causal aligned to the bottom right."""
+    out = []
+    for n in range(len(cu_q) - 1):
+        rows, keys = slice(int(cu_q[n]), int(cu_q[n + 1])), slice(int(cu_k[n]), int(cu_k[n + 1]))
+        n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
+        assert n_q <= max_q
+        assert n_k <= max_k
+        mask = torch.ones(n_q, n_k, dtype=torch.bool)
+        if options["causal"]:
+            mask = mask.tril(diagonal=n_k - n_q)
+        segment = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
+        out.append(truth(*segment, mask, options["scale"])[0])
+    assert int(cu_q[-1]) == len(q)
+    assert int(cu_k[-1]) == len(k)
+    return torch.cat(out)
+
+
+def run_both(segments: Segments, heads: int, kv_heads: int, path: str) -> None:
+    length, d, scale = segments.length, 8, 0.3
+    inputs = [torch.randn(1, h, length, d, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
+    upstream = torch.randn(1, length, heads, d, dtype=torch.float64)
+    results = []
+    for run in (path, "truth"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        if run == "dense":
+            out = dense_prefix_attention(*leaves, segments, scale=scale)
+        elif run == "varlen":
+            out = varlen_prefix_attention(*leaves, segments.varlen, loop_varlen, scale=scale)
+        else:
+            out = truth(*leaves, visible(segments), scale)
+        results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", ["dense", "varlen"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_outputs_and_gradients_follow_the_visibility_rule(shape: list, heads: tuple[int, int], path: str) -> None:
+    run_both(segments_of(shape), *heads, path)
+
+
+spans = st.tuples(st.integers(1, 5), st.lists(st.integers(0, 6), max_size=4).map(tuple))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(spans, min_size=1, max_size=4), st.sampled_from(["dense", "varlen"]))
+def test_any_row_follows_the_visibility_rule(shape: list, path: str) -> None:
+    torch.manual_seed(0)
+    run_both(segments_of(shape), 2, 1, path)
+
+
+def test_padding_at_most_doubles_the_completion_rows() -> None:
+    (group,) = segments_of([(3, (1, 1, 2, 3, 5, 8, 13, 21, 300))]).dense.groups
+    assert [b.rows.shape[1] for b in group.blocks] == [300, 21, 8, 3, 1]
+    assert sum(b.rows.numel() for b in group.blocks) <= 2 * (1 + 1 + 2 + 3 + 5 + 8 + 13 + 21 + 300)
+
+
+def test_key_copies_of_the_gather_name_every_place_once() -> None:
+    tables = segments_of([span for shape in SHAPES.values() for span in shape]).varlen
+    places = torch.cat([at for _, at in tables.copies])
+    assert places.sort().values.tolist() == list(range(len(tables.key_rows)))
+    for rows, at in tables.copies:
+        assert len(rows.unique()) == len(rows), "no row twice in one copy: sums need no atomics"
+        assert torch.equal(tables.key_rows[at], rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gathered_gradients_are_summed_in_fp32(dtype: torch.dtype) -> None:
+    """300 copies of a gradient of 1: a bf16 running sum would stall at 256."""
+    from fastrl.models.prefix_attention import _GatherKeys
+
+    tables = segments_of([(1, (1,) * 299)]).varlen
+    rows = torch.zeros(300, 1, 1, dtype=dtype, requires_grad=True)
+    _GatherKeys.apply(rows, tables).sum().backward()  # type: ignore[union-attr]
+    assert rows.grad is not None
+    assert rows.grad[0].item() == 300
+    assert rows.grad[1:].eq(1).all()
+
+
+@pytest.mark.parametrize("lengths", [(5,), (4, 4, 4), (4, 2, 4, 1, 2), (3, 0, 3)])
+def test_segments_of_a_vision_row_see_only_themselves(lengths: tuple[int, ...]) -> None:
+    length = sum(lengths)
+    q, k, v = (torch.randn(1, 3, length, 8, dtype=torch.float64) for _ in range(3))
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    want = truth(q, k, v, owner[:, None] == owner[None], 0.25)
+    torch.testing.assert_close(segment_attention(q, k, v, lengths, scale=0.25), want, rtol=1e-10, atol=1e-10)
+
+
+def test_rows_that_do_not_match_their_segments_are_errors() -> None:
+    segments = segments_of([(3, (2,))])
+    x = torch.zeros(1, 2, 6, 8)
+    with pytest.raises(ValueError, match=r"query: expected one row of 5 tokens, got \[1, 2, 6, 8\]"):
+        dense_prefix_attention(x, x, x, segments)
+    with pytest.raises(ValueError, match="does not follow row 0"):
+        Segments((Span(1, 3, ()),))
+    with pytest.raises(ValueError, match="prompt of at least one token"):
+        Segments((Span(0, 0, (2,)),))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_variable_length_kernel_agrees_on_the_gpu(shape: list, heads: tuple[int, int]) -> None:
+    call = varlen_call()
+    if call is None:
+        pytest.skip("no variable-length attention here")
+    segments = segments_of(shape)
+    inputs = [
+        torch.randn(1, h, segments.length, 64, device="cuda", dtype=torch.bfloat16)
+        for h in (heads[0], heads[1], heads[1])
+    ]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    wide = [x.double().requires_grad_() for x in inputs]
+    got = varlen_prefix_attention(*leaves, segments.to("cuda").varlen, call, scale=0.125)
+    want = truth(*wide, visible(segments).cuda(), 0.125)
+    upstream = torch.randn_like(want)
+    grads = torch.autograd.grad((got.double() * upstream).sum(), leaves)
+    want_grads = torch.autograd.grad((want * upstream).sum(), wide)
+    for a, b in zip([got, *grads], [want, *want_grads], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0.05, atol=0.05)
