@@ -42,6 +42,7 @@ class _Instance(NamedTuple):
 class _Options(NamedTuple):
     task: str
     names: list[str]  # categories asked for, in the file's order
+    ids: list[int | str]  # their ids in the file
     keep_empty: bool
     low: int
     high: int | None
@@ -52,7 +53,7 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     limit, seed = int_option(query, "limit", path, 1), int_option(query, "seed", path)
     data = _read(path)
     categories = _categories(data, path)
-    options = _options(query, list(categories.values()), path)
+    options = _options(query, categories, path)
     images = ordered(data["images"], seed)
     folder = Path(query["images"]) if "images" in query else _find_folder(path, images)
     if not folder.is_dir():
@@ -85,14 +86,16 @@ def _categories(data: Mapping[str, Any], path: str) -> dict[Any, str]:
     return categories
 
 
-def _options(query: Mapping[str, str], names: list[str], path: str) -> _Options:
+def _options(query: Mapping[str, str], categories: Mapping[Any, str], path: str) -> _Options:
+    names = list(categories.values())
     asked = [name.strip() for name in query.get("categories", "").split(",") if name.strip()]
     for name in asked:
         if name not in names:
             raise fail(path, "unknown category", f"unknown category {name!r}{nearest(name, names)}")
     return _Options(
         choice_option(query, "task", ("detection", "counting"), path),
-        [name for name in names if name in asked] if asked else names,
+        [name for name in names if not asked or name in asked],
+        [identity for identity, name in categories.items() if not asked or name in asked],
         choice_option(query, "empty", ("keep", "drop"), path) == "keep",
         int_option(query, "min_count", path) or 1,
         int_option(query, "max_count", path),
@@ -187,6 +190,7 @@ def _detection(
         "labels": [instance.label for instance in instances],
         "crowd": [instance.crowd for instance in instances],
         "categories": list(options.names),
+        "category_ids": list(options.ids),
     }
     messages = question("detection", ", ".join(options.names))
     return Record(identity, "detection", (file,), messages, target, source=where)

@@ -7,10 +7,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastrl.answers import parse_boxes
 from fastrl.data.records import Record
 from fastrl.rewards.detection import label_key
-from fastrl.rewards.reading import to_pixels
+from fastrl.rewards.reading import read_boxes, to_pixels
 
 MAX_BOXES = 20_000  # read from one answer; COCO scores the best 100 per image and category
 
@@ -24,17 +23,26 @@ _COCO_NAMES = (
     "scissors; teddy bear; hair drier; toothbrush"
 )
 _COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # of the ids 1 to 90
-COCO_2017: Mapping[int, str] = dict(
+COCO_2017: Mapping[int | str, str] = dict(
     zip((i for i in range(1, 91) if i not in _COCO_UNUSED), _COCO_NAMES.split("; "), strict=True)
 )
 
 
-def coco_category_names(records: Sequence[Record]) -> Mapping[int, str]:
-    """Category id → name for result files about ``records``: COCO 2017's, whose names must cover the records'.
+def category_names(records: Sequence[Record]) -> Mapping[int | str, str]:
+    """Category id → name for result files about ``records``.
+
+    Taken from the targets' ``category_ids`` (the COCO adapter sets them, in the order of ``categories``); records
+    without them are taken to have the ids of COCO 2017.
 
     Raises:
-        ValueError: the records have a category that is not COCO's; the ids must then be given.
+        ValueError: records without ids have a category that is not COCO's.
     """
+    given: dict[int | str, str] = {}
+    for record in records:
+        target = record.target
+        given.update(zip(target.get("category_ids") or (), target["categories"], strict=False))
+    if given:
+        return given
     known = {label_key(name) for name in COCO_2017.values()}
     for record in records:
         for name in record.target["categories"]:
@@ -43,7 +51,7 @@ def coco_category_names(records: Sequence[Record]) -> Mapping[int, str]:
                     f"{record.source or record.id}: category {name!r} is not one of COCO's 80, so the category ids of "
                     "a COCO result file are unknown; give categories={id: name}"
                 )
-    return COCO_2017
+    return dict(COCO_2017)
 
 
 def evaluate_detection(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
@@ -65,7 +73,7 @@ def evaluate_detection(records: Sequence[Record], answers: Sequence[str]) -> dic
         for box, label, is_crowd in zip(target["boxes"], target["labels"], crowd, strict=True):
             row = _row(len(truths) + 1, image_id, category_of[label_key(label)], box)
             truths.append({**row, "iscrowd": int(is_crowd)})
-        parsed = parse_boxes(answer, MAX_BOXES)
+        parsed = read_boxes(answer, MAX_BOXES)
         unparsable += not parsed.parsable
         for item, box in zip(parsed.items, to_pixels(parsed, record), strict=True):
             category = category_of.get(label_key(item.label))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from fastrl.answers import plain_answer
 from fastrl.data.records import Record
 from fastrl.rewards.ocr import edit_distance
+from fastrl.rewards.reading import MAX_CHARACTERS
 
 MAX_WORDS = 10_000  # BLEU and METEOR look at this many words of a text; a dense page has about a thousand
 MAX_STEM_CHARACTERS = 64  # Porter's rules are recursive in runs of "y"; longer strings are no words and keep their form
@@ -26,6 +27,7 @@ def words(text: str, segment: Segmenter | None = None) -> list[str]:
     The released evaluation segments Chinese with jieba; pass ``segment=jieba.lcut`` to do the same (blank tokens are
     dropped).
     """
+    text = text[:MAX_CHARACTERS]
     found = _TOKEN.findall(text) if segment is None else segment(text)
     return [word for word in found if word and not word.isspace()]
 

@@ -1,0 +1,106 @@
+"""Run a protocol: records → a model's answers (or a file's) → metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastrl.data import load_data
+from fastrl.data.records import Record
+from fastrl.evaluate import EVALUATIONS, evaluate, load_predictions
+from fastrl.rewards.base import unknown
+
+if TYPE_CHECKING:
+    from fastrl.batch import Completion
+    from fastrl.models.load import Policy
+    from fastrl.rollout import Sampling
+
+# Longest answer of each protocol (Perception-R1's released evaluation code)
+MAX_NEW_TOKENS = {"grounding": 512, "counting": 512, "detection": 4096, "ocr": 2048}
+PORTION = 64  # prompts encoded and answered together; bounds the pixels held at once
+
+
+def open_policy(path: str, **options: Any) -> Policy:
+    """The policy in a folder, or a shipped one (``tiny:NAME``). ``options`` go to ``load_policy``."""
+    from fastrl.models import tiny
+    from fastrl.models.load import load_policy
+
+    return load_policy(tiny.resolve(path), **options)
+
+
+def sample_records(
+    policy: Policy, records: Sequence[Record], sampling: Sampling, seed: int = 0, portion: int = PORTION
+) -> Iterator[tuple[Record, list[Completion]]]:
+    """Each record, as the policy sees it (views and frame filled in), with its completions.
+
+    Records are read, encoded and answered ``portion`` at a time. Sampling is reproducible from ``seed``.
+    """
+    from fastrl.rollout import Generator
+
+    generator, rng = Generator(policy), torch.Generator().manual_seed(seed)
+    for start in range(0, len(records), portion):
+        encoded = [policy.encode(records[i]) for i in range(start, min(start + portion, len(records)))]
+        found = generator.generate([prompt for prompt, _ in encoded], sampling, rng)
+        yield from zip([record for _, record in encoded], found, strict=True)
+
+
+def run_evaluation(
+    task: str,
+    spec: str,
+    *,
+    model: str | None = None,
+    predictions: Path | None = None,
+    frame: str = "auto",
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, float]:
+    """Metrics of a model (greedy answers) or of a predictions file on the data named by ``spec``.
+
+    Raises:
+        ValueError: an unknown task, not exactly one of ``model`` and ``predictions``, records of another task, bad data.
+    """
+    if task not in EVALUATIONS:
+        raise ValueError(unknown("task to evaluate", task, EVALUATIONS))
+    if (model is None) == (predictions is None):
+        raise ValueError("give either --model or --predictions")
+    data = load_data(spec, skip_bad=skip_bad)
+    if data.skipped:
+        say(f"skipped {data.skipped} bad rows")
+    records: Sequence[Record] = data if limit is None else data[:limit]
+    if predictions is not None:
+        seen, answers = load_predictions(predictions, records, frame=frame)
+    else:
+        assert model is not None
+        seen, answers = _model_answers(task, model, records, max_new_tokens)
+    metrics = evaluate(task, seen, answers)
+    if out is not None:
+        _write(out, seen, answers, metrics)
+    return metrics
+
+
+def _model_answers(
+    task: str, model: str, records: Sequence[Record], max_new_tokens: int | None
+) -> tuple[list[Record], list[str]]:
+    from fastrl.rollout import Sampling
+
+    wrong = next((r for r in records if r.task != task), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong.source or wrong.id}: a {wrong.task} record cannot be evaluated as {task}")
+    sampling = Sampling(n=1, max_new_tokens=max_new_tokens or MAX_NEW_TOKENS[task], temperature=0.0)
+    answered = list(sample_records(open_policy(model), records, sampling))
+    return [record for record, _ in answered], [completions[0].text for _, completions in answered]
+
+
+def _write(out: Path, records: Sequence[Record], answers: Sequence[str], metrics: dict[str, float]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8") as file:
+        for record, answer in zip(records, answers, strict=True):
+            file.write(json.dumps({"id": record.id, "answer": answer}) + "\n")
+    out.with_suffix(".metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,158 @@
+"""Prediction files: alignment and frames, COCO results, and every kind of error with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastrl.answers import View
+from fastrl.data import DataError
+from fastrl.data.records import Record
+from fastrl.evaluate import PredictionError, evaluate, load_predictions
+
+
+def records(*names: str, task: str = "grounding", **target: Any) -> list[Record]:
+    target = target or {"box": (64.0, 48.0, 320.0, 240.0), "expression": "x"}
+    return [Record(name, task, (), (), target, views=(View(640, 480, 640, 480),)) for name in names]
+
+
+def write(folder: Path, *lines: str, name: str = "p.jsonl") -> Path:
+    path = folder / name
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_answers_are_aligned_with_the_records_whatever_the_order(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"id": 2, "answer": "two"}', "", '{"id": "1", "answer": "one", "more": []}', "")
+    got = load_predictions(path, records("1", "2"))
+    assert got.answers == ["one", "two"]
+    assert [r.id for r in got.records] == ["1", "2"]
+    listed = write(tmp_path, '[{"id": 2, "answer": "two"}, {"id": 1, "answer": "one"}]', name="p.json")
+    assert load_predictions(listed, records("1", "2")).answers == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("frame", "text"),
+    [
+        ("thousand", "[100, 100, 500, 500]"),
+        ("original", "[64, 48, 320, 240]"),
+        ("resized", "[64, 48, 320, 240]"),
+        ("unit", "[0.1, 0.1, 0.5, 0.5]"),
+        ("auto", "[0.1, 0.1, 0.5, 0.5]"),
+        ("auto", "<|box_start|>(100,100),(500,500)<|box_end|>"),
+        ("auto", "[64, 48, 320, 240]"),
+    ],
+)
+def test_frame_says_what_the_coordinates_mean(tmp_path: Path, frame: str, text: str) -> None:
+    path = write(tmp_path, json.dumps({"id": "a", "answer": text}))
+    assert evaluate("grounding", *load_predictions(path, records("a"), frame=frame))["mean_iou"] == pytest.approx(1.0)
+
+
+def test_every_problem_is_named_with_file_and_line(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '{"id": "a", "answer": "x"}',
+        "{broken",
+        '{"id": "a", "answer": "again"}',
+        '{"id": "z", "answer": "x"}',
+        '{"id": "b"}',
+        '{"answer": "x"}',
+        '["a", "x"]',
+        '{"id": true, "answer": "x"}',
+        "[" * 100_000,
+    )
+    with pytest.raises(PredictionError) as caught:
+        load_predictions(path, records("a", "b", "c"))
+    message = str(caught.value)
+    assert isinstance(caught.value, DataError)
+    for place, what in [
+        (2, "unreadable JSON"),
+        (3, f"id 'a' is already answered at {path}:1"),
+        (4, "id 'z' is not in the data"),
+        (5, "'answer' must be the model's text, got None"),
+        (6, "'id' must be a string or an integer, got None"),
+        (7, "a row must be a JSON object"),
+        (8, "'id' must be a string or an integer, got True"),
+        (9, "unreadable JSON"),
+    ]:
+        assert f"{path}:{place}: {what}" in message
+    assert f"{path}: no answer for 2 of 3 records: b, c" in message
+    assert "skip" not in message
+
+
+def test_long_lists_of_problems_are_cut_and_kept(tmp_path: Path) -> None:
+    path = write(tmp_path, *["{"] * 50)
+    with pytest.raises(PredictionError, match="and 31 more") as caught:
+        load_predictions(path, records("a"))
+    assert len(caught.value.problems) == 51
+
+
+def test_unreadable_files_and_frames(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        load_predictions(tmp_path / "none.jsonl", records("a"))
+    binary = tmp_path / "b.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="UTF-8"):
+        load_predictions(binary, records("a"))
+    with pytest.raises(ValueError, match="unknown coordinate frame 'pixels'"):
+        load_predictions(binary, records("a"), frame="pixels")
+    with pytest.raises(ValueError, match="two records have the id 'a'"):
+        load_predictions(binary, records("a", "a"))
+
+
+BOX = {"boxes": [[10.0, 20.0, 30.0, 60.0]], "labels": ["dog"], "crowd": [False]}
+
+
+def test_coco_results_are_original_pixels_whatever_the_frame(tmp_path: Path) -> None:
+    rows = records("7", "8", task="detection", **BOX, categories=["dog", "cat"])
+    result = {"image_id": 7, "category_id": 18, "bbox": [10, 20, 20, 40], "score": 0.3}
+    path = write(tmp_path, json.dumps([result]), name="r.json")
+    got = load_predictions(path, rows, frame="thousand")
+    assert [r.frame for r in got.records] == ["original"] * 2
+    assert got.answers[1] == "[]"
+    scores = evaluate("detection", *got)
+    assert scores["AP"] == pytest.approx(0.5, abs=0.01)  # the image without an entry has no detections
+    assert scores["unparsable"] == 0
+
+
+def test_category_ids_come_from_the_data_then_the_caller_then_coco(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps([{"image_id": 7, "category_id": 5, "bbox": [10, 20, 20, 40]}]), name="r.json")
+    own = records("7", task="detection", **BOX, categories=["cat", "dog"], category_ids=[4, 5])
+    assert evaluate("detection", *load_predictions(path, own))["AP"] == pytest.approx(1.0)
+    coco = records("7", task="detection", **BOX, categories=["cat", "dog"])
+    assert evaluate("detection", *load_predictions(path, coco))["AP"] == 0.0  # 5 is COCO's airplane
+    assert evaluate("detection", *load_predictions(path, coco, categories={5: "dog"}))["AP"] == pytest.approx(1.0)
+    other = records("7", task="detection", **{**BOX, "labels": ["blob"]}, categories=["blob"])
+    with pytest.raises(ValueError, match="category 'blob' is not one of COCO's 80"):
+        load_predictions(path, other)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"image_id": 9, "category_id": 18, "bbox": [1, 2, 3, 4]}, "image_id 9 is not in the data"),
+        ({"image_id": 7, "category_id": 12, "bbox": [1, 2, 3, 4]}, "category_id 12 is no category"),
+        ({"image_id": 7, "category_id": [18], "bbox": [1, 2, 3, 4]}, "category_id .18. is no category"),
+        ({"image_id": 7, "category_id": 18, "bbox": [1, 2, 3]}, "'bbox' must be four finite numbers"),
+        ({"image_id": 7, "category_id": 18, "bbox": [1, 2, 3, float("nan")]}, "'bbox' must be four finite numbers"),
+        ({"image_id": 7, "category_id": 18, "bbox": [1, 2, 3, 4], "score": "high"}, "'score' must be a finite number"),
+        ("text", "expected an object with image_id"),
+    ],
+)
+def test_wrong_coco_entries_are_named(tmp_path: Path, entry: Any, message: str) -> None:
+    good = {"image_id": 7, "category_id": 18, "bbox": [1, 2, 3, 4], "score": 1.0}
+    path = write(tmp_path, json.dumps([good, entry]), name="r.json")
+    with pytest.raises(PredictionError, match=f"entry 2: {message}"):
+        load_predictions(path, records("7", task="detection", **BOX, categories=["dog"]))
+
+
+def test_coco_results_answer_detection_only(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps([{"image_id": 7, "category_id": 18, "bbox": [1, 2, 3, 4]}]), name="r.json")
+    with pytest.raises(PredictionError, match="'7' is a grounding record"):
+        load_predictions(path, records("7"))
+    broken = write(tmp_path, '[{"image_id": 7', name="broken.json")
+    with pytest.raises(PredictionError, match="unreadable JSON"):
+        load_predictions(broken, records("7"))
