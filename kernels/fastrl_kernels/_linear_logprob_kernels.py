@@ -108,7 +108,7 @@ def linear_logprob_fold_kernel(
     top = tl.maximum(tl.max(m, 0), m0)
     a = tl.exp2(m - top)
     a0 = tl.exp2(m0 - top)
-    total = tl.sum(l * a, 0) + l0 * a0
+    total = tl.where(ignored, 1.0, tl.sum(l * a, 0) + l0 * a0)
     column = wanted - first_column
     here = (column >= 0) & (column < width)
     z = tl.load(row_pointer + column, mask=here, other=0.0).to(tl.float32)
@@ -148,7 +148,7 @@ def _differentiate_block(
         t = _tanh(z / softcap)
         z = softcap * t
     log_p = z * inv_t - log_total
-    log_p = tl.where(log_p < -1.0e30, -1.0e30, log_p)  # a forbidden token (-inf): p = 0, and 0 * log 0 = 0
+    log_p = tl.where(log_p < -1.0e10, -1.0e10, log_p)  # a forbidden token (-inf): p = 0, and 0 * log 0 = 0
     p = tl.exp(log_p)
     if HAS_ENTROPY:
         d = -p * (g + h * (log_p + entropy))

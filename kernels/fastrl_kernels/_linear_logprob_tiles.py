@@ -32,6 +32,7 @@ from fastrl_kernels._common import use_triton
 from fastrl_kernels._linear_logprob_kernels import launch_fold, launch_gradient
 
 NO_IGNORE = -(2**31)  # stands for "no target is ignored" where a kernel wants an integer
+_LOWEST = -1.0e30  # a forbidden token (-inf): weighs nothing, and its multiples stay finite
 _EAGER_BLOCK = 1024  # columns that one step of the torch path works on: bounds its temporaries
 
 
@@ -126,10 +127,9 @@ def _temper(s: Tensor, first: int, options: TileOptions, inverse_temperature: Te
 
 
 def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: RowTerms, state: Tensor) -> None:
-    lowest = torch.finfo(tile.dtype).min
     top, total, weighted, z_target = state
     if first_column == 0:
-        top.fill_(lowest)
+        top.fill_(_LOWEST)
         total.zero_()
         weighted.zero_()
         z_target.fill_(math.nan)
@@ -140,15 +140,15 @@ def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: Row
         here = (column >= 0) & (column < z.shape[1])
         found = z.gather(1, column.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
         z_target.copy_(torch.where(here, found, z_target))
-        z.clamp_(min=lowest)  # a forbidden token (-inf) weighs nothing; NaN stays NaN
+        z.clamp_(min=_LOWEST)  # NaN stays NaN
         new_top = torch.maximum(top, z.amax(1))
         z.sub_(new_top[:, None])
         shift = top - new_top
         rescale = shift.exp()
         e = z.exp()
         if rows.entropy is not None:
-            before = rescale * (weighted + shift.clamp_(min=lowest) * total)
-            weighted.copy_(before + z.clamp_(min=lowest).mul_(e).sum(1))
+            before = rescale * (weighted + shift.clamp_(min=_LOWEST) * total)
+            weighted.copy_(before + z.clamp_(min=_LOWEST).mul_(e).sum(1))
         total.mul_(rescale).add_(e.sum(1))
         top.copy_(new_top)
     if first_column + tile.shape[1] == options.n_columns:
@@ -169,7 +169,6 @@ def _differentiate_eager(
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
 ) -> None:
-    lowest = torch.finfo(tile.dtype).min
     nothing = (rows.target == options.ignore_index) | (grad_logp == 0)
     at_target = -grad_logp * rows.logp.expm1()
     if grad_entropy is not None and rows.entropy is not None:
@@ -178,7 +177,7 @@ def _differentiate_eager(
     for start in range(0, tile.shape[1], _EAGER_BLOCK):
         s = tile[:, start : start + _EAGER_BLOCK]
         tanh = _temper(s, first_column + start, options, rows.inverse_temperature)
-        s.sub_(rows.lse[:, None]).clamp_(min=lowest)
+        s.sub_(rows.lse[:, None]).clamp_(min=_LOWEST / 1e20)
         p = s.exp()
         if grad_entropy is not None and rows.entropy is not None:
             s.add_(rows.entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logp[:, None]).mul_(p).neg_()

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels import _linear_logprob_backward, _linear_logprob_driver
 from fastrl_kernels._common import check, check_dtype, check_same_device, check_shape
@@ -30,6 +31,7 @@ from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype
 from fastrl_kernels._linear_logprob_tiles import RowTerms
 from fastrl_kernels.token_logprob import (
     LogProb,
+    check_positive,
     check_values,
     inverse_temperature,
     row_temperature,
@@ -151,6 +153,21 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.fastrl.linear_logprob)
+def _(hidden: Any, weight: Any, target: Any, bias: Any, temperature: Any, lora_a: Any, *rest: Any, **named: Any) -> int:
+    return 2 * hidden[0] * weight[0] * (hidden[1] + (0 if lora_a is None else lora_a[0]))
+
+
+@register_flop_formula(torch.ops.fastrl.linear_logprob_backward)
+def _(grad_logp: Any, grad_entropy: Any, hidden: Any, weight: Any, *rest: Any, **named: Any) -> int:
+    """Recomputed logits and one product per needed gradient, over the named rows; zeros found later are unknown."""
+    lora_a, rows, needs = rest[3], rest[5], Needs(*rest[-1])
+    count, rank = hidden[0] if rows is None else rows[0], 0 if lora_a is None else lora_a[0]
+    columns = hidden[1] + rank + needs.weight * hidden[1] + needs.lora_b * rank
+    columns += hidden[1] + rank if needs.hidden else needs.lora_a * rank
+    return 2 * count * weight[0] * columns
 
 
 def linear_logprob(
@@ -284,5 +301,5 @@ def _check_arguments(
         check_shape("lora B", lora_b, (weight.shape[0], lora_a.shape[0]))
         check_dtype("lora A", lora_a, FLOATS)
         check_dtype("lora B", lora_b, FLOATS)
-    check(softcap is None or softcap > 0, f"softcap: expected > 0, got {softcap}")
-    check(scratch_bytes > 0, f"scratch_bytes: expected > 0, got {scratch_bytes}")
+    check_positive("softcap", 1.0 if softcap is None else softcap)
+    check_positive("scratch_bytes", scratch_bytes)

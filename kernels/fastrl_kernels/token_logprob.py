@@ -292,8 +292,14 @@ def row_temperature(temperature: float | Tensor, target: Tensor) -> tuple[Tensor
     if isinstance(temperature, Tensor):
         check_same_device(target=target, temperature=temperature)
         return temperature.detach().expand(target.shape[0]), 1.0
-    check(temperature > 0, f"temperature: expected > 0, got {temperature}")
+    check_positive("temperature", temperature)
     return None, float(temperature)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value > 0``. The message is built only then: under ``torch.compile`` numbers may be symbolic."""
+    if not value > 0:
+        raise ValueError(f"{name}: expected > 0, got {value}")
 
 
 def inverse_temperature(target: Tensor, kind: torch.dtype, temperature: Tensor | None, value: float) -> Tensor:
