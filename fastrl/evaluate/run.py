@@ -64,7 +64,7 @@ def run_evaluation(
     """Metrics of a model (greedy answers) or of a predictions file on the data named by ``spec``.
 
     Raises:
-        ValueError: an unknown task, not exactly one of ``model`` and ``predictions``, records of another task, bad data.
+        ValueError: an unknown task, not exactly one of ``model`` and ``predictions``, bad data or other records.
     """
     if task not in EVALUATIONS:
         raise ValueError(unknown("task to evaluate", task, EVALUATIONS))

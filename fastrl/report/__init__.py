@@ -1,1 +1,1 @@
-"""placeholder docstring, replaced by the owner of this package"""
+"""Pictures and pages drawn from a run's files."""

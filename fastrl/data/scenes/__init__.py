@@ -1,7 +1,8 @@
 """Scenes: a seeded generator of pictures and clips with exact truth, the CPU test bed of every method.
 
-``scenes:grounding?n=256&seed=1&difficulty=2`` names a data set: task, number of records, seed, difficulty 1 to 4, and for other
-picture sizes ``size`` (pixels), for clips ``frames``. Records are made when asked for, and the same name gives the same records.
+``scenes:grounding?n=256&seed=1&difficulty=2`` names a data set: task, number of records, seed, difficulty 1 to 4; ``size``
+is the side of the pictures in pixels, ``frames`` the length of clips. Records are made when asked for, and the same
+name gives the same records.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Scenes(Sequence[Record]):
 
 
 def load(path: str, query: Mapping[str, str]) -> Scenes:
-    """The data set named ``scenes:PATH?QUERY``. Raises ``ValueError`` for an unknown task, key, or a value that is no integer."""
+    """The data set ``scenes:PATH?QUERY``. Raises ``ValueError``: unknown task or key, a value that is no integer."""
     options = dict(_DEFAULTS)
     for key, value in query.items():
         if key not in options:

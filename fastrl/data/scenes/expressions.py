@@ -1,4 +1,4 @@
-"""Referring expressions over a scene: built as predicates, so that "means exactly one shape" is checked, not hoped for."""
+"""Referring expressions over a scene: built as predicates, so "means exactly one shape" is checked, not hoped for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ RELATIONS: dict[str, tuple[int, int]] = {  # phrase -> (axis, sign of subject mi
     "above": (1, -1),
     "below": (1, 1),
 }
-SUPERLATIVES: dict[str, tuple[int, int]] = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "lowest": (1, 1)}
+SUPERLATIVES: dict[str, tuple[int, int]] = {
+    "leftmost": (0, -1),
+    "rightmost": (0, 1),
+    "topmost": (1, -1),
+    "lowest": (1, 1),
+}
 MARGIN = 0.06  # share of the picture by which positions must differ before a spatial word is used
 
 
@@ -38,7 +43,7 @@ def expressions(scene: Scene, target: Shape) -> dict[str, list[str]]:
 
 
 def pick_expression(rng: random.Random, scene: Scene, target: Shape, spatial: bool) -> str | None:
-    """One unambiguous expression for ``target`` (None if there is none); spatial ones are preferred half the time if allowed."""
+    """One unambiguous expression for ``target``, None if there is none; spatial ones half the time if allowed."""
     by_type = expressions(scene, target)
     plain = by_type["attribute"]
     spatial_ones = [e for kind in ("superlative", "relation") for e in by_type[kind][:6]] if spatial else []
@@ -73,7 +78,9 @@ def _relations(scene: Scene, target: Shape) -> Iterator[str]:
             continue
         for noun, test in _nouns(target):
             for phrase in RELATIONS:
-                meant = [s for s in matching(scene, test) if s is not anchor and related(s, phrase, anchor, scene.width)]
+                meant = [
+                    s for s in matching(scene, test) if s is not anchor and related(s, phrase, anchor, scene.width)
+                ]
                 near = [s for s in matching(scene, test) if s is not anchor and _nearly(s, phrase, anchor, scene.width)]
                 if meant == [target] and near == [target]:
                     yield f"{noun} {phrase} the {anchor.name}"

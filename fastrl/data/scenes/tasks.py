@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
-from fastrl.data.records import Record
+from PIL.Image import Image
+
+from fastrl.data.records import Record, question
 from fastrl.data.scenes.clips import Clip, render_frame, sample_clip
 from fastrl.data.scenes.expressions import RELATIONS, pick_expression, related
 from fastrl.data.scenes.world import KINDS, Scene, Shape, render, sample_scene
 
-PROMPTS = {
-    "grounding": "Output the bounding box of the {} in the image.",
-    "counting": "Output all the bounding boxes of the {}",
-    "detection": "Please output bbox coordinates and names of {}.",
-    "ocr": "OCR this image.",
-    "caption": "Describe the image.",
-    "trajectory": "Track the {}.",
-}
-
 
 def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: int = 112, frames: int = 6) -> Record:
-    """The ``index``-th record of a task; the same arguments give the same record. Raises ``ValueError`` for an unknown task."""
+    """Record ``index`` of a task; the same arguments give the same record. Raises ``ValueError``: unknown task."""
     if task not in MAKERS:
         raise ValueError(f"scenes task: expected one of {', '.join(sorted(MAKERS))}, got {task!r}")
     rng = random.Random(f"{task}/{seed}/{index}")
@@ -36,12 +30,6 @@ def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: in
             return record
 
 
-def question(task: str, text: str = "", images: int = 1) -> tuple[Mapping[str, Any], ...]:
-    """The user message of a task: its images, then the prompt with ``text`` filled in."""
-    content = [{"type": "image"}] * images + [{"type": "text", "text": PROMPTS[task].format(text)}]
-    return ({"role": "user", "content": content},)
-
-
 def grounding_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
     """Which box is meant by an expression that fits exactly one shape."""
     if not scene.shapes:
@@ -51,7 +39,7 @@ def grounding_record(rng: random.Random, scene: Scene, identity: str, difficulty
     if expression is None:
         return None
     truth = {"box": target.box, "expression": expression}
-    return Record(identity, "grounding", (render(scene),), question("grounding", expression), truth)
+    return Record(identity, "grounding", (picture(scene),), question("grounding", expression), truth)
 
 
 def counting_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
@@ -63,7 +51,13 @@ def counting_record(rng: random.Random, scene: Scene, identity: str, difficulty:
     chosen = sorted((s.box for s in scene.shapes if test(s)), key=lambda b: (b[0], b[1]))
     points = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in chosen]
     truth = {"label": label, "count": len(chosen), "points": points, "boxes": [list(b) for b in chosen]}
-    return Record(identity, "counting", (render(scene),), question("counting", label), truth)
+    return Record(identity, "counting", (picture(scene),), question("counting", label), truth)
+
+
+@lru_cache(maxsize=4)
+def picture(scene: Scene) -> Image:
+    """The scene's picture, drawn once for all questions about it."""
+    return render(scene)
 
 
 def counting_labels(shape: Shape) -> list[tuple[str, Callable[[Shape], bool]]]:
@@ -84,7 +78,7 @@ def detection_record(rng: random.Random, scene: Scene, identity: str, difficulty
         "crowd": [False] * len(shapes),
         "categories": list(KINDS),
     }
-    return Record(identity, "detection", (render(scene),), question("detection", ", ".join(KINDS)), truth)
+    return Record(identity, "detection", (picture(scene),), question("detection", ", ".join(KINDS)), truth)
 
 
 def ocr_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
@@ -92,7 +86,7 @@ def ocr_record(rng: random.Random, scene: Scene, identity: str, difficulty: int)
     if not scene.words:
         return None
     text = "\n".join(w.text for w in sorted(scene.words, key=lambda w: (w.box[1], w.box[0])))
-    return Record(identity, "ocr", (render(scene),), question("ocr"), {"text": text})
+    return Record(identity, "ocr", (picture(scene),), question("ocr"), {"text": text})
 
 
 def caption_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
@@ -107,7 +101,7 @@ def caption_record(rng: random.Random, scene: Scene, identity: str, difficulty: 
         "attributes": [[s.kind, a] for s in shapes for a in (s.size, s.color)],
         "relations": relations,
     }
-    return Record(identity, "caption", (render(scene),), question("caption"), truth)
+    return Record(identity, "caption", (picture(scene),), question("caption"), truth)
 
 
 def describe(shapes: list[Shape], side: int) -> tuple[str, list[list[str]]]:
@@ -130,17 +124,25 @@ def trajectory_record(rng: random.Random, clip: Clip, identity: str) -> Record:
     """Follow one named shape through all frames of a clip."""
     mover = rng.choice(clip.movers)
     images = tuple(render_frame(clip, f) for f in range(clip.frames))
-    return Record(identity, "trajectory", images, question("trajectory", mover.name, clip.frames), clip_target(clip, [mover.name]))
+    return Record(
+        identity,
+        "trajectory",
+        images,
+        question("trajectory", mover.name, images=clip.frames),
+        clip_target(clip, [mover.name]),
+    )
 
 
 def clip_target(clip: Clip, asked: list[str]) -> dict[str, Any]:
-    """A clip's truth: ``tracks`` of the asked names (id, name, boxes per frame, spans), frame times and size in pixels."""
+    """A clip's truth: ``tracks`` of the asked names (id, name, boxes and spans by frame
+    number from 1), frame times in seconds and size in pixels.
+    """
     tracks = [
         {
             "id": number,
             "name": m.name,
-            "boxes": {f: list(b) for f, b in enumerate(m.boxes)},
-            "spans": [{"action": s.action, "first": s.first, "last": s.last} for s in m.spans],
+            "boxes": {f: list(b) for f, b in enumerate(m.boxes, start=1)},
+            "spans": [{"action": s.action, "first": s.first + 1, "last": s.last + 1} for s in m.spans],
         }
         for number, m in enumerate(clip.movers, start=1)
         if m.name in asked
@@ -157,4 +159,4 @@ MAKERS: dict[str, Callable[..., Record | None]] = {
     "trajectory": trajectory_record,
 }
 
-__all__ = ["MAKERS", "PROMPTS", "RELATIONS", "clip_target", "question", "scene_record"]
+__all__ = ["MAKERS", "RELATIONS", "clip_target", "scene_record"]

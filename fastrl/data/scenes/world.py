@@ -1,7 +1,8 @@
 """The small world: shapes and words on a picture, with exact truth.
 
-A scene is data first (kinds, colours, integer boxes) and pixels second: ``render`` draws exactly what the scene says, so a box
-is exact to the pixel. Boxes are ``(x1, y1, x2, y2)`` in pixels, upper edges exclusive. A covered shape keeps its whole box.
+A scene is data first (kinds, colours, integer boxes) and pixels second: ``render`` draws exactly what the scene says, so
+a box is exact to the pixel. Boxes are ``(x1, y1, x2, y2)`` in pixels, upper edges exclusive. A covered shape keeps its
+whole box.
 """
 
 from __future__ import annotations
@@ -25,11 +26,60 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SIZES = ("small", "large")
 BACKGROUNDS = ((250, 250, 250), (225, 225, 230), (235, 228, 212), (210, 224, 212))
-WORDS = (
-    "apple bird boat book cake chair cloud coin door fish flag fork gate gold hand hat home horse iron jam key kite lamp leaf "
-    "lion milk moon nest note ocean park pear pine rain ring road rose sail salt seed ship snow sofa star stone sun tree wall "
-    "wave wind wolf zebra"
-).split()
+WORDS = [
+    "apple",
+    "bird",
+    "boat",
+    "book",
+    "cake",
+    "chair",
+    "cloud",
+    "coin",
+    "door",
+    "fish",
+    "flag",
+    "fork",
+    "gate",
+    "gold",
+    "hand",
+    "hat",
+    "home",
+    "horse",
+    "iron",
+    "jam",
+    "key",
+    "kite",
+    "lamp",
+    "leaf",
+    "lion",
+    "milk",
+    "moon",
+    "nest",
+    "note",
+    "ocean",
+    "park",
+    "pear",
+    "pine",
+    "rain",
+    "ring",
+    "road",
+    "rose",
+    "sail",
+    "salt",
+    "seed",
+    "ship",
+    "snow",
+    "sofa",
+    "star",
+    "stone",
+    "sun",
+    "tree",
+    "wall",
+    "wave",
+    "wind",
+    "wolf",
+    "zebra",
+]
 
 Box = tuple[int, int, int, int]
 

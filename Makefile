@@ -1,0 +1,35 @@
+# make demo | test | lint | bench | verify. Each sets up .venv by itself the first time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+CHECKED := fastrl kernels tests benchmarks setup.py
+
+.PHONY: demo test lint bench verify clean
+
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastrl needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/fastrl demo $(ARGS)
+
+test: $(STAMP) lint
+	$(BIN)/pytest -q
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -m interpreter tests/kernels
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+verify: $(STAMP)
+	$(BIN)/python -m benchmarks.verify $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,45 @@
+"""``fastrl demo``: each method on generated scenes, before and after, in minutes on two CPU cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastrl.rewards.base import unknown
+
+DEMOS = {"perception-r1": "fastrl.demo.perception_r1"}
+
+
+def run_demo(
+    method: str,
+    *,
+    task: str | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run a method's demo and return its result: ``method``, ``metric``, ``before``, ``after``, ``greedy_before``,
+    ``greedy_after``, ``seconds`` and what else the method reports.
+
+    Raises:
+        ValueError: an unknown method or task.
+    """
+    import importlib
+
+    if method not in DEMOS:
+        raise ValueError(unknown("demo", method, DEMOS))
+    name = f"{method}-{task}" if task else method
+    out = out if out is not None else _fresh(Path("runs") / f"demo-{name}")
+    out.mkdir(parents=True, exist_ok=True)
+    return importlib.import_module(DEMOS[method]).run(task=task, out=out, seed=seed, say=say, **options)
+
+
+def _fresh(folder: Path) -> Path:
+    """``folder``, or the first of ``folder-2``, ``folder-3``, … that does not exist: a demo overwrites nothing."""
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate

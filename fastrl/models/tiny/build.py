@@ -1,0 +1,374 @@
+"""Make the small models: a Qwen2.5-VL built from a config and taught the scene tasks by supervised training.
+
+Nothing here is special to fastrl's trainer: the result is an ordinary Hugging Face folder. A training row is one scene
+seen once and asked several questions: the shared start (system turn and image) is followed by the questions with their
+answers as branches that see the start and themselves, which is the packed layout with a fixed picture size.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastrl.answers import View, format_answer
+from fastrl.data.records import Record
+from fastrl.data.scenes import tasks
+from fastrl.data.scenes.clips import sample_clip
+from fastrl.data.scenes.world import LEVELS, sample_scene
+from fastrl.models.tiny.tokenizer import train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What a small model is taught: question mix per scene, difficulty levels, picture size, frames."""
+
+    questions: dict[str, int]  # task -> questions per row
+    levels: tuple[int, ...] = (1, 2, 3, 4)
+    size: int = 112
+    frames: int = 1
+
+
+CURRICULA = {
+    "perception": Curriculum({"grounding": 4, "counting": 1, "detection": 1, "ocr": 1}, levels=(1, 2, 2, 3)),
+    "video": Curriculum({"trajectory": 3}, levels=(1, 2, 3), size=84, frames=6),
+}
+
+
+def model_config(
+    tokenizer: Any, hidden: int = 128, layers: int = 4, vision_hidden: int = 96, vision_layers: int = 4
+) -> Any:
+    """Config of the small model: patch 14, merge 2 and multimodal RoPE as in Qwen2.5-VL, everything else small."""
+    from transformers import Qwen2_5_VLConfig
+
+    heads = hidden // 32
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 8 // 3 // 32 * 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "depth": vision_layers,
+        "hidden_size": vision_hidden,
+        "intermediate_size": vision_hidden * 2,
+        "num_heads": vision_hidden // 32,
+        "out_hidden_size": hidden,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [vision_layers // 2 - 1, vision_layers - 1],
+    }
+    ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in _SPECIAL_IDS.items()}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+
+
+_SPECIAL_IDS = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+
+
+def scene_questions(curriculum: Curriculum, rng: random.Random) -> list[Record]:
+    """Draw one scene (or clip) and the curriculum's questions about it; all records show the same pictures."""
+    level = rng.choice(curriculum.levels)
+    if curriculum.frames > 1:
+        clip = sample_clip(rng, curriculum.frames, level, curriculum.size)
+        count = curriculum.questions["trajectory"]
+        return [tasks.trajectory_record(rng, clip, "train") for _ in range(count)]
+    while True:
+        scene = sample_scene(rng, level, curriculum.size, words=rng.choice((0, 1, 1, 2, 3)))
+        records = [
+            record
+            for task, count in curriculum.questions.items()
+            for record in (tasks.MAKERS[task](rng, scene, "train", level) for _ in range(count))
+            if record is not None
+        ]
+        if records:
+            return records
+
+
+def corpus(answer: Callable[[Record], str], seed: int) -> Iterator[str]:
+    """Texts the tokenizer is trained on: questions and answers of every task, and every coordinate spelled out."""
+    for task in tasks.MAKERS:
+        for index in range(400):
+            record = tasks.scene_record(task, index, seed, difficulty=1 + index % len(LEVELS))
+            yield record.messages[0]["content"][-1]["text"]
+            yield answer(record)
+    for number in range(1001):
+        yield from [f"{number}"] * 2
+        if number < 225:
+            yield from [f", {number}"] * 4
+    for side in (56, 84, 112):
+        for pixel in range(side + 1):
+            yield from [f",{round(1000 * pixel / side)}"] * 3
+    yield from ["You are a helpful assistant.", "system\n", "user\n", "assistant\n"] * 50
+
+
+@dataclass
+class Row:
+    """One scene with its questions as branches, before padding."""
+
+    ids: list[int]
+    branch: list[int]  # 0: shared start; 1, 2, …: a question with its answer
+    position: list[int]  # text position of tokens after the image
+    answer: list[bool]  # token is predicted in the loss
+    pixels: Tensor
+
+
+class RowMaker:
+    """Turns scenes into rows: encodes the shared start once, questions and answers as branches."""
+
+    def __init__(
+        self, curriculum: Curriculum, tokenizer: Any, image_processor: Any, answer: Callable[[Record], str]
+    ) -> None:
+        self.curriculum, self.tokenizer, self.image_processor, self.answer = (
+            curriculum,
+            tokenizer,
+            image_processor,
+            answer,
+        )
+        side = curriculum.size // 28
+        self.grid = (1, side * 2, side * 2)
+        self.cells = side * side
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def __call__(self, rng: random.Random) -> Row:
+        records = scene_questions(self.curriculum, rng)
+        image = self.image_processor(images=list(records[0].images), return_tensors="pt")
+        pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        ids: list[int] = []
+        branch: list[int] = []
+        answer: list[bool] = []
+        starts: list[int] = []
+        for number, record in enumerate(records, start=1):
+            text = self.tokenizer.apply_chat_template(list(record.messages), tokenize=False, add_generation_prompt=True)
+            cut = text.rindex("<|vision_end|>") + len("<|vision_end|>")
+            if not ids:
+                for token in self._encode(text[:cut]):
+                    ids += [token] * (self.cells if token == pad else 1)
+                branch += [0] * len(ids)
+                answer += [False] * len(ids)
+            asked, told = self._encode(text[cut:]), [*self._encode(self.answer(record)), self.tokenizer.eos_token_id]
+            starts.append(len(ids))
+            ids += asked + told
+            branch += [number] * (len(asked) + len(told))
+            answer += [False] * len(asked) + [True] * len(told)
+        return Row(ids, branch, starts, answer, image["pixel_values"])
+
+
+def collate(rows: list[Row], start_positions: Tensor, pad_id: int) -> dict[str, Tensor]:
+    """Pad rows to one length. In every branch positions continue from the shared start; it sees the start and itself."""
+    length = max(len(r.ids) for r in rows)
+    shared = start_positions.shape[1]
+    ids = torch.full((len(rows), length), pad_id)
+    branch = torch.full((len(rows), length), -1)
+    answer = torch.zeros(len(rows), length, dtype=torch.bool)
+    positions = torch.zeros(3, len(rows), length, dtype=torch.long)
+    base = int(start_positions.max()) + 1
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids[i, :n], branch[i, :n], answer[i, :n] = (
+            torch.tensor(row.ids),
+            torch.tensor(row.branch),
+            torch.tensor(row.answer),
+        )
+        positions[:, i, :shared] = start_positions
+        for start, end in zip(row.position, [*row.position[1:], n], strict=True):
+            positions[:, i, start:end] = base + torch.arange(end - start)
+    sees = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
+    mask = sees & torch.ones(length, length, dtype=torch.bool).tril() & (branch[:, None, :] >= 0)
+    mask |= torch.eye(length, dtype=torch.bool)  # padding sees itself, so that no row of the softmax is empty
+    return {
+        "ids": ids,
+        "answer": answer,
+        "positions": positions,
+        "mask": mask[:, None],
+        "pixels": torch.cat([r.pixels for r in rows]),
+    }
+
+
+def supervised_loss(
+    model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, Tensor], grid: Tensor, image_id: int
+) -> Tensor:
+    """Mean negative log-likelihood of the answer tokens."""
+    inner = model.model
+    features = inner.visual(batch["pixels"], grid_thw=grid, return_dict=True).pooler_output
+    embeds = inner.get_input_embeddings()(batch["ids"])
+    embeds = embeds.masked_scatter((batch["ids"] == image_id)[..., None], features.to(embeds.dtype))
+    hidden = inner.language_model(
+        inputs_embeds=embeds, position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
+    ).last_hidden_state
+    predicted = batch["answer"][:, 1:]
+    logits = model.lm_head(hidden[:, :-1][predicted])
+    return torch.nn.functional.cross_entropy(logits.float(), batch["ids"][:, 1:][predicted])
+
+
+def start_positions(start_ids: list[int], image_id: int, side: int) -> Tensor:
+    """Multimodal RoPE positions [3, S] of the shared start, whose image runs are ``side`` × ``side`` cells."""
+    columns: list[list[int]] = []
+    index, text = 0, 0
+    while index < len(start_ids):
+        if start_ids[index] == image_id:
+            columns += [[text, text + r, text + c] for r in range(side) for c in range(side)]
+            index, text = index + side * side, text + side
+        else:
+            columns.append([text] * 3)
+            index, text = index + 1, text + 1
+    return torch.tensor(columns).T
+
+
+def train(
+    model: Qwen2_5_VLForConditionalGeneration,
+    make_row: RowMaker,
+    *,
+    steps: int,
+    rows: int,
+    seed: int,
+    lr: float = 2e-3,
+    log: Callable[[str], None] = print,
+    every: int = 50,
+    save: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Teach ``model`` for ``steps`` steps of ``rows`` scenes each: AdamW, short warm-up, cosine to a tenth, in fp32."""
+    tokenizer = make_row.tokenizer
+    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    first = make_row(random.Random(f"{seed}/first"))
+    shared = first.branch.count(0)
+    starts = start_positions(first.ids[:shared], image_id, make_row.curriculum.size // 28)
+    grid = torch.tensor([make_row.grid] * (rows * make_row.curriculum.frames))
+    optimizers = make_optimizers(model, lr)
+    began, running = time.perf_counter(), 0.0
+    model.train()
+    for step in range(steps):
+        batch = collate(
+            [make_row(random.Random(f"{seed}/{step}/{i}")) for i in range(rows)], starts, tokenizer.pad_token_id
+        )
+        loss = supervised_loss(model, batch, grid, image_id)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            scale = schedule(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * scale
+            optimizer.step()
+        running += (loss.item() - running) / min(step + 1, 50)
+        if (step + 1) % every == 0:
+            log(f"step {step + 1}/{steps}  loss {running:.4f}  {(time.perf_counter() - began) / (step + 1):.2f} s/step")
+            save(step + 1)
+    model.eval()
+
+
+def schedule(step: int, steps: int, warmup: int = 50, floor: float = 0.02) -> float:
+    """Share of the peak learning rate: linear warm-up, then cosine down to ``floor``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Orthogonalised momentum for the matrices inside the blocks, AdamW for embeddings, norms and biases."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        Muon([{"params": matrices, "peak": lr}], lr),
+        torch.optim.AdamW([{"params": others, "peak": lr}], lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon in fp32: ``torch.optim.Muon`` works in bf16, a hundred times slower on CPUs without units for it."""
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])
+                # 0.2 * sqrt(larger side) gives the update the root mean square of an Adam step
+                p.add_(orthogonalize(update), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix, by the quintic Newton-Schulz iteration with Muon's coefficients."""
+    x = matrix / (matrix.norm() + 1e-7)
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide else x.T
+
+
+def save_folder(
+    model: Any, tokenizer: Any, image_processor: Any, out: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write an ordinary Hugging Face folder: weights in ``dtype``, tokenizer with chat template, image processor."""
+    out.mkdir(parents=True, exist_ok=True)
+    copy.deepcopy(model).to(dtype).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    image_processor.save_pretrained(out)
+
+
+def scene_answer(record: Record) -> str:
+    """The answer a model is taught for a scene record: the Qwen2.5-VL form, labels only where they are asked for."""
+    width, height = record.images[0].size  # type: ignore[union-attr]
+    view = View(width, height, width, height)
+    return format_answer(record.task, record.target, "qwen2_5", view, labels=record.task == "detection")
+
+
+def build(
+    kind: str,
+    out: Path,
+    *,
+    steps: int,
+    rows: int = 16,
+    seed: int = 0,
+    lr: float = 3e-3,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Build, teach and save the small model ``kind``. The same arguments give the same weights on the same machine.
+
+    Raises ``ValueError`` for an unknown kind.
+    """
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    if kind not in CURRICULA:
+        raise ValueError(f"kind: expected one of {', '.join(CURRICULA)}, got {kind!r}")
+    tokenizer = train_tokenizer(corpus(scene_answer, seed))
+    image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 256)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))
+    make_row = RowMaker(CURRICULA[kind], tokenizer, image_processor, scene_answer)
+
+    def save(step: int) -> None:
+        save_folder(model, tokenizer, image_processor, out)
+
+    train(model, make_row, steps=steps, rows=rows, seed=seed, lr=lr, log=log, save=save)
+    save(steps)

@@ -1,0 +1,67 @@
+"""Figures: held-out pictures with true and predicted boxes, before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastrl.answers import View, parse_boxes, resolve_frame, to_original
+from fastrl.data.records import Record
+
+TRUTH, PREDICTED = "#1a9850", "#d73027"
+
+
+def before_after(
+    before: Sequence[tuple[Record, str]], after: Sequence[tuple[Record, str]], path: Path, *, columns: int = 6
+) -> None:
+    """Draw the same records with the answers before (upper row) and after (lower row); truth green, prediction red."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = max(1, min(columns, len(before)))
+    figure = Figure(figsize=(2.3 * count, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, count, squeeze=False)
+    for row, (name, answers) in enumerate((("before", before), ("after", after))):
+        for axis, (record, answer) in zip(axes[row], answers, strict=False):
+            draw_answer(axis, record, answer)
+            axis.set_title(_title(record) if row == 0 else "", fontsize=7, wrap=True)
+        axes[row][0].set_ylabel(name)
+    figure.suptitle("truth green, answer red", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def draw_answer(axis: Any, record: Record, answer: str) -> None:
+    """One picture with its true boxes and the boxes of an answer, in pixels of the original image."""
+    from matplotlib.patches import Rectangle
+    from PIL import Image
+
+    image = record.images[0]
+    image = image if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
+    axis.imshow(image)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    truth = [record.target["box"]] if "box" in record.target else record.target.get("boxes") or []
+    for color, boxes, style in ((TRUTH, truth, "-"), (PREDICTED, answer_boxes(record, answer), "--")):
+        for x1, y1, x2, y2 in boxes:
+            axis.add_patch(
+                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linestyle=style, linewidth=1.5)
+            )
+
+
+def answer_boxes(record: Record, answer: str) -> list[tuple[float, ...]]:
+    """The boxes of an answer in pixels of the record's first image."""
+    parsed = parse_boxes(answer)
+    if record.views:
+        view = record.views[0]
+    else:
+        width, height = record.images[0].size  # type: ignore[union-attr]
+        view = View(width, height, width, height)
+    frame = resolve_frame(parsed, record.frame)
+    return [to_original(item.coords, frame, view) for item in parsed.items if len(item.coords) == 4]
+
+
+def _title(record: Record) -> str:
+    return str(record.target.get("expression") or record.target.get("label") or record.id)
