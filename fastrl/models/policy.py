@@ -16,7 +16,7 @@ from fastrl.batch import Completion, ImageInput, PackedBatch, Prompt
 from fastrl.models.encoding import Encoder
 from fastrl.models.lora import Lora, add_lora, merged_state_dict
 from fastrl.models.prefix_attention import use_prefix_attention
-from fastrl.models.vision import ImagePreprocessor, unique_images, vision_features
+from fastrl.models.vision import ImagePreprocessor, unique_images, use_linear_patches, vision_features
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
@@ -71,6 +71,7 @@ class Policy:
         self._reference_core: Any = None
         core.eval()  # new adapters come in training mode, which `hidden` would not see
         use_prefix_attention(core)
+        use_linear_patches(core)
 
     @property
     def model(self) -> Any:

@@ -6,10 +6,12 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastrl.batch import ImageInput
 from fastrl.models.positions import image_tokens
@@ -107,6 +109,21 @@ def vision_features(core: Any, images: Sequence[ImageInput]) -> list[Tensor]:
     with torch.set_grad_enabled(trained):
         features = visual(pixels, grid_thw=grids.to(device), **_vision_tables(visual, grids, device)).pooler_output
     return list(features.split([image_tokens(image.grid, visual.spatial_merge_size) for image in images]))
+
+
+def use_linear_patches(core: Any) -> None:
+    """Embed patches by one matrix product. Patches do not overlap, so the tower's 3-D convolution is exactly that, but
+    convolution libraries take several times as long over it."""
+    embed = core.model.visual.patch_embed
+    embed.forward = MethodType(_embed_patches, embed)
+
+
+def _embed_patches(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    proj: Any = self.proj
+    # An adapter, or a sharded weight that only the layer's own call gathers: leave it to the layer.
+    if type(proj) is not nn.Conv3d or hasattr(proj.weight, "ds_id"):
+        return type(self).forward(self, hidden_states)
+    return F.linear(hidden_states.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
 
 
 def _vision_tables(visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:

@@ -179,3 +179,17 @@ def test_transformers_generate_still_works_and_keeps_its_own_attention(tiny_fold
     }
     got, want = (m.generate(**inputs, max_new_tokens=8, do_sample=False) for m in (policy.core.eval(), plain.eval()))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_patches_are_embedded_by_a_product_that_equals_the_convolution(style: str, tiny_folder: Folder) -> None:
+    policy = load_policy(tiny_folder(style), device="cpu")
+    policy.make_reference()
+    patches = torch.randn(12, 1176)
+    for core in (policy.core, policy._reference_core):
+        embed = core.model.visual.patch_embed
+        torch.testing.assert_close(embed(patches), type(embed).forward(embed, patches), rtol=1e-5, atol=1e-5)
+        embed.proj.weight.data.mul_(2)  # a copy follows its own weight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Conv3d, "forward", lambda *_: pytest.fail("convolution"))
+        policy.features(batch_of(policy).images)
