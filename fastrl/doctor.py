@@ -76,7 +76,7 @@ def kernel_path(name: str) -> str:
     if torch.cuda.is_available():
         return "triton" if HAS_TRITON else "eager (triton is not installed)"
     if name in NATIVE:
-        return "C++ (no GPU)" if _native.available() else "eager (no GPU, and the C++ extension was not built)"
+        return "C++ (no GPU)" if _native.library() is not None else f"eager (no GPU; {_native.why_not()})"
     return "eager (no GPU)"
 
 

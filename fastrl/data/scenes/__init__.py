@@ -1,8 +1,8 @@
 """Scenes: a seeded generator of pictures and clips with exact truth, the CPU test bed of every method.
 
-``scenes:grounding?n=256&seed=1&difficulty=2`` names a data set: task, number of records, seed, difficulty 1 to 4; ``size``
-is the side of the pictures in pixels, ``frames`` the length of clips. Records are made when asked for, and the same
-name gives the same records.
+``scenes:grounding?n=256&seed=1&difficulty=2`` names a data set: task, number of records, seed, difficulty 1 to 4;
+``size`` is the side of the pictures in pixels, ``frames`` the length of clips. Records are made when asked for, and the
+same name gives the same records.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The small world: shapes and words on a picture, with exact truth.
 
-A scene is data first (kinds, colours, integer boxes) and pixels second: ``render`` draws exactly what the scene says, so
-a box is exact to the pixel. Boxes are ``(x1, y1, x2, y2)`` in pixels, upper edges exclusive. A covered shape keeps its
-whole box.
+A scene is data first (kinds, colours, integer boxes) and pixels second: ``render`` draws exactly what the scene says,
+so a box is exact to the pixel. Boxes are ``(x1, y1, x2, y2)`` in pixels, upper edges exclusive. A covered shape keeps
+its whole box.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ LEVELS = {
 
 
 def sample_scene(rng: random.Random, difficulty: int = 2, size: int = 112, words: int = 0) -> Scene:
-    """Draw a scene. ``difficulty`` 1 to 4 (``LEVELS``), ``size`` the side of the picture in pixels. Raises ``ValueError``."""
+    """Draw a scene. ``difficulty`` 1 to 4 (``LEVELS``), ``size``: side in pixels. Raises ``ValueError``."""
     if difficulty not in LEVELS:
         raise ValueError(f"difficulty: expected one of {sorted(LEVELS)}, got {difficulty!r}")
     if size < 56:

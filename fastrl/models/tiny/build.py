@@ -176,7 +176,7 @@ class RowMaker:
 
 
 def collate(rows: list[Row], start_positions: Tensor, pad_id: int) -> dict[str, Tensor]:
-    """Pad rows to one length. In every branch positions continue from the shared start; it sees the start and itself."""
+    """Pad rows to one length. Positions of every branch continue from the shared start; it sees that and itself."""
     length = max(len(r.ids) for r in rows)
     shared = start_positions.shape[1]
     ids = torch.full((len(rows), length), pad_id)

@@ -1,8 +1,8 @@
 """A byte-level BPE for the scene texts, with the special tokens and chat template of the Qwen2-VL family.
 
-The pre-tokenizer keeps answer scaffolding (``[{"bbox_2d": [``, ``, "label": "``, ``];Frame``) in one piece and a coordinate
-with its comma in another, so that BPE learns each as one token: a box answer costs six tokens. Any other text still
-encodes, byte by byte.
+The pre-tokenizer keeps answer scaffolding (``[{"bbox_2d": [``, ``, "label": "``, ``];Frame``) in one piece and a
+coordinate with its comma in another, so that BPE learns each as one token: a box answer costs six tokens. Any other
+text still encodes, byte by byte.
 """
 
 from __future__ import annotations
