@@ -79,10 +79,10 @@ def format_answer(
 
 
 def as_track(track: Track | Mapping[str, Any]) -> Track:
-    """A ``Track`` from itself or from ``{"identity", "name", "boxes": {frame: box}}``."""
+    """A ``Track`` from itself or from ``{"id", "name", "boxes": {frame: box}}``."""
     if isinstance(track, Track):
         return track
-    return Track(int(track["identity"]), str(track["name"]), {int(f): tuple(b) for f, b in track["boxes"].items()})
+    return Track(int(track["id"]), str(track["name"]), {int(f): tuple(b) for f, b in track["boxes"].items()})
 
 
 def _truth(task: str, target: Mapping[str, Any]) -> tuple[list[Sequence[float]], list[str]]:

@@ -21,7 +21,7 @@ PROMPTS: Mapping[str, str] = {
     "detection": "Please output bbox coordinates and names of {}.",
     "ocr": "OCR this image.",
     "caption": "Please generate a detailed caption that accurately describes the image.",
-    "trajectory": "Track {} through all frames. Answer as Track1: name<Id1>Frame1:[x1,y1,x2,y2];…</Id1> in 0-1000.",
+    "trajectory": "Track the {}.",
 }
 
 
@@ -44,7 +44,7 @@ class Record:
     - detection: ``boxes`` [[x1, y1, x2, y2], ...], ``labels`` [str, ...], ``crowd`` [bool, ...], ``categories`` [str]
     - ocr: ``text``
     - caption: ``references`` [str, ...], and where known ``objects``, ``attributes``, ``relations``
-    - trajectory: ``tracks`` [{``identity``, ``name``, ``boxes`` {frame number from 1: (x1, y1, x2, y2)}, ...}, ...]
+    - trajectory: ``tracks`` [{``id``, ``name``, ``boxes`` {frame number from 1: (x1, y1, x2, y2)}}, ...], ``frames``
     - qa: ``choices`` and ``answer``
     """
 
@@ -62,15 +62,21 @@ class Dataset(Sequence[Record]):
     """Records in order, with what did not become one.
 
     ``problems`` are rows that are wrong; ``left_out`` are sound rows that hold nothing to train on (such as a referring
-    expression to an object that is not there). Both count as ``skipped``.
+    expression to an object that is not there). Both count as ``skipped``. ``notes`` are worth knowing and skipped no
+    row (such as a gap in a track).
     """
 
     def __init__(
-        self, records: Sequence[Record], problems: Sequence[Problem] = (), left_out: Sequence[Problem] = ()
+        self,
+        records: Sequence[Record],
+        problems: Sequence[Problem] = (),
+        left_out: Sequence[Problem] = (),
+        notes: Sequence[Problem] = (),
     ) -> None:
         self.records = records
         self.problems = tuple(problems)
         self.left_out = tuple(left_out)
+        self.notes = tuple(notes)
 
     @property
     def skipped(self) -> int:

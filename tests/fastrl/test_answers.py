@@ -394,7 +394,7 @@ def test_answers_as_the_real_models_write_them() -> None:
     assert format_answer("qa", {"choices": ["x", "y"], "answer": 1}) == "B"
     assert format_answer("qa", {"answer": "yes"}) == "yes"
     assert format_answer("caption", {"references": ["a cat"]}) == "a cat"
-    tracks = {"tracks": [{"identity": 3, "name": "dog", "boxes": {2: (20, 10, 40, 30)}}]}
+    tracks = {"tracks": [{"id": 3, "name": "dog", "boxes": {2: (20, 10, 40, 30)}}]}
     assert format_answer("trajectory", tracks, "qwen2_5", VIEW) == "Track1: dog<Id3>Frame2:[100,100,200,300];</Id3>"
 
 
