@@ -1,0 +1,140 @@
+"""Stopped and resumed equals never stopped: the same weights to the bit, the same metrics, whatever stopped it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastrl import checkpoint
+from fastrl.checkpoint import CheckpointError
+from fastrl.trainer import train
+
+from .training import make_recipe, make_records, steady_rows
+
+Folder = Callable[[str], Path]
+HERE = Path(__file__).parent
+
+
+class Stop(Exception):
+    """Stands for anything that ends a run between two steps."""
+
+
+def same_ending(a: Path, b: Path) -> None:
+    """The last checkpoints and the metrics of two runs are equal."""
+    assert steady_rows(a) == steady_rows(b)
+    first, second = checkpoint.latest_checkpoint(a), checkpoint.latest_checkpoint(b)
+    assert first is not None
+    assert second is not None
+    assert first.name == second.name
+    for name in ("optimizer.safetensors", "model/model.safetensors", "rank-0.safetensors"):
+        left, right = load_file(first / name), load_file(second / name)
+        assert left.keys() == right.keys()
+        assert [key for key in left if not torch.equal(left[key], right[key])] == []
+    assert (first / "rank-0.json").read_text() == (second / "rank-0.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim__schedule": "cosine", "optim__warmup": 1},
+        {"optim__updates_per_batch": 2, "method__beta": 0.05, "method__aggregate": "token"},
+        {"optim__updates_per_batch": 2, "method__beta": 0.05, "model__lora": {"rank": 2, "dropout": 0.1}},
+        {"method__zero_variance": "resample", "rollout__max_new_tokens": 2, "model__gradient_checkpointing": True},
+    ],
+    ids=["plain", "two-updates", "lora-two-updates", "resample"],
+)
+def test_pain_07_resumed_equals_never_stopped(tiny_folder: Folder, tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = tiny_folder("qwen2_5")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(make_recipe(model, whole, **changes), records=make_records(), show=False)
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["step"] == 3:  # a step after the checkpoint: it is logged, lost, and done again
+            raise Stop
+
+    recipe = make_recipe(model, parts, **changes)
+    with pytest.raises(Stop):
+        train(recipe, records=make_records(), on_step=stop, show=False)
+    assert len(steady_rows(parts)) == 3
+    summary = train(recipe, records=make_records(), resume=True, show=False)
+    assert summary.steps == 4
+    same_ending(whole, parts)
+
+
+CHILD = """
+    import os, signal, sys
+    sys.path.insert(0, {tests!r})
+    from training import make_recipe, make_records
+    from fastrl import checkpoint
+    from fastrl.trainer import train
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    point, saved = {point!r}, []
+    if point == "writing":  # in the middle of the second checkpoint
+        flush = checkpoint._flush
+        checkpoint._flush = lambda folder: die() if saved else (saved.append(1), flush(folder))
+    if point == "pruning":  # the second is complete, the first not yet gone
+        checkpoint.shutil.rmtree = lambda path, **_: die() if "dropped" in str(path) else None
+    def on_step(row):
+        if point == "logged" and row["step"] == 3:
+            die()
+    from pathlib import Path
+    recipe = make_recipe(Path({model!r}), Path({out!r}), checkpoint__keep=1)
+    train(recipe, records=make_records(), on_step=on_step, show=False)
+"""
+
+
+@pytest.mark.parametrize(("point", "kept"), [("logged", 2), ("writing", 2), ("pruning", 4)])
+def test_pain_07_kill_9_loses_at_most_the_steps_since_the_checkpoint(
+    tiny_folder: Folder, tmp_path: Path, point: str, kept: int
+) -> None:
+    model, whole, killed = tiny_folder("qwen2_5"), tmp_path / "whole", tmp_path / "killed"
+    script = textwrap.dedent(CHILD).format(tests=str(HERE), point=point, model=str(model), out=str(killed))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == -9, done.stderr
+    latest = checkpoint.latest_checkpoint(killed)
+    assert latest is not None
+    assert checkpoint.step_of(latest) == kept
+    threads = torch.get_num_threads()
+    assert threads >= 1
+    train(make_recipe(model, whole, checkpoint__keep=1), records=make_records(), show=False)
+    summary = train(make_recipe(model, killed, checkpoint__keep=1), records=make_records(), resume=True, show=False)
+    assert summary.steps == 4
+    same_ending(whole, killed)
+    assert len(list((killed / "checkpoints").iterdir())) == (2 if kept == 4 else 1)
+
+
+def test_resume_without_a_checkpoint_begins_anew(tiny_folder: Folder, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=1)
+
+    def stop(row: dict[str, Any]) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe, records=make_records(), on_step=stop, show=False)
+    train(recipe, records=make_records(), resume=True, show=False)
+    assert [row["step"] for row in steady_rows(tmp_path)] == [1]
+
+
+def test_finished_run_can_be_made_longer_but_not_another(tiny_folder: Folder, tmp_path: Path) -> None:
+    model = tiny_folder("qwen2_5")
+    train(make_recipe(model, tmp_path, optim__steps=1), records=make_records(), show=False)
+    again = train(make_recipe(model, tmp_path, optim__steps=1), records=make_records(), resume=True, show=False)
+    assert (again.steps, again.last) == (1, {})
+    with pytest.raises(CheckpointError, match=r"optim\.lr: was 0\.001, is now 0\.5"):
+        train(make_recipe(model, tmp_path, optim__lr=0.5), records=make_records(), resume=True, show=False)
+    with pytest.raises(ValueError, match="records was 6 and is now 5"):
+        train(make_recipe(model, tmp_path, optim__steps=2), records=make_records(5), resume=True, show=False)
+    longer = train(make_recipe(model, tmp_path, optim__steps=2), records=make_records(), resume=True, show=False)
+    assert longer.steps == 2
+    assert [row["step"] for row in steady_rows(tmp_path)] == [1, 2]

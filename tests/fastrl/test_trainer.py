@@ -1,0 +1,345 @@
+"""The loop on a random model: what it logs, what it never does to the weights, and that splitting is free."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastrl.checkpoint import CheckpointError
+from fastrl.methods import PerceptionR1
+from fastrl.metrics import Meter, MetricsLog, read_rows
+from fastrl.progress import Progress, printable
+from fastrl.recipe import load_recipe
+from fastrl.trainer import Run, TrainingError, train
+
+from .training import make_recipe, make_records, steady_rows
+
+Folder = Callable[[str], Path]
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.policy.model.named_parameters()}
+
+
+def test_run_writes_all_it_promises(tiny_folder: Folder, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=3, method__beta=0.02, log__tensorboard=True)
+    summary = train(recipe, records=make_records(), show=False)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    needed = (
+        *(
+            "loss",
+            "reward/mean",
+            "reward/text",
+            "reward/group_std",
+            "advantage/std",
+            "kl",
+            "entropy",
+            "grad_norm",
+            "lr",
+        ),
+        *("clip/low", "clip/high", "ratio/mean", "sampler/gap_mean", "sampler/gap_max", "sampler/ratio_mean"),
+        *("completion/length_mean", "completion/truncated", "groups/zero_variance", "data/consumed", "data/epoch"),
+        *("speed/tokens_per_s", "speed/images_per_s", "memory/rss_peak_gb"),
+        *(f"time/{phase}" for phase in ("data", "encode", "rollout", "reward", "pack", "reference", "update", "step")),
+    )
+    for row in rows:
+        assert [key for key in needed if key not in row] == []
+        assert all(isinstance(v, int | float) for v in row.values())
+    assert rows[-1]["data/consumed"] == 9
+    assert summary.steps == 3
+    assert summary.last["step"] == 3
+    assert summary.model is not None
+    assert (summary.model / "config.json").is_file()
+    assert (tmp_path / "model" / "config.json").is_file()
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert list((tmp_path / "tensorboard").iterdir())
+    samples = read_rows(tmp_path / "samples.jsonl")
+    assert {row["step"] for row in samples} == {1, 3}
+    assert {"id", "question", "answer", "reward", "rewards"} <= set(samples[0])
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)  # the policy still is its reference
+    assert rows[-1]["kl"] > 1e-6
+
+
+def test_training_moves_towards_what_is_rewarded(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score_short(self: PerceptionR1, groups: Any) -> None:
+        for group in groups:
+            for completion in group.completions:
+                completion.scalars["reward"] = float(len(set(completion.token_ids.tolist())) <= 4)
+                completion.rewards = {"few": completion.scalars["reward"]}
+
+    monkeypatch.setattr(PerceptionR1, "_score", score_short)
+    recipe = make_recipe(
+        tiny_folder("qwen2_5"),
+        tmp_path,
+        optim__steps=12,
+        optim__lr=3e-3,
+        optim__token_budget=4096,
+        rollout__max_new_tokens=5,
+        rollout__group_size=8,
+        data__prompts_per_step=6,
+        checkpoint__every=0,
+        checkpoint__final=False,
+    )
+    train(recipe, records=make_records(), show=False)
+    rewards = [row["reward/mean"] for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_pain_06_sampler_and_trainer_agree_and_every_step_says_so(tiny_folder: Folder, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=2, rollout__temperature=0.7)
+    train(recipe, records=make_records(), show=False)
+    for row in read_rows(tmp_path / "metrics.jsonl"):
+        assert row["sampler/gap_max"] < 1e-4
+        assert row["sampler/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_pain_09_micro_batch_size_does_not_change_the_gradient(
+    tiny_folder: Folder, tmp_path: Path, aggregate: str
+) -> None:
+    gradients, counts = [], []
+    for budget in (64, 100_000):
+        recipe = make_recipe(
+            tiny_folder("qwen2_5"), tmp_path, optim__token_budget=budget, method__aggregate=aggregate, method__beta=0.1
+        )
+        run = Run(recipe, records=make_records())
+        captured: dict[str, torch.Tensor] = {}
+        step = run.engine.step
+
+        def capture(run: Run = run, captured: dict[str, torch.Tensor] = captured, step: Any = step) -> Any:
+            captured |= {n: p.grad.clone() for n, p in run.policy.model.named_parameters() if p.grad is not None}
+            return step()
+
+        run.engine.step = capture  # type: ignore[method-assign]
+        row, _ = run.step(1)
+        gradients.append(captured)
+        counts.append(row["update/micro_batches"])
+    assert counts == [3.0, 1.0]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_pain_08_all_truncated_and_masked_changes_nothing(tiny_folder: Folder, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tiny_folder("qwen2_5"),
+        tmp_path,
+        rollout__max_new_tokens=1,
+        method__mask_truncated=True,
+        method__beta=0.04,
+        optim__weight_decay=0.1,
+    )
+    run = Run(recipe, records=make_records())
+    before = weights(run)
+    row, _ = run.step(1)
+    assert row["completion/truncated"] == 1.0
+    assert (row["loss"], row["grad_norm"], row["update/skipped"]) == (0.0, 0.0, 1.0)
+    assert all(torch.equal(before[name], p) for name, p in run.policy.model.named_parameters())
+
+
+def test_pain_13_all_zero_variance_changes_nothing(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flat(self: PerceptionR1, groups: Any) -> None:
+        for group in groups:
+            for completion in group.completions:
+                completion.scalars["reward"], completion.rewards = 0.25, {"text": 0.25}
+
+    monkeypatch.setattr(PerceptionR1, "_score", flat)
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__weight_decay=0.1)
+    run = Run(recipe, records=make_records())
+    before = weights(run)
+    row, _ = run.step(1)
+    assert (row["loss"], row["reward/mean"], row["groups/zero_variance"], row["update/skipped"]) == (
+        0.0,
+        0.25,
+        3.0,
+        1.0,
+    )
+    assert all(torch.equal(before[name], p) for name, p in run.policy.model.named_parameters())
+
+
+def test_pain_08_loss_that_is_not_finite_stops_before_the_weights_change(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__token_budget=64)
+    run = Run(recipe, records=make_records())
+    run.step(1)
+    before = weights(run)
+    loss = run.method.loss
+    poisoned: list[str] = []
+
+    def poison(logp: torch.Tensor, entropy: Any, batch: Any) -> Any:
+        value, metrics = loss(logp, entropy, batch)
+        if poisoned:
+            return value, metrics
+        poisoned.append("yes")
+        return value * float("nan"), metrics
+
+    monkeypatch.setattr(run.method, "loss", poison)
+    with pytest.raises(TrainingError, match=r"step 2: the loss is not a finite number.*Records of the batch: r\d$"):
+        run.step(2)
+    assert all(torch.equal(before[name], p) for name, p in run.policy.model.named_parameters())
+
+
+def test_gradient_that_is_not_finite_names_the_step(tiny_folder: Folder, tmp_path: Path) -> None:
+    run = Run(make_recipe(tiny_folder("qwen2_5"), tmp_path), records=make_records())
+    run.policy.core.lm_head.weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(TrainingError, match=r"step 1: the gradient norm is (nan|inf).*r\d, r\d, r\d"):
+        run.step(1)
+
+
+def test_pain_15_every_component_is_logged_and_rewards_see_the_whole_record(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastrl.rewards
+
+    calls: list[tuple[int, str]] = []
+
+    class Mine:
+        def score(self, answers: list[str], records: list[Any]) -> dict[str, list[float]]:
+            calls.append((len(answers), records[0].target["text"][:3]))
+            return {"length": [len(a) / 10 for a in answers], "flag": [float(i % 2) for i in range(len(answers))]}
+
+        def total(self, components: dict[str, list[float]]) -> list[float]:
+            return [a + 2 * b for a, b in zip(components["length"], components["flag"], strict=True)]
+
+    monkeypatch.setattr(fastrl.rewards, "reward_for", lambda task, **options: Mine())
+    row, _ = Run(make_recipe(tiny_folder("qwen2_5"), tmp_path), records=make_records()).step(1)
+    assert len(calls) == 1  # one batched call for the 12 answers
+    assert calls[0][0] == 12
+    assert row["reward/flag"] == 0.5
+    assert row["reward/mean"] == pytest.approx(row["reward/length"] + 1.0)
+
+
+def test_reference_of_lora_and_of_frozen_copy_and_none(tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = tiny_folder("qwen2_5")
+    full = Run(make_recipe(folder, tmp_path, method__beta=0.1), records=make_records())
+    with full.policy.reference():
+        pass
+    lora = Run(make_recipe(folder, tmp_path, method__beta=0.1, model__lora={"rank": 2}), records=make_records())
+    assert lora.policy._reference_core is None
+    assert lora.share_vision  # nothing of the tower is trained
+    assert not full.share_vision
+    none = Run(make_recipe(folder, tmp_path, method__beta=0.0), records=make_records())
+    with pytest.raises(RuntimeError, match="there is none"), none.policy.reference():
+        pass
+
+
+def test_shared_vision_features_change_no_number(tiny_folder: Folder, tmp_path: Path) -> None:
+    rows = []
+    for shared in (True, False):
+        recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, method__beta=0.1, model__freeze=["visual"])
+        run = Run(recipe, records=make_records())
+        assert run.share_vision
+        run.share_vision = shared
+        rows.append([{k: v for k, v in run.step(n)[0].items() if "/" not in k or k == "reward/mean"} for n in (1, 2)])
+    assert rows[0] == rows[1]
+
+
+def test_ctrl_c_saves_and_stops_and_a_second_stops_at_once(tiny_folder: Folder, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=5, checkpoint__every=0)
+
+    def interrupt(row: dict[str, Any]) -> None:
+        if row["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    summary = train(recipe, records=make_records(), on_step=interrupt, show=False)
+    assert (summary.interrupted, summary.steps) == (True, 2)
+    assert summary.checkpoint is not None
+    assert summary.checkpoint.name == "step-00000002"
+    assert signal.getsignal(signal.SIGINT) is before
+
+    def twice(row: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, records=make_records(), resume=True, on_step=twice, show=False)
+
+
+def test_folder_with_a_run_is_not_written_over(tiny_folder: Folder, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=1)
+    train(recipe, records=make_records(), show=False)
+    with pytest.raises(CheckpointError, match="--resume"):
+        train(recipe, records=make_records(), show=False)
+    assert len(steady_rows(tmp_path)) == 1
+
+
+def test_model_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model folder not found.*no/such"):
+        train(make_recipe(Path("no/such"), tmp_path), records=make_records(), show=False)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_shows_hostile_text_harmlessly(stream: type[io.StringIO]) -> None:
+    out = stream()
+    with Progress(2, stream=out) as progress:
+        progress.step({"step": 1, "loss": 0.5, "reward/mean": 0.25, "time/step": 1.0})
+        sample = {"id": "a", "question": "?", "answer": "\x1b]0;x\x07[bold]b", "reward": 0.5, "rewards": {"text": 0.5}}
+        progress.samples(1, [sample])
+        progress.note("[red]done")
+        progress.step({"step": 2, "loss": 0.25, "reward/mean": 0.5, "time/step": 1.0})
+    text = out.getvalue()
+    assert "\x1b]0;" not in text
+    assert "[bold]b" in text
+    assert "[red]done" in text
+    assert "0.25" in text
+    if stream is io.StringIO:
+        assert "\x1b" not in text
+        assert text.splitlines()[0].startswith("step 1/2  loss 0.5  reward 0.25  1.00 s/step  ETA ")
+
+
+def test_progress_can_be_silent_and_sparse() -> None:
+    out = io.StringIO()
+    with Progress(5, every=2, stream=out) as progress:
+        for step in range(1, 6):
+            progress.step({"step": step})
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["2/5", "4/5", "5/5"]
+    out = io.StringIO()
+    with Progress(1, stream=out, show=False) as progress:
+        progress.step({"step": 1})
+        progress.note("x")
+    assert out.getvalue() == ""
+
+
+def test_printable_cuts_and_escapes() -> None:
+    assert printable("a\nb\x00", 20) == "a\\nb\\x00"
+    assert printable("x" * 50, 10) == "x" * 9 + "…"
+
+
+def test_log_writes_json_whatever_the_numbers(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.write({"step": 1, "a": float("nan"), "b": float("inf"), "c": 1})
+    log.samples(1, [{"answer": "\ud800 lone"}])
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": None, "b": None, "c": 1}
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["answer"] == "? lone"
+
+
+def test_meter_weighs_means_by_tokens_and_takes_the_largest() -> None:
+    meter = Meter()
+    meter.add({"kl": torch.tensor(1.0), "ratio/max": torch.tensor(2.0)}, 1)
+    meter.add({"kl": torch.tensor(5.0), "ratio/max": torch.tensor(1.5)}, 3)
+    meter.add({"kl": torch.tensor(99.0)}, 0)
+    assert meter.read() == {"kl": 4.0, "ratio/max": 2.0}
+    assert Meter().read() == {}
