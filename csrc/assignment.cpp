@@ -1,0 +1,132 @@
+// Batched rectangular assignment: fastrl_linear_assignment.
+
+#include <type_traits>
+
+#include "assignment.hpp"
+
+namespace fastrl {
+namespace {
+
+enum Status : int32_t { kInfeasible = 1, kInvalid = 2 };
+
+template <class T>
+struct Batch {
+  const T* cost;            // [B, n, m]
+  const int64_t* n_rows;    // [B] or null
+  const int64_t* n_cols;    // [B] or null
+  int64_t n, m;
+  bool maximize;
+  int64_t* match;           // [B, n]
+  T* total;                 // [B]
+  int32_t* status;          // [B]
+};
+
+template <class T>
+struct Scratch : AssignmentScratch {
+  Buffer<T> cost;
+};
+
+FASTRL_INLINE int64_t clamp_count(const int64_t* counts, int64_t b, int64_t size) {
+  if (!counts) return size;
+  return counts[b] < 0 ? 0 : (counts[b] > size ? size : counts[b]);
+}
+
+// Copies one problem, shorter side as rows, sign set for minimising, NaN and -inf turned into +inf (forbidden).
+// Returns whether there were any of those.
+template <class T>
+FASTRL_INLINE bool load_problem(const T* from, int64_t m, int64_t rows, int64_t cols, bool maximize, T* to) {
+  const T inf = std::numeric_limits<T>::infinity();
+  const T sign = maximize ? T(-1) : T(1);
+  const bool swap = rows > cols;
+  const int64_t height = swap ? cols : rows, width = swap ? rows : cols, stride = padded(width);
+  using Flag = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as T: the loops vectorise
+  Flag bad = 0;
+  auto clean = [&](T x) {
+    const bool good = sign * x > -inf;
+    bad |= Flag(!good);
+    return good ? sign * x : inf;
+  };
+  if (swap) {
+    constexpr int64_t kTile = 16;  // lines of the source that stay in the first-level cache together
+    for (int64_t i0 = 0; i0 < rows; i0 += kTile) {
+      const int64_t end = i0 + kTile < rows ? i0 + kTile : rows;
+      for (int64_t j = 0; j < cols; ++j) {
+        for (int64_t i = i0; i < end; ++i) to[j * stride + i] = clean(from[i * m + j]);
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) to[i * stride + j] = clean(from[i * m + j]);
+    }
+  }
+  for (int64_t i = 0; i < height; ++i) {
+    for (int64_t j = width; j < stride; ++j) to[i * stride + j] = inf;
+  }
+  return bad != 0;
+}
+
+template <class T>
+FASTRL_INLINE void solve_one(const Batch<T>& batch, Scratch<T>& scratch, int64_t b) {
+  const int64_t rows = clamp_count(batch.n_rows, b, batch.n), cols = clamp_count(batch.n_cols, b, batch.m);
+  const bool swap = rows > cols;
+  int64_t* match = batch.match + b * batch.n;
+  for (int64_t i = 0; i < batch.n; ++i) match[i] = -1;
+  Problem<T> p;
+  p.rows = swap ? cols : rows;
+  p.cols = swap ? rows : cols;
+  p.stride = padded(p.cols);
+  const T* source = batch.cost + b * batch.n * batch.m;
+  T* cost = scratch.cost.reserve(p.rows * p.stride + kLanes);
+  p.cost = cost;
+  p.bind(scratch);
+  int32_t status = load_problem(source, batch.m, rows, cols, batch.maximize, cost) ? kInvalid : 0;
+  if (!solve_complete(p, scratch.queue.reserve(p.rows + 1))) status |= kInfeasible;
+  double total = 0.0;
+  for (int64_t j = 0; j < p.cols; ++j) {
+    if (p.owner[j] < 0) continue;
+    const int64_t row = swap ? j : p.owner[j], col = swap ? p.owner[j] : j;
+    match[row] = col;
+    total += static_cast<double>(source[row * batch.m + col]);
+  }
+  batch.total[b] = static_cast<T>(total);
+  batch.status[b] = status;
+}
+
+template <class T>
+void solve_baseline(const Batch<T>& batch, Scratch<T>& scratch, int64_t b) { solve_one(batch, scratch, b); }
+#if FASTRL_HAS_AVX2_BUILD
+template <class T>
+FASTRL_AVX2 void solve_avx2(const Batch<T>& batch, Scratch<T>& scratch, int64_t b) { solve_one(batch, scratch, b); }
+#endif
+
+template <class T>
+int run(const Batch<T>& batch, int64_t problems, int threads) {
+  auto solve = solve_baseline<T>;
+#if FASTRL_HAS_AVX2_BUILD
+  if (has_avx2()) solve = solve_avx2<T>;
+#endif
+  const double work = 4.0 * static_cast<double>(batch.n) * static_cast<double>(batch.m);
+  return for_each_problem<Scratch<T>>(problems, threads, work,
+                                      [&](Scratch<T>& scratch, int64_t b) { solve(batch, scratch, b); });
+}
+
+}  // namespace
+}  // namespace fastrl
+
+#define FASTRL_API extern "C" __attribute__((visibility("default")))
+
+// cost [B, n, m] contiguous, float (is_double 0) or double (1); counts int64 [B] or null; total has cost's type.
+// Returns 0, or 1 when memory ran out.
+FASTRL_API int fastrl_linear_assignment(int is_double, const void* cost, const int64_t* n_rows, const int64_t* n_cols,
+                                        int64_t problems, int64_t n, int64_t m, int maximize, int64_t* match,
+                                        void* total, int32_t* status, int threads) {
+  using fastrl::Batch;
+  if (is_double) {
+    return fastrl::run(Batch<double>{static_cast<const double*>(cost), n_rows, n_cols, n, m, maximize != 0, match,
+                                     static_cast<double*>(total), status},
+                       problems, threads);
+  }
+  return fastrl::run(Batch<float>{static_cast<const float*>(cost), n_rows, n_cols, n, m, maximize != 0, match,
+                                  static_cast<float*>(total), status},
+                     problems, threads);
+}

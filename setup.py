@@ -1,0 +1,57 @@
+"""Builds the optional native extension; everything else about the package is in pyproject.toml.
+
+``fastrl_kernels._C`` holds the CPU paths that Python is too slow for (assignment, detection reward). It needs a C++17
+compiler and nothing of torch. Without one the build says so and goes on: the eager path computes the same.
+"""
+
+from __future__ import annotations
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NOTICE = """
+***********************************************************************************************
+fastrl: the native extension was NOT built: {reason}
+Everything still works; assignment and detection reward take the slower eager path on CPU.
+To build it, install a C++17 compiler (g++ or clang++) and run `pip install .` again.
+***********************************************************************************************
+"""
+
+
+class OptionalBuild(build_ext):
+    """Builds what can be built and prints a notice for what cannot."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            print(NOTICE.format(reason=error), flush=True)
+            raise  # ``optional=True`` turns this into a warning
+
+
+native = Extension(
+    "fastrl_kernels._C",
+    sources=["csrc/module.cpp", "csrc/assignment.cpp", "csrc/detection_reward.cpp"],
+    depends=["csrc/common.hpp", "csrc/assignment.hpp"],
+    language="c++",
+    # -ffp-contract=off: no fused multiply-add, so every machine rounds alike. -Wno-psabi: vector types stay inlined.
+    extra_compile_args=[
+        "-std=c++17",
+        "-O3",
+        "-pthread",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=off",
+        "-Wno-psabi",
+    ],
+    extra_link_args=["-pthread"],
+    py_limited_api=True,
+    optional=True,
+)
+
+setup(
+    ext_modules=[native],
+    cmdclass={"build_ext": OptionalBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
