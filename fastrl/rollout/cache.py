@@ -1,0 +1,220 @@
+"""Keys and values of a rollout: each prompt's once, each row's own apart, and the attention that writes and reads them.
+
+The language model is transformers' own. Its attention is switched, for the length of a call, to a function that hands
+the layer's keys and values to whichever cache the call names in ``fastrl_cache``; positions are always explicit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrl_kernels.decode_attention import decode_attention
+
+ATTENTION = "fastrl_rollout"
+
+
+class KeyValues(Protocol):
+    """What a forward of the language model may be given as ``fastrl_cache``."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Query [X, Hq, L, D], key and value [X, Hkv, L, D] of the call's own tokens → [X, L, Hq, D]."""
+        ...
+
+
+class PromptCache:
+    """Keys and values of B texts that grow together, right-padded: per layer [B, Hkv, capacity, D].
+
+    ``length`` [B] (on the host) counts the valid keys of each text. Padding holds finite numbers.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.length = [0] * size
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.capacity = 0
+
+    def append(self, rows: list[int], lengths: list[int]) -> _Append:
+        """The call that computes ``lengths`` new tokens for ``rows``, right-padded to the longest."""
+        return _Append(self, rows, lengths)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for texts of this length."""
+        if capacity <= self.capacity:
+            return
+        self.capacity = capacity
+        for buffers in (self.keys, self.values):
+            for layer, old in buffers.items():
+                buffers[layer] = F.pad(old, (0, 0, 0, capacity - old.shape[2]))
+
+    def buffers(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self.keys:
+            shape = (len(self.length), like.shape[1], self.capacity, like.shape[3])
+            self.keys[layer], self.values[layer] = like.new_zeros(shape), like.new_zeros(shape)
+        return self.keys[layer], self.values[layer]
+
+
+class _Append:
+    """New tokens of some texts: writes their keys behind the old ones and attends causally to both."""
+
+    def __init__(self, cache: PromptCache, rows: list[int], lengths: list[int]) -> None:
+        self.cache, self.rows, self.lengths = cache, rows, lengths
+        self.starts = [cache.length[row] for row in rows]
+        self.fresh = not any(self.starts)
+        self.width = max(lengths)
+        cache.reserve(max(self.starts) + self.width)
+        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        rows, columns, mask = self._tables or self._make_tables(query.device)
+        keys, values = self.cache.buffers(layer, key)
+        keys[rows, :, columns] = key.transpose(1, 2)
+        values[rows, :, columns] = value.transpose(1, 2)
+        if self.fresh:  # padding is on the right, so causal attention alone keeps real tokens off it
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        else:
+            k, v = (x[rows[:, 0], :, : mask.shape[-1]] for x in (keys, values))
+            out = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def commit(self) -> None:
+        """Count the new tokens as part of the texts."""
+        for row, length in zip(self.rows, self.lengths, strict=True):
+            self.cache.length[row] += length
+
+    def _make_tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Row [b, 1] and column [b, L] of each new key, and the mask [b, 1, L, keys] (True: seen)."""
+        starts = torch.tensor(self.starts, device=device)
+        columns = starts[:, None] + torch.arange(self.width, device=device)
+        reach = torch.arange(max(self.starts) + self.width, device=device)
+        mask = (reach <= columns[:, :, None])[:, None]
+        self._tables = torch.tensor(self.rows, device=device)[:, None], columns, mask
+        return self._tables
+
+
+class RowCache:
+    """Own keys and values of R decoding rows, [R, Hkv, T, D] per layer, beside the prompts they share.
+
+    Rows of one prompt are neighbours; ``offsets[g] : offsets[g + 1]`` are the rows of prompt ``g``. ``step`` counts the
+    own keys written so far. With ``static`` no shape changes from step to step and nothing about the step comes from
+    the host, as a CUDA graph needs; without it the attention is given the keys written so far only.
+    """
+
+    def __init__(self, prompts: PromptCache, n: int, capacity: int, device: torch.device, *, static: bool) -> None:
+        size = len(prompts.length)
+        self.prompt_keys, self.prompt_values = dict(prompts.keys), dict(prompts.values)
+        self.prompt_length = torch.tensor(prompts.length, dtype=torch.int32, device=device)
+        self.ragged = min(prompts.length) < prompts.capacity
+        self.offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * n
+        self.equal_groups = True  # no row retired: rows are B x n as they lie
+        self.n, self.capacity, self.static = n, capacity, static
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.step = 0
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)  # step, on the device
+        self.own_length = torch.ones(size * n, dtype=torch.int32, device=device)  # keys to read: step + 1
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if layer not in self.keys:
+            shape = (key.shape[0], key.shape[1], self.capacity, key.shape[3])
+            self.keys[layer], self.values[layer] = key.new_zeros(shape), key.new_zeros(shape)
+        keys, values = self.keys[layer], self.values[layer]
+        if self.static:
+            keys.index_copy_(2, self.at, key)
+            values.index_copy_(2, self.at, value)
+        else:
+            keys[:, :, self.step], values[:, :, self.step] = key[:, :, 0], value[:, :, 0]
+        read = self.capacity if self.static else self.step + 1
+        out = decode_attention(
+            query[:, :, 0],
+            self.prompt_keys[layer],
+            self.prompt_values[layer],
+            keys[:, :, :read],
+            values[:, :, :read],
+            row_offsets=self.offsets if self.static or not self.equal_groups else None,
+            prefix_len=self.prompt_length if self.static or self.ragged else None,
+            own_len=self.own_length if self.static else None,
+            max_rows=self.n,
+            scale=scale,
+        )
+        return out[:, None]
+
+    def advance(self) -> None:
+        """One more own key per row, on the device; ``step`` follows on the host."""
+        self.at += 1
+        self.own_length += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep these rows (ascending indices) and drop the others; on the CPU also prompts that have no row left."""
+        group = torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
+        counts = torch.bincount(group, minlength=len(self.offsets) - 1)
+        if not rows.is_cuda:  # the kernel skips a prompt without rows; batched products do not
+            live = counts.nonzero()[:, 0]
+            if len(live) <= 0.8 * len(counts):
+                self._keep_prompts(live)
+                counts = counts[live]
+        self.equal_groups = False
+        self.offsets = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        self.own_length = self.own_length[rows]
+        written = self.capacity if self.static else self.step
+        for buffers in (self.keys, self.values):
+            for layer, old in buffers.items():
+                buffers[layer] = old.new_zeros((len(rows), *old.shape[1:]))
+                buffers[layer][:, :, :written] = old[rows, :, :written]
+
+    def _keep_prompts(self, live: Tensor) -> None:
+        self.prompt_length = self.prompt_length[live]
+        for buffers in (self.prompt_keys, self.prompt_values):
+            for layer, old in buffers.items():
+                buffers[layer] = old[live]
+
+
+@contextmanager
+def rollout_mode(core: Any) -> Iterator[None]:
+    """Inside: no gradient, no dropout, no checkpointing, attention through ``fastrl_cache``. All is put back after."""
+    _register()
+    config = core.model.language_model.config
+    if getattr(core.model.language_model, "has_sliding_layers", False):
+        raise NotImplementedError("rollout: sliding-window attention is not supported; set use_sliding_window to false")
+    attention, training = config._attn_implementation, [module for module in core.modules() if module.training]
+    for module in training:
+        module.training = False
+    config._attn_implementation = ATTENTION
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        config._attn_implementation = attention
+        for module in training:
+            module.training = True
+
+
+def forward(core: Any, embeds: Tensor, positions: Tensor, keys: KeyValues) -> Tensor:
+    """Hidden states [X, L, H] of the language model for embeddings [X, L, H] at ``positions`` [3, X, L]."""
+    out = core.model.language_model(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask={"full_attention": None},  # a mapping: transformers then builds no mask of its own
+        use_cache=False,
+        fastrl_cache=keys,
+    )
+    return out.last_hidden_state
+
+
+@cache
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    return kwargs["fastrl_cache"].attend(module.layer_idx, query, key, value, kwargs["scaling"]), None

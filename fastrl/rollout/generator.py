@@ -1,0 +1,255 @@
+"""``Generator``: prompts → completions, everything that a group shares computed once.
+
+Images go through the vision tower once each, prompts through the language model once each, and a prompt's keys and
+values are stored once for all its rows (``cache.py``). All rows of all prompts decode together (``decode.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fastrl.batch import Completion, ImageInput, Prompt
+from fastrl.rollout.cache import PromptCache, forward, rollout_mode
+from fastrl.rollout.decode import Decode, Start
+from fastrl.rollout.sampler import Sampling
+
+
+class Generator:
+    """Samples completions from a policy's present weights; keeps nothing between calls.
+
+    Args:
+        policy: a ``fastrl.models`` policy; its ``core``, ``features``, ``decode`` and token ids are used.
+        max_rows: rows decoded at once, which bounds memory: prompts are taken in portions of about this many
+            completions (one prompt at least).
+        prefill_tokens: tokens, padding included, in one forward over prompts.
+        vision_patches: patches in one call of the vision tower.
+        cuda_graph: on a GPU, capture the decode step in CUDA graphs (per batch size; anew after rows retire).
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        *,
+        max_rows: int = 1024,
+        prefill_tokens: int = 16384,
+        vision_patches: int = 65536,
+        cuda_graph: bool = False,
+    ) -> None:
+        for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value}")
+        self.policy = policy
+        self.max_rows, self.prefill_tokens, self.vision_patches = max_rows, prefill_tokens, vision_patches
+        self.cuda_graph = cuda_graph
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, rng: torch.Generator | None = None
+    ) -> list[list[Completion]]:
+        """Sample ``sampling.n`` completions of each prompt.
+
+        One uniform number per row and token is drawn from ``rng`` up front, in the order of ``prompts``; what a row
+        samples then depends on its own numbers and logits alone, however prompts are portioned and whichever rows
+        retire. Multimodal positions come from the prompts; nothing is cached on the model.
+
+        Args:
+            prompts: encoded prompts; each image key goes through the vision tower once per call.
+            sampling: see ``Sampling``. Temperature 0 draws nothing from ``rng``, and its n completions are equal.
+            rng: on any device. May be None for temperature 0.
+
+        Returns:
+            For each prompt its ``n`` completions: ``token_ids`` [T] int64 on the CPU, EOS included where it came
+            (``finished``), ``text``, and ``sampler_logp`` [T] float32 on the CPU (see ``sample``).
+
+        Raises:
+            ValueError: an empty prompt, no ``rng``.
+            FloatingPointError: the policy's logits are not finite.
+        """
+        rows = _rows(sampling)
+        uniform = _uniform(len(prompts), sampling, rng)
+        features: dict[str, Tensor] = {}
+        out: list[list[Completion]] = [[] for _ in prompts]
+        for portion in _portions([len(p.token_ids) for p in prompts], max(1, self.max_rows // rows)):
+            session = self._session([prompts[i] for i in portion], features)
+            own = None if uniform is None else uniform.view(len(prompts), rows, -1)[portion].flatten(0, 1)
+            for i, completions in zip(portion, session.sample(sampling, own), strict=True):
+                out[i] = completions
+        return out
+
+    def session(self, prompts: Prompt | Sequence[Prompt]) -> Session:
+        """Prompts whose keys and values stay between turns: generate, ``extend`` with what was said, generate again.
+
+        A session belongs to the weights it was made with: make a new one after an update.
+        """
+        return self._session([prompts] if isinstance(prompts, Prompt) else list(prompts), {})
+
+    def _session(self, prompts: list[Prompt], features: dict[str, Tensor]) -> Session:
+        features.update(self._features([image for p in prompts for image in p.images if image.key not in features]))
+        return Session(self, prompts, features)
+
+    def _features(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
+        """Vision features by key; each key once, in calls of about ``vision_patches``."""
+        found: dict[str, Tensor] = {}
+        with rollout_mode(self.policy.core):
+            call: list[ImageInput] = []
+            for image in {image.key: image for image in images}.values():
+                if call and sum(len(i.pixel_values) for i in [*call, image]) > self.vision_patches:
+                    found.update(self.policy.features(call))
+                    call = []
+                call.append(image)
+            if call:
+                found.update(self.policy.features(call))
+        return found
+
+
+class Session:
+    """B dialogues whose images and history are computed once. Made by ``Generator.session``."""
+
+    def __init__(self, generator: Generator, prompts: Sequence[Prompt], features: Mapping[str, Tensor]) -> None:
+        self._generator, self._policy = generator, generator.policy
+        device = self._policy.device
+        for i, prompt in enumerate(prompts):
+            if not len(prompt.token_ids):
+                raise ValueError(f"prompts[{i}]: no tokens")
+        self.next_position = [prompt.next_position for prompt in prompts]
+        self._cache = PromptCache(len(prompts))
+        self._hidden: list[Tensor] = [torch.empty(0)] * len(prompts)  # [H] of each dialogue's last token
+        with rollout_mode(self._policy.core):
+            embed = self._policy.core.get_input_embeddings()
+            for rows in self._calls([len(p.token_ids) for p in prompts]):
+                ids = pad_sequence([prompts[i].token_ids for i in rows], batch_first=True).to(device)
+                positions = pad_sequence([prompts[i].positions.T for i in rows]).permute(2, 1, 0).to(device)
+                embeds = embed(ids)
+                for row, i in enumerate(rows):
+                    for image, (start, length) in zip(prompts[i].images, prompts[i].image_slots, strict=True):
+                        embeds[row, start : start + length] = features[image.key].to(embeds.dtype)
+                self._append(rows, [len(prompts[i].token_ids) for i in rows], embeds, positions)
+
+    def extend(self, token_ids: Tensor | Sequence[Tensor]) -> None:
+        """Append text to each dialogue, such as a chosen completion and the next turn of the other side.
+
+        Args:
+            token_ids: [T] int64 for each dialogue (one tensor for a session of one). An empty tensor adds nothing.
+                Image placeholders are text like any other here: images come with the prompt.
+        """
+        added = [token_ids] if isinstance(token_ids, Tensor) else list(token_ids)
+        if len(added) != len(self.next_position):
+            raise ValueError(f"token_ids: expected one tensor for each of {len(self.next_position)} dialogues")
+        device = self._policy.device
+        some = [i for i, ids in enumerate(added) if len(ids)]
+        with rollout_mode(self._policy.core):
+            for call in self._calls([len(added[i]) for i in some]):
+                rows = [some[i] for i in call]
+                ids = pad_sequence([added[i] for i in rows], batch_first=True).to(device)
+                first = torch.tensor([self.next_position[i] for i in rows], device=device)
+                positions = (first[:, None] + torch.arange(ids.shape[1], device=device)).expand(3, -1, -1)
+                embeds = self._policy.core.get_input_embeddings()(ids)
+                self._append(rows, [len(added[i]) for i in rows], embeds, positions)
+                for i in rows:
+                    self.next_position[i] += len(added[i])
+
+    def generate(self, sampling: Sampling, rng: torch.Generator | None = None) -> list[list[Completion]]:
+        """Sample ``n`` completions of each dialogue as it stands (see ``Generator.generate``); none is appended.
+
+        All dialogues' rows decode at once: keep a session within the generator's ``max_rows``.
+        """
+        return self.sample(sampling, _uniform(len(self.next_position), sampling, rng))
+
+    def sample(self, sampling: Sampling, uniform: Tensor | None) -> list[list[Completion]]:
+        """As ``generate``, with the uniform numbers given: [B n, max_new_tokens] float64, None if greedy."""
+        policy, rows = self._policy, _rows(sampling)
+        device = policy.device
+        if not self.next_position:
+            return []
+        with rollout_mode(policy.core):
+            start = Start(
+                self._cache,
+                policy.core.lm_head(torch.stack(self._hidden)),
+                torch.tensor(self.next_position, device=device),
+            )
+            decode = Decode(
+                policy.core,
+                start,
+                Sampling(rows, sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k),
+                None if uniform is None else uniform.to(device),
+                eos=torch.tensor(policy.eos_token_ids, device=device),
+                suppressed=torch.tensor(policy.suppressed_token_ids, dtype=torch.int64, device=device),
+                cuda_graph=self._generator.cuda_graph,
+            )
+            decode.run()
+        flat = _completions(policy, decode.tokens.cpu(), decode.logp.cpu())
+        if rows < sampling.n:
+            return [[_copy(flat[b]) for _ in range(sampling.n)] for b in range(len(flat))]
+        return [flat[b * rows : (b + 1) * rows] for b in range(len(self.next_position))]
+
+    def _calls(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices in calls of similar length within the generator's ``prefill_tokens`` (one text at least)."""
+        call: list[int] = []
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+            if call and (len(call) + 1) * lengths[i] > self._generator.prefill_tokens:
+                yield call
+                call = []
+            call.append(i)
+        if call:
+            yield call
+
+    def _append(self, rows: list[int], lengths: list[int], embeds: Tensor, positions: Tensor) -> None:
+        append = self._cache.append(rows, lengths)
+        hidden = forward(self._policy.core, embeds, positions, append)
+        append.commit()
+        for row, i in enumerate(rows):
+            self._hidden[i] = hidden[row, lengths[row] - 1].clone()  # a view would keep the whole call's alive
+
+
+def _rows(sampling: Sampling) -> int:
+    """Rows decoded per prompt: greedy completions of a prompt are equal, so one does for all."""
+    return 1 if sampling.greedy else sampling.n
+
+
+def _portions(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in portions of ``size``, prompts of similar length together."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _uniform(prompts: int, sampling: Sampling, rng: torch.Generator | None) -> Tensor | None:
+    if sampling.greedy:
+        return None
+    if rng is None:
+        raise ValueError("rng: a torch.Generator is needed unless the temperature is 0")
+    shape = (prompts * sampling.n, sampling.max_new_tokens)
+    return torch.rand(shape, generator=rng, dtype=torch.float64, device=rng.device)
+
+
+def _completions(policy: Any, tokens: Tensor, logp: Tensor) -> list[Completion]:
+    """Rows [R, T] → completions, each cut after its first EOS."""
+    ends = torch.isin(tokens, torch.tensor(policy.eos_token_ids))
+    finished = ends.any(-1)
+    lengths = torch.where(finished, ends.int().argmax(-1) + 1, tokens.shape[1])
+    written = torch.arange(tokens.shape[1]) < lengths[:, None]
+    if not logp[written].isfinite().all():
+        raise FloatingPointError("rollout: the policy's logits are not finite (have its weights diverged?)")
+    texts: dict[tuple[int, ...], str] = {}  # short answers repeat, and tokenizers are slow
+    out = []
+    for row, (length, done) in enumerate(zip(lengths.tolist(), finished.tolist(), strict=True)):
+        ids = tokens[row, :length].clone()
+        spelled = tuple(ids.tolist())
+        if spelled not in texts:
+            texts[spelled] = policy.decode(ids)
+        logps = logp[row, :length].clone()
+        out.append(Completion(token_ids=ids, text=texts[spelled], finished=done, sampler_logp=logps))
+    return out
+
+
+def _copy(completion: Completion) -> Completion:
+    assert completion.sampler_logp is not None
+    return Completion(
+        token_ids=completion.token_ids.clone(),
+        text=completion.text,
+        finished=completion.finished,
+        sampler_logp=completion.sampler_logp.clone(),
+    )

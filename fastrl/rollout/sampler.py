@@ -1,0 +1,112 @@
+"""How a token is drawn from logits, and the log-prob the sampler reports for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled.
+
+    Attributes:
+        n: completions per prompt (the group size).
+        max_new_tokens: length, EOS included, at which a completion is cut.
+        temperature: divides the logits; 0 is greedy.
+        top_p: keep the most likely tokens up to this total probability (after ``top_k``); 1 keeps all.
+        top_k: keep this many most likely tokens; 0 keeps all.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    n: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n: expected 1 or more completions per prompt, got {self.n}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected 1 or more, got {self.max_new_tokens}")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature: expected 0 (greedy) or a positive number, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected 0 (all) or more, got {self.top_k}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether tokens other than the suppressed ones are cut off: the sampler's log-probs are then not the policy
+        that was sampled from (they stay those of the full vocabulary)."""
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0)
+
+
+class Sampled(NamedTuple):
+    token: Tensor  # [R] int64
+    logp: Tensor  # [R] float32, over the full vocabulary
+
+
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor | None, suppressed: Tensor) -> Sampled:
+    """Draw one token per row.
+
+    A row's token is the inverse of its cumulative distribution at its one uniform number, so a row's draw depends on
+    nothing but its own logits and number. Fixed shapes and no host reads: may be captured in a CUDA graph.
+
+    Args:
+        logits: [R, V], any floating dtype.
+        sampling: temperature and truncation; ``n`` and ``max_new_tokens`` are not used.
+        uniform: [R] float64 in [0, 1). Not needed (None) for greedy sampling.
+        suppressed: [S] int64, ids that are never drawn.
+
+    Returns:
+        Tokens, and their log-probs over the full vocabulary before suppression and truncation, at the sampling
+        temperature (greedy: at temperature 1).
+    """
+    scores = logits.float() / (sampling.temperature or 1.0)  # a new tensor: changed below
+    total = scores.logsumexp(-1)
+    scores.index_fill_(-1, suppressed, -torch.inf)
+    if sampling.greedy:
+        token = scores.argmax(-1)
+    else:
+        if uniform is None:
+            raise ValueError("uniform: needed unless the temperature is 0")
+        token = _truncated(scores, sampling, uniform) if sampling.truncated else _draw(scores.softmax(-1), uniform)
+    return Sampled(token, scores.gather(-1, token[:, None])[:, 0] - total)
+
+
+def _truncated(scores: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Top-k, then top-p among what is left: a token stays if those before it hold less than ``top_p``."""
+    vocabulary = scores.shape[-1]
+    if 0 < sampling.top_k < vocabulary:
+        ordered, ids = scores.topk(sampling.top_k, dim=-1)
+    else:
+        ordered, ids = scores.sort(dim=-1, descending=True)
+    weight = ordered.softmax(-1)
+    if sampling.top_p < 1:
+        before = weight.cumsum(-1) - weight
+        weight = weight.masked_fill(before >= sampling.top_p, 0.0)
+    return ids.gather(-1, _draw(weight, uniform)[:, None])[:, 0]
+
+
+def _draw(weight: Tensor, uniform: Tensor) -> Tensor:
+    """Index [R] drawn with these weights [R, V] (not necessarily normalised), one uniform number [R] each."""
+    cumulative = weight.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, point[:, None], right=True).clamp_(max=weight.shape[-1] - 1)
+    if weight.is_cuda:  # its parallel sum may rise by a rounding error where the weight is 0
+        index = torch.where(weight.gather(-1, index) > 0, index, weight.argmax(-1, keepdim=True))
+    return index[:, 0]
