@@ -204,6 +204,12 @@ def test_items_are_bounded() -> None:
     assert (len(tracks), len(tracks[0].boxes), tracks.truncated) == (3, 1, True)
 
 
+def test_objects_without_coordinates_are_read_only_so_far() -> None:
+    """Beyond the bound the JSON scan stops; the bare spelling, which costs little, still finds the box."""
+    assert parse_boxes("{}" * 1000 + '{"bbox_2d": [1,2,3,4]}').format == "json"
+    assert parse_boxes("{}" * 40000 + '{"bbox_2d": [1,2,3,4]}').format == "brackets"
+
+
 # ---- points
 
 
