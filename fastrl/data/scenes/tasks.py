@@ -101,7 +101,7 @@ def caption_record(rng: random.Random, scene: Scene, identity: str, difficulty: 
         "attributes": [[s.kind, a] for s in shapes for a in (s.size, s.color)],
         "relations": relations,
     }
-    return Record(identity, "caption", (picture(scene),), question("caption"), truth)
+    return Record(identity, "caption", (picture(scene),), question("caption", prompt="Describe the image."), truth)
 
 
 def describe(shapes: list[Shape], side: int) -> tuple[str, list[list[str]]]:

@@ -1,0 +1,135 @@
+"""The command line as a user meets it: help, results as JSON, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fastrl import doctor
+from fastrl.cli import main
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def fastrl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Done]:
+    """Run the command in this process (a new one would spend ten seconds on imports) from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["fastrl", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        out = capsys.readouterr()
+        return Done(code if isinstance(code, int) else int(code is not None), out.out, out.err)
+
+    return run
+
+
+def test_eval_of_predictions_prints_one_json_object(fastrl: Callable[..., Done], tmp_path: Path) -> None:
+    from fastrl.data import load_data
+
+    rows = []
+    for record in load_data("scenes:grounding?n=4&seed=9"):
+        x1, y1, x2, y2 = record.target["box"]
+        rows.append({"id": record.id, "answer": f'[{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}]}}]'})
+    rows[3]["answer"] = "no idea"
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = fastrl(
+        "eval", "grounding", "--data", "scenes:grounding?n=4&seed=9", "--predictions", str(answers), "--json",
+        "--out", str(tmp_path / "scored.jsonl"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert metrics["n"] == 4
+    assert metrics["unparsable"] == 1
+    assert metrics["mean_iou"] == pytest.approx(0.75)
+    assert metrics["acc@0.95"] == pytest.approx(0.75)
+    assert len((tmp_path / "scored.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("eval", "groundin", "--data", "scenes:grounding?n=1", "--model", "x"), "did you mean 'grounding'"),
+        (("eval", "grounding", "--data", "scenes:grounding?n=1"), "either --model or --predictions"),
+        (("eval", "grounding", "--data", "scene:grounding?n=1", "--model", "tiny:perception"), "scenes"),
+        (
+            ("eval", "grounding", "--data", "scenes:grounding?n=1", "--model", "missing-folder"),
+            "model folder not found",
+        ),
+        (("train", "perception-r1-groundin-tiny"), "did you mean perception-r1-grounding-tiny"),
+        (("train", "perception-r1-grounding-tiny", "--set", "optim.step=3"), "did you mean optim.steps"),
+        (("demo", "--method", "grpo"), "perception-r1"),
+        (("demo", "--task", "juggling"), "grounding"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(
+    fastrl: Callable[..., Done], arguments: tuple[str, ...], said: str
+) -> None:
+    done = fastrl(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+def test_doctor_reports_every_public_kernel() -> None:
+    import fastrl_kernels
+
+    found = doctor.report()
+    assert set(found["kernels"]) == {n for n in fastrl_kernels.__all__ if n.islower()}
+    assert all(found["kernels"].values())
+    assert found["versions"]["torch"]
+    assert {"flash_attn", "varlen_attn", "liger_kernel", "deepspeed"} <= set(found["optional"])
+
+
+def test_doctor_prints_versions_and_json(fastrl: Callable[..., Done]) -> None:
+    done = fastrl("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["versions"]["fastrl"]
+
+
+@pytest.mark.parametrize("module", ["fastrl", "fastrl_kernels"])
+def test_imports_are_light(module: str) -> None:
+    """Importing the package pulls in none of the heavy libraries and takes little beyond torch itself."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import " + module + "; "
+        "new = set(sys.modules) - before; "
+        "bad = {'transformers', 'peft', 'matplotlib', 'datasets', 'scipy', 'PIL', 'typer'} & new; "
+        "sys.exit(f'imported {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_work_without_triton(tmp_path: Path) -> None:
+    """Where Triton is not installed, CPU tensors take their eager or C++ path."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('not installed')\n")
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import fastrl_kernels as k; "
+        "from fastrl_kernels._triton import HAS_TRITON; assert not HAS_TRITON; "
+        "h = torch.randn(5, 8, requires_grad=True); "
+        "out = k.linear_logprob(h, torch.randn(11, 8), torch.arange(5)); out.logp.sum().backward(); "
+        "assert h.grad is not None; "
+        "assert k.linear_assignment(torch.eye(3)[None]).total.item() == 0"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
