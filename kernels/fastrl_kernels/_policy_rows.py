@@ -124,7 +124,7 @@ def policy_rows_kernel(
             log_ratio = logp - tl.load(old_ptr + rows, mask=live, other=0.0).to(tl.float32)
         else:
             log_ratio = tl.zeros([BLOCK], tl.float32)
-    pg, slope, ratio, clip_low, clip_high = _surrogate(log_ratio, advantage, low, high, dual, DUAL)
+    pg, slope, ratio, clip_low, clip_high = _surrogate(log_ratio, advantage, low, high, dual, DUAL)  # type: ignore
     loss, dlogp = weight * pg, share * slope
     kl = tl.zeros([BLOCK], tl.float32)
     if ref_ptr is not None:

@@ -8,9 +8,9 @@ With ``d = clamp(logp - old, -20, 20)``, ``r = exp(d)``, advantage ``A`` of the 
 Gradient, row by row: the ratio term gives ``-A r`` where the minimum is the unclipped branch and exactly 0 where the
 ratio left the clip range on the side that ``A`` rewards (``A > 0, r > 1 + clip_high`` or ``A < 0, r < 1 - clip_low``),
 where ``A < 0, r > dual_clip``, and where ``d`` was clamped. On a boundary itself the gradient flows, as torch's
-``clamp`` and ``min`` have it together. KL, with ``x = ref - logp``: k1 ``-x`` (slope 1), k2 ``x^2 / 2`` (slope ``-x``), k3
-``exp(x) - x - 1`` (slope ``1 - exp(x)``; above ``x = 20`` it goes on along its tangent, so the slope stays finite and
-keeps pointing at the reference). A clipped row keeps its KL gradient.
+``clamp`` and ``min`` have it together. KL, with ``x = ref - logp``: k1 ``-x`` (slope 1), k2 ``x^2 / 2`` (slope ``-x``),
+k3 ``exp(x) - x - 1`` (slope ``1 - exp(x)``; above ``x = 20`` it goes on along its tangent, so the slope stays finite
+and keeps pointing at the reference). A clipped row keeps its KL gradient.
 
 Why it is fast: under 1 MB of data, so launches are the cost. One launch reads every vector once and writes
 ``dloss/dlogp`` and one row of partial sums per block; a second, of one program, adds the partials in a fixed order. No

@@ -2,8 +2,8 @@
 
 A loss over tokens is ``sum(weight * row_loss)``; what papers call "mean over tokens" or "mean of sequence means" is
 only a choice of ``weight``. Everything here is a handful of integer counts over ``[N]`` ids, so it is plain torch: it
-runs on any device, compiles into the surrounding graph, reads nothing back to the host, and gives the same bits twice (counts
-are integers, so the order of additions cannot matter).
+runs on any device, compiles into the surrounding graph, reads nothing back to the host, and gives the same bits twice
+(counts are integers, so the order of additions cannot matter).
 
 Gradient: none. Weights are constants of the optimizer step.
 """
