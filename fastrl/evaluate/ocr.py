@@ -12,7 +12,7 @@ from fastrl.rewards.ocr import edit_distance
 from fastrl.rewards.reading import MAX_CHARACTERS
 
 MAX_WORDS = 10_000  # BLEU and METEOR look at this many words of a text; a dense page has about a thousand
-MAX_STEM_CHARACTERS = 64  # Porter's rules are recursive in runs of "y"; longer strings are no words and keep their form
+MAX_STEM_CHARACTERS = 64  # NLTK before 3.10 recurses along runs of "y"; longer strings are no words
 
 # One token per ideograph or kana, runs of other non-blank characters otherwise.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"

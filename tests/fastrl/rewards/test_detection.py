@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from fastrl.answers import View, format_answer
 from fastrl.data.records import Record
 from fastrl.rewards import reward_for
+from fastrl.rewards.reading import batches
 
 NAMES = ["cat", "dog", "hot dog"]
 Labelled = list[tuple[tuple[float, ...], str]]
@@ -149,3 +150,13 @@ def test_max_items_bounds_what_is_read() -> None:
 def test_threshold_out_of_range_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="threshold must lie in"):
         reward_for("detection", threshold=threshold)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=30), st.integers(1, 400))
+def test_batches_hold_every_problem_once_within_the_budget(sizes: list[tuple[int, int]], cells: int) -> None:
+    n_pred, n_truth = [p for p, _ in sizes], [t for _, t in sizes]
+    found = list(batches(n_pred, n_truth, cells))
+    assert sorted(i for batch in found for i in batch) == list(range(len(sizes)))
+    for batch in found:
+        padded = len(batch) * max(n_pred[i] for i in batch) * max(n_truth[i] for i in batch)
+        assert len(batch) == 1 or padded <= cells
