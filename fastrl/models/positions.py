@@ -53,8 +53,3 @@ def mrope_positions(
         at = slot + run
     positions[:, at:] = torch.arange(position, position + length - at)
     return positions
-
-
-def completion_positions(next_position: int, length: int) -> Tensor:
-    """Positions [3, length] of a completion: text that starts at its prompt's ``next_position``."""
-    return torch.arange(next_position, next_position + length).expand(3, length)
