@@ -65,7 +65,8 @@ def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        run.policy.save(temporary / "model")
+        with _no_progress_bars():
+            run.policy.save(temporary / "model")
     run.engine.barrier()
     _save_rank(temporary, run)
     if first or run.engine.world_size > 1:
@@ -177,6 +178,20 @@ def lock_run(out: Path) -> Iterator[None]:
         except OSError:
             raise CheckpointError(f"{out}: another process is training in this folder") from None
         yield  # released with the file, also by a kill
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Writing a model must not draw over the run's own display."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _save_rank(folder: Path, run: RunState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -123,13 +124,15 @@ class Run:
     def __init__(
         self, recipe: Recipe, *, records: Sequence[Record] | None = None, policy: Policy | None = None
     ) -> None:
-        _seed(recipe.seed)
         self.recipe = recipe
         self.clock = Clock()
+        data = records if records is not None else _load_records(recipe)  # first: bad rows are reported at once
+        _use_own_device(recipe)
+        _seed(recipe.seed)
         self.policy = policy if policy is not None else load_model(recipe)
         self.engine: Engine = make_engine(self.policy.model, recipe.optim, recipe.engine)
         self.stream = RecordStream(
-            records if records is not None else _load_records(recipe),
+            data,
             seed=recipe.seed if recipe.data.seed is None else recipe.data.seed,
             order=recipe.data.order,
             rank=self.engine.rank,
@@ -161,7 +164,11 @@ class Run:
         recipe, method, meter = self.recipe, self.method, Meter()
         with self.clock.phase("data"):
             records = self.stream.take(recipe.data.prompts_per_step)
-        prepared = method.prepare(records)
+        try:
+            prepared = method.prepare(records)
+        except FloatingPointError as error:  # the sampler met logits that are not finite
+            names = ", ".join(record.id for record in records[:20])
+            raise TrainingError(f"step {number}: {error}. Records of the step: {names}") from None
         with self.clock.phase("pack"):
             batches = self._pack(prepared)
         if method.needs_reference:
@@ -226,11 +233,12 @@ class Run:
         for index, batch in enumerate(batches):
             with self.engine.gathered():
                 packed = batch.packed.to(self.policy.device)
+                rows = self.method.rows(batch.packed)  # of the batch on the host: no wait for the device
                 result = self.policy.logprob(
                     packed,
                     temperature=self.method.temperature,
                     return_entropy=self.method.needs_entropy,
-                    rows=self.method.rows(packed),
+                    rows=rows.to(packed.device) if rows is not None else None,
                     features=self._vision(batch, packed),
                 )
                 loss, metrics = self.method.loss(result.logp, result.entropy, packed)
@@ -281,13 +289,8 @@ def load_model(recipe: Recipe) -> Policy:
     from fastrl.models.load import load_policy
 
     model = recipe.model
-    path = model.path
-    if path.startswith("tiny:"):
-        from fastrl.models import tiny
-
-        path = str(tiny.resolve(path))
     return load_policy(
-        path,
+        _model_folder(model.path),
         dtype=None if model.dtype == "auto" else getattr(torch, model.dtype),
         device=model.device,
         lora=model.lora.spec() if model.lora is not None else None,
@@ -296,6 +299,25 @@ def load_model(recipe: Recipe) -> Policy:
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,
     )
+
+
+def _model_folder(path: str) -> str:
+    """A local folder: itself, a shipped model (tiny:NAME), or a downloaded snapshot of a hub name (owner/name)."""
+    if path.startswith("tiny:"):
+        from fastrl.models import tiny
+
+        return str(tiny.resolve(path))
+    if Path(path).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(path, local_files_only=True)
+    except (ImportError, FileNotFoundError):
+        raise FileNotFoundError(
+            f"model folder not found: {path}, and no downloaded snapshot of that name; "
+            f"get one with `hf download {path}`, or give a folder (model.path, --model DIR)"
+        ) from None
 
 
 def _load_records(recipe: Recipe) -> Sequence[Record]:
@@ -318,6 +340,11 @@ def _is_first_rank(recipe: Recipe) -> bool:
     return recipe.engine.kind == "local" or os.environ.get("RANK", "0") == "0"  # as its launcher sets it
 
 
+def _use_own_device(recipe: Recipe) -> None:
+    if recipe.engine.kind == "deepspeed" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # as its launcher sets it
+
+
 def _open_folder(recipe: Recipe, resume: bool, writes: bool) -> Path | None:
     """Check the run folder, write the resolved recipe, cut logs back; the checkpoint to resume from, if any."""
     out = recipe.folder
@@ -325,7 +352,8 @@ def _open_folder(recipe: Recipe, resume: bool, writes: bool) -> Path | None:
     found = checkpoint.latest_checkpoint(out) if resume or writes else None
     if not writes:
         return found
-    if not resume and (found is not None or (out / "metrics.jsonl").exists()):
+    log = out / "metrics.jsonl"
+    if not resume and (found is not None or (log.exists() and log.stat().st_size > 0)):
         raise CheckpointError(f"{out} already holds a run: go on with --resume, or choose another --out")
     if resume and found is not None and stored.is_file():
         _check_same_run(recipe, stored)

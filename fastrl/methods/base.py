@@ -100,7 +100,10 @@ class Method(Protocol):
         ...
 
     def rows(self, batch: PackedBatch) -> Tensor | None:
-        """Indices of predicted rows whose coefficient is not zero (None: all); the rest skip the head's backward."""
+        """Indices of predicted rows whose coefficient is not zero (None: all); the rest skip the head's backward.
+
+        ``batch`` is on the host, so looking at its values waits for nothing.
+        """
         ...
 
     def loss(self, logp: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:

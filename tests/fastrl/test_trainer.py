@@ -195,6 +195,14 @@ def test_pain_08_loss_that_is_not_finite_stops_before_the_weights_change(
     assert all(torch.equal(before[name], p) for name, p in run.policy.model.named_parameters())
 
 
+def test_weights_that_are_not_finite_stop_in_the_rollout(tiny_folder: Folder, tmp_path: Path) -> None:
+    run = Run(make_recipe(tiny_folder("qwen2_5"), tmp_path), records=make_records())
+    with torch.no_grad():
+        run.policy.core.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"step 1: .*finite.* Records of the step: r\d, r\d, r\d"):
+        run.step(1)
+
+
 def test_gradient_that_is_not_finite_names_the_step(tiny_folder: Folder, tmp_path: Path) -> None:
     run = Run(make_recipe(tiny_folder("qwen2_5"), tmp_path), records=make_records())
     run.policy.core.lm_head.weight.register_hook(lambda g: g * float("inf"))
