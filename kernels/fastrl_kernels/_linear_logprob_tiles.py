@@ -78,7 +78,7 @@ def fold_tile(tile: Tensor, first_column: int, options: TileOptions, rows: RowTe
     """Fold a slab ``tile`` [n, width] of raw logits into the rows' statistics; slabs come in ascending column order.
 
     ``state`` [4, n] carries the statistics between slabs (not initialised by the caller). The slab that ends the
-    vocabulary writes ``rows.logp``, ``.lse`` and, where given, ``.entropy``. The torch path overwrites the tile.
+    vocabulary writes ``rows.logp``, ``.lse`` and, where given, ``.entropy``. The tile is only read.
     """
     if tile.shape[0] == 0:
         return
@@ -134,7 +134,7 @@ def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: Row
         weighted.zero_()
         z_target.fill_(math.nan)
     for start in range(0, tile.shape[1], _EAGER_BLOCK):
-        z = tile[:, start : start + _EAGER_BLOCK]
+        z = tile[:, start : start + _EAGER_BLOCK].clone()
         _temper(z, first_column + start, options, rows.inverse_temperature)
         column = rows.target - (first_column + start)
         here = (column >= 0) & (column < z.shape[1])

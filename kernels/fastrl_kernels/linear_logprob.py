@@ -64,7 +64,7 @@ def _forward_op(
     head = Head(weight, bias, lora_a, lora_b, lora_scale, softcap, ignore_index, scratch_bytes)
     check_values(target, weight.shape[0], ignore_index, temperature)
     if rows is not None:
-        _check_rows(rows, target)
+        check_rows(rows, target)
     scale = inverse_temperature(target, accumulator_dtype(hidden.dtype), temperature, temperature_value)
     with torch.autocast(hidden.device.type, enabled=False):
         logp, entropy, lse = _linear_logprob_driver.forward(hidden, head, target.contiguous(), scale, return_entropy)
@@ -264,7 +264,7 @@ def linear_logprob_reference(
     )
 
 
-def _check_rows(rows: Tensor, target: Tensor) -> None:
+def check_rows(rows: Tensor, target: Tensor) -> None:
     if rows.device.type == "cpu" and rows.numel():
         n, low, high = target.shape[0], int(rows.min()), int(rows.max())
         check(low >= 0 and high < n, f"rows: expected indices in 0..{n - 1}, got {low}..{high}")
