@@ -14,6 +14,8 @@ from fastrl.data.scenes.clips import Clip, render_frame, sample_clip
 from fastrl.data.scenes.expressions import RELATIONS, pick_expression, related
 from fastrl.data.scenes.world import KINDS, Scene, Shape, render, sample_scene
 
+OCR_FONT = 26  # pixels: words that are to be read are larger than those that are only in the way
+
 
 def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: int = 112, frames: int = 6) -> Record:
     """Record ``index`` of a task; the same arguments give the same record. Raises ``ValueError``: unknown task."""
@@ -25,7 +27,8 @@ def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: in
         return trajectory_record(rng, sample_clip(rng, frames, difficulty, size), identity)
     words = rng.randint(1, min(difficulty, 3)) if task == "ocr" else int(rng.random() < 0.3)
     while True:  # an unlucky scene may have nothing to ask about: draw another
-        record = MAKERS[task](rng, sample_scene(rng, difficulty, size, words), identity, difficulty)
+        scene = sample_scene(rng, difficulty, size, words, OCR_FONT if task == "ocr" else 17)
+        record = MAKERS[task](rng, scene, identity, difficulty)
         if record is not None:
             return record
 

@@ -104,10 +104,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Word:
-    """A rendered word; ``box`` is the extent of its ink."""
+    """A rendered word in a font of ``font`` pixels; ``box`` is the extent of its ink."""
 
     text: str
     box: Box
+    font: int = 17
 
 
 @dataclass(frozen=True)
@@ -140,15 +141,18 @@ LEVELS = {
 }
 
 
-def sample_scene(rng: random.Random, difficulty: int = 2, size: int = 112, words: int = 0) -> Scene:
-    """Draw a scene. ``difficulty`` 1 to 4 (``LEVELS``), ``size``: side in pixels. Raises ``ValueError``."""
+def sample_scene(rng: random.Random, difficulty: int = 2, size: int = 112, words: int = 0, font: int = 17) -> Scene:
+    """Draw a scene. ``difficulty`` 1 to 4 (``LEVELS``), ``size``: side in pixels. Raises ``ValueError``.
+
+    ``words`` is how many words to write, ``font`` their height in pixels on a 112-pixel picture.
+    """
     if difficulty not in LEVELS:
         raise ValueError(f"difficulty: expected one of {sorted(LEVELS)}, got {difficulty!r}")
     if size < 56:
         raise ValueError(f"size: a scene is at least 56 pixels wide, got {size}")
     level, scale = LEVELS[difficulty], size / 112
     placed: list[Box] = []
-    texts = [w for w in (_place_word(rng, size, scale, placed) for _ in range(words)) if w is not None]
+    texts = [w for w in (_place_word(rng, size, round(font * scale), placed) for _ in range(words)) if w is not None]
     shapes: list[Shape] = []
     for _ in range(rng.randint(*level.shapes)):
         shape = _place_shape(rng, level, size, scale, placed)
@@ -169,9 +173,9 @@ def _place_shape(rng: random.Random, level: Difficulty, size: int, scale: float,
     return None  # no room left: a scene may hold fewer shapes than drawn for
 
 
-def _place_word(rng: random.Random, size: int, scale: float, placed: list[Box]) -> Word | None:
+def _place_word(rng: random.Random, size: int, font: int, placed: list[Box]) -> Word | None:
     text = rng.choice(WORDS)
-    left, top, right, bottom = _font(max(9, round(17 * scale))).getbbox(text)
+    left, top, right, bottom = _font(max(9, font)).getbbox(text)
     width, height = int(right - left), int(bottom - top)
     if width >= size - 4:
         return None
@@ -179,7 +183,7 @@ def _place_word(rng: random.Random, size: int, scale: float, placed: list[Box]) 
         box = _random_box(rng, width, height, size)
         if all(covered(box, other) == 0 for other in placed):
             placed.append(box)
-            return Word(text, box)
+            return Word(text, box, max(9, font))
     return None
 
 
@@ -208,7 +212,7 @@ def render(scene: Scene) -> Image.Image:
     for shape in scene.shapes:
         draw_shape(draw, shape.kind, COLORS[shape.color], shape.box)
     for word in scene.words:
-        font = _font(max(9, round(17 * scene.width / 112)))
+        font = _font(word.font)
         left, top, _, _ = font.getbbox(word.text)
         draw.text((word.box[0] - left, word.box[1] - top), word.text, fill=(20, 20, 20), font=font)
     return image

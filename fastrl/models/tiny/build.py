@@ -38,10 +38,12 @@ class Curriculum:
     levels: tuple[int, ...] = (1, 2, 3, 4)
     size: int = 112
     frames: int = 1
+    font: int = 17  # of words in the picture
 
 
 CURRICULA = {
     "perception": Curriculum({"grounding": 4, "counting": 1, "detection": 1, "ocr": 1}, levels=(1, 2, 2, 3)),
+    "language": Curriculum({"ocr": 2, "caption": 2, "grounding": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT),
     "video": Curriculum({"trajectory": 3}, levels=(1, 2, 3), size=84, frames=6),
 }
 
@@ -93,7 +95,7 @@ def scene_questions(curriculum: Curriculum, rng: random.Random) -> list[Record]:
         count = curriculum.questions["trajectory"]
         return [tasks.trajectory_record(rng, clip, "train") for _ in range(count)]
     while True:
-        scene = sample_scene(rng, level, curriculum.size, words=rng.choice((0, 1, 1, 2, 3)))
+        scene = sample_scene(rng, level, curriculum.size, words=rng.choice((0, 1, 1, 2, 3)), font=curriculum.font)
         records = [
             record
             for task, count in curriculum.questions.items()
@@ -350,21 +352,27 @@ def build(
     rows: int = 16,
     seed: int = 0,
     lr: float = 3e-3,
+    start: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> None:
     """Build, teach and save the small model ``kind``. The same arguments give the same weights on the same machine.
 
-    Raises ``ValueError`` for an unknown kind.
+    With ``start``, that folder is taught further. Raises ``ValueError`` for an unknown kind.
     """
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    from fastrl.models.load import load_tokenizer
+
     if kind not in CURRICULA:
         raise ValueError(f"kind: expected one of {', '.join(CURRICULA)}, got {kind!r}")
-    tokenizer = train_tokenizer(corpus(scene_answer, seed))
+    tokenizer = train_tokenizer(corpus(scene_answer, seed)) if start is None else load_tokenizer(start)
     image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 256)
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))
+    if start is None:
+        model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))
+    else:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32, local_files_only=True)
     make_row = RowMaker(CURRICULA[kind], tokenizer, image_processor, scene_answer)
 
     def save(step: int) -> None:

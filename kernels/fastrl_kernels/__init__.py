@@ -1,0 +1,38 @@
+"""Kernels for RL post-training of perception MLLMs: Triton on a GPU, eager torch or C++ on a CPU, one meaning.
+
+``from fastrl_kernels import *`` gives the functions of the library and their result types; the eager twins are in
+``fastrl_kernels.reference``.
+"""
+
+from fastrl_kernels.decode_attention import decode_attention
+from fastrl_kernels.detection_reward import DetectionReward, detection_reward
+from fastrl_kernels.group_advantage import GroupAdvantage, group_advantage
+from fastrl_kernels.linear_assignment import Assignment, linear_assignment
+from fastrl_kernels.linear_logprob import LogProb, linear_logprob
+from fastrl_kernels.linear_policy_loss import linear_policy_loss
+from fastrl_kernels.listwise_loss import listwise_loss
+from fastrl_kernels.pairwise_iou import pairwise_iou
+from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
+from fastrl_kernels.token_logprob import token_logprob
+from fastrl_kernels.token_weights import token_weights
+from fastrl_kernels.unlikelihood_loss import unlikelihood_loss
+
+__all__ = [
+    "Assignment",
+    "DetectionReward",
+    "GroupAdvantage",
+    "LogProb",
+    "PolicyLoss",
+    "decode_attention",
+    "detection_reward",
+    "group_advantage",
+    "linear_assignment",
+    "linear_logprob",
+    "linear_policy_loss",
+    "listwise_loss",
+    "pairwise_iou",
+    "policy_loss",
+    "token_logprob",
+    "token_weights",
+    "unlikelihood_loss",
+]

@@ -1,0 +1,27 @@
+"""The eager twins: plain torch, the CPU path of most kernels and the truth in tests. Every one accepts float64."""
+
+from fastrl_kernels.decode_attention import decode_attention_reference
+from fastrl_kernels.detection_reward import detection_reward_reference
+from fastrl_kernels.group_advantage import group_advantage_reference
+from fastrl_kernels.linear_assignment import linear_assignment_reference
+from fastrl_kernels.linear_logprob import linear_logprob_reference
+from fastrl_kernels.linear_policy_loss import linear_policy_loss_reference
+from fastrl_kernels.listwise_loss import listwise_loss_reference
+from fastrl_kernels.pairwise_iou import pairwise_iou_reference
+from fastrl_kernels.policy_loss import policy_loss_reference
+from fastrl_kernels.token_logprob import token_logprob_reference
+from fastrl_kernels.unlikelihood_loss import unlikelihood_loss_reference
+
+__all__ = [
+    "decode_attention_reference",
+    "detection_reward_reference",
+    "group_advantage_reference",
+    "linear_assignment_reference",
+    "linear_logprob_reference",
+    "linear_policy_loss_reference",
+    "listwise_loss_reference",
+    "pairwise_iou_reference",
+    "policy_loss_reference",
+    "token_logprob_reference",
+    "unlikelihood_loss_reference",
+]
