@@ -38,17 +38,21 @@ struct Lanes {  // one answer's predictions, coordinate by coordinate
   T *x1, *y1, *x2, *y2, *area;
 };
 
-// A box without positive finite area (NaN, inverted, flat, infinite, underflowing) is put where nothing meets it.
+// Bounds of what counts as a box, as in pairwise_iou: every coordinate below, every union above.
+constexpr double kFarthest = 1099511627776.0;                 // 2^40
+constexpr double kEmpty = 1.0 / 1208925819614629174706176.0;  // 2^-80
+
+// A box that is inverted, flat or not finite is put where nothing meets it.
 template <class T>
 FASTRL_INLINE void read_box(const T* box, T& x1, T& y1, T& x2, T& y2, T& area) {
-  const T inf = std::numeric_limits<T>::infinity();
-  const T w = box[2] - box[0], h = box[3] - box[1], a = w * h;
-  const bool real = w > 0 && h > 0 && a > 0 && a < inf;
+  const T inf = std::numeric_limits<T>::infinity(), far = T(kFarthest);
+  bool real = box[2] > box[0] && box[3] > box[1];
+  for (int k = 0; k < 4; ++k) real = real && box[k] > -far && box[k] < far;
   x1 = real ? box[0] : inf;
   y1 = real ? box[1] : inf;
   x2 = real ? box[2] : -inf;
   y2 = real ? box[3] : -inf;
-  area = real ? a : T(1);
+  area = real ? (box[2] - box[0]) * (box[3] - box[1]) : T(1);
 }
 
 // Writes minus the quality of one truth with every prediction: the assignment minimises, and 0 is "not a pair".
@@ -62,7 +66,8 @@ FASTRL_INLINE void cost_row(const Answers<T>& a, const T* gt, const Lanes<T>& p,
       const T top = p.y1[j] > y1 ? p.y1[j] : y1, bottom = p.y2[j] < y2 ? p.y2[j] : y2;
       const T w = right - left, h = bottom - top;
       const T inter = (w > 0 ? w : T(0)) * (h > 0 ? h : T(0));
-      const T iou = inter / ((p.area[j] + area) - inter);
+      const T whole = (p.area[j] + area) - inter;
+      const T iou = whole > T(kEmpty) ? inter / whole : T(0);
       row[j] = -(iou < 1 ? iou : T(1));
     }
   } else {

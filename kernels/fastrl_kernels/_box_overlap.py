@@ -2,11 +2,19 @@
 
 The formulas and their derivatives are written out in ``pairwise_iou``'s docstring. All in fp32; ``KIND`` is 0 for IoU,
 1 for GIoU, 2 for DIoU, 3 for CIoU. No libdevice, so the interpreter runs them too.
+
+Coordinates from 2^40 (1e12) on are taken as not finite, unions and hulls up to 2^-80 (1e-24) as empty: between those
+bounds no fp32 intermediate of a value or a gradient overflows, so nothing finite becomes NaN.
 """
 
 from __future__ import annotations
 
 from fastrl_kernels._triton import tl, triton
+
+FARTHEST = 2.0**40
+EMPTY = 2.0**-80
+_FARTHEST = tl.constexpr(FARTHEST)
+_EMPTY = tl.constexpr(EMPTY)
 
 
 @triton.jit
@@ -30,9 +38,11 @@ def _angle(w, h):
 
 
 @triton.jit
-def _magnitude(x1, y1, x2, y2):
-    """Below +inf exactly where all four are finite (or so large that no area is)."""
-    return tl.abs(x1) + tl.abs(y1) + tl.abs(x2) + tl.abs(y2)
+def _largest(x1, y1, x2, y2):
+    """Largest magnitude of the four, +inf where one is NaN."""
+    size = tl.maximum(tl.maximum(tl.abs(x1), tl.abs(y1)), tl.maximum(tl.abs(x2), tl.abs(y2)))
+    number = x1 + y1 + x2 + y2  # NaN where one is, or where infinities cancel
+    return tl.where(number == number, size, float("inf"))
 
 
 @triton.jit
@@ -48,14 +58,14 @@ def pair_value(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr):
     inter = _positive(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1))
     inter = inter * _positive(tl.minimum(ay2, by2) - tl.maximum(ay1, by1))
     union = wa * ha + wb * hb - inter
-    iou = tl.where(union > 0, inter / tl.where(union > 0, union, 1.0), 0.0)
+    iou = tl.where(union > _EMPTY, inter / tl.where(union > _EMPTY, union, 1.0), 0.0)
     value = iou
     if KIND > 0:
         cw = _positive(tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1))
         ch = _positive(tl.maximum(ay2, by2) - tl.minimum(ay1, by1))
         if KIND == 1:
             hull = cw * ch
-            value = tl.where(hull > 0, iou - (hull - union) / tl.where(hull > 0, hull, 1.0), iou)
+            value = tl.where(hull > _EMPTY, iou - (hull - union) / tl.where(hull > _EMPTY, hull, 1.0), iou)
         else:
             dx = 0.5 * ((ax1 + ax2) - (bx1 + bx2))
             dy = 0.5 * ((ay1 + ay2) - (by1 + by2))
@@ -64,8 +74,7 @@ def pair_value(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr):
             turn = _angle(wa, ha) - _angle(wb, hb)
             v = 0.40528473 * turn * turn
             value -= v * v / (1.0 - iou + v + 1e-7)
-    size = _magnitude(ax1, ay1, ax2, ay2) + _magnitude(bx1, by1, bx2, by2)
-    good = (size < float("inf")) & (tl.abs(value) < float("inf"))
+    good = tl.maximum(_largest(ax1, ay1, ax2, ay2), _largest(bx1, by1, bx2, by2)) < _FARTHEST
     return tl.where(good, value, 0.0)
 
 
@@ -84,7 +93,7 @@ def pair_gradient(g, ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr)
     ih = _positive(tl.minimum(ay2, by2) - tl.maximum(ay1, by1))
     inter = iw * ih
     union = wa * ha + wb * hb - inter
-    some = union > 0
+    some = union > _EMPTY
     per_union = tl.where(some, 1.0 / tl.where(some, union, 1.0), 0.0)
     iou = inter * per_union
     # Coefficients of dI, dA, dcw, dch, dwa, dha and of the centres: value = f(I, A, cw, ch, ...).
@@ -96,7 +105,7 @@ def pair_gradient(g, ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr)
         ch = _positive(tl.maximum(ay2, by2) - tl.minimum(ay1, by1))
         if KIND == 1:
             hull = cw * ch
-            per_hull = tl.where(hull > 0, 1.0 / tl.where(hull > 0, hull, 1.0), 0.0)
+            per_hull = tl.where(hull > _EMPTY, 1.0 / tl.where(hull > _EMPTY, hull, 1.0), 0.0)
             value = iou - (hull - union) * per_hull
             of_inter -= per_hull
             of_area += per_hull
@@ -121,8 +130,7 @@ def pair_gradient(g, ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr)
                 of_wa, of_ha = of_angle * ha * per_side, -of_angle * wa * per_side
             of_cw, of_ch = 2.0 * cw * ratio * per_diagonal, 2.0 * ch * ratio * per_diagonal
             of_cx, of_cy = -dx * per_diagonal, -dy * per_diagonal
-    size = _magnitude(ax1, ay1, ax2, ay2) + _magnitude(bx1, by1, bx2, by2)
-    good = (size < float("inf")) & (tl.abs(value) < float("inf"))
+    good = tl.maximum(_largest(ax1, ay1, ax2, ay2), _largest(bx1, by1, bx2, by2)) < _FARTHEST
     of_wa = tl.where(wa > 0, of_wa + of_area * ha, 0.0)
     of_ha = tl.where(ha > 0, of_ha + of_area * wa, 0.0)
     of_iw, of_ih = tl.where(iw > 0, of_inter * ih, 0.0), tl.where(ih > 0, of_inter * iw, 0.0)

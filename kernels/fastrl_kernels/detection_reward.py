@@ -250,8 +250,8 @@ def detection_reward(
     quality 0 stay unmatched. ``location`` and ``label`` are means over the matched pairs; precision, recall, F1 and
     ``missing`` count those of quality at least ``threshold``. Without labels, every pair's labels are equal. With
     neither predictions nor truths the five positive parts are 1; any other empty denominator gives 0; ``missing`` is 0
-    without truths. Any coordinates may come: a box that is inverted, flat, not finite or whose area overflows or
-    underflows has quality 0 with everything, as has a point that is not finite. Nothing raises on values, and the
+    without truths. Any coordinates may come: a box that is inverted, flat, not finite (or beyond 1e12)
+    has quality 0 with everything, as has a point that is not finite. Nothing raises on values, and the
     device is never read back.
 
     Among several optimal matchings, truths are served in order, free predictions first, then the lowest index; rounding

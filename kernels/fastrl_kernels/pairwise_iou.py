@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl_kernels._box_overlap import load_boxes, pair_gradient, pair_value
+from fastrl_kernels._box_overlap import EMPTY, FARTHEST, load_boxes, pair_gradient, pair_value
 from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, use_triton
 from fastrl_kernels._triton import tl, triton
 
@@ -235,9 +235,9 @@ def pairwise_iou(
     """Overlap of every box of ``a`` with every box of ``b``; differentiable in both.
 
     Equal to torchvision's ``box_iou``, ``generalized_``, ``distance_`` and ``complete_box_iou`` where those are finite,
-    for boxes with ``x1 <= x2`` and ``y1 <= y2``. An inverted side counts as length 0. Where the union is empty the IoU
-    is 0, where the hull is empty GIoU is the IoU. Pairs with a coordinate that is not finite, and pairs whose areas
-    overflow, are 0 in every kind, with gradient 0.
+    for boxes with ``x1 <= x2`` and ``y1 <= y2``. An inverted side counts as length 0. Where the union is empty (up to
+    2^-80, 1e-24) the IoU is 0, where the hull is, GIoU is the IoU. Pairs with a coordinate that is not finite, or of
+    magnitude 2^40 (1e12) and more, are 0 in every kind, with gradient 0.
 
     Args:
         a, b: ``[..., n, 4]`` and ``[..., m, 4]``, corners (x1, y1, x2, y2) in any one unit, float32, bfloat16, float16
@@ -305,27 +305,28 @@ def pairwise_iou_reference(
     """:func:`pairwise_iou` in plain torch, differentiated by autograd; the CPU path."""
     exact = torch.float64 if a.dtype == torch.float64 else torch.float32
     a, b = a.to(exact)[..., :, None, :], b.to(exact)[..., None, :, :]
-    finite = a.isfinite().all(-1) & b.isfinite().all(-1)
-    # Boxes that are not finite are replaced before any arithmetic: a masked-out NaN still has a NaN gradient.
-    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = (torch.where(x.isfinite(), x, 0.0).unbind(-1) for x in (a, b))
+    # Coordinates out of bounds are replaced before any arithmetic: a masked-out NaN still has a NaN gradient.
+    near_a, near_b = a.abs() < FARTHEST, b.abs() < FARTHEST
+    ax1, ay1, ax2, ay2 = torch.where(near_a, a, 0.0).unbind(-1)
+    bx1, by1, bx2, by2 = torch.where(near_b, b, 0.0).unbind(-1)
     wa, ha, wb, hb = (_clip(x) for x in (ax2 - ax1, ay2 - ay1, bx2 - bx1, by2 - by1))
     iw = _clip(torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1))
     inter = iw * _clip(torch.minimum(ay2, by2) - torch.maximum(ay1, by1))
     union = wa * ha + wb * hb - inter
-    value = iou = torch.where(union > 0, inter / torch.where(union > 0, union, 1.0), 0.0)
+    value = iou = torch.where(union > EMPTY, inter / torch.where(union > EMPTY, union, 1.0), 0.0)
     if kind != "iou":
         cw = _clip(torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1))
         ch = _clip(torch.maximum(ay2, by2) - torch.minimum(ay1, by1))
         hull = cw * ch
         if kind == "giou":
-            value = torch.where(hull > 0, iou - (hull - union) / torch.where(hull > 0, hull, 1.0), iou)
+            value = torch.where(hull > EMPTY, iou - (hull - union) / torch.where(hull > EMPTY, hull, 1.0), iou)
         else:
             dx, dy = ((ax1 + ax2) - (bx1 + bx2)) / 2, ((ay1 + ay2) - (by1 + by2)) / 2
             value = iou - (dx**2 + dy**2) / (cw**2 + ch**2 + _EPS)
         if kind == "ciou":
             v = (4 / math.pi**2) * (_aspect(wa, ha) - _aspect(wb, hb)) ** 2
             value = value - v * v / (1 - iou + v + _EPS)
-    value = torch.where(finite & value.isfinite(), value, 0.0)
+    value = torch.where(near_a.all(-1) & near_b.all(-1), value, 0.0)
     n, m = value.shape[-2:]
     cols = torch.arange(m, device=a.device) < (m if n_b is None else n_b[..., None, None])
     rows = torch.arange(n, device=a.device)[:, None] < (n if n_a is None else n_a[..., None, None])

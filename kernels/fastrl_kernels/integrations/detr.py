@@ -1,0 +1,127 @@
+"""Matchers of transformers' DETR family on batched assignment: same constructors and results, no copy to the host.
+
+transformers builds the cost of every query with the targets of every image of the batch, copies it to the CPU and loops
+``scipy.optimize.linear_sum_assignment`` over the images. Here each image's queries meet its own targets only, and all
+images are matched by one ``linear_assignment``. To use one, put it where a model's loss looks for its matcher::
+
+    import transformers.loss.loss_for_object_detection as detr_loss
+    from fastrl_kernels.integrations.detr import HungarianMatcher
+
+    detr_loss.HungarianMatcher = HungarianMatcher
+
+Two differences, both of what transformers checks rather than returns: predicted boxes of negative width or height are
+not refused (that check waits for the device) but count as empty, and the indices lie on the device of the outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from fastrl_kernels.linear_assignment import linear_assignment
+from fastrl_kernels.pairwise_iou import pairwise_iou
+
+
+class HungarianMatcher(nn.Module):
+    """Replaces ``transformers.loss.loss_for_object_detection.HungarianMatcher`` (DETR, Conditional DETR, YOLOS, ...).
+
+    Args:
+        class_cost, bbox_cost, giou_cost: weights of minus the target's class probability, of the L1 distance of the
+            boxes and of minus their GIoU. Not all 0.
+
+    Raises:
+        ValueError: all weights are 0.
+    """
+
+    def __init__(self, class_cost: float = 1, bbox_cost: float = 1, giou_cost: float = 1) -> None:
+        super().__init__()
+        if class_cost == 0 and bbox_cost == 0 and giou_cost == 0:
+            raise ValueError("class_cost, bbox_cost, giou_cost: at least one must not be 0")
+        self.class_cost = class_cost
+        self.bbox_cost = bbox_cost
+        self.giou_cost = giou_cost
+
+    @torch.no_grad()
+    def forward(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Match queries to targets, image by image.
+
+        Args:
+            outputs: ``"logits"`` ``[B, Q, classes]`` and ``"pred_boxes"`` ``[B, Q, 4]`` (centre x, centre y, width,
+                height).
+            targets: per image ``"class_labels"`` ``[T]`` int64 and ``"boxes"`` ``[T, 4]``, of the outputs' device.
+
+        Returns:
+            Per image (queries, targets), int64 of length min(Q, T), queries ascending. A query whose cost is NaN or
+            infinite is taken only where no other is left.
+        """
+        logits, boxes = outputs["logits"], outputs["pred_boxes"]
+        sizes = [len(target["boxes"]) for target in targets]
+        labels = pad_sequence([target["class_labels"] for target in targets], batch_first=True)
+        wanted = pad_sequence([target["boxes"] for target in targets], batch_first=True)
+        # Counted from what lies on the device: a list of sizes would have to be copied there.
+        counts = pad_sequence([torch.ones_like(target["class_labels"]) for target in targets], batch_first=True).sum(1)
+        gather = labels[:, None, :].expand(-1, logits.shape[1], -1)
+        cost = self.class_cost * self._class_cost(logits, gather)
+        cost = cost + self.bbox_cost * torch.cdist(boxes, wanted.to(boxes.dtype), p=1)
+        overlap = pairwise_iou(_corners(boxes), _corners(wanted.to(boxes.dtype)), kind="giou")
+        cost = _last_resort(cost - self.giou_cost * overlap, counts)
+        match = linear_assignment(cost, n_cols=counts).match
+        queries = (match < 0).to(torch.uint8).argsort(dim=1, stable=True)  # matched queries first, in order
+        chosen = match.gather(1, queries)
+        taken = [min(size, logits.shape[1]) for size in sizes]
+        return [(queries[b, :k], chosen[b, :k]) for b, k in enumerate(taken)]
+
+    def _class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cost of each query for each target's class: ``[B, Q, T]`` from labels expanded to that shape."""
+        return -logits.softmax(-1).gather(2, labels)
+
+
+class DeformableDetrHungarianMatcher(HungarianMatcher):
+    """Replaces ``transformers.loss.loss_deformable_detr.DeformableDetrHungarianMatcher``: focal class cost."""
+
+    alpha = 0.25
+    gamma = 2.0
+
+    def _class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
+        prob = logits.sigmoid().gather(2, labels)
+        negative = (1 - self.alpha) * prob**self.gamma * -(1 - prob + 1e-8).log()
+        positive = self.alpha * (1 - prob) ** self.gamma * -(prob + 1e-8).log()
+        return positive - negative
+
+
+class RTDetrHungarianMatcher(DeformableDetrHungarianMatcher):
+    """Replaces ``transformers.loss.loss_rt_detr.RTDetrHungarianMatcher`` (RT-DETR, D-FINE); takes their config."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config.matcher_class_cost, config.matcher_bbox_cost, config.matcher_giou_cost)
+        self.use_focal_loss = config.use_focal_loss
+        self.alpha = config.matcher_alpha
+        self.gamma = config.matcher_gamma
+
+    def _class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.use_focal_loss:
+            return super()._class_cost(logits, labels)
+        return HungarianMatcher._class_cost(self, logits, labels)
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """(centre, size) to corners."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat((centre - half, centre + half), -1)
+
+
+def _last_resort(cost: Tensor, counts: Tensor) -> Tensor:
+    """Costs that are not finite become dearer than any set of pairs without them, on the scale of the finite ones."""
+    if cost.shape[2] == 0:
+        return cost
+    inside = torch.arange(cost.shape[2], device=cost.device) < counts[:, None, None]
+    finite = cost.isfinite()
+    usable = finite & inside
+    top = torch.where(usable, cost, -torch.inf).amax((1, 2), keepdim=True)
+    bottom = torch.where(usable, cost, torch.inf).amin((1, 2), keepdim=True)
+    spread = torch.where(top >= bottom, top - bottom, 0.0)
+    dear = torch.where(top >= bottom, top, 0.0) + spread * min(cost.shape[1:]) + 1
+    return torch.where(finite, cost, dear)
