@@ -151,7 +151,7 @@ def _tokens_for(max_items: int) -> int:
 
 
 def _coords(raw: Sequence[str]) -> tuple[float, ...] | None:
-    values = tuple(float(v) for v in raw)
+    values = tuple(float(v.strip()) for v in raw)  # \s spans \x1c to \x1f, which float() does not skip
     return values if all(math.isfinite(v) for v in values) else None
 
 

@@ -473,3 +473,13 @@ def test_text_helpers() -> None:
     assert strip_special_tokens("<|box_start|>(1,2)<|box_end|> <|im_end|> <|x") == "(1,2)  <|x"
     assert plain_answer("<think>a</think>```\nsome text\n```<|im_end|>") == "some text"
     assert plain_answer("text with ``` inside") == "text with ``` inside"
+
+
+@pytest.mark.parametrize("blank", ["\x1c", "\x1d", "\x1e", "\x1f", "\x85", "\u2003", "\n", "\x0b"])
+@pytest.mark.parametrize(
+    "form", ['[{{"bbox_2d": [1, 2,{0}3{0}, 81{0}]}}]', "[1, 2,{0}3{0}, 81{0}]", "({0}1{0}, 2, 3, 81)"]
+)
+def test_any_blank_may_stand_around_a_number(form: str, blank: str) -> None:
+    """Sampled by a model: a separator control character after a coordinate, which ``float`` does not skip."""
+    parsed = parse_boxes(form.format(blank))
+    assert [item.coords for item in parsed] == [(1.0, 2.0, 3.0, 81.0)]
