@@ -65,7 +65,7 @@ def unlikelihood_kernel(
     one_minus = tl.where(near, -(x + expm1_tail(x)), 1.0 - p)  # 1 - p without cancellation
     slope = p / one_minus
     far = log1p_unit(-tl.where(near, 0.5, p))
-    value = tl.where(near, tl.log(one_minus), far) - slope * (logp - capped)
+    value = tl.where(near, tl.log(one_minus), far) - slope * tl.where(logp > capped, logp - capped, 0.0)
     against = alpha * (1.0 - sigma)
     # alpha (1 - sigma) = 0 must not meet an infinite log-prob, and sigma = 0 neither
     pull = tl.where(sigma != 0, sigma * logp, 0.0)
@@ -155,7 +155,7 @@ def _eager(logp: Tensor, sigma: Tensor, weight: Tensor | None, alpha: float) -> 
     small = torch.where(near, capped, -1.0)
     slope = 1 / torch.expm1(-capped)
     log1mexp = torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(capped)))
-    log1mexp = log1mexp - slope * (value - capped)
+    log1mexp = log1mexp - slope * torch.where(value > capped, value - capped, 0.0)
     against = alpha * (1 - s)
     pull = torch.where(s != 0, s * value, 0.0)
     push = torch.where(against != 0, against * log1mexp, 0.0)
