@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# GPU tests, then every benchmark, then the results as JSON: one command, under 9 minutes on one GPU.
+# usage: benchmarks/gpu.sh [OUT_DIR]     PYTHON=… chooses the interpreter (default: .venv/bin/python, else python3)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-benchmarks/results}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}
+mkdir -p "$out"
+failed=0
+part() { # seconds, name, command …
+    local limit=$1 name=$2
+    shift 2
+    echo "== $name (at most ${limit} s)"
+    timeout "$limit" "$@" || { echo "== $name: exit status $?" >&2; failed=1; }
+}
+
+"$python" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "no CUDA device here")' || exit 2
+part 200 "GPU tests" "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+name=$("$python" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
+part 300 "benchmarks" "$python" -m benchmarks.run --json "$out/$name.json"
+echo "== results"
+cat "$out/$name.json" 2>/dev/null || { echo "no results were written" >&2; failed=1; }
+exit "$failed"

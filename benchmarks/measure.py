@@ -1,0 +1,134 @@
+"""How a callable is measured: time, temporary memory, and what the device could do at best."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+# Sustained on random data (dense FLOP/s by dtype; bytes/s of a copy, read and write counted), by device name.
+KNOWN = {"H200": ({"bfloat16": 788e12, "float16": 788e12}, 4.3e12)}
+_FLUSH_BYTES = 256 << 20  # more than any L2
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's model as the system states it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    return model or platform.processor() or platform.machine()
+
+
+def device_peaks(device: torch.device) -> dict[str, Any]:
+    """Best FLOP/s per dtype and bytes/s: from ``KNOWN``, else measured by a matmul and a copy."""
+    dtypes = [torch.float32] if device.type == "cpu" else [torch.float32, torch.bfloat16]
+    known = next((value for key, value in KNOWN.items() if key in device_name(device)), ({}, None))
+    flops = dict(known[0])
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        if name not in flops:
+            n = 1024 if device.type == "cpu" else 8192
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            out = torch.empty_like(a)
+            flops[name] = 2 * n**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+    if known[1] is not None:
+        return {"flops": flops, "bytes_per_s": known[1], "source": "table"}
+    source = torch.ones((64 << 20) if device.type == "cpu" else (1 << 30), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    rate = 2 * source.numel() / _best(lambda: target.copy_(source), device)
+    return {"flops": flops, "bytes_per_s": rate, "source": "measured: matmul and copy"}
+
+
+def _best(call: Call, device: torch.device) -> float:
+    return min(min(times["warm"].data) for times in interleaved({"": call}, device, 7, cold=False).values())
+
+
+def interleaved(
+    calls: dict[str, Call], device: torch.device, rounds: int, *, reset: Call | None = None, cold: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Times each call once per round, in turn, so that a disturbance meets all of them.
+
+    Returns per name ``{"warm": Stats}`` (pytest-benchmark's statistics, seconds), on a GPU also ``"cold"``: the same
+    with the L2 cache overwritten before. Calls of less than a millisecond on a CPU are timed several at a time.
+    """
+    from pytest_benchmark.stats import Stats
+
+    kinds = ("warm", "cold") if device.type == "cuda" and cold else ("warm",)
+    flush = torch.empty(_FLUSH_BYTES if len(kinds) > 1 else 0, dtype=torch.uint8, device=device)
+    found = {name: {kind: Stats() for kind in kinds} for name in calls}
+    numbers = {name: _calls_per_round(call, device, reset) for name, call in calls.items()}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            for kind in kinds:
+                if reset is not None:
+                    reset()
+                if kind == "cold":
+                    flush.zero_()
+                found[name][kind].update(_seconds(call, device, numbers[name]) / numbers[name])
+    return found
+
+
+def _calls_per_round(call: Call, device: torch.device, reset: Call | None) -> int:
+    if device.type == "cuda" or reset is not None:
+        return 1
+    call()
+    return max(1, min(1000, int(1e-3 / max(_seconds(call, device, 1), 1e-7))))
+
+
+def _seconds(call: Call, device: torch.device, number: int) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    from pytest_benchmark.timers import default_timer
+
+    begin = default_timer()
+    for _ in range(number):
+        call()
+    return default_timer() - begin
+
+
+def graphed(call: Call) -> Call:
+    """The call captured in a CUDA graph after a warm-up; returns its replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Most bytes of tensors that were alive during one call beyond those before it; results count."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = call()  # alive until the profiler stops
+    del kept
+    return max(_running_total(profile), default=0)
+
+
+def _running_total(profile: Any) -> Iterator[int]:
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        yield total

@@ -1,0 +1,168 @@
+"""``make bench``: runs the cases of the registry on the device at hand, prints a table, writes JSON and a figure."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Case, Run
+from benchmarks.measure import device_name, device_peaks, graphed, interleaved, peak_bytes
+from benchmarks.registry import cases
+
+OURS = "fastrl"
+RESULTS = Path(__file__).parent / "results"
+VERSIONS = ("fastrl", "torch", "triton", "transformers", "trl", "liger-kernel", "scipy", "torch-linear-assignment")
+
+
+def run_case(case: Case, device: torch.device, peaks: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """One case as a plain row of the JSON: what it is, and per contestant what was measured or why it was not."""
+    torch.manual_seed(0)
+    x = case.make(device)
+    contestants: dict[str, Run | None] = {OURS: case.ours, **case.peers}
+    results: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Any] = {}
+    expected: tuple[Tensor, ...] | None = None
+    for name, function in contestants.items():
+        if function is None:
+            results[name] = {"missing": "not installed, or not for this device"}
+            continue
+        call = lambda function=function: function(x)  # noqa: E731
+        try:
+            _reset(case, x)
+            found = call()
+            expected = expected or tuple(t.clone() if case.reset else t for t in found)
+            worst = difference(found, expected)
+            del found  # may share its storage with the inputs
+            _reset(case, x)
+            results[name] = {"difference": worst, "peak_bytes": peak_bytes(call, device)}
+            calls[name] = graphed(call) if case.graph and device.type == "cuda" else call
+        except Exception as error:  # a contestant that fails is a result; the run goes on
+            results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    del expected
+    reset = None if case.reset is None else (lambda: _reset(case, x))
+    for name, times in interleaved(calls, device, rounds, reset=reset).items():
+        results[name] |= summary(times)
+    dtype = str(case.dtype).removeprefix("torch.")
+    floor = max(case.flops / peaks["flops"].get(dtype, float("inf")), case.bytes / peaks["bytes_per_s"])
+    for row in results.values():
+        if "seconds" in row:
+            row["percent_of_floor"] = 100 * floor / row["seconds"]
+            row["ratio"] = row["seconds"] / results[OURS]["seconds"] if "seconds" in results[OURS] else None
+    return {
+        "name": case.name, "op": case.op, "shape": case.shape, "dtype": dtype, "floor_seconds": floor,
+        "graph": case.graph and device.type == "cuda", "results": results, **case.extra,
+    }  # fmt: skip
+
+
+def summary(times: dict[str, Any]) -> dict[str, Any]:
+    """Median, quartile range and rounds of the measured times, in seconds."""
+    warm = times["warm"]
+    row = {"seconds": warm.median, "iqr": warm.iqr, "rounds": warm.rounds}
+    return row | ({"cold_seconds": times["cold"].median} if "cold" in times else {})
+
+
+def difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Largest difference of any result, relative to the largest entry of what is expected."""
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if b.numel():
+            scale = max(float(b.double().abs().max()), 1e-30)
+            worst = max(worst, float((a.double() - b.double()).abs().max()) / scale)
+    return worst
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Where and with what a run was made; plain values."""
+    device = device or default_device()
+    versions = {}
+    for name in VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "device": {"name": device_name(device), "kind": device.type},
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "versions": versions,
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--", "kernels", "csrc", "benchmarks/*.py")),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def line(case: dict[str, Any], name: str, row: dict[str, Any]) -> str:
+    """One line of the printed table."""
+    start = f"{case['name'] if name == OURS else '':46} {name:22}"
+    if "seconds" not in row:
+        return f"{start} {row.get('missing') or row.get('error')}"
+    cold = f"{1e3 * row['cold_seconds']:10.3f}" if "cold_seconds" in row else f"{'':10}"
+    ratio = "" if name == OURS or row["ratio"] is None else f"{row['ratio']:.2f}x"
+    percent = f"{row['percent_of_floor']:6.1f}%"
+    return f"{start} {1e3 * row['seconds']:10.3f} {cold} {percent} {row['peak_bytes'] / 2**20:10.1f} {ratio:>8}"
+
+
+def _reset(case: Case, x: dict[str, Any]) -> None:
+    if case.reset is not None:
+        case.reset(x)
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, print, write; returns 1 where one of our own callables failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", metavar="PATTERN", help="cases whose name contains or matches this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="[results/DEVICE.json; with --only or --quick: none]")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="figure [beside the JSON]")
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 15")
+    args = parser.parse_args(argv)
+    device = default_device()
+    try:
+        chosen = cases("gpu" if device.type == "cuda" else "cpu", args.only)
+    except ValueError as error:
+        parser.error(str(error))
+    target = args.json
+    peaks = device_peaks(device)
+    report = environment(device) | {"peaks": peaks, "cases": []}
+    if target is None and args.only is None and not args.quick:
+        target = RESULTS / (re.sub(r"[^a-z0-9]+", "-", report["device"]["name"].lower()).strip("-") + ".json")
+    print(f"{report['device']['name']}, {report['threads']} threads, commit {report['commit']}")
+    print(f"{'case':46} {'':22} {'ms':>10} {'cold ms':>10} {'floor':>7} {'peak MiB':>10} {'ratio':>8}")
+    for case in chosen:
+        row = run_case(case, device, peaks, 3 if args.quick else 15)
+        report["cases"].append(row)
+        print("\n".join(line(row, name, result) for name, result in row["results"].items()), flush=True)
+        if target is not None:  # after every case: a run that is cut short leaves what it had
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(report, indent=1) + "\n")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if target is not None:
+        from benchmarks.plot import plot
+
+        print(f"wrote {target} and {plot(target, args.plot)}")
+    return int(any("error" in row["results"][OURS] for row in report["cases"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
