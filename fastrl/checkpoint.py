@@ -51,6 +51,7 @@ class RunState:
     engine: Engine
     stream: RecordStream
     rng: torch.Generator
+    method: Any = None  # one with ``state()`` and ``load(state)`` keeps something between steps
 
 
 def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
@@ -207,6 +208,8 @@ def _save_rank(folder: Path, run: RunState) -> None:
         "python": [version, list(words), gauss],
         "numpy": [name, array.tolist(), *rest],
     }
+    if hasattr(run.method, "state"):
+        state["method"] = run.method.state()
     (folder / f"rank-{rank}.json").write_text(json.dumps(state))
     tensors = {"torch": torch.get_rng_state(), "sampler": run.rng.get_state()}
     if torch.cuda.is_available():
@@ -220,6 +223,8 @@ def _load_rank(folder: Path, run: RunState) -> None:
     rank = run.engine.rank
     state = _read_json(folder / f"rank-{rank}.json")
     run.stream.load(state["stream"])
+    if "method" in state:
+        run.method.load(state["method"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, array, *rest = state["numpy"]

@@ -58,6 +58,7 @@ class DataRecipe(Section):
     order: Literal["shuffle", "file"] = "shuffle"  # shuffled anew each epoch, or as the data lists them (easy to hard)
     seed: int | None = None  # of the shuffle; none: the run's
     skip_bad: bool = False  # count and skip bad rows instead of refusing the data
+    blank_images: bool = False  # grey pictures of the same size: what is then learned is learned from the text
 
 
 class RolloutRecipe(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -57,6 +58,10 @@ class RecordStream:
             self.position += 1
         self.consumed += n
         return taken
+
+    def peek(self, n: int) -> list[Record]:
+        """The ``n`` records that come after those taken so far; the position stays."""
+        return copy.copy(self).take(n)
 
     @property
     def epochs(self) -> float:

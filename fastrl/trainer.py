@@ -19,6 +19,7 @@ from torch import Tensor
 from fastrl import checkpoint
 from fastrl.batch import PackedBatch, PromptGroup, pack
 from fastrl.checkpoint import CheckpointError, RunState
+from fastrl.data.blank import BlankImages
 from fastrl.engine import Engine, NonFiniteError, StepInfo, make_engine
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
 from fastrl.metrics import Meter, MetricsLog, NoLog, group_metrics, sample_table, sampler_gap, work_metrics
@@ -127,6 +128,8 @@ class Run:
         self.recipe = recipe
         self.clock = Clock()
         data = records if records is not None else _load_records(recipe)  # first: bad rows are reported at once
+        if recipe.data.blank_images:
+            data = BlankImages(data)
         _use_own_device(recipe)
         _seed(recipe.seed)
         self.policy = policy if policy is not None else load_model(recipe)
@@ -157,7 +160,7 @@ class Run:
         self.share_vision = passes > 1 and not any(
             p.requires_grad for n, p in self.policy.core.named_parameters() if ".visual." in f".{n}."
         )
-        self.state = RunState(policy=self.policy, engine=self.engine, stream=self.stream, rng=rng)
+        self.state = RunState(self.policy, self.engine, self.stream, rng, self.method)
 
     def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One rollout batch and its updates. Returns the row of metrics and, when one is due, a table of samples."""

@@ -5,6 +5,7 @@ Adapters, each in its own module with a ``load(path, query)`` (a new format is o
 - ``coco``: instance JSON → detection or counting     - ``refexp``: referring expressions → grounding
 - ``pixmo``: counts with points → counting            - ``ocr``: lines, words, pages → OCR
 - ``mot``, ``sav``, ``tracks``: tracked clips → trajectory   - ``scenes``: made-up pictures, every task
+- ``lists``: several answers to a prompt with their rewards → PerPO
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ ADAPTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "mot": ("fastrl.data.tracks", "load_mot"),
         "sav": ("fastrl.data.tracks", "load_sav"),
         "tracks": ("fastrl.data.tracks", "load_jsonl"),
+        "lists": ("fastrl.data.lists", "load"),
     }
 )
 

@@ -6,10 +6,22 @@ from typing import get_args
 
 from fastrl.methods.base import Clock, Context, Method, MethodOptions, Prepared
 from fastrl.methods.perception_r1 import PerceptionR1
+from fastrl.methods.perpo import PerPO
 
-METHODS: tuple[type[Method], ...] = (PerceptionR1,)
+METHODS: tuple[type[Method], ...] = (PerceptionR1, PerPO)
 
-__all__ = ["METHODS", "Clock", "Context", "Method", "MethodOptions", "PerceptionR1", "Prepared", "kinds", "method_for"]
+__all__ = [
+    "METHODS",
+    "Clock",
+    "Context",
+    "Method",
+    "MethodOptions",
+    "PerPO",
+    "PerceptionR1",
+    "Prepared",
+    "kinds",
+    "method_for",
+]
 
 
 def kinds(method: type[Method]) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""``fastrl build``: training data from a model's own answers."""

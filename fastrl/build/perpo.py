@@ -1,0 +1,284 @@
+"""``fastrl build perpo``: sample N answers a prompt, score them, keep the lists whose best and worst are far apart.
+
+A build works through the data in portions. After each one the list file grows by whole lines and the summary beside it
+(``NAME.summary.json``) is replaced in one step; it says where the file then ended, so a build that was stopped, however
+it was, goes on from its last whole portion and ends with the same bytes. Every portion draws from its own seed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastrl.batch import PromptGroup
+from fastrl.checkpoint import write_atomically
+from fastrl.data import load_data
+from fastrl.data.lists import list_row
+from fastrl.evaluate.run import open_policy
+from fastrl.rewards import reward_for
+from fastrl.rewards.base import Reward, unknown
+from fastrl.rewards.ranking import Ranking, rank_answers
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+    from fastrl.models.load import Policy
+    from fastrl.rollout import Generator, Sampling
+
+# task → answers per prompt, least best − worst reward, longest answer (PerPO §4.3; the lengths are ours)
+DEFAULTS: dict[str, tuple[int, float, int]] = {"grounding": (20, 0.8, 128), "ocr": (5, 0.04, 2048)}
+PORTION = 32  # prompts answered together; part of what makes a build reproducible
+BINS = 20  # of the histograms, over rewards 0 to 1
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build does; a build goes on only with the options it began with."""
+
+    task: str
+    model: str
+    data: str
+    n: int
+    temperature: float
+    min_gap: float
+    max_new_tokens: int
+    seed: int = 0
+    limit: int | None = None
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n < 2:
+            raise ValueError(f"--n: a list needs at least 2 answers, got {self.n}")
+        if not self.temperature > 0:
+            raise ValueError(f"--temperature: greedy answers are all equal; need more than 0, got {self.temperature}")
+        if not self.min_gap >= 0:
+            raise ValueError(f"--min-gap: need 0 or more, got {self.min_gap}")
+
+
+@dataclass
+class Tally:
+    """What became of prompts and answers so far."""
+
+    prompts: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # prompts, by why
+    answers: Counter[str] = field(default_factory=Counter)  # sampled, kept, truncated, unreadable, duplicate
+    best: float = 0.0  # sums over kept lists
+    worst: float = 0.0
+    histogram: dict[str, list[int]] = field(default_factory=lambda: {k: [0] * BINS for k in ("all", "best", "worst")})
+    seconds: float = 0.0
+
+    def add(self, ranking: Ranking, sampled: int, min_gap: float) -> bool:
+        """Count one prompt's answers; whether its list is kept."""
+        self.prompts += 1
+        self.answers.update(ranking.dropped)
+        self.answers["sampled"] += sampled
+        for reward in ranking.rewards:
+            self.histogram["all"][_bin(reward)] += 1
+        if len(ranking.order) < 2:
+            self.dropped["fewer than two answers"] += 1
+            return False
+        if ranking.gap < min_gap or ranking.gap <= 0:
+            self.dropped[f"gap below {min_gap:g}" if ranking.gap > 0 else "equal rewards"] += 1
+            return False
+        self.kept += 1
+        self.answers["kept"] += len(ranking.order)
+        self.best += ranking.rewards[0]
+        self.worst += ranking.rewards[-1]
+        self.histogram["best"][_bin(ranking.rewards[0])] += 1
+        self.histogram["worst"][_bin(ranking.rewards[-1])] += 1
+        return True
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Tally:
+        return cls(**{**saved, "dropped": Counter(saved["dropped"]), "answers": Counter(saved["answers"])})
+
+
+def make_options(task: str, model: str, data: str, **given: Any) -> BuildOptions:
+    """Options with the paper's values where nothing (or None) is given. Raises ``ValueError``: an unknown task."""
+    if task not in DEFAULTS:
+        raise ValueError(unknown("task to build lists for", task, DEFAULTS))
+    n, gap, length = DEFAULTS[task]
+    values = {"n": n, "temperature": 1.0, "min_gap": gap, "max_new_tokens": length}
+    return BuildOptions(task, model, data, **values | {k: v for k, v in given.items() if v is not None})
+
+
+def build_lists(
+    options: BuildOptions,
+    out: Path,
+    *,
+    policy: Policy | None = None,
+    records: Sequence[Record] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Build a list file, or go on with one that was stopped.
+
+    Args:
+        options: see :class:`BuildOptions`.
+        out: the JSONL file (``fastrl.data.lists`` has its format). Beside it: ``NAME.summary.json``,
+            ``NAME.rewards.png`` and, where the data's pictures are no files, ``NAME.images/``.
+        policy, records: given, they are used in place of what ``options.model`` and ``options.data`` name.
+        say: called with a line now and then.
+
+    Returns:
+        The summary: prompts seen, lists kept, prompts dropped and answers dropped by reason, mean best and worst reward
+        of the kept lists, seconds.
+
+    Raises:
+        ValueError: ``out`` exists and is not a build's, or one with other options; records of another task.
+        DataError: bad data.
+    """
+    chunk, size, tally = _resume(out, options)
+    if records is None:
+        records = load_data(options.data, skip_bad=options.skip_bad)
+    records = records[: options.limit] if options.limit is not None else records
+    for record in records:
+        if record.task != options.task:
+            raise ValueError(
+                f"{record.source or record.id}: a {record.task} record, lists of {options.task} were asked"
+            )
+    chunks = -(-len(records) // PORTION)
+    if chunk:
+        say(f"going on after {min(chunk * PORTION, len(records))} of {len(records)} prompts")
+    if chunk < chunks:
+        policy = policy if policy is not None else open_policy(options.model)
+        worker = _Worker(policy, options, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("r+b" if out.exists() else "w+b") as file:
+            file.truncate(size)
+            file.seek(size)
+            while chunk < chunks:
+                started = time.perf_counter()
+                lines = worker.portion(records, chunk, tally)
+                file.write("".join(lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                chunk, size = chunk + 1, file.tell()
+                tally.seconds += time.perf_counter() - started
+                _write_summary(out, options, chunk, size, tally, done=chunk == chunks)
+                left = tally.seconds / chunk * (chunks - chunk)
+                say(f"{tally.prompts}/{len(records)} prompts, {tally.kept} lists kept, {left:.0f} s left")
+    _draw_rewards(tally, options, out.with_suffix(".rewards.png"))
+    return _summary(options, tally)
+
+
+class _Worker:
+    """Samples and ranks one portion after another."""
+
+    def __init__(self, policy: Policy, options: BuildOptions, out: Path) -> None:
+        from fastrl.rollout import Generator, Sampling
+
+        self.policy, self.options, self.out = policy, options, out
+        self.generator: Generator = Generator(policy)
+        self.sampling: Sampling = Sampling(options.n, options.max_new_tokens, options.temperature)
+        self.reward: Reward = list_reward(options.task)
+
+    def portion(self, records: Sequence[Record], chunk: int, tally: Tally) -> list[str]:
+        """Lines of the kept lists among the records of one portion."""
+        numbers = range(chunk * PORTION, min((chunk + 1) * PORTION, len(records)))
+        given = [records[i] for i in numbers]
+        encoded = [self.policy.encode(record) for record in given]
+        rng = torch.Generator().manual_seed((self.options.seed * 1_000_003 + chunk) % 2**63)
+        answers = self.generator.generate([prompt for prompt, _ in encoded], self.sampling, rng)
+        groups = [PromptGroup(p, a, r) for (p, r), a in zip(encoded, answers, strict=True)]
+        lines = []
+        for number, record, group, ranking in zip(
+            numbers, given, groups, rank_answers(groups, self.reward), strict=True
+        ):
+            if tally.add(ranking, len(group.completions), self.options.min_gap):
+                texts = [group.completions[i].text for i in ranking.order]
+                row = list_row(record, self._image_names(record, number), texts, ranking.rewards)
+                lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        return lines
+
+    def _image_names(self, record: Record, number: int) -> list[str]:
+        """How the list file names the record's images; pictures that are no files are written beside it."""
+        names = []
+        home = self.out.parent.resolve()
+        for place, image in enumerate(record.images):
+            if isinstance(image, Path | str):
+                path = Path(image).resolve()
+            else:
+                folder = self.out.with_suffix(".images").resolve()
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / (f"{number:06d}.png" if len(record.images) == 1 else f"{number:06d}-{place}.png")
+                image.save(path)
+            names.append(str(path.relative_to(home) if path.is_relative_to(home) else path))
+        return names
+
+
+def list_reward(task: str) -> Reward:
+    """The discriminative reward of a task: overlap for grounding, text similarity for OCR; no reward for the form."""
+    return reward_for(task, **({"format": "none"} if task == "grounding" else {}))
+
+
+def _resume(out: Path, options: BuildOptions) -> tuple[int, int, Tally]:
+    """Portions done, bytes of the list file they made, and their tally."""
+    state = out.with_suffix(".summary.json")
+    if not state.is_file():
+        if out.exists() and out.stat().st_size:
+            raise ValueError(f"{out} exists and is no build that could go on ({state.name} is missing); choose another")
+        return 0, 0, Tally()
+    saved = json.loads(state.read_text(encoding="utf-8"))
+    began, now = saved["options"], asdict(options)
+    changed = [f"{key}: was {began.get(key)!r}, is {now[key]!r}" for key in now if began.get(key) != now[key]]
+    if changed:
+        raise ValueError(f"{out} was begun with other options ({'; '.join(changed)}); choose another --out")
+    if not out.is_file() or out.stat().st_size < saved["bytes"]:
+        raise ValueError(f"{out} is shorter than {state.name} says; remove both to build anew")
+    return saved["portions"], saved["bytes"], Tally.of(saved["tally"])
+
+
+def _write_summary(out: Path, options: BuildOptions, chunk: int, size: int, tally: Tally, *, done: bool) -> None:
+    state = {
+        "done": done,
+        "summary": _summary(options, tally),
+        "options": asdict(options),
+        "portions": chunk,
+        "bytes": size,
+        "tally": asdict(replace(tally, dropped=dict(tally.dropped), answers=dict(tally.answers))),  # type: ignore[arg-type]
+    }
+    write_atomically(out.with_suffix(".summary.json"), json.dumps(state, indent=1) + "\n")
+
+
+def _summary(options: BuildOptions, tally: Tally) -> dict[str, Any]:
+    kept = max(1, tally.kept)
+    return {
+        "task": options.task,
+        "prompts": tally.prompts,
+        "kept": tally.kept,
+        "dropped": dict(tally.dropped),
+        "answers": dict(tally.answers),
+        "mean_best": tally.best / kept,
+        "mean_worst": tally.worst / kept,
+        "seconds": tally.seconds,
+    }
+
+
+def _bin(reward: float) -> int:
+    return min(BINS - 1, max(0, int(reward * BINS)))
+
+
+def _draw_rewards(tally: Tally, options: BuildOptions, path: Path) -> None:
+    """Histogram of all rewards, and of the best and the worst of the kept lists."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    centres = [(i + 0.5) / BINS for i in range(BINS)]
+    left.bar(centres, tally.histogram["all"], width=1 / BINS, color="#4575b4")
+    left.set(title=f"answers to {tally.prompts} prompts", xlabel="reward", ylabel="answers")
+    for name, color in (("worst", "#d73027"), ("best", "#1a9850")):
+        right.bar(centres, tally.histogram[name], width=1 / BINS, color=color, alpha=0.6, label=name)
+    right.set(title=f"{tally.kept} lists kept (gap of at least {options.min_gap:g})", xlabel="reward", ylabel="lists")
+    right.legend()
+    figure.savefig(path, dpi=120)

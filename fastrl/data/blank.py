@@ -1,0 +1,49 @@
+"""Records without their pictures: the image-unconditional study's control (PerPO §4.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import overload
+
+from fastrl.data.records import Record
+
+GREY = (127, 127, 127)
+
+
+class BlankImages(Sequence[Record]):
+    """``records`` with every picture replaced by a grey one of its size, made on demand.
+
+    Prompts keep their length and coordinates their meaning; only what there is to see is gone.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return BlankImages(self.records[index])
+        return blank_images(self.records[index])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def blank_images(record: Record) -> Record:
+    """The record with grey pictures. Raises ``OSError`` for an image file that cannot be read."""
+    from PIL import Image
+
+    pictures = []
+    for image in record.images:
+        if isinstance(image, Path | str):
+            with Image.open(image) as opened:  # the header alone
+                size = opened.size
+        else:
+            size = image.size
+        pictures.append(Image.new("RGB", size, GREY))
+    return replace(record, images=tuple(pictures))

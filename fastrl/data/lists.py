@@ -1,0 +1,166 @@
+"""Ranked lists: several answers to one prompt with their rewards, one JSON object a line → records for PerPO.
+
+``fastrl build perpo`` writes such a file; one from anywhere else will do::
+
+    {"id": "17", "task": "grounding", "images": ["img/17.png"], "prompt": "Output the bounding box of …",
+     "answers": ["[{\\"bbox_2d\\": [4, 9, 60, 71]}]", …], "rewards": [0.91, …], "target": {"box": [5, 9, 60, 70]}}
+
+- ``images`` is a list of files, or ``image`` one; all of them come before ``prompt``, a text.
+- ``answers`` are in any order, one or more, and ``rewards`` has one finite number for each. Where there are no
+  ``rewards`` (or with ``rewards=target``) they are computed from ``target`` when the list is used: ``{"box": …}`` in
+  pixels of the original image for grounding, ``{"text": …}`` for OCR.
+- ``task`` names the reward; not given, it goes by the target's key. ``id`` is the line number if there is none.
+
+Query keys: ``images`` (folder the image paths start from; default the file's own), ``limit``, ``seed``, ``rewards``
+(``auto`` or ``target``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastrl.data import rows
+from fastrl.data.records import Dataset, Record, question
+from fastrl.data.rows import choice_option, load_rows
+from fastrl.data.validate import Row, is_number, short
+
+KEYS = (*rows.KEYS, "rewards")
+MAX_ANSWERS = 1024  # of one list; the kernel's limit
+_TASK_OF_TARGET = {"box": "grounding", "text": "ocr"}
+
+
+class RankedList(NamedTuple):
+    """What a record of this adapter carries in ``target["list"]``."""
+
+    answers: tuple[str, ...]
+    rewards: tuple[float, ...] | None  # None: to be computed from the rest of the target
+
+
+def load(path: str, query: Mapping[str, str]) -> Dataset:
+    """Read a file of ranked lists. Raises ``DataError`` for an unreadable file or option."""
+    recompute = choice_option(query, "rewards", ("auto", "target"), path) == "target"
+    return load_rows(path, query, lambda row: _record(row, recompute))
+
+
+def ranked_list(record: Record) -> RankedList:
+    """The list of a record. Raises ``ValueError`` where it has none."""
+    found = record.target.get("list")
+    if not isinstance(found, RankedList):
+        where = record.source or record.id
+        raise ValueError(f"{where}: a record without ranked answers; use --data lists:FILE, or method.online")
+    return found
+
+
+def list_row(record: Record, images: Sequence[str], answers: Sequence[str], rewards: Sequence[float]) -> dict[str, Any]:
+    """One line of a list file, best answer first.
+
+    Args:
+        record: the prompt; one user turn of images, then text.
+        images: how the file names the record's images.
+        answers, rewards: one reward for each answer.
+
+    Raises:
+        ValueError: the record is not such a prompt.
+    """
+    order = sorted(range(len(answers)), key=lambda i: -rewards[i])
+    kept = {key: record.target[key] for key in ("expression", "box", "text") if key in record.target}
+    return {
+        "id": record.id,
+        "task": record.task,
+        "images": list(images),
+        "prompt": _prompt_text(record),
+        "answers": [answers[i] for i in order],
+        "rewards": [rewards[i] for i in order],
+        "target": kept,
+    }
+
+
+def _prompt_text(record: Record) -> str:
+    where = record.source or record.id
+    if len(record.messages) != 1 or record.messages[0]["role"] != "user":
+        raise ValueError(f"{where}: a list needs a prompt of one user turn, this has {len(record.messages)} turns")
+    content = record.messages[0]["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    if [p["type"] for p in parts] != ["image"] * len(record.images) + ["text"]:
+        raise ValueError(f"{where}: a list needs a prompt of images first, then one text")
+    return parts[-1]["text"]
+
+
+def _record(row: Row, recompute: bool) -> Record | None:
+    identity, prompt = row.id(), row.text("prompt")
+    images = _images(row)
+    answers = _answers(row)
+    target, task = _target(row, images[0][1] if images else None)
+    given = None if recompute else row.fields.get("rewards")
+    rewards = _rewards(row, given, answers) if given is not None else None
+    if given is None and not any(_TASK_OF_TARGET[key] == task for key in _TASK_OF_TARGET if key in target):
+        why = "rewards=target was asked for" if recompute else "there are no rewards"
+        row.fail("missing field", f"{why}, but target has neither a box (grounding) nor a text (ocr) to make them from")
+    if row.problems or prompt is None:
+        return None
+    asked = question(task, images=len(images), prompt=prompt)
+    paths = tuple(path for path, _ in images)
+    return Record(identity, task, paths, asked, {**target, "list": RankedList(answers, rewards)})
+
+
+def _images(row: Row) -> list[tuple[Path, tuple[int, int]]]:
+    """Every image of the row with its (width, height)."""
+    name, value = row.first(("images", "image"))
+    names = [value] if name == "image" and name in row.fields else value
+    if not isinstance(names, list) or not names:
+        row.fail("missing image", f"images must be a list of one or more files, got {short(value)}")
+        return []
+    found = []
+    for each in names:
+        one = Row({"image": each}, row.where, row.number, row.images)
+        sound = one.image("image")
+        row.problems += one.problems
+        if sound:
+            found.append(sound)
+    return found
+
+
+def _answers(row: Row) -> tuple[str, ...]:
+    value = row.fields.get("answers")
+    if not isinstance(value, list) or not all(isinstance(a, str) for a in value):
+        row.fail("wrong type", f"answers must be a list of strings, got {short(value)}")
+    elif not value:
+        row.fail("empty list", "answers is an empty list; a list has one answer or more")
+    elif len(value) > MAX_ANSWERS:
+        row.fail("too many answers", f"{len(value)} answers; a list has at most {MAX_ANSWERS}")
+    else:
+        return tuple(value)
+    return ()
+
+
+def _rewards(row: Row, value: Any, answers: Sequence[str]) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        row.fail("wrong type", f"rewards must be a list of numbers, got {short(value)}")
+        return ()
+    for place, reward in enumerate(value):
+        if not is_number(reward):
+            row.fail("not a number", f"rewards[{place}] must be a finite number, got {short(reward)}")
+    if answers and len(value) != len(answers):
+        row.fail("different lengths", f"{len(answers)} answers but {len(value)} rewards")
+    return () if row.problems else tuple(float(v) for v in value)
+
+
+def _target(row: Row, size: tuple[int, int] | None) -> tuple[dict[str, Any], str]:
+    """The row's truth with its box checked, and the task."""
+    value = row.fields.get("target", {})
+    if not isinstance(value, Mapping):
+        row.fail("wrong type", f"target must be an object, got {short(value)}")
+        value = {}
+    target = dict(value)
+    target.pop("list", None)
+    if "box" in target and size is not None:
+        target["box"] = row.box(target["box"], size, "target.box")
+    if "text" in target and not isinstance(target["text"], str):
+        row.fail("wrong type", f"target.text must be a string, got {short(target['text'])}")
+    task = row.fields.get("task", next((t for key, t in _TASK_OF_TARGET.items() if key in target), "list"))
+    if not isinstance(task, str) or not task:
+        row.fail("wrong type", f"task must be a name, got {short(task)}")
+        task = "list"
+    return target, task

@@ -1,0 +1,290 @@
+"""PerPO (arXiv:2502.04371): listwise preference over ranked answers, with reward gaps as margins; and its baselines.
+
+A list is one prompt with answers y_i and rewards R_i, one prefix-shared group. With the frozen reference,
+
+    s_i = log π(y_i|x) − log π_ref(y_i|x)                            summed over the answer's tokens
+    perpo    L = Σ_{R_i > R_j} w_ij · log(1 + exp(−β (s_i − s_j))),  w_ij = |R_i − R_j|^γ / Σ |R_a − R_b|^γ
+    lipo     γ = 0: all pairs alike                                  listmle: likelihood of the order (no pairs)
+    dpo      the best answer against the worst: −log σ(β (s_b − s_w))    sft: −log π of the best, per token
+
+and the step's loss is the mean over its lists (sft: over its tokens). Lists without two answers of different reward
+teach no order: they are skipped and counted. Each list is trained with its own rewards; the authors' released loader
+takes those of one fixed item for all of them, which is not repeated here.
+
+Lists come from the data (``--data lists:FILE``), or, online, from the present policy every few steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fastrl.batch import Completion, PackedBatch, PromptGroup
+from fastrl.data.lists import ranked_list
+from fastrl.methods.base import Context, MethodOptions, Prepared, set_token_weights
+from fastrl.rewards.ranking import rank_answers
+from fastrl_kernels.listwise_loss import listwise_loss
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+    from fastrl.rewards.base import Reward
+
+
+class OnlineOptions(BaseModel):
+    """Lists from the policy as it is now, in place of the data's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every: int = Field(1, ge=1)  # steps one sampling serves: lists are at most every - 1 updates old
+    min_gap: float = Field(0.0, ge=0)  # lists whose best - worst reward is below are skipped
+
+
+class PerPOOptions(MethodOptions):
+    """Keys of ``method:`` for PerPO and its baselines. Defaults are those of the released scripts."""
+
+    kind: Literal["perpo", "lipo", "listmle", "dpo", "sft"] = "perpo"
+    beta: float = Field(0.1, gt=0)  # not read by sft
+    gamma: float = Field(0.5, ge=0)  # power of the reward gaps; read by perpo alone
+    score: Literal["sum", "mean"] = "sum"  # log-ratios of an answer's tokens; mean: the authors' "norm" variant
+    online: OnlineOptions | None = None  # answers per list and their length: the rollout section
+
+
+class PerPO:
+    """Preference learning from ranked lists."""
+
+    Options: ClassVar[type[MethodOptions]] = PerPOOptions
+    needs_entropy = False
+    temperature = 1.0  # of the model itself, whatever the lists were sampled at
+
+    def __init__(self, options: PerPOOptions, context: Context) -> None:
+        self.options = options
+        self.context = context
+        self.needs_reference = options.kind != "sft"
+        self._rewards: dict[str, Reward] = {}
+        self._generator = None
+        self._lists: dict[str, list[Completion]] = {}  # online: ranked answers by record id
+        self._steps_left = 0  # that they still serve
+
+    def prepare(self, records: Sequence[Record]) -> Prepared:
+        """One group per record with its ranked answers; those that teach an order carry gradient, the rest counts."""
+        metrics: dict[str, float] = {}
+        if self.options.online is not None:
+            groups, metrics = self._online_groups(records)
+        else:
+            with self.context.clock.phase("encode"):
+                groups = [self._given_group(record) for record in records]
+            self._recompute([g for g in groups if any("reward" not in c.scalars for c in g.completions)])
+        chosen = [self._choose(group) for group in groups]
+        used = [group for group in chosen if group is not None]
+        self._weigh(groups, used)
+        return Prepared(groups=used, sampled=groups, metrics=metrics | self._counts(groups, chosen))
+
+    def rows(self, batch: PackedBatch) -> Tensor | None:
+        """All: which pairs pull is known only on the device."""
+        return None
+
+    def loss(self, logp: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch (see :func:`preference_loss`)."""
+        return preference_loss(logp, batch, self.options)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the data position: the lists the coming steps will use."""
+        lists = {
+            name: [[c.token_ids.tolist(), c.text, c.scalars["reward"], c.rewards] for c in answers]
+            for name, answers in self._lists.items()
+        }
+        return {"steps_left": self._steps_left, "lists": lists if self._steps_left else {}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self._steps_left = state["steps_left"]
+        self._lists = {
+            name: [_completion(torch.tensor(ids, dtype=torch.int64), *rest) for ids, *rest in answers]
+            for name, answers in state["lists"].items()
+        }
+
+    def _given_group(self, record: Record) -> PromptGroup:
+        """A record's own list, every answer with its end of turn."""
+        prompt, record = self.context.policy.encode(record)
+        answers, rewards = ranked_list(record)
+        completions = [Completion(self.context.policy.encode_text(text), text=text) for text in answers]
+        for completion, reward in zip(completions, rewards or (), strict=rewards is not None):
+            completion.scalars["reward"] = reward
+        return PromptGroup(prompt, completions, record)
+
+    def _recompute(self, groups: Sequence[PromptGroup]) -> None:
+        """Rewards of lists that came without, from each record's own target."""
+        with self.context.clock.phase("reward"):
+            for group in groups:
+                assert group.record is not None
+                reward = self._reward_for(group.record.task)
+                components = reward([c.text for c in group.completions], group.record)
+                for i, (completion, value) in enumerate(zip(group.completions, reward.total(components), strict=True)):
+                    completion.rewards = {name: values[i] for name, values in components.items()}
+                    completion.scalars["reward"] = value
+
+    def _online_groups(self, records: Sequence[Record]) -> tuple[list[PromptGroup], dict[str, float]]:
+        """This step's lists; every few steps, those of the coming steps are sampled all at once."""
+        online, stream = self.options.online, self.context.stream
+        assert online is not None
+        metrics: dict[str, float] = {}
+        if self._steps_left == 0:
+            metrics = self._sample([*records, *stream.peek((online.every - 1) * len(records))])
+            self._steps_left = online.every
+        self._steps_left -= 1
+        with self.context.clock.phase("encode"):
+            encoded = [self.context.policy.encode(record) for record in records]
+        # Copies: a record may come twice in a step, and its answers carry the step's weights.
+        groups = [PromptGroup(prompt, [_copy(c) for c in self._lists[record.id]], record) for prompt, record in encoded]
+        return groups, metrics
+
+    def _sample(self, records: Sequence[Record]) -> dict[str, float]:
+        """Fill the lists of ``records`` from the present policy."""
+        from fastrl.rollout import Generator, Sampling
+
+        context, rollout = self.context, self.context.rollout
+        unique = list({record.id: record for record in records}.values())
+        with context.clock.phase("encode"):
+            encoded = [context.policy.encode(record) for record in unique]
+        sampling = Sampling(
+            n=rollout.group_size,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+        )
+        self._generator = self._generator or Generator(context.policy)
+        with context.clock.phase("rollout"):
+            answers = self._generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
+        groups = [PromptGroup(p, a, r) for (p, r), a in zip(encoded, answers, strict=True)]
+        self._lists = {}
+        left, total = 0, sum(len(g.completions) for g in groups)
+        with context.clock.phase("reward"):
+            for task in dict.fromkeys(record.task for record in unique):
+                members = [g for g in groups if g.record is not None and g.record.task == task]
+                for group, ranking in zip(members, rank_answers(members, self._reward_for(task)), strict=True):
+                    assert group.record is not None
+                    left += len(ranking.order)
+                    self._lists[group.record.id] = [
+                        _completion(group.completions[i].token_ids, group.completions[i].text, value, parts)
+                        for i, value, parts in zip(ranking.order, ranking.rewards, ranking.components, strict=True)
+                    ]
+        return {"lists/resampled": float(len(unique)), "lists/answers_kept": left / max(1, total)}
+
+    def _reward_for(self, task: str) -> Reward:
+        if task not in self._rewards:
+            from fastrl.rewards import REWARDS, reward_for
+
+            section = self.context.reward
+            options: dict[str, Any] = {"weights": section.weights} if section.weights else {}
+            if task in REWARDS and "format" in REWARDS[task].parts:
+                options["format"] = "none"  # the paper's reward is the overlap alone
+            self._rewards[task] = reward_for(task, **{**options, **section.options})
+        return self._rewards[task]
+
+    def _choose(self, group: PromptGroup) -> PromptGroup | None:
+        """The group as this kind of loss sees it; None where there is nothing to learn."""
+        rewards = [c.scalars["reward"] for c in group.completions]
+        least = self.options.online.min_gap if self.options.online is not None else 0.0
+        gap = max(rewards) - min(rewards) if rewards else 0.0
+        if gap <= 0 or gap < least:
+            return None
+        best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
+        chosen = {"dpo": [best, worst], "sft": [best]}.get(self.options.kind)
+        return group if chosen is None else replace(group, completions=[group.completions[i] for i in chosen])
+
+    def _weigh(self, groups: Sequence[PromptGroup], used: Sequence[PromptGroup]) -> None:
+        """Normalise over all lists of the step; what is not used weighs 0."""
+        completions = [completion for group in groups for completion in group.completions]
+        if self.options.kind == "sft":
+            for completion in completions:
+                completion.per_token["weight"] = torch.zeros(len(completion.token_ids))
+            set_token_weights(used, aggregate="token", average=self.context.average)
+            return
+        count = self.context.average(float(len(used)))
+        for completion in completions:
+            completion.scalars["list_weight"] = 0.0
+        for group in used:
+            for completion in group.completions:
+                completion.scalars["list_weight"] = 1.0 / count
+
+    def _counts(self, groups: Sequence[PromptGroup], chosen: Sequence[PromptGroup | None]) -> dict[str, float]:
+        """How many lists were used, and why others were not."""
+        single = sum(len(g.completions) < 2 for g in groups)
+        rewards = [[c.scalars["reward"] for c in g.completions] for g in groups if len(g.completions) > 1]
+        equal = sum(max(values) == min(values) for values in rewards)
+        used = sum(group is not None for group in chosen)
+        counts = {"used": used, "single": single, "equal": equal, "small_gap": len(groups) - used - single - equal}
+        return {f"lists/{name}": float(value) for name, value in counts.items()}
+
+
+def preference_loss(logp: Tensor, batch: PackedBatch, options: PerPOOptions) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of one micro-batch of lists. Pure.
+
+    Args:
+        logp: [N] log-probs of the batch's predicted rows, with gradient.
+        batch: reads per_token ``ref_logp`` and per_completion ``reward`` and ``list_weight`` (1 ÷ lists of the step,
+            one value for all answers of a list); for sft, per_token ``weight`` alone.
+        options: the method's options.
+
+    Returns:
+        The loss (a scalar that sums over micro-batches to the step's) and metrics, means over the lists:
+        ``list/margin`` (score of the best answer minus that of the worst), ``list/accuracy`` (how often it is
+        positive), ``list/best`` and ``list/worst`` (those scores: both may fall while their difference grows).
+    """
+    if options.kind == "sft":
+        loss = -(batch.per_token["weight"] * logp).sum()
+        return loss, {"list/best": logp.detach().mean()} if logp.numel() else {}
+    ratio = logp - batch.per_token["ref_logp"]
+    lengths = [len(c.token_ids) for c in batch.completions]
+    score = _padded_rows(ratio, lengths).sum(1)
+    if options.score == "mean":
+        score = score / torch.tensor([max(1, n) for n in lengths], device=score.device)
+    sizes = [len(span.completions) for span in batch.segments.spans]
+    mask = _padded_rows(torch.ones_like(score), sizes) != 0
+    scores, rewards = _padded_rows(score, sizes), _padded_rows(batch.per_completion["reward"], sizes)
+    losses = listwise_loss(
+        scores,
+        rewards,
+        mask=mask,
+        kind="listmle" if options.kind == "listmle" else "perpo",
+        beta=options.beta,
+        gamma=options.gamma if options.kind == "perpo" else 0.0,
+    )
+    weight = _padded_rows(batch.per_completion["list_weight"], sizes)[:, 0]
+    return (weight * losses).sum(), _list_metrics(scores.detach(), rewards, mask)
+
+
+def _list_metrics(score: Tensor, reward: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Scores of the best and the worst answer of each list, [B, K] in."""
+    best = reward.masked_fill(~mask, -torch.inf).argmax(1, keepdim=True)
+    worst = reward.masked_fill(~mask, torch.inf).argmin(1, keepdim=True)
+    high, low = score.gather(1, best), score.gather(1, worst)
+    margin = high - low
+    metrics = {"margin": margin, "accuracy": (margin > 0).float(), "best": high, "worst": low}
+    return {f"list/{name}": value.mean() for name, value in metrics.items()}
+
+
+def _padded_rows(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Consecutive runs of ``values`` as rows [len(sizes), longest], zeros behind them.
+
+    By copying into places, whose gradient is a plain gather: the same bits twice, which adding into places is not on a
+    GPU.
+    """
+    longest = max([1, *sizes])
+    places = torch.cat([torch.arange(size) + row * longest for row, size in enumerate(sizes)])
+    rows = values.new_zeros(len(sizes) * longest).index_copy(0, places.to(values.device), values)
+    return rows.view(len(sizes), longest)
+
+
+def _completion(token_ids: Tensor, text: str, reward: float, parts: dict[str, float]) -> Completion:
+    return Completion(token_ids, text=text, rewards=parts, scalars={"reward": reward})
+
+
+def _copy(completion: Completion) -> Completion:
+    return replace(completion, per_token={}, scalars=dict(completion.scalars))

@@ -1,0 +1,63 @@
+"""Sampled answers → ranked lists: distinct, readable, whole answers with their rewards, best first (PerPO §4.3)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fastrl.rewards.base import Reward
+
+if TYPE_CHECKING:
+    from fastrl.batch import PromptGroup
+
+
+@dataclass
+class Ranking:
+    """What is left of one prompt's answers."""
+
+    order: list[int]  # indices of the answers that are left, best first (equal rewards: as sampled)
+    rewards: list[float]  # of those
+    components: list[dict[str, float]]
+    dropped: Counter[str] = field(default_factory=Counter)  # truncated, unreadable, duplicate → how many answers
+
+    @property
+    def gap(self) -> float:
+        """Best minus worst reward; 0 for fewer than two answers."""
+        return self.rewards[0] - self.rewards[-1] if self.rewards else 0.0
+
+
+def rank_answers(groups: Sequence[PromptGroup], reward: Reward) -> list[Ranking]:
+    """Rank the completions of each group, all of them scored in one call.
+
+    Dropped are answers cut before their end, answers that cannot be read as an answer to the task at all, and repeats
+    of a text (the reference's own frequent answer would otherwise count many times).
+    """
+    rankings, places = [], []
+    for group in groups:
+        assert group.record is not None
+        texts = [c.text for c in group.completions]
+        readable = reward.readable(texts, [group.record] * len(texts))
+        ranking = Ranking([], [], [])
+        seen: set[str] = set()
+        for i, (completion, sound) in enumerate(zip(group.completions, readable, strict=True)):
+            text = completion.text.strip()
+            why = "truncated" if not completion.finished else "unreadable" if not sound else "duplicate"
+            if completion.finished and sound and text not in seen:
+                seen.add(text)
+                ranking.order.append(i)
+            else:
+                ranking.dropped[why] += 1
+        rankings.append(ranking)
+        places += [(group, i) for i in ranking.order]
+    scored = reward.score([g.completions[i].text for g, i in places], [g.record for g, _ in places if g.record])
+    totals = reward.total(scored)
+    at = 0
+    for ranking in rankings:
+        rows = sorted(range(at, at + len(ranking.order)), key=lambda row: -totals[row])
+        ranking.order = [places[row][1] for row in rows]
+        ranking.rewards = [totals[row] for row in rows]
+        ranking.components = [{name: values[row] for name, values in scored.items()} for row in rows]
+        at += len(rows)
+    return rankings
