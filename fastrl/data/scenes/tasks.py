@@ -17,6 +17,11 @@ from fastrl.data.scenes.world import KINDS, Scene, Shape, render, sample_scene
 OCR_FONT = 26  # pixels: words that are to be read are larger than those that are only in the way
 
 
+def ocr_snap(difficulty: int) -> int:
+    """Grid in pixels on which the words of an OCR scene lie: easy ones stand in print-like columns and lines."""
+    return 14 if difficulty <= 2 else 1
+
+
 def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: int = 112, frames: int = 6) -> Record:
     """Record ``index`` of a task; the same arguments give the same record. Raises ``ValueError``: unknown task."""
     if task not in MAKERS:
@@ -27,7 +32,8 @@ def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: in
         return trajectory_record(rng, sample_clip(rng, frames, difficulty, size), identity)
     words = rng.randint(1, min(difficulty, 3)) if task == "ocr" else int(rng.random() < 0.3)
     while True:  # an unlucky scene may have nothing to ask about: draw another
-        scene = sample_scene(rng, difficulty, size, words, OCR_FONT if task == "ocr" else 17)
+        font, snap = (OCR_FONT, ocr_snap(difficulty)) if task == "ocr" else (17, 1)
+        scene = sample_scene(rng, difficulty, size, words, font, snap)
         record = MAKERS[task](rng, scene, identity, difficulty)
         if record is not None:
             return record

@@ -141,10 +141,13 @@ LEVELS = {
 }
 
 
-def sample_scene(rng: random.Random, difficulty: int = 2, size: int = 112, words: int = 0, font: int = 17) -> Scene:
+def sample_scene(
+    rng: random.Random, difficulty: int = 2, size: int = 112, words: int = 0, font: int = 17, snap: int = 1
+) -> Scene:
     """Draw a scene. ``difficulty`` 1 to 4 (``LEVELS``), ``size``: side in pixels. Raises ``ValueError``.
 
-    ``words`` is how many words to write, ``font`` their height in pixels on a 112-pixel picture.
+    ``words`` is how many words to write, ``font`` their height in pixels on a 112-pixel picture, and ``snap`` the grid
+    in pixels that their corners lie on, as in print.
     """
     if difficulty not in LEVELS:
         raise ValueError(f"difficulty: expected one of {sorted(LEVELS)}, got {difficulty!r}")
@@ -152,7 +155,9 @@ def sample_scene(rng: random.Random, difficulty: int = 2, size: int = 112, words
         raise ValueError(f"size: a scene is at least 56 pixels wide, got {size}")
     level, scale = LEVELS[difficulty], size / 112
     placed: list[Box] = []
-    texts = [w for w in (_place_word(rng, size, round(font * scale), placed) for _ in range(words)) if w is not None]
+    texts = [
+        w for w in (_place_word(rng, size, round(font * scale), snap, placed) for _ in range(words)) if w is not None
+    ]
     shapes: list[Shape] = []
     for _ in range(rng.randint(*level.shapes)):
         shape = _place_shape(rng, level, size, scale, placed)
@@ -173,22 +178,23 @@ def _place_shape(rng: random.Random, level: Difficulty, size: int, scale: float,
     return None  # no room left: a scene may hold fewer shapes than drawn for
 
 
-def _place_word(rng: random.Random, size: int, font: int, placed: list[Box]) -> Word | None:
+def _place_word(rng: random.Random, size: int, font: int, snap: int, placed: list[Box]) -> Word | None:
     text = rng.choice(WORDS)
     left, top, right, bottom = _font(max(9, font)).getbbox(text)
     width, height = int(right - left), int(bottom - top)
     if width >= size - 4:
         return None
     for _ in range(40):
-        box = _random_box(rng, width, height, size)
+        box = _random_box(rng, width, height, size, snap)
         if all(covered(box, other) == 0 for other in placed):
             placed.append(box)
             return Word(text, box, max(9, font))
     return None
 
 
-def _random_box(rng: random.Random, width: int, height: int, size: int) -> Box:
+def _random_box(rng: random.Random, width: int, height: int, size: int, snap: int = 1) -> Box:
     x, y = rng.randint(1, size - width - 1), rng.randint(1, size - height - 1)
+    x, y = max(1, x // snap * snap), max(1, y // snap * snap)
     return x, y, x + width, y + height
 
 

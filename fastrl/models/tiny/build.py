@@ -95,7 +95,9 @@ def scene_questions(curriculum: Curriculum, rng: random.Random) -> list[Record]:
         count = curriculum.questions["trajectory"]
         return [tasks.trajectory_record(rng, clip, "train") for _ in range(count)]
     while True:
-        scene = sample_scene(rng, level, curriculum.size, words=rng.choice((0, 1, 1, 2, 3)), font=curriculum.font)
+        snap = tasks.ocr_snap(level) if curriculum.font == tasks.OCR_FONT else 1
+        words = rng.choice((0, 1, 1, 2, 3))
+        scene = sample_scene(rng, level, curriculum.size, words, curriculum.font, snap)
         records = [
             record
             for task, count in curriculum.questions.items()

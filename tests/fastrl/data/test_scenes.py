@@ -35,7 +35,7 @@ def test_a_shape_fills_its_box_to_the_pixel(kind: str, side: int) -> None:
 def test_words_lie_in_their_boxes(seed: int) -> None:
     scene = sample_scene(random.Random(seed), 2, 112, words=1)
     for word in scene.words:
-        x1, y1, x2, y2 = ink(render(Scene(112, 112, WHITE, (), (Word(word.text, word.box),))))
+        x1, y1, x2, y2 = ink(render(Scene(112, 112, WHITE, (), (Word(word.text, word.box, word.font),))))
         assert word.box[0] <= x1 < x2 <= word.box[2] + 1
         assert word.box[1] <= y1 < y2 <= word.box[3] + 1
 
