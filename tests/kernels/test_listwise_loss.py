@@ -114,6 +114,13 @@ def test_perpo_ignores_the_order_of_the_items():
     torch.testing.assert_close(moved_grad, grad[:, order])
 
 
+def test_dpo_is_a_list_of_two():
+    chosen, rejected = torch.randn(2, 4, dtype=torch.float64)
+    want = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected))
+    reward = torch.tensor([[0.2, 0.9]]).expand(4, 2).double()  # the better one may come second
+    torch.testing.assert_close(listwise_loss(torch.stack([rejected, chosen], 1), reward, beta=0.1), want)
+
+
 def _check_degenerate(dtype):
     """Nothing to compare: loss and gradient exactly 0."""
     score = torch.randn(2, 5, dtype=dtype) * 100

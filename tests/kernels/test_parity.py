@@ -1,0 +1,354 @@
+"""Every row of docs/losses.md: the peer's own code where it runs on tensors, its documented formula where it does not.
+
+TRL's ``_compute_loss`` and Liger's ``ppo_loss_fn`` are called as they are, on padded ``[B, T]`` batches; ours gets the
+same numbers packed. Loss, gradient and metrics must agree in float64.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrl_kernels.group_advantage import group_advantage
+from fastrl_kernels.linear_logprob import linear_logprob
+from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
+from fastrl_kernels.token_weights import token_weights
+
+B, T, LONGEST = 6, 9, 11
+LOW, HIGH = 0.15, 0.25
+
+
+class Batch:
+    """A padded batch and its packed twin: ragged answers, one of them fully masked, NaN nowhere (peers multiply)."""
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.tensor([9, 1, 4, 0, 7, 3])
+        self.mask = (torch.arange(T) < lengths.unsqueeze(1)).double()
+        self.logp = (-2 * torch.rand(B, T, generator=generator, dtype=torch.float64)).requires_grad_()
+        noise = torch.randn(2, B, T, generator=generator, dtype=torch.float64) * 0.3
+        self.old, self.ref = self.logp.detach() + noise[0], self.logp.detach() + noise[1]
+        self.advantage = torch.randn(B, generator=generator, dtype=torch.float64)
+        self.rows = self.mask.bool()
+        self.ids = torch.arange(B).repeat_interleave(lengths)
+        self.tokens = float(lengths.sum())
+
+    def ours(self, **options) -> PolicyLoss:
+        """``policy_loss`` of the packed rows; old and reference as the options' True, weights or aggregate as given."""
+        if options.pop("old", True):
+            options["old_logp"] = self.old[self.rows]
+        if options.get("beta", 0) or options.pop("ref", False):
+            options["ref_logp"] = self.ref[self.rows]
+        return policy_loss(self.logp[self.rows], self.advantage, self.ids, clip_low=LOW, clip_high=HIGH, **options)
+
+    def same(self, got: Tensor, want: Tensor, *, value: bool = True) -> None:
+        """Equal gradients in the padded log-probs, and equal values."""
+        assert want.requires_grad
+        if value:
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+        grads = [torch.autograd.grad(loss, self.logp, retain_graph=True)[0] for loss in (got, want)]
+        assert grads[1].abs().max() > 1e-3
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return Batch()
+
+
+def _weight(batch: Batch, **options) -> Tensor:
+    return token_weights(batch.ids, n_completions=B, dtype=torch.float64, **options)
+
+
+AGGREGATES = {
+    "grpo": {"aggregate": "sequence", "normalizer": B},
+    "bnpo": {"aggregate": "token"},
+    "dr_grpo": {"aggregate": "constant", "normalizer": B * LONGEST},
+    "dapo": {"aggregate": "token", "normalizer": 100},
+}
+
+# ---------------------------------------------------------------------------------------------------------------- TRL
+
+
+class _TrlTrainer(SimpleNamespace):
+    """What ``GRPOTrainer._compute_loss`` reads of its trainer."""
+
+    def __init__(self, batch: Batch, **settings) -> None:
+        metrics: dict = {"train": defaultdict(list)}
+        accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+        super().__init__(
+            _get_per_token_logps_and_entropies=lambda *a, **k: (batch.logp, torch.zeros(B, T).double(), None),
+            loss_type=settings.pop("loss_type"), importance_sampling_level=settings.pop("level", "token"),
+            beta=settings.pop("beta", 0.0), epsilon_low=LOW, epsilon_high=settings.pop("epsilon_high", HIGH),
+            args=SimpleNamespace(
+                delta=settings.pop("delta", None), use_bias_correction_kl=False, steps_per_generation=1,
+                sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+            ),
+            aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+            vllm_importance_sampling_correction=False, model=SimpleNamespace(training=True), _metrics=metrics,
+            current_gradient_accumulation_steps=1, max_completion_length=LONGEST, accelerator=accelerator,
+            _entropy_bonus_enabled=False,
+        )  # fmt: skip
+
+
+def _trl(batch: Batch, *, old: bool = True, **settings) -> tuple[Tensor, dict]:
+    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+    trainer = _TrlTrainer(batch, **settings)
+    inputs = {
+        "prompt_ids": torch.zeros(B, 1), "prompt_mask": torch.ones(B, 1), "completion_ids": torch.zeros(B, T),
+        "completion_mask": batch.mask, "advantages": batch.advantage, "ref_per_token_logps": batch.ref,
+        "num_items_in_batch": torch.tensor(100.0), "old_per_token_logps": batch.old if old else None,
+    }  # fmt: skip
+    return grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
+
+
+@pytest.mark.parametrize("loss_type", list(AGGREGATES))
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_trl_loss_types(batch, loss_type, beta):
+    want, metrics = _trl(batch, loss_type=loss_type, beta=beta)
+    got = batch.ours(beta=beta, **AGGREGATES[loss_type])
+    batch.same(got.loss, want)
+    assert got.clip_low_fraction.item() == pytest.approx(metrics["clip_ratio/low_mean"][0])
+    assert got.clip_high_fraction.item() == pytest.approx(metrics["clip_ratio/high_mean"][0])
+    assert 0 < got.clip_low_fraction < 1
+    if beta:
+        assert got.kl.item() == pytest.approx(metrics["kl"][0])
+
+
+def test_trl_on_policy(batch):
+    want, _ = _trl(batch, loss_type="grpo", beta=0.04, old=False)
+    batch.same(batch.ours(beta=0.04, old=False, **AGGREGATES["grpo"]).loss, want)
+
+
+def test_trl_gspo(batch):
+    want, _ = _trl(batch, loss_type="grpo", level="sequence", beta=0.04)
+    batch.same(batch.ours(beta=0.04, ratio="sequence", **AGGREGATES["grpo"]).loss, want)
+
+
+def test_trl_luspo(batch):
+    # each sequence's one loss times its length, mean over sequences
+    want, _ = _trl(batch, loss_type="luspo", level="sequence")
+    batch.same(batch.ours(ratio="sequence", aggregate="constant", normalizer=B).loss, want)
+
+
+def test_trl_two_sided_clip(batch):
+    want, _ = _trl(batch, loss_type="grpo", delta=1.4)
+    batch.same(batch.ours(dual_clip=1.4, **AGGREGATES["grpo"]).loss, want)
+
+
+def test_trl_cispo_gradient_is_a_detached_weight(batch):
+    want, _ = _trl(batch, loss_type="cispo", epsilon_high=1.2)
+    ratio = (batch.logp - batch.old).exp().detach()[batch.rows]
+    weight = _weight(batch, aggregate="token", normalizer=100) * ratio.clamp(max=1.2)
+    batch.same(batch.ours(old=False, weight=weight).loss, want, value=False)
+
+
+def test_trl_sapo_gradient_is_a_detached_weight(batch):
+    want, _ = _trl(batch, loss_type="sapo")
+    ratio = (batch.logp - batch.old).exp().detach()[batch.rows]
+    temperature = torch.where(batch.advantage > 0, 1.0, 1.05)[batch.ids]
+    gate = torch.sigmoid(temperature * (ratio - 1))
+    weight = _weight(batch, **AGGREGATES["grpo"]) * 4 * gate * (1 - gate) * ratio
+    batch.same(batch.ours(old=False, weight=weight).loss, want, value=False)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_trl_advantages(scale):
+    nanstd = pytest.importorskip("trl.trainer.utils").nanstd
+    parts, weights = torch.rand(12, 2, dtype=torch.float64), torch.tensor([1.0, 0.3], dtype=torch.float64)
+    rewards = (parts * weights).nansum(1)
+    grouped = rewards.view(-1, 4)
+    want = rewards - grouped.mean(1).repeat_interleave(4)
+    if scale != "none":
+        std = nanstd(grouped, dim=1).repeat_interleave(4) if scale == "group" else nanstd(rewards)
+        want = want / (std + 1e-4)
+    got = group_advantage(parts, 4, weights=weights, scale="std" if scale == "group" else "none")
+    advantage = got.advantage / (got.reward.std() + 1e-4) if scale == "batch" else got.advantage
+    torch.testing.assert_close(advantage, want)
+
+
+def test_trl_normalize_then_sum():
+    nanstd = pytest.importorskip("trl.trainer.utils").nanstd
+    parts, weights = torch.rand(12, 2, dtype=torch.float64), torch.tensor([1.0, 0.3], dtype=torch.float64)
+    grouped = parts.view(-1, 4, 2)
+    each = (grouped - grouped.mean(1, keepdim=True)) / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
+    rewards = (each.view(-1, 2) * weights).nansum(1)
+    want = (rewards - rewards.mean()) / (nanstd(rewards) + 1e-4)
+    summed = torch.stack([group_advantage(column, 4).advantage for column in parts.T], 1) @ weights
+    torch.testing.assert_close(group_advantage(summed, 12).advantage, want)  # the whole batch as one group
+
+
+# -------------------------------------------------------------------------------------------------------------- Liger
+
+
+def _liger(batch: Batch, **settings) -> tuple[Tensor, list[Tensor]]:
+    grpo_loss = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
+    return grpo_loss.LigerFusedLinearGRPOFunction.ppo_loss_fn(
+        batch.logp, batch.mask, batch.advantage, batch.mask, ref_per_token_logps=batch.ref,
+        old_per_token_logps=batch.old, epsilon_low=LOW, epsilon_high=settings.pop("epsilon_high", HIGH),
+        max_completion_length=LONGEST, num_items_in_batch=100, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", list(AGGREGATES))
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("delta", [None, 1.4])
+def test_liger_flavours(batch, loss_type, level, delta):
+    want, metrics = _liger(batch, loss_type=loss_type, importance_sampling_level=level, beta=0.04, delta=delta)
+    got = batch.ours(beta=0.04, ratio=level, dual_clip=delta, **AGGREGATES[loss_type])
+    batch.same(got.loss, want)
+    assert got.kl.item() == pytest.approx(metrics[0].item())
+    clipped = got.clip_low_fraction + got.clip_high_fraction
+    assert clipped.item() == pytest.approx(metrics[1].item())
+
+
+def test_liger_luspo(batch):
+    want, _ = _liger(batch, loss_type="luspo", importance_sampling_level="sequence", beta=0.0)
+    batch.same(batch.ours(ratio="sequence", aggregate="constant", normalizer=B).loss, want)
+
+
+def test_liger_rollout_correction_is_a_weight(batch):
+    correction = torch.rand(B, T, dtype=torch.float64) + 0.5
+    want, _ = _liger(batch, loss_type="dapo", beta=0.0, vllm_is_ratio=correction)
+    weight = _weight(batch, aggregate="token", normalizer=100) * correction[batch.rows]
+    batch.same(batch.ours(weight=weight).loss, want)
+
+
+def test_liger_cispo_gradient_is_a_detached_weight(batch):
+    want, _ = _liger(batch, loss_type="cispo", epsilon_high=1.2, beta=0.0)
+    ratio = (batch.logp - batch.old).exp().detach()[batch.rows]
+    weight = _weight(batch, aggregate="token", normalizer=100) * ratio.clamp(max=1.2)
+    batch.same(batch.ours(old=False, weight=weight).loss, want, value=False)
+
+
+def test_liger_from_hidden_states(batch):
+    """The whole path: Liger's fused head and loss against ours, with gradients of hidden states and head."""
+    grpo_loss = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
+    hidden, head = torch.randn(B, T, 12), torch.randn(37, 12) * 0.3
+    targets = torch.randint(0, 37, (B, T))
+    grads = []
+    for peer in (True, False):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        if peer:
+            module = grpo_loss.LigerFusedLinearGRPOLoss(
+                beta=0.0, compiled=False, use_ref_model=False, chunk_size=2, loss_type="grpo", temperature=0.8
+            )
+            loss, _ = module(h, w, targets, batch.mask.float(), batch.advantage.float())
+        else:
+            logp = linear_logprob(h[batch.rows], w, targets[batch.rows], temperature=0.8).logp
+            weight = _weight(batch, **AGGREGATES["grpo"]).float()
+            loss = policy_loss(logp, batch.advantage.float(), batch.ids, weight=weight).loss
+        grads.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------- verl
+# Formulas as verl documents them (algorithm pages and docstrings of its core algorithms).
+
+
+def _verl_aggregate(matrix: Tensor, mask: Tensor, mode: str) -> Tensor:
+    tokens = mask.sum(1)
+    sequences = (tokens > 0).double()
+    if mode == "token-mean":
+        return (matrix * mask).sum() / mask.sum()
+    per_sequence = (matrix * mask).sum(1)
+    if mode == "seq-mean-token-mean":
+        per_sequence = per_sequence / (tokens + 1e-8)
+    loss = (per_sequence * sequences).sum() / sequences.sum()
+    return loss / T if mode == "seq-mean-token-sum-norm" else loss
+
+
+VERL_AGGREGATES = {
+    "token-mean": {"aggregate": "token"},
+    "seq-mean-token-mean": {"aggregate": "sequence"},
+    "seq-mean-token-sum": {"aggregate": "constant", "normalizer": B - 1},
+    "seq-mean-token-sum-norm": {"aggregate": "constant", "normalizer": (B - 1) * T},
+}
+
+
+@pytest.mark.parametrize("mode", list(VERL_AGGREGATES))
+def test_verl_clipped_loss_with_dual_clip(batch, mode):
+    a = batch.advantage.unsqueeze(1)
+    ratio = (batch.logp - batch.old).clamp(-20, 20).exp()
+    clipped = torch.maximum(-a * ratio, -a * ratio.clamp(1 - LOW, 1 + HIGH))
+    matrix = torch.where(a < 0, torch.min(-a * 1.5, clipped), clipped)
+    want = _verl_aggregate(matrix, batch.mask, mode)
+    # verl adds 1e-8 to a sequence's length, hence its value only to that
+    torch.testing.assert_close(batch.ours(dual_clip=1.5, **VERL_AGGREGATES[mode]).loss, want, rtol=1e-7, atol=1e-8)
+    if mode != "seq-mean-token-mean":
+        batch.same(batch.ours(dual_clip=1.5, **VERL_AGGREGATES[mode]).loss, want)
+
+
+@pytest.mark.parametrize(("name", "kl"), [("kl", "k1"), ("mse", "k2"), ("low_var_kl", "k3")])
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_verl_kl_losses(batch, name, kl, straight_through):
+    difference = batch.logp - batch.ref
+    assert difference.abs().max() < 2  # where verl's clamps of the estimate do not act
+    value = {"kl": difference, "mse": 0.5 * difference**2, "low_var_kl": (-difference).exp() + difference - 1}[name]
+    if straight_through:  # verl's "k1+", "k3+": value of one, gradient of k2
+        k2 = 0.5 * difference**2
+        value = k2 - k2.detach() + value.detach()
+    a, ratio = batch.advantage.unsqueeze(1), (batch.logp - batch.old).exp()
+    policy = torch.maximum(-a * ratio, -a * ratio.clamp(1 - LOW, 1 + HIGH))
+    want = _verl_aggregate(policy + 0.1 * value, batch.mask, "token-mean")
+    gradient = "k2" if straight_through else "value"
+    batch.same(batch.ours(aggregate="token", beta=0.1, kl=kl, kl_gradient=gradient).loss, want)
+
+
+def test_verl_gspo(batch):
+    log_ratio, length = batch.logp - batch.old, batch.mask.sum(1).clamp(min=1)
+    mean = ((log_ratio * batch.mask).sum(1) / length).detach().unsqueeze(1)
+    ratio = (batch.logp - batch.logp.detach() + mean).clamp(max=10).exp()
+    a = batch.advantage.unsqueeze(1)
+    matrix = torch.maximum(-a * ratio, -a * ratio.clamp(1 - LOW, 1 + HIGH))
+    per_sequence = (matrix * batch.mask).sum(1) / length
+    want = per_sequence.sum() / (batch.mask.sum(1) > 0).sum()
+    batch.same(batch.ours(ratio="sequence", aggregate="sequence").loss, want)
+
+
+def test_verl_gpg_gradient_is_the_on_policy_loss(batch):
+    want = _verl_aggregate(-batch.logp * batch.advantage.unsqueeze(1), batch.mask, "token-mean")
+    batch.same(batch.ours(old=False, aggregate="token").loss, want, value=False)
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+def test_verl_group_advantage(by_std):
+    rewards, ids = torch.rand(10, dtype=torch.float64), torch.tensor([2, 0, 0, 2, 1, 1, 0, 2, 1, 0])
+    want = torch.empty_like(rewards)
+    for i, g in enumerate(ids.tolist()):
+        members = rewards[ids == g]
+        want[i] = (rewards[i] - members.mean()) / (members.std() + 1e-6 if by_std else 1)
+    got = group_advantage(rewards, ids, scale="std" if by_std else "none", eps=1e-6)
+    torch.testing.assert_close(got.advantage, want)
+
+
+def test_verl_and_trl_rloo():
+    rewards, ids = torch.rand(10, dtype=torch.float64), torch.tensor([2, 0, 0, 2, 1, 1, 0, 2, 1, 0])
+    n = torch.bincount(ids)[ids].double()
+    want = (n * rewards - torch.bincount(ids, weights=rewards)[ids]) / (n - 1)
+    torch.testing.assert_close(group_advantage(rewards, ids, baseline="leave_one_out", scale="none").advantage, want)
+    grouped = rewards[:8].view(2, 4)  # TRL: reward minus the mean of the other generations
+    baseline = (grouped.sum(1, keepdim=True) - grouped) / 3
+    got = group_advantage(rewards[:8], 4, baseline="leave_one_out", scale="none").advantage
+    torch.testing.assert_close(got, (grouped - baseline).flatten())
+
+
+# ------------------------------------------------------------------------------------------------------ Perception-R1
+
+
+def test_perception_r1_released_loss(batch):
+    """No clip, ratio of the log-prob to itself, k3, per sequence then over sequences; std + 1e-4, unbiased."""
+    rewards = torch.rand(B, dtype=torch.float64)
+    grouped = rewards.view(-1, 3)
+    advantage = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
+    torch.testing.assert_close(group_advantage(rewards, 3).advantage, advantage)
+    batch.advantage = advantage
+    x = batch.ref - batch.logp
+    row = -((batch.logp - batch.logp.detach()).exp() * advantage.unsqueeze(1) - 0.04 * (x.exp() - x - 1))
+    live = batch.mask.sum(1) > 0  # a released completion has at least one token
+    want = ((row * batch.mask).sum(1)[live] / batch.mask.sum(1)[live]).mean()
+    batch.same(batch.ours(old=False, aggregate="sequence", beta=0.04, kl="k3").loss, want)
