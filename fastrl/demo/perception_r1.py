@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.data import load_data
-from fastrl.evaluate.run import open_policy, sample_records
+from fastrl.evaluate.run import sample_records
 from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
 from fastrl.rewards.base import unknown
-from fastrl.trainer import train
+from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
@@ -56,7 +56,7 @@ def run(
     if steps is not None:
         changes["optim.steps"] = steps
     recipe = load_recipe(f"perception-r1-{task}-tiny", changes)
-    policy = open_policy(recipe.model.path)
+    policy = load_model(recipe)
     base, _, query = recipe.data.spec.partition("?")
     difficulty = dict(pair.split("=") for pair in query.split("&")).get("difficulty", "2")
     records = load_data(f"{base}?n={held_out}&seed={HELD_OUT_SEED}&difficulty={difficulty}")
