@@ -35,6 +35,7 @@ class LoraRecipe(Section):
     targets: list[str] | str | None = (
         None  # names of linear layers, or one regular expression; none: all language linears
     )
+    also_train: list[str] = []  # modules trained whole beside the adapters (visual.merger: the projector)
 
     def spec(self) -> dict[str, Any]:
         """The mapping ``load_policy(lora=…)`` takes."""

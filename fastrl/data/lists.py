@@ -44,13 +44,10 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     return load_rows(path, query, lambda row: _record(row, recompute))
 
 
-def ranked_list(record: Record) -> RankedList:
-    """The list of a record. Raises ``ValueError`` where it has none."""
+def ranked_list(record: Record) -> RankedList | None:
+    """The list that a record brings, if it brings one."""
     found = record.target.get("list")
-    if not isinstance(found, RankedList):
-        where = record.source or record.id
-        raise ValueError(f"{where}: a record without ranked answers; use --data lists:FILE, or method.online")
-    return found
+    return found if isinstance(found, RankedList) else None
 
 
 def list_row(record: Record, images: Sequence[str], answers: Sequence[str], rewards: Sequence[float]) -> dict[str, Any]:
@@ -90,7 +87,7 @@ def _prompt_text(record: Record) -> str:
 
 def _record(row: Row, recompute: bool) -> Record | None:
     identity, prompt = row.id(), row.text("prompt")
-    images = _images(row)
+    images = record_images(row)
     answers = _answers(row)
     target, task = _target(row, images[0][1] if images else None)
     given = None if recompute else row.fields.get("rewards")
@@ -105,7 +102,7 @@ def _record(row: Row, recompute: bool) -> Record | None:
     return Record(identity, task, paths, asked, {**target, "list": RankedList(answers, rewards)})
 
 
-def _images(row: Row) -> list[tuple[Path, tuple[int, int]]]:
+def record_images(row: Row) -> list[tuple[Path, tuple[int, int]]]:
     """Every image of the row with its (width, height)."""
     name, value = row.first(("images", "image"))
     names = [value] if name == "image" and name in row.fields else value

@@ -11,7 +11,9 @@ and the step's loss is the mean over its lists (sft: over its tokens). Lists wit
 teach no order: they are skipped and counted. Each list is trained with its own rewards; the authors' released loader
 takes those of one fixed item for all of them, which is not repeated here.
 
-Lists come from the data (``--data lists:FILE``), or, online, from the present policy every few steps.
+Lists come from the data (``--data lists:FILE``). Records that bring none are trained on online: every ``online_every``
+steps, lists for the prompts of the coming steps are sampled from the policy as it then is (the rollout section says how
+many answers) and ranked by the task's reward.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from fastrl.batch import Completion, PackedBatch, PromptGroup
@@ -35,15 +37,6 @@ if TYPE_CHECKING:
     from fastrl.rewards.base import Reward
 
 
-class OnlineOptions(BaseModel):
-    """Lists from the policy as it is now, in place of the data's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    every: int = Field(1, ge=1)  # steps one sampling serves: lists are at most every - 1 updates old
-    min_gap: float = Field(0.0, ge=0)  # lists whose best - worst reward is below are skipped
-
-
 class PerPOOptions(MethodOptions):
     """Keys of ``method:`` for PerPO and its baselines. Defaults are those of the released scripts."""
 
@@ -51,7 +44,8 @@ class PerPOOptions(MethodOptions):
     beta: float = Field(0.1, gt=0)  # not read by sft
     gamma: float = Field(0.5, ge=0)  # power of the reward gaps; read by perpo alone
     score: Literal["sum", "mean"] = "sum"  # log-ratios of an answer's tokens; mean: the authors' "norm" variant
-    online: OnlineOptions | None = None  # answers per list and their length: the rollout section
+    min_gap: float = Field(0.0, ge=0)  # lists whose best - worst reward is below are skipped
+    online_every: int = Field(1, ge=1)  # online: steps one sampling serves, so lists are at most that - 1 updates old
 
 
 class PerPO:
@@ -73,12 +67,12 @@ class PerPO:
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """One group per record with its ranked answers; those that teach an order carry gradient, the rest counts."""
         metrics: dict[str, float] = {}
-        if self.options.online is not None:
-            groups, metrics = self._online_groups(records)
-        else:
+        if all(ranked_list(record) is not None for record in records):
             with self.context.clock.phase("encode"):
                 groups = [self._given_group(record) for record in records]
             self._recompute([g for g in groups if any("reward" not in c.scalars for c in g.completions)])
+        else:
+            groups, metrics = self._online_groups(records)
         chosen = [self._choose(group) for group in groups]
         used = [group for group in chosen if group is not None]
         self._weigh(groups, used)
@@ -111,7 +105,9 @@ class PerPO:
     def _given_group(self, record: Record) -> PromptGroup:
         """A record's own list, every answer with its end of turn."""
         prompt, record = self.context.policy.encode(record)
-        answers, rewards = ranked_list(record)
+        found = ranked_list(record)
+        assert found is not None
+        answers, rewards = found
         completions = [Completion(self.context.policy.encode_text(text), text=text) for text in answers]
         for completion, reward in zip(completions, rewards or (), strict=rewards is not None):
             completion.scalars["reward"] = reward
@@ -130,12 +126,11 @@ class PerPO:
 
     def _online_groups(self, records: Sequence[Record]) -> tuple[list[PromptGroup], dict[str, float]]:
         """This step's lists; every few steps, those of the coming steps are sampled all at once."""
-        online, stream = self.options.online, self.context.stream
-        assert online is not None
+        every = self.options.online_every
         metrics: dict[str, float] = {}
         if self._steps_left == 0:
-            metrics = self._sample([*records, *stream.peek((online.every - 1) * len(records))])
-            self._steps_left = online.every
+            metrics = self._sample([*records, *self.context.stream.peek((every - 1) * len(records))])
+            self._steps_left = every
         self._steps_left -= 1
         with self.context.clock.phase("encode"):
             encoded = [self.context.policy.encode(record) for record in records]
@@ -190,9 +185,8 @@ class PerPO:
     def _choose(self, group: PromptGroup) -> PromptGroup | None:
         """The group as this kind of loss sees it; None where there is nothing to learn."""
         rewards = [c.scalars["reward"] for c in group.completions]
-        least = self.options.online.min_gap if self.options.online is not None else 0.0
         gap = max(rewards) - min(rewards) if rewards else 0.0
-        if gap <= 0 or gap < least:
+        if gap <= 0 or gap < self.options.min_gap:
             return None
         best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
         chosen = {"dpo": [best, worst], "sft": [best]}.get(self.options.kind)

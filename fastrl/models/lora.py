@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,12 +19,15 @@ class Lora:
     """Low-rank adapters (arXiv:2106.09685): W + (alpha / rank) · B A on chosen linear layers.
 
     ``targets``: names of linear layers of the language model, or one regular expression over full module names.
+    ``also_train``: modules, by the last parts of their names (``visual.merger``, the projector), that are trained whole
+    beside the adapters; the reference then still computes with their first weights.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] | str = LANGUAGE_LINEARS
+    also_train: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, spec: Lora | Mapping[str, Any]) -> Lora:
@@ -36,6 +40,9 @@ class Lora:
         values = dict(spec)
         if "targets" in values and not isinstance(values["targets"], str):
             values["targets"] = tuple(values["targets"])
+        if isinstance(values.get("also_train", ()), str):
+            raise ValueError("lora: also_train must be a list of module names")
+        values["also_train"] = tuple(values.get("also_train", ()))
         return cls(**values)
 
 
@@ -46,7 +53,14 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any]) -> Any:
     lora = Lora.of(spec)
     names = "|".join(lora.targets) if not isinstance(lora.targets, str) else ""
     targets = lora.targets if isinstance(lora.targets, str) else rf".*language_model\..*\.({names})"
+    modules = [name for name, _ in core.named_modules()]
+    for wanted in lora.also_train:
+        if not any(f".{name}".endswith(f".{wanted}") for name in modules):
+            near = difflib.get_close_matches(wanted, modules, n=3, cutoff=0.4)
+            raise ValueError(f"lora.also_train: no module is called {wanted!r}; near: {', '.join(near) or 'none'}")
     options: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
+    if lora.also_train:
+        options["modules_to_save"] = list(lora.also_train)
     return get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
 
 
@@ -74,7 +88,10 @@ def freeze(core: nn.Module, patterns: Iterable[str]) -> list[str]:
 
 
 def merged_state_dict(core: nn.Module) -> dict[str, Any]:
-    """State of ``core`` with its adapters added into the weights, under the names it had before they were attached."""
+    """State of ``core`` with its adapters added into the weights, under the names it had before they were attached.
+
+    Of a module trained beside the adapters, peft keeps the first weights and the trained ones: these are taken.
+    """
     deltas = {
         name: module.get_delta_weight(adapter)  # type: ignore[operator]
         for name, module in core.named_modules()
@@ -83,8 +100,9 @@ def merged_state_dict(core: nn.Module) -> dict[str, Any]:
     }
     state = {}
     for name, value in core.state_dict().items():
-        if ".lora_" in name:
+        if ".lora_" in name or ".original_module." in name:
             continue
+        name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
         owner, _, leaf = name.rpartition(".base_layer.")
         if owner and leaf == "weight" and owner in deltas:
             value = (value.float() + deltas[owner].float()).to(value.dtype)

@@ -1,0 +1,133 @@
+"""The image-unconditional study (PerPO §4.7): the same training with and without images, before and after.
+
+A preference can be learned from the text alone: the shape of good answers, the likely places. For a perception model
+that is reward hacking, and it shows as a gain that training on blank pictures brings as well. What a method gains
+beyond that, it gains from looking.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastrl.checkpoint import CheckpointError
+from fastrl.data import load_data
+from fastrl.data.blank import BlankImages
+from fastrl.evaluate import EVALUATIONS, evaluate
+from fastrl.evaluate.run import MAX_NEW_TOKENS, sample_records
+from fastrl.recipe import Recipe, build_recipe
+from fastrl.rewards.base import unknown
+from fastrl.trainer import load_model, train
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+    from fastrl.models.load import Policy
+
+# The number the table shows of each task; "edit_distance" is better when lower
+SHOWN = {"grounding": "mean_iou", "counting": "accuracy", "detection": "AP", "ocr": "edit_distance"}
+ROWS = {"with image": False, "without image": True}
+
+
+def run_study(
+    recipe: Recipe,
+    held_out: str,
+    *,
+    out: Path | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Train twice from the same model, data, seed and steps: on the pictures, and on grey ones of their size.
+
+    Args:
+        recipe: the run; its ``data.blank_images`` and ``out`` are set here.
+        held_out: data to measure on, with a task that can be evaluated.
+        out: folder for both runs (default ``runs/study-NAME``).
+        limit: measure on the first records only.
+        max_new_tokens: longest answer (default the protocol's).
+        say: called with a line now and then.
+
+    Returns:
+        ``metric`` and ``cells``: training (``with image``, ``without image``) → ``before``, ``after`` measured on
+        pictures, and ``blank_before``, ``blank_after`` measured on grey ones; ``metrics`` has all numbers of each.
+
+    Raises:
+        ValueError: held-out records of several tasks, or of one that has no evaluation.
+        CheckpointError: the folder holds a study already.
+    """
+    started = time.perf_counter()
+    records = load_data(held_out)
+    records = records if limit is None else records[:limit]
+    task = records[0].task
+    if task not in SHOWN or task not in EVALUATIONS:
+        raise ValueError(unknown("task for a study", task, SHOWN))
+    length = max_new_tokens or MAX_NEW_TOKENS[task]
+    out = out if out is not None else Path("runs") / f"study-{recipe.name}"
+    if any((out / _folder(blank)).exists() for blank in ROWS.values()):
+        raise CheckpointError(f"{out} already holds a study: choose another --out")
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    before: dict[str, dict[str, float]] | None = None
+    for name, blank in ROWS.items():
+        values = recipe.model_dump(mode="json")
+        values["data"]["blank_images"] = blank
+        values["out"] = str(out / _folder(blank))
+        run = build_recipe(values)
+        policy = load_model(run)
+        if before is None:
+            say(f"measuring {len(records)} held-out records before training …")
+            before = _measure(policy, records, task, length)
+        say(f"training {name}: {run.optim.steps} steps …")
+        train(run, policy=policy)
+        say("measuring again …")
+        after = _measure(policy, records, task, length)
+        metrics[name] = {"before": before["seen"], "after": after["seen"]}
+        metrics[name] |= {"blank_before": before["blank"], "blank_after": after["blank"]}
+    shown = SHOWN[task]
+    return {
+        "recipe": recipe.name,
+        "task": task,
+        "metric": shown,
+        "held_out": len(records),
+        "steps": recipe.optim.steps,
+        "cells": {name: {when: row[shown] for when, row in rows.items()} for name, rows in metrics.items()},
+        "metrics": metrics,
+        "seconds": time.perf_counter() - started,
+        "out": str(out),
+    }
+
+
+def print_study(result: dict[str, Any]) -> None:
+    """The 2×2 table (training with and without image, before and after), and the same measured on grey pictures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    lower = ", lower is better" if result["metric"] == "edit_distance" else ""
+    console = Console()
+    for prefix, measured in (("", "pictures"), ("blank_", "grey pictures")):
+        title = f"{result['recipe']}: {result['metric']} of {result['held_out']} held-out {measured}{lower}"
+        table = Table(title=title)
+        table.add_column("training")
+        for column in ("before", "after", "change"):
+            table.add_column(column, justify="right")
+        for name, row in result["cells"].items():
+            old, new = row[f"{prefix}before"], row[f"{prefix}after"]
+            table.add_row(name, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+        console.print(table)
+
+
+def _folder(blank: bool) -> str:
+    return "without-image" if blank else "with-image"
+
+
+def _measure(policy: Policy, records: Sequence[Record], task: str, length: int) -> dict[str, dict[str, float]]:
+    """Metrics of greedy answers, on the pictures and on grey ones."""
+    from fastrl.rollout import Sampling
+
+    sampling = Sampling(n=1, max_new_tokens=length, temperature=0.0)
+    found = {}
+    for name, data in (("seen", records), ("blank", BlankImages(records))):
+        answered = list(sample_records(policy, data, sampling))
+        found[name] = evaluate(task, [r for r, _ in answered], [completions[0].text for _, completions in answered])
+    return found
