@@ -88,6 +88,25 @@ def test_death_while_writing_leaves_the_last_complete_one(tmp_path: Path, monkey
     checkpoint.load_checkpoint(latest, run)
 
 
+def test_death_while_dropping_an_old_one_leaves_none_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_state()
+    checkpoint.save_checkpoint(tmp_path, 1, run, keep=1)
+
+    def die(path: Path, **_: object) -> None:
+        if "dropped" in path.name:
+            raise SystemExit
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", die)
+    with pytest.raises(SystemExit):
+        checkpoint.save_checkpoint(tmp_path, 2, run, keep=1)
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000002"]
+    assert checkpoint.latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert checkpoint.latest_checkpoint(tmp_path) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -79,6 +80,7 @@ def never_stopped(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory)
 
 CHILD = """
     import os, signal, sys
+    from pathlib import Path
     sys.path.insert(0, {tests!r})
     from training import make_recipe, make_records
     from fastrl import checkpoint
@@ -87,36 +89,42 @@ CHILD = """
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    point, saved = {point!r}, []
+    point, saved, flush = {point!r}, [], checkpoint._flush
     if point == "writing":  # in the middle of the second checkpoint
-        flush = checkpoint._flush
         checkpoint._flush = lambda folder: die() if saved else (saved.append(1), flush(folder))
-    if point == "pruning":  # the second is complete, the first not yet gone
-        checkpoint.shutil.rmtree = lambda path, **_: die() if "dropped" in str(path) else None
-    def on_step(row):
-        if point == "logged" and row["step"] == 3:
-            die()
-    from pathlib import Path
     recipe = make_recipe(Path({model!r}), Path({out!r}), checkpoint__keep=1)
+    on_step = lambda row: die() if point == "logged" and row["step"] == 3 else None
     train(recipe, records=make_records(), on_step=on_step, show=False)
 """
 
 
-@pytest.mark.parametrize(("point", "kept"), [("logged", 2), ("writing", 2), ("pruning", 4)])
+@pytest.fixture(scope="module")
+def killed(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of runs that killed themselves at a point, by its name; the processes run side by side."""
+    folders = {point: tmp_path_factory.mktemp(point) for point in ("logged", "writing")}
+    started = []
+    for point, out in folders.items():
+        values = {"tests": str(HERE), "point": point, "model": str(tiny_folder("qwen2_5")), "out": str(out)}
+        script = textwrap.dedent(CHILD).format(**values)
+        started.append(subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True))
+    for process in started:
+        _, errors = process.communicate(timeout=1200)
+        assert process.returncode == -signal.SIGKILL, errors
+    return folders
+
+
+@pytest.mark.parametrize("point", ["logged", "writing"])
 def test_pain_07_kill_9_loses_at_most_the_steps_since_the_checkpoint(
-    tiny_folder: Folder, never_stopped: Path, tmp_path: Path, point: str, kept: int
+    tiny_folder: Folder, never_stopped: Path, killed: dict[str, Path], point: str
 ) -> None:
-    model, killed = tiny_folder("qwen2_5"), tmp_path / "killed"
-    script = textwrap.dedent(CHILD).format(tests=str(HERE), point=point, model=str(model), out=str(killed))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == -9, done.stderr
-    latest = checkpoint.latest_checkpoint(killed)
-    assert latest is not None
-    assert checkpoint.step_of(latest) == kept
-    summary = train(make_recipe(model, killed, checkpoint__keep=1), records=make_records(), resume=True, show=False)
+    out = killed[point]
+    assert [row["step"] for row in steady_rows(out)][-1] == {"logged": 3, "writing": 4}[point]
+    assert checkpoint.list_checkpoints(out)[-1].name == "step-00000002"
+    recipe = make_recipe(tiny_folder("qwen2_5"), out, checkpoint__keep=1)
+    summary = train(recipe, records=make_records(), resume=True, show=False)
     assert summary.steps == 4
-    same_ending(never_stopped, killed)
-    assert len(list((killed / "checkpoints").iterdir())) == (2 if kept == 4 else 1)
+    same_ending(never_stopped, out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
 
 
 def test_resume_without_a_checkpoint_begins_anew(tiny_folder: Folder, tmp_path: Path) -> None:
