@@ -8,7 +8,7 @@ from typing import Any
 
 from fastrl.rewards.base import unknown
 
-DEMOS = {"perception-r1": "fastrl.demo.perception_r1"}
+DEMOS = {"perception-r1": "fastrl.demo.perception_r1", "perpo": "fastrl.demo.perpo"}
 
 
 def run_demo(
