@@ -1,0 +1,87 @@
+"""The small models: ordinary folders, well under the size limit, made by the script that ships with them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrl.data.scenes import MAKERS, scene_record
+from fastrl.models.load import load_policy
+from fastrl.models.tiny import WEIGHTS, resolve
+from fastrl.models.tiny.build import CURRICULA, RowMaker, build, collate, orthogonalize, scene_answer, start_positions
+from fastrl.models.tiny.tokenizer import train_tokenizer
+
+SHIPPED = sorted(p.name for p in WEIGHTS.iterdir())
+
+
+def test_all_shipped_models_stay_under_12_megabytes() -> None:
+    assert SHIPPED
+    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) <= 12_000_000
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_is_an_ordinary_folder(name: str) -> None:
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(WEIGHTS / name)
+    assert config.model_type == "qwen2_5_vl"
+    assert isinstance(load_policy(resolve(f"tiny:{name}")).core, Qwen2_5_VLForConditionalGeneration)
+
+
+def test_an_unknown_name_lists_the_shipped_ones() -> None:
+    assert resolve("some/folder") == Path("some/folder")
+    with pytest.raises(ValueError, match="tiny:perception"):
+        resolve("tiny:huge")
+
+
+def test_a_box_answer_costs_few_tokens() -> None:
+    tokenizer = load_policy(resolve("tiny:perception")).tokenizer
+    for index in range(20):
+        record = scene_record("grounding", index, seed=0)
+        text = scene_answer(record)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert len(ids) == 6
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["héllo \n wörld 12345", '[{"bbox_2d": [1, 2', "Track1: a<Id1>Frame10:[3,4,5,6];</Id1>", "日本 🎈"]
+)
+def test_any_text_survives_the_tokenizer(text: str) -> None:
+    tokenizer = train_tokenizer([scene_answer(scene_record(t, i, 0)) for t in MAKERS for i in range(20)], 1000)
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_branches_see_the_start_and_themselves_only() -> None:
+    policy = load_policy(resolve("tiny:perception"))
+    make = RowMaker(CURRICULA["perception"], policy.tokenizer, policy.image_processor, scene_answer)
+    rows = [make(random.Random(i)) for i in range(2)]
+    shared = rows[0].branch.count(0)
+    image = policy.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    starts = start_positions(rows[0].ids[:shared], image, 4)
+    batch = collate(rows, starts, 0)
+    for i, row in enumerate(rows):
+        for q in range(0, len(row.ids), 7):
+            seen = {k for k in range(len(row.ids)) if batch["mask"][i, 0, q, k]}
+            assert seen == {k for k in range(q + 1) if row.branch[k] in (0, row.branch[q])}
+    prompt, _ = policy.encode(scene_record("grounding", 0, seed=0))
+    assert torch.equal(starts, prompt.positions[:, :shared])
+
+
+def test_orthogonalize_flattens_the_spectrum() -> None:
+    for shape in ((8, 20), (20, 8), (12, 12)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert 0.6 < values.min() <= values.max() < 1.3
+
+
+def test_build_writes_a_model_that_loads_and_is_reproducible(tmp_path: Path) -> None:
+    weights = []
+    for name in ("a", "b"):
+        build("perception", tmp_path / name, steps=2, rows=2, start=resolve("tiny:perception"), log=lambda _: None)
+        weights.append(load_policy(tmp_path / name).core.state_dict())
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    with pytest.raises(ValueError, match="perception"):
+        build("huge", tmp_path / "c", steps=1)
