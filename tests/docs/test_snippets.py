@@ -1,0 +1,41 @@
+"""Every Python block of the docs and the README runs as it stands.
+
+A block after the line ``<!-- skip: reason -->`` is compiled only; the reasons are a GPU or a download.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r"(?:<!-- skip: (?P<skip>[^\n]+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def snippets() -> list[object]:
+    found = []
+    for path in [*sorted((REPO / "docs").glob("*.md")), REPO / "README.md"]:
+        text = path.read_text() if path.is_file() else ""
+        for match in BLOCK.finditer(text):
+            number = text.count("\n", 0, match.start("code")) + 1
+            found.append(pytest.param(path, number, match["code"], match["skip"], id=f"{path.name}:{number}"))
+    return found
+
+
+@pytest.mark.parametrize(("path", "number", "code", "skip"), snippets())
+def test_snippet(path: Path, number: int, code: str, skip: str | None, monkeypatch, tmp_path) -> None:
+    compiled = compile("\n" * (number - 1) + code, str(path), "exec")  # errors point at the document's line
+    if skip and not ("GPU" in skip and torch.cuda.is_available()):
+        pytest.skip(skip)
+    monkeypatch.chdir(tmp_path)
+    exec(compiled, {"__name__": "__main__"})
+
+
+def test_blocks_are_found() -> None:
+    """Every fence of a Python block is one the pattern above sees, so none is silently left out."""
+    for path in (REPO / "docs").glob("*.md"):
+        text = path.read_text()
+        assert len(BLOCK.findall(text)) == len(re.findall(r"^\s*```(?:python|py)\b", text, re.MULTILINE)), path.name
