@@ -6,7 +6,9 @@ same numbers packed. Loss, gradient and metrics must agree in float64.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -335,6 +337,19 @@ def test_verl_and_trl_rloo():
     baseline = (grouped.sum(1, keepdim=True) - grouped) / 3
     got = group_advantage(rewards[:8], 4, baseline="leave_one_out", scale="none").advantage
     torch.testing.assert_close(got, (grouped - baseline).flatten())
+
+
+# --------------------------------------------------------------------------------------------------------------- docs
+
+
+def test_the_documented_example_runs_and_every_named_test_exists():
+    repo = Path(__file__).resolve().parents[2]
+    text = (repo / "docs" / "losses.md").read_text()
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(snippet, "docs/losses.md", "exec"), {})
+    for file, name in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", text):
+        source = (repo / "tests" / "kernels" / (file or "test_parity.py")).read_text()
+        assert f"def {name}(" in source, f"docs/losses.md names {name}"
 
 
 # ------------------------------------------------------------------------------------------------------ Perception-R1

@@ -169,6 +169,20 @@ def test_extremes_stay_finite():
     _check_extremes(torch.float64)
 
 
+def _check_k3_tangent(dtype):
+    """Beyond x = 20 the estimator is a line of slope exp(20) - 1, in value as in gradient."""
+    x = torch.tensor([20.0, 24.0, 30.0], dtype=dtype)
+    ones, zeros = torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype)
+    rows = policy_row_terms(-x, zeros, torch.arange(3), ones, ref_logp=zeros, beta=1.0, kl="k3")
+    slope = math.expm1(20)
+    assert rows.loss.tolist() == pytest.approx([slope - 20 + slope * (v - 20) for v in (20, 24, 30)], rel=1e-5)
+    assert rows.dlogp.tolist() == pytest.approx([-slope] * 3, rel=1e-5)
+
+
+def test_k3_goes_on_along_its_tangent():
+    _check_k3_tangent(torch.float64)
+
+
 def _check_small_kl(dtype):
     x = torch.logspace(-5, 0.5, 40, dtype=torch.float64).to(dtype)
     x = torch.cat([x, -x])
@@ -412,6 +426,8 @@ def test_kernel_without_live_rows(poisoned, n):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("check", [_check_boundaries, _check_extremes, _check_small_kl, _check_chunks])
+@pytest.mark.parametrize(
+    "check", [_check_boundaries, _check_extremes, _check_k3_tangent, _check_small_kl, _check_chunks]
+)
 def test_kernel_at_the_edges(poisoned, check):
     check(torch.float32)
