@@ -1,10 +1,11 @@
 """Triton kernels of the head: fold a slab of logits into row statistics, turn a slab into its gradient in place.
 
 The mathematics stands in ``_linear_logprob_tiles``. Forward: one program per row reads the slab once. Each lane keeps
-its own running (max, sum, weighted sum) and spends one exponential per element, ``e = exp(-|z - m|)``, which rescales
-either the sums or the new term; lanes meet once at the end, so the loop has no barrier. Backward: elementwise given the
-row's log-sum-exp; read once, written once, rounded once. Both loops run unmasked over whole blocks and masked over the
-rest, so aligned rows move in 128-bit words whatever the vocabulary size. Grids are 1-D and row offsets 64-bit.
+its own running (max, sum of the others, weighted sum) and spends one exponential per element, ``e = exp(-|z - m|)``,
+which rescales either the sums or the new term; lanes meet once at the end, so the loop has no barrier. Backward:
+elementwise given the row's log-sum-exp; read once, written once, rounded once. Both loops run unmasked over whole
+blocks and masked over the rest, so aligned rows move in 128-bit words whatever the vocabulary size. Grids are 1-D and
+row offsets 64-bit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastrl_kernels._common import AotCase
-from fastrl_kernels._numerics import expm1_tail
+from fastrl_kernels._numerics import expm1_tail, log1p_unit
 from fastrl_kernels._triton import tl, triton
 
 
@@ -49,10 +50,10 @@ def _load_logits(row_pointer, bias, columns, mask, MASKED: tl.constexpr, HAS_BIA
 
 @triton.jit
 def _fold_block(
-    m, l, w, row_pointer, bias, columns, end, softcap, scale,
+    m, r, w, row_pointer, bias, columns, end, softcap, scale,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns into each lane's running (max, sum, weighted sum), in units of log 2."""
+    """One block of columns into each lane's running (max, sum of the others, weighted sum), in units of log 2."""
     mask = columns < end
     z = _load_logits(row_pointer, bias, columns, mask, MASKED, HAS_BIAS)
     if HAS_SOFTCAP:
@@ -65,10 +66,10 @@ def _fold_block(
     e = tl.exp2(-tl.abs(d))
     up = d > 0
     if HAS_ENTROPY:
-        w = tl.where(up, e * (w - d * l), w + e * d)
-    l = tl.where(up, l * e + 1.0, l + e)
+        w = tl.where(up, e * (w - d * (r + 1.0)), w + e * d)
+    r = tl.where(up, (r + 1.0) * e, r + e)
     m = tl.where(up, z, m)
-    return m, l, w
+    return m, r, w
 
 
 @triton.jit
@@ -88,27 +89,31 @@ def linear_logprob_fold_kernel(
     bias += first_column
     lanes = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], -1.0e30, tl.float32)
-    l = tl.zeros([BLOCK], tl.float32)
+    r = tl.zeros([BLOCK], tl.float32)
     w = tl.zeros([BLOCK], tl.float32)
     full = width // BLOCK * BLOCK
     for start in range(0, full, BLOCK):  # no mask: aligned rows are read in 128-bit words whatever the vocabulary size
-        m, l, w = _fold_block(
-            m, l, w, row_pointer, bias, start + lanes, width, softcap, scale, False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY
+        m, r, w = _fold_block(
+            m, r, w, row_pointer, bias, start + lanes, width, softcap, scale, False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY
         )
     if full < width:
-        m, l, w = _fold_block(
-            m, l, w, row_pointer, bias, full + lanes, width, softcap, scale, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY
+        m, r, w = _fold_block(
+            m, r, w, row_pointer, bias, full + lanes, width, softcap, scale, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY
         )
 
     # lanes, then the slabs before this one
     seen = first_column > 0
     state += row
     m0 = tl.load(state, mask=seen, other=-1.0e30)
-    l0 = tl.load(state + state_stride, mask=seen, other=0.0)
-    top = tl.maximum(tl.max(m, 0), m0)
+    r0 = tl.load(state + state_stride, mask=seen, other=0.0)
+    here_top = tl.max(m, 0)
+    top = tl.maximum(here_top, m0)
     a = tl.exp2(m - top)
     a0 = tl.exp2(m0 - top)
-    total = tl.where(ignored, 1.0, tl.sum(l * a, 0) + l0 * a0)
+    owner = tl.min(tl.where(m == here_top, lanes, BLOCK), 0)  # the lane whose own 1 is the maximum, not one of the rest
+    rest = tl.sum(tl.where(lanes == owner, r, r + 1.0) * a, 0)
+    rest += tl.where(here_top >= m0, (r0 + 1.0) * a0, r0 + tl.exp2(here_top - top))
+    rest = tl.where(ignored, 0.0, rest)
     column = wanted - first_column
     here = (column >= 0) & (column < width)
     z = tl.load(row_pointer + column, mask=here, other=0.0).to(tl.float32)
@@ -119,21 +124,22 @@ def linear_logprob_fold_kernel(
     z_target = tl.where(here, z * scale, tl.load(state + 3 * state_stride, mask=seen, other=float("nan")))
     if HAS_ENTROPY:
         w0 = tl.load(state + 2 * state_stride, mask=seen, other=0.0)
-        weighted = tl.sum(a * (w + (m - top) * l), 0) + a0 * (w0 + (m0 - top) * l0)
+        weighted = tl.sum(a * (w + (m - top) * (r + 1.0)), 0) + a0 * (w0 + (m0 - top) * (r0 + 1.0))
     else:
         weighted = 0.0
 
     if first_column + width < n_columns:
         tl.store(state, top)
-        tl.store(state + state_stride, total)
+        tl.store(state + state_stride, rest)
         tl.store(state + 2 * state_stride, weighted)
         tl.store(state + 3 * state_stride, z_target)
     if ignored | (first_column + width == n_columns):
-        log_total = tl.log2(total)
+        small = tl.minimum(rest, 1.0)  # log(1 + rest), accurate where one token has all the mass
+        log_total = tl.where(rest < 1.0, log1p_unit(small) * 1.4426950408889634, tl.log2(1.0 + rest))
         tl.store(logp + row, tl.where(ignored, 0.0, (z_target - top - log_total) * 0.6931471805599453))
         tl.store(lse + row, tl.where(ignored, 0.0, (top + log_total) * 0.6931471805599453))
         if HAS_ENTROPY:
-            tl.store(entropy + row, tl.where(ignored, 0.0, (log_total - weighted / total) * 0.6931471805599453))
+            tl.store(entropy + row, tl.where(ignored, 0.0, (log_total - weighted / (1.0 + rest)) * 0.6931471805599453))
 
 
 @triton.jit

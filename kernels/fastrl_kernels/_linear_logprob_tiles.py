@@ -4,10 +4,10 @@ A tile holds raw logits ``s`` of some rows and a slab of vocabulary columns. Wha
 
     z = softcap * tanh((s + bias) / softcap) / temperature            (softcap and bias where given)
 
-``fold_tile`` reads a tile once and keeps, per row, the running maximum ``m``, ``l = sum exp(z - m)``,
-``w = sum exp(z - m) (z - m)`` and the target's logit. After the last slab ``logp = (z_target - m) - log l``,
-``lse = m + log l`` and ``entropy = log l - w / l``: differences to the maximum, so nothing cancels when one token takes
-all the mass or when logits are large.
+``fold_tile`` reads a tile once and keeps, per row, the running maximum ``m``, the sum ``r`` of ``exp(z - m)`` over all
+tokens but the maximal one, ``w = sum exp(z - m) (z - m)`` and the target's logit. After the last slab
+``logp = (z_target - m) - log(1 + r)``, ``lse = m + log(1 + r)`` and ``entropy = log(1 + r) - w / (1 + r)``: nothing
+cancels when one token takes all the mass (``r`` is its odds against) or when logits are large.
 
 ``differentiate_tile`` is elementwise once ``lse`` is known, so it may write over the tile. With upstream gradients
 ``g`` (of logp) and ``h`` (of entropy ``H``), ``p = exp(z - lse)``:
@@ -127,10 +127,10 @@ def _temper(s: Tensor, first: int, options: TileOptions, inverse_temperature: Te
 
 
 def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: RowTerms, state: Tensor) -> None:
-    top, total, weighted, z_target = state
+    top, rest, weighted, z_target = state
     if first_column == 0:
         top.fill_(_LOWEST)
-        total.zero_()
+        rest.zero_()
         weighted.zero_()
         z_target.fill_(math.nan)
     for start in range(0, tile.shape[1], _EAGER_BLOCK):
@@ -141,23 +141,27 @@ def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: Row
         found = z.gather(1, column.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
         z_target.copy_(torch.where(here, found, z_target))
         z.clamp_(min=_LOWEST)  # NaN stays NaN
-        new_top = torch.maximum(top, z.amax(1))
-        z.sub_(new_top[:, None])
-        shift = top - new_top
-        rescale = shift.exp()
-        e = z.exp()
+        block_top, owner = z.max(1)
+        new_top = torch.maximum(top, block_top)
+        z.sub_(block_top[:, None])
+        e = z.exp().scatter_(1, owner[:, None], 0)
+        block_rest = e.sum(1)
+        old_share, block_share = (top - new_top).exp(), (block_top - new_top).exp()
         if rows.entropy is not None:
-            before = rescale * (weighted + shift.clamp_(min=_LOWEST) * total)
-            weighted.copy_(before + z.clamp_(min=_LOWEST).mul_(e).sum(1))
-        total.mul_(rescale).add_(e.sum(1))
+            old = old_share * (weighted + (top - new_top) * (rest + 1))
+            block = block_share * (z.mul_(e).sum(1) + (block_top - new_top) * (block_rest + 1))
+            weighted.copy_(old + block)
+        ahead = torch.where(block_top >= top, block_rest, rest)  # of the side that holds the maximum
+        behind = torch.where(block_top >= top, (rest + 1) * old_share, (block_rest + 1) * block_share)
+        rest.copy_(ahead + behind)
         top.copy_(new_top)
     if first_column + tile.shape[1] == options.n_columns:
         ignored = rows.target == options.ignore_index
-        log_total = total.log()
+        log_total = rest.log1p()
         rows.logp.copy_((z_target - top - log_total).masked_fill_(ignored, 0))
         rows.lse.copy_((top + log_total).masked_fill_(ignored, 0))
         if rows.entropy is not None:
-            rows.entropy.copy_((log_total - weighted / total).masked_fill_(ignored, 0))
+            rows.entropy.copy_((log_total - weighted / (1 + rest)).masked_fill_(ignored, 0))
 
 
 def _differentiate_eager(
