@@ -76,7 +76,8 @@ class PerPO:
         chosen = [self._choose(group) for group in groups]
         used = [group for group in chosen if group is not None]
         self._weigh(groups, used)
-        return Prepared(groups=used, sampled=groups, metrics=metrics | self._counts(groups, chosen))
+        answered = [group for group in groups if group.completions]
+        return Prepared(groups=used, sampled=answered, metrics=metrics | self._counts(groups, chosen))
 
     def rows(self, batch: PackedBatch) -> Tensor | None:
         """All: which pairs pull is known only on the device."""
