@@ -144,7 +144,7 @@ def test_finished_run_can_be_made_longer_but_not_another(tiny_folder: Folder, tm
     train(make_recipe(model, tmp_path, optim__steps=1), records=make_records(), show=False)
     again = train(make_recipe(model, tmp_path, optim__steps=1), records=make_records(), resume=True, show=False)
     assert (again.steps, again.last) == (1, {})
-    with pytest.raises(CheckpointError, match=r"optim\.lr: was 0\.001, is now 0\.5"):
+    with pytest.raises(CheckpointError, match=r"optim\.lr: was 0\.001, is 0\.5"):
         train(make_recipe(model, tmp_path, optim__lr=0.5), records=make_records(), resume=True, show=False)
     with pytest.raises(ValueError, match="records was 6 and is now 5"):
         train(make_recipe(model, tmp_path, optim__steps=2), records=make_records(5), resume=True, show=False)
