@@ -6,6 +6,7 @@ Adapters, each in its own module with a ``load(path, query)`` (a new format is o
 - ``pixmo``: counts with points → counting            - ``ocr``: lines, words, pages → OCR
 - ``mot``, ``sav``, ``tracks``: tracked clips → trajectory   - ``scenes``: made-up pictures, every task
 - ``lists``: several answers to a prompt with their rewards → PerPO
+- ``captions``: pictures with reference captions     - ``reflection``: policy/critic dialogues → RePer
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ ADAPTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "sav": ("fastrl.data.tracks", "load_sav"),
         "tracks": ("fastrl.data.tracks", "load_jsonl"),
         "lists": ("fastrl.data.lists", "load"),
+        "captions": ("fastrl.data.captions", "load"),
+        "reflection": ("fastrl.data.reflection", "load"),
     }
 )
 

@@ -98,15 +98,18 @@ def read_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any] | Proble
         yield number, where, value
 
 
-def load_rows(path: str, query: Mapping[str, str], build: Build) -> Dataset:
-    """Read a row file and turn each row into a record with ``build``.
+Rows = Sequence[tuple[int, str, Mapping[str, Any] | Problem]]  # as ``read_rows`` gives them
+
+
+def load_rows(path: str, query: Mapping[str, str], build: Build, given: Rows | None = None) -> Dataset:
+    """Read a row file (or take its rows as ``given``) and turn each row into a record with ``build``.
 
     ``build`` returns a record, ``LeftOut``, or None after noting problems on the row. ``seed`` shuffles; ``limit``
     stops after that many records, and rows behind it are not looked at.
     """
     file = Path(path)
     limit, seed = int_option(query, "limit", path, 1), int_option(query, "seed", path)
-    rows = ordered(list(read_rows(file)), seed)
+    rows = ordered(list(read_rows(file)) if given is None else given, seed)
     names = (row.get(name, "") for _, _, row in rows if isinstance(row, Mapping) for name in IMAGE_FIELDS)
     folder = Path(query["images"]) if "images" in query else find_image_folder(file, names)
     if not folder.is_dir():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fastrl.data.records import Record
+from fastrl.evaluate.caption import evaluate_caption
 from fastrl.evaluate.coco import evaluate_detection
 from fastrl.evaluate.counting import evaluate_counting
 from fastrl.evaluate.ocr import evaluate_ocr
@@ -20,6 +21,7 @@ EVALUATIONS: dict[str, Callable[[Sequence[Record], Sequence[str]], dict[str, flo
     "counting": evaluate_counting,
     "detection": evaluate_detection,
     "ocr": evaluate_ocr,
+    "caption": evaluate_caption,
 }
 
 
@@ -29,6 +31,8 @@ def evaluate(task: str, records: Sequence[Record], answers: Sequence[str]) -> di
     - grounding: ``acc@0.5 acc@0.75 acc@0.95 mean_iou``
     - counting: ``accuracy``
     - detection: ``AP AP50 AP75`` (−1 where the data holds no object, as pycocotools says it)
+    - caption: ``score capture``, ``object_precision … relation_f1``, ``false_facts false_captions chair_i chair_s`` (see
+      ``evaluate_caption``)
     - ocr: ``edit_distance`` (lower is better) ``f1 precision recall bleu meteor``
 
     and always ``n`` (answers) and ``unparsable`` (answers in which nothing could be read). Coordinates are read in each

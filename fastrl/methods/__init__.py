@@ -7,8 +7,9 @@ from typing import get_args
 from fastrl.methods.base import Clock, Context, Method, MethodOptions, Prepared
 from fastrl.methods.perception_r1 import PerceptionR1
 from fastrl.methods.perpo import PerPO
+from fastrl.methods.reper import RePer
 
-METHODS: tuple[type[Method], ...] = (PerceptionR1, PerPO)
+METHODS: tuple[type[Method], ...] = (PerceptionR1, PerPO, RePer)
 
 __all__ = [
     "METHODS",
@@ -19,6 +20,7 @@ __all__ = [
     "PerPO",
     "PerceptionR1",
     "Prepared",
+    "RePer",
     "kinds",
     "method_for",
 ]

@@ -1,0 +1,38 @@
+"""What captions say and how much of it is true: a rule-based parser, fact matching, and CHAIR's object hallucination.
+
+``parse_caption(text)`` gives objects, attributes and relations; ``compare`` and ``weighted_f1`` score them against
+``truth_of(record)``; ``chair`` counts COCO objects that are not in the picture.
+"""
+
+from fastrl.captions.chair import Chair, chair, mentioned_categories
+from fastrl.captions.match import (
+    CAPTURE_WEIGHTS,
+    REPER_WEIGHTS,
+    TYPES,
+    Match,
+    Similarity,
+    Truth,
+    compare,
+    embedding_similarity,
+    truth_of,
+    weighted_f1,
+)
+from fastrl.captions.parse import Facts, parse_caption
+
+__all__ = [
+    "CAPTURE_WEIGHTS",
+    "REPER_WEIGHTS",
+    "TYPES",
+    "Chair",
+    "Facts",
+    "Match",
+    "Similarity",
+    "Truth",
+    "chair",
+    "compare",
+    "embedding_similarity",
+    "mentioned_categories",
+    "parse_caption",
+    "truth_of",
+    "weighted_f1",
+]

@@ -1,0 +1,167 @@
+"""Facts of a caption against true ones: exact, then synonym, then soft matching; precision, recall and F1 by type.
+
+CAPTURE's structure (its public metric code): matches of each stage are taken out before the next; soft matching adds
+the largest similarity of what is left, on the candidate's side to precision, on the reference's side to recall. A type
+that neither side mentions is left out and the weights of the others stand for all (CAPTURE's ε would count it as
+wrong).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from fastrl.captions.coco import PHRASES
+from fastrl.captions.parse import Facts, parse_caption
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+
+TYPES = ("objects", "attributes", "relations")
+REPER_WEIGHTS: Mapping[str, float] = MappingProxyType({"objects": 5.0, "attributes": 2.0, "relations": 2.0})
+CAPTURE_WEIGHTS: Mapping[str, float] = MappingProxyType({"objects": 0.5, "attributes": 0.5, "relations": 0.2})
+# Attributes that say the same; objects take COCO's groups, relations are normalised when read.
+_SAME = (
+    "large big huge giant massive",
+    "small little tiny miniature",
+    "gray grey silver",
+    "gold golden",
+    "wooden wood",
+)
+_GROUP = {word: group.split()[0] for group in _SAME for word in group.split()}
+
+# Phrases × phrases → similarities in [0, 1], one row for each of the first
+Similarity = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a picture shows, as one or more sets of facts that a caption is compared with (their scores are averaged).
+
+    ``exact``: the facts are the picture's own, every thing once; a caption that names a thing twice invents one. Facts
+    read from reference captions say what is there, not how often.
+    """
+
+    facts: tuple[Facts, ...]
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Match:
+    """Precision, recall and F1 of one type of facts; ``wrong``: what the caption states and the truth does not."""
+
+    precision: float
+    recall: float
+    f1: float
+    stated: int
+    wrong: tuple[Any, ...] = ()
+    missing: tuple[Any, ...] = ()
+
+
+def truth_of(record: Record) -> Truth:
+    """The truth of a caption record: its own facts where it has them, else those read from its references.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    target = record.target
+    if all(kind in target for kind in TYPES):
+        listed = {kind: target[kind] for kind in TYPES}
+        facts = Facts(
+            tuple(listed["objects"]),
+            tuple((o, a) for o, a in listed["attributes"]),
+            tuple((a, r, b) for a, r, b in listed["relations"]),
+        )
+        return Truth((facts,), exact=True)
+    references = target.get("references")
+    if not references:
+        where = record.source or record.id
+        raise ValueError(f"{where}: rule scores need references, or objects, attributes and relations, in the target")
+    return Truth(tuple(parse_caption(text) for text in references), exact=False)
+
+
+def compare(caption: Facts, truth: Truth, similarity: Similarity | None = None) -> dict[str, Match]:
+    """Each type's match, averaged over the truth's sets of facts; types that nobody mentions are left out."""
+    found: dict[str, list[Match]] = {}
+    for reference in truth.facts:
+        for kind in TYPES:
+            stated, true = getattr(caption, kind), getattr(reference, kind)
+            if not truth.exact:
+                stated, true = tuple(dict.fromkeys(stated)), tuple(dict.fromkeys(true))
+            if stated or true:
+                found.setdefault(kind, []).append(_match(stated, true, similarity))
+    return {kind: _mean(matches) for kind, matches in found.items()}
+
+
+def weighted_f1(matches: Mapping[str, Match], weights: Mapping[str, float] = REPER_WEIGHTS) -> float:
+    """Weighted mean of the F1 of the types that occur, in [0, 1]; 0 where none does."""
+    total = sum(weights[kind] for kind in matches)
+    return sum(weights[kind] * match.f1 for kind, match in matches.items()) / total if total else 0.0
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two facts of one type mean the same: synonyms, or one phrase inside the other by whole words."""
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if a == b or _canonical(a) == _canonical(b):
+        return True
+    first, second = f" {a} ", f" {b} "
+    return first in second or second in first
+
+
+def embedding_similarity(model: Any) -> Similarity:
+    """Soft matching by a sentence-transformers model (anything with ``encode``): cosines, cut at 0."""
+    import torch
+
+    def similarity(a: Sequence[str], b: Sequence[str]) -> list[list[float]]:
+        first, second = (torch.as_tensor(model.encode(list(texts))).float() for texts in (a, b))
+        first, second = (t / t.norm(dim=-1, keepdim=True).clamp(min=1e-12) for t in (first, second))
+        return (first @ second.T).clamp(0, 1).tolist()
+
+    return similarity
+
+
+def _canonical(word: str) -> str:
+    return PHRASES.get(tuple(word.split()), None) or _GROUP.get(word, word)
+
+
+def _match(stated: Sequence[Any], true: Sequence[Any], similarity: Similarity | None) -> Match:
+    wrong, missing = list(stated), list(true)
+    for equal in (lambda a, b: a == b, same):
+        for fact in list(wrong):
+            partner = next((i for i, other in enumerate(missing) if equal(fact, other)), None)
+            if partner is not None:
+                wrong.remove(fact)
+                del missing[partner]
+    right = float(len(stated) - len(wrong))
+    soft_stated = soft_true = 0.0
+    if similarity is not None and wrong and missing:
+        table = similarity([_phrase(f) for f in wrong], [_phrase(f) for f in missing])
+        soft_stated = sum(max(row) for row in table)
+        soft_true = sum(max(column) for column in zip(*table, strict=True))
+    precision = (right + soft_stated) / len(stated) if stated else 0.0
+    recall = (right + soft_true) / len(true) if true else 0.0
+    return Match(precision, recall, _f1(precision, recall), len(stated), tuple(wrong), tuple(missing))
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _mean(matches: Sequence[Match]) -> Match:
+    if len(matches) == 1:
+        return matches[0]
+    n = len(matches)
+    wrong = [fact for fact in matches[0].wrong if all(fact in m.wrong for m in matches)]  # true in no reference
+    missing = [fact for fact in matches[0].missing if all(fact in m.missing for m in matches)]
+    precision, recall, f1 = (sum(getattr(m, name) for m in matches) / n for name in ("precision", "recall", "f1"))
+    return Match(precision, recall, f1, matches[0].stated, tuple(wrong), tuple(missing))
+
+
+def _phrase(fact: Any) -> str:
+    """A fact as a phrase: "red square", "dog on bench"."""
+    if isinstance(fact, str):
+        return fact
+    return f"{fact[1]} {fact[0]}" if len(fact) == 2 else " ".join(fact)

@@ -1,0 +1,69 @@
+"""Critics: ``open_critic("rule" | "model:DIR" | "http:URL")`` → something that scores answers and says why.
+
+- ``rule[?feedback=request|score|reason]``: facts of the caption against the record's truth
+- ``model:DIR``: any image-text model folder with the rubric prompt
+- ``http:URL[?model=NAME&…]``: an OpenAI-compatible chat endpoint (``https:`` too)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from fastrl.critics.base import Case, Critic, CriticError, Critique, Turn
+from fastrl.critics.rule import RuleCritic
+from fastrl.data.validate import nearest
+
+KINDS = ("rule", "model", "http", "https")
+
+__all__ = ["Case", "Critic", "CriticError", "Critique", "RuleCritic", "Turn", "open_critic"]
+
+
+def open_critic(spec: str, *, cache: Path | None = None) -> Critic:
+    """The critic a spec names.
+
+    Args:
+        spec: ``kind[:where][?key=value&…]``. Keys of ``rule``: ``feedback``; of ``model``: ``attempts``,
+            ``max_new_tokens``; of ``http``: ``model``, ``timeout``, ``retries``, ``concurrency``, ``key_env``.
+        cache: folder in which an http critic keeps every reply (default ``critic-cache``).
+
+    Raises:
+        ValueError: an unknown kind or key, or a value that does not fit.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind.partition("?")[0] == "rule":
+        kind, rest = "rule", spec
+    if kind not in KINDS:
+        raise ValueError(f"unknown critic {spec!r}{nearest(kind, KINDS)}; a spec is rule, model:DIR or http:URL")
+    where, _, query = rest.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if kind == "rule":
+        return RuleCritic(**_typed(spec, options, {"feedback": str}))
+    if kind == "model":
+        from fastrl.critics.model import ModelCritic
+        from fastrl.evaluate.run import open_policy
+
+        typed = _typed(spec, options, {"attempts": int, "max_new_tokens": int})
+        return ModelCritic(open_policy(where), **typed)
+    from fastrl.critics.http import HttpCritic
+
+    kinds = {"model": str, "timeout": float, "retries": int, "concurrency": int, "key_env": str}
+    return HttpCritic(_address(kind, where), cache=cache or Path("critic-cache"), **_typed(spec, options, kinds))
+
+
+def _address(kind: str, where: str) -> str:
+    """``http:URL`` with the URL written out, or the URL itself (``http://host/v1``)."""
+    return where if where.startswith(("http://", "https://")) else f"{kind}:{where}"
+
+
+def _typed(spec: str, options: dict[str, str], kinds: dict[str, type]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in kinds:
+            raise ValueError(f"critic {spec!r}: unknown key {key!r}{nearest(key, kinds)}")
+        try:
+            found[key] = kinds[key](value)
+        except ValueError:
+            raise ValueError(f"critic {spec!r}: {key} must be a {kinds[key].__name__}, got {value!r}") from None
+    return found

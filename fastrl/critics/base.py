@@ -1,0 +1,66 @@
+"""What a critic is: cases in, a score in [0, 1] and words about it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from fastrl.metrics import question_of
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+
+
+class CriticError(RuntimeError):
+    """The critic cannot score anything more (out of reach, refused, misconfigured)."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer of the policy with what the critic made of it; ``score`` None: it could not be scored."""
+
+    answer: str
+    score: float | None = None  # in [0, 1]
+    feedback: str = ""
+    problem: str = ""  # why there is no score
+
+
+@dataclass(frozen=True)
+class Case:
+    """An answer to score: the record has the picture, the question and, for rules, the truth."""
+
+    record: Record
+    answer: str
+    history: tuple[Turn, ...] = ()  # earlier answers with their feedback, oldest first
+
+    @property
+    def question(self) -> str:
+        return question_of(self.record.messages[:1])
+
+
+@dataclass(frozen=True)
+class Critique:
+    """A critic's word on one case; ``score`` None with a ``problem`` where it gave none that could be read."""
+
+    score: float | None
+    feedback: str = ""
+    problem: str = ""
+
+
+class Critic(Protocol):
+    """Anything that scores answers.
+
+    ``rules``: whether scores come from rules, whose dialogues carry requests without reasons and whose filters are
+    other ones (RePer §3.2).
+    """
+
+    rules: bool
+
+    def score(self, cases: Sequence[Case]) -> list[Critique]:
+        """One critique per case, in order.
+
+        Raises:
+            CriticError: nothing can be scored any more. A reply that cannot be read is a critique without a score.
+        """
+        ...

@@ -1,0 +1,95 @@
+"""Reference captions: ``captions:FILE`` → caption records, from COCO's caption JSON or from rows.
+
+- COCO's ``captions_*.json``: one record per image with its captions as references. Query key ``instances`` names the
+  matching instance JSON, whose categories then count as being in the picture (for CHAIR).
+- JSONL (or a JSON list): ``{"image": …, "references": [str, …], "prompt"?: str, "objects"?: [str, …], "id"?}``;
+  ``captions`` and ``human_captions`` are read as ``references`` too.
+
+Other query keys: ``images`` (folder), ``limit``, ``seed``, ``prompt`` (the question; default RePer's). With
+``images=none`` records have no picture, for scoring captions that exist already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastrl.data import rows
+from fastrl.data.records import Dataset, Record, question
+from fastrl.data.rows import IMAGE_FIELDS, LeftOut, load_rows, read_text
+from fastrl.data.validate import Row, fail, short
+
+KEYS = (*rows.KEYS, "instances", "prompt")
+REFERENCES = ("references", "captions", "human_captions")
+
+
+def load(path: str, query: Mapping[str, str]) -> Dataset:
+    """Read a file of reference captions. Raises ``DataError`` for an unreadable file or option."""
+    pictures = query.get("images") != "none"
+    plain = {k: v for k, v in query.items() if pictures or k != "images"}
+    is_coco = path.endswith(".json") and not read_text(Path(path)).lstrip().startswith("[")
+    given = _coco_rows(path, query.get("instances")) if is_coco else None
+    return load_rows(path, plain, lambda row: _record(row, query.get("prompt"), pictures), given)
+
+
+def _record(row: Row, prompt: str | None, pictures: bool) -> Record | LeftOut | None:
+    identity = row.id()
+    name, value = row.first(REFERENCES)
+    image = row.image(*IMAGE_FIELDS) if pictures else None
+    if name not in row.fields:
+        row.fail("missing field", f"no {' or '.join(REFERENCES)}")
+    elif not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+        row.fail("wrong type", f"{name} must be a list of captions, got {short(value)}")
+    objects = row.fields.get("objects", [])
+    if not isinstance(objects, list) or not all(isinstance(o, str) for o in objects):
+        row.fail("wrong type", f"objects must be a list of names, got {short(objects)}")
+    if row.problems or (pictures and image is None):
+        return None
+    if not value:
+        return LeftOut("no references", "has no reference captions")
+    words = row.fields.get("prompt", prompt)
+    asked = question("caption", images=int(pictures), prompt=words if isinstance(words, str) and words else None)
+    target: dict[str, Any] = {"references": list(value)}
+    if objects:
+        target["objects"] = list(objects)
+    return Record(identity, "caption", (image[0],) if image else (), asked, target)
+
+
+def _coco_rows(path: str, instances: str | None) -> rows.Rows:
+    """COCO caption JSON as rows: one per image that has captions."""
+    captions = _read_json(path)
+    said: dict[Any, list[str]] = {}
+    for entry in captions["annotations"]:
+        said.setdefault(entry["image_id"], []).append(" ".join(entry["caption"].split()))
+    objects: dict[Any, list[str]] = {}
+    if instances is not None:
+        found = _read_json(instances)
+        names = {c["id"]: c["name"] for c in found["categories"]}
+        for entry in found["annotations"]:
+            objects.setdefault(entry["image_id"], []).append(names[entry["category_id"]])
+    return [
+        (
+            n,
+            f"{path}:image {image['id']}",
+            {
+                "id": str(image["id"]),
+                "image": image["file_name"],
+                "references": said[image["id"]],
+                "objects": sorted(set(objects.get(image["id"], []))),
+            },
+        )
+        for n, image in enumerate(captions["images"])
+        if image["id"] in said
+    ]
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        value = json.loads(read_text(Path(path)))
+    except ValueError as error:
+        raise fail(path, "unreadable JSON", f"unreadable JSON: {error}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("annotations"), list):
+        raise fail(path, "wrong type", "expected COCO JSON: an object with images and annotations")
+    return value
