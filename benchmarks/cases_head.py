@@ -21,7 +21,7 @@ from fastrl_kernels.token_logprob import token_logprob
 
 SHAPES = {  # completions, tokens each, hidden, vocabulary, scratch bytes of ours
     "tiny": (4, 9, 32, 257, 1 << 16),
-    "cpu": (8, 64, 256, 32768, 16 << 20),
+    "cpu": (8, 32, 256, 32768, 8 << 20),
     "gpu": (64, 256, 2048, 151936, 1 << 30),
 }
 TRL_COLUMNS = 32768  # the vocabulary tile its trainers use

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="PATTERN", help="cases whose name contains or matches this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="[results/DEVICE.json; with --only or --quick: none]")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="figure [beside the JSON]")
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 15")
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9 (CPU) or 15 (GPU)")
     args = parser.parse_args(argv)
     device = default_device()
     try:
@@ -142,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     target = args.json
+    rounds = 3 if args.quick else 15 if device.type == "cuda" else 9
     peaks = device_peaks(device)
     report = environment(device) | {"peaks": peaks, "cases": []}
     if target is None and args.only is None and not args.quick:
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{report['device']['name']}, {report['threads']} threads, commit {report['commit']}")
     print(f"{'case':46} {'':22} {'ms':>10} {'cold ms':>10} {'floor':>7} {'peak MiB':>10} {'ratio':>8}")
     for case in chosen:
-        row = run_case(case, device, peaks, 3 if args.quick else 15)
+        row = run_case(case, device, peaks, rounds)
         report["cases"].append(row)
         print("\n".join(line(row, name, result) for name, result in row["results"].items()), flush=True)
         if target is not None:  # after every case: a run that is cut short leaves what it had

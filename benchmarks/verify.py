@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results" / "verify.json"
 
 
 def jobs() -> list[tuple[str, str | None]]:
-    """(method, task) of every demo; a demo with several tasks lists them in its module's ``METRICS``."""
+    """(method, task) of every demo; a demo with tasks lists them in its module's ``TASKS`` or ``METRICS``."""
     from fastrl.demo import DEMOS
 
     return [

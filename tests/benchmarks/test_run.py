@@ -1,0 +1,180 @@
+"""Measuring, the results file, the printed lines, the figure, the ahead-of-time table and the demos' table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import aot_table, measure, plot, run, verify
+from benchmarks.case import Case
+
+CPU = torch.device("cpu")
+PEAKS = {"flops": {"float32": 1e11}, "bytes_per_s": 1e10}
+
+
+def fail(x: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    raise RuntimeError("no such luck\nsecond line")
+
+
+def case(**changes: Any) -> Case:
+    fields: dict[str, Any] = {
+        "name": "double/it",
+        "op": "double",
+        "shape": {"N": 1000},
+        "make": lambda device: {"x": torch.ones(1000, device=device)},
+        "ours": lambda x: (x["x"] * 2,),
+        "peers": {"off by half": lambda x: (x["x"] + 0.5 * x["x"],), "absent": None, "broken": fail},
+        "bytes": 8000.0,
+    }
+    return Case(**fields | changes)
+
+
+@pytest.fixture(scope="module")
+def row() -> dict[str, Any]:
+    return run.run_case(case(), CPU, PEAKS, rounds=3)
+
+
+def test_a_row_says_what_was_measured_and_what_was_not(row: dict[str, Any]) -> None:
+    ours, peer = row["results"]["fastrl"], row["results"]["off by half"]
+    assert ours["rounds"] == 3
+    assert ours["ratio"] == 1
+    assert ours["difference"] == 0
+    assert peer["difference"] == pytest.approx(0.25)
+    assert peer["ratio"] == pytest.approx(peer["seconds"] / ours["seconds"])
+    assert row["floor_seconds"] == pytest.approx(8000 / 1e10)
+    assert ours["percent_of_floor"] == pytest.approx(100 * row["floor_seconds"] / ours["seconds"])
+    assert ours["peak_bytes"] in range(4000, 8001)  # one result of 4000 bytes
+    assert peer["peak_bytes"] >= 8000  # a temporary beside it
+    assert "missing" in row["results"]["absent"]
+    assert row["results"]["broken"] == {"error": "RuntimeError: no such luck"}
+
+
+def test_the_floor_is_the_slower_of_matmul_and_traffic() -> None:
+    found = run.run_case(case(flops=1e6, peers={}), CPU, PEAKS, rounds=1)
+    assert found["floor_seconds"] == pytest.approx(1e-5)
+
+
+def test_reset_comes_before_every_call() -> None:
+    def ours(x: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        x["x"] *= 2
+        return (x["x"],)
+
+    changed = case(ours=ours, peers={"same": ours}, reset=lambda x: x["x"].fill_(1))
+    assert run.run_case(changed, CPU, PEAKS, rounds=2)["results"]["same"]["difference"] == 0
+
+
+def test_rounds_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    measure.interleaved(calls, CPU, 2, reset=lambda: order.append("reset"))
+    assert order == ["reset", "a", "reset", "b"] * 2
+
+
+def test_lines_and_environment(row: dict[str, Any]) -> None:
+    lines = [run.line(row, name, result) for name, result in row["results"].items()]
+    assert lines[0].startswith("double/it")
+    assert lines[1].rstrip().endswith("x")
+    assert "not installed" in lines[2]
+    assert "no such luck" in lines[3]
+    found = run.environment(CPU)
+    assert str(torch.__version__).startswith(found["versions"]["torch"].split("+")[0])
+    assert {"device", "threads", "load", "commit", "modified", "date"} <= set(found)
+
+
+def test_command_writes_results_and_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(run, "cases", lambda size, only: [case(), case(name="other/one", peers={})])
+    monkeypatch.setattr(run, "device_peaks", lambda device: PEAKS)
+    monkeypatch.setattr(run, "default_device", lambda: CPU)
+    assert run.main(["--quick", "--json", str(tmp_path / "out.json")]) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [found["name"] for found in written["cases"]] == ["double/it", "other/one"]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert "double/it" in capsys.readouterr().out
+    monkeypatch.setattr(run, "cases", lambda size, only: [case(ours=fail)])
+    assert run.main(["--quick"]) == 1
+
+
+def test_peaks_are_measured_where_no_table_has_them() -> None:
+    found = measure.device_peaks(CPU)
+    assert found["source"].startswith("measured")
+    assert found["flops"]["float32"] > 1e8
+    assert found["bytes_per_s"] > 1e7
+
+
+def test_figure_needs_a_measured_peer(tmp_path: Path) -> None:
+    (tmp_path / "empty.json").write_text(json.dumps({"cases": []}))
+    with pytest.raises(ValueError, match="no case with a measured peer"):
+        plot.plot(tmp_path / "empty.json")
+
+
+def test_ahead_of_time_table() -> None:
+    one = {"name": "k/a", "arch": 80, "warps": 4, "registers": 32, "stack": 0, "spills": 0, "shared": 0}
+    one |= {"instructions": 99, "barriers": 0}
+    payload = {"triton": "3.7.1", "kernels": [one, one | {"arch": 90, "registers": 40}]}
+    document = f"before\n{aot_table.BEGIN}\nold\n{aot_table.END}\nafter\n"
+    found = aot_table.embed(document, payload)
+    assert "| `k/a` | 4 | 32 / 0 / 99 | 40 / 0 / 99 | 0 |" in found
+    assert "old" not in found
+    assert found.startswith("before\n")
+    assert found.endswith("after\n")
+    assert aot_table.embed(found, payload) == found
+    with pytest.raises(ValueError, match="aot table"):
+        aot_table.embed("no marks", payload)
+
+
+def result(seed: int, before: float, after: float, task: str | None = "grounding") -> dict[str, Any]:
+    scores = {"metric": "iou", "before": before, "after": after, "seconds": 100.0 + seed}
+    return {"method": "perception-r1", "task": task, "seed": seed, **scores}
+
+
+def test_demo_table_has_every_run_and_the_mean_over_seeds() -> None:
+    lines = verify.table([result(0, 0.2, 0.5), result(1, 0.2, 0.7), result(0, 0.5, 0.4, "counting")]).splitlines()
+    assert len(lines) == 6
+    assert " ".join(lines[3].split()) == "perception-r1 grounding iou mean 0.200 0.600 +0.400 ± 0.141 100"
+    assert lines[5].split()[-2:] == ["-0.100", "100"]
+
+
+def test_verify_fails_where_a_demo_fails_or_does_not_improve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    outcomes = {0: (0.1, 0.3), 1: (0.3, 0.3)}
+
+    def fake(method: str, task: str | None, seed: int, out: Path) -> dict[str, Any]:
+        if seed == 2:
+            raise RuntimeError("demo fell over")
+        return result(seed, *outcomes[seed], task)
+
+    monkeypatch.setattr(verify, "run_demo", fake)
+    monkeypatch.setattr(verify, "jobs", lambda: [("perception-r1", "grounding"), ("perception-r1", "counting")])
+    target = tmp_path / "verify.json"
+    assert verify.main(["--only", "grounding", "--seeds", "0", "--json", str(target)]) == 0
+    assert json.loads(target.read_text())["results"] == [result(0, 0.1, 0.3)]
+    assert verify.main(["--only", "counting", "--json", str(target)]) == 1
+    printed = capsys.readouterr().out
+    assert "demo fell over" in printed
+    assert "seed 1: worse" in printed
+
+
+def test_verify_knows_every_demo() -> None:
+    from fastrl.demo import DEMOS
+
+    assert {method for method, _ in verify.jobs()} == set(DEMOS)
+    assert ("perception-r1", "counting") in verify.jobs()
+
+
+def test_a_demo_is_read_from_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Done:
+        returncode = 0
+        stdout = 'a table\n{"metric": "iou", "before": 0.1, "after": 0.2, "seconds": 3}\n'
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(verify.subprocess, "run", lambda command, **_: seen.append(command) or Done)
+    assert verify.run_demo("perpo", None, 2, tmp_path)["after"] == 0.2
+    assert seen[0][seen[0].index("--out") + 1] == str(tmp_path / "perpo-2")
+    monkeypatch.setattr(Done, "stdout", "no result")
+    with pytest.raises(RuntimeError, match="demo perpo  seed 2: exit status 0, no result"):
+        verify.run_demo("perpo", None, 2, tmp_path)
