@@ -12,18 +12,23 @@ BEGIN, END = "<!-- aot table: begin -->", "<!-- aot table: end -->"
 
 
 def table(payload: dict[str, Any]) -> str:
-    """Markdown: a line per kernel and configuration; registers, shared bytes and instructions per architecture."""
-    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    """Markdown, a line per kernel: the range over its configurations of registers, shared bytes and instructions."""
+    kernels: dict[str, list[dict[str, Any]]] = {}
     for row in payload["kernels"]:
-        by_name.setdefault(row["name"], {})[row["arch"]] = row
+        kernels.setdefault(row["name"].split("/")[0], []).append(row)
     architectures = sorted({row["arch"] for row in payload["kernels"]})
-    head = ["kernel/configuration", "warps", *(f"sm_{arch}" for arch in architectures), "spills"]
+    head = ["kernel", "configurations", *(f"sm_{arch}" for arch in architectures), "spills"]
     lines = [" | ".join(head), " | ".join(["---", *["--:"] * (len(head) - 1)])]
-    for name, rows in by_name.items():
-        cells = [f"{r['registers']} / {r['shared']} / {r['instructions']}" for r in (rows[a] for a in architectures)]
-        spills = sum(row["spills"] + row["stack"] for row in rows.values())
-        lines.append(" | ".join([f"`{name}`", str(next(iter(rows.values()))["warps"]), *cells, str(spills)]))
+    for name, rows in kernels.items():
+        cells = [_cell([row for row in rows if row["arch"] == arch]) for arch in architectures]
+        spills = sum(row["spills"] + row["stack"] for row in rows)
+        lines.append(" | ".join([f"`{name}`", str(len({row["name"] for row in rows})), *cells, str(spills)]))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cell(rows: list[dict[str, Any]]) -> str:
+    ends = [(min(r[key] for r in rows), max(r[key] for r in rows)) for key in ("registers", "shared", "instructions")]
+    return " / ".join(str(low) if low == high else f"{low}–{high}" for low, high in ends)
 
 
 def embed(document: str, payload: dict[str, Any]) -> str:

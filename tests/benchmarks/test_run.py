@@ -114,10 +114,11 @@ def test_figure_needs_a_measured_peer(tmp_path: Path) -> None:
 def test_ahead_of_time_table() -> None:
     one = {"name": "k/a", "arch": 80, "warps": 4, "registers": 32, "stack": 0, "spills": 0, "shared": 0}
     one |= {"instructions": 99, "barriers": 0}
-    payload = {"triton": "3.7.1", "kernels": [one, one | {"arch": 90, "registers": 40}]}
+    other = one | {"name": "k/b", "registers": 64, "spills": 3}
+    payload = {"triton": "3.7.1", "kernels": [one, other, one | {"arch": 90, "registers": 40}]}
     document = f"before\n{aot_table.BEGIN}\nold\n{aot_table.END}\nafter\n"
     found = aot_table.embed(document, payload)
-    assert "| `k/a` | 4 | 32 / 0 / 99 | 40 / 0 / 99 | 0 |" in found
+    assert "| `k` | 2 | 32–64 / 0 / 99 | 40 / 0 / 99 | 3 |" in found
     assert "old" not in found
     assert found.startswith("before\n")
     assert found.endswith("after\n")
