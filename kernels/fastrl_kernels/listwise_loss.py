@@ -76,7 +76,6 @@ def listwise_kernel(
     top = tl.max(tl.where(live_j, r_j, float("-inf")))
     bottom = tl.min(tl.where(live_j, r_j, float("inf")))
     widest = tl.where(top > bottom, 0.5 * top - 0.5 * bottom, 1.0)  # halves: the difference itself may overflow
-    row_loss = tl.zeros([ROWS], tl.float32)
     loss = tl.zeros([ITEMS], tl.float32)
     grad = tl.zeros([ITEMS], tl.float32)
     total = tl.zeros([ITEMS], tl.float32)
@@ -97,7 +96,9 @@ def listwise_kernel(
             raised = tl.where(after, tl.exp(tl.where(after, s_j[None, :] - largest[:, None], 0.0)), 0.0)
             sums = tl.where(live_i, tl.sum(raised, 1), 1.0)
             grad += tl.sum(raised / sums[:, None], 0)
-            row_loss += tl.where(live_i, largest - s_i + tl.log(sums), 0.0)
+            # on the tile's diagonal: a [ROWS] accumulator would cost a layout change through shared memory
+            own = tl.where(pair & (i[:, None] == j[None, :]), (largest - s_i + tl.log(sums))[:, None], 0.0)
+            loss += tl.sum(own, 0)
         else:
             gap = r_j[None, :] - r_i[:, None]
             apart = pair & (r_j[None, :] != r_i[:, None])
@@ -109,7 +110,7 @@ def listwise_kernel(
             loss += tl.sum(weight * softplus(-lead), 0)
             grad += tl.sum(-sign * weight * sigmoid(-lead), 0)
     if LISTMLE:
-        value = tl.sum(row_loss)
+        value = tl.sum(loss)
         slope = grad - 1.0
     else:
         pairs = tl.sum(total)  # every pair twice, in the loss too
