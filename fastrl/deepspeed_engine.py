@@ -107,6 +107,10 @@ class DeepSpeedEngine:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
         self.updates = int(client["updates"])
 
+    def gradient_of(self, parameter: Tensor) -> None:
+        """DeepSpeed keeps gradients in buffers of its own."""
+        return None
+
     def gathered(self) -> AbstractContextManager[None]:
         """Parameters are whole up to ZeRO 2."""
         return nullcontext()

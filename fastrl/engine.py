@@ -52,6 +52,10 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> None: ...
 
+    def gradient_of(self, parameter: Tensor) -> Tensor | None:
+        """The float32 gradient :meth:`step` will read, zeros where there is none yet; None: this engine shows none."""
+        ...
+
     def gathered(self) -> AbstractContextManager[None]:
         """Inside: the head's weight is whole (it always is up to ZeRO 2)."""
         ...
@@ -168,6 +172,16 @@ class LocalEngine:
         self.clear()
         self.updates += 1
         return StepInfo(grad_norm=grad_norm, lr=float(self._adamw.param_groups[0]["lr"]))
+
+    def gradient_of(self, parameter: Tensor) -> Tensor | None:
+        """The float32 gradient of a trained parameter (None: it is not trained)."""
+        name = next((n for n, p in self._parameters.items() if p is parameter), None)
+        if name is None:
+            return None
+        master = self._masters[name]
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        return master.grad
 
     def clear(self) -> None:
         """Forget all gradients."""

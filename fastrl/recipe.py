@@ -103,12 +103,15 @@ class OptimRecipe(Section):
     clip_norm: float | None = Field(1.0, gt=0)
     updates_per_batch: int = Field(1, ge=1)  # 1: strictly on-policy
     token_budget: int = Field(8192, ge=1)  # tokens of one micro-batch; a group is never split
+    row_local_head: bool = False  # gradients of head and loss made in the forward: 3 matmuls over the vocabulary, not 4
     groups: list[ParameterGroup] = []  # the first that matches a parameter sets its lr and weight decay
 
     @model_validator(mode="after")
     def _momenta(self) -> OptimRecipe:
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        if self.row_local_head and self.updates_per_batch > 1:
+            raise ValueError("row_local_head gives no log-probs to keep as old ones: it needs updates_per_batch: 1")
         return self
 
 

@@ -153,6 +153,8 @@ class Run:
             average=self.engine.average,
         )
         self.method: Method = method_for(recipe.method)(recipe.method, self.context)
+        if recipe.optim.row_local_head and not hasattr(self.method, "row_local_loss"):
+            raise ValueError(f"optim.row_local_head: method {recipe.method.kind} has no row-local loss")
         if self.method.needs_reference and recipe.model.lora is None:
             self.policy.make_reference()
         # Features of a frozen vision tower are the same for every pass of a step, the reference's among them.
@@ -236,22 +238,14 @@ class Run:
         for index, batch in enumerate(batches):
             with self.engine.gathered():
                 packed = batch.packed.to(self.policy.device)
-                rows = self.method.rows(batch.packed)  # of the batch on the host: no wait for the device
-                result = self.policy.logprob(
-                    packed,
-                    temperature=self.method.temperature,
-                    return_entropy=self.method.needs_entropy,
-                    rows=rows.to(packed.device) if rows is not None else None,
-                    features=self._vision(batch, packed),
-                )
-                loss, metrics = self.method.loss(result.logp, result.entropy, packed)
+                loss, metrics, logp = self._loss(batch, packed)
                 self.engine.backward(loss * batch.scale, last=index == len(batches) - 1)
             losses.append(loss.detach())
             if batch.scale:
-                gap = sampler_gap(result.logp, packed) if first else {}
+                gap = sampler_gap(logp, packed) if first and logp is not None else {}
                 meter.add(metrics | gap, len(packed.targets))
-            if keep_old:  # the weights have not moved since the rollout: these are the old log-probs, at no extra pass
-                batch.packed.per_token["old_logp"] = result.logp.detach()
+            if keep_old and logp is not None:  # the weights have not moved since the rollout: these are the old ones
+                batch.packed.per_token["old_logp"] = logp.detach()
         total = torch.stack(losses).double().cpu()
         bad = [b for b, finite in zip(batches, total.isfinite().tolist(), strict=True) if not finite]
         if bad:
@@ -261,6 +255,26 @@ class Run:
         except NonFiniteError as error:
             raise TrainingError(_not_finite(str(error), number, batches)) from None
         return float((total * torch.tensor([b.scale for b in batches], dtype=torch.float64)).sum()), info
+
+    def _loss(self, batch: _Batch, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Loss and metrics of a micro-batch, and its log-probs (None where the head gave its gradients at once)."""
+        features = self._vision(batch, packed)
+        rows = self.method.rows(batch.packed)  # of the batch on the host: no wait for the device
+        rows = rows.to(packed.device) if rows is not None else None
+        if self.recipe.optim.row_local_head and batch.scale:
+            hidden, weight = self.policy.hidden(packed, features=features), self.policy.head_weight
+            head = {"head_grad": self.engine.gradient_of(weight), "grad_scale": batch.scale}
+            loss, metrics = self.method.row_local_loss(hidden, weight, packed, rows, **head)  # type: ignore[attr-defined]
+            return loss, metrics, None
+        result = self.policy.logprob(
+            packed,
+            temperature=self.method.temperature,
+            return_entropy=self.method.needs_entropy,
+            rows=rows,
+            features=features,
+        )
+        loss, metrics = self.method.loss(result.logp, result.entropy, packed)
+        return loss, metrics, result.logp
 
     def _counts(self, prepared: Prepared, batches: Sequence[_Batch], info: StepInfo | None) -> dict[str, Any]:
         """Reward, advantage and length metrics, what was consumed, and the optimizer's numbers."""

@@ -12,16 +12,17 @@ per rollout, so that ρ = 1 and the clip never acts; both are covered here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from fastrl_kernels.group_advantage import group_advantage
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastrl.batch import PackedBatch, PromptGroup
 from fastrl.methods.base import Context, MethodOptions, Prepared, set_token_weights
-from fastrl_kernels.policy_loss import policy_loss
+from fastrl_kernels.group_advantage import group_advantage
+from fastrl_kernels.linear_policy_loss import linear_policy_loss
+from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
@@ -111,6 +112,23 @@ class PerceptionR1:
     def loss(self, logp: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped policy loss of one micro-batch (see :func:`grpo_loss`)."""
         return grpo_loss(logp, entropy, batch, self.options)
+
+    def row_local_loss(
+        self, hidden: Tensor, head_weight: Tensor, batch: PackedBatch, rows: Tensor | None, **head: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`loss` straight from hidden states, with the gradients made in the forward (recipe: row_local_head)."""
+        result = linear_policy_loss(
+            hidden,
+            head_weight,
+            batch.targets,
+            batch.per_completion["advantage"],
+            batch.completion_of_token,
+            temperature=self.temperature,
+            rows=rows,
+            **_loss_arguments(batch, self.options),
+            **head,
+        )
+        return result.loss, _loss_metrics(result)
 
     def _sample(self, records: Sequence[Record]) -> list[PromptGroup]:
         """Encode each record once and sample its answers."""
@@ -219,28 +237,32 @@ def grpo_loss(
         The loss (a scalar that sums over micro-batches to the step's) and metrics: ``kl``, ``clip/low``, ``clip/high``,
         ``ratio/mean``, ``ratio/max``, ``entropy``.
     """
-    result = policy_loss(
-        logp,
-        batch.per_completion["advantage"],
-        batch.completion_of_token,
-        old_logp=batch.per_token.get("old_logp"),
-        ref_logp=batch.per_token["ref_logp"] if options.beta > 0 else None,
-        weight=batch.per_token["weight"],
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        dual_clip=options.dual_clip,
-        beta=options.beta,
-        kl=options.kl,
-        kl_gradient=options.kl_gradient,
-        ratio=options.ratio,
-    )
-    metrics = {
+    advantage, completion = batch.per_completion["advantage"], batch.completion_of_token
+    result = policy_loss(logp, advantage, completion, **_loss_arguments(batch, options))
+    metrics = _loss_metrics(result)
+    if entropy is not None and entropy.numel():
+        metrics["entropy"] = entropy.detach().mean()
+    return result.loss, metrics
+
+
+def _loss_arguments(batch: PackedBatch, options: PerceptionR1Options) -> dict[str, Any]:
+    """What the policy loss takes from the batch's coefficients and the method's options."""
+    return {
+        "old_logp": batch.per_token.get("old_logp"),
+        "ref_logp": batch.per_token["ref_logp"] if options.beta > 0 else None,
+        "weight": batch.per_token["weight"],
+        **{
+            name: getattr(options, name)
+            for name in ("clip_low", "clip_high", "dual_clip", "beta", "kl", "kl_gradient", "ratio")
+        },
+    }
+
+
+def _loss_metrics(result: PolicyLoss) -> dict[str, Tensor]:
+    return {
         "kl": result.kl,
         "clip/low": result.clip_low_fraction,
         "clip/high": result.clip_high_fraction,
         "ratio/mean": result.ratio_mean,
         "ratio/max": result.ratio_max,
     }
-    if entropy is not None and entropy.numel():
-        metrics["entropy"] = entropy.detach().mean()
-    return result.loss, metrics
