@@ -63,8 +63,10 @@ def test_reset_comes_before_every_call() -> None:
         x["x"] *= 2
         return (x["x"],)
 
-    changed = case(ours=ours, peers={"same": ours}, reset=lambda x: x["x"].fill_(1))
-    assert run.run_case(changed, CPU, PEAKS, rounds=2)["results"]["same"]["difference"] == 0
+    peers = {"same": ours, "triple": lambda x: (3 * x["x"],)}
+    found = run.run_case(case(ours=ours, peers=peers, reset=lambda x: x["x"].fill_(1)), CPU, PEAKS, rounds=2)
+    assert found["results"]["same"]["difference"] == 0
+    assert found["results"]["triple"]["difference"] == 0.5  # ours kept its 2 although the input was reset
 
 
 def test_rounds_take_turns() -> None:
