@@ -23,6 +23,7 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 using f64x4 = double __attribute__((vector_size(32)));
 using i64x4 = int64_t __attribute__((vector_size(32)));
 using f32x4 = float __attribute__((vector_size(16)));
+using i32x4 = int32_t __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 8;  // every inner loop takes two f64x4 a turn, so rows are padded to a multiple of 8
 
 #define FASTRL_INLINE inline __attribute__((always_inline))
@@ -82,7 +83,7 @@ struct Progress {
 // memory ran out.
 template <class Scratch, class Work>
 int for_each_problem(int64_t n, int threads, double steps_per_problem, const Work& work) {
-  // A thread costs some 50 us to start, 1e6 inner-loop steps take some 400 us: one more thread for each such load.
+  // A thread costs some 50 us to start, 1e6 inner-loop steps take some 300 us: one more thread for each such load.
   const int64_t useful = 1 + static_cast<int64_t>(static_cast<double>(n) * steps_per_problem / 1e6);
   const int64_t count = useful < threads ? useful : threads;
   const int64_t share = count > 0 ? n / (count * 8) : n;

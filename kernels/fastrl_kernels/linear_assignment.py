@@ -214,8 +214,7 @@ def _launch(
 # ---- operator --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastrl::linear_assignment", mutates_args=())
-def _op(cost: Tensor, n_rows: Tensor | None, n_cols: Tensor | None, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _solve(cost: Tensor, n_rows: Tensor | None, n_cols: Tensor | None, maximize: bool) -> tuple[Tensor, Tensor, Tensor]:
     if cost.shape[0] == 0:
         return _op_fake(cost, n_rows, n_cols, maximize)  # nothing to fill in
     if use_triton(cost) and cost.dtype != torch.float64:
@@ -224,6 +223,9 @@ def _op(cost: Tensor, n_rows: Tensor | None, n_cols: Tensor | None, maximize: bo
         return _native.linear_assignment(cost, n_rows, n_cols, maximize)
     out = linear_assignment_reference(cost, n_rows=n_rows, n_cols=n_cols, maximize=maximize)
     return out.match, out.total, out.status
+
+
+_op = torch.library.custom_op("fastrl::linear_assignment", _solve, mutates_args=())
 
 
 @_op.register_fake
@@ -258,7 +260,8 @@ def linear_assignment(
     Exact: CPU solves in float64; a GPU in float32 (integers below 2^24 exactly, else optimal up to rounding of path
     sums, relative to the largest cost). Keep finite costs below 1e37 in magnitude (1e307 in float64): sums that
     overflow count as forbidden. Deterministic: the same input gives the same matching. Where several matchings are
-    optimal, CPU and GPU may return different ones.
+    optimal, paths may return different ones; on CPU, problems at least twice as long as wide break ties as SciPy
+    nearly always does: shorter side in order, free lines first, then the lowest index.
 
     Args:
         cost: ``[B, n, m]`` float32, bfloat16, float16, or float64 (CPU only), any strides.
@@ -274,7 +277,9 @@ def linear_assignment(
         ValueError, TypeError: wrong shape, dtype or device; float64 or more than 4096 lines on a GPU; ``strict``.
     """
     n_rows, n_cols = _check_arguments(cost, n_rows, n_cols)
-    out = Assignment(*_op(cost.detach(), n_rows, n_cols, bool(maximize)))
+    cost = cost.detach()
+    run = _solve if _native.direct(cost) else _op
+    out = Assignment(*run(cost, n_rows, n_cols, bool(maximize)))
     if strict and bool((out.status != OK).any()):
         first = int((out.status != OK).nonzero()[0])
         raise ValueError(
