@@ -1,8 +1,8 @@
 """One import of Triton for the whole library.
 
-Kernel files write ``from fastrl_kernels._triton import HAS_TRITON, tl, triton``. Where Triton is not installed a stand-in
-lets the modules import: decorated kernels become objects that raise when launched, and every public function takes its
-CPU path instead.
+Kernel files write ``from fastrl_kernels._triton import HAS_TRITON, tl, triton``. Where Triton is not installed a
+stand-in lets the modules import: decorated kernels become objects that raise when launched, and every public function
+takes its CPU path instead.
 """
 
 from __future__ import annotations
