@@ -15,6 +15,8 @@ if importlib.util.find_spec("typer") is None:  # the kernel library alone is ins
 
 import typer  # noqa: E402
 
+from fastrl.data.records import PROMPTS  # noqa: E402
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -29,6 +31,7 @@ app.add_typer(tiny_app, name="tiny")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 Data = Annotated[str | None, typer.Option("--data", metavar="SPEC", help="adapter:path[?key=value&…]")]
 Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Hugging Face folder, or tiny:NAME.")]
+Blank = Annotated[bool, typer.Option("--blank-images", help="Grey pictures of the same size in place of the data's.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and skip bad rows instead of refusing the data.")]
 
 
@@ -56,6 +59,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder [runs/NAME].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
     skip_bad: SkipBad = False,
+    blank_images: Blank = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
 ) -> None:
     """Train as a recipe says."""
@@ -65,6 +69,8 @@ def train(
     changes: dict[str, Any] = {"data.spec": data, "model.path": model, "out": str(out) if out else None}
     if skip_bad:
         changes["data.skip_bad"] = True
+    if blank_images:
+        changes["data.blank_images"] = True
     named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
     summary = run(load_recipe(recipe, [*named, *(overrides or [])]), resume=resume)
     _say(f"step {summary.steps}, {summary.seconds:.0f} s, {summary.out / 'metrics.jsonl'}")
@@ -84,10 +90,31 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer [the protocol's].")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate the first N records.")] = None,
     skip_bad: SkipBad = False,
+    blank_images: Blank = False,
+    reflect: Annotated[int | None, typer.Option(min=1, help="Captions: this many turns with a critic.")] = None,
+    critic: Annotated[str, typer.Option(metavar="SPEC", help="With --reflect: rule, model:DIR or http:URL")] = "rule",
     out: Annotated[Path | None, typer.Option(help="Write answers and metrics to this JSONL file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model, or answers from a file, with the papers' protocols."""
+    if reflect is not None:
+        from fastrl.reflect import evaluate_reflection
+
+        if task != "caption" or model is None or predictions is not None or blank_images:
+            raise ValueError("--reflect goes with eval caption --model DIR, and neither predictions nor blank images")
+        metrics = evaluate_reflection(
+            data,
+            model=model,
+            critic=critic,
+            turns=reflect,
+            max_new_tokens=max_new_tokens,
+            limit=limit,
+            skip_bad=skip_bad,
+            out=out,
+            say=_say,
+        )
+        _print_metrics(metrics, as_json)
+        return
     from fastrl.evaluate.run import run_evaluation
 
     metrics = run_evaluation(
@@ -99,14 +126,11 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         limit=limit,
         skip_bad=skip_bad,
+        blank_images=blank_images,
         out=out,
         say=_say,
     )
-    if as_json:
-        _print_json(metrics)
-    else:
-        for name, value in metrics.items():
-            print(f"{name:>14}  {value:.4f}" if isinstance(value, float) else f"{name:>14}  {value}")
+    _print_metrics(metrics, as_json)
 
 
 @app.command()
@@ -121,18 +145,156 @@ def doctor(as_json: Json = False) -> None:
         print_report(found)
 
 
+@build_app.command(name="perpo")
+def build_perpo(
+    task: Annotated[str, typer.Option(help="grounding or ocr")],
+    model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
+    data: Annotated[str, typer.Option(metavar="SPEC", help="adapter:path[?key=value&…]")],
+    out: Annotated[Path, typer.Option(help="JSONL of ranked lists; an unfinished one is gone on with.")],
+    n: Annotated[int | None, typer.Option(help="Answers per prompt [grounding 20, ocr 5].")] = None,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    min_gap: Annotated[float | None, typer.Option(help="Least best − worst reward [grounding 0.8, ocr 0.04].")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer [grounding 128, ocr 2048].")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Sample answers, score them, and keep the lists whose best and worst are far apart (PerPO)."""
+    from fastrl.build.perpo import build_lists, make_options
+
+    options = make_options(
+        task,
+        model,
+        data,
+        n=n,
+        temperature=temperature,
+        min_gap=min_gap,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        seed=seed,
+        skip_bad=skip_bad,
+    )
+    summary = build_lists(options, out, say=_say)
+    if as_json:
+        _print_json({**summary, "out": str(out)})
+        return
+    print(f"{summary['kept']} lists of {summary['prompts']} prompts in {out} ({summary['seconds']:.0f} s)")
+    for kind in ("dropped", "answers"):
+        print(f"{kind}: " + (", ".join(f"{why} {count}" for why, count in summary[kind].items()) or "none"))
+    print(f"mean reward of the kept lists: best {summary['mean_best']:.3f}, worst {summary['mean_worst']:.3f}")
+
+
+@build_app.command(name="reper")
+def build_reper(
+    model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
+    critic: Annotated[str, typer.Option(metavar="SPEC", help="rule, model:DIR or http:URL")],
+    data: Annotated[str, typer.Option(metavar="SPEC", help="adapter:path[?key=value&…]")],
+    out: Annotated[Path, typer.Option(help="JSONL of dialogues; an unfinished one is gone on with.")],
+    temperatures: Annotated[str, typer.Option(help="One caption at each.")] = "0,0.2,0.4,0.6,0.8,1,1.2,1.4",
+    min_best: Annotated[float | None, typer.Option(help="Least best score [0.9; rule 0.55].")] = None,
+    min_gap: Annotated[float | None, typer.Option(help="Least best − worst score [0.4; rule 0.2].")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling and of the dialogues.")] = 0,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Caption pictures at several temperatures, score the captions, and make dialogues from bad to good (RePer)."""
+    from fastrl.build.reper import BuildOptions, build_dialogues, parse_temperatures
+
+    options = BuildOptions(
+        model=model,
+        data=data,
+        critic=critic,
+        temperatures=parse_temperatures(temperatures),
+        min_best=min_best,
+        min_gap=min_gap,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        limit=limit,
+        skip_bad=skip_bad,
+    )
+    summary = build_dialogues(options, out, say=_say)
+    if as_json:
+        _print_json({**summary, "out": str(out)})
+        return
+    print(f"{summary['kept']} dialogues of {summary['pictures']} pictures in {out} ({summary['seconds']:.0f} s)")
+    for kind in ("turns", "dropped", "captions"):
+        print(f"{kind}: " + (", ".join(f"{why} {count}" for why, count in sorted(summary[kind].items())) or "none"))
+    print(f"mean score of the kept pictures: best {summary['mean_best']:.3f}, worst {summary['mean_worst']:.3f}")
+
+
+@app.command(name="reflect")
+def reflect_command(
+    model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
+    critic: Annotated[str, typer.Option(metavar="SPEC", help="rule, model:DIR or http:URL")],
+    image: Annotated[Path, typer.Option(help="The picture.")],
+    question: Annotated[str, typer.Option(help="What is asked about it.")] = PROMPTS["caption"],
+    turns: Annotated[int, typer.Option(min=1, help="Answers; all are given.")] = 3,
+    stop_at: Annotated[float | None, typer.Option(help="Stop early at an answer of at least this score.")] = None,
+    reference: Annotated[list[str] | None, typer.Option(help="A true caption (rule critic; repeatable).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Let a model answer, a critic score and explain, and the model answer again (RePer)."""
+    from fastrl.reflect import reflect_on_image
+
+    result = reflect_on_image(
+        image,
+        question,
+        model=model,
+        critic=critic,
+        turns=turns,
+        references=reference or (),
+        max_new_tokens=max_new_tokens,
+        stop_at=stop_at,
+        say=_say if as_json else print,
+    )
+    if as_json:
+        _print_json(result)
+    if result["error"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def study(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")],
+    held_out: Annotated[str, typer.Option("--held-out", metavar="SPEC", help="What to measure on.")],
+    data: Data = None,
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of both runs [runs/study-NAME].")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first N records.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer [the protocol's].")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train with and without images, and print both before and after: does what was learned need the image?"""
+    from fastrl.recipe import load_recipe
+    from fastrl.study import print_study, run_study
+
+    changes = {"data.spec": data, "model.path": model}
+    named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
+    chosen = load_recipe(recipe, [*named, *(overrides or [])])
+    result = run_study(chosen, held_out, out=out, limit=limit, max_new_tokens=max_new_tokens, say=_say)
+    print_study(result)
+    if as_json:
+        _print_json(result)
+
+
 @tiny_app.command(name="build")
 def tiny_build(
-    kind: Annotated[str, typer.Argument(help="perception or video")],
+    kind: Annotated[str, typer.Argument(help="perception, language or video")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    steps: Annotated[int, typer.Option(min=1)] = 1700,
+    steps: Annotated[int, typer.Option(min=1)] = 1500,
     rows: Annotated[int, typer.Option(min=1, help="Scenes per step.")] = 16,
+    start: Annotated[Path | None, typer.Option("--from", help="Teach this model further.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Build a small Qwen2.5-VL and teach it the scene tasks (about an hour on two CPU cores)."""
+    """Build a small Qwen2.5-VL and teach it the scene tasks (25 minutes on one CPU core)."""
     from fastrl.models.tiny.build import build
 
-    build(kind, out, steps=steps, rows=rows, seed=seed, log=_say)
+    build(kind, out, steps=steps, rows=rows, seed=seed, start=start, log=_say)
 
 
 def main() -> None:
@@ -147,6 +309,15 @@ def main() -> None:
     except ModuleNotFoundError as error:
         sys.stderr.write(f"error: {error.name} is not installed; {MISSING}\n")
         raise SystemExit(2) from None
+
+
+def _print_metrics(metrics: dict[str, float], as_json: bool) -> None:
+    if as_json:
+        _print_json(metrics)
+        return
+    width = max(14, *(len(name) for name in metrics))
+    for name, value in metrics.items():
+        print(f"{name:>{width}}  {value:.4f}" if isinstance(value, float) else f"{name:>{width}}  {value}")
 
 
 def _say(text: str) -> None:

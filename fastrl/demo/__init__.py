@@ -8,7 +8,7 @@ from typing import Any
 
 from fastrl.rewards.base import unknown
 
-DEMOS = {"perception-r1": "fastrl.demo.perception_r1", "perpo": "fastrl.demo.perpo"}
+DEMOS = {"perception-r1": "fastrl.demo.perception_r1", "perpo": "fastrl.demo.perpo", "reper": "fastrl.demo.reper"}
 
 
 def run_demo(

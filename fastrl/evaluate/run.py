@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastrl.data import load_data
+from fastrl.data.blank import BlankImages
 from fastrl.data.records import Record
 from fastrl.evaluate import EVALUATIONS, evaluate, load_predictions
 from fastrl.rewards.base import unknown
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fastrl.rollout import Sampling
 
 # Longest answer of each protocol (Perception-R1's released evaluation code)
-MAX_NEW_TOKENS = {"grounding": 512, "counting": 512, "detection": 4096, "ocr": 2048}
+MAX_NEW_TOKENS = {"grounding": 512, "counting": 512, "detection": 4096, "ocr": 2048, "caption": 1024}
 PORTION = 64  # prompts encoded and answered together; bounds the pixels held at once
 
 
@@ -58,10 +59,13 @@ def run_evaluation(
     max_new_tokens: int | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
+    blank_images: bool = False,
     out: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Metrics of a model (greedy answers) or of a predictions file on the data named by ``spec``.
+
+    With ``blank_images`` the model sees grey pictures of the same size: what it scores then it knows from the text.
 
     Raises:
         ValueError: an unknown task, not exactly one of ``model`` and ``predictions``, bad data or other records.
@@ -74,6 +78,10 @@ def run_evaluation(
     if data.skipped:
         say(f"skipped {data.skipped} bad rows")
     records: Sequence[Record] = data if limit is None else data[:limit]
+    if blank_images and predictions is not None:
+        raise ValueError("--blank-images changes what a model sees: give --model, not --predictions")
+    if blank_images:
+        records = BlankImages(records)
     if predictions is not None:
         seen, answers = load_predictions(predictions, records, frame=frame)
     else:

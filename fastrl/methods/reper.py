@@ -38,11 +38,12 @@ class RePerOptions(MethodOptions):
 
     kind: Literal["reper"] = "reper"
     alpha: float = Field(10.0, ge=0)
-    sigma: Literal["score", "one"] = "score"  # one: every turn counts as perfect, which is supervised fine-tuning
+    # score: as the file has it; best: over the dialogue's best score, so that its last answer is only pulled up; one:
+    # every turn counts as perfect, which is supervised fine-tuning
+    sigma: Literal["score", "best", "one"] = "score"
     level: Literal["token", "sequence"] = "token"  # of the probability in log(1 − π)
-    # turn: mean over a turn's tokens, a dialogue's turns, then dialogues; token: over all answer tokens; sum:
-    # summed over
-    # tokens and turns, as eq. 2 is written, mean over dialogues
+    # turn: mean over a turn's tokens, a dialogue's turns, then dialogues; token: over all answer tokens; sum: over
+    # dialogues alone, as eq. 2 is written
     aggregate: Literal["turn", "token", "sum"] = "turn"
     turns: Literal["all", "last"] = "all"  # last: earlier answers are context only
 
@@ -86,7 +87,9 @@ class RePer:
             replace(record, messages=dialogue_messages(record.messages, _without_last_feedback(turns)))
         )
         turn = completion.per_token["turn"]
-        score = torch.tensor([t.score for t in turns] if self.options.sigma == "score" else [1.0] * len(turns))
+        score = torch.tensor([1.0 if self.options.sigma == "one" else t.score for t in turns])
+        if self.options.sigma == "best":
+            score = score / score.max().clamp(min=1e-6)
         completion.per_token["sigma"] = torch.where(turn >= 0, score[turn.clamp(min=0)], 0.0)
         if self.options.turns == "last":
             completion.per_token["mask"] = (turn == len(turns) - 1).float()

@@ -107,6 +107,21 @@ class Encoder:
         completion.per_token = {"mask": (turn_of_token >= 0).float(), "turn": turn_of_token}
         return prompt, completion, record
 
+    def encode_continuation(self, record: Record) -> Tensor:
+        """Ids [T] int64 of a dialogue's last assistant turn and of what leads to the next one (feedback and all).
+
+        Appended to the prompt of the dialogue before that turn, they make the prompt of the dialogue as it stands:
+        how a
+        session goes on without reading the image and the history again.
+
+        Raises:
+            EncodeError: as ``encode``, and for a dialogue without an assistant turn or one that ends with it.
+        """
+        pieces = self._pieces(record, generate=True)
+        if len(pieces) < 3 or record.messages[-1]["role"] == "assistant":
+            raise EncodeError(f"{_name(record)}: only a dialogue with an answer and what was said to it can go on")
+        return torch.cat([self._tokens(text) for text, _ in pieces[-2:]])
+
     def encode_answer(self, text: str) -> Tensor:
         """Ids [T] int64 of one assistant turn's text with its end of turn."""
         return self._tokens(self._control.sub(" ", text) + self.end_of_turn)

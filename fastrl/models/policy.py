@@ -102,6 +102,10 @@ class Policy:
         """See ``Encoder.encode_dialogue``: a dialogue that ends with the assistant, as prompt and one masked branch."""
         return self.encoder.encode_dialogue(record, max_prompt_tokens=max_prompt_tokens)
 
+    def encode_continuation(self, record: Record) -> Tensor:
+        """See ``Encoder.encode_continuation``: the ids by which a session goes on after an answer and its feedback."""
+        return self.encoder.encode_continuation(record)
+
     def encode_text(self, text: str) -> Tensor:
         """Ids [T] int64 of an answer, with the end of turn. Control tokens inside ``text`` become a space."""
         return self.encoder.encode_answer(text)

@@ -208,6 +208,9 @@ def test_options_choose_turns_and_sigma(tiny_folder: Callable[[str], Path]) -> N
     live = completion.per_token["weight"] > 0
     assert set(completion.per_token["turn"][live].tolist()) == {2}
     assert set(completion.per_token["sigma"][live].tolist()) == {1.0}
+    best = RePer(make(sigma="best"), context(policy)).prepare([dialogue_record()]).groups[0].completions[0]
+    sigma = [float(best.per_token["sigma"][best.per_token["turn"] == n].mean()) for n in range(3)]
+    assert sigma == pytest.approx([0.2 / 0.95, 0.5 / 0.95, 1.0])
     with pytest.raises(ValueError, match="reflection:FILE"):
         RePer(make(), context(policy)).prepare([replace(dialogue_record(), target={})])
 

@@ -1,0 +1,101 @@
+"""A JSONL file built portion by portion, resumable to the byte.
+
+After each portion the file grows by whole lines and the summary beside it (``NAME.summary.json``) is replaced in one
+step; it says where the file then ended, so that a build that was stopped, however it was, goes on from its last whole
+portion and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastrl.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+
+Tally = dict[str, Any]  # JSON values; what became of the records so far
+
+
+def build_portions(
+    out: Path,
+    options: Mapping[str, Any],
+    portions: int,
+    work: Callable[[int, Tally], list[str]],
+    start: Tally,
+    *,
+    after: Callable[[int, Tally], None] = lambda portion, tally: None,
+) -> Tally:
+    """Build ``out``, or go on with it.
+
+    Args:
+        out: the file.
+        options: what the build does; one begun with other options does not go on.
+        portions: their number; work: lines of a portion, counting into the tally; start: the tally of nothing.
+        after: called after each portion with its number and the tally.
+
+    Returns:
+        The tally at the end.
+
+    Raises:
+        ValueError: ``out`` exists and is not a build's, or one with other options.
+    """
+    done, size, tally = _resume(out, options, start)
+    if done >= portions:
+        return tally
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("r+b" if out.exists() else "w+b") as file:
+        file.truncate(size)
+        file.seek(size)
+        for portion in range(done, portions):
+            lines = work(portion, tally)
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            state = {
+                "done": portion + 1 == portions,
+                "options": dict(options),
+                "portions": portion + 1,
+                "bytes": file.tell(),
+                "tally": tally,
+            }
+            write_atomically(out.with_suffix(".summary.json"), json.dumps(state, indent=1) + "\n")
+            after(portion, tally)
+    return tally
+
+
+def image_names(record: Record, number: int, out: Path) -> list[str]:
+    """How a built file names a record's images; pictures that are no files are written beside it (``NAME.images``)."""
+    names = []
+    home = out.parent.resolve()
+    for place, image in enumerate(record.images):
+        if isinstance(image, Path | str):
+            path = Path(image).resolve()
+        else:
+            folder = out.with_suffix(".images").resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / (f"{number:06d}.png" if len(record.images) == 1 else f"{number:06d}-{place}.png")
+            image.save(path)
+        names.append(str(path.relative_to(home) if path.is_relative_to(home) else path))
+    return names
+
+
+def _resume(out: Path, options: Mapping[str, Any], start: Tally) -> tuple[int, int, Tally]:
+    """Portions done, bytes of the file they made, and their tally."""
+    state = out.with_suffix(".summary.json")
+    if not state.is_file():
+        if out.exists() and out.stat().st_size:
+            raise ValueError(f"{out} exists and is no build that could go on ({state.name} is missing); choose another")
+        return 0, 0, start
+    saved = json.loads(state.read_text(encoding="utf-8"))
+    began = saved["options"]
+    changed = [f"{k}: was {began.get(k)!r}, is {options[k]!r}" for k in options if began.get(k) != options[k]]
+    if changed:
+        raise ValueError(f"{out} was begun with other options ({'; '.join(changed)}); choose another --out")
+    if not out.is_file() or out.stat().st_size < saved["bytes"]:
+        raise ValueError(f"{out} is shorter than {state.name} says; remove both to build anew")
+    return saved["portions"], saved["bytes"], saved["tally"]

@@ -1,0 +1,250 @@
+"""Perception in reflection (RePer, algorithm 1): the policy answers, the critic scores and explains, the policy answers
+again with the whole history before it.
+
+Images and history go through the model once: a session keeps their keys and values between turns, and each turn reads
+only what was said since.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastrl.critics import Case, Critic, CriticError, Turn, open_critic
+from fastrl.critics.feedback import request, rng_for
+from fastrl.data.records import Record, question
+from fastrl.data.reflection import SpokenTurn, dialogue_messages
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastrl.models.load import Policy
+    from fastrl.rollout import Session
+
+
+@dataclass
+class Reflection:
+    """One picture's dialogue. ``error``: why it ended early (the critic failed)."""
+
+    record: Record
+    turns: list[Turn] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def answer(self) -> str:
+        """The last answer, as algorithm 1 returns it; where the critic failed, the best that was scored (or the "
+        "last)."""
+        scored = [turn for turn in self.turns if turn.score is not None]
+        if self.error and scored:
+            return max(scored, key=lambda turn: turn.score or 0.0).answer
+        return self.turns[-1].answer if self.turns else ""
+
+    def row(self) -> dict[str, Any]:
+        """As one JSON object."""
+        turns = [
+            {"answer": t.answer, "score": t.score, "feedback": t.feedback}
+            | ({"problem": t.problem} if t.problem else {})
+            for t in self.turns
+        ]
+        return {"id": self.record.id, "turns": turns, "answer": self.answer, "error": self.error}
+
+
+def reflect(
+    policy: Policy,
+    critic: Critic,
+    records: Sequence[Record],
+    *,
+    turns: int = 3,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    rng: torch.Generator | None = None,
+    stop_at: float | None = None,
+    portion: int = 64,
+    on_turn: Callable[[int, list[Reflection]], None] | None = None,
+) -> list[Reflection]:
+    """Let the policy answer each record's question ``turns`` times, with the critic's feedback in between.
+
+    Args:
+        policy, critic, records: who answers, who judges, what about. A record's messages are its question.
+        turns: answers per record; all are given (the paper never stops early) unless ``stop_at`` is.
+        max_new_tokens, temperature, rng: of the answers; greedy by default.
+        stop_at: a dialogue ends with its first answer of at least this score.
+        portion: dialogues that go on together.
+        on_turn: called after each turn of a portion with its number from 1 and the portion's dialogues.
+
+    Returns:
+        One reflection per record. An answer that could not be scored is followed by a plain request. Where the critic
+        fails altogether, the portion ends there with ``error`` set, and nothing after it is started.
+
+    Raises:
+        ValueError: ``turns`` under 1.
+    """
+    if turns < 1:
+        raise ValueError(f"turns: need 1 or more, got {turns}")
+    out: list[Reflection] = []
+    for start in range(0, len(records), portion):
+        done = [Reflection(records[i]) for i in range(start, min(start + portion, len(records)))]
+        out += done
+        for number in _loop(policy, critic, done, turns, max_new_tokens, temperature, rng, stop_at):
+            if on_turn is not None:
+                on_turn(number, done)
+        if any(reflection.error for reflection in done):
+            break
+    return out
+
+
+def _loop(
+    policy: Policy,
+    critic: Critic,
+    dialogues: list[Reflection],
+    turns: int,
+    max_new_tokens: int,
+    temperature: float,
+    rng: torch.Generator | None,
+    stop_at: float | None,
+) -> Iterator[int]:
+    """Algorithm 1 on dialogues that go on together; yields each turn's number when it is done."""
+    from fastrl.rollout import Generator, Sampling
+
+    sampling = Sampling(1, max_new_tokens, temperature)
+    live = list(dialogues)
+    session = Generator(policy).session([policy.encode(d.record)[0] for d in live])
+    for number in range(1, turns + 1):
+        answers = [completions[0].text for completions in session.generate(sampling, rng)]
+        cases = [Case(d.record, text, tuple(d.turns)) for d, text in zip(live, answers, strict=True)]
+        try:
+            critiques = critic.score(cases)
+        except CriticError as error:
+            for dialogue, text in zip(live, answers, strict=True):
+                dialogue.turns.append(Turn(text, problem=str(error)))
+                dialogue.error = f"the critic failed at turn {number}: {error}"
+            yield number
+            return
+        for dialogue, text, critique in zip(live, answers, critiques, strict=True):
+            feedback = critique.feedback or request(rng_for(dialogue.record.id, number))
+            dialogue.turns.append(Turn(text, critique.score, feedback, critique.problem))
+        yield number
+        over = [stop_at is not None and (d.turns[-1].score or 0.0) >= stop_at for d in live]
+        if number == turns or all(over):
+            return
+        if any(over):  # the rest goes on by itself
+            live = [d for d, ended in zip(live, over, strict=True) if not ended]
+            session = Generator(policy).session([policy.encode(_so_far(d))[0] for d in live])
+        else:
+            _go_on(policy, session, live)
+
+
+def _go_on(policy: Policy, session: Session, dialogues: Sequence[Reflection]) -> None:
+    """Append each dialogue's last answer and its feedback to the session."""
+    session.extend([policy.encode_continuation(_so_far(dialogue)) for dialogue in dialogues])
+
+
+def _so_far(dialogue: Reflection) -> Record:
+    """The record with everything said so far as its messages."""
+    spoken = [SpokenTurn(turn.answer, turn.score or 0.0, turn.feedback) for turn in dialogue.turns]
+    return replace(dialogue.record, messages=dialogue_messages(dialogue.record.messages, spoken))
+
+
+def reflect_on_image(
+    image: Path,
+    asked: str,
+    *,
+    model: str,
+    critic: str,
+    turns: int = 3,
+    references: Sequence[str] = (),
+    max_new_tokens: int = 512,
+    stop_at: float | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """``fastrl reflect``: one picture, printed turn by turn.
+
+    Args:
+        image, asked: the picture and the question.
+        model, critic: a model folder or ``tiny:NAME``, and a critic's spec.
+        references: true captions of the picture; the rule critic needs one at least.
+        turns, max_new_tokens, stop_at: see :func:`reflect`.
+
+    Raises:
+        ValueError, FileNotFoundError: what was asked for cannot be used.
+    """
+    from fastrl.evaluate.run import open_policy
+
+    if not image.is_file():
+        raise FileNotFoundError(f"image not found: {image}")
+    judge = open_critic(critic)
+    if judge.rules and not references:
+        raise ValueError("--critic rule compares with true captions: give one or more with --reference TEXT")
+    target = {"references": list(references)} if references else {}
+    record = Record(image.name, "caption", (image,), question("caption", prompt=asked), target)
+    policy = open_policy(model)
+
+    def show(number: int, dialogues: list[Reflection]) -> None:
+        turn = dialogues[0].turns[-1]
+        score = f"{turn.score:.2f}" if turn.score is not None else f"no score ({turn.problem})"
+        say(f"turn {number}: {turn.answer}\n  score {score}")
+        if number < turns and not dialogues[0].error:
+            say(f"  critic: {turn.feedback}")
+
+    (result,) = reflect(
+        policy, judge, [record], turns=turns, max_new_tokens=max_new_tokens, stop_at=stop_at, on_turn=show
+    )
+    if result.error:
+        say(f"{result.error}\nbest answer so far: {result.answer}")
+    return result.row()
+
+
+def evaluate_reflection(
+    spec: str,
+    *,
+    model: str,
+    critic: str = "rule",
+    turns: int = 3,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, float]:
+    """``fastrl eval caption --reflect N``: caption metrics of each turn, as ``turn1/score`` and so on.
+
+    Args:
+        spec: caption records with truth (whatever the critic, metrics compare with it).
+        model, critic, turns: see :func:`reflect_on_image`; max_new_tokens: default the caption protocol's.
+        limit, skip_bad: of the data; out: write the dialogues to this JSONL file.
+
+    Raises:
+        ValueError: records of another task or without truth. CriticError: the critic failed.
+    """
+    from fastrl.data import load_data
+    from fastrl.evaluate import evaluate
+    from fastrl.evaluate.run import MAX_NEW_TOKENS, open_policy
+
+    data = load_data(spec, skip_bad=skip_bad)
+    records = data if limit is None else data[:limit]
+    wrong = next((record for record in records if record.task != "caption"), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong.source or wrong.id}: a {wrong.task} record; reflection is evaluated on captions")
+    judge, policy = open_critic(critic), open_policy(model)
+    found = reflect(
+        policy,
+        judge,
+        records,
+        turns=turns,
+        max_new_tokens=max_new_tokens or MAX_NEW_TOKENS["caption"],
+        on_turn=lambda number, dialogues: say(f"turn {number} of {len(dialogues)} dialogues"),
+    )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(json.dumps(r.row(), ensure_ascii=False) + "\n" for r in found), encoding="utf-8")
+    failed = next((reflection.error for reflection in found if reflection.error), "")
+    if failed:
+        raise CriticError(f"{failed}; {len(found)} of {len(records)} dialogues" + (f" are in {out}" if out else ""))
+    metrics: dict[str, float] = {}
+    for number in range(turns):
+        answers = [reflection.turns[number].answer for reflection in found]
+        metrics |= {f"turn{number + 1}/{name}": v for name, v in evaluate("caption", records, answers).items()}
+    return metrics

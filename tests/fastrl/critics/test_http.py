@@ -1,0 +1,229 @@
+"""The http critic against a real server on this machine that misbehaves in every way we could think of."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastrl.critics import Case, CriticError
+from fastrl.critics.http import HttpCritic
+from fastrl.data import load_data
+
+RECORD = load_data("scenes:caption?n=1&seed=4")[0]
+GOOD = '{"score": 8, "reason": "fine"}'
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request with the next of ``script`` (the last one for ever); keeps what it was sent."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: list[Callable[[Handler], None]] = [good]
+        self.seen: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.open = self.most = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # cut connections are part of the test
+        pass
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.seen.append(body)
+            self.server.keys.append(self.headers.get("Authorization"))
+            self.server.open += 1
+            self.server.most = max(self.server.most, self.server.open)
+            act = self.server.script.pop(0) if len(self.server.script) > 1 else self.server.script[0]
+        try:
+            act(self)
+        finally:
+            with self.server.lock:
+                self.server.open -= 1
+
+    def reply(self, code: int, data: bytes, **headers: str) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def completion(text: Any) -> bytes:
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+
+
+def good(h: Handler) -> None:
+    h.reply(200, completion(GOOD))
+
+
+def slow(h: Handler) -> None:
+    time.sleep(0.6)
+    good(h)
+
+
+def linger(h: Handler) -> None:
+    time.sleep(0.05)
+    good(h)
+
+
+def status(code: int, **headers: str) -> Callable[[Handler], None]:
+    return lambda h: h.reply(code, b"secret-key went wrong", **headers)
+
+
+def broken_json(h: Handler) -> None:
+    h.reply(200, b'{"choices": [')
+
+
+def cut(h: Handler) -> None:
+    h.send_response(200)
+    h.send_header("Content-Length", "500")
+    h.end_headers()
+    h.wfile.write(b'{"choices"')
+
+
+def hang_up(h: Handler) -> None:
+    h.connection.close()
+
+
+def prose(h: Handler) -> None:
+    h.reply(200, completion("I would say 8 of 10"))
+
+
+def no_text(h: Handler) -> None:
+    h.reply(200, completion(None))
+
+
+def flood(h: Handler) -> None:
+    h.reply(200, b"x" * (3 << 20))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    served = Server()
+    thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+def critic(server: Server, pauses: list[float] | None = None, **options: Any) -> HttpCritic:
+    kept = pauses if pauses is not None else []
+    return HttpCritic(server.url, **{"timeout": 5.0, "retries": 2, "sleep": kept.append, **options})
+
+
+def case(answer: str = "A dog.") -> Case:
+    return Case(RECORD, answer)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [slow, status(500), status(503), status(429), status(408), broken_json, cut, hang_up, prose, no_text, flood],
+    ids=["slow", "500", "503", "429", "408", "broken json", "cut", "hang up", "prose", "no text", "flood"],
+)
+def test_trouble_that_passes_costs_a_retry(server: Server, trouble: Callable[[Handler], None]) -> None:
+    server.script = [trouble, good]
+    pauses: list[float] = []
+    (critique,) = critic(server, pauses, timeout=0.3 if trouble is slow else 5.0).score([case()])
+    assert critique.score == 0.8
+    assert "fine" in critique.feedback
+    assert len(server.seen) == 2
+    assert pauses == [1.0]
+
+
+def test_pauses_double_and_a_server_may_name_its_own(server: Server) -> None:
+    server.script = [status(500), status(429, Retry_After="7"), status(429, Retry_After="99999"), status(500), good]
+    pauses: list[float] = []
+    assert critic(server, pauses, retries=4).score([case()])[0].score == 0.8
+    assert pauses == [1.0, 7.0, 60.0, 8.0]
+
+
+def test_a_reply_that_stays_unreadable_leaves_the_case_unscored(server: Server) -> None:
+    server.script = [prose]
+    found = critic(server, concurrency=1).score([case(f"{i}") for i in range(5)])
+    assert [critique.score for critique in found] == [None] * 5
+    assert all("not a JSON object" in critique.problem for critique in found)
+    assert len(server.seen) == 15
+
+
+def test_a_refusal_is_an_error_at_once_and_never_shows_the_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret-key")
+    server.script = [status(401)]
+    with pytest.raises(CriticError, match="refused: HTTP 401") as error:
+        critic(server, key_env="JUDGE_KEY").score([case()])
+    assert "secret-key" not in str(error.value)
+    assert server.keys == ["Bearer secret-key"]
+
+
+def test_a_server_that_is_gone_stops_the_work(server: Server) -> None:
+    server.script = [status(500)]
+    with pytest.raises(CriticError, match="did not answer 3 cases in a row"):
+        critic(server, concurrency=1, retries=1).score([case(f"{i}") for i in range(50)])
+    assert len(server.seen) == 6
+
+
+def test_nothing_listens() -> None:
+    lonely = HttpCritic("http://127.0.0.1:9/v1", retries=0, concurrency=1, timeout=0.5, sleep=lambda _: None)
+    with pytest.raises(CriticError, match="did not answer"):
+        lonely.score([case(f"{i}") for i in range(3)])
+
+
+def test_one_case_in_trouble_does_not_hurt_the_others_and_order_is_kept(server: Server) -> None:
+    def by_answer(h: Handler) -> None:
+        text = h.server.seen[-1]["messages"][0]["content"][-1]["text"]
+        h.reply(200, completion(json.dumps({"score": int(text.split("number ")[1][0]), "reason": ""})))
+
+    server.script = [by_answer]
+    found = critic(server, concurrency=1).score([case(f"number {i}") for i in range(8)])
+    assert [critique.score for critique in found] == [i / 10 for i in range(8)]
+
+
+def test_concurrency_is_bounded(server: Server) -> None:
+    server.script = [linger]
+    found = critic(server, concurrency=3).score([case(f"{i}") for i in range(12)])
+    assert all(critique.score == 0.8 for critique in found)
+    assert server.most <= 3
+
+
+def test_replies_are_kept_on_disk(server: Server, tmp_path: Path) -> None:
+    first = critic(server, cache=tmp_path).score([case(), case("A cat.")])
+    again = critic(server, cache=tmp_path).score([case(), case("A cat.")])
+    assert again == first
+    assert len(server.seen) == 2
+    for file in tmp_path.rglob("*.json"):
+        file.write_text("{broken")
+    assert critic(server, cache=tmp_path).score([case()]) == first[:1]
+    assert len(server.seen) == 3
+    critic(server, cache=tmp_path, model="other").score([case()])
+    assert len(server.seen) == 4  # another model is another question
+
+
+def test_the_request_carries_the_picture_and_the_prompt(server: Server) -> None:
+    critic(server, model="judge").score([case()])
+    (sent,) = server.seen
+    image, text = sent["messages"][0]["content"]
+    assert sent["model"] == "judge"
+    assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+    assert "A dog." in text["text"]
