@@ -31,8 +31,8 @@ def evaluate(task: str, records: Sequence[Record], answers: Sequence[str]) -> di
     - grounding: ``acc@0.5 acc@0.75 acc@0.95 mean_iou``
     - counting: ``accuracy``
     - detection: ``AP AP50 AP75`` (−1 where the data holds no object, as pycocotools says it)
-    - caption: ``score capture``, ``object_precision … relation_f1``, ``false_facts false_captions chair_i chair_s`` (see
-      ``evaluate_caption``)
+    - caption: ``score capture``, ``object_precision … relation_f1``, ``false_facts false_captions chair_i chair_s``
+      (see ``evaluate_caption``)
     - ocr: ``edit_distance`` (lower is better) ``f1 precision recall bleu meteor``
 
     and always ``n`` (answers) and ``unparsable`` (answers in which nothing could be read). Coordinates are read in each
