@@ -38,6 +38,7 @@ native = Extension(
     extra_compile_args=[
         "-std=c++17",
         "-O3",
+        "-g0",
         "-pthread",
         "-fvisibility=hidden",
         "-fno-math-errno",
