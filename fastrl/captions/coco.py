@@ -23,7 +23,7 @@ airplane: plane aircraft jet airliner aeroplane jumbo_jet biplane jetliner
 bus: double_decker double_decker_bus school_bus minibus trolley_bus tour_bus city_bus
 train: locomotive tram subway_train passenger_train freight_train trolley railcar steam_engine train_car
 truck: pickup pickup_truck lorry fire_truck firetruck semi semi_truck trailer_truck dump_truck tow_truck
-garbage_truck van
+    garbage_truck van
 boat: ship sailboat canoe kayak yacht ferry rowboat vessel raft motorboat gondola speedboat dinghy
 traffic light: traffic_signal stoplight stop_light street_light_signal traffic_lamp
 fire hydrant: hydrant
@@ -31,7 +31,7 @@ stop sign: stopsign
 parking meter: meter
 bench: park_bench pew
 bird: duck goose seagull gull pigeon parrot owl eagle hawk swan chicken rooster hen penguin flamingo ostrich crow
-sparrow
+    sparrow
     heron pelican peacock duckling turkey
 cat: kitten kitty feline tabby
 dog: puppy pup canine poodle labrador terrier bulldog retriever dachshund pug

@@ -128,7 +128,7 @@ def test_a_saved_folder_is_an_ordinary_one_and_answers_the_same(
 
 def test_unknown_lora_fields_and_freeze_patterns_are_errors(tiny_folder: Folder) -> None:
     with pytest.raises(
-        ValueError, match="unknown fields \\['r'\\]; allowed: \\['alpha', 'dropout', 'rank', 'targets'\\]"
+        ValueError, match="unknown fields \\['r'\\]; allowed: \\['alpha', 'also_train', 'dropout', 'rank', 'targets'\\]"
     ):
         load_policy(tiny_folder("qwen2"), device="cpu", lora={"r": 4})
     with pytest.raises(ValueError, match="'visul' matches no parameter; near: visual"):
