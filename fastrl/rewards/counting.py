@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fastrl_kernels.detection_reward import detection_reward
-
 from fastrl.answers import Parsed
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
 from fastrl.rewards.format import format_scores
 from fastrl.rewards.reading import LIMIT, Coords, batches, pad, read_points, to_pixels, to_thousand, view_of
+from fastrl_kernels.detection_reward import detection_reward
 
 DIAGONAL = 1000.0 * math.sqrt(2.0)  # of an image in 0–1000 coordinates
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from fastrl_kernels.detection_reward import detection_reward
 from torch import Tensor
 
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
 from fastrl.rewards.format import format_scores
 from fastrl.rewards.reading import Coords, batches, pad, read_boxes, to_pixels
+from fastrl_kernels.detection_reward import detection_reward
 
 Labelled = tuple[list[Coords], list[str]]  # boxes in one unit, and a normalised label for each
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fastrl_kernels.pairwise_iou import pairwise_iou
-
 from fastrl.answers import Parsed
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
 from fastrl.rewards.format import FormatCheck, format_scores, well_formed
 from fastrl.rewards.reading import Coords, pad, read_boxes, to_pixels
+from fastrl_kernels.pairwise_iou import pairwise_iou
 
 UNREADABLE, INVERTED, APART = -1.0, -0.6, -0.2  # the graded metric's values below IoU²
 
