@@ -57,6 +57,27 @@ struct Cleaner {
   FASTRL_INLINE bool any() const { return (bad | bad4[0] | bad4[1] | bad4[2] | bad4[3]) != 0; }
 };
 
+// Transposes four vectors of four in place.
+template <class Vector>
+FASTRL_INLINE void transpose4(Vector* r) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FASTRL_SHUFFLE 1
+#endif
+#endif
+#ifdef FASTRL_SHUFFLE
+  const Vector a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+  const Vector c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+#else
+  const Vector a = r[0], b = r[1], c = r[2], d = r[3];
+  for (int k = 0; k < 4; ++k) r[k] = Vector{a[k], b[k], c[k], d[k]};
+#endif
+}
+
 // to[j][i] = from[i][j], four lines of four at a time.
 template <class T>
 FASTRL_INLINE void load_transposed(const T* from, int64_t m, int64_t rows, int64_t cols, int64_t stride,
@@ -68,9 +89,8 @@ FASTRL_INLINE void load_transposed(const T* from, int64_t m, int64_t rows, int64
     for (; j + 4 <= cols; j += 4) {
       Vector line[4];
       for (int64_t k = 0; k < 4; ++k) __builtin_memcpy(&line[k], from + (i + k) * m + j, sizeof(Vector));
-      for (int64_t k = 0; k < 4; ++k) {
-        clean.four(Vector{line[0][k], line[1][k], line[2][k], line[3][k]}, to + (j + k) * stride + i);
-      }
+      transpose4(line);
+      for (int64_t k = 0; k < 4; ++k) clean.four(line[k], to + (j + k) * stride + i);
     }
     for (; j < cols; ++j) {
       for (int64_t k = i; k < i + 4; ++k) to[j * stride + k] = clean.one(from[k * m + j]);

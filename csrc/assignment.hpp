@@ -117,15 +117,21 @@ FASTRL_INLINE Pick relax(const Problem<Cost>& p, const Cost* row, double h, int6
   return pick;
 }
 
+struct FirstChoice {
+  double free_value, any_value;
+  int64_t free_index;
+};
+
 // What relax() would find from the root, without writing any distance: enough where the row gets its first choice.
 template <class Cost>
-FASTRL_INLINE Pick first_choice(const Problem<Cost>& p, const Cost* row) {
-  Best free0, free1, any0, any1;
+FASTRL_INLINE FirstChoice first_choice(const Problem<Cost>& p, const Cost* row) {
+  Best free0, free1;
+  f64x4 any0 = splat(kInf), any1 = splat(kInf);
   f64x4 j0 = {0, 1, 2, 3}, j1 = {4, 5, 6, 7};
-  auto step = [&](int64_t j, f64x4 lanes, Best& free_best, Best& any_best) {
+  auto step = [&](int64_t j, f64x4 lanes, Best& free_best, f64x4& any) {
     const f64x4 x = load4(row + j) - load4(p.v + j);
     free_best.take(x + load4(p.taken + j), lanes);
-    any_best.take(x, lanes);
+    any = lower(x, any);
   };
   for (int64_t j = 0; j < p.stride; j += 8) {
     step(j, j0, free0, any0);
@@ -133,10 +139,10 @@ FASTRL_INLINE Pick first_choice(const Problem<Cost>& p, const Cost* row) {
     j0 += 8;
     j1 += 8;
   }
-  Pick pick;
-  reduce(free0, free1, pick.free_value, pick.free_index);
-  reduce(any0, any1, pick.any_value, pick.any_index);
-  return pick;
+  FirstChoice choice;
+  reduce(free0, free1, choice.free_value, choice.free_index);
+  choice.any_value = lowest(lower(any0, any1));
+  return choice;
 }
 
 // Moves every match on the path root -> ... -> end one step along, so that the root is matched.
@@ -153,7 +159,7 @@ FASTRL_INLINE void augment(const Problem<Cost>& p, int64_t root, int64_t end) {
 // one row of the tree. Returns false if no column can be reached (the state is then as before).
 template <class Cost, bool Optional>
 FASTRL_INLINE bool search(const Problem<Cost>& p, int64_t root) {
-  const Pick choice = first_choice(p, p.cost + root * p.stride);
+  const FirstChoice choice = first_choice(p, p.cost + root * p.stride);
   if (Optional && !(choice.any_value < 0.0)) return true;  // best left unmatched
   if (!(choice.any_value < kInf)) return false;
   if (choice.free_value <= choice.any_value) {
