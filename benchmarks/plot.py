@@ -11,7 +11,9 @@ OURS = "fastrl"
 
 
 def plot(results: Path, out: Path | None = None) -> Path:
-    """Draw each peer's time and temporary memory relative to ours (right of the line: ours is better); returns the PNG.
+    """Draw each peer's time and memory relative to ours (right of the line: ours is better); returns the PNG.
+
+    Memory is that of tensors, where both need a megabyte at least.
 
     Raises:
         ValueError: no case of the file has a measured peer.
@@ -28,15 +30,15 @@ def plot(results: Path, out: Path | None = None) -> Path:
     labels = [label for label, _, _ in bars]
     figure, axes = plt.subplots(1, 2, figsize=(12, 1.2 + 0.3 * len(bars)), sharey=True, constrained_layout=True)
     for axis, title, values in zip(
-        axes, ("time ÷ ours", "temporary memory ÷ ours"), zip(*[bar[1:] for bar in bars], strict=True), strict=True
+        axes, ("time ÷ ours", "tensor memory ÷ ours"), zip(*[bar[1:] for bar in bars], strict=True), strict=True
     ):
         known = [(i, value) for i, value in enumerate(values) if value]
-        axis.barh([i for i, _ in known], [value for _, value in known], color="#3b6ea5", left=1e-9)
+        axis.barh([i for i, _ in known], [value - 1 for _, value in known], left=1, color="#3b6ea5")
         for i, value in known:
-            axis.text(value, i, f" {value:.2g}×", va="center", fontsize=8)
+            axis.text(max(value, 1), i, f" {value:.0f}×" if value >= 9.5 else f" {value:.2g}×", va="center", fontsize=8)
         axis.axvline(1, color="black", linewidth=1)
         axis.set_xscale("log")
-        low, high = min(1.0, *(value for _, value in known)), max(1.0, *(value for _, value in known))
+        low, high = min([1.0, *(value for _, value in known)]), max([1.0, *(value for _, value in known)])
         axis.set_xlim(low / 1.6, high * 2.5)
         axis.set_title(title, fontsize=10)
     axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
@@ -56,7 +58,8 @@ def _bars(report: dict[str, Any]) -> Any:
         ours = case["results"][OURS]
         for name, row in case["results"].items():
             if name != OURS and row.get("ratio"):
-                memory = row["peak_bytes"] / ours["peak_bytes"] if ours["peak_bytes"] and row["peak_bytes"] else None
+                worth_it = min(ours["peak_bytes"], row["peak_bytes"]) >= 1 << 20  # below, other memory matters more
+                memory = row["peak_bytes"] / ours["peak_bytes"] if worth_it else None
                 yield f"{case['name']} vs {name}", row["ratio"], memory
 
 
