@@ -157,6 +157,8 @@ def build_perpo(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer [grounding 128, ocr 2048].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    min_pixels: Annotated[int | None, typer.Option(min=1, help="Least area of a resized image.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest; train with the same limits.")] = None,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
@@ -174,6 +176,8 @@ def build_perpo(
         limit=limit,
         seed=seed,
         skip_bad=skip_bad,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
     )
     summary = build_lists(options, out, say=_say)
     if as_json:

@@ -52,6 +52,8 @@ class BuildOptions:
     seed: int = 0
     limit: int | None = None
     skip_bad: bool = False
+    min_pixels: int | None = None  # area of a resized image; training needs the same limits
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if self.n < 2:
@@ -148,7 +150,11 @@ def build_lists(
     if chunk:
         say(f"going on after {min(chunk * PORTION, len(records))} of {len(records)} prompts")
     if chunk < chunks:
-        policy = policy if policy is not None else open_policy(options.model)
+        policy = (
+            policy
+            if policy is not None
+            else open_policy(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
+        )
         worker = _Worker(policy, options, out)
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("r+b" if out.exists() else "w+b") as file:
@@ -189,8 +195,8 @@ class _Worker:
         answers = self.generator.generate([prompt for prompt, _ in encoded], self.sampling, rng)
         groups = [PromptGroup(p, a, r) for (p, r), a in zip(encoded, answers, strict=True)]
         lines = []
-        for number, record, group, ranking in zip(
-            numbers, given, groups, rank_answers(groups, self.reward), strict=True
+        for number, (_, record), group, ranking in zip(
+            numbers, encoded, groups, rank_answers(groups, self.reward), strict=True
         ):
             if tally.add(ranking, len(group.completions), self.options.min_gap):
                 texts = [group.completions[i].text for i in ranking.order]

@@ -9,6 +9,8 @@
 - ``answers`` are in any order, one or more, and ``rewards`` has one finite number for each. Where there are no
   ``rewards`` (or with ``rewards=target``) they are computed from ``target`` when the list is used: ``{"box": …}`` in
   pixels of the original image for grounding, ``{"text": …}`` for OCR.
+- ``resized`` (written by the builder) is the [width, height] of each image as the model saw it. Coordinates in the
+  answers mean nothing at another size, so training with other pixel limits is then an error.
 - ``task`` names the reward; not given, it goes by the target's key. ``id`` is the line number if there is none.
 
 Query keys: ``images`` (folder the image paths start from; default the file's own), ``limit``, ``seed``, ``rewards``
@@ -36,6 +38,7 @@ class RankedList(NamedTuple):
 
     answers: tuple[str, ...]
     rewards: tuple[float, ...] | None  # None: to be computed from the rest of the target
+    resized: tuple[tuple[int, int], ...] | None = None  # (width, height) of the images the answers are about
 
 
 def load(path: str, query: Mapping[str, str]) -> Dataset:
@@ -54,7 +57,7 @@ def list_row(record: Record, images: Sequence[str], answers: Sequence[str], rewa
     """One line of a list file, best answer first.
 
     Args:
-        record: the prompt; one user turn of images, then text.
+        record: the prompt as the policy saw it; one user turn of images, then text.
         images: how the file names the record's images.
         answers, rewards: one reward for each answer.
 
@@ -70,6 +73,7 @@ def list_row(record: Record, images: Sequence[str], answers: Sequence[str], rewa
         "prompt": _prompt_text(record),
         "answers": [answers[i] for i in order],
         "rewards": [rewards[i] for i in order],
+        **({"resized": [[v.resized_width, v.resized_height] for v in record.views]} if record.views else {}),
         "target": kept,
     }
 
@@ -90,6 +94,7 @@ def _record(row: Row, recompute: bool) -> Record | None:
     images = record_images(row)
     answers = _answers(row)
     target, task = _target(row, images[0][1] if images else None)
+    resized = _resized(row, len(images))
     given = None if recompute else row.fields.get("rewards")
     rewards = _rewards(row, given, answers) if given is not None else None
     if given is None and not any(_TASK_OF_TARGET[key] == task for key in _TASK_OF_TARGET if key in target):
@@ -99,7 +104,7 @@ def _record(row: Row, recompute: bool) -> Record | None:
         return None
     asked = question(task, images=len(images), prompt=prompt)
     paths = tuple(path for path, _ in images)
-    return Record(identity, task, paths, asked, {**target, "list": RankedList(answers, rewards)})
+    return Record(identity, task, paths, asked, {**target, "list": RankedList(answers, rewards, resized)})
 
 
 def record_images(row: Row) -> list[tuple[Path, tuple[int, int]]]:
@@ -142,6 +147,17 @@ def _rewards(row: Row, value: Any, answers: Sequence[str]) -> tuple[float, ...]:
     if answers and len(value) != len(answers):
         row.fail("different lengths", f"{len(answers)} answers but {len(value)} rewards")
     return () if row.problems else tuple(float(v) for v in value)
+
+
+def _resized(row: Row, images: int) -> tuple[tuple[int, int], ...] | None:
+    value = row.fields.get("resized")
+    if value is None:
+        return None
+    sizes = value if isinstance(value, list) else [None]
+    if len(sizes) != images or not all(isinstance(s, list) and [type(v) for v in s] == [int, int] for s in sizes):
+        row.fail("wrong type", f"resized must have one [width, height] for each image, got {short(value)}")
+        return None
+    return tuple((w, h) for w, h in sizes)
 
 
 def _target(row: Row, size: tuple[int, int] | None) -> tuple[dict[str, Any], str]:

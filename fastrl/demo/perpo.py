@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TASKS = ("grounding",)
 METHODS = {"perpo": "PerPO", "dpo": "DPO (best, worst)", "sft": "SFT (best)"}
 HELD_OUT_SEED = 1_000_003
-PROMPTS, ANSWERS, STEPS, PER_STEP = 512, 12, 48, 16
+PROMPTS, ANSWERS, STEPS, PER_STEP = 512, 12, 48, 8
 SHOWN = 6  # scenes in the figure
 COLORS = {"start": "#999999", "sft": "#fdae61", "dpo": "#74add1", "perpo": "#1a9850"}
 

@@ -108,7 +108,13 @@ class PerPO:
         prompt, record = self.context.policy.encode(record)
         found = ranked_list(record)
         assert found is not None
-        answers, rewards = found
+        answers, rewards, resized = found
+        seen = tuple((view.resized_width, view.resized_height) for view in record.views)
+        if resized is not None and seen != resized:
+            raise ValueError(
+                f"{record.source or record.id}: the answers are about images of {_sizes(resized)} pixels, this model "
+                f"sees {_sizes(seen)}; set model.min_pixels and model.max_pixels as they were when the list was built"
+            )
         completions = [Completion(self.context.policy.encode_text(text), text=text) for text in answers]
         for completion, reward in zip(completions, rewards or (), strict=rewards is not None):
             completion.scalars["reward"] = reward
@@ -275,6 +281,10 @@ def _padded_rows(values: Tensor, sizes: Sequence[int]) -> Tensor:
     places = torch.cat([torch.arange(size) + row * longest for row, size in enumerate(sizes)])
     rows = values.new_zeros(len(sizes) * longest).index_copy(0, places.to(values.device), values)
     return rows.view(len(sizes), longest)
+
+
+def _sizes(sizes: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in sizes)
 
 
 def _completion(token_ids: Tensor, text: str, reward: float, parts: dict[str, float]) -> Completion:

@@ -211,6 +211,19 @@ def test_rewards_that_are_not_given_come_from_the_target(tiny_folder: Folder) ->
         assert rewards[0] > rewards[1] > 0.9 > 0.1 > rewards[2]
 
 
+def test_lists_about_images_of_another_size_are_refused(tiny_folder: Folder) -> None:
+    """Coordinates of one size mean other places at another: a mistake in the pixel limits must not train."""
+    policy = load_policy(tiny_folder("qwen2_5"), device="cpu")
+    record = list_records(1)[0]
+    for size, fits in (((56, 56), True), ((112, 112), False)):
+        (given_one,) = given([record], [record.target["list"]._replace(resized=(size,))])
+        if fits:
+            assert len(method([given_one], policy).prepare([given_one]).groups) == 1
+        else:
+            with pytest.raises(ValueError, match=r"r0: .*112x112 pixels, this model sees 56x56.*max_pixels"):
+                method([given_one], policy).prepare([given_one])
+
+
 def test_shared_prompt_equals_one_answer_at_a_time(tiny_folder: Folder) -> None:
     """Loss and parameter gradients of lists as prefix-shared groups, and with the prompt repeated for each answer."""
     policy = load_policy(tiny_folder("qwen2_5"), device="cpu", dtype=torch.float64)
@@ -372,7 +385,7 @@ def test_lists_from_a_file_train_like_lists_in_memory(tiny_folder: Folder, tmp_p
     rows = []
     for record in list_records(3):
         record.images[0].save(tmp_path / f"{record.id}.png")  # type: ignore[union-attr]
-        answers, rewards = record.target["list"]
+        answers, rewards, _ = record.target["list"]
         prompt = record.messages[0]["content"][1]["text"]
         row = {"id": record.id, "task": "ocr", "images": [f"{record.id}.png"], "prompt": prompt}
         rows.append(row | {"answers": list(answers), "rewards": list(rewards), "target": {"text": "t"}})

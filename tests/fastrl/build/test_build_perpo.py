@@ -170,12 +170,14 @@ def test_equal_rewards_keep_the_order_they_were_sampled_in() -> None:
 def test_lists_from_real_expressions_train(data_dir: Path, tmp_path: Path) -> None:
     """The shipped small model on COCO photographs: poor answers, real files, the whole way in one test."""
     spec = f"refexp:{data_dir / 'refexp' / 'refcocos' / 'refcocos.jsonl'}?images={data_dir}"
-    options = BuildOptions("grounding", "tiny:perception", spec, 8, 1.0, 0.0, 48, skip_bad=True)
+    limit = 112 * 112  # the small model knows small pictures
+    options = BuildOptions("grounding", "tiny:perception", spec, 24, 1.0, 0.0, 48, skip_bad=True, max_pixels=limit)
     out = tmp_path / "lists.jsonl"
     summary = build_lists(options, out)
     assert summary["kept"] >= 2
     assert all(Path(row["images"][0]).is_absolute() for row in lines(out))  # the photographs stay where they are
     changes = {"data.spec": f"lists:{out}", "data.prompts_per_step": 2, "optim.steps": 20, "method.min_gap": 0.0}
+    changes["model.max_pixels"] = limit
     recipe = load_recipe("perpo-grounding-tiny", {**changes, "out": str(tmp_path / "run"), "log.tensorboard": False})
     done = train(recipe, show=False)
     assert done.steps == 20

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from fastrl.answers import View
 from fastrl.data import DataError, load_data
 from fastrl.data.lists import list_row, ranked_list
 from fastrl.data.records import Record, question
@@ -34,7 +36,7 @@ def write(folder: Path, *rows: Any) -> str:
 def test_a_sound_row(tmp_path: Path) -> None:
     (record,) = load_data(write(tmp_path, SOUND))
     found = ranked_list(record)
-    assert found == (("x", "y"), (0.2, 0.9))
+    assert found == (("x", "y"), (0.2, 0.9), None)
     assert record.target["box"] == (1, 2, 30, 40)
     assert record.messages == question("grounding", prompt="Where is it?")
     assert record.images == (tmp_path / "a.png",)
@@ -45,9 +47,9 @@ def test_rewards_may_be_left_to_the_target(tmp_path: Path) -> None:
     bare = {k: v for k, v in SOUND.items() if k not in ("rewards", "task")}
     (record,) = load_data(write(tmp_path, bare))
     assert record.task == "grounding"
-    assert ranked_list(record) == (("x", "y"), None)
+    assert ranked_list(record) == (("x", "y"), None, None)
     (asked,) = load_data(write(tmp_path, SOUND) + "?rewards=target")
-    assert ranked_list(asked) == (("x", "y"), None)
+    assert ranked_list(asked) == (("x", "y"), None, None)
     (page,) = load_data(write(tmp_path, bare | {"target": {"text": "abc"}}))
     assert page.task == "ocr"
 
@@ -56,7 +58,7 @@ def test_a_row_needs_no_target_where_rewards_are_given(tmp_path: Path) -> None:
     row = {k: v for k, v in SOUND.items() if k not in ("id", "task", "target", "images")} | {"image": "a.png"}
     (record,) = load_data(write(tmp_path, row))
     assert (record.id, record.task) == ("0", "list")
-    assert ranked_list(record) == (("x", "y"), (0.2, 0.9))
+    assert ranked_list(record) == (("x", "y"), (0.2, 0.9), None)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,9 @@ def test_a_row_needs_no_target_where_rewards_are_given(tmp_path: Path) -> None:
         ({"rewards": None, "target": {}}, "there are no rewards"),
         ({"rewards": None, "task": "counting"}, "there are no rewards"),
         ({"task": 4}, "task must be a name"),
+        ({"resized": [[56]]}, "resized must have one"),
+        ({"resized": [[56, 28], [56, 28]]}, "resized must have one"),
+        ({"resized": 3}, "resized must have one"),
     ],
 )
 def test_a_bad_row_is_reported_with_file_and_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -109,9 +114,10 @@ def test_an_unknown_option_is_named(tmp_path: Path) -> None:
 
 def test_a_written_row_is_read_back_best_first(tmp_path: Path) -> None:
     (record,) = load_data(write(tmp_path, SOUND))
-    row = list_row(record, ["a.png"], ["x", "ü\u2028z", "y"], [0.1, 0.9, 0.5])
+    seen = replace(record, views=(View(60, 50, 56, 28),))
+    row = list_row(seen, ["a.png"], ["x", "ü\u2028z", "y"], [0.1, 0.9, 0.5])
     (again,) = load_data(write(tmp_path, json.dumps(row, ensure_ascii=False)))
-    assert ranked_list(again) == (("ü\u2028z", "y", "x"), (0.9, 0.5, 0.1))
+    assert ranked_list(again) == (("ü\u2028z", "y", "x"), (0.9, 0.5, 0.1), ((56, 28),))
     assert (again.id, again.task, again.messages) == (record.id, record.task, record.messages)
     assert again.target["box"] == record.target["box"]
 
