@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+PARALLEL := -n auto --dist worksteal
 CHECKED := fastrl kernels tests benchmarks setup.py
 
 .PHONY: demo test lint bench verify clean
@@ -17,8 +18,8 @@ demo: $(STAMP)
 	$(BIN)/fastrl demo $(ARGS)
 
 test: $(STAMP) lint
-	$(BIN)/pytest -q
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -m interpreter tests/kernels
+	$(BIN)/pytest -q $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/pytest -q $(PARALLEL) -m interpreter tests/kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(CHECKED)

@@ -31,6 +31,11 @@ def data_dir() -> Path:
     return found
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes side by side: a core each
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
