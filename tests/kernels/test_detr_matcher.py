@@ -106,7 +106,7 @@ def tiny_detr() -> Any:
     )
     torch.manual_seed(0)
     model = transformers.DetrForObjectDetection(config).train()
-    with torch.no_grad():  # as initialised, all queries answer alike to 1e-6: which is matched would be rounding's choice
+    with torch.no_grad():  # at first all queries answer alike to 1e-6: rounding would choose which is matched
         for name, weight in model.named_parameters():
             if weight.ndim == 2 and "backbone" not in name:
                 weight.normal_(std=1.0 if "query" in name else weight.shape[1] ** -0.5)
