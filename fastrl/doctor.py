@@ -32,6 +32,7 @@ def report() -> dict[str, Any]:
         "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         "device": device(),
         "kernels": {name: kernel_path(name) for name in kernel_names()},
+        "attention": attention(),
         "optional": optional(),
     }
 
@@ -78,6 +79,20 @@ def kernel_path(name: str) -> str:
     if name in NATIVE:
         return "C++ (no GPU)" if _native.library() is not None else f"eager (no GPU; {_native.why_not()})"
     return "eager (no GPU)"
+
+
+def attention() -> dict[str, str]:
+    """The way training's attention takes on the default device, and why; which variable-length library was found."""
+    from fastrl.models import varlen
+
+    cuda = torch.cuda.is_available()
+    here, found = torch.device("cuda" if cuda else "cpu"), varlen.find()
+    missing = f" (not: {'; '.join(found.missing)})" if found.missing else ""
+    return {
+        "bfloat16": varlen.choose(here, torch.bfloat16, 128).reason,
+        "float32": varlen.choose(here, torch.float32, 128).reason,
+        "variable length": f"{found.name}{missing}",
+    }
 
 
 def optional() -> dict[str, str]:

@@ -77,9 +77,9 @@ class VarlenTables:
     """One variable-length call for the whole row: queries are the segments as they lie, keys are gathered.
 
     ``key_rows`` [K] int64: row of each gathered key, ``[prompt | prompt, c1 | prompt, c2 | …]`` for each group.
-    ``cu_q``, ``cu_k`` [S + 1] int32; every segment is causal, its queries aligned with its last keys. ``copies``: for
-    the gather's backward, pairs (rows, places): the j-th copy of ``rows`` stands at ``places`` of the gathered keys,
-    and within a pair no row comes twice, so that gradients can be summed without atomics.
+    ``cu_q``, ``cu_k`` [S + 1] int32; every segment is causal, its queries aligned with its last keys. ``rows``: the
+    number of queries. ``copies``: for the gather's backward, pairs (rows, places): the j-th copy of ``rows`` stands at
+    ``places`` of the gathered keys, and within a pair no row comes twice: gradients are summed without atomics.
     """
 
     key_rows: Tensor
@@ -87,6 +87,7 @@ class VarlenTables:
     cu_k: Tensor
     max_q: int
     max_k: int
+    rows: int
     copies: tuple[tuple[Tensor, Tensor], ...]
 
 
@@ -179,5 +180,6 @@ def _varlen(spans: tuple[Span, ...], device: torch.device) -> VarlenTables:
         cu_k=cumulative[1],
         max_q=max(q_lengths),
         max_k=max(k_lengths),
+        rows=sum(q_lengths),
         copies=tuple((torch.cat(to).to(device), torch.cat(at).to(device)) for to, at in copies.values()),
     )

@@ -3,9 +3,11 @@
 A prompt row sees its own prompt causally; a completion row sees its prompt and its own completion causally; nothing
 sees across groups. Two paths with one meaning:
 
-- CPU (and any device without variable-length attention): scaled-dot-product attention, per group the prompt alone,
+- CPU, float32, and any GPU without variable-length attention: scaled-dot-product attention, per group the prompt alone,
   then its completions as padded blocks of similar length.
 - GPU: one variable-length call per layer over the whole row; a completion's keys are gathered as [prompt, own].
+
+``fastrl.models.varlen`` says which path a call takes, and why.
 
 Calls without segments (a model's own ``generate``) fall through to transformers' attention. The vision tower makes one
 call per layer over the images' or windows' lengths; transformers makes that single call only for a name that contains
@@ -14,16 +16,16 @@ call per layer over the images' or windows' lengths; transformers makes that sin
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrl.models import varlen
+from fastrl.models.varlen import VarlenCall
 from fastrl.segments import CompletionBlock, Segments, Span, VarlenTables
 
 LANGUAGE = "fastrl_prefix"
@@ -59,7 +61,7 @@ def _language_attention(
     scale = kwargs.get("scaling")
     if kwargs.get("dropout") or kwargs.get("sliding_window") is not None:
         raise NotImplementedError("prefix-shared attention has neither dropout nor a sliding window")
-    call = varlen_call() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
+    call = varlen.choose(query.device, query.dtype, query.shape[-1]).call
     if call is None:
         return dense_prefix_attention(query, key, value, segments, scale=scale), None
     return varlen_prefix_attention(query, key, value, segments.varlen, call, scale=scale), None
@@ -70,7 +72,7 @@ def _vision_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [1, H, L, D] each, segments ``cu_seq_lens_q`` → [1, L, H, D], not causal."""
     cu, longest, scale = kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs.get("scaling")
-    call = varlen_call() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
+    call = varlen.choose(query.device, query.dtype, query.shape[-1]).call
     if call is None:
         return segment_attention(query, key, value, tuple((cu[1:] - cu[:-1]).tolist()), scale=scale), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -93,7 +95,7 @@ def dense_prefix_attention(
     Returns:
         [1, L, Hq, D].
     """
-    _check_rows(query, segments)
+    _check_rows(query, segments.length)
     parts: list[Tensor] = []
     for group in segments.dense.groups:
         span = group.span
@@ -160,9 +162,10 @@ def _equal_lengths(lengths: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
 
 
 def varlen_prefix_attention(
-    query: Tensor, key: Tensor, value: Tensor, tables: VarlenTables, call: Callable[..., Tensor], *, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, tables: VarlenTables, call: VarlenCall, *, scale: float | None
 ) -> Tensor:
-    """As ``dense_prefix_attention``, as one variable-length call: ``call(q, k, v, cu_q, cu_k, max_q, max_k, …)``."""
+    """As ``dense_prefix_attention``, as one variable-length call."""
+    _check_rows(query, tables.rows)
     k, v = (_GatherKeys.apply(x[0].transpose(0, 1), tables) for x in (key, value))
     q = query[0].transpose(0, 1)
     return call(q, k, v, tables.cu_q, tables.cu_k, tables.max_q, tables.max_k, scale=scale, causal=True)[None]
@@ -185,46 +188,6 @@ class _GatherKeys(torch.autograd.Function):
         return total.to(grad.dtype), None
 
 
-@cache
-def varlen_call() -> Callable[..., Tensor] | None:
-    """The variable-length attention found here (torch's own, else flash_attn's), or None.
-
-    The result takes q [Tq, Hq, D], k and v [Tk, Hkv, D], cumulative lengths, longest lengths, ``scale`` and ``causal``
-    (queries aligned with the last keys).
-    """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return _flash_attn_call()
-    known = inspect.signature(varlen_attn).parameters
-    if "scale" not in known:
-        return _flash_attn_call()
-
-    def call(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, scale: float | None, causal: bool) -> Tensor:
-        options: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {}
-        if not options:
-            options["is_causal"] = causal
-        if "enable_gqa" in known:
-            options["enable_gqa"] = q.shape[1] != k.shape[1]
-        elif q.shape[1] != k.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return cast(Tensor, varlen_attn(q, k, v, *lengths, scale=scale, **options))
-
-    return call
-
-
-def _flash_attn_call() -> Callable[..., Tensor] | None:
-    try:
-        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-    except ImportError:
-        return None
-
-    def call(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, scale: float | None, causal: bool) -> Tensor:
-        return flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scale, causal=causal)
-
-    return call
-
-
-def _check_rows(query: Tensor, segments: Segments) -> None:
-    if query.shape[0] != 1 or query.shape[2] != segments.length:
-        raise ValueError(f"query: expected one row of {segments.length} tokens, got {list(query.shape)}")
+def _check_rows(query: Tensor, length: int) -> None:
+    if query.shape[0] != 1 or query.shape[2] != length:
+        raise ValueError(f"query: expected one row of {length} tokens, got {list(query.shape)}")

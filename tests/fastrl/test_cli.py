@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastrl import doctor
 from fastrl.cli import main
@@ -95,6 +96,9 @@ def test_doctor_reports_every_public_kernel() -> None:
     assert set(found["kernels"]) == {n for n in fastrl_kernels.__all__ if n.islower()}
     assert all(found["kernels"].values())
     assert found["versions"]["torch"]
+    assert {"bfloat16", "float32", "variable length"} <= set(found["attention"])
+    if not torch.cuda.is_available():
+        assert found["attention"]["bfloat16"].startswith("no GPU: scaled-dot-product attention")
     assert {"flash_attn", "varlen_attn", "liger_kernel", "deepspeed"} <= set(found["optional"])
 
 

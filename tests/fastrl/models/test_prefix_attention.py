@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastrl.models.prefix_attention import (
-    dense_prefix_attention,
-    segment_attention,
-    varlen_call,
-    varlen_prefix_attention,
-)
+from fastrl.models import varlen
+from fastrl.models.prefix_attention import dense_prefix_attention, segment_attention, varlen_prefix_attention
 from fastrl.segments import Segments, Span
+
+from ..attention import eager_varlen, truth
 
 SHAPES: dict[str, list[tuple[int, tuple[int, ...]]]] = {
     "equal": [(7, (4, 4, 4))],
@@ -46,33 +41,6 @@ def visible(segments: Segments) -> Tensor:
     return torch.tensor([[j <= i and group[i] == group[j] and part[j] in (0, part[i]) for j in rows] for i in rows])
 
 
-def truth(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    ratio = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(ratio, 1), value.repeat_interleave(ratio, 1)
-    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
-
-
-def loop_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
-) -> Tensor:
-    """What a variable-length kernel promises: each segment by itself, causal aligned to the bottom right."""
-    out = []
-    for n in range(len(cu_q) - 1):
-        rows, keys = slice(int(cu_q[n]), int(cu_q[n + 1])), slice(int(cu_k[n]), int(cu_k[n + 1]))
-        n_q, n_k = rows.stop - rows.start, keys.stop - keys.start
-        assert n_q <= max_q
-        assert n_k <= max_k
-        mask = torch.ones(n_q, n_k, dtype=torch.bool)
-        if options["causal"]:
-            mask = mask.tril(diagonal=n_k - n_q)
-        segment = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
-        out.append(truth(*segment, mask, options["scale"])[0])
-    assert int(cu_q[-1]) == len(q)
-    assert int(cu_k[-1]) == len(k)
-    return torch.cat(out)
-
-
 def run_both(segments: Segments, heads: int, kv_heads: int, path: str) -> None:
     length, d, scale = segments.length, 8, 0.3
     inputs = [torch.randn(1, h, length, d, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
@@ -83,7 +51,7 @@ def run_both(segments: Segments, heads: int, kv_heads: int, path: str) -> None:
         if run == "dense":
             out = dense_prefix_attention(*leaves, segments, scale=scale)
         elif run == "varlen":
-            out = varlen_prefix_attention(*leaves, segments.varlen, loop_varlen, scale=scale)
+            out = varlen_prefix_attention(*leaves, segments.varlen, eager_varlen, scale=scale)
         else:
             out = truth(*leaves, visible(segments), scale)
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), leaves)])
@@ -150,6 +118,8 @@ def test_rows_that_do_not_match_their_segments_are_errors() -> None:
     x = torch.zeros(1, 2, 6, 8)
     with pytest.raises(ValueError, match=r"query: expected one row of 5 tokens, got \[1, 2, 6, 8\]"):
         dense_prefix_attention(x, x, x, segments)
+    with pytest.raises(ValueError, match=r"query: expected one row of 5 tokens, got \[1, 2, 6, 8\]"):
+        varlen_prefix_attention(x, x, x, segments.varlen, eager_varlen, scale=1.0)
     with pytest.raises(ValueError, match="does not follow row 0"):
         Segments((Span(1, 3, ()),))
     with pytest.raises(ValueError, match="prompt of at least one token"):
@@ -160,9 +130,9 @@ def test_rows_that_do_not_match_their_segments_are_errors() -> None:
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_the_variable_length_kernel_agrees_on_the_gpu(shape: list, heads: tuple[int, int]) -> None:
-    call = varlen_call()
+    call, reason = varlen.choose(torch.device("cuda"), torch.bfloat16, 64)
     if call is None:
-        pytest.skip("no variable-length attention here")
+        pytest.skip(reason)
     segments = segments_of(shape)
     inputs = [
         torch.randn(1, h, segments.length, 64, device="cuda", dtype=torch.bfloat16)

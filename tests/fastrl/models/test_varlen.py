@@ -1,0 +1,251 @@
+"""Whole models on the variable-length path against the dense path, and which path is taken where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastrl.batch import Completion, PackedBatch, PromptGroup, pack_row
+from fastrl.data.records import Record
+from fastrl.models import Policy, load_policy, varlen
+
+from ..attention import eager_varlen
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def group(policy: Policy, images: list[Image.Image], text: str, lengths: list[int], seed: int) -> PromptGroup:
+    generator = torch.Generator().manual_seed(seed)
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    prompt, _ = policy.encode(Record(f"r{seed}", "qa", tuple(images), ({"role": "user", "content": content},), {}))
+    completions = []
+    for length in lengths:
+        completion = Completion(torch.randint(0, 256, (length,), generator=generator))
+        completion.per_token["weight"] = torch.randn(length, generator=generator)
+        completions.append(completion)
+    return PromptGroup(prompt, completions)
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def ragged_batch(policy: Policy) -> PackedBatch:
+    """Several images, one image, none; ragged completions, of length 1 and 0, a group of one."""
+    a, b, c = picture(120, 90, 1), picture(60, 112, 2), picture(84, 84, 3)
+    return pack_row(
+        [
+            group(policy, [a, b], "Compare.", [5, 1, 9, 3], 1),
+            group(policy, [], "No picture here.", [1, 20, 2], 2),
+            group(policy, [c], "Count.", [6], 3),
+            group(policy, [b, c, a], "All.", [3, 0, 1], 4),
+        ]
+    )
+
+
+def run(policy: Policy, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs and every gradient of their weighted sum."""
+    policy.core.zero_grad()
+    logp = policy.logprob(batch).logp
+    (logp * batch.per_token["weight"]).sum().backward()
+    return logp.detach(), {n: p.grad.clone() for n, p in policy.core.named_parameters() if p.grad is not None}
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    scale = max(float(g.double().norm()) for g in want.values())
+    for name, gradient in want.items():  # some are zero up to rounding (the key bias): those compare with the whole
+        allowed = tolerance * max(float(gradient.double().norm()), 1e-3 * scale)
+        assert float((got[name].double() - gradient.double()).norm()) <= allowed, name
+
+
+@pytest.fixture(params=["qwen2_5", "qwen2"])
+def folder(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -> Path:
+    return tiny_folder(request.param)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_variable_length_calls_give_what_the_dense_path_gives(folder, checkpointing: bool, monkeypatch) -> None:
+    """Language and vision, outputs and every gradient, and one call per layer: no loop over windows or images."""
+    policy = load_policy(folder, device="cpu", gradient_checkpointing=checkpointing)
+    batch = ragged_batch(policy)
+    want, want_gradients = run(policy, batch)
+    calls: list[tuple[bool, int]] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, *rest: Any, **options: Any) -> Tensor:
+        calls.append((options["causal"], len(cu_q) - 1))
+        return eager_varlen(q, k, v, cu_q, *rest, **options)
+
+    monkeypatch.setattr(varlen, "choose", lambda *_: varlen.Path(spy, "a stand-in"))
+    got, gradients = run(policy, batch)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    assert_close(gradients, want_gradients, 2e-5)
+
+    times = 2 if checkpointing else 1
+    language = [segments for causal, segments in calls if causal]
+    vision = [segments for causal, segments in calls if not causal]
+    assert language == [4 + 10] * times * len(policy.core.model.language_model.layers)  # prompts, answers of a token
+    assert len(vision) == times * len(policy.core.model.visual.blocks)
+    if hasattr(policy.core.model.visual.config, "window_size"):
+        assert len(set(vision)) == 2  # windows in some layers, whole images in others
+    else:
+        assert set(vision) == {3}  # each image once per batch
+
+
+def test_a_text_only_batch_takes_the_variable_length_path(folder, monkeypatch) -> None:
+    policy = load_policy(folder, device="cpu")
+    batch = pack_row([group(policy, [], "Hello.", [1, 1, 7], 5)])
+    want, want_gradients = run(policy, batch)
+    monkeypatch.setattr(varlen, "choose", lambda *_: varlen.Path(eager_varlen, "a stand-in"))
+    got, gradients = run(policy, batch)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    assert_close(gradients, want_gradients, 2e-5)
+
+
+# Which path
+
+
+def test_the_dense_path_is_taken_where_no_kernel_can_go_and_says_why(monkeypatch) -> None:
+    monkeypatch.setattr(varlen, "_capability", lambda _: (9, 0))
+    found = varlen.find()
+    assert varlen.choose(CPU, torch.bfloat16, 128) == (None, f"no GPU: {varlen.DENSE}")
+    assert "float32 on a GPU" in varlen.choose(GPU, torch.float32, 128).reason
+    assert "heads of 20" in varlen.choose(GPU, torch.bfloat16, 20).reason
+    assert "heads of 512" in varlen.choose(GPU, torch.bfloat16, 512).reason
+    assert varlen.choose(GPU, torch.float16, 80).call is found.call
+    monkeypatch.setattr(varlen, "_capability", lambda _: (7, 5))
+    assert "older than compute capability 8.0" in varlen.choose(GPU, torch.bfloat16, 128).reason
+    monkeypatch.setattr(varlen, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(varlen, "find", lambda: varlen.Found(None, "none", ("a: ImportError", "b: too old")))
+    assert varlen.choose(GPU, torch.bfloat16, 128) == (None, f"a: ImportError; b: too old: {varlen.DENSE}")
+
+
+def import_only(monkeypatch, modules: dict[str, Any]) -> None:
+    def import_module(name: str) -> Any:
+        if name not in modules:
+            raise ModuleNotFoundError(name)
+        return modules[name]
+
+    monkeypatch.setattr(varlen.importlib, "import_module", import_module)
+
+
+def test_libraries_are_found_in_order_by_what_they_offer(monkeypatch) -> None:
+    find = varlen.find.__wrapped__
+    old = SimpleNamespace(varlen_attn=lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: None)
+    flash = SimpleNamespace(flash_attn_varlen_func=lambda q, k, v, cu_seqlens_q, cu_seqlens_k: None)
+    import_only(monkeypatch, {})
+    assert find().call is None
+    assert [line.split(":")[1] for line in find().missing] == [" ModuleNotFoundError"] * 4
+    import_only(monkeypatch, {"torch.nn.attention.varlen": old, "flash_attn": flash})
+    found = find()
+    assert (found.name, found.missing[0]) == ("flash-attn 2", "torch.nn.attention.varlen: too old")
+    import_only(monkeypatch, {"flash_attn.cute": flash, "flash_attn_interface": flash})
+    assert find().name == "flash-attn 3"
+    import_only(monkeypatch, {"flash_attn": SimpleNamespace(), "flash_attn.cute": flash})
+    assert find().name == "flash-attn 4"
+
+
+def arguments() -> tuple[Any, ...]:
+    q, k = torch.randn(5, 4, 8), torch.randn(7, 2, 8)
+    cu_q, cu_k = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 3, 7], dtype=torch.int32)
+    return q, k, k + 1, cu_q, cu_k, 3, 4
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_torch_is_called_in_the_words_of_each_of_its_versions(causal: bool) -> None:
+    """A window and grouped heads where it knows them; ``is_causal`` and repeated heads where it does not."""
+    seen: dict[str, Any] = {}
+
+    def later(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    ):
+        seen.update(window=window_size, gqa=enable_gqa, heads=key.shape[1])
+        return eager_varlen(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, causal=window_size == (-1, 0)
+        )
+
+    def earlier(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, *, scale=None):
+        seen.update(causal=is_causal, heads=key.shape[1])
+        return eager_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, causal=is_causal)
+
+    given = arguments()
+    want = eager_varlen(*given, scale=0.4, causal=causal)
+    for function, expected in (
+        (later, {"window": (-1, 0 if causal else -1), "gqa": True, "heads": 2}),
+        (earlier, {"causal": causal, "heads": 4}),
+    ):
+        seen.clear()
+        call = varlen._torch_call(SimpleNamespace(varlen_attn=function))
+        assert call is not None
+        torch.testing.assert_close(call(*given, scale=0.4, causal=causal), want)
+        assert seen == expected
+
+
+def test_flash_attn_is_called_by_the_names_each_generation_knows() -> None:
+    def second(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+               causal=False, window_size=(-1, -1), deterministic=False):  # fmt: skip
+        return eager_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                            scale=softmax_scale, causal=causal)  # fmt: skip
+
+    def fourth(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, softmax_scale=None, causal=False):
+        assert seqused_q is None
+        return eager_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, 3, 4, scale=softmax_scale, causal=causal), None
+
+    given = arguments()
+    for function in (second, fourth):
+        call = varlen._flash_call(SimpleNamespace(flash_attn_varlen_func=function))
+        assert call is not None
+        for causal in (True, False):
+            want = eager_varlen(*given, scale=0.4, causal=causal)
+            torch.testing.assert_close(call(*given, scale=0.4, causal=causal), want)
+
+
+def test_the_installed_torch_takes_the_call_and_its_backward() -> None:
+    """On tensors without storage: what the operator accepts, and the shapes it gives back."""
+    found = varlen.find()
+    if found.name != "torch.nn.attention.varlen":
+        pytest.skip(f"found {found.name}")
+    assert found.call is not None
+    meta = torch.device("meta")
+    q = torch.empty(20, 4, 16, device=meta, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.empty(30, 2, 16, device=meta, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    cu = torch.zeros(4, device=meta, dtype=torch.int32)
+    out = found.call(q, k, v, cu, cu, 9, 12, scale=0.25, causal=True)
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert [x.grad.shape for x in (q, k, v) if x.grad is not None] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.gpu
+def test_gpu_a_bfloat16_model_stays_within_its_rounding_of_float32(folder) -> None:
+    """The kernel refuses float32: bfloat16 through it against the dense float32 path, same weights and batch."""
+    exact, quick = (load_policy(folder, device="cuda", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    dim = quick.core.config.get_text_config().hidden_size // quick.core.config.get_text_config().num_attention_heads
+    call, reason = varlen.choose(quick.device, torch.bfloat16, dim)
+    if call is None:
+        pytest.skip(reason)
+    with torch.no_grad():  # the same weights on both sides
+        for p, q in zip(exact.core.parameters(), quick.core.parameters(), strict=True):
+            p.copy_(q)
+    batch = ragged_batch(exact).to("cuda")
+    want, want_gradients = run(exact, batch)
+    got, gradients = run(quick, batch)
+    assert float((got - want).abs().mean()) < 0.05
+    dense = varlen.Path(None, "asked for")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen, "choose", lambda *_: dense)
+        rounded, rounded_gradients = run(quick, batch)
+
+    def error(of: dict[str, Tensor]) -> float:
+        return float(sum((of[n].double() - g.double()).norm() ** 2 for n, g in want_gradients.items()) ** 0.5)
+
+    assert float((got - want).norm()) <= 2 * float((rounded - want).norm())  # no worse than bfloat16 itself
+    assert error(gradients) <= 2 * error(rounded_gradients)
