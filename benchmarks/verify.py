@@ -1,4 +1,4 @@
-"""``make verify``: every demo on three seeds, each in its own process, as one table and one JSON."""
+"""``make verify``: every demo on three seeds, each in its own process, held to its own claim; a table and a JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastrl.demo.claims import Claim
 
 RESULTS = Path(__file__).parent / "results" / "verify.json"
 
@@ -21,6 +24,13 @@ def jobs() -> list[tuple[str, str | None]]:
     return [
         (m, task) for m, name in DEMOS.items() for task in getattr(importlib.import_module(name), "METRICS", [None])
     ]
+
+
+def claim_of(method: str) -> Claim:
+    """What the demo of ``method`` claims: its module's ``CLAIM``."""
+    from fastrl.demo import DEMOS
+
+    return importlib.import_module(DEMOS[method]).CLAIM
 
 
 def run_demo(method: str, task: str | None, seed: int, out: Path) -> dict[str, Any]:
@@ -38,29 +48,66 @@ def run_demo(method: str, task: str | None, seed: int, out: Path) -> dict[str, A
     return {"method": method, "task": task, "seed": seed, **json.loads(lines[-1])}
 
 
+def by_demo(results: list[dict[str, Any]]) -> dict[tuple[str, str | None], list[dict[str, Any]]]:
+    """Results grouped by (method, task), in order."""
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for row in results:
+        groups.setdefault((row["method"], row.get("task")), []).append(row)
+    return groups
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    """One line per run, and per demo the mean over seeds with the standard deviation of the change."""
-    lines = [f"{'demo':28} {'metric':12} {'seed':>6} {'before':>8} {'after':>8} {'change':>16} {'seconds':>8}"]
-    demos = dict.fromkeys((row["method"], row.get("task")) for row in results)
-    for method, task in demos:
-        rows = [row for row in results if (row["method"], row.get("task")) == (method, task)]
-        changes = [row["after"] - row["before"] for row in rows]
+    """One line per run, and per demo the mean over seeds with the standard deviation of each change.
+
+    The score is the one the demo reports (sampled answers where it samples), then the same for greedy answers. A demo
+    that compares several models adds a line for each, with means over seeds.
+    """
+    scores = f"{'before':>7} {'after':>7} {'change':>15}"
+    lines = [f"{'demo':25} {'metric':9} {'seed':>5} {scores} | greedy {scores} {'seconds':>8}"]
+    for (method, task), rows in by_demo(results).items():
         name = f"{method} {task or ''}".strip()
-        for row, change in zip(rows, changes, strict=True):
-            lines.append(_line(name, row["metric"], str(row["seed"]), row, f"{change:+.3f}"))
-        means = {key: mean(row[key] for row in rows) for key in ("before", "after", "seconds")}
-        spread = f" ± {stdev(changes):.3f}" if len(changes) > 1 else ""
-        lines.append(_line(name, rows[0]["metric"], "mean", means, f"{mean(changes):+.3f}{spread}"))
+        for row in rows:
+            lines.append(_line(name, row["metric"], str(row["seed"]), [row]))
+        lines.append(_line(name, rows[0]["metric"], "mean", rows))
+        lines += _compared(rows)
     return "\n".join(lines)
 
 
-def _line(name: str, metric: str, seed: str, row: dict[str, Any], change: str) -> str:
-    numbers = f"{row['before']:8.3f} {row['after']:8.3f} {change:>16} {row['seconds']:8.0f}"
-    return f"{name:28} {metric:12} {seed:>6} {numbers}"
+def _line(name: str, metric: str, seed: str, rows: list[dict[str, Any]]) -> str:
+    cells = [_scores(rows, ""), _scores(rows, "greedy_")]
+    return f"{name:25} {metric:9} {seed:>5} {cells[0]} |        {cells[1]} {mean(r['seconds'] for r in rows):8.0f}"
+
+
+def _scores(rows: list[dict[str, Any]], prefix: str) -> str:
+    before, after = ([row[f"{prefix}{key}"] for row in rows] for key in ("before", "after"))
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    spread = f" ± {stdev(changes):.3f}" if len(changes) > 1 else ""
+    return f"{mean(before):7.3f} {mean(after):7.3f} {f'{mean(changes):+.3f}{spread}':>15}"
+
+
+def _compared(rows: list[dict[str, Any]]) -> list[str]:
+    models = [row["models"] for row in rows if "models" in row]
+    if not models:
+        return []
+    lines = []
+    for name in models[0]:
+        means = {key: mean(found[name][key] for found in models) for key in models[0][name]}
+        lines.append(f"  {name:23} " + "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
+    return lines
+
+
+def broken_claims(results: list[dict[str, Any]]) -> list[str]:
+    """What of the demos' claims does not hold, a line each."""
+    return [
+        f"{method} {task or ''}".strip() + f" {line} (claim: {claim.text})"
+        for (method, task), rows in by_demo(results).items()
+        for claim in [claim_of(method)]
+        for line in claim.broken(rows)
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is asked for, print, write; returns 1 where a demo failed or did not improve on a seed."""
+    """Run what is asked for, print, write; returns 1 where a demo failed or its own claim does not hold."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="demos whose 'method task' contains this")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
@@ -80,15 +127,16 @@ def main(argv: list[str] | None = None) -> int:
                 results.append(run_demo(method, task, seed, args.out))
             except RuntimeError as error:
                 failed.append(str(error))
-    worse = [f"{r['method']} {r['task'] or ''} seed {r['seed']}: worse" for r in results if r["after"] <= r["before"]]
+    broken = broken_claims(results)
     if results:
         from benchmarks.run import environment  # what the table depends on, beside the seeds
 
         print(table(results))
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(environment() | {"results": results}, indent=1) + "\n")
-    print("\n".join([*failed, *worse]) or f"{len(results)} runs, all better than before")
-    return int(bool(failed or worse))
+        args.json.write_text(json.dumps(environment() | {"results": results, "broken": broken}, indent=1) + "\n")
+    held = [f"{method} {task or ''}: {claim_of(method).text}" for method, task in by_demo(results)]
+    print("\n".join([*failed, *broken]) or "\n".join(["every claim holds:", *(f"  {line}" for line in held)]))
+    return int(bool(failed or broken))
 
 
 if __name__ == "__main__":

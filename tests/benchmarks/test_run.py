@@ -130,21 +130,29 @@ def test_ahead_of_time_table() -> None:
 
 
 def result(seed: int, before: float, after: float, task: str | None = "grounding") -> dict[str, Any]:
-    scores = {"metric": "iou", "before": before, "after": after, "seconds": 100.0 + seed}
-    return {"method": "perception-r1", "task": task, "seed": seed, **scores}
+    scores = {"metric": "iou", "before": before, "after": after, "greedy_before": 0.6, "greedy_after": 0.61}
+    return {"method": "perception-r1", "task": task, "seed": seed, **scores, "seconds": 100.0 + seed}
 
 
 def test_demo_table_has_every_run_and_the_mean_over_seeds() -> None:
     lines = verify.table([result(0, 0.2, 0.5), result(1, 0.2, 0.7), result(0, 0.5, 0.4, "counting")]).splitlines()
     assert len(lines) == 6
-    assert " ".join(lines[3].split()) == "perception-r1 grounding iou mean 0.200 0.600 +0.400 ± 0.141 100"
-    assert lines[5].split()[-2:] == ["-0.100", "100"]
+    sampled, greedy = lines[3].split("|")
+    assert " ".join(sampled.split()) == "perception-r1 grounding iou mean 0.200 0.600 +0.400 ± 0.141"
+    assert greedy.split() == ["0.600", "0.610", "+0.010", "±", "0.000", "100"]
+    assert lines[5].split("|")[0].split()[-1] == "-0.100"
 
 
-def test_verify_fails_where_a_demo_fails_or_does_not_improve(
+def test_demo_table_compares_models_where_a_demo_does() -> None:
+    models = [{"start": {"mean_iou": 0.4}, "perpo": {"mean_iou": v}} for v in (0.5, 0.7)]
+    rows = [result(n, 0.4, m["perpo"]["mean_iou"]) | {"models": m} for n, m in enumerate(models)]
+    assert verify.table(rows).splitlines()[-2:] == [f"  {'start':23} mean_iou 0.400", f"  {'perpo':23} mean_iou 0.600"]
+
+
+def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    outcomes = {0: (0.1, 0.3), 1: (0.3, 0.3)}
+    outcomes = {0: (0.1, 0.3), 1: (0.3, 0.34)}
 
     def fake(method: str, task: str | None, seed: int, out: Path) -> dict[str, Any]:
         if seed == 2:
@@ -156,10 +164,18 @@ def test_verify_fails_where_a_demo_fails_or_does_not_improve(
     target = tmp_path / "verify.json"
     assert verify.main(["--only", "grounding", "--seeds", "0", "--json", str(target)]) == 0
     assert json.loads(target.read_text())["results"] == [result(0, 0.1, 0.3)]
+    assert "every claim holds" in capsys.readouterr().out
     assert verify.main(["--only", "counting", "--json", str(target)]) == 1
     printed = capsys.readouterr().out
     assert "demo fell over" in printed
-    assert "seed 1: worse" in printed
+    assert "perception-r1 counting seed 1: the score changed by +0.0400, less than +0.05" in printed
+    assert len(json.loads(target.read_text())["broken"]) == 1
+
+
+def test_every_demo_makes_a_claim() -> None:
+    from fastrl.demo import DEMOS
+
+    assert all(verify.claim_of(method).checks for method in DEMOS)
 
 
 def test_verify_knows_every_demo() -> None:
