@@ -14,6 +14,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fastrl.methods import METHODS, MethodOptions
 
 SHIPPED = Path(__file__).parent / "recipes"
+# What other trainers call our keys, for whoever comes from there: the nearest spelling would mislead.
+KNOWN_ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "max_steps": "optim.steps",
+    "max_grad_norm": "optim.clip_norm",
+    "warmup_ratio": "optim.warmup",
+    "warmup_steps": "optim.warmup",
+    "lr_scheduler_type": "optim.schedule",
+    "num_iterations": "optim.updates_per_batch",
+    "num_generations": "rollout.group_size",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_tokens": "rollout.max_new_tokens",
+    "kl_coef": "method.beta",
+    "epsilon": "method.clip_low",
+    "epsilon_high": "method.clip_high",
+    "reward_weights": "reward.weights",
+    "output_dir": "out",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+}
 
 
 class RecipeError(ValueError):
@@ -324,8 +344,8 @@ def _nearest(loc: Sequence[str], valid: Iterable[str]) -> str:
     section = ".".join(part for part in loc[:-1] if not part.isdigit())
     prefix = f"{section}." if section else ""
     siblings = [p for p in paths if p.startswith(prefix) and "." not in p[len(prefix) :]]
-    exact = next((p for p in paths if p.rpartition(".")[2] == loc[-1]), None)
-    if exact is not None:  # the right key in the wrong section
+    exact = next((p for p in paths if p.rpartition(".")[2] == loc[-1]), KNOWN_ELSEWHERE.get(loc[-1]))
+    if exact in paths:  # the right key in the wrong section, or by another trainer's name
         return f"; did you mean {exact}?"
     near = difflib.get_close_matches(loc[-1], [p[len(prefix) :] for p in siblings], n=1, cutoff=0.6)
     if near:

@@ -91,6 +91,8 @@ def train(
         stack.callback(log.close)
         steps, every = recipe.optim.steps, recipe.log.every
         progress = stack.enter_context(Progress(steps, done=done, every=every, show=show and writes))
+        if run.skipped:
+            progress.note(run.skipped)
         if resume:
             progress.note(f"resuming after step {done}" if done else "no checkpoint yet: starting from the beginning")
         stop = stack.enter_context(_stop_signals(progress.note))
@@ -128,6 +130,7 @@ class Run:
         self.recipe = recipe
         self.clock = Clock()
         data = records if records is not None else _load_records(recipe)  # first: bad rows are reported at once
+        self.skipped = getattr(data, "summary", "")  # rows of the data that no record was made of
         if recipe.data.blank_images:
             data = BlankImages(data)
         _use_own_device(recipe)

@@ -88,6 +88,12 @@ class Dataset(Sequence[Record]):
         """Why rows were skipped: kind → how often, most frequent first."""
         return dict(Counter(problem.kind for problem in (*self.problems, *self.left_out)).most_common())
 
+    @property
+    def summary(self) -> str:
+        """One line on the rows that were skipped, empty where there are none."""
+        reasons = ", ".join(f"{kind} {count}" for kind, count in self.reasons.items())
+        return f"skipped {self.skipped} of {self.skipped + len(self)} rows: {reasons}" if reasons else ""
+
     @overload
     def __getitem__(self, index: int) -> Record: ...
     @overload

@@ -75,8 +75,8 @@ def run_evaluation(
     if (model is None) == (predictions is None):
         raise ValueError("give either --model or --predictions")
     data = load_data(spec, skip_bad=skip_bad)
-    if data.skipped:
-        say(f"skipped {data.skipped} bad rows")
+    if data.summary:
+        say(data.summary)
     records: Sequence[Record] = data if limit is None else data[:limit]
     if blank_images and predictions is not None:
         raise ValueError("--blank-images changes what a model sees: give --model, not --predictions")

@@ -63,6 +63,8 @@ def test_big_recipes_hold_the_papers_constants() -> None:
         ("modle", "model"),
         ("model.lora.rnak", "model.lora.rank"),
         ("temperature", "rollout.temperature"),
+        ("optim.learning_rate", "optim.lr"),  # as other trainers call it
+        ("num_generations", "rollout.group_size"),
     ],
 )
 def test_unknown_key_names_its_path_and_the_nearest_valid_one(dotted: str, meant: str) -> None:

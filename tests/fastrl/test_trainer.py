@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastrl.checkpoint import CheckpointError
+from fastrl.data import Dataset, Problem
 from fastrl.methods import PerceptionR1
 from fastrl.metrics import Meter, MetricsLog, read_rows
 from fastrl.progress import Progress, printable
@@ -26,6 +27,12 @@ Folder = Callable[[str], Path]
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.policy.model.named_parameters()}
+
+
+def test_a_run_says_what_it_skipped(tiny_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = Dataset(make_records(), left_out=[Problem("a.jsonl:3", "no object", "null box")])
+    train(make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=1), records=data)
+    assert "skipped 1 of 7 rows: no object 1" in capsys.readouterr().err
 
 
 def test_run_writes_all_it_promises(tiny_folder: Folder, tmp_path: Path) -> None:

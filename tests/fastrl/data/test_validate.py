@@ -91,6 +91,9 @@ def test_a_bad_row_is_reported_with_file_and_line_and_can_be_skipped(
     data = load_data(f"{adapter}:{file}", skip_bad=True)
     assert [record.id for record in data] == ["0", "3"]
     assert (data.skipped, set(data.reasons)) == (1, {kind})
+    assert data.summary.startswith("skipped 1 of 3 rows: ")
+    assert f"{kind} 1" in data.summary
+    assert load_data(f"{adapter}:{write(folder, good)}").summary == ""
 
 
 @pytest.mark.parametrize("row", ["{", "[1]", '"x"', "{'a': 1}", "[" * 10**5, '{"a":' * 10**5])
