@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,19 @@ def use_triton(*tensors: Tensor | None) -> bool:
     if not HAS_TRITON:
         return False
     return interpreting() or any(t is not None and t.is_cuda for t in tensors)
+
+
+def launch(kernel: Any, programs: int) -> Callable[..., None]:
+    """``kernel[(programs,)]``, to be called with its arguments, on the GPU of their first tensor.
+
+    Triton launches on the current device, which need not be the one the tensors are on.
+    """
+
+    def start(*arguments: Any, **options: Any) -> None:
+        with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
+            kernel[(programs,)](*arguments, **options)
+
+    return start
 
 
 def check(condition: bool, message: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase
+from fastrl_kernels._common import AotCase, launch
 from fastrl_kernels._numerics import expm1_tail, log1p_unit
 from fastrl_kernels._triton import tl, triton
 
@@ -230,13 +230,13 @@ def launch_fold(tile: Tensor, first_column: int, options: Any, rows: Any, state:
     n, width = tile.shape
     block, warps = launch_config(width)
     has_entropy = rows.entropy is not None
-    linear_logprob_fold_kernel[(n,)](
+    launch(linear_logprob_fold_kernel, n)(
         tile, rows.target, rows.inverse_temperature, tile if options.bias is None else options.bias, state,
         rows.logp, rows.lse, rows.entropy if has_entropy else rows.logp,
         tile.stride(0), state.stride(0), width, first_column, options.n_columns, options.ignore_index,
         options.softcap or 1.0,
         HAS_BIAS=options.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_ENTROPY=has_entropy,
-        BLOCK=block, num_warps=warps,  # pyright: ignore[reportCallIssue]
+        BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 
@@ -253,13 +253,13 @@ def launch_gradient(
     n, width = tile.shape
     block, warps = launch_config(width)
     has_entropy = grad_entropy is not None
-    linear_logprob_gradient_kernel[(n,)](
+    launch(linear_logprob_gradient_kernel, n)(
         tile, out, rows.target, rows.inverse_temperature, tile if options.bias is None else options.bias,
         rows.logp, rows.lse, rows.entropy if has_entropy else rows.logp,
         grad_logp, grad_entropy if has_entropy else grad_logp,
         tile.stride(0), out.stride(0), width, first_column, options.ignore_index, options.softcap or 1.0,
         HAS_BIAS=options.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_ENTROPY=has_entropy,
-        BLOCK=block, num_warps=warps,  # pyright: ignore[reportCallIssue]
+        BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 

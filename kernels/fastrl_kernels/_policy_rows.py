@@ -6,12 +6,12 @@ are written in ``policy_loss.py``; this file is where they are computed, once pe
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, use_triton
+from fastrl_kernels._common import AotCase, launch, use_triton
 from fastrl_kernels._numerics import expm1_tail
 from fastrl_kernels._triton import tl, triton
 
@@ -237,10 +237,8 @@ def policy_row_terms(
     if ratio == "sequence":
         sequence = torch.empty(2, c, dtype=torch.float32, device=logp.device)
         if c:
-            scan: Any = sequence_ratio_kernel
-            scan[(c,)](logp, old, completion, weight, sequence, n, c, BLOCK=_SCAN)
-    launch: Any = policy_rows_kernel
-    launch[(blocks,)](
+            launch(sequence_ratio_kernel, c)(logp, old, completion, weight, sequence, n, c, BLOCK=_SCAN)
+    launch(policy_rows_kernel, blocks)(
         logp, advantage, completion, weight, None if sequence is not None else old, ref, sequence,
         loss, dlogp, partials, n, c, low, high, 0.0 if dual_clip is None else dual_clip, beta,
         DUAL=dual_clip is not None, KL=KL_KINDS.index(kl) + 1, K2_GRADIENT=kl_gradient == "k2",
@@ -257,8 +255,9 @@ def policy_totals(partials: Tensor) -> tuple[Tensor, Tensor]:
     if use_triton(partials) and partials.dtype == torch.float32:
         loss = torch.empty((), dtype=torch.float32, device=partials.device)
         metrics = torch.empty(5, dtype=torch.float32, device=partials.device)
-        launch: Any = policy_totals_kernel
-        launch[(1,)](partials.contiguous(), loss, metrics, partials.shape[0], BLOCK=_TOTALS, num_warps=1)
+        launch(policy_totals_kernel, 1)(
+            partials.contiguous(), loss, metrics, partials.shape[0], BLOCK=_TOTALS, num_warps=1
+        )
         return loss, metrics
     sums = partials.sum(0)
     largest = partials[:, 5].max() if partials.shape[0] else partials.new_zeros(())

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, use_triton
+from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
 from fastrl_kernels._triton import tl, triton
 
 _LOG2E = math.log2(math.e)
@@ -221,18 +221,18 @@ def _decode_attention_op(
     part = torch.empty((r, hq, splits, d), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((r, hq, splits), dtype=torch.float32, device=q.device)
     prefix_programs = b * hkv * cfg.m_blocks * cfg.prefix_splits
-    _decode_split_kernel[(prefix_programs + r * hkv * cfg.own_splits,)](
+    launch(_decode_split_kernel, prefix_programs + r * hkv * cfg.own_splits)(
         q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len, part, part_lse, scale * _LOG2E,
         hkv, cfg.m_blocks, cfg.prefix_splits, cfg.prefix_chunk, cfg.own_splits, cfg.own_chunk, prefix_programs,
         *q.stride()[:2], *prefix_k.stride()[:3], *own_k.stride()[:3],
         GQ=hq // hkv, D=d, BLOCK_M=cfg.block_m, BLOCK_OWN=cfg.block_own, BLOCK_N=cfg.block_n, BLOCK_D=cfg.block_d,
-        PRECISION="ieee", num_warps=cfg.num_warps, num_stages=cfg.num_stages,  # pyright: ignore[reportCallIssue]
+        PRECISION="ieee", num_warps=cfg.num_warps, num_stages=cfg.num_stages,
     )  # fmt: skip
     block_s = _power_of_2(splits)
-    _decode_merge_kernel[(r * hq,)](
+    launch(_decode_merge_kernel, r * hq)(
         part, part_lse, row_offsets, out, b, hq, cfg.prefix_splits, splits,
         D=d, BLOCK_S=block_s, BLOCK_D=cfg.block_d,
-        num_warps=_merge_warps(block_s, cfg.block_d),  # pyright: ignore[reportCallIssue]
+        num_warps=_merge_warps(block_s, cfg.block_d),
     )  # fmt: skip
     return out
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastrl_kernels import _native
 from fastrl_kernels._box_overlap import load_boxes, pair_value
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, use_triton
+from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
 from fastrl_kernels._triton import tl, triton
 from fastrl_kernels.linear_assignment import (
     IN_TREE,
@@ -183,12 +183,12 @@ def _launch(
     match, quality, parts = _outputs(pred)
     lanes = lane_count(n)
     unused = counts[0]  # a valid pointer for labels that are not given
-    _detection_kernel[(problems,)](
+    launch(_detection_kernel, problems)(
         pred.contiguous(), gt.contiguous(), counts[0], counts[1],
         unused if labels[0] is None else labels[0], unused if labels[1] is None else labels[1],
         match, quality, parts, problems, n, m, threshold, scale,
         HAS_LABELS=labels[0] is not None, BOXES=boxes, SEQUENCE=sequence, LANES=lanes,
-        num_warps=_launch_warps(lanes), num_stages=1,  # pyright: ignore[reportCallIssue]
+        num_warps=_launch_warps(lanes), num_stages=1,
     )  # fmt: skip
     return match, quality, parts
 

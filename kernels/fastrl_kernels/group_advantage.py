@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, use_triton
+from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
 from fastrl_kernels._triton import tl, triton
 from fastrl_kernels.token_weights import check_ids
 
@@ -140,8 +140,7 @@ def _group_advantage_op(
     mean, std = (torch.empty(n_groups, dtype=torch.float32, device=rewards.device) for _ in range(2))
     constant = torch.empty(n_groups, dtype=torch.bool, device=rewards.device)
     if n_groups:
-        launch: Any = group_advantage_kernel
-        launch[(n_groups,)](
+        launch(group_advantage_kernel, n_groups)(
             rewards, None if weights is None else weights.contiguous(), None if group is None else group.contiguous(),
             advantage, reward, mean, std, constant.view(torch.int8), r, k, size, eps,
             LEAVE_ONE_OUT=leave_one_out, SCALE=scale, UNBIASED=unbiased, BLOCK=_BLOCK, num_warps=1,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import _native
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, use_triton
+from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
 from fastrl_kernels._triton import tl, triton
 
 OK, INFEASIBLE, INVALID = 0, 1, 2  # status bits
@@ -191,7 +191,7 @@ def _launch(
     status = torch.empty(problems, dtype=torch.int32, device=cost.device)
     lanes = lane_count(max(n, m))
     unused = status  # a valid pointer for what is not given
-    _assignment_kernel[(problems,)](
+    launch(_assignment_kernel, problems)(
         cost,
         unused if n_rows is None else n_rows,
         unused if n_cols is None else n_cols,
@@ -205,8 +205,8 @@ def _launch(
         HAS_COLS=n_cols is not None,
         MAXIMIZE=maximize,
         LANES=lanes,
-        num_warps=launch_warps(lanes),  # pyright: ignore[reportCallIssue]
-        num_stages=1,  # pyright: ignore[reportCallIssue]
+        num_warps=launch_warps(lanes),
+        num_stages=1,
     )
     return match, total, status
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, use_triton
+from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
 from fastrl_kernels._numerics import sigmoid, softplus
 from fastrl_kernels._triton import tl, triton
 
@@ -136,8 +136,7 @@ def _listwise_op(
     loss = torch.empty(b, dtype=torch.float32, device=score.device)
     grad = torch.empty(b, k, dtype=torch.float32, device=score.device)
     config = launch_config(k)
-    launch: Any = listwise_kernel
-    launch[(b,)](
+    launch(listwise_kernel, b)(
         score.contiguous(), reward.contiguous(), None if mask is None else mask.contiguous().view(torch.int8),
         loss, grad, k, beta, gamma, LISTMLE=listmle, ITEMS=config.items, ROWS=config.rows, num_warps=config.warps,
     )  # fmt: skip

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels._box_overlap import EMPTY, FARTHEST, load_boxes, pair_gradient, pair_value
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, use_triton
+from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
 from fastrl_kernels._triton import tl, triton
 
 KINDS = ("iou", "giou", "diou", "ciou")
@@ -135,10 +135,10 @@ def _launch_backward(
     grad_a = torch.empty(a.shape, dtype=torch.float32, device=a.device)
     if n and m:
         blocks = -(-n // _BLOCK_A)
-        _iou_backward_kernel[(problems * blocks,)](
+        launch(_iou_backward_kernel, problems * blocks)(
             a, b, n_a, n_b, grad, best, grad_a, n, m, blocks, *grad.stride(), *best.stride(),
             KIND=kind, SIDE=side, BLOCK_A=_BLOCK_A, BLOCK_B=_BLOCK_B,
-            num_warps=4,  # pyright: ignore[reportCallIssue]
+            num_warps=4,
         )  # fmt: skip
     else:
         grad_a.zero_()
@@ -155,9 +155,9 @@ def _op(a: Tensor, b: Tensor, n_a: Tensor, n_b: Tensor, kind: int, reduce: bool)
         return out, best
     common: dict[str, Any] = {"KIND": kind, "BLOCK_A": _BLOCK_A, "BLOCK_B": _BLOCK_B, "num_warps": 4}
     if reduce:
-        _iou_max_kernel[(problems * blocks_n,)](a, b, n_a, n_b, out, best, n, m, blocks_n, **common)
+        launch(_iou_max_kernel, problems * blocks_n)(a, b, n_a, n_b, out, best, n, m, blocks_n, **common)
     else:
-        _iou_kernel[(problems * blocks_n * blocks_m,)](a, b, n_a, n_b, out, n, m, blocks_n, blocks_m, **common)
+        launch(_iou_kernel, problems * blocks_n * blocks_m)(a, b, n_a, n_b, out, n, m, blocks_n, blocks_m, **common)
     return out, best
 
 

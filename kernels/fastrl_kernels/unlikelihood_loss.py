@@ -25,7 +25,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, use_triton
+from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
 from fastrl_kernels._numerics import expm1_tail, log1p_unit
 from fastrl_kernels._triton import tl, triton
 
@@ -88,8 +88,7 @@ def _unlikelihood_op(
     dlogp = torch.empty(n, dtype=torch.float32, device=logp.device)
     partials = torch.empty(blocks, dtype=torch.float32, device=logp.device)
     given = None if weight is None else weight.contiguous()
-    launch: Any = unlikelihood_kernel
-    launch[(blocks,)](
+    launch(unlikelihood_kernel, blocks)(
         logp.contiguous(), sigma.contiguous(), given, dlogp, partials, n, alpha, BLOCK=_BLOCK, num_warps=1
     )
     return partials.sum(), dlogp
