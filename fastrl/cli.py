@@ -229,6 +229,46 @@ def build_reper(
     print(f"mean score of the kept pictures: best {summary['mean_best']:.3f}, worst {summary['mean_worst']:.3f}")
 
 
+@build_app.command(name="utr")
+def build_utr(
+    data: Annotated[str, typer.Option(metavar="SPEC", help="mot:, sav:, tracks: or scenes:trajectory")],
+    frames: Annotated[int, typer.Option(min=2, help="Frames of each clip.")],
+    out: Annotated[Path, typer.Option(help="JSONL of dialogues; an unfinished one is gone on with.")],
+    queries: Annotated[str, typer.Option(help="Kinds of queries.")] = "spatial,temporal",
+    sample: Annotated[str, typer.Option(help="Which frames: uniform, first or random.")] = "uniform",
+    min_frames: Annotated[int, typer.Option(min=2, help="Frames a subject's track must cover.")] = 3,
+    answers: Annotated[str, typer.Option(help="trajectory, or frame: what one frame tells.")] = "trajectory",
+    motion: Annotated[bool, typer.Option("--motion", help="Where subjects without actions move.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first clips.")] = None,
+    seed: Annotated[int, typer.Option(help="Of queries and of random frames.")] = 0,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Ask about tracked clips what no few frames answer, with the answers (Video-UTR)."""
+    from fastrl.build.utr import BuildOptions, build_dialogues, parse_queries
+
+    options = BuildOptions(
+        data=data,
+        frames=frames,
+        sample=sample,
+        queries=parse_queries(queries),
+        min_frames=min_frames,
+        answers=answers,
+        motion=motion,
+        seed=seed,
+        limit=limit,
+        skip_bad=skip_bad,
+    )
+    summary = build_dialogues(options, out, say=_say)
+    if as_json:
+        _print_json({**summary, "out": str(out)})
+        return
+    print(f"{summary['kept']} dialogues of {summary['clips']} clips in {out} ({summary['seconds']:.0f} s)")
+    print(f"subjects: {summary['subjects']}")
+    for kind in ("queries", "dropped"):
+        print(f"{kind}: " + (", ".join(f"{why} {count}" for why, count in sorted(summary[kind].items())) or "none"))
+
+
 @app.command(name="reflect")
 def reflect_command(
     model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
@@ -292,13 +332,15 @@ def tiny_build(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     rows: Annotated[int, typer.Option(min=1, help="Scenes per step.")] = 16,
-    start: Annotated[Path | None, typer.Option("--from", help="Teach this model further.")] = None,
+    start: Annotated[str | None, typer.Option("--from", metavar="DIR", help="Begin with this small model's.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Build a small Qwen2.5-VL and teach it the scene tasks (25 minutes on one CPU core)."""
+    from fastrl.models import tiny
     from fastrl.models.tiny.build import build
 
-    build(kind, out, steps=steps, rows=rows, seed=seed, start=start, log=_say)
+    begin = tiny.resolve(start) if start is not None else None
+    build(kind, out, steps=steps, rows=rows, seed=seed, start=begin, log=_say)
 
 
 def main() -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.checkpoint import write_atomically
 
 if TYPE_CHECKING:
-    from fastrl.data.records import Record
+    from PIL.Image import Image
 
 Tally = dict[str, Any]  # JSON values; what became of the records so far
 
@@ -68,17 +68,17 @@ def build_portions(
     return tally
 
 
-def image_names(record: Record, number: int, out: Path) -> list[str]:
-    """How a built file names a record's images; pictures that are no files are written beside it (``NAME.images``)."""
+def image_names(images: Sequence[Path | Image], number: int, out: Path) -> list[str]:
+    """How a built file names record ``number``'s images; pictures that are no files are written to ``NAME.images``."""
     names = []
     home = out.parent.resolve()
-    for place, image in enumerate(record.images):
+    for place, image in enumerate(images):
         if isinstance(image, Path | str):
             path = Path(image).resolve()
         else:
             folder = out.with_suffix(".images").resolve()
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / (f"{number:06d}.png" if len(record.images) == 1 else f"{number:06d}-{place}.png")
+            path = folder / (f"{number:06d}.png" if len(images) == 1 else f"{number:06d}-{place}.png")
             image.save(path)
         names.append(str(path.relative_to(home) if path.is_relative_to(home) else path))
     return names

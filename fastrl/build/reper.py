@@ -153,7 +153,7 @@ class _Maker:
             candidates = [(text, critique.score or 0.0) for text, critique in reversed(ranked)]
             row = dialogue_row(
                 record,
-                image_names(record, index, self.out),
+                image_names(record.images, index, self.out),
                 turns,
                 candidates,
                 prompt=question_of(record.messages),

@@ -7,6 +7,7 @@ Adapters, each in its own module with a ``load(path, query)`` (a new format is o
 - ``mot``, ``sav``, ``tracks``: tracked clips → trajectory   - ``scenes``: made-up pictures, every task
 - ``lists``: several answers to a prompt with their rewards → PerPO
 - ``captions``: pictures with reference captions     - ``reflection``: policy/critic dialogues → RePer
+- ``utr``: questions about tracked clips with their answers → trajectory
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ ADAPTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "lists": ("fastrl.data.lists", "load"),
         "captions": ("fastrl.data.captions", "load"),
         "reflection": ("fastrl.data.reflection", "load"),
+        "utr": ("fastrl.data.utr", "load"),
     }
 )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
 from fastrl.answers import Track
 from fastrl.data.records import Record, question
@@ -99,17 +99,21 @@ class Clip:
             return self.frames
         return tuple(read_video(self.video, self.video_frames))
 
-    def record(self) -> Record:
-        """A trajectory record that asks for every subject by name."""
-        images = self.images()
-        names = list(dict.fromkeys(subject.name for subject in self.subjects))
-        target = {
+    def target(self) -> dict[str, Any]:
+        """The truth a trajectory record carries."""
+        return {
             "tracks": [clip_subject(subject) for subject in self.subjects],
             "frames": len(self),
             "seconds": list(self.seconds),
             "size": [self.width, self.height],
         }
-        messages = question("trajectory", ", ".join(names), images=len(images))
+
+    def record(self) -> Record:
+        """A trajectory record that asks for every subject by name."""
+        images = self.images()
+        names = list(dict.fromkeys(subject.name for subject in self.subjects))
+        target = self.target()
+        messages = question("trajectory", ", ".join(names), images=len(images), seconds=self.seconds)
         return Record(self.id, "trajectory", images, messages, target, source=self.source)
 
 
@@ -124,10 +128,16 @@ def clip_subject(subject: Subject) -> dict[str, Any]:
     return plain
 
 
-class ClipRecords(Sequence[Record]):
-    """Trajectory records of ``clips``, made (and their video frames decoded) when asked for."""
+class HasRecord(Protocol):
+    """What can be made a record."""
 
-    def __init__(self, clips: Sequence[Clip]) -> None:
+    def record(self) -> Record: ...
+
+
+class ClipRecords(Sequence[Record]):
+    """Trajectory records of ``clips`` (or of dialogues about them), made, with their video frames, when asked for."""
+
+    def __init__(self, clips: Sequence[HasRecord]) -> None:
         self.clips = clips
 
     @overload
@@ -232,12 +242,12 @@ def read_video(path: Path, numbers: Sequence[int]) -> list[Image]:
 # ---- checks
 
 
-def settle(clip: Clip) -> tuple[Clip, list[Problem], list[Problem]]:
+def settle(clip: Clip, *, short: bool = False) -> tuple[Clip, list[Problem], list[Problem]]:
     """Check every track: (the clip with its boxes clipped, what is wrong, what is worth knowing).
 
     Wrong: a box wholly outside the picture or without area, a frame number the clip does not have, one identity twice.
     Worth knowing: boxes that reach outside (clipped), gaps, likely identity switches, and tracks of no length, which
-    are left out: an empty one, or a single box in a clip of several frames.
+    are left out: an empty one, or (unless ``short``) a single box in a clip of several frames.
     """
     problems: list[Problem] = []
     notes: list[Problem] = []
@@ -258,7 +268,7 @@ def settle(clip: Clip) -> tuple[Clip, list[Problem], list[Problem]]:
         if gaps:
             message = f"{len(gaps)} gaps, the first between frames {gaps[0][0]} and {gaps[0][1]}"
             notes.append(Problem(where, "gap", message))
-        if len(boxes) <= min(1, len(clip) - 1):
+        if len(boxes) <= (0 if short else min(1, len(clip) - 1)):
             notes.append(Problem(where, "zero-length track", f"{len(boxes)} boxes in {len(clip)} frames: left out"))
         else:
             subjects.append(replace(subject, boxes=boxes))
@@ -290,7 +300,8 @@ def _settle_boxes(
     return boxes, clipped
 
 
-def _iou(a: Box, b: Box) -> float:
+def box_iou(a: Box, b: Box) -> float:
+    """Overlap of two boxes over their union."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
@@ -304,11 +315,11 @@ def _identity_switches(clip: Clip) -> list[Problem]:
     for subject in clip.subjects:
         for frame, box in subject.boxes.items():
             before = subject.boxes.get(frame - 1)
-            if before is None or _iou(before, box) > 0:
+            if before is None or box_iou(before, box) > 0:
                 continue
             for other in clip.subjects:
                 theirs = other.boxes.get(frame - 1)
-                if other is not subject and theirs is not None and _iou(theirs, box) > 0.5:
+                if other is not subject and theirs is not None and box_iou(theirs, box) > 0.5:
                     where = f"{clip.source or clip.id}:subject {subject.identity}"
                     message = f"frame {frame}: jumps to where subject {other.identity} was one frame before"
                     notes.append(Problem(where, "identity switch", message))

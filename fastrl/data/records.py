@@ -25,11 +25,26 @@ PROMPTS: Mapping[str, str] = {
 }
 
 
-def question(task: str, text: str = "", *, images: int = 1, prompt: str | None = None) -> tuple[Mapping[str, Any], ...]:
-    """The messages of a record: one user turn with its images, then ``prompt`` or that of ``task`` about ``text``."""
+def question(
+    task: str, text: str = "", *, images: int = 1, prompt: str | None = None, seconds: Sequence[float] = ()
+) -> tuple[Mapping[str, Any], ...]:
+    """The messages of a record: one user turn with its images, then ``prompt`` or that of ``task`` about ``text``.
+
+    With ``seconds`` (one for each image) the images are the frames of a clip: a text with number and time stands right
+    before each, ``Frame1 0.5s:``.
+    """
     words = PROMPTS[task].format(text) if prompt is None else prompt
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": words}]
-    return ({"role": "user", "content": content},)
+    content: list[dict[str, Any]] = []
+    for number in range(images):
+        if seconds:
+            content.append({"type": "text", "text": frame_label(number + 1, seconds[number])})
+        content.append({"type": "image"})
+    return ({"role": "user", "content": [*content, {"type": "text", "text": words}]},)
+
+
+def frame_label(number: int, seconds: float) -> str:
+    """What stands before a frame in a prompt: its number (from 1) and its time to the hundredth of a second."""
+    return f"Frame{number} {round(seconds, 2):g}s:"
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,8 @@ class Record:
     - detection: ``boxes`` [[x1, y1, x2, y2], ...], ``labels`` [str, ...], ``crowd`` [bool, ...], ``categories`` [str]
     - ocr: ``text``
     - caption: ``references`` [str, ...], and where known ``objects``, ``attributes``, ``relations``
-    - trajectory: ``tracks`` [{``id``, ``name``, ``boxes`` {frame number from 1: (x1, y1, x2, y2)}}, ...], ``frames``
+    - trajectory: ``tracks`` [{``id``, ``name``, ``boxes`` {frame number from 1: (x1, y1, x2, y2)}}, ...], ``frames``,
+      ``seconds``, ``size``; of a dialogue also ``answer`` (the text to learn), ``query``, and ``tpl`` where known
     - qa: ``choices`` and ``answer``
     """
 

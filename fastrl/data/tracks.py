@@ -24,31 +24,27 @@ from types import MappingProxyType
 from typing import Any
 
 from fastrl.answers import format_tracks
+from fastrl.data.clip_rows import check_frames, check_video, clip_rows, row_clip
 from fastrl.data.clips import (
     SAMPLING,
     Box,
     Clip,
     ClipRecords,
-    Span,
-    Subject,
     frame_files,
     sample_frames,
     settle,
     subjects_from_rows,
-    video_info,
     windows,
 )
 from fastrl.data.masks import rle_box
 from fastrl.data.records import Dataset
-from fastrl.data.rows import choice_option, int_option, ordered, parse_json, read_rows, read_text
+from fastrl.data.rows import choice_option, int_option, ordered, parse_json, read_text
 from fastrl.data.validate import (
     DataError,
-    ImageFolder,
     Problem,
     Row,
     corners,
     fail,
-    find_image_folder,
     is_number,
     short,
 )
@@ -90,23 +86,11 @@ def load_sav(path: str, query: Mapping[str, str]) -> Dataset:
 
 def load_jsonl(path: str, query: Mapping[str, str]) -> Dataset:
     """Read clips from JSONL. Raises ``DataError`` for an unreadable file or option."""
-    file = Path(path)
-    rows = list(read_rows(file))
-    names = []
-    for _, _, row in rows:
-        if isinstance(row, Mapping):
-            frames = row.get("frames")
-            names += [row.get("video", ""), *(frames[:1] if isinstance(frames, list) else [])]
-    folder = Path(query["images"]) if "images" in query else find_image_folder(file, names)
-    images = ImageFolder(folder)
     clips: list[Clip | list[Problem]] = []
-    for number, where, fields in rows:
-        if isinstance(fields, Problem):
-            clips.append([fields])
-            continue
-        row = Row(fields, where, number, images)
-        clip = _row_clip(row)
-        clips.append(row.problems if row.problems or clip is None else clip)
+    for row in clip_rows(Path(path), query.get("images")):
+        clip = row_clip(row) if isinstance(row, Row) else None
+        wrong = row.problems if isinstance(row, Row) else [row]
+        clips.append(wrong if wrong or clip is None else clip)
     return _dataset(clips, query, path)
 
 
@@ -174,7 +158,7 @@ def _mot_clip(folder: Path, person: str) -> Clip | list[Problem]:
     if not (math.isfinite(rate) and rate > 0 and min(length, width, height) > 0):
         return [Problem(where, "bad seqinfo", "frameRate, seqLength, imWidth and imHeight must be positive")]
     frames = frame_files(folder / section.get("imDir", "img1"))
-    problems = _check_frames(frames, length, (width, height), where)
+    problems = check_frames(frames, length, (width, height), where)
     rows = _mot_rows(folder / "gt" / "gt.txt", person, problems)
     if problems:
         return problems
@@ -182,23 +166,6 @@ def _mot_clip(folder: Path, person: str) -> Clip | list[Problem]:
     name = section.get("name", folder.name)
     source = str(folder / "gt" / "gt.txt")
     return Clip(name, width, height, seconds, subjects_from_rows(rows), tuple(frames), source=source)
-
-
-def _check_frames(frames: Sequence[Path], length: int, size: tuple[int, int], where: str) -> list[Problem]:
-    if len(frames) != length:
-        return [Problem(where, "wrong length", f"{length} frames announced, {len(frames)} picture files found")]
-    folder = ImageFolder(Path())
-    problems = []
-    for frame in frames:
-        found = folder.size(frame)
-        if found != size:
-            message = (
-                found
-                if isinstance(found, str)
-                else f"{frame} has {found[0]}x{found[1]} pixels, not {size[0]}x{size[1]}"
-            )
-            problems.append(Problem(where, "bad image" if isinstance(found, str) else "wrong size", message))
-    return problems
 
 
 def _mot_rows(file: Path, person: str, problems: list[Problem]) -> list[tuple[int, int, str, Box]]:
@@ -294,125 +261,10 @@ def _sav_pictures(
         files = frame_files(Path(query["images"]))
         if len(files) > len(numbers):  # all frames of the video: take those that are annotated
             files = [files[number] for number in numbers if number < len(files)]
-        problems += _check_frames(files, len(numbers), size, path)
+        problems += check_frames(files, len(numbers), size, path)
         return tuple(files), None
     if "video" in query:
         video = Path(query["video"])
-        _check_video(video, numbers, size, path, problems)
+        check_video(video, numbers, size, path, problems)
         return (), video
     return (), None
-
-
-def _check_video(
-    video: Path, numbers: Sequence[int], size: tuple[int, int], where: str, problems: list[Problem]
-) -> None:
-    if not video.is_file():
-        problems.append(Problem(where, "missing video", f"video not found: {video}"))
-        return
-    try:
-        info = video_info(video)
-    except DataError as error:
-        problems += [Problem(where, problem.kind, f"{video} {problem.message}") for problem in error.problems]
-        return
-    if (info.width, info.height) != size:
-        message = f"{video} has {info.width}x{info.height} pixels, not {size[0]}x{size[1]}"
-        problems.append(Problem(where, "wrong size", message))
-    if numbers and max(numbers) >= info.frames:
-        message = f"{video} has {info.frames} frames; frame {max(numbers)} (from 0) is asked for"
-        problems.append(Problem(where, "wrong length", message))
-
-
-# ---- JSONL
-
-
-def _row_clip(row: Row) -> Clip | None:
-    identity, fields = row.id(), row.fields
-    frames, video, numbers = _row_pictures(row)
-    seconds = _row_seconds(row, len(frames) or len(numbers))
-    size = (fields.get("width"), fields.get("height"))
-    if frames and size == (None, None):
-        found = row.images.size(frames[0])
-        size = found if isinstance(found, tuple) else size
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size):
-        row.fail("wrong size", f"width and height must be positive integers, got {short(size)}")
-    if row.problems or seconds is None:
-        return None
-    width, height = int(size[0] or 0), int(size[1] or 0)
-    row.problems += _check_frames(frames, len(frames), (width, height), row.where)
-    if video is not None:
-        _check_video(video, numbers, (width, height), row.where, row.problems)
-    subjects = fields.get("subjects")
-    if not isinstance(subjects, list):
-        row.fail("wrong type", f"subjects must be a list, got {short(subjects)}")
-        return None
-    built = [_row_subject(row, subject) for subject in subjects]
-    caption = fields.get("caption", "")
-    if not isinstance(caption, str):
-        row.fail("wrong type", f"caption must be a string, got {short(caption)}")
-    kept = tuple(subject for subject in built if subject is not None)
-    return Clip(identity, width, height, seconds, kept, frames, video, numbers, str(caption), row.where)
-
-
-def _row_pictures(row: Row) -> tuple[tuple[Path, ...], Path | None, tuple[int, ...]]:
-    frames, video = row.fields.get("frames"), row.fields.get("video")
-    if frames is not None:
-        if isinstance(frames, list) and frames and all(isinstance(f, str) and f and "\0" not in f for f in frames):
-            return tuple(row.images.path(frame) for frame in frames), None, ()
-        row.fail("wrong type", f"frames must be a list of file names, got {short(frames)}")
-    elif video is not None:
-        numbers = row.fields.get("video_frames")
-        sound = isinstance(numbers, list) and all(isinstance(n, int) and n >= 0 for n in numbers)
-        if isinstance(video, str) and "\0" not in video and isinstance(numbers, list) and numbers and sound:
-            return (), row.images.path(video), tuple(numbers)
-        row.fail("wrong type", f"video needs video_frames, a list of frame numbers from 0; got {short(numbers)}")
-    return (), None, ()
-
-
-def _row_seconds(row: Row, pictures: int) -> tuple[float, ...] | None:
-    seconds, fps = row.fields.get("seconds"), row.fields.get("fps")
-    if seconds is None and pictures:
-        if fps is not None and not (is_number(fps) and fps > 0):
-            row.fail("wrong type", f"fps must be a positive number, got {short(fps)}")
-            return None
-        return tuple(i / (fps or 1.0) for i in range(pictures))
-    sound = (
-        isinstance(seconds, list) and all(is_number(s) for s in seconds) and len(seconds) == (pictures or len(seconds))
-    )
-    if sound and isinstance(seconds, list) and seconds and sorted(seconds) == seconds:
-        return tuple(float(s) for s in seconds)
-    row.fail("wrong type", f"seconds must be ascending times, one for each frame; got {short(seconds)}")
-    return None
-
-
-def _row_subject(row: Row, subject: Any) -> Subject | None:
-    if not isinstance(subject, dict) or not isinstance(subject.get("boxes"), dict):
-        row.fail("wrong type", f"a subject needs id, name and boxes {{frame: box}}, got {short(subject)}")
-        return None
-    identity, name, looks = subject.get("id"), subject.get("name"), subject.get("appearance", "")
-    if isinstance(identity, bool) or not isinstance(identity, int) or identity < 0:
-        row.fail("wrong type", f"a subject's id must be an integer of at least 0, got {short(identity)}")
-        return None
-    if not isinstance(name, str) or not name.strip() or not isinstance(looks, str):
-        row.fail("wrong type", f"subject {identity}: name must be a non-empty string, appearance a string")
-        return None
-    boxes: dict[int, Box] = {}
-    for frame, box in subject["boxes"].items():
-        if not (frame.isascii() and frame.isdigit() and len(frame) < 10):
-            row.fail("wrong type", f"subject {identity}: frame {short(frame)} is no number")
-        elif not (isinstance(box, list) and len(box) == 4 and all(is_number(v) for v in box)):
-            row.fail("not a number", f"subject {identity}, frame {frame}: box must be four numbers, got {short(box)}")
-        else:
-            boxes[int(frame)] = (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
-    spans = _row_spans(row, identity, subject.get("spans", []))
-    return Subject(identity, name.strip(), boxes, looks, spans)
-
-
-def _row_spans(row: Row, identity: int, spans: Any) -> tuple[Span, ...]:
-    result = []
-    for span in spans if isinstance(spans, list) else [spans]:
-        action, first, last = (span.get(k) for k in Span._fields) if isinstance(span, dict) else (None, None, None)
-        if isinstance(action, str) and isinstance(first, int) and isinstance(last, int) and 1 <= first <= last:
-            result.append(Span(action, first, last))
-        else:
-            row.fail("wrong type", f"subject {identity}: a span needs action, first <= last; got {short(span)}")
-    return tuple(result)

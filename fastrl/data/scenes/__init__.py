@@ -1,7 +1,8 @@
 """Scenes: a seeded generator of pictures and clips with exact truth, the CPU test bed of every method.
 
 ``scenes:grounding?n=256&seed=1&difficulty=2`` names a data set: task, number of records, seed, difficulty 1 to 4;
-``size`` is the side of the pictures in pixels, ``frames`` the length of clips. Records are made when asked for, and the
+``size`` is the side of the pictures in pixels, ``frames`` the length of clips (``trajectory``: follow a named shape;
+``utr``: a dialogue; ``shown``: what a clip shows, which each frame tells). Records are made when asked for, and the
 same name gives the same records.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import overload
 
+from fastrl.data.clips import Clip
 from fastrl.data.records import Record
-from fastrl.data.scenes.tasks import MAKERS, scene_record
+from fastrl.data.scenes.tasks import MAKERS, scene_clip, scene_record
 from fastrl.data.scenes.world import LEVELS, Scene, Shape, Word, render, sample_scene
 
 __all__ = ["LEVELS", "MAKERS", "Scene", "Scenes", "Shape", "Word", "load", "render", "sample_scene", "scene_record"]
@@ -43,6 +45,10 @@ class Scenes(Sequence[Record]):
         if not -self.n <= index < self.n:
             raise IndexError(index)
         return scene_record(self.task, index % self.n, self.seed, **self.options)
+
+    def clip(self, index: int) -> Clip:
+        """The clip that record ``index`` is about, with every shape in it. Raises ``ValueError``: not of clips."""
+        return scene_clip(self.task, index, self.seed, **self.options)
 
 
 def load(path: str, query: Mapping[str, str]) -> Scenes:

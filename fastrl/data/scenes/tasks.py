@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 from PIL.Image import Image
 
+from fastrl.data import clips as tracked
+from fastrl.data.dialogues import QUERIES, Dialogue, make_dialogue, number_subjects, pick_query
 from fastrl.data.records import Record, question
 from fastrl.data.scenes.clips import Clip, render_frame, sample_clip
 from fastrl.data.scenes.expressions import RELATIONS, pick_expression, related
 from fastrl.data.scenes.world import KINDS, Scene, Shape, render, sample_scene
 
+SHOWN = "What does the clip show?"
 OCR_FONT = 26  # pixels: words that are to be read are larger than those that are only in the way
 
 
@@ -24,12 +27,13 @@ def ocr_snap(difficulty: int) -> int:
 
 def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: int = 112, frames: int = 6) -> Record:
     """Record ``index`` of a task; the same arguments give the same record. Raises ``ValueError``: unknown task."""
-    if task not in MAKERS:
-        raise ValueError(f"scenes task: expected one of {', '.join(sorted(MAKERS))}, got {task!r}")
+    if task not in (*MAKERS, *CLIP_MAKERS):
+        allowed = ", ".join(sorted({*MAKERS, *CLIP_MAKERS}))
+        raise ValueError(f"scenes task: expected one of {allowed}, got {task!r}")
     rng = random.Random(f"{task}/{seed}/{index}")
     identity = f"{task}-{seed}-{index}"
-    if task == "trajectory":
-        return trajectory_record(rng, sample_clip(rng, frames, difficulty, size), identity)
+    if task in CLIP_MAKERS:
+        return CLIP_MAKERS[task](rng, sample_clip(rng, frames, difficulty, size), identity)
     words = rng.randint(1, min(difficulty, 3)) if task == "ocr" else int(rng.random() < 0.3)
     while True:  # an unlucky scene may have nothing to ask about: draw another
         font, snap = (OCR_FONT, ocr_snap(difficulty)) if task == "ocr" else (17, 1)
@@ -37,6 +41,14 @@ def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: in
         record = MAKERS[task](rng, scene, identity, difficulty)
         if record is not None:
             return record
+
+
+def scene_clip(task: str, index: int, seed: int, difficulty: int = 2, size: int = 112, frames: int = 6) -> tracked.Clip:
+    """The clip that record ``index`` of a task asks about, with all its shapes. Raises ``ValueError``: no clips."""
+    if task not in CLIP_MAKERS:
+        raise ValueError(f"scenes:{task} has pictures, not clips; clips are in scenes:{', scenes:'.join(CLIP_MAKERS)}")
+    rng = random.Random(f"{task}/{seed}/{index}")
+    return tracked_clip(sample_clip(rng, frames, difficulty, size), f"{task}-{seed}-{index}")
 
 
 def grounding_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
@@ -131,32 +143,57 @@ def describe(shapes: list[Shape], side: int) -> tuple[str, list[list[str]]]:
 
 def trajectory_record(rng: random.Random, clip: Clip, identity: str) -> Record:
     """Follow one named shape through all frames of a clip."""
-    mover = rng.choice(clip.movers)
-    images = tuple(render_frame(clip, f) for f in range(clip.frames))
-    return Record(
-        identity,
-        "trajectory",
-        images,
-        question("trajectory", mover.name, images=clip.frames),
-        clip_target(clip, [mover.name]),
-    )
+    return follow_one(rng, tracked_clip(clip, identity))
 
 
-def clip_target(clip: Clip, asked: list[str]) -> dict[str, Any]:
-    """A clip's truth: ``tracks`` of the asked names (id, name, boxes and spans by frame
-    number from 1), frame times in seconds and size in pixels.
-    """
-    tracks = [
-        {
-            "id": number,
-            "name": m.name,
-            "boxes": {f: list(b) for f, b in enumerate(m.boxes, start=1)},
-            "spans": [{"action": s.action, "first": s.first + 1, "last": s.last + 1} for s in m.spans],
-        }
+def follow_one(rng: random.Random, clip: tracked.Clip) -> Record:
+    """The record of :func:`trajectory_record` for a tracked clip."""
+    return replace(clip, subjects=(rng.choice(clip.subjects),)).record()
+
+
+def tracked_clip(clip: Clip, identity: str) -> tracked.Clip:
+    """The clip with its frames drawn, in the schema all tracked clips share; a shape's colour is its appearance."""
+    subjects = tuple(
+        tracked.Subject(
+            number,
+            m.name,
+            dict(enumerate(m.boxes, start=1)),
+            m.color,
+            tuple(tracked.Span(s.action, s.first + 1, s.last + 1) for s in m.spans),
+        )
         for number, m in enumerate(clip.movers, start=1)
-        if m.name in asked
-    ]
-    return {"tracks": tracks, "frames": clip.frames, "seconds": list(clip.seconds), "size": [clip.width, clip.height]}
+    )
+    frames = tuple(render_frame(clip, f) for f in range(clip.frames))
+    whole = tracked.Clip(identity, clip.width, clip.height, clip.seconds, subjects, frames)
+    return number_subjects(whole)[0]
+
+
+def utr_record(rng: random.Random, clip: Clip, identity: str) -> Record:
+    """A unique query, spatial or temporal, about one shape of a clip, with the answer over all frames."""
+    return pick_dialogue(rng, tracked_clip(clip, identity)).record()
+
+
+def pick_dialogue(rng: random.Random, clip: tracked.Clip) -> Dialogue:
+    """A unique query about a subject of a clip of shapes, all drawn: their names differ, so that there is one."""
+    for subject in rng.sample(clip.subjects, len(clip.subjects)):
+        for kind in rng.sample(list(QUERIES), len(QUERIES)):
+            query = pick_query(rng, clip, subject, kind)
+            if query is not None:
+                return make_dialogue(clip, subject, query)
+    raise ValueError(f"clip {clip.id}: no query is about one shape only")
+
+
+def shown_record(rng: random.Random, clip: Clip, identity: str) -> Record:
+    """What a clip shows: a text that every single frame explains."""
+    return shown_in(tracked_clip(clip, identity))
+
+
+def shown_in(clip: tracked.Clip) -> Record:
+    """The record of :func:`shown_record` for a tracked clip."""
+    asked = question("caption", images=len(clip), prompt=SHOWN, seconds=clip.seconds)
+    text = "The clip shows " + " and ".join(sorted(s.name for s in clip.subjects)) + "."
+    target = {"references": [text], "answer": text, "frames": len(clip), "seconds": list(clip.seconds)}
+    return Record(clip.id, "caption", clip.images(), asked, target)
 
 
 MAKERS: dict[str, Callable[..., Record | None]] = {
@@ -168,4 +205,10 @@ MAKERS: dict[str, Callable[..., Record | None]] = {
     "trajectory": trajectory_record,
 }
 
-__all__ = ["MAKERS", "RELATIONS", "clip_target", "scene_record"]
+CLIP_MAKERS: dict[str, Callable[[random.Random, Clip, str], Record]] = {
+    "trajectory": trajectory_record,
+    "utr": utr_record,
+    "shown": shown_record,
+}
+
+__all__ = ["CLIP_MAKERS", "MAKERS", "RELATIONS", "scene_clip", "scene_record", "tracked_clip"]

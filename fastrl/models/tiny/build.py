@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrl.answers import View, format_answer
+from fastrl.data.clips import Clip
 from fastrl.data.records import Record
 from fastrl.data.scenes import tasks
 from fastrl.data.scenes.clips import sample_clip
@@ -44,7 +45,7 @@ class Curriculum:
 CURRICULA = {
     "perception": Curriculum({"grounding": 4, "counting": 1, "detection": 1, "ocr": 1}, levels=(1, 2, 2, 3)),
     "language": Curriculum({"ocr": 2, "caption": 2, "grounding": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT),
-    "video": Curriculum({"trajectory": 3}, levels=(1, 2, 3), size=84, frames=6),
+    "video": Curriculum({"trajectory": 2, "utr": 2, "shown": 1}, levels=(1, 2, 3), size=84, frames=6),
 }
 
 
@@ -91,9 +92,8 @@ def scene_questions(curriculum: Curriculum, rng: random.Random) -> list[Record]:
     """Draw one scene (or clip) and the curriculum's questions about it; all records show the same pictures."""
     level = rng.choice(curriculum.levels)
     if curriculum.frames > 1:
-        clip = sample_clip(rng, curriculum.frames, level, curriculum.size)
-        count = curriculum.questions["trajectory"]
-        return [tasks.trajectory_record(rng, clip, "train") for _ in range(count)]
+        clip = tasks.tracked_clip(sample_clip(rng, curriculum.frames, level, curriculum.size), "train")
+        return [CLIP_QUESTIONS[task](rng, clip) for task, count in curriculum.questions.items() for _ in range(count)]
     while True:
         snap = tasks.ocr_snap(level) if curriculum.font == tasks.OCR_FONT else 1
         words = rng.choice((0, 1, 1, 2, 3))
@@ -108,13 +108,25 @@ def scene_questions(curriculum: Curriculum, rng: random.Random) -> list[Record]:
             return records
 
 
-def corpus(answer: Callable[[Record], str], seed: int) -> Iterator[str]:
-    """Texts the tokenizer is trained on: questions and answers of every task, and every coordinate spelled out."""
-    for task in tasks.MAKERS:
+CLIP_QUESTIONS: dict[str, Callable[[random.Random, Clip], Record]] = {
+    "trajectory": tasks.follow_one,
+    "utr": lambda rng, clip: tasks.pick_dialogue(rng, clip).record(),
+    "shown": lambda rng, clip: tasks.shown_in(clip),
+}
+
+
+def corpus(answer: Callable[[Record], str], seed: int, clips: bool = False) -> Iterator[str]:
+    """Texts the tokenizer is trained on: questions and answers of every task, and every coordinate spelled out.
+
+    With ``clips`` those of dialogues about clips too, and the numbers and times of frames.
+    """
+    for task in (*tasks.MAKERS, *(("utr", "shown") if clips else ())):
         for index in range(400):
             record = tasks.scene_record(task, index, seed, difficulty=1 + index % len(LEVELS))
             yield record.messages[0]["content"][-1]["text"]
             yield answer(record)
+            if clips and task == "utr":
+                yield " ".join(part["text"] for part in record.messages[0]["content"] if part["type"] == "text")
     for number in range(1001):
         yield from [f"{number}"] * 2
         if number < 225:
@@ -339,8 +351,24 @@ def save_folder(
     image_processor.save_pretrained(out)
 
 
+@torch.no_grad()
+def take_over(model: torch.nn.Module, tokenizer: Any, old: torch.nn.Module, old_tokenizer: Any) -> None:
+    """Begin with another small model's weights; of its embeddings, those of the tokens both vocabularies have."""
+    theirs = dict(old.named_parameters())
+    ours, others = tokenizer.get_vocab(), old_tokenizer.get_vocab()
+    shared = [token for token in ours if token in others]
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name:
+            rows = theirs[name][[others[token] for token in shared]]
+            parameter[[ours[token] for token in shared]] = rows
+        else:
+            parameter.copy_(theirs[name])
+
+
 def scene_answer(record: Record) -> str:
     """The answer a model is taught for a scene record: the Qwen2.5-VL form, labels only where they are asked for."""
+    if "answer" in record.target:
+        return record.target["answer"]
     width, height = record.images[0].size  # type: ignore[union-attr]
     view = View(width, height, width, height)
     return format_answer(record.task, record.target, "qwen2_5", view, labels=record.task == "detection")
@@ -359,7 +387,8 @@ def build(
 ) -> None:
     """Build, teach and save the small model ``kind``. The same arguments give the same weights on the same machine.
 
-    With ``start``, that folder is taught further. Raises ``ValueError`` for an unknown kind.
+    With ``start`` it begins with what that small model has learned (see :func:`take_over`). Raises ``ValueError`` for
+    an unknown kind.
     """
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -368,13 +397,13 @@ def build(
 
     if kind not in CURRICULA:
         raise ValueError(f"kind: expected one of {', '.join(CURRICULA)}, got {kind!r}")
-    tokenizer = train_tokenizer(corpus(scene_answer, seed)) if start is None else load_tokenizer(start)
+    tokenizer = train_tokenizer(corpus(scene_answer, seed, clips=kind == "video"))
     image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 256)
     torch.manual_seed(seed)
-    if start is None:
-        model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))
-    else:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32, local_files_only=True)
+    model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))
+    if start is not None:
+        old = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32, local_files_only=True)
+        take_over(model, tokenizer, old, load_tokenizer(start))
     make_row = RowMaker(CURRICULA[kind], tokenizer, image_processor, scene_answer)
 
     def save(step: int) -> None:

@@ -48,7 +48,9 @@ def test_mot_folder_reads_as_published(data_dir: Path) -> None:
     record = data[0]
     assert (record.id, record.task, len(record.images)) == ("pets09_s2l1_a", "trajectory", 50)
     assert [Path(str(image)).name for image in record.images[:2]] == ["000001.jpg", "000002.jpg"]
-    assert [part["type"] for part in record.messages[0]["content"]] == ["image"] * 50 + ["text"]
+    content = record.messages[0]["content"]
+    assert [part["type"] for part in content] == ["text", "image"] * 50 + ["text"]
+    assert [part["text"] for part in content[:4:2]] == ["Frame1 0s:", "Frame2 0.1s:"]
     tracks = record.target["tracks"]
     assert {t["id"]: len(t["boxes"]) for t in tracks} == {9: 50, 11: 34, 12: 29, 13: 10, 15: 50, 19: 50}
     assert record.target["seconds"][10] == pytest.approx(1.0)
