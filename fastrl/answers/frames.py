@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from fastrl.answers.parse import Parsed
+    from fastrl.answers.tracks import ParsedTracks
 
 Frame = Literal["auto", "resized", "thousand", "original", "unit"]
 FRAMES: tuple[str, ...] = ("auto", "resized", "thousand", "original", "unit")
 STYLE_FRAME = {"qwen2_5": "resized", "qwen2": "thousand"}  # the frame each model family answers in
+TASK_FRAME = {"trajectory": "thousand"}  # tasks whose answers are in one frame whatever the family
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def from_original(coords: Sequence[float], frame: str, view: View) -> tuple[floa
     return _rescale(coords, view.size("original"), view.size(frame))
 
 
-def resolve_frame(parsed: Parsed, frame: str) -> str:
+def resolve_frame(parsed: Parsed | ParsedTracks, frame: str) -> str:
     """``frame`` itself, or for ``auto`` the frame an answer is most likely written in.
 
     Qwen2-VL box tokens and trajectory text → ``thousand``; no value beyond 1 and at least one written with a decimal

@@ -24,6 +24,12 @@ MAX_FRAMES = 4096  # boxes of one track
 _OPEN = re.compile(r"<id([0-9]{1,9}+)>", re.IGNORECASE)
 _FRAME = re.compile(rf"frame[ \t]{{0,8}}+([0-9]{{1,9}}+)\s*+:\s*+\[\s*+{_FOUR}\s*+\]", re.IGNORECASE)
 _HEADING = re.compile(r"track[ \t]{0,8}+[0-9]{0,9}+\s{0,8}+:", re.IGNORECASE)
+_SAID_WINDOW = 4096  # characters after a track that are kept of what is said about it
+_NUMBER = r"-?[0-9]{1,9}+(?:\.[0-9]{1,9}+)?+"
+_STRICT = re.compile(
+    r"(?:Track[0-9]{1,9}+: )?+[^<>;:\n\r]{1,100}+<Id(?P<id>[0-9]{1,9}+)>"
+    rf"(?P<frames>(?:Frame[0-9]{{1,9}}+:\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\];)++)</Id(?P=id)>"
+)
 _NAME_WINDOW = 200  # characters before <Id> in which a track's name is looked for
 _NOT_IN_NAME = "<>;:\n\r"
 
@@ -38,6 +44,7 @@ class Track:
     name: str
     boxes: Mapping[int, Box]
     coords: tuple[float, ...] = field(default=(), repr=False, compare=False)  # all numbers, for resolve_frame
+    said: str = field(default="", repr=False, compare=False)  # the text between this track and the next
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,9 @@ def parse_tracks(text: str, max_tracks: int = MAX_TRACKS, max_frames: int = MAX_
             break
         previous_end = openings[i - 1][2] if i else 0
         coords = tuple(v for box in boxes.values() for v in box)
-        tracks.append(Track(identity, _name(text, max(previous_end, head - _NAME_WINDOW), head), boxes, coords))
+        name = _name(text, max(previous_end, head - _NAME_WINDOW), head)
+        said = text[body_end:end][:_SAID_WINDOW].partition(">")[2]  # without the closing tag
+        tracks.append(Track(identity, name, boxes, coords, said))
     return ParsedTracks(tuple(tracks), "tracks" if tracks else None, decimal, dropped, truncated)
 
 
@@ -116,6 +125,23 @@ def _name(text: str, start: int, end: int) -> str:
     else:  # prose may precede: the name is what follows the last mark that no name holds
         window = re.split(r"[<>;:\n\r.]", window)[-1]
     return _clean_label(window) or ""
+
+
+def matches_tracks(text: str) -> bool:
+    """Whether a text has the form ``format_tracks`` writes: a line a track, each with frames in rising order.
+
+    What a track's subject does may follow on its line, and more text (a caption) below the first track.
+    """
+    for number, line in enumerate(text.strip().split("\n")):
+        match = _STRICT.match(line)
+        if match is None:
+            if number == 0 or _OPEN.search(line):
+                return False
+            continue
+        frames = [int(found.group(1)) for found in _FRAME.finditer(match["frames"])]
+        if frames != sorted(set(frames)) or _OPEN.search(line, match.end()):
+            return False
+    return True
 
 
 def format_tracks(tracks: Iterable[Track], view: View | None = None) -> str:

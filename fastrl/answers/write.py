@@ -10,7 +10,7 @@ from typing import Any
 from fastrl.answers.frames import STYLE_FRAME, View, from_original
 from fastrl.answers.parse import _coords, parse_boxes
 from fastrl.answers.text import strip_fence
-from fastrl.answers.tracks import Track, format_tracks
+from fastrl.answers.tracks import Track, format_tracks, matches_tracks
 
 STYLES = tuple(STYLE_FRAME)
 END_OF_TURN = "<|im_end|>"
@@ -142,6 +142,8 @@ def matches_format(task: str, text: str, style: str = "qwen2_5") -> bool:
         if style == "qwen2_5":
             return matches_json_boxes(body, points=task == "counting", label=task == "detection", empty=True)
         return matches_qwen2_boxes(body) or body.strip() == "[]"
+    if task == "trajectory":
+        return matches_tracks(body)
     return bool(body.strip())
 
 

@@ -14,6 +14,7 @@ from fastrl.evaluate.counting import evaluate_counting
 from fastrl.evaluate.ocr import evaluate_ocr
 from fastrl.evaluate.predictions import PredictionError, Predictions, load_predictions
 from fastrl.evaluate.refcoco import evaluate_grounding
+from fastrl.evaluate.trajectory import evaluate_trajectory
 from fastrl.rewards.base import unknown
 
 EVALUATIONS: dict[str, Callable[[Sequence[Record], Sequence[str]], dict[str, float]]] = {
@@ -22,6 +23,7 @@ EVALUATIONS: dict[str, Callable[[Sequence[Record], Sequence[str]], dict[str, flo
     "detection": evaluate_detection,
     "ocr": evaluate_ocr,
     "caption": evaluate_caption,
+    "trajectory": evaluate_trajectory,
 }
 
 
@@ -34,6 +36,7 @@ def evaluate(task: str, records: Sequence[Record], answers: Sequence[str]) -> di
     - caption: ``score capture``, ``object_precision … relation_f1``, ``false_facts false_captions chair_i chair_s``
       (see ``evaluate_caption``)
     - ocr: ``edit_distance`` (lower is better) ``f1 precision recall bleu meteor``
+    - trajectory: ``mean_iou recall@0.5 identity_accuracy``, with py-motmetrics ``mota idf1`` (``evaluate_trajectory``)
 
     and always ``n`` (answers) and ``unparsable`` (answers in which nothing could be read). Coordinates are read in each
     record's ``frame``, with the sizes in its ``views``.

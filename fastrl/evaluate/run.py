@@ -20,8 +20,16 @@ if TYPE_CHECKING:
     from fastrl.models.load import Policy
     from fastrl.rollout import Sampling
 
-# Longest answer of each protocol (Perception-R1's released evaluation code)
-MAX_NEW_TOKENS = {"grounding": 512, "counting": 512, "detection": 4096, "ocr": 2048, "caption": 1024}
+# Longest answer of each protocol (Perception-R1's released evaluation code, Video-UTR's demonstration)
+MAX_NEW_TOKENS = {
+    "grounding": 512,
+    "counting": 512,
+    "detection": 4096,
+    "ocr": 2048,
+    "caption": 1024,
+    "trajectory": 2048,
+    "qa": 64,
+}
 PORTION = 64  # prompts encoded and answered together; bounds the pixels held at once
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastrl.answers import View
+from fastrl.answers import TASK_FRAME, View
 from fastrl.batch import Completion, ImageInput, Prompt
 from fastrl.models.positions import mrope_positions
 from fastrl.models.vision import ImagePreprocessor
@@ -136,7 +136,7 @@ class Encoder:
             patch = self.preprocessor.patch
             views.append(View(width, height, image.grid[2] * patch, image.grid[1] * patch))
             images.append(image)
-        return images, replace(record, views=tuple(views), frame=self.frame)
+        return images, replace(record, views=tuple(views), frame=TASK_FRAME.get(record.task, self.frame))
 
     def _pieces(self, record: Record, generate: bool) -> list[tuple[str, bool]]:
         """The rendered dialogue, cut into (text, is an assistant's answer with its end of turn)."""

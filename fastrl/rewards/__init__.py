@@ -3,7 +3,7 @@
 ``reward = reward_for("grounding", metric="iou_squared")`` gives a callable: ``reward(answers, record)`` returns named
 components, one value per answer, and ``reward.total(components)`` their weighted sum. The same object can be given to
 TRL's ``GRPOTrainer(reward_funcs=reward)`` and called as verl calls ``compute_score``; ``grounding_reward``,
-``counting_reward``, ``detection_reward`` and ``ocr_reward`` are ready-made with the defaults.
+``counting_reward``, ``detection_reward``, ``ocr_reward`` and ``trajectory_reward`` are ready-made with the defaults.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from fastrl.rewards.counting import CountingReward
 from fastrl.rewards.detection import DetectionReward
 from fastrl.rewards.grounding import GroundingReward
 from fastrl.rewards.ocr import OcrReward
+from fastrl.rewards.trajectory import TrajectoryReward
 
 REWARDS: dict[str, type[Reward]] = {
-    cls.task: cls for cls in (GroundingReward, CountingReward, DetectionReward, OcrReward)
+    cls.task: cls for cls in (GroundingReward, CountingReward, DetectionReward, OcrReward, TrajectoryReward)
 }
 
 
 def reward_for(task: str, **options: Any) -> Reward:
-    """The reward of ``task`` (grounding, counting, detection, ocr) with ``options`` (the fields of its class).
+    """The reward of ``task`` (grounding, counting, detection, ocr, trajectory) with ``options`` (its class's fields).
 
     Raises:
         ValueError: an unknown task, option or value of an option; the message names the nearest valid one.
@@ -36,7 +37,7 @@ def reward_for(task: str, **options: Any) -> Reward:
     return cls(**options)
 
 
-grounding_reward, counting_reward, detection_reward, ocr_reward = (reward_for(task) for task in REWARDS)
+grounding_reward, counting_reward, detection_reward, ocr_reward, trajectory_reward = map(reward_for, REWARDS)
 
 __all__ = [
     "REWARDS",
@@ -46,10 +47,12 @@ __all__ = [
     "GroundingReward",
     "OcrReward",
     "Reward",
+    "TrajectoryReward",
     "counting_reward",
     "detection_reward",
     "grounding_reward",
     "ocr_reward",
     "reward_for",
     "total",
+    "trajectory_reward",
 ]

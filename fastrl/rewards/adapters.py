@@ -32,6 +32,7 @@ _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         "categories": ("categories",),
     },
     "ocr": {"text": ("text",)},
+    "trajectory": {"tracks": ("tracks",), "frames": ("frames",), "size": ("size",)},
 }
 _WHOLE = ("target", "ground_truth")  # columns that may hold the whole truth as a mapping or as its JSON text
 
@@ -110,6 +111,11 @@ def _check_target(task: str, target: Mapping[str, Any], where: str) -> dict[str,
             raise ValueError(f"{where}: {len(boxes)} boxes, {len(labels)} labels and {len(crowd)} crowd flags")
         categories = _strings(target.get("categories") or sorted(set(labels)), f"{where}: 'categories'")
         return {"boxes": boxes, "labels": labels, "crowd": crowd, "categories": categories}
+    if task == "trajectory":
+        tracks = _need(target, task, "tracks", where)
+        if not isinstance(tracks, list):
+            raise ValueError(f"{where}: 'tracks' must be a list, got {tracks!r:.80}")
+        return {**target, "tracks": [_track(track, f"{where}: track {i}") for i, track in enumerate(tracks, 1)]}
     points, boxes, count = target.get("points"), target.get("boxes"), target.get("count")
     points = None if points is None else _many(points, 2, f"{where}: 'points'")
     boxes = None if boxes is None else _many(boxes, 4, f"{where}: 'boxes'")
@@ -121,6 +127,18 @@ def _check_target(task: str, target: Mapping[str, Any], where: str) -> dict[str,
     if isinstance(count, bool) or not isinstance(count, int | float) or count != count // 1 or count < 0:
         raise ValueError(f"{where}: 'count' must be a whole number, got {count!r:.80}")
     return {"label": target.get("label") or "", "count": int(count), "points": points, "boxes": boxes}
+
+
+def _track(track: Any, where: str) -> dict[str, Any]:
+    """One true track, with boxes by frame number (JSON and Parquet make strings of those; null: no box)."""
+    boxes, spans = (track.get(name) or {} for name in ("boxes", "spans")) if isinstance(track, Mapping) else ({}, {})
+    if not isinstance(boxes, Mapping) or not boxes or not all(str(t).isdecimal() for t in boxes):
+        raise ValueError(f"{where}: needs 'boxes' {{frame from 1: [x1, y1, x2, y2]}}, got {track!r:.80}")
+    for span in spans:
+        if not isinstance(span, Mapping) or not all(isinstance(span.get(k), int) for k in ("first", "last")):
+            raise ValueError(f"{where}: a span needs 'action', 'first' and 'last', got {span!r:.80}")
+    read = {int(t): _numbers(box, 4, f"{where}: frame {t}") for t, box in boxes.items() if box is not None}
+    return {"id": track.get("id", 0), "name": track.get("name") or "", "boxes": read, "spans": list(spans)}
 
 
 def _size(row: Mapping[str, Any]) -> View | None:

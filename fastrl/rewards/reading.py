@@ -57,12 +57,13 @@ def view_of(record: Record) -> View | None:
     return View.unresized(*image.size)
 
 
-def _clamp(coords: Sequence[float]) -> Coords:
+def clamp(coords: Sequence[float]) -> Coords:
+    """Coordinates within ±``LIMIT``."""
     return tuple(min(max(float(v), -LIMIT), LIMIT) for v in coords)
 
 
 def _bounded(items: Sequence[Item], boxes: bool) -> list[Coords]:
-    return [_clamp(item.box if boxes else item.point) for item in items]
+    return [clamp(item.box if boxes else item.point) for item in items]
 
 
 def to_pixels(parsed: Parsed, record: Record, frame: str | None = None, *, boxes: bool = True) -> list[Coords]:
@@ -78,12 +79,12 @@ def to_pixels(parsed: Parsed, record: Record, frame: str | None = None, *, boxes
     view = view_of(record)
     if view is None:
         return coords
-    return [_clamp(to_original(c, resolved, view)) for c in coords]
+    return [clamp(to_original(c, resolved, view)) for c in coords]
 
 
 def to_thousand(coords: Sequence[Coords], view: View | None) -> list[Coords]:
     """Original pixels → 0–1000 of each side; without sizes the numbers count as 0–1000 already."""
-    return [c if view is None else _clamp(from_original(c, "thousand", view)) for c in coords]
+    return [c if view is None else clamp(from_original(c, "thousand", view)) for c in coords]
 
 
 def pad(rows: Sequence[Sequence[Coords]], width: int) -> Padded:

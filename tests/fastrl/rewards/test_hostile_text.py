@@ -19,6 +19,17 @@ TARGETS = {
     "counting": {"label": "dog", "count": 2, "points": [(5.0, 5.0), (600.0, 400.0)], "boxes": None},
     "detection": {"boxes": BOXES, "labels": ["dog", "cat"], "crowd": [False, False], "categories": ["cat", "dog"]},
     "ocr": {"text": "hello world"},
+    "trajectory": {
+        "tracks": [
+            {
+                "id": 1,
+                "name": "dog",
+                "boxes": {1: (10.0, 20.0, 200.0, 300.0), 3: (20.0, 20.0, 210.0, 300.0)},
+                "spans": [{"action": "runs", "first": 1, "last": 3}],
+            }
+        ],
+        "frames": 3,
+    },
 }
 VARIANTS: list[Reward] = [
     reward_for("grounding"),
@@ -28,8 +39,9 @@ VARIANTS: list[Reward] = [
     reward_for("detection"),
     reward_for("detection", matching="sequence"),
     reward_for("ocr"),
+    reward_for("trajectory"),
 ]
-LOWEST = {"missing": -1.0, "points": -1.0, "iou": -1.0}
+LOWEST = {"missing": -1.0, "points": -1.0, "iou": -1.0, "trajectory/format": -1.0, "trajectory/iou": 0.0}
 
 SYNTAX = [
     '[{"bbox_2d": [',
@@ -58,8 +70,9 @@ NUMBERS = [
     "-0.0",
     "1e-320",
 ]
+TRACKS = ["Track1: dog", "<Id1>", "Frame1:[1,2,3,4];", "Frame3:[10,20,200,300];", "</Id1>", " It runs in frames 1-99"]
 ODD = ["9" * 30, "\ud800", "\x00", "字", "٣"]
-pieces = st.sampled_from([*SYNTAX, *TOKENS, *NUMBERS, *ODD])
+pieces = st.sampled_from([*SYNTAX, *TOKENS, *NUMBERS, *TRACKS, *ODD])
 hostile = st.one_of(st.text(max_size=60), st.lists(pieces, max_size=14).map("".join))
 
 
@@ -72,7 +85,7 @@ def check(reward: Reward, answers: list[str], frame: str = "auto") -> None:
         for value in values:
             assert isinstance(value, float)
             assert math.isfinite(value)
-            assert LOWEST.get(name, 0.0) <= value <= 1.0
+            assert LOWEST.get(f"{reward.task}/{name}", LOWEST.get(name, 0.0)) <= value <= 1.0
     assert len(reward.readable(answers, [row] * len(answers))) == len(answers)
 
 
@@ -97,11 +110,15 @@ HUGE = {
     "valid JSON": "[" + ",".join(['{"bbox_2d": [1, 2, 300, 400], "label": "dog"}'] * 100_000) + "]",
     "quotes": '"' * 3_000_000,
     "fences": "```json\n" * 500_000,
+    "open tracks": "Track1: a<Id1>" * 200_000,
+    "a track of a hundred thousand frames": "<Id1>" + "".join(f"Frame{t}:[1,2,3,4];" for t in range(100_000)),
+    "tracks without end": "<Id1>Frame1:[1,2,3,4];" * 100_000,
+    "actions": "<Id1>Frame1:[1,2,3,4];</Id1>" + " It runs in frames 1-999999," * 100_000,
 }
 
 
 @pytest.mark.parametrize("text", HUGE.values(), ids=HUGE.keys())
 def test_huge_answers_are_scored_and_not_raised(text: str) -> None:
     # Quadratic parsing or matching of any of these would not finish within the test run.
-    for reward in (VARIANTS[0], VARIANTS[2], VARIANTS[4], VARIANTS[6]):
+    for reward in (VARIANTS[0], VARIANTS[2], VARIANTS[4], VARIANTS[6], VARIANTS[7]):
         check(reward, [text])
