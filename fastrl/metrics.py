@@ -163,13 +163,16 @@ def sample_table(groups: Sequence[PromptGroup], n: int) -> list[dict[str, Any]]:
 
 
 def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Text of the last user turn."""
+    """Text of the last user turn; not the labels right before its images."""
     for message in reversed(messages):
         if message.get("role") == "user":
             content = message.get("content", "")
             if isinstance(content, str):
                 return content
-            return " ".join(part["text"] for part in content if part.get("type") == "text")
+            kinds = [part.get("type") for part in content] + ["end"]
+            labels = [after == "image" for after in kinds[1:]]
+            parts = zip(content, labels, strict=True)
+            return " ".join(part["text"] for part, label in parts if part.get("type") == "text" and not label)
     return ""
 
 

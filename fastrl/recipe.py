@@ -79,6 +79,9 @@ class DataRecipe(Section):
     order: Literal["shuffle", "file"] = "shuffle"  # shuffled anew each epoch, or as the data lists them (easy to hard)
     seed: int | None = None  # of the shuffle; none: the run's
     skip_bad: bool = False  # count and skip bad rows instead of refusing the data
+    # Of clips: how many frames the model is shown, and which (uniform, first or random); none: as the spec has it
+    frames: int | None = Field(None, ge=1)
+    sample: Literal["uniform", "first", "random"] | None = None
     blank_images: bool = False  # grey pictures of the same size: what is then learned is learned from the text
 
 
@@ -177,6 +180,13 @@ class Recipe(Section):
     def folder(self) -> Path:
         """Where the run writes."""
         return Path(self.out) if self.out is not None else Path("runs") / self.name
+
+    @property
+    def data_spec(self) -> str:
+        """``data.spec`` with the frames that ``data.frames`` and ``data.sample`` choose. Raises ``DataError``."""
+        from fastrl.data import with_options
+
+        return with_options(self.data.spec, frames=self.data.frames, sample=self.data.sample)
 
     def dump(self) -> str:
         """The resolved recipe as YAML, every key written out."""

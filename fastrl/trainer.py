@@ -343,7 +343,7 @@ def _model_folder(path: str) -> str:
 def _load_records(recipe: Recipe) -> Sequence[Record]:
     from fastrl.data import load_data
 
-    return load_data(recipe.data.spec, skip_bad=recipe.data.skip_bad)
+    return load_data(recipe.data_spec, skip_bad=recipe.data.skip_bad)
 
 
 def _seed(seed: int) -> None:

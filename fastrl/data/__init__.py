@@ -15,12 +15,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from fastrl.data.records import PROMPTS, Dataset, Record, question
 from fastrl.data.validate import DataError, Problem, fail, nearest
 
-__all__ = ["ADAPTERS", "PROMPTS", "DataError", "Dataset", "Problem", "Record", "load_data", "parse_spec", "question"]
+__all__ = ["ADAPTERS", "PROMPTS", "DataError", "Dataset", "Problem", "Record", "load_data", "parse_spec", "question", "with_options"]
 
 # name → (module, function), imported when asked for. The module's KEYS are its query keys; else it checks them.
 ADAPTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -60,6 +60,21 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
             raise fail(spec, "bad spec", f"option {option!r} must be key=value, each key once")
         query[key] = unquote(value)
     return adapter, path, query
+
+
+def with_options(spec: str, **options: str | int | None) -> str:
+    """``spec`` with query keys added; None adds nothing. Raises ``DataError``: the spec has the key with another value.
+
+    Whether the adapter knows the key is checked when the data is loaded.
+    """
+    adapter, path, query = parse_spec(spec)
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        if query.get(key, value) != value:
+            raise fail(spec, "bad spec", f"says {key}={query[key]}, data.{key} says {value}; give it in one place")
+    query |= given
+    options_text = "&".join(f"{key}={quote(value, safe='/:,+ ')}" for key, value in query.items())
+    return f"{adapter}:{path}" + (f"?{options_text}" if query else "")
 
 
 def load_data(spec: str, *, skip_bad: bool = False) -> Dataset:

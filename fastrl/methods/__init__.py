@@ -8,11 +8,13 @@ from fastrl.methods.base import Clock, Context, Method, MethodOptions, Prepared
 from fastrl.methods.perception_r1 import PerceptionR1
 from fastrl.methods.perpo import PerPO
 from fastrl.methods.reper import RePer
+from fastrl.methods.utr import UTR
 
-METHODS: tuple[type[Method], ...] = (PerceptionR1, PerPO, RePer)
+METHODS: tuple[type[Method], ...] = (PerceptionR1, PerPO, RePer, UTR)
 
 __all__ = [
     "METHODS",
+    "UTR",
     "Clock",
     "Context",
     "Method",

@@ -155,3 +155,13 @@ def set_token_weights(
     for (_, _, completion), part in zip(answers, weight.split(lengths.tolist()), strict=True):
         completion.per_token["weight"] = part
     return tokens
+
+
+def likelihood_loss(logp: Tensor, weight: Tensor) -> Tensor:
+    """Supervised fine-tuning: −Σ weight · log π.
+
+    Args:
+        logp: [N] log-probs of answer tokens.
+        weight: [N], normalised over the optimizer step (:func:`set_token_weights`).
+    """
+    return -(weight * logp).sum()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastrl.batch import Completion, PackedBatch, PromptGroup
 from fastrl.data.lists import ranked_list
-from fastrl.methods.base import Context, MethodOptions, Prepared, set_token_weights
+from fastrl.methods.base import Context, MethodOptions, Prepared, likelihood_loss, set_token_weights
 from fastrl.rewards.ranking import rank_answers
 from fastrl_kernels.listwise_loss import listwise_loss
 
@@ -239,7 +239,7 @@ def preference_loss(logp: Tensor, batch: PackedBatch, options: PerPOOptions) -> 
         positive), ``list/best`` and ``list/worst`` (those scores: both may fall while their difference grows).
     """
     if options.kind == "sft":
-        loss = -(batch.per_token["weight"] * logp).sum()
+        loss = likelihood_loss(logp, batch.per_token["weight"])
         return loss, {"list/best": logp.detach().mean()} if logp.numel() else {}
     ratio = logp - batch.per_token["ref_logp"]
     lengths = [len(c.token_ids) for c in batch.completions]
