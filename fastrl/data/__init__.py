@@ -20,7 +20,18 @@ from urllib.parse import quote, unquote
 from fastrl.data.records import PROMPTS, Dataset, Record, question
 from fastrl.data.validate import DataError, Problem, fail, nearest
 
-__all__ = ["ADAPTERS", "PROMPTS", "DataError", "Dataset", "Problem", "Record", "load_data", "parse_spec", "question", "with_options"]
+__all__ = [
+    "ADAPTERS",
+    "PROMPTS",
+    "DataError",
+    "Dataset",
+    "Problem",
+    "Record",
+    "load_data",
+    "parse_spec",
+    "question",
+    "with_options",
+]
 
 # name → (module, function), imported when asked for. The module's KEYS are its query keys; else it checks them.
 ADAPTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
