@@ -92,6 +92,7 @@ def attention() -> dict[str, str]:
         "bfloat16": varlen.choose(here, torch.bfloat16, 128).reason,
         "float32": varlen.choose(here, torch.float32, 128).reason,
         "variable length": f"{found.name}{missing}",
+        "rollout": "a static cache and CUDA graphs" if cuda else "eager steps over the keys written so far (no GPU)",
     }
 
 

@@ -92,6 +92,7 @@ class RolloutRecipe(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)  # 0: off
     allow_truncated_sampling: bool = False
+    decode: Literal["auto", "eager", "static", "graph"] = "auto"  # auto: CUDA graphs on a GPU, eager steps on a CPU
 
     @model_validator(mode="after")
     def _unbiased(self) -> RolloutRecipe:

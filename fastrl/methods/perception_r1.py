@@ -144,7 +144,7 @@ class PerceptionR1:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
         )
-        self._generator = self._generator or Generator(context.policy)
+        self._generator = self._generator or Generator(context.policy, decode=rollout.decode)
         with context.clock.phase("rollout"):
             answers = self._generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
         return [

@@ -160,7 +160,7 @@ class PerPO:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
         )
-        self._generator = self._generator or Generator(context.policy)
+        self._generator = self._generator or Generator(context.policy, decode=rollout.decode)
         with context.clock.phase("rollout"):
             answers = self._generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
         groups = [PromptGroup(p, a, r) for (p, r), a in zip(encoded, answers, strict=True)]

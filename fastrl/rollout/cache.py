@@ -101,29 +101,30 @@ class _Append:
 class RowCache:
     """Own keys and values of R decoding rows, [R, Hkv, T, D] per layer, beside the prompts they share.
 
-    Rows of one prompt are neighbours; ``offsets[g] : offsets[g + 1]`` are the rows of prompt ``g``. ``step`` counts the
-    own keys written so far. With ``static`` no shape changes from step to step and nothing about the step comes from
-    the host, as a CUDA graph needs; without it the attention is given the keys written so far only.
+    Rows of one prompt are neighbours; ``offsets[g] : offsets[g + 1]`` are the rows of prompt ``g``, and rows from
+    ``offsets[-1]`` on have no prompt (they fill a bucket). ``step`` counts the own keys written so far. With ``static``
+    no shape changes from step to step, no buffer moves, and nothing about the step comes from the host, as a CUDA graph
+    needs; without it the attention is given the keys written so far only.
     """
 
-    def __init__(self, prompts: PromptCache, n: int, capacity: int, device: torch.device, *, static: bool) -> None:
+    def __init__(self, prompts: PromptCache, n: int, capacity: int, *, static: bool) -> None:
         size = len(prompts.length)
         self.prompt_keys, self.prompt_values = dict(prompts.keys), dict(prompts.values)
+        like = next(iter(prompts.keys.values()))  # [B, Hkv, P, D]
+        device, shape = like.device, (size * n, like.shape[1], capacity, like.shape[3])
+        # Here and not at the first step: with a graph that one runs on another stream, whose memory stays its own.
+        self.keys = {layer: key.new_zeros(shape) for layer, key in prompts.keys.items()}
+        self.values = {layer: value.new_zeros(shape) for layer, value in prompts.values.items()}
         self.prompt_length = torch.tensor(prompts.length, dtype=torch.int32, device=device)
         self.ragged = min(prompts.length) < prompts.capacity
         self.offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * n
         self.equal_groups = True  # no row retired: rows are B x n as they lie
         self.n, self.capacity, self.static = n, capacity, static
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
         self.step = 0
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # step, on the device
         self.own_length = torch.ones(size * n, dtype=torch.int32, device=device)  # keys to read: step + 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if layer not in self.keys:
-            shape = (key.shape[0], key.shape[1], self.capacity, key.shape[3])
-            self.keys[layer], self.values[layer] = key.new_zeros(shape), key.new_zeros(shape)
         keys, values = self.keys[layer], self.values[layer]
         if self.static:
             keys.index_copy_(2, self.at, key)
@@ -150,23 +151,28 @@ class RowCache:
         self.at += 1
         self.own_length += 1
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep these rows (ascending indices) and drop the others; on the CPU also prompts that have no row left."""
+    def keep(self, rows: Tensor, size: int) -> None:
+        """Keep these rows (ascending indices), in a batch of ``size``, and drop the others.
+
+        Static buffers are compacted where they lie; else the rows are copied out, and on the CPU prompts that have no
+        row left go too.
+        """
         group = torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
         counts = torch.bincount(group, minlength=len(self.offsets) - 1)
-        if not rows.is_cuda:  # the kernel skips a prompt without rows; batched products do not
+        if not self.static and not rows.is_cuda:  # the kernel skips a prompt without rows; batched products do not
             live = counts.nonzero()[:, 0]
             if len(live) <= 0.8 * len(counts):
                 self._keep_prompts(live)
                 counts = counts[live]
         self.equal_groups = False
         self.offsets = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        self.own_length = self.own_length[rows]
-        written = self.capacity if self.static else self.step
+        self.own_length = self.own_length[:size]  # equal for all rows
         for buffers in (self.keys, self.values):
             for layer, old in buffers.items():
-                buffers[layer] = old.new_zeros((len(rows), *old.shape[1:]))
-                buffers[layer][:, :, :written] = old[rows, :, :written]
+                kept = old[rows, :, : self.step]
+                new = old[:size] if self.static else old.new_zeros((size, *old.shape[1:]))
+                new[: len(rows), :, : self.step] = kept
+                buffers[layer] = new
 
     def _keep_prompts(self, live: Tensor) -> None:
         self.prompt_length = self.prompt_length[live]

@@ -1,18 +1,29 @@
-"""The decode loop: rows of all prompts step together; finished rows retire."""
+"""The decode loop: rows of all prompts step together; finished rows retire.
+
+Three ways of running one and the same step:
+
+- ``eager``: shapes follow the keys written so far, and finished rows leave at once. The way of a CPU.
+- ``static``: buffers at full size; the batch is one of a few sizes (buckets), and nothing about a step comes from the
+  host, as a graph needs. Runs anywhere.
+- ``graph``: ``static``, its step captured in a CUDA graph per bucket. The way of a GPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl.rollout.cache import PromptCache, RowCache, forward
+from fastrl.rollout.graphs import GraphRunner
 from fastrl.rollout.sampler import Sampling, sample
 
-GPU_CHECK_EVERY = 8  # steps between host reads of "how many rows are alive"
+WAYS = ("auto", "eager", "static", "graph")
+CHECK_EVERY = 8  # steps between host reads of "how many rows are alive", where a read makes a GPU wait
+SMALLEST_BUCKET = 32  # with fewer rows a step is no faster: it reads all weights
 
 
 @dataclass
@@ -24,11 +35,24 @@ class Start:
     next_position: Tensor  # [B] int64
 
 
-class Decode:
-    """B prompts with n rows each. All state lives in fixed buffers changed in place, so that ``step`` may be captured.
+def way_for(asked: str, device: torch.device) -> str:
+    """One of ``WAYS`` other than ``auto``. Raises ``ValueError`` for an unknown one, and for a graph without a GPU."""
+    if asked not in WAYS:
+        raise ValueError(f"decode: expected one of {', '.join(WAYS)}, got {asked!r}")
+    if asked == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if asked == "graph" and device.type != "cuda":
+        raise ValueError(
+            f"decode: a graph needs a CUDA device, and the policy is on {device}; use auto, eager or static"
+        )
+    return asked
 
-    After ``run``, ``tokens`` [B n, T] and ``logp`` [B n, T] hold what was sampled, up to and including a row's first
-    EOS; what lies behind it is undefined.
+
+class Decode:
+    """B prompts with n rows each. All state lives in buffers changed in place, so that ``step`` may be captured.
+
+    After ``run``, ``tokens`` [B n, T] int64 and ``logp`` [B n, T] float32 hold what was sampled, up to and including a
+    row's first EOS; what lies behind it is undefined.
     """
 
     def __init__(
@@ -40,49 +64,51 @@ class Decode:
         *,
         eos: Tensor,
         suppressed: Tensor,
-        cuda_graph: bool = False,
-        static: bool | None = None,
+        way: str = "eager",
     ) -> None:
         device, n, steps = start.logits.device, sampling.n, sampling.max_new_tokens
         size = len(start.logits) * n
         self.core, self.sampling, self.eos, self.suppressed = core, sampling, eos, suppressed
-        self.uniform = uniform  # [B n, T] float64
-        self.cuda_graph = cuda_graph and device.type == "cuda"
-        static = device.type == "cuda" if static is None else static
-        self.cache = RowCache(start.cache, n, max(steps - 1, 1), device, static=static)
-        self.tokens = torch.zeros(size, steps, dtype=torch.int64, device=device)
-        self.logp = torch.zeros(size, steps, dtype=torch.float32, device=device)
+        self.static = way != "eager"
+        self.cache = RowCache(start.cache, n, max(steps - 1, 1), static=self.static)
+        # One line more than there are rows: rows that only fill a bucket read and write there.
+        self.uniform = None if uniform is None else F.pad(uniform, (0, 0, 0, 1))  # [B n + 1, T] float64
+        self.all_tokens = torch.zeros(size + 1, steps, dtype=torch.int64, device=device)
+        self.all_logp = torch.zeros(size + 1, steps, dtype=torch.float32, device=device)
+        self.filler = size
         self.rows = torch.arange(size, device=device)  # which of the B n rows each row of the batch is
         self.position = start.next_position.repeat_interleave(n)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # column the next token goes to
         self.token = torch.zeros(size, dtype=torch.int64, device=device)
         self.alive = torch.ones(size, dtype=torch.bool, device=device)
         self.first_logits = start.logits
+        self.runner = GraphRunner(self.step, device) if way == "graph" else None
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.all_tokens[: self.filler]
+
+    @property
+    def logp(self) -> Tensor:
+        return self.all_logp[: self.filler]
 
     def run(self) -> None:
         """Sample every row to its EOS or to ``max_new_tokens``."""
         self._record(self.first_logits.repeat_interleave(self.sampling.n, 0))
         del self.first_logits
-        replay: Callable[[], None] | None = None
-        every = GPU_CHECK_EVERY if self.token.is_cuda else 1
+        every = CHECK_EVERY if self.token.is_cuda else 1
         for column in range(1, self.sampling.max_new_tokens):
-            if (column - 1) % every == 0:
-                alive = self.alive.nonzero()[:, 0]
-                if len(alive) == 0:
-                    return
-                if self._worth_retiring(len(alive)):
-                    self._retire(alive)
-                    replay = None  # other shapes: a new graph
-            if replay is not None:
-                replay()
+            if (column - 1) % every == 0 and not self._any_left():
+                break
+            if self.runner is not None:
+                self.runner.run(len(self.rows), self.sampling.max_new_tokens - column)
             else:
-                self.step()  # with graphs: also the warm-up run that a capture needs
-                if self.cuda_graph and self.sampling.max_new_tokens - column > 2 * every:
-                    replay = _capture(self.step)
+                self.step()
             self.cache.step += 1
+        self.runner = None  # its graphs, and the memory of their temporaries
 
     def step(self) -> None:
-        """Feed each row's last token, sample its next one. Fixed shapes, in place, no host reads."""
+        """Feed each row's last token, sample its next one. Fixed shapes if static, in place, no host reads."""
         embeds = self.core.get_input_embeddings()(self.token)[:, None]
         positions = (self.position + self.cache.at)[None, :, None].expand(3, -1, 1)
         hidden = forward(self.core, embeds, positions, self.cache)
@@ -91,28 +117,35 @@ class Decode:
 
     def _record(self, logits: Tensor) -> None:
         column = self.at.expand_as(self.rows)
-        uniform = None if self.uniform is None else self.uniform[self.rows, column]
+        uniform = None
+        if self.uniform is not None:
+            uniform = self.uniform.index_select(0, self.rows).gather(1, column[:, None])[:, 0]
         token, logp = sample(logits, self.sampling, uniform, self.suppressed)
-        self.tokens.index_put_((self.rows, column), token)
-        self.logp.index_put_((self.rows, column), logp)
+        self.all_tokens.index_put_((self.rows, column), token)
+        self.all_logp.index_put_((self.rows, column), logp)
         self.alive &= (token[:, None] != self.eos).all(-1)
         self.token.copy_(token)
         self.at += 1
 
-    def _worth_retiring(self, alive: int) -> bool:
-        """Copying what stays costs about a step; graphs are made anew, so there rows retire by halves."""
+    def _any_left(self) -> bool:
+        """Whether any row is alive; finished ones retire where the batch gets smaller for it."""
+        alive = self.alive.nonzero()[:, 0]
+        size = self._smaller(len(alive))
+        if len(alive) and size < len(self.rows):
+            self._retire(alive, size)
+        return len(alive) > 0
+
+    def _smaller(self, alive: int) -> int:
+        """Size of the batch from here on: a bucket of 2^k rows if static, else what is alive where the copy pays."""
         rows = len(self.rows)
-        return alive <= rows // 2 if self.cuda_graph else alive <= 0.85 * rows
+        if not self.static:
+            return alive if alive <= 0.85 * rows else rows
+        return min(rows, max(SMALLEST_BUCKET, 1 << max(alive - 1, 0).bit_length()))
 
-    def _retire(self, alive: Tensor) -> None:
-        self.cache.keep(alive)
-        self.rows, self.position, self.token = self.rows[alive], self.position[alive], self.token[alive]
-        self.alive = self.alive[alive]
-
-
-def _capture(step: Callable[[], None]) -> Callable[[], None]:
-    """``step`` as a CUDA graph. Capturing runs nothing; ``step`` must have run once with the present shapes."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    def _retire(self, alive: Tensor, size: int) -> None:
+        """Rows ``alive`` move to the front of a batch of ``size``; the rest of it are fillers, finished already."""
+        self.cache.keep(alive, size)
+        fill = (0, size - len(alive))
+        rows = F.pad(self.rows[alive], fill, value=self.filler)
+        position, token, living = (F.pad(x[alive], fill) for x in (self.position, self.token, self.alive))
+        self.rows, self.position, self.token, self.alive = rows, position, token, living

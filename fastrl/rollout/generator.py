@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastrl.batch import Completion, ImageInput, Prompt
 from fastrl.rollout.cache import PromptCache, forward, rollout_mode
-from fastrl.rollout.decode import Decode, Start
+from fastrl.rollout.decode import Decode, Start, way_for
 from fastrl.rollout.sampler import Sampling
 
 
@@ -28,7 +28,8 @@ class Generator:
             completions (one prompt at least).
         prefill_tokens: tokens, padding included, in one forward over prompts.
         vision_patches: patches in one call of the vision tower.
-        cuda_graph: on a GPU, capture the decode step in CUDA graphs (per batch size; anew after rows retire).
+        decode: how rows decode (see ``fastrl.rollout.decode``): ``"auto"`` is ``"graph"`` on a GPU and ``"eager"``
+            elsewhere; ``"static"`` is the graph's way without the graph.
     """
 
     def __init__(
@@ -38,14 +39,14 @@ class Generator:
         max_rows: int = 1024,
         prefill_tokens: int = 16384,
         vision_patches: int = 65536,
-        cuda_graph: bool = False,
+        decode: str = "auto",
     ) -> None:
         for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {value}")
         self.policy = policy
         self.max_rows, self.prefill_tokens, self.vision_patches = max_rows, prefill_tokens, vision_patches
-        self.cuda_graph = cuda_graph
+        self.decode = way_for(decode, policy.device)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, rng: torch.Generator | None = None
@@ -117,6 +118,7 @@ class Session:
                 raise ValueError(f"prompts[{i}]: no tokens")
         self.next_position = [prompt.next_position for prompt in prompts]
         self._cache = PromptCache(len(prompts))
+        self._cache.reserve(max((len(p.token_ids) for p in prompts), default=0))
         self._hidden: list[Tensor] = [torch.empty(0)] * len(prompts)  # [H] of each dialogue's last token
         with rollout_mode(self._policy.core):
             embed = self._policy.core.get_input_embeddings()
@@ -178,7 +180,7 @@ class Session:
                 None if uniform is None else uniform.to(device),
                 eos=torch.tensor(policy.eos_token_ids, device=device),
                 suppressed=torch.tensor(policy.suppressed_token_ids, dtype=torch.int64, device=device),
-                cuda_graph=self._generator.cuda_graph,
+                way=self._generator.decode,
             )
             decode.run()
         flat = _completions(policy, decode.tokens.cpu(), decode.logp.cpu())

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_PLAIN, _BLOCK = (
+    1024,
+    128,
+)  # vocabulary drawn from in one step; tokens of a block where it takes two (it divides Qwen's)
+_BELOW_ONE = 1 - 2**-53  # the largest number below 1
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,30 @@ def _truncated(scores: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 
 def _draw(weight: Tensor, uniform: Tensor) -> Tensor:
-    """Index [R] drawn with these weights [R, V] (not necessarily normalised), one uniform number [R] each."""
+    """Index [R] drawn with these weights [R, V] (not necessarily normalised), one uniform number [R] each.
+
+    A large vocabulary is drawn from in two steps, a block of it and then a token of the block, which inverts the same
+    distribution and scans one block per row where the plain way scans (and stores, in float64) every token.
+    """
+    rows, vocabulary = weight.shape
+    if vocabulary <= _PLAIN:
+        return _invert(weight, uniform)[0]
+    short = -vocabulary % _BLOCK
+    blocks = (F.pad(weight, (0, short)) if short else weight).view(rows, -1, _BLOCK)
+    block, rest = _invert(blocks.sum(-1), uniform)
+    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
+    return block * _BLOCK + _invert(inside, rest)[0]
+
+
+def _invert(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Index [R] where the cumulative distribution of ``weight`` [R, V] passes ``uniform`` [R], and how far into that
+    index's own part it lies, in [0, 1)."""
     cumulative = weight.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]
     point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, point[:, None], right=True).clamp_(max=weight.shape[-1] - 1)
     if weight.is_cuda:  # its parallel sum may rise by a rounding error where the weight is 0
         index = torch.where(weight.gather(-1, index) > 0, index, weight.argmax(-1, keepdim=True))
-    return index[:, 0]
+    before = F.pad(cumulative, (1, 0)).gather(-1, index)
+    rest = (point[:, None] - before) / weight.gather(-1, index).double()
+    return index[:, 0], rest[:, 0].clamp_(0.0, _BELOW_ONE)

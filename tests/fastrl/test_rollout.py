@@ -6,39 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fastrl.batch import Completion, Prompt, PromptGroup, pack
-from fastrl.data.records import Record
+from fastrl.batch import Prompt
 from fastrl.models.load import load_policy
 from fastrl.rollout import Generator, Sampling, Session
-from fastrl.rollout.decode import Decode, Start
 
-STYLES = ("qwen2_5", "qwen2")
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    rng = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height, width, 3), generator=rng, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-def record(name: str, text: str, images: tuple[Image.Image, ...] = ()) -> Record:
-    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
-    return Record(name, "qa", images, ({"role": "user", "content": content},), {})
-
-
-def make_records() -> list[Record]:
-    """Text alone, one image, two images, an image asked about twice; lengths differ."""
-    first, second = picture(84, 56, 1), picture(56, 112, 2)
-    return [
-        record("a", "where is the red circle?", (first,)),
-        record("b", "hi"),
-        record("c", "what is left of it", (first, second)),
-        record("d", "count", (second,)),
-        record("e", "how many squares are there in all of this?", (picture(112, 112, 3),)),
-    ]
+from .rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
 
 
 @pytest.fixture(params=STYLES)
@@ -49,50 +23,6 @@ def policy(request, tiny_folder):
 @pytest.fixture
 def qwen2_5(tiny_folder):
     return load_policy(tiny_folder("qwen2_5"), device="cpu")
-
-
-def encode(policy, records=None) -> list[Prompt]:
-    return [policy.encode(r)[0] for r in (records or make_records())]
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def reference_generate(policy, prompt: Prompt, steps: int) -> Tensor:
-    """New tokens [T] of transformers' own greedy ``generate``."""
-    ids = prompt.token_ids[None]
-    given = {}
-    if prompt.images:
-        given = {
-            "pixel_values": torch.cat([image.pixel_values for image in prompt.images]),
-            "image_grid_thw": torch.tensor([image.grid for image in prompt.images]),
-            "mm_token_type_ids": (ids == policy.core.config.image_token_id).int(),
-        }
-    out = policy.core.eval().generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        **given,
-        max_new_tokens=steps,
-        do_sample=False,
-        suppress_tokens=list(policy.suppressed_token_ids),
-    )
-    return out[0, ids.shape[1] :]
-
-
-def teacher_forced(policy, prompt: Prompt, completion: Completion, temperature: float = 1.0) -> Tensor:
-    """Log-probs [T] of a completion by the trainer's packed forward."""
-    batch = pack([PromptGroup(prompt, [completion])], 100_000)[0]
-    with torch.no_grad():
-        return policy.logprob(batch, temperature=temperature).logp
-
-
-def same(a: list[list[Completion]], b: list[list[Completion]]) -> bool:
-    return all(
-        torch.equal(x.token_ids, y.token_ids) and x.finished == y.finished
-        for left, right in zip(a, b, strict=True)
-        for x, y in zip(left, right, strict=True)
-    )
 
 
 def test_greedy_equals_transformers_generate(policy) -> None:
@@ -229,13 +159,6 @@ def test_prompt_keys_are_stored_once(qwen2_5, monkeypatch) -> None:
     assert shapes[0] == ((5, 2, longest, 16), (40, 2, 1, 16))
 
 
-def force(policy, token: int, bonus: float):
-    """The head gives ``token`` a bonus on its logit."""
-    bias = torch.zeros(policy.core.lm_head.weight.shape[0])
-    bias[token] = bonus
-    return policy.core.lm_head.register_forward_hook(lambda _m, _a, out: out + bias)
-
-
 def test_suppressed_tokens_are_never_sampled_however_likely(policy) -> None:
     prompts = encode(policy)
     for token in policy.suppressed_token_ids:
@@ -261,50 +184,6 @@ def test_eos_ends_a_completion_and_length_cuts_it(qwen2_5) -> None:
             assert c.text == qwen2_5.decode(c.token_ids)
     for hook in hooks:
         hook.remove()
-
-
-def test_finished_rows_retire_without_changing_the_rest(qwen2_5, monkeypatch) -> None:
-    """Rows end at different steps; batches shrink; samples equal those of a loop that never retires."""
-    hook = force(qwen2_5, qwen2_5.eos_token_ids[0], 4.0)
-    widths: list[int] = []
-    language = qwen2_5.core.model.language_model
-    spy = language.register_forward_pre_hook(
-        lambda _m, _a, kw: widths.append(len(kw["inputs_embeds"])), with_kwargs=True
-    )
-    prompts, sampling = encode(qwen2_5), Sampling(6, 16)
-    out = Generator(qwen2_5).generate(prompts, sampling, rng())
-    shrunk = widths[1:]
-    monkeypatch.setattr(Decode, "_worth_retiring", lambda self, alive: False)
-    truth = Generator(qwen2_5).generate(prompts, sampling, rng())
-    spy.remove()
-    hook.remove()
-    assert same(out, truth)
-    assert shrunk[0] > shrunk[-1]
-    assert shrunk == sorted(shrunk, reverse=True)
-    lengths = {len(c.token_ids) for completions in out for c in completions}
-    assert len(lengths) > 3
-    for left, right in zip(out, truth, strict=True):
-        for a, b in zip(left, right, strict=True):
-            torch.testing.assert_close(a.sampler_logp, b.sampler_logp, rtol=1e-4, atol=1e-4)
-
-
-def test_static_shapes_give_the_same(qwen2_5) -> None:
-    """The buffers a CUDA graph needs (full capacity, lengths and step on the device), run here without a graph."""
-    prompts, sampling = encode(qwen2_5), Sampling(3, 9)
-    uniform = torch.rand(15, 9, dtype=torch.float64, generator=rng())
-    tokens = []
-    from fastrl.rollout.cache import rollout_mode
-
-    for static in (False, True):
-        session = Generator(qwen2_5).session(prompts)
-        with rollout_mode(qwen2_5.core):
-            logits = qwen2_5.core.lm_head(torch.stack(session._hidden))
-            start = Start(session._cache, logits, torch.tensor(session.next_position))
-            none = torch.tensor([], dtype=torch.int64)
-            decode = Decode(qwen2_5.core, start, sampling, uniform, eos=none, suppressed=none, static=static)
-            decode.run()
-        tokens.append(decode.tokens)
-    assert torch.equal(*tokens)
 
 
 def test_modes_are_put_back(tiny_folder) -> None:
@@ -403,42 +282,3 @@ def test_sliding_window_is_refused(qwen2_5) -> None:
     qwen2_5.core.model.language_model.has_sliding_layers = True
     with pytest.raises(NotImplementedError, match="sliding-window attention"):
         Generator(qwen2_5).generate(encode(qwen2_5)[:1], Sampling(1, 1), rng())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("style", STYLES)
-def test_gpu_greedy_equals_cpu_with_and_without_graphs(tiny_folder, style: str) -> None:
-    cpu = load_policy(tiny_folder(style), device="cpu")
-    gpu = load_policy(tiny_folder(style), device="cuda", dtype=torch.float32)
-    prompts, sampling = encode(cpu), Sampling(1, 48, temperature=0)
-    truth = Generator(cpu).generate(prompts, sampling)
-    assert same(truth, Generator(gpu).generate(prompts, sampling))
-    assert same(truth, Generator(gpu, cuda_graph=True).generate(prompts, sampling))
-
-
-@pytest.mark.gpu
-def test_gpu_graph_samples_what_eager_samples_and_frees_its_memory(tiny_folder) -> None:
-    policy = load_policy(tiny_folder("qwen2_5"), device="cuda")
-    prompts, sampling = encode(policy), Sampling(8, 64)
-    hook = policy.core.lm_head.register_forward_hook(_raise_eos(policy.eos_token_ids[0]))
-    graph = Generator(policy, cuda_graph=True)
-    graph.generate(prompts, sampling, rng())  # libraries keep their workspaces from here on
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    eager = Generator(policy).generate(prompts, sampling, rng())
-    graphed = graph.generate(prompts, sampling, rng())
-    torch.cuda.synchronize()
-    hook.remove()
-    assert same(eager, graphed)
-    assert torch.cuda.memory_allocated() <= before
-    for prompt, completions in zip(prompts, graphed, strict=True):
-        assert all(c.sampler_logp is not None and c.sampler_logp.isfinite().all() for c in completions), prompt
-
-
-def _raise_eos(token: int):
-    def hook(_module, _args, out: Tensor) -> Tensor:
-        bonus = torch.zeros_like(out)
-        bonus[..., token] = 5.0
-        return out + bonus
-
-    return hook

@@ -72,6 +72,26 @@ def test_draw_is_a_token_that_truncation_keeps(logits, temperature, top_k, top_p
     assert abs(drawn.logp.item() - truth.item()) < 1e-4
 
 
+@pytest.mark.parametrize("vocabulary", [1025, 9000, 40000])
+def test_a_large_vocabulary_is_drawn_from_as_a_small_one(vocabulary: int) -> None:
+    """In blocks: the token whose part of the cumulative distribution holds the number, never one of probability 0."""
+    logits = 4 * torch.randn(64, vocabulary)
+    gone = torch.randperm(vocabulary)[: vocabulary // 2]
+    logits[0], logits[1, 1:], logits[2, :-1] = 0.0, -1e9, -1e9  # flat; only the first token; only the last
+    gone = gone[(gone > 0) & (gone < vocabulary - 1)]
+    uniform = torch.rand(64, dtype=torch.float64)
+    uniform[3:6] = torch.tensor([0.0, 1 - 2**-53, 0.5], dtype=torch.float64)
+    drawn = sample(logits, Sampling(1, 1), uniform, gone).token
+    probability = logits.double().index_fill(1, gone, -torch.inf).softmax(-1)
+    upper = probability.cumsum(-1)
+    assert (probability.gather(1, drawn[:, None]) > 0).all()
+    assert drawn[1:3].tolist() == [0, vocabulary - 1]
+    high = upper.gather(1, drawn[:, None])[:, 0]
+    low = high - probability.gather(1, drawn[:, None])[:, 0]
+    rounding = 1e-5  # of the float32 softmax
+    assert ((low - rounding <= uniform) & (uniform <= high + rounding)).all()
+
+
 def test_small_top_p_and_top_k_one_are_greedy() -> None:
     logits = torch.randn(64, 33)
     uniform = torch.rand(64, dtype=torch.float64)

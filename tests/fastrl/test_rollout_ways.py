@@ -1,0 +1,306 @@
+"""The ways of decoding (eager, static, graph) give one result, token for token and log-prob for log-prob."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastrl.batch import Completion
+from fastrl.models.load import load_policy
+from fastrl.rollout import Generator, Sampling, cache, decode
+from fastrl.rollout.cache import PromptCache, RowCache, rollout_mode
+from fastrl.rollout.decode import Decode, Start, way_for
+
+from .rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
+
+
+@pytest.fixture(params=STYLES)
+def policy(request, tiny_folder):
+    return load_policy(tiny_folder(request.param), device="cpu")
+
+
+@pytest.fixture
+def qwen2_5(tiny_folder):
+    return load_policy(tiny_folder("qwen2_5"), device="cpu")
+
+
+@pytest.fixture
+def small_buckets(monkeypatch) -> None:
+    """Batches of a test's size then shrink through several buckets."""
+    monkeypatch.setattr(decode, "SMALLEST_BUCKET", 2)
+
+
+@pytest.fixture
+def widths(monkeypatch) -> list[int]:
+    """Rows of each decode step."""
+    seen: list[int] = []
+    real = decode.forward
+    monkeypatch.setattr(
+        decode, "forward", lambda core, embeds, *rest: seen.append(len(embeds)) or real(core, embeds, *rest)
+    )
+    return seen
+
+
+def assert_same(got: list[list[Completion]], want: list[list[Completion]]) -> None:
+    assert same(got, want)
+    for left, right in zip(got, want, strict=True):
+        for a, b in zip(left, right, strict=True):
+            assert a.text == b.text
+            torch.testing.assert_close(a.sampler_logp, b.sampler_logp, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(8, 20), Sampling(8, 20, 1.2, 0.95, 150)], ids=["all", "truncated"])
+def test_static_gives_what_eager_gives(policy, sampling: Sampling, small_buckets, widths: list[int]) -> None:
+    """Prompts of different lengths, with and without pictures; rows that end at different steps."""
+    hook = force(policy, policy.eos_token_ids[0], 3.0)
+    prompts = encode(policy)
+    want = Generator(policy).generate(prompts, sampling, rng())
+    eager = widths[:]
+    widths.clear()
+    got = Generator(policy, decode="static").generate(prompts, sampling, rng())
+    hook.remove()
+    assert_same(got, want)
+    assert len({len(c.token_ids) for completions in got for c in completions}) > 3
+    assert len(set(widths)) > 1, "went through several buckets"
+    assert all(width == widths[0] or width & (width - 1) == 0 for width in widths)
+    assert len(widths) == len(eager)
+
+
+def test_static_greedy_equals_transformers_generate_and_the_trainer(policy, small_buckets) -> None:
+    prompts = encode(policy)
+    out = Generator(policy, decode="static").generate(prompts, Sampling(1, 16, temperature=0))
+    for prompt, (completion,) in zip(prompts, out, strict=True):
+        assert completion.token_ids.tolist() == reference_generate(policy, prompt, 16).tolist()
+        assert completion.sampler_logp is not None
+        want = teacher_forced(policy, prompt, completion)
+        torch.testing.assert_close(completion.sampler_logp, want, rtol=1e-4, atol=1e-4)
+
+
+def test_static_session_goes_on_after_more_was_said(policy, small_buckets) -> None:
+    """The prompts' buffers grow between turns; each turn decodes over its own static cache."""
+    prompts = encode(policy)
+    said = [torch.randint(0, 250, (n,), generator=rng(n)) for n in (3, 9, 0, 1, 20)]
+    sessions = [Generator(policy, decode=way).session(prompts) for way in ("eager", "static")]
+    for turn in range(2):
+        want, got = (session.generate(Sampling(3, 8), rng(turn)) for session in sessions)
+        assert_same(got, want)
+        for session in sessions:
+            session.extend(said)
+
+
+def test_static_under_lora_and_after_an_update_uses_the_present_weights(tiny_folder) -> None:
+    """Nothing of the weights is kept between calls: adapters stay adapters, an update in place is seen."""
+    policy = load_policy(tiny_folder("qwen2_5"), device="cpu", lora={"rank": 4, "dropout": 0.5})
+    prompts, sampling = encode(policy), Sampling(2, 8)
+    generator = Generator(policy, decode="static")
+    before = generator.generate(prompts, sampling, rng())
+    pointers = {p.data_ptr() for p in policy.core.parameters()}
+    with torch.no_grad():
+        for name, parameter in policy.core.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=rng(1))
+    after = generator.generate(prompts, sampling, rng())
+    assert not same(before, after)
+    assert_same(after, Generator(policy).generate(prompts, sampling, rng()))
+    assert {p.data_ptr() for p in policy.core.parameters()} == pointers
+    with policy.reference():
+        assert_same(generator.generate(prompts, sampling, rng()), before)
+
+
+def test_finished_rows_retire_without_changing_the_rest(qwen2_5, monkeypatch, widths: list[int]) -> None:
+    """Rows end at different steps; batches shrink; samples equal those of a loop that never retires."""
+    hook = force(qwen2_5, qwen2_5.eos_token_ids[0], 4.0)
+    prompts, sampling = encode(qwen2_5), Sampling(6, 16)
+    out = Generator(qwen2_5).generate(prompts, sampling, rng())
+    shrunk = widths[:]
+    monkeypatch.setattr(Decode, "_smaller", lambda self, alive: len(self.rows))
+    truth = Generator(qwen2_5).generate(prompts, sampling, rng())
+    hook.remove()
+    assert_same(out, truth)
+    assert shrunk[0] > shrunk[-1]
+    assert shrunk == sorted(shrunk, reverse=True)
+    assert len({len(c.token_ids) for completions in out for c in completions}) > 3
+
+
+def test_a_small_batch_keeps_its_bucket(qwen2_5, widths: list[int]) -> None:
+    """Below the smallest bucket a step is no faster: nothing is moved and no graph would be made anew."""
+    hook = force(qwen2_5, qwen2_5.eos_token_ids[0], 4.0)
+    Generator(qwen2_5, decode="static").generate(encode(qwen2_5), Sampling(6, 12), rng())
+    hook.remove()
+    assert set(widths) == {30}
+
+
+# What a graph demands of a step, checked without one
+
+
+def on_meta(core: nn.Module) -> None:
+    for module in core.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    empty = torch.empty_like(tensor, device="meta")
+                    store[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+@pytest.mark.parametrize("sampling", [Sampling(4, 6), Sampling(4, 6, 0), Sampling(4, 6, 0.5, 0.9, 20)])
+def test_a_step_reads_nothing_on_the_host(tiny_folder, monkeypatch, sampling: Sampling, lora: Any) -> None:
+    """On tensors without storage: a host read of a value, or a tensor made on the host, would be an error."""
+    policy = load_policy(tiny_folder("qwen2_5"), device="cpu", lora=lora)
+    on_meta(policy.core)
+    monkeypatch.setattr(cache, "decode_attention", lambda q, *_, **__: torch.empty_like(q))  # the kernel reads nothing
+    prompts, meta = PromptCache(3), torch.device("meta")
+    prompts.length, prompts.capacity = [5, 7, 9], 9
+    for layer in range(2):
+        prompts.keys[layer] = prompts.values[layer] = torch.empty(3, 2, 9, 16, device=meta)
+    vocabulary = policy.head_weight.shape[0]
+    start = Start(prompts, torch.empty(3, vocabulary, device=meta), torch.empty(3, dtype=torch.int64, device=meta))
+    eos, suppressed = (torch.empty(k, dtype=torch.int64, device=meta) for k in (2, 5))
+    uniform = None if sampling.greedy else torch.empty(12, 6, dtype=torch.float64, device=meta)
+    with rollout_mode(policy.core):
+        run = Decode(policy.core, start, sampling, uniform, eos=eos, suppressed=suppressed, way="static")
+        held = [dict(vars(holder)) for holder in (run, run.cache)]
+        run.step()
+        with pytest.raises((RuntimeError, NotImplementedError)):  # the check itself: this one does read
+            run._any_left()
+    for holder, before in zip((run, run.cache), held, strict=True):  # a graph replays on the addresses it saw
+        for name, x in vars(holder).items():
+            assert not isinstance(x, Tensor) or x is before[name], name
+
+
+def test_static_buffers_never_move(qwen2_5, small_buckets, monkeypatch) -> None:
+    """Keys are compacted where they lie, so retiring rows needs no second cache."""
+    pointers: list[set[int]] = []
+    real = RowCache.keep
+
+    def keep(self: RowCache, rows: Tensor, size: int) -> None:
+        real(self, rows, size)
+        pointers.append({x.data_ptr() for x in (*self.keys.values(), *self.values.values())})
+
+    monkeypatch.setattr(RowCache, "keep", keep)
+    hook = force(qwen2_5, qwen2_5.eos_token_ids[0], 4.0)
+    Generator(qwen2_5, decode="static").generate(encode(qwen2_5), Sampling(6, 16), rng())
+    hook.remove()
+    assert len(pointers) > 1
+    assert len(set(map(frozenset, pointers))) == 1
+
+
+@pytest.mark.parametrize("way", ["eager", "static"])
+def test_keys_are_freed_when_generate_returns(qwen2_5, way: str) -> None:
+    """Before the backward: not even the cyclic collector is needed."""
+    alive = lambda: [x for x in gc.get_objects() if isinstance(x, RowCache | PromptCache)]  # noqa: E731
+    gc.collect()
+    before = len(alive())
+    gc.disable()
+    try:
+        out = Generator(qwen2_5, decode=way).generate(encode(qwen2_5), Sampling(2, 4), rng())
+        assert len(alive()) == before
+    finally:
+        gc.enable()
+    assert out
+
+
+def test_the_way_follows_the_device_and_can_be_forced(qwen2_5) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [way_for("auto", device) for device in (cpu, gpu)] == ["eager", "graph"]
+    assert [way_for("static", device) for device in (cpu, gpu)] == ["static", "static"]
+    assert way_for("eager", gpu) == "eager"
+    with pytest.raises(ValueError, match="decode: expected one of auto, eager, static, graph, got 'fast'"):
+        way_for("fast", cpu)
+    with pytest.raises(ValueError, match="a graph needs a CUDA device, and the policy is on cpu"):
+        Generator(qwen2_5, decode="graph")
+
+
+# On a GPU
+
+
+def raise_eos(core: Any, token: int) -> Any:
+    """A hook that makes answers end at different steps; its bonus lives on the device before any capture."""
+    bonus = torch.zeros(
+        core.lm_head.weight.shape[0], device=core.lm_head.weight.device, dtype=core.lm_head.weight.dtype
+    )
+    bonus[token] = 5.0
+    return core.lm_head.register_forward_hook(lambda _module, _args, out: out + bonus)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("way", ["eager", "static", "graph"])
+def test_gpu_greedy_in_float32_equals_the_cpu(tiny_folder, style: str, way: str) -> None:
+    cpu = load_policy(tiny_folder(style), device="cpu")
+    gpu = load_policy(tiny_folder(style), device="cuda", dtype=torch.float32)
+    prompts, sampling = encode(cpu), Sampling(1, 48, temperature=0)
+    assert_same(Generator(gpu, decode=way).generate(prompts, sampling), Generator(cpu).generate(prompts, sampling))
+
+
+@pytest.mark.gpu
+def test_gpu_greedy_in_float32_equals_generate(tiny_folder) -> None:
+    policy = load_policy(tiny_folder("qwen2_5"), device="cuda", dtype=torch.float32)
+    prompts = encode(policy)
+    out = Generator(policy).generate(prompts, Sampling(1, 24, temperature=0))
+    for prompt, (completion,) in zip(prompts, out, strict=True):
+        assert completion.token_ids.tolist() == reference_generate(policy, prompt, 24).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_graph_samples_what_static_samples(tiny_folder, small_buckets, dtype: torch.dtype) -> None:
+    """The same kernels at the same shapes, launched or replayed; rows retire through several graphs."""
+    policy = load_policy(tiny_folder("qwen2_5"), device="cuda", dtype=dtype)
+    prompts, sampling = encode(policy), Sampling(8, 64)
+    hook = raise_eos(policy.core, policy.eos_token_ids[0])
+    static, graph = (Generator(policy, decode=way).generate(prompts, sampling, rng()) for way in ("static", "graph"))
+    again = Generator(policy).generate(prompts, sampling, rng())
+    hook.remove()
+    assert same(static, graph)
+    assert len({len(c.token_ids) for completions in graph for c in completions}) > 3
+    for left, right in zip(graph, again, strict=True):  # one seed, the same bits
+        for a, b in zip(left, right, strict=True):
+            assert torch.equal(a.token_ids, b.token_ids)
+            assert torch.equal(a.sampler_logp, b.sampler_logp)
+
+
+@pytest.mark.gpu
+def test_gpu_seeds_on_either_device_are_taken(tiny_folder) -> None:
+    policy = load_policy(tiny_folder("qwen2_5"), device="cuda")
+    prompts, sampling = encode(policy), Sampling(4, 12)
+    for device in ("cpu", "cuda"):
+        seeds = [torch.Generator(device).manual_seed(3) for _ in range(2)]
+        first, second = (Generator(policy).generate(prompts, sampling, seed) for seed in seeds)
+        assert same(first, second)
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_see_an_update_and_their_memory_is_freed(tiny_folder) -> None:
+    policy = load_policy(tiny_folder("qwen2_5"), device="cuda", lora={"rank": 4})
+    prompts, sampling = encode(policy), Sampling(8, 40)
+    generator = Generator(policy)
+    first = generator.generate(prompts, sampling, rng())  # libraries keep their workspaces from here on
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        for name, parameter in policy.core.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    second = generator.generate(prompts, sampling, rng())
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before
+    assert not same(first, second)
+    assert same(second, Generator(policy, decode="static").generate(prompts, sampling, rng()))
+    for prompt, completions in zip(prompts, second, strict=True):
+        assert all(c.sampler_logp is not None and c.sampler_logp.isfinite().all() for c in completions), prompt
+
+
+@pytest.mark.gpu
+def test_gpu_sampler_logp_is_the_trainers(tiny_folder) -> None:
+    policy = load_policy(tiny_folder("qwen2_5"), device="cuda", dtype=torch.float32)
+    prompts = encode(policy)
+    for prompt, completions in zip(prompts, Generator(policy).generate(prompts, Sampling(3, 10), rng()), strict=True):
+        for completion in completions:
+            assert completion.sampler_logp is not None
+            trained = teacher_forced(policy, prompt, completion).cpu()
+            torch.testing.assert_close(completion.sampler_logp, trained, rtol=1e-3, atol=1e-3)
