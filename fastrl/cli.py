@@ -269,6 +269,55 @@ def build_utr(
         print(f"{kind}: " + (", ".join(f"{why} {count}" for why, count in sorted(summary[kind].items())) or "none"))
 
 
+@app.command(name="tpl")
+def tpl_command(
+    model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
+    data: Annotated[str, typer.Option(metavar="FILE", help="Dialogues (JSONL), or adapter:path[?key=value&…]")],
+    samples: Annotated[int, typer.Option(min=1, help="Random single frames per clip.")] = 4,
+    single: Annotated[str, typer.Option(help="Which single frame: random, first, middle, last or best.")] = "random",
+    form: Annotated[str, typer.Option(help="log: nats per token; ppl: perplexities.")] = "log",
+    keep_top: Annotated[float | None, typer.Option(help="Keep this share (or percentage) of the rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the kept rows here, with a tpl field.")] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Score every frame alone.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Figure [beside --out, else runs/tpl-NAME.png].")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random frames.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.")] = None,
+    min_pixels: Annotated[int | None, typer.Option(min=1, help="Least area of a resized image.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest area of a resized image.")] = None,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Temporal perplexity: how much each answer needs the whole clip, and a filter by it (Video-UTR)."""
+    from fastrl.evaluate.tpl_run import TplOptions, run_tpl
+
+    options = TplOptions(
+        model=model,
+        data=data,
+        samples=samples,
+        single=single,
+        form=form,
+        seed=seed,
+        curve=curve,
+        keep_top=keep_top,
+        limit=limit,
+        skip_bad=skip_bad,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+    result = run_tpl(options, out=out, plot=plot, say=_say)
+    if as_json:
+        _print_json(result)
+        return
+    for value in result["values"]:
+        alone = ", ".join(f"{frame}: {score:.3f}" for frame, score in value["curve"].items())
+        print(f"{value['tpl']:+.4f}  {value['id']}  all {value['full']:.3f}; alone {alone}")
+    print(f"mean {result['mean_tpl']:.4f}, standard deviation {result['std_tpl']:.4f}, {result['n']} records")
+    if out is not None:
+        print(f"kept {result['kept']} with tpl of at least {result['threshold']:.4f}: {out}")
+    if result["plot"]:
+        print(f"figure: {result['plot']}")
+
+
 @app.command(name="reflect")
 def reflect_command(
     model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,15 +10,13 @@ from torch import Tensor
 
 from fastrl.answers import View, parse_tracks, resolve_frame, to_original
 from fastrl.answers.tracks import MAX_TRACKS
+from fastrl.data.dialogues import parse_actions
 from fastrl.data.records import Record
 from fastrl.rewards.reading import MAX_CHARACTERS, Coords, batches, clamp, view_of
 from fastrl_kernels.linear_assignment import linear_assignment
 from fastrl_kernels.pairwise_iou import pairwise_iou
 
 CELLS = 1 << 18  # overlaps computed at once; bounds memory
-
-_ACTION = re.compile(r"([^,.;<>\[\]]{1,120}?) in frames? ([0-9]{1,6}+)(?:-([0-9]{1,6}+))?", re.IGNORECASE)
-_LEAD = re.compile(r"^(?:\s|\bit\b|\bthen\b|\band\b)*", re.IGNORECASE)
 
 
 class Tracks(NamedTuple):
@@ -99,11 +96,9 @@ def read_actions(said: str, last: int) -> dict[int, str]:
     The first action given for a frame counts.
     """
     result: dict[int, str] = {}
-    for match in _ACTION.finditer(said):
-        action = name_key(_LEAD.sub("", match.group(1)))
-        first = int(match.group(2))
-        for t in range(first, min(int(match.group(3) or first), last) + 1) if action else ():
-            result.setdefault(t, action)
+    for span in parse_actions(said):
+        for t in range(span.first, min(span.last, last) + 1):
+            result.setdefault(t, name_key(span.action))
     return result
 
 

@@ -64,9 +64,22 @@ def test_eval_of_predictions_prints_one_json_object(fastrl: Callable[..., Done],
     assert len((tmp_path / "scored.jsonl").read_text().splitlines()) == 4
 
 
+def test_tpl_prints_a_line_per_record_or_json(fastrl: Callable[..., Done], tiny_folder: Callable[[str], Path]) -> None:
+    arguments = ("tpl", "--model", str(tiny_folder("qwen2_5")), "--data", "scenes:shown?n=2&size=56&frames=2")
+    done = fastrl(*arguments, "--single", "last")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("shown-0-") == 2
+    done = fastrl(*arguments, "--samples", "1", "--form", "ppl", "--json")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["n"] == 2
+    assert Path(result["plot"]) == Path("runs/tpl-shown.png")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("tpl", "--model", "x", "--data", "scenes:shown?n=1", "--keep-top", "0.5"), "--keep-top needs --out"),
+        (("tpl", "--model", "tiny:perception", "--data", "scenes:shown?n=1", "--single", "frist"), "mean 'first'"),
         (("eval", "groundin", "--data", "scenes:grounding?n=1", "--model", "x"), "did you mean 'grounding'"),
         (("eval", "grounding", "--data", "scenes:grounding?n=1"), "either --model or --predictions"),
         (("eval", "grounding", "--data", "scene:grounding?n=1", "--model", "tiny:perception"), "scenes"),

@@ -1,0 +1,240 @@
+"""Temporal perplexity: how much a text about a clip needs the whole clip (Video-UTR, arXiv:2502.12081, eq. 6).
+
+    TPL = R(all frames, y) − R(a single frame, y)
+
+Low: one frame explains the text, which is where temporal hacking thrives; high: the text needs what happens in between.
+The paper gives the difference and its reading. What R is, over which single frames, and with which sign is a
+**reconstruction**, for neither code nor the full text was released: with ℓ(F) = mean over the answer's tokens of
+log p(y_k | F, question, y_<k), teacher forced, without the end of turn,
+
+    log:  TPL = ℓ(all) − mean_f ℓ({f})                       in nats per token
+    ppl:  TPL = mean_f exp(−ℓ({f})) − exp(−ℓ(all))           perplexities, so that larger still means more is needed
+
+over ``samples`` random frames f (without repetition), or the first, middle, last or best one. ``best`` takes the
+frame that explains the text best, the most cautious reading: all frames are then scored.
+
+Every subset of a clip's frames is a prompt of its own in the packed batch; they share the images, so the vision tower
+sees each frame once however many subsets hold it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.answers import format_answer
+from fastrl.batch import Completion, ImageInput, PromptGroup, pack
+from fastrl.data.records import Record
+from fastrl.rewards.base import unknown
+
+if TYPE_CHECKING:
+    from fastrl.models.policy import Policy
+
+SINGLES = ("random", "first", "middle", "last", "best")
+FORMS = ("log", "ppl")
+
+
+class TemporalPerplexity(NamedTuple):
+    """TPL of one record and what it was made from. Scores ℓ are mean log-probs per answer token, in nats."""
+
+    id: str
+    tpl: float
+    full: float  # ℓ with all frames
+    single: float  # mean ℓ of the chosen frames
+    chosen: tuple[int, ...]  # their numbers, from 1
+    curve: Mapping[int, float]  # ℓ with that frame alone, for every frame that was scored
+    frames: int
+    tokens: int  # of the answer
+
+    def explaining(self, tolerance: float = 0.05) -> list[int]:
+        """Frames that explain the answer by themselves: ℓ at most ``tolerance`` nats per token below that of all."""
+        return [frame for frame, score in self.curve.items() if score >= self.full - tolerance]
+
+
+def temporal_perplexity(
+    policy: Policy,
+    records: Iterable[Record],
+    *,
+    samples: int = 4,
+    single: str = "random",
+    form: str = "log",
+    seed: int = 0,
+    curve: bool = False,
+    token_budget: int = 8192,
+) -> list[TemporalPerplexity]:
+    """Temporal perplexity of each record's answer under a model.
+
+    Args:
+        policy: the model; nothing is trained.
+        records: clips whose text is ``target["answer"]`` (else what ``format_answer`` writes for the truth). The
+            prompt is the record's, with a subset of its images (see :func:`frame_subset`).
+        samples: random frames per record, at most all; read by ``single="random"`` alone.
+        single: which single frame(s) the whole clip is compared with.
+        form: ``log`` or ``ppl``.
+        seed: of the random frames. They depend on it and on the record's id, not on the other records.
+        curve: score every frame alone, for ``TemporalPerplexity.curve``; TPL itself stays that of the chosen ones.
+        token_budget: tokens of one packed batch; a prompt is never split. Changes nothing but memory and time.
+
+    Raises:
+        ValueError: an unknown ``single`` or ``form``, no sample, or a record without images or answer.
+        EncodeError: what the policy cannot encode.
+    """
+    for name, value, known in (("single", single, SINGLES), ("form", form, FORMS)):
+        if value not in known:
+            raise ValueError(f"--{name}: " + unknown("choice", value, known))
+    if samples < 1:
+        raise ValueError(f"--samples: need at least 1, got {samples}")
+    scorer = _Scorer(policy, token_budget)
+    results = []
+    for clip, scores in scorer.score(_clip(policy, r, samples, single, seed, curve) for r in records):
+        singles = dict(zip(clip.alone, scores[1:], strict=True))
+        chosen = (max(singles, key=singles.__getitem__),) if single == "best" else clip.chosen
+        alone = [singles[frame] for frame in chosen]
+        results.append(
+            TemporalPerplexity(
+                clip.id,
+                _tpl(scores[0], alone, form),
+                scores[0],
+                _mean(alone),
+                chosen,
+                singles,
+                clip.frames,
+                clip.tokens,
+            )
+        )
+    return results
+
+
+def frame_subset(record: Record, numbers: Sequence[int]) -> Record:
+    """The record with only the images ``numbers`` (from 1), each with the text part right before it (its label).
+
+    Everything else of the messages stays.
+
+    Raises:
+        ValueError: a number that there is no image of.
+    """
+    if not set(numbers) <= set(range(1, len(record.images) + 1)):
+        raise ValueError(f"record {record.id!r} has images 1 to {len(record.images)}, got {list(numbers)}")
+    at = 0
+    messages = []
+    for message in record.messages:
+        if isinstance(message["content"], str):
+            messages.append(message)
+            continue
+        kept: list[Mapping[str, Any]] = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                at += 1
+                if at not in numbers:
+                    if kept and kept[-1]["type"] == "text":
+                        kept.pop()
+                    continue
+            kept.append(part)
+        messages.append({**message, "content": kept})
+    images = tuple(image for number, image in enumerate(record.images, start=1) if number in numbers)
+    views = tuple(view for number, view in enumerate(record.views, start=1) if number in numbers)
+    return replace(record, images=images, messages=tuple(messages), views=views)
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """One record, encoded: the prompt with all frames, then with one each of ``alone``."""
+
+    id: str
+    groups: tuple[PromptGroup, ...]
+    alone: tuple[int, ...]
+    chosen: tuple[int, ...]
+    frames: int
+    tokens: int
+
+    @property
+    def size(self) -> int:
+        return sum(group.tokens for group in self.groups)
+
+    @property
+    def images(self) -> tuple[ImageInput, ...]:
+        return self.groups[0].prompt.images  # with all frames
+
+
+def _clip(policy: Policy, record: Record, samples: int, single: str, seed: int, curve: bool) -> _Clip:
+    from fastrl.models.vision import open_image
+
+    where = f"record {record.id!r}" + (f" ({record.source})" if record.source else "")
+    if not record.images:
+        raise ValueError(f"{where}: temporal perplexity needs frames, this record has no images")
+    count = len(record.images)
+    try:  # each subset reads them again
+        record = replace(record, images=tuple(open_image(image) for image in record.images))
+    except OSError as error:
+        raise ValueError(f"{where}: {error}") from error
+    prompt, seen = policy.encode(record)
+    text = record.target.get("answer")
+    if not isinstance(text, str):
+        text = format_answer(record.task, record.target, policy.style, seen.views[0])
+    ids = policy.encode_text(text)[:-1]
+    if len(ids) == 0:
+        raise ValueError(f"{where}: an empty answer has no perplexity")
+    chosen = _choose(record.id, count, samples, single, seed)
+    alone = tuple(range(1, count + 1)) if curve or single == "best" else chosen
+    prompts = [prompt, *(policy.encode(frame_subset(record, [frame]))[0] for frame in alone)]
+    groups = tuple(PromptGroup(each, [Completion(token_ids=ids)]) for each in prompts)
+    return _Clip(record.id, groups, alone, chosen, count, len(ids))
+
+
+def _choose(name: str, count: int, samples: int, single: str, seed: int) -> tuple[int, ...]:
+    if single == "random":
+        rng = random.Random(f"tpl/{seed}/{name}")
+        return tuple(sorted(rng.sample(range(1, count + 1), min(samples, count))))
+    return ({"first": 1, "middle": (count + 1) // 2, "last": count}.get(single, 1),)
+
+
+class _Scorer:
+    """Scores clips a batch's worth at a time; each frame of one batch's worth goes through the tower once."""
+
+    def __init__(self, policy: Policy, token_budget: int) -> None:
+        self.policy, self.token_budget = policy, token_budget
+        self._features: dict[str, Tensor] = {}
+
+    def score(self, clips: Iterable[_Clip]) -> Iterator[tuple[_Clip, list[float]]]:
+        """Each clip with ℓ of its groups, in order."""
+        waiting: list[_Clip] = []
+        for clip in clips:
+            if waiting and sum(each.size for each in waiting) + clip.size > self.token_budget:
+                yield from self._flush(waiting)
+                waiting = []
+            waiting.append(clip)
+        if waiting:
+            yield from self._flush(waiting)
+
+    @torch.no_grad()
+    def _flush(self, clips: Sequence[_Clip]) -> list[tuple[_Clip, list[float]]]:
+        images = {image.key: image for clip in clips for image in clip.images}
+        known = {key: self._features[key] for key in images if key in self._features}
+        missing = [image for key, image in images.items() if key not in known]
+        self._features = known | self.policy.features(missing)  # neighbours are often about the same frames
+        scores: list[float] = []
+        for batch in pack((group for clip in clips for group in clip.groups), self.token_budget):
+            logp = self.policy.logprob(batch.to(self.policy.device), features=self._features).logp
+            scores += [float(part.double().mean()) for part in batch.split(logp.cpu())]
+        rest = iter(scores)
+        return [(clip, [next(rest) for _ in clip.groups]) for clip in clips]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _tpl(full: float, alone: Sequence[float], form: str) -> float:
+    if form == "log":
+        return full - _mean(alone)
+    return _mean([_perplexity(score) for score in alone]) - _perplexity(full)
+
+
+def _perplexity(score: float) -> float:
+    return math.exp(min(-score, 700.0))  # finite, however improbable

@@ -1,0 +1,191 @@
+"""``fastrl tpl``: measure temporal perplexity over a file, draw its distribution, keep the rows that need the clip."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastrl.build.portions import image_names
+from fastrl.checkpoint import write_atomically
+from fastrl.data import load_data, parse_spec
+from fastrl.data.records import Record
+from fastrl.data.rows import read_rows
+from fastrl.data.validate import find_image_folder
+from fastrl.evaluate.run import open_policy
+from fastrl.evaluate.tpl import TemporalPerplexity, temporal_perplexity
+
+
+@dataclass(frozen=True)
+class TplOptions:
+    """What ``fastrl tpl`` measures and keeps; see ``temporal_perplexity`` for the first ones."""
+
+    model: str
+    data: str  # a file of dialogues, or any adapter:path
+    samples: int = 4
+    single: str = "random"
+    form: str = "log"
+    seed: int = 0
+    curve: bool = False
+    keep_top: float | None = None  # a share up to 1, above that a percentage
+    limit: int | None = None
+    skip_bad: bool = False
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    token_budget: int = 8192
+
+    @property
+    def spec(self) -> str:
+        return f"utr:{self.data}" if Path(self.data).is_file() else self.data
+
+    @property
+    def share(self) -> float:
+        """The share of records that is kept. Raises ``ValueError``: not above 0 or beyond 100."""
+        keep = 1.0 if self.keep_top is None else self.keep_top
+        if not 0 < keep <= 100:
+            raise ValueError(f"--keep-top: a share in (0, 1], or a percentage up to 100; got {keep:g}")
+        return keep if keep <= 1 else keep / 100
+
+
+def run_tpl(
+    options: TplOptions,
+    *,
+    out: Path | None = None,
+    plot: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Temporal perplexity of all records of a data set.
+
+    Args:
+        options: see :class:`TplOptions`.
+        out: write the kept rows of the data file here, in their order, each with its ``tpl``.
+        plot: PNG of the distribution; default beside ``out``, else ``runs/tpl-NAME.png``.
+        say: called with a line now and then.
+
+    Returns:
+        Mean, spread and quantiles of TPL, what was kept, ``plot``, and ``values``: one object per record (``id``,
+        ``tpl``, ``full``, ``single``, ``chosen``, ``curve``, ``explaining``, …).
+
+    Raises:
+        ValueError: bad options or data; ``keep_top`` without ``out``; rows that cannot be written back.
+    """
+    started = time.perf_counter()
+    share = options.share
+    if options.keep_top is not None and out is None:
+        raise ValueError("--keep-top needs --out: the file for the rows that are kept")
+    adapter, path, _ = parse_spec(options.spec)
+    data = load_data(options.spec, skip_bad=options.skip_bad)
+    records = data if options.limit is None else data[: options.limit]
+    rows = _rows(Path(path), adapter, records, out) if out is not None else {}
+    policy = open_policy(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
+    say(f"{len(records)} records, {options.single} single frames")
+    results = temporal_perplexity(
+        policy,
+        (records[i] for i in range(len(records))),
+        samples=options.samples,
+        single=options.single,
+        form=options.form,
+        seed=options.seed,
+        curve=options.curve,
+        token_budget=options.token_budget,
+    )
+    kept = keep_top(results, share)
+    threshold = min(results[i].tpl for i in kept)
+    if out is not None:
+        lines = [_line(rows[i], records[i], i, results[i], Path(path), out) for i in kept]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, "".join(lines))
+    plot = plot or (out.with_suffix(".png") if out is not None else Path("runs") / f"tpl-{Path(path).stem}.png")
+    return {
+        **summary(results),
+        "form": options.form,
+        "single_frame": options.single,
+        "samples": options.samples,
+        "kept": len(kept),
+        "threshold": threshold,
+        "out": None if out is None else str(out),
+        "plot": _draw(results, plot, options.form, threshold if len(kept) < len(results) else None, say),
+        "seconds": time.perf_counter() - started,
+        "values": [plain(result) for result in results],
+    }
+
+
+def keep_top(results: Sequence[TemporalPerplexity], share: float) -> list[int]:
+    """Places of the ``share`` with the highest TPL (rounded up), in the order of the data; of equals, the first."""
+    ranked = sorted(range(len(results)), key=lambda i: (-results[i].tpl, i))
+    return sorted(ranked[: math.ceil(share * len(results) - 1e-9)])
+
+
+def summary(results: Sequence[TemporalPerplexity]) -> dict[str, Any]:
+    """``n``, ``mean_tpl``, ``std_tpl``, quartiles, extremes, and the mean scores they come from."""
+    values = [result.tpl for result in results]
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {
+        "n": len(values),
+        "mean_tpl": statistics.fmean(values),
+        "std_tpl": statistics.pstdev(values),
+        "min": min(values),
+        **dict(zip(("q1", "median", "q3"), quartiles, strict=True)),
+        "max": max(values),
+        "full": statistics.fmean(result.full for result in results),
+        "single": statistics.fmean(result.single for result in results),
+    }
+
+
+def plain(result: TemporalPerplexity) -> dict[str, Any]:
+    """A result as JSON has it."""
+    values = result._asdict()
+    values["curve"] = {str(frame): score for frame, score in result.curve.items()}
+    return values | {"chosen": list(result.chosen), "explaining": result.explaining()}
+
+
+def _rows(path: Path, adapter: str, records: Sequence[Record], out: Path) -> dict[int, Mapping[str, Any]]:
+    """The file's row of each record, by the record's place. Raises ``ValueError`` where there is none."""
+    if not path.is_file():
+        raise ValueError(f"--out writes rows of a data file back; {adapter}:{path} is no file of rows")
+    if out.resolve() == path.resolve():
+        raise ValueError(f"--out: {out} is the data itself; choose another file")
+    by_place = {where: row for _, where, row in read_rows(path) if isinstance(row, Mapping)}
+    found = {}
+    for i in range(len(records)):
+        row = by_place.get(records[i].source)
+        if row is None:
+            raise ValueError(f"--out: record {records[i].id!r} ({records[i].source}) is no single row of {path}")
+        found[i] = row
+    return found
+
+
+def _line(
+    row: Mapping[str, Any], record: Record, number: int, result: TemporalPerplexity, path: Path, out: Path
+) -> str:
+    """The row with its TPL; names of pictures are made to hold from the new file's folder."""
+    row = {**row, "tpl": result.tpl}
+    if out.parent.resolve() != path.parent.resolve():
+        frames = row.get("frames")
+        if (
+            isinstance(frames, list)
+            and len(frames) == len(record.images)
+            and all(isinstance(i, Path) for i in record.images)
+        ):
+            row["frames"] = image_names(record.images, number, out)
+        elif isinstance(row.get("video"), str):
+            row["video"] = str((find_image_folder(path, [row["video"]]) / row["video"]).resolve())
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _draw(
+    results: Sequence[TemporalPerplexity], plot: Path, form: str, threshold: float | None, say: Callable[[str], None]
+) -> str | None:
+    from fastrl.report.tpl import draw_tpl
+
+    try:
+        draw_tpl(results, plot, form=form, threshold=threshold)
+    except ModuleNotFoundError as error:
+        say(f"no figure: {error.name} is not installed")
+        return None
+    return str(plot)
