@@ -85,11 +85,7 @@ def temporal_perplexity(
         ValueError: an unknown ``single`` or ``form``, no sample, or a record without images or answer.
         EncodeError: what the policy cannot encode.
     """
-    for name, value, known in (("single", single, SINGLES), ("form", form, FORMS)):
-        if value not in known:
-            raise ValueError(f"--{name}: " + unknown("choice", value, known))
-    if samples < 1:
-        raise ValueError(f"--samples: need at least 1, got {samples}")
+    check_choices(samples, single, form)
     scorer = _Scorer(policy, token_budget)
     results = []
     for clip, scores in scorer.score(_clip(policy, r, samples, single, seed, curve) for r in records):
@@ -109,6 +105,15 @@ def temporal_perplexity(
             )
         )
     return results
+
+
+def check_choices(samples: int, single: str, form: str) -> None:
+    """Raise ``ValueError`` for what :func:`temporal_perplexity` does not know."""
+    for name, value, known in (("single", single, SINGLES), ("form", form, FORMS)):
+        if value not in known:
+            raise ValueError(f"--{name}: " + unknown("choice", value, known))
+    if samples < 1:
+        raise ValueError(f"--samples: need at least 1, got {samples}")
 
 
 def frame_subset(record: Record, numbers: Sequence[int]) -> Record:

@@ -18,7 +18,7 @@ from fastrl.data.records import Record
 from fastrl.data.rows import read_rows
 from fastrl.data.validate import find_image_folder
 from fastrl.evaluate.run import open_policy
-from fastrl.evaluate.tpl import TemporalPerplexity, temporal_perplexity
+from fastrl.evaluate.tpl import TemporalPerplexity, check_choices, temporal_perplexity
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def run_tpl(
         ValueError: bad options or data; ``keep_top`` without ``out``; rows that cannot be written back.
     """
     started = time.perf_counter()
+    check_choices(options.samples, options.single, options.form)
     share = options.share
     if options.keep_top is not None and out is None:
         raise ValueError("--keep-top needs --out: the file for the rows that are kept")
