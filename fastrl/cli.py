@@ -134,6 +134,17 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    out: Annotated[Path | None, typer.Option(help="The page [RUN/report.html].")] = None,
+) -> None:
+    """Write a run's curves and sample answers as one self-contained HTML page."""
+    from fastrl.report.page import write_report
+
+    print(write_report(run, out))
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, device, the path every kernel takes here, and which optional libraries are usable."""
     from fastrl.doctor import print_report, report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -142,7 +143,7 @@ def memory() -> dict[str, float]:
 
 
 def sample_table(groups: Sequence[PromptGroup], n: int) -> list[dict[str, Any]]:
-    """Best and worst answer of the first groups, ``n`` rows at most: record id, task, question, answer, rewards."""
+    """Best and worst answer of the first groups, ``n`` rows at most: id, task, question, answer, rewards, views."""
     rows = []
     for group in groups[: max(1, n // 2)]:
         ranked = sorted(group.completions, key=lambda c: -c.scalars.get("reward", 0.0))
@@ -157,6 +158,8 @@ def sample_table(groups: Sequence[PromptGroup], n: int) -> list[dict[str, Any]]:
                     "answer": completion.text,
                     "reward": completion.scalars.get("reward"),
                     "rewards": completion.rewards,
+                    "frame": record.frame if record else "auto",  # what the answer's coordinates mean, with views
+                    "views": [dataclasses.astuple(view) for view in record.views] if record else [],
                 }
             )
     return rows[:n]
