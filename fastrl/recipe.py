@@ -69,6 +69,7 @@ class ModelRecipe(Section):
     lora: LoraRecipe | None = None
     freeze: list[str] = []  # parameter-name patterns
     gradient_checkpointing: bool = False
+    liger: bool = False  # RMSNorm, SwiGLU and rotary embedding by liger-kernel; needs a GPU
     min_pixels: int | None = Field(None, ge=1)  # area of a resized image
     max_pixels: int | None = Field(None, ge=1)
 

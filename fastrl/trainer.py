@@ -316,6 +316,7 @@ def load_model(recipe: Recipe) -> Policy:
         lora=model.lora.spec() if model.lora is not None else None,
         freeze=model.freeze,
         gradient_checkpointing=model.gradient_checkpointing,
+        liger=model.liger,
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,
     )

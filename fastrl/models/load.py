@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastrl.models.liger import use_liger
 from fastrl.models.lora import Lora
 from fastrl.models.lora import freeze as freeze_parameters
 from fastrl.models.policy import STYLES, Policy, quiet_progress
@@ -22,6 +23,7 @@ def load_policy(
     lora: Lora | Mapping[str, Any] | None = None,
     freeze: Sequence[str] = (),
     gradient_checkpointing: bool = False,
+    liger: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> Policy:
@@ -34,11 +36,14 @@ def load_policy(
         lora: fields of ``Lora``; only the adapters are then trained.
         freeze: parameter-name patterns whose gradient is turned off (see ``fastrl.models.lora.freeze``).
         gradient_checkpointing: recompute each layer in the backward.
+        liger: RMSNorm, SwiGLU and rotary embedding by liger-kernel (see ``fastrl.models.liger``).
         min_pixels, max_pixels: limits of a resized image's area, in pixels; default the folder's own.
 
     Raises:
         FileNotFoundError: no such folder, or one without a config.
-        ValueError: a model type that is not supported, a tokenizer without chat template, an unknown pattern or field.
+        ValueError: a model type that is not supported, a tokenizer without chat template, an unknown pattern or field,
+            ``liger`` without a GPU.
+        ImportError: ``liger`` without liger-kernel.
     """
     folder = Path(folder)
     model_type = _model_type(folder)
@@ -50,6 +55,8 @@ def load_policy(
         core = _model_class(model_type).from_pretrained(folder, dtype=dtype, local_files_only=True)
     policy = Policy(core.to(device), tokenizer, image_processor, lora=lora)
     freeze_parameters(policy.core, freeze)
+    if liger:
+        use_liger(policy.core)
     if gradient_checkpointing:
         # Renamed in transformers 5.2x; the old name still works there but warns.
         core = policy.core
