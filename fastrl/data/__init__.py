@@ -8,6 +8,7 @@ Adapters, each in its own module with a ``load(path, query)`` (a new format is o
 - ``lists``: several answers to a prompt with their rewards → PerPO
 - ``captions``: pictures with reference captions     - ``reflection``: policy/critic dialogues → RePer
 - ``utr``: questions about tracked clips with their answers → trajectory
+- ``nextqa``, ``pope``: multiple choice, yes or no → qa
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ ADAPTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "captions": ("fastrl.data.captions", "load"),
         "reflection": ("fastrl.data.reflection", "load"),
         "utr": ("fastrl.data.utr", "load"),
+        "nextqa": ("fastrl.data.qa", "load_nextqa"),
+        "pope": ("fastrl.data.qa", "load_pope"),
     }
 )
 

@@ -61,7 +61,7 @@ class Record:
     - caption: ``references`` [str, ...], and where known ``objects``, ``attributes``, ``relations``
     - trajectory: ``tracks`` [{``id``, ``name``, ``boxes`` {frame number from 1: (x1, y1, x2, y2)}}, ...], ``frames``,
       ``seconds``, ``size``; of a dialogue also ``answer`` (the text to learn), ``query``, and ``tpl`` where known
-    - qa: ``choices`` and ``answer``
+    - qa: ``choices`` [str, ...] and ``answer`` (the place of the right one, from 0), or ``answer`` yes or no; ``type``
     """
 
     id: str

@@ -13,6 +13,7 @@ from fastrl.evaluate.coco import evaluate_detection
 from fastrl.evaluate.counting import evaluate_counting
 from fastrl.evaluate.ocr import evaluate_ocr
 from fastrl.evaluate.predictions import PredictionError, Predictions, load_predictions
+from fastrl.evaluate.qa import evaluate_qa
 from fastrl.evaluate.refcoco import evaluate_grounding
 from fastrl.evaluate.trajectory import evaluate_trajectory
 from fastrl.rewards.base import unknown
@@ -24,6 +25,7 @@ EVALUATIONS: dict[str, Callable[[Sequence[Record], Sequence[str]], dict[str, flo
     "ocr": evaluate_ocr,
     "caption": evaluate_caption,
     "trajectory": evaluate_trajectory,
+    "qa": evaluate_qa,
 }
 
 
@@ -37,6 +39,7 @@ def evaluate(task: str, records: Sequence[Record], answers: Sequence[str]) -> di
       (see ``evaluate_caption``)
     - ocr: ``edit_distance`` (lower is better) ``f1 precision recall bleu meteor``
     - trajectory: ``mean_iou recall@0.5 identity_accuracy``, with py-motmetrics ``mota idf1`` (``evaluate_trajectory``)
+    - qa: ``accuracy``, ``accuracy_TYPE``, of yes/no questions ``precision recall f1 yes_rate``
 
     and always ``n`` (answers) and ``unparsable`` (answers in which nothing could be read). Coordinates are read in each
     record's ``frame``, with the sizes in its ``views``.

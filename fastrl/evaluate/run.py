@@ -109,6 +109,10 @@ def _model_answers(
     wrong = next((r for r in records if r.task != task), None)
     if wrong is not None:
         raise ValueError(f"{wrong.source or wrong.id}: a {wrong.task} record cannot be evaluated as {task}")
+    if task == "qa" and len(records) and not records[0].images:
+        raise ValueError(
+            "these questions come without pictures: give images= or videos= in --data, or score --predictions"
+        )
     sampling = Sampling(n=1, max_new_tokens=max_new_tokens or MAX_NEW_TOKENS[task], temperature=0.0)
     answered = list(sample_records(open_policy(model), records, sampling))
     return [record for record, _ in answered], [completions[0].text for _, completions in answered]
