@@ -35,7 +35,7 @@ def test_shipped_reward_options_exist(name: str) -> None:
 
     recipe = load_recipe(name)
     if recipe.method.kind == "perception-r1":
-        task = name.split("-")[2]
+        task = "trajectory" if name.startswith("utr") else name.split("-")[2]
         reward_for(
             task, **recipe.reward.options, **({"weights": recipe.reward.weights} if recipe.reward.weights else {})
         )
