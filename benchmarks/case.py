@@ -30,6 +30,8 @@ class Case:
     bytes: float = 0.0  # least traffic
     dtype: torch.dtype = torch.float32
     graph: bool = False  # launch-bound: on a GPU it is captured once and replayed
+    rounds: int | None = None  # at most so many, and none with a cold cache: a call takes seconds
+    compare: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], dict[str, Any]] | None = None  # found, ours → JSON
     reset: Callable[[Inputs], None] | None = None  # undoes what a call does to its inputs; not timed
     extra: dict[str, Any] = field(default_factory=dict)  # anything worth recording beside the shape
 

@@ -42,16 +42,18 @@ def run_case(case: Case, device: torch.device, peaks: dict[str, Any], rounds: in
             _reset(case, x)
             found = call()
             expected = expected or tuple(t.clone() if case.reset else t for t in found)
-            worst = difference(found, expected)
+            compared = {"difference": difference(found, expected)}
+            compared |= case.compare(found, expected) if case.compare is not None else {}
             del found  # may share its storage with the inputs
             _reset(case, x)
-            results[name] = {"difference": worst, "peak_bytes": peak_bytes(call, device)}
+            results[name] = {**compared, "peak_bytes": peak_bytes(call, device)}
             calls[name] = graphed(call) if case.graph and device.type == "cuda" else call
         except Exception as error:  # a contestant that fails is a result; the run goes on
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     del expected
     reset = None if case.reset is None else (lambda: _reset(case, x))
-    for name, times in interleaved(calls, device, rounds, reset=reset).items():
+    times_of = interleaved(calls, device, min(rounds, case.rounds or rounds), reset=reset, cold=case.rounds is None)
+    for name, times in times_of.items():
         results[name] |= summary(times)
     dtype = str(case.dtype).removeprefix("torch.")
     floor = max(case.flops / peaks["flops"].get(dtype, float("inf")), case.bytes / peaks["bytes_per_s"])
