@@ -93,6 +93,7 @@ def evaluate(
     blank_images: Blank = False,
     reflect: Annotated[int | None, typer.Option(min=1, help="Captions: this many turns with a critic.")] = None,
     critic: Annotated[str, typer.Option(metavar="SPEC", help="With --reflect: rule, model:DIR or http:URL")] = "rule",
+    attention: Annotated[Path | None, typer.Option(metavar="DIR", help="With --reflect: where answers look.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write answers and metrics to this JSONL file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -111,10 +112,13 @@ def evaluate(
             limit=limit,
             skip_bad=skip_bad,
             out=out,
+            attention=attention,
             say=_say,
         )
         _print_metrics(metrics, as_json)
         return
+    if attention is not None:
+        raise ValueError("--attention goes with --reflect")
     from fastrl.evaluate.run import run_evaluation
 
     metrics = run_evaluation(
@@ -339,6 +343,7 @@ def reflect_command(
     stop_at: Annotated[float | None, typer.Option(help="Stop early at an answer of at least this score.")] = None,
     reference: Annotated[list[str] | None, typer.Option(help="A true caption (rule critic; repeatable).")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    attention: Annotated[Path | None, typer.Option(metavar="DIR", help="Write where each answer looks.")] = None,
     as_json: Json = False,
 ) -> None:
     """Let a model answer, a critic score and explain, and the model answer again (RePer)."""
@@ -353,6 +358,7 @@ def reflect_command(
         references=reference or (),
         max_new_tokens=max_new_tokens,
         stop_at=stop_at,
+        attention=attention,
         say=_say if as_json else print,
     )
     if as_json:
@@ -394,13 +400,14 @@ def tiny_build(
     rows: Annotated[int, typer.Option(min=1, help="Scenes per step.")] = 16,
     start: Annotated[str | None, typer.Option("--from", metavar="DIR", help="Begin with this small model's.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
 ) -> None:
     """Build a small Qwen2.5-VL and teach it the scene tasks (25 minutes on one CPU core)."""
     from fastrl.models import tiny
     from fastrl.models.tiny.build import build
 
     begin = tiny.resolve(start) if start is not None else None
-    build(kind, out, steps=steps, rows=rows, seed=seed, start=begin, log=_say)
+    build(kind, out, steps=steps, rows=rows, seed=seed, lr=lr, start=begin, log=_say)
 
 
 def main() -> None:

@@ -148,6 +148,12 @@ def _so_far(dialogue: Reflection) -> Record:
     return replace(dialogue.record, messages=dialogue_messages(dialogue.record.messages, spoken))
 
 
+def _spoken(dialogue: Reflection) -> Record:
+    """The record with everything said up to the last answer as its messages."""
+    so_far = _so_far(dialogue)
+    return replace(so_far, messages=so_far.messages[:-1] if dialogue.turns[-1].feedback else so_far.messages)
+
+
 def reflect_on_image(
     image: Path,
     asked: str,
@@ -158,6 +164,7 @@ def reflect_on_image(
     references: Sequence[str] = (),
     max_new_tokens: int = 512,
     stop_at: float | None = None,
+    attention: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """``fastrl reflect``: one picture, printed turn by turn.
@@ -167,6 +174,7 @@ def reflect_on_image(
         model, critic: a model folder or ``tiny:NAME``, and a critic's spec.
         references: true captions of the picture; the rule critic needs one at least.
         turns, max_new_tokens, stop_at: see :func:`reflect`.
+        attention: folder for where each answer looked (see :func:`write_attention`).
 
     Raises:
         ValueError, FileNotFoundError: what was asked for cannot be used.
@@ -194,7 +202,25 @@ def reflect_on_image(
     )
     if result.error:
         say(f"{result.error}\nbest answer so far: {result.answer}")
-    return result.row()
+    row = result.row()
+    if attention is not None:
+        row["attention"] = write_attention(policy, [result], attention)["mean_mass"]
+        shown = ", ".join(f"{mass:.3f}" for mass in row["attention"])
+        say(f"attention on the image by turn: {shown}; {attention / 'attention.png'}")
+    return row
+
+
+def write_attention(policy: Policy, reflections: Sequence[Reflection], folder: Path) -> dict[str, Any]:
+    """Read where the answers of finished reflections looked, and write ``attention.json`` and ``attention.png``.
+
+    Returns:
+        The summary of ``fastrl.attention.save_attention``; ``mean_mass`` is the share of attention on image tokens by
+        turn.
+    """
+    from fastrl.attention import read_attention, save_attention
+
+    read = [(r.record, read_attention(policy, _spoken(r))) for r in reflections]
+    return save_attention(read, folder)
 
 
 def evaluate_reflection(
@@ -207,6 +233,7 @@ def evaluate_reflection(
     limit: int | None = None,
     skip_bad: bool = False,
     out: Path | None = None,
+    attention: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """``fastrl eval caption --reflect N``: caption metrics of each turn, as ``turn1/score`` and so on.
@@ -214,7 +241,8 @@ def evaluate_reflection(
     Args:
         spec: caption records with truth (whatever the critic, metrics compare with it).
         model, critic, turns: see :func:`reflect_on_image`; max_new_tokens: default the caption protocol's.
-        limit, skip_bad: of the data; out: write the dialogues to this JSONL file.
+        limit, skip_bad: of the data; out: write the dialogues to this JSONL file; attention: folder for where answers
+            looked, whose mean by turn is then a metric, too (``turn1/image_attention``).
 
     Raises:
         ValueError: records of another task or without truth. CriticError: the critic failed.
@@ -247,4 +275,7 @@ def evaluate_reflection(
     for number in range(turns):
         answers = [reflection.turns[number].answer for reflection in found]
         metrics |= {f"turn{number + 1}/{name}": v for name, v in evaluate("caption", records, answers).items()}
+    if attention is not None:
+        for number, mass in enumerate(write_attention(policy, found, attention)["mean_mass"], start=1):
+            metrics[f"turn{number}/image_attention"] = mass
     return metrics

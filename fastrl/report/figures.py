@@ -1,4 +1,4 @@
-"""Figures: held-out pictures with true and predicted boxes, before and after training."""
+"""Figures: pictures with true and predicted boxes before and after training, and with the attention of answers."""
 
 from __future__ import annotations
 
@@ -49,6 +49,35 @@ def draw_answer(axis: Any, record: Record, answer: str) -> None:
             axis.add_patch(
                 Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linestyle=style, linewidth=1.5)
             )
+
+
+def heat_maps(pictures: Sequence[tuple[Any, Sequence[Any]]], path: Path) -> None:
+    """Draw each picture (a file or PIL image) in a row of its own, once plain and once under each of its maps.
+
+    A map [rows, columns] lies over the whole picture. Colours of a row share one scale, 0 to the row's largest value.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    columns = 1 + max(len(maps) for _, maps in pictures)
+    figure = Figure(figsize=(2.2 * columns, 2.3 * len(pictures) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(pictures), columns, squeeze=False)
+    for row, (source, maps) in zip(axes, pictures, strict=True):
+        image = source.convert("RGB") if isinstance(source, Image.Image) else Image.open(source).convert("RGB")
+        most = max((float(m.max()) for m in maps), default=0.0)
+        for axis in row:
+            axis.axis("off")
+        for number, axis in enumerate(row[: len(maps) + 1]):
+            axis.imshow(image)
+            if number:
+                heat, extent = maps[number - 1], (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+                axis.imshow(heat.numpy(), extent=extent, cmap="inferno", alpha=0.65, vmin=0, vmax=most or 1.0)
+                axis.set_title(f"turn {number}: {float(heat.sum()):.3f}", fontsize=8)
+    figure.suptitle("attention of each turn's answer on the picture", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def answer_boxes(record: Record, answer: str) -> list[tuple[float, ...]]:

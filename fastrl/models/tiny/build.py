@@ -12,7 +12,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,33 +19,14 @@ import torch
 from torch import Tensor
 
 from fastrl.answers import View, format_answer
-from fastrl.data.clips import Clip
 from fastrl.data.records import Record
 from fastrl.data.scenes import tasks
-from fastrl.data.scenes.clips import sample_clip
-from fastrl.data.scenes.world import LEVELS, sample_scene
+from fastrl.data.scenes.world import LEVELS
+from fastrl.models.tiny.curriculum import CURRICULA, Row, RowMaker
 from fastrl.models.tiny.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
-
-
-@dataclass(frozen=True)
-class Curriculum:
-    """What a small model is taught: question mix per scene, difficulty levels, picture size, frames."""
-
-    questions: dict[str, int]  # task -> questions per row
-    levels: tuple[int, ...] = (1, 2, 3, 4)
-    size: int = 112
-    frames: int = 1
-    font: int = 17  # of words in the picture
-
-
-CURRICULA = {
-    "perception": Curriculum({"grounding": 4, "counting": 1, "detection": 1, "ocr": 1}, levels=(1, 2, 2, 3)),
-    "language": Curriculum({"ocr": 2, "caption": 2, "grounding": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT),
-    "video": Curriculum({"trajectory": 2, "utr": 2, "shown": 1}, levels=(1, 2, 3), size=84, frames=6),
-}
 
 
 def model_config(
@@ -88,33 +68,6 @@ def model_config(
 _SPECIAL_IDS = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
 
 
-def scene_questions(curriculum: Curriculum, rng: random.Random) -> list[Record]:
-    """Draw one scene (or clip) and the curriculum's questions about it; all records show the same pictures."""
-    level = rng.choice(curriculum.levels)
-    if curriculum.frames > 1:
-        clip = tasks.tracked_clip(sample_clip(rng, curriculum.frames, level, curriculum.size), "train")
-        return [CLIP_QUESTIONS[task](rng, clip) for task, count in curriculum.questions.items() for _ in range(count)]
-    while True:
-        snap = tasks.ocr_snap(level) if curriculum.font == tasks.OCR_FONT else 1
-        words = rng.choice((0, 1, 1, 2, 3))
-        scene = sample_scene(rng, level, curriculum.size, words, curriculum.font, snap)
-        records = [
-            record
-            for task, count in curriculum.questions.items()
-            for record in (tasks.MAKERS[task](rng, scene, "train", level) for _ in range(count))
-            if record is not None
-        ]
-        if records:
-            return records
-
-
-CLIP_QUESTIONS: dict[str, Callable[[random.Random, Clip], Record]] = {
-    "trajectory": tasks.follow_one,
-    "utr": lambda rng, clip: tasks.pick_dialogue(rng, clip).record(),
-    "shown": lambda rng, clip: tasks.shown_in(clip),
-}
-
-
 def corpus(answer: Callable[[Record], str], seed: int, clips: bool = False) -> Iterator[str]:
     """Texts the tokenizer is trained on: questions and answers of every task, and every coordinate spelled out.
 
@@ -135,60 +88,6 @@ def corpus(answer: Callable[[Record], str], seed: int, clips: bool = False) -> I
         for pixel in range(side + 1):
             yield from [f",{round(1000 * pixel / side)}"] * 3
     yield from ["You are a helpful assistant.", "system\n", "user\n", "assistant\n"] * 50
-
-
-@dataclass
-class Row:
-    """One scene with its questions as branches, before padding."""
-
-    ids: list[int]
-    branch: list[int]  # 0: shared start; 1, 2, …: a question with its answer
-    position: list[int]  # text position of tokens after the image
-    answer: list[bool]  # token is predicted in the loss
-    pixels: Tensor
-
-
-class RowMaker:
-    """Turns scenes into rows: encodes the shared start once, questions and answers as branches."""
-
-    def __init__(
-        self, curriculum: Curriculum, tokenizer: Any, image_processor: Any, answer: Callable[[Record], str]
-    ) -> None:
-        self.curriculum, self.tokenizer, self.image_processor, self.answer = (
-            curriculum,
-            tokenizer,
-            image_processor,
-            answer,
-        )
-        side = curriculum.size // 28
-        self.grid = (1, side * 2, side * 2)
-        self.cells = side * side
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def __call__(self, rng: random.Random) -> Row:
-        records = scene_questions(self.curriculum, rng)
-        image = self.image_processor(images=list(records[0].images), return_tensors="pt")
-        pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        ids: list[int] = []
-        branch: list[int] = []
-        answer: list[bool] = []
-        starts: list[int] = []
-        for number, record in enumerate(records, start=1):
-            text = self.tokenizer.apply_chat_template(list(record.messages), tokenize=False, add_generation_prompt=True)
-            cut = text.rindex("<|vision_end|>") + len("<|vision_end|>")
-            if not ids:
-                for token in self._encode(text[:cut]):
-                    ids += [token] * (self.cells if token == pad else 1)
-                branch += [0] * len(ids)
-                answer += [False] * len(ids)
-            asked, told = self._encode(text[cut:]), [*self._encode(self.answer(record)), self.tokenizer.eos_token_id]
-            starts.append(len(ids))
-            ids += asked + told
-            branch += [number] * (len(asked) + len(told))
-            answer += [False] * len(asked) + [True] * len(told)
-        return Row(ids, branch, starts, answer, image["pixel_values"])
 
 
 def collate(rows: list[Row], start_positions: Tensor, pad_id: int) -> dict[str, Tensor]:

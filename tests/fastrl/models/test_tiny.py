@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastrl.data.reflection import dialogue_messages, dialogue_of
 from fastrl.data.scenes import MAKERS, scene_record
 from fastrl.models.load import load_policy
 from fastrl.models.tiny import WEIGHTS, resolve
-from fastrl.models.tiny.build import CURRICULA, RowMaker, build, collate, orthogonalize, scene_answer, start_positions
+from fastrl.models.tiny.build import build, collate, orthogonalize, scene_answer, start_positions
+from fastrl.models.tiny.curriculum import CURRICULA, Curriculum, RowMaker, scene_questions
 from fastrl.models.tiny.tokenizer import train_tokenizer
 
 SHIPPED = sorted(p.name for p in WEIGHTS.iterdir())
@@ -69,6 +72,26 @@ def test_branches_see_the_start_and_themselves_only() -> None:
             assert seen == {k for k in range(q + 1) if row.branch[k] in (0, row.branch[q])}
     prompt, _ = policy.encode(scene_record("grounding", 0, seed=0))
     assert torch.equal(starts, prompt.positions[:, :shared])
+
+
+def test_a_dialogue_is_one_branch_spelled_as_the_policy_spells_it_and_only_true_captions_are_taught() -> None:
+    policy = load_policy(resolve("tiny:language"))
+    curriculum = Curriculum({"dialogue": 1}, levels=(2,))
+    make = RowMaker(curriculum, policy.tokenizer, policy.image_processor, scene_answer)
+    taught = []
+    for seed in range(30):
+        row, (record,) = make(random.Random(seed)), scene_questions(curriculum, random.Random(seed))
+        turns = dialogue_of(record)
+        spoken = replace(record, messages=dialogue_messages(record.messages, turns))
+        prompt, completion, _ = policy.encode_dialogue(spoken)
+        assert row.ids == [*prompt.token_ids.tolist(), *completion.token_ids.tolist()]
+        true = [turn.answer == record.target["references"][0] for turn in turns]
+        own = [number >= 0 and true[number] for number in completion.per_token["turn"].tolist()]
+        assert row.answer == [False] * len(prompt.token_ids) + own
+        assert true[-1]
+        assert all(0 <= turn.score < 1 for turn, right in zip(turns, true, strict=True) if not right)
+        taught.append(sum(true) / len(true))
+    assert 0.3 < sum(taught) / len(taught) < 0.9
 
 
 def test_orthogonalize_flattens_the_spectrum() -> None:

@@ -1,0 +1,168 @@
+"""Where answers look: the attention of a dialogue's answer tokens on its image tokens, turn by turn.
+
+RePer's analysis (arXiv:2504.07165): a model that reflects well looks at the picture more with every turn. A token's
+attention on the picture is that of the row that predicts it, the mean over heads and layers of
+
+    mass = Σ_{image tokens j} softmax_j( q · k_j / √d + mask )                                   in [0, 1]
+
+The paper does not say which layers it takes; all are kept (``by_layer``), and ``mass`` is their mean. Fused attention
+never makes these probabilities, so this is one more pass over the finished dialogue with transformers' eager attention,
+which adds its mask to the scores: a boolean mask would be added as 0 and 1 and hide nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastrl.batch import PackedBatch, PromptGroup, pack_row
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+    from fastrl.models.policy import Policy
+
+ATTENTION = "fastrl_eager"
+SHOWN = 8  # pictures drawn at most
+
+
+@dataclass(frozen=True)
+class TurnAttention:
+    """One turn's attention on the pictures, the mean over its answer's tokens (end of turn included) and all heads."""
+
+    mass: float  # on all image tokens, mean over layers
+    by_layer: tuple[float, ...]
+    maps: tuple[Tensor, ...]  # of each image [rows, columns] float32, a cell per image token, mean over layers
+
+    def row(self) -> dict[str, Any]:
+        """As JSON holds it; the sum of all maps is ``mass``."""
+        return {"mass": self.mass, "by_layer": list(self.by_layer), "maps": [m.tolist() for m in self.maps]}
+
+
+def read_attention(policy: Policy, record: Record) -> list[TurnAttention]:
+    """The attention of each assistant turn of ``record.messages`` on the record's pictures.
+
+    The dialogue is read once, answers as they stand in the messages. Memory is one layer's [heads, L, L] probabilities.
+
+    Raises:
+        EncodeError: a dialogue that does not end with the assistant, or has images after its first turn.
+        ValueError: a record without images.
+    """
+    prompt, completion, _ = policy.encode_dialogue(record)
+    if not prompt.images:
+        raise ValueError(f"{record.source or record.id}: no image to look at")
+    batch = pack_row([PromptGroup(prompt, [completion])]).to(policy.device)
+    turn = batch.per_token["turn"]
+    probe = _Probe(columns=batch.image_rows, rows=[batch.predict_rows[turn == n] for n in range(int(turn.max()) + 1)])
+    with _eager(policy), torch.no_grad():
+        _forward(policy, batch, probe)
+    merge = policy.preprocessor.merge
+    shapes = [(image.grid[0] * image.grid[1] // merge, image.grid[2] // merge) for image in prompt.images]
+    return [_summed(torch.stack(layers).cpu(), shapes) for layers in zip(*probe.found, strict=True)]
+
+
+def save_attention(
+    dialogues: Sequence[tuple[Record, Sequence[TurnAttention]]], folder: Path, *, shown: int = SHOWN
+) -> dict[str, Any]:
+    """Write ``attention.json`` (the mean mass of each turn, and every dialogue's numbers) and the heat maps of the
+    first ``shown`` records, ``attention.png``. Returns ``{"turns": …, "mean_mass": [per turn], "dialogues": n}``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    most = max((len(turns) for _, turns in dialogues), default=0)
+    of_turn = [[turns[n].mass for _, turns in dialogues if len(turns) > n] for n in range(most)]
+    summary = {"turns": most, "mean_mass": [sum(m) / len(m) for m in of_turn], "dialogues": len(dialogues)}
+    rows = [{"id": record.id, "turns": [turn.row() for turn in turns]} for record, turns in dialogues]
+    text = json.dumps({**summary, "records": rows}, ensure_ascii=False)
+    (folder / "attention.json").write_text(text, encoding="utf-8")
+    if dialogues:
+        from fastrl.report.figures import heat_maps
+
+        pictures = [
+            (record.images[n], [turn.maps[n] for turn in turns])
+            for record, turns in dialogues[:shown]
+            for n in range(len(record.images))
+        ]
+        heat_maps(pictures, folder / "attention.png")
+    return summary
+
+
+@dataclass
+class _Probe:
+    """Travels through the forward: which rows of the probabilities to keep, and what was found by layer and turn."""
+
+    columns: Tensor  # image tokens
+    rows: list[Tensor]  # of each turn
+    found: list[list[Tensor]] = field(default_factory=list)  # by layer, by turn: [image tokens] float32
+
+    def add(self, weights: Tensor) -> None:
+        """Note one layer's probabilities [1, heads, L, L]."""
+        seen = weights[0].float().mean(0)[:, self.columns]
+        self.found.append([seen[rows].mean(0) for rows in self.rows])
+
+
+def _summed(layers: Tensor, shapes: Sequence[tuple[int, int]]) -> TurnAttention:
+    """[layers, image tokens] → numbers and one map per image."""
+    parts = layers.mean(0).split([rows * columns for rows, columns in shapes])
+    maps = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    by_layer = layers.sum(1)
+    return TurnAttention(float(by_layer.mean()), tuple(by_layer.tolist()), maps)
+
+
+def _forward(policy: Policy, batch: PackedBatch, probe: _Probe) -> Tensor:
+    """Hidden states [1, L, H] of one dialogue; every layer shows its probabilities to ``probe``."""
+    core, length = policy.core, batch.input_ids.shape[1]
+    features = policy.features(batch.images)
+    embeds = core.get_input_embeddings()(batch.input_ids[0])
+    seen = torch.cat([features[batch.images[i].key] for i in batch.image_of_slot])
+    embeds = embeds.index_copy(0, batch.image_rows, seen.to(embeds.dtype))
+    hidden = torch.full((length, length), torch.finfo(embeds.dtype).min, dtype=embeds.dtype, device=embeds.device)
+    return core.model.language_model(
+        inputs_embeds=embeds[None],
+        position_ids=batch.positions,
+        attention_mask={"full_attention": hidden.triu(1)[None, None]},
+        use_cache=False,
+        fastrl_probe=probe,
+    ).last_hidden_state
+
+
+@contextmanager
+def _eager(policy: Policy) -> Iterator[None]:
+    """Inside: the language model attends through ``fastrl_eager``, without dropout."""
+    _register()
+    config, training = policy.core.model.language_model.config, policy.core.training
+    if getattr(policy.core.model.language_model, "has_sliding_layers", False):
+        raise NotImplementedError("attention: sliding windows are not supported; set use_sliding_window to false")
+    attention = config._attn_implementation
+    policy.core.eval()
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
+        policy.core.train(training)
+
+
+@cache
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forward
+
+    if attention_mask is None or not attention_mask.is_floating_point():
+        raise ValueError("eager attention needs an additive mask")
+    out, weights = eager_attention_forward(module, query, key, value, attention_mask, scaling=kwargs["scaling"])
+    kwargs["fastrl_probe"].add(weights)
+    return out, None

@@ -1,0 +1,142 @@
+"""What the small models are taught: scenes with questions about them, as token rows.
+
+A row is one scene seen once: the shared start (system turn and image), then each question with its answer as a branch
+that sees the start and itself. A dialogue is one branch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastrl.data.clips import Clip
+from fastrl.data.records import Record
+from fastrl.data.reflection import SpokenTurn, dialogue_messages
+from fastrl.data.scenes import tasks
+from fastrl.data.scenes.clips import sample_clip
+from fastrl.data.scenes.world import sample_scene
+from fastrl.models.tiny.dialogues import dialogue_record
+
+MAKERS = {**tasks.MAKERS, "dialogue": dialogue_record}
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What a small model is taught: question mix per scene, difficulty levels, picture size, frames."""
+
+    questions: dict[str, int]  # task (or dialogue) -> questions per row
+    levels: tuple[int, ...] = (1, 2, 3, 4)
+    size: int = 112
+    frames: int = 1
+    font: int = 17  # of words in the picture
+
+
+CURRICULA = {
+    "perception": Curriculum({"grounding": 4, "counting": 1, "detection": 1, "ocr": 1}, levels=(1, 2, 2, 3)),
+    "language": Curriculum(
+        {"ocr": 2, "caption": 2, "grounding": 1, "dialogue": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT
+    ),
+    "video": Curriculum({"trajectory": 2, "utr": 2, "shown": 1}, levels=(1, 2, 3), size=84, frames=6),
+}
+
+
+def scene_questions(curriculum: Curriculum, rng: random.Random) -> list[Record]:
+    """Draw one scene (or clip) and the curriculum's questions about it; all records show the same pictures."""
+    level = rng.choice(curriculum.levels)
+    if curriculum.frames > 1:
+        clip = tasks.tracked_clip(sample_clip(rng, curriculum.frames, level, curriculum.size), "train")
+        return [CLIP_QUESTIONS[task](rng, clip) for task, count in curriculum.questions.items() for _ in range(count)]
+    while True:
+        snap = tasks.ocr_snap(level) if curriculum.font == tasks.OCR_FONT else 1
+        words = rng.choice((0, 1, 1, 2, 3))
+        scene = sample_scene(rng, level, curriculum.size, words, curriculum.font, snap)
+        records = [
+            record
+            for task, count in curriculum.questions.items()
+            for record in (MAKERS[task](rng, scene, "train", level) for _ in range(count))
+            if record is not None
+        ]
+        if records:
+            return records
+
+
+CLIP_QUESTIONS: dict[str, Callable[[random.Random, Clip], Record]] = {
+    "trajectory": tasks.follow_one,
+    "utr": lambda rng, clip: tasks.pick_dialogue(rng, clip).record(),
+    "shown": lambda rng, clip: tasks.shown_in(clip),
+}
+
+
+@dataclass
+class Row:
+    """One scene with its questions as branches, before padding."""
+
+    ids: list[int]
+    branch: list[int]  # 0: shared start; 1, 2, …: a question with its answer
+    position: list[int]  # text position of tokens after the image
+    answer: list[bool]  # token is predicted in the loss
+    pixels: Tensor
+
+
+class RowMaker:
+    """Turns scenes into rows: encodes the shared start once, questions and answers as branches."""
+
+    def __init__(
+        self, curriculum: Curriculum, tokenizer: Any, image_processor: Any, answer: Callable[[Record], str]
+    ) -> None:
+        self.curriculum, self.tokenizer, self.image_processor, self.answer = (
+            curriculum,
+            tokenizer,
+            image_processor,
+            answer,
+        )
+        side = curriculum.size // 28
+        self.grid = (1, side * 2, side * 2)
+        self.cells = side * side
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _told(self, record: Record) -> list[tuple[str, bool]]:
+        """Each turn's answer, and whether it is taught: a dialogue's true captions are."""
+        turns = record.target.get("dialogue")
+        return [(t.answer, t.score == 1.0) for t in turns] if turns else [(self.answer(record), True)]
+
+    def _spoken(self, record: Record) -> list[str]:
+        """What stands before each turn's answer: system and question, then what follows the answer before."""
+        turns: tuple[SpokenTurn, ...] = record.target.get("dialogue") or (SpokenTurn("", 1.0),)
+        parts, at = [], 0
+        for number in range(len(turns)):
+            said = list(dialogue_messages(record.messages, turns[:number]))
+            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            parts.append(text[at:])
+            at = len(text) + len(turns[number].answer + self.tokenizer.eos_token)
+        return parts
+
+    def __call__(self, rng: random.Random) -> Row:
+        records = scene_questions(self.curriculum, rng)
+        image = self.image_processor(images=list(records[0].images), return_tensors="pt")
+        pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        ids: list[int] = []
+        branch: list[int] = []
+        answer: list[bool] = []
+        starts: list[int] = []
+        for number, record in enumerate(records, start=1):
+            (first, *more), told = self._spoken(record), self._told(record)
+            cut = first.rindex("<|vision_end|>") + len("<|vision_end|>")
+            if not ids:
+                for token in self._encode(first[:cut]):
+                    ids += [token] * (self.cells if token == pad else 1)
+                branch += [0] * len(ids)
+                answer += [False] * len(ids)
+            starts.append(len(ids))
+            for asked, (text, taught) in zip((first[cut:], *more), told, strict=True):
+                question, reply = self._encode(asked), [*self._encode(text), self.tokenizer.eos_token_id]
+                ids += question + reply
+                answer += [False] * len(question) + [taught] * len(reply)
+            branch += [number] * (len(ids) - len(branch))
+        return Row(ids, branch, starts, answer, image["pixel_values"])
