@@ -394,7 +394,7 @@ def study(
 
 @tiny_app.command(name="build")
 def tiny_build(
-    kind: Annotated[str, typer.Argument(help="perception, language or video")],
+    kind: Annotated[str, typer.Argument(help="perception, language, dialogues or video")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     rows: Annotated[int, typer.Option(min=1, help="Scenes per step.")] = 16,

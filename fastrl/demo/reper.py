@@ -1,13 +1,14 @@
 """RePer's demo: scene captions in three turns of reflection, on the same held-out scenes before and after training.
 
-The policy captions scenes at eight temperatures, the rule critic scores them against the scenes' truth, dialogues from
-bad to good train the policy; then it reflects on scenes it has not seen, with feedback that asks for a better
-caption and
-tells nothing of the truth.
+The small model has been taught dialogues, and like larger ones it is led astray by what was said before: asked again, it
+says more that is false. It captions scenes at eight temperatures, the rule critic scores the captions against the
+scenes' truth, dialogues from bad to good train it; then it reflects on scenes it has not seen. The critic's feedback
+asks for a better caption and tells nothing of the truth.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +33,9 @@ CLAIM = Claim(
     "the third turn's score rises and fewer of its captions state something false, on every seed",
     (rises(by=1e-9), falls("false_captions_")),
 )
-PICTURES, HELD_OUT, TURNS, MAX_NEW_TOKENS = 512, 256, 3, 64
+PICTURES, HELD_OUT, TURNS, MAX_NEW_TOKENS = 1024, 256, 3, 64
+MIN_BEST = 0.9  # dialogues end with captions better than this: as with the paper's model scores (its rules: 0.55)
+SHOWN = 2  # scenes whose captions are printed: the first ones
 
 
 def run(
@@ -45,7 +48,8 @@ def run(
     pictures: int = PICTURES,
     steps: int | None = None,
 ) -> dict[str, Any]:
-    """Measure, build dialogues, train, measure again; writes ``dialogues.jsonl`` and a run folder in ``out``.
+    """Measure, build dialogues, train, measure again; writes ``dialogues.jsonl``, ``captions.jsonl`` (of the
+    held-out scenes, before and after) and a run folder in ``out``.
 
     ``before`` and ``after`` are mean scores of the third turn; ``false_captions_*`` the shares of third-turn captions
     that state something false.
@@ -57,22 +61,35 @@ def run(
         raise ValueError(unknown("demo task", str(task), ("caption",)))
     started = time.perf_counter()
     dialogues = out / "dialogues.jsonl"
-    changes: dict[str, Any] = {"out": str(out / "run"), "seed": seed, "data.spec": f"reflection:{dialogues}"}
+    changes: dict[str, Any] = {
+        "data.spec": f"reflection:{dialogues}",
+        "checkpoint.every": 0,
+        "log.samples_every": 0,
+        "log.every": 10,
+        "out": str(out / "run"),
+        "seed": seed,
+    }
     if steps is not None:
         changes["optim.steps"] = steps
     recipe = load_recipe("reper-caption-tiny", changes)
     policy = load_model(recipe)
     records = load_data(f"scenes:caption?n={held_out}&seed={HELD_OUT_SEED}&difficulty=2")
     say(f"reflecting on {held_out} held-out scenes before training …")
-    before = measure(policy, records)
+    before, first_answers = measure(policy, records)
     say(f"captioning {pictures} scenes at eight temperatures …")
     spec = f"scenes:caption?n={pictures}&seed={seed + 1}&difficulty=2"
-    options = BuildOptions(recipe.model.path, spec, "rule", max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+    options = BuildOptions(recipe.model.path, spec, "rule", min_best=MIN_BEST, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
     built = build_dialogues(options, dialogues, policy=policy, critic=RuleCritic())
     say(f"training {recipe.optim.steps} steps on {built['kept']} dialogues …")
     train(recipe, policy=policy)
     say("reflecting on the same scenes again …")
-    after = measure(policy, records)
+    after, last_answers = measure(policy, records)
+    captions = [
+        {"id": record.id, "truth": record.target["references"][0], "before": old, "after": new}
+        for record, old, new in zip(records, first_answers, last_answers, strict=True)
+    ]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in captions)
+    (out / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
     result: dict[str, Any] = {
         "method": "reper",
         "task": "caption",
@@ -95,13 +112,16 @@ def run(
         "out": str(out),
     }
     print_table(result)
+    print_captions(captions[:SHOWN])
+    print(f"{result['seconds']:.0f} s; captions, dialogues and curves in {result['out']}")
     return result
 
 
-def measure(policy: Policy, records: Sequence[Record]) -> list[dict[str, float]]:
-    """Caption metrics of each turn of greedy reflection."""
+def measure(policy: Policy, records: Sequence[Record]) -> tuple[list[dict[str, float]], list[list[str]]]:
+    """Caption metrics of each turn of greedy reflection, and each record's answers by turn."""
     found = reflect(policy, RuleCritic(), records, turns=TURNS, max_new_tokens=MAX_NEW_TOKENS, portion=128)
-    return [evaluate_caption(records, [r.turns[turn].answer for r in found]) for turn in range(TURNS)]
+    answers = [[turn.answer for turn in reflection.turns] for reflection in found]
+    return [evaluate_caption(records, [said[turn] for said in answers]) for turn in range(TURNS)], answers
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -116,4 +136,12 @@ def print_table(result: dict[str, Any]) -> None:
         pairs = [(old[name], new[name]) for name in ("score", "false_captions", "chair_i")]
         table.add_row(str(number), *(f"{value:.3f}" for pair in pairs for value in pair))
     Console(width=110).print(table)
-    print(f"{result['seconds']:.0f} s; dialogues and curves in {result['out']}")
+
+
+def print_captions(captions: Sequence[dict[str, Any]]) -> None:
+    """Truth, and the first and last captions before and after training, on stdout."""
+    for row in captions:
+        print(f"truth            {row['truth']}")
+        for when in ("before", "after"):
+            for turn in (1, TURNS):
+                print(f"  {when:>6}, turn {turn} {row[when][turn - 1]}")

@@ -41,7 +41,8 @@ class RePerOptions(MethodOptions):
     # score: as the file has it; best: over the dialogue's best score, so that its last answer is only pulled up; one:
     # every turn counts as perfect, which is supervised fine-tuning
     sigma: Literal["score", "best", "one"] = "score"
-    level: Literal["token", "sequence"] = "token"  # of the probability in log(1 − π)
+    # of the probability in log(1 − π): a token's, a whole answer's, or the geometric mean of an answer's tokens
+    level: Literal["token", "sequence", "mean"] = "token"
     # turn: mean over a turn's tokens, a dialogue's turns, then dialogues; token: over all answer tokens; sum: over
     # dialogues alone, as eq. 2 is written
     aggregate: Literal["turn", "token", "sum"] = "turn"
@@ -134,17 +135,16 @@ def reflective_loss(logp: Tensor, batch: PackedBatch, options: RePerOptions) -> 
         probability of answer tokens with σ above and below one half.
     """
     weight, sigma = batch.per_token["weight"], batch.per_token["sigma"]
-    if options.level == "sequence":
+    if options.level != "token":
         index = _turn_index(batch, logp.device)
         count = int(index.max()) + 1 if index.numel() else 0
         live = torch.nn.functional.one_hot(index, count).to(logp.dtype) * (weight != 0)[:, None].to(logp.dtype)
         size = live.sum(0).clamp(min=1.0)
-        # log π of a whole answer; each turn keeps the weight its tokens have together, per token of its length
+        answer, total = torch.where(weight != 0, logp, 0.0) @ live, weight.to(live.dtype) @ live
+        # Either way a turn's likelihood term weighs what its tokens weigh together
+        logs, weights = (answer / size, total) if options.level == "mean" else (answer, total / size)
         loss = unlikelihood_loss(
-            torch.where(weight != 0, logp, 0.0) @ live,
-            (sigma.to(live.dtype) @ live / size).float(),
-            alpha=options.alpha,
-            weight=(weight.to(live.dtype) @ live / size).float(),
+            logs, (sigma.to(live.dtype) @ live / size).float(), alpha=options.alpha, weight=weights.float()
         )
     else:
         loss = unlikelihood_loss(logp, sigma, alpha=options.alpha, weight=weight)

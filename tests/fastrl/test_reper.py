@@ -69,10 +69,13 @@ def formula(logp: Tensor, batch: PackedBatch, options: RePerOptions) -> Tensor:
         for t in turns:
             chosen = mine & (batch.per_token["turn"] == t)
             sigma = batch.per_token["sigma"][chosen][0].double()
-            rows = logp[chosen].sum()[None] if options.level == "sequence" else logp[chosen]
+            whole = {"sequence": logp[chosen].sum()[None], "mean": logp[chosen].mean()[None]}
+            rows = whole.get(options.level, logp[chosen])
             value = sigma * rows + options.alpha * (1 - sigma) * torch.log1p(-rows.exp())
             if options.level == "sequence":
                 of_dialogue = of_dialogue + value.sum() / (int(chosen.sum()) if options.aggregate == "turn" else 1)
+            elif options.level == "mean":  # stands for each of its tokens
+                of_dialogue = of_dialogue + value.sum() * (1 if options.aggregate == "turn" else int(chosen.sum()))
             else:
                 of_dialogue = of_dialogue + (value.mean() if options.aggregate == "turn" else value.sum())
             tokens += int(chosen.sum())
@@ -81,7 +84,7 @@ def formula(logp: Tensor, batch: PackedBatch, options: RePerOptions) -> Tensor:
 
 
 @pytest.mark.parametrize("aggregate", ["turn", "token", "sum"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "mean"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 10.0])
 def test_loss_and_gradient_follow_the_formula(aggregate: Any, level: Any, alpha: float) -> None:
     options = make(alpha=alpha, aggregate=aggregate, level=level)
@@ -113,7 +116,7 @@ def test_question_and_feedback_get_no_gradient() -> None:
     assert sorted(rows.tolist()) == (~outside).nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "mean"])
 def test_alpha_zero_is_weighted_likelihood_and_sigma_one_is_sft(level: Any) -> None:
     for options, ones in ((make(alpha=0.0, level=level), False), (make(alpha=10.0, level=level), True)):
         batch = pack_row(step_groups(options))

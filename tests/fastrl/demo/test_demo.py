@@ -32,3 +32,17 @@ def test_a_demo_never_overwrites_a_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert _fresh(Path("runs/demo")) == Path("runs/demo")
     Path("runs/demo").mkdir(parents=True)
     assert _fresh(Path("runs/demo")) == Path("runs/demo-2")
+
+
+def test_reper_reflects_trains_and_reflects_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_demo("reper", out=tmp_path, seed=1, say=lambda _: None, held_out=6, pictures=32, steps=2)
+    assert set(result) >= KEYS | {"false_captions_before", "false_captions_after", "chair_i_before", "chair_i_after"}
+    json.dumps(result)
+    assert [len(result[k]) for k in ("turns_before", "turns_after")] == [3, 3]
+    assert result["before"] == result["turns_before"][2]["score"] > 0.3  # the model that ships can answer again
+    assert result["greedy_after"] == result["turns_after"][0]["score"]
+    assert 0 < result["dialogues"] <= 32
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert [len(row["before"]) for row in rows] == [3] * 6
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    assert "CHAIR-i" in capsys.readouterr().out
