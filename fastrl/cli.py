@@ -94,6 +94,7 @@ def evaluate(
     reflect: Annotated[int | None, typer.Option(min=1, help="Captions: this many turns with a critic.")] = None,
     critic: Annotated[str, typer.Option(metavar="SPEC", help="With --reflect: rule, model:DIR or http:URL")] = "rule",
     attention: Annotated[Path | None, typer.Option(metavar="DIR", help="With --reflect: where answers look.")] = None,
+    soft: Annotated[str | None, typer.Option(metavar="DIR", help="Captions: sentence-embedding model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write answers and metrics to this JSONL file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -111,6 +112,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             limit=limit,
             skip_bad=skip_bad,
+            soft=soft,
             out=out,
             attention=attention,
             say=_say,
@@ -131,6 +133,7 @@ def evaluate(
         limit=limit,
         skip_bad=skip_bad,
         blank_images=blank_images,
+        soft=soft,
         out=out,
         say=_say,
     )

@@ -232,6 +232,7 @@ def evaluate_reflection(
     max_new_tokens: int | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
+    soft: str | None = None,
     out: Path | None = None,
     attention: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -241,22 +242,23 @@ def evaluate_reflection(
     Args:
         spec: caption records with truth (whatever the critic, metrics compare with it).
         model, critic, turns: see :func:`reflect_on_image`; max_new_tokens: default the caption protocol's.
-        limit, skip_bad: of the data; out: write the dialogues to this JSONL file; attention: folder for where answers
-            looked, whose mean by turn is then a metric, too (``turn1/image_attention``).
+        limit, skip_bad: of the data; soft: sentence-embedding model for soft matching in the metrics.
+        out: write the dialogues to this JSONL file.
+        attention: folder for where answers looked, whose mean by turn is then a metric, too (``turn1/image_attention``).
 
     Raises:
         ValueError: records of another task or without truth. CriticError: the critic failed.
     """
     from fastrl.data import load_data
     from fastrl.evaluate import evaluate
-    from fastrl.evaluate.run import MAX_NEW_TOKENS, open_policy
+    from fastrl.evaluate.run import MAX_NEW_TOKENS, caption_similarity, open_policy
 
     data = load_data(spec, skip_bad=skip_bad)
     records = data if limit is None else data[:limit]
     wrong = next((record for record in records if record.task != "caption"), None)
     if wrong is not None:
         raise ValueError(f"{wrong.source or wrong.id}: a {wrong.task} record; reflection is evaluated on captions")
-    judge, policy = open_critic(critic), open_policy(model)
+    judge, policy, similarity = open_critic(critic), open_policy(model), caption_similarity("caption", soft)
     found = reflect(
         policy,
         judge,
@@ -274,7 +276,8 @@ def evaluate_reflection(
     metrics: dict[str, float] = {}
     for number in range(turns):
         answers = [reflection.turns[number].answer for reflection in found]
-        metrics |= {f"turn{number + 1}/{name}": v for name, v in evaluate("caption", records, answers).items()}
+        of_turn = evaluate("caption", records, answers, similarity=similarity)
+        metrics |= {f"turn{number + 1}/{name}": value for name, value in of_turn.items()}
     if attention is not None:
         for number, mass in enumerate(write_attention(policy, found, attention)["mean_mass"], start=1):
             metrics[f"turn{number}/image_attention"] = mass

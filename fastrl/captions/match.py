@@ -112,7 +112,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def embedding_similarity(model: Any) -> Similarity:
-    """Soft matching by a sentence-transformers model (anything with ``encode``): cosines, cut at 0."""
+    """Soft matching by anything that has a sentence-transformers model's ``encode``: cosines, cut at 0."""
     import torch
 
     def similarity(a: Sequence[str], b: Sequence[str]) -> list[list[float]]:

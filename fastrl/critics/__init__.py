@@ -1,6 +1,7 @@
 """Critics: ``open_critic("rule" | "model:DIR" | "http:URL")`` → something that scores answers and says why.
 
-- ``rule[?feedback=request|score|reason]``: facts of the caption against the record's truth
+- ``rule[?feedback=request|score|reason][&soft=DIR]``: facts of the caption against the record's truth; with the
+  sentence-embedding model in DIR also soft matching
 - ``model:DIR``: any image-text model folder with the rubric prompt
 - ``http:URL[?model=NAME&…]``: an OpenAI-compatible chat endpoint (``https:`` too)
 """
@@ -24,7 +25,7 @@ def open_critic(spec: str, *, cache: Path | None = None) -> Critic:
     """The critic a spec names.
 
     Args:
-        spec: ``kind[:where][?key=value&…]``. Keys of ``rule``: ``feedback``; of ``model``: ``attempts``,
+        spec: ``kind[:where][?key=value&…]``. Keys of ``rule``: ``feedback``, ``soft``; of ``model``: ``attempts``,
             ``max_new_tokens``; of ``http``: ``model``, ``timeout``, ``retries``, ``concurrency``, ``key_env``.
         cache: folder in which an http critic keeps every reply (default ``critic-cache``).
 
@@ -39,7 +40,12 @@ def open_critic(spec: str, *, cache: Path | None = None) -> Critic:
     where, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     if kind == "rule":
-        return RuleCritic(**_typed(spec, options, {"feedback": str}))
+        chosen = _typed(spec, options, {"feedback": str, "soft": str})
+        if "soft" in chosen:
+            from fastrl.captions.embedding import open_similarity
+
+            chosen["similarity"] = open_similarity(chosen.pop("soft"))
+        return RuleCritic(**chosen)
     if kind == "model":
         from fastrl.critics.model import ModelCritic
         from fastrl.evaluate.run import open_policy

@@ -1,9 +1,9 @@
 """RePer's demo: scene captions in three turns of reflection, on the same held-out scenes before and after training.
 
-The small model has been taught dialogues, and like larger ones it is led astray by what was said before: asked again, it
-says more that is false. It captions scenes at eight temperatures, the rule critic scores the captions against the
-scenes' truth, dialogues from bad to good train it; then it reflects on scenes it has not seen. The critic's feedback
-asks for a better caption and tells nothing of the truth.
+The small model has been taught dialogues, and what was said before leads it astray: asked again, it says more that is
+false. It captions scenes at eight temperatures, the rule critic scores the captions against the scenes' truth,
+dialogues from bad to good train it; then it reflects on scenes it has not seen. The critic's feedback asks for a better
+caption and tells nothing of the truth.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from fastrl.captions import Similarity
 from fastrl.data.records import Record
 from fastrl.evaluate.caption import evaluate_caption
 from fastrl.evaluate.coco import evaluate_detection
@@ -29,14 +30,16 @@ EVALUATIONS: dict[str, Callable[[Sequence[Record], Sequence[str]], dict[str, flo
 }
 
 
-def evaluate(task: str, records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
+def evaluate(
+    task: str, records: Sequence[Record], answers: Sequence[str], *, similarity: Similarity | None = None
+) -> dict[str, float]:
     """Metrics of ``answers[i]`` as an answer to ``records[i]``; all but the counts are shares or means in [0, 1].
 
     - grounding: ``acc@0.5 acc@0.75 acc@0.95 mean_iou``
     - counting: ``accuracy``
     - detection: ``AP AP50 AP75`` (−1 where the data holds no object, as pycocotools says it)
     - caption: ``score capture``, ``object_precision … relation_f1``, ``false_facts false_captions chair_i chair_s``
-      (see ``evaluate_caption``)
+      (see ``evaluate_caption``, which ``similarity`` is for)
     - ocr: ``edit_distance`` (lower is better) ``f1 precision recall bleu meteor``
     - trajectory: ``mean_iou recall@0.5 identity_accuracy``, with py-motmetrics ``mota idf1`` (``evaluate_trajectory``)
     - qa: ``accuracy``, ``accuracy_TYPE``, of yes/no questions ``precision recall f1 yes_rate``
@@ -56,6 +59,8 @@ def evaluate(task: str, records: Sequence[Record], answers: Sequence[str]) -> di
     for record in records:
         if record.task != task:
             raise ValueError(f"{record.source or record.id}: a {record.task} record cannot be evaluated as {task}")
+    if task == "caption":
+        return evaluate_caption(records, answers, similarity)
     return EVALUATIONS[task](records, answers)
 
 

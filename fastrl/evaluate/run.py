@@ -17,6 +17,7 @@ from fastrl.rewards.base import unknown
 
 if TYPE_CHECKING:
     from fastrl.batch import Completion
+    from fastrl.captions import Similarity
     from fastrl.models.load import Policy
     from fastrl.rollout import Sampling
 
@@ -68,12 +69,14 @@ def run_evaluation(
     limit: int | None = None,
     skip_bad: bool = False,
     blank_images: bool = False,
+    soft: str | None = None,
     out: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """Metrics of a model (greedy answers) or of a predictions file on the data named by ``spec``.
 
     With ``blank_images`` the model sees grey pictures of the same size: what it scores then it knows from the text.
+    ``soft`` is a sentence-embedding model for the soft matching of captions.
 
     Raises:
         ValueError: an unknown task, not exactly one of ``model`` and ``predictions``, bad data or other records.
@@ -95,10 +98,21 @@ def run_evaluation(
     else:
         assert model is not None
         seen, answers = _model_answers(task, model, records, max_new_tokens)
-    metrics = evaluate(task, seen, answers)
+    metrics = evaluate(task, seen, answers, similarity=caption_similarity(task, soft))
     if out is not None:
         _write(out, seen, answers, metrics)
     return metrics
+
+
+def caption_similarity(task: str, soft: str | None) -> Similarity | None:
+    """Soft matching by the model in ``soft``. Raises ``ValueError`` for another task than captions."""
+    if soft is None:
+        return None
+    if task != "caption":
+        raise ValueError(f"--soft matches words of captions; {task} has none")
+    from fastrl.captions.embedding import open_similarity
+
+    return open_similarity(soft)
 
 
 def _model_answers(

@@ -65,6 +65,25 @@ def test_images_go_through_the_tower_once(policy: Policy, monkeypatch: pytest.Mo
     assert calls == [1]
 
 
+def test_a_turn_reads_only_what_was_said_since(policy: Policy) -> None:
+    """Keys and values of the picture and the history stay: the model sees every token of the dialogue once."""
+    read: list[int] = []
+    hook = policy.core.model.language_model.register_forward_pre_hook(
+        lambda _m, _a, given: read.append(given["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    (found,) = reflect(policy, Judge([0.1] * 3), RECORDS[:1], turns=3, max_new_tokens=4)
+    hook.remove()
+    spoken = [SpokenTurn(turn.answer, 0.0, turn.feedback) for turn in found.turns]
+    prompts = [
+        policy.encode(replace(found.record, messages=dialogue_messages(found.record.messages, spoken[:n])))[0].token_ids
+        for n in range(3)
+    ]
+    lengths = [len(ids) for ids in prompts]
+    since = [lengths[0], lengths[1] - lengths[0], lengths[2] - lengths[1]]
+    assert [count for count in read if count > 1] == since  # the rest is decoding, one token at a time
+    assert since[1] < lengths[0]
+
+
 def test_continuation_is_the_rest_of_the_prompt(policy: Policy) -> None:
     record = RECORDS[0]
     spoken = [SpokenTurn("A dog.", 0.1, "Better?"), SpokenTurn("A cat.", 0.1, "Again?")]

@@ -24,9 +24,13 @@ from fastrl.captions import (
     weighted_f1,
 )
 from fastrl.captions.coco import CATEGORIES
+from fastrl.captions.embedding import open_similarity
+from fastrl.critics import Case, open_critic
 from fastrl.data import load_data
 from fastrl.data.records import Record, question
 from fastrl.data.scenes.world import COLORS, KINDS
+from fastrl.evaluate import evaluate
+from fastrl.evaluate.run import caption_similarity
 
 
 @pytest.mark.parametrize("difficulty", [1, 2, 4])
@@ -132,6 +136,32 @@ def test_embedding_similarity_is_a_cosine_cut_at_zero() -> None:
 
     table = embedding_similarity(Model())(["a"], ["a", "b", "c"])
     assert table[0] == pytest.approx([1.0, 0.5**0.5, 0.0])
+
+
+def test_a_model_folder_matches_softly_from_the_critic_and_the_protocol(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "boat", "lake", "pond", "a", "on", "the"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(words), **sizes)
+    BertModel(config).save_pretrained(tmp_path)
+    similarity = open_similarity(str(tmp_path))
+    alone, together = similarity(["boat"], ["lake"])[0][0], similarity(["boat", "a boat on the lake"], ["lake"])[0][0]
+    assert alone == pytest.approx(together, abs=1e-5)  # padding is no part of a phrase
+    assert similarity(["boat"], ["boat"])[0][0] == pytest.approx(1.0)
+    record = Record("r", "caption", (), question("caption"), {"references": ["A boat on the lake."]})
+    said = "A boat on the pond."
+    (hard,), (soft,) = (open_critic(s).score([Case(record, said)]) for s in ("rule", f"rule?soft={tmp_path}"))
+    assert hard.score is not None
+    assert soft.score is not None
+    assert hard.score < soft.score < 1
+    assert evaluate("caption", [record], [said], similarity=similarity)["score"] == pytest.approx(soft.score)
+    with pytest.raises(ValueError, match="no sentence-embedding model"):
+        open_critic(f"rule?soft={tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="captions"):
+        caption_similarity("ocr", str(tmp_path))
 
 
 def test_capture_weights_are_normalised() -> None:
