@@ -244,7 +244,7 @@ def evaluate_reflection(
         model, critic, turns: see :func:`reflect_on_image`; max_new_tokens: default the caption protocol's.
         limit, skip_bad: of the data; soft: sentence-embedding model for soft matching in the metrics.
         out: write the dialogues to this JSONL file.
-        attention: folder for where answers looked, whose mean by turn is then a metric, too (``turn1/image_attention``).
+        attention: folder for where answers looked; the mean by turn is a metric, too (``turn1/image_attention``).
 
     Raises:
         ValueError: records of another task or without truth. CriticError: the critic failed.

@@ -130,6 +130,27 @@ def test_alpha_zero_is_weighted_likelihood_and_sigma_one_is_sft(level: Any) -> N
         torch.testing.assert_close(gradient, -pull.double(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("aggregate", ["turn", "token", "sum"])
+def test_the_reductions_are_exact(aggregate: Any) -> None:
+    """alpha = 0 is likelihood weighted by the score, sigma = 1 supervised fine-tuning whatever alpha. Gradients are
+    equal bit for bit, the losses but for the order of the sum.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for options, ones in ((make(alpha=0.0, aggregate=aggregate), False), (make(aggregate=aggregate), True)):
+        batch = pack_row(step_groups(options))
+        if ones:
+            batch.per_token["sigma"] = (batch.per_token["turn"] >= 0).float()
+        weight, sigma = batch.per_token["weight"], batch.per_token["sigma"]
+        logp = (-torch.rand(len(batch.targets), generator=generator) * 5).requires_grad_()
+        loss, _ = reflective_loss(logp, batch, options)
+        loss.backward()
+        assert torch.equal(logp.grad, -(weight * sigma))  # type: ignore[arg-type]
+        assert loss.item() == pytest.approx(-(weight * sigma * logp.detach()).double().sum().item(), rel=1e-6)
+        answers = batch.per_token["turn"] >= 0
+        if ones and aggregate == "token":
+            assert loss.item() == pytest.approx(-logp[answers].mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("value", [0.0, -1e-7, -1e-3, -90.0, -3e4])
 def test_probabilities_of_zero_and_one_in_bf16_stay_finite(value: float) -> None:
     options = make()
