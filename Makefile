@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | verify. Each sets up .venv by itself the first time.
+# make demo | test | lint | bench | versus | verify. Each sets up .venv by itself the first time.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 PARALLEL := -n auto --dist worksteal
 CHECKED := fastrl kernels tests benchmarks setup.py
 
-.PHONY: demo test lint bench verify clean
+.PHONY: demo test lint bench versus verify clean
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastrl needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -28,6 +28,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+versus: $(STAMP)
+	$(BIN)/python -m benchmarks.vs_trl $(ARGS)
 
 verify: $(STAMP)
 	$(BIN)/python -m benchmarks.verify $(ARGS)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPU tests, then every benchmark, then the results as JSON: one command, under 9 minutes on one GPU.
+# GPU tests, every benchmark, whole steps against TRL, then the results as JSON: one command, under 9 minutes on one GPU.
 # usage: benchmarks/gpu.sh [OUT_DIR]     PYTHON=… chooses the interpreter (default: .venv/bin/python, else python3)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -15,9 +15,13 @@ part() { # seconds, name, command …
 }
 
 "$python" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "no CUDA device here")' || exit 2
-part 200 "GPU tests" "$python" -m pytest -q -m gpu -p no:cacheprovider tests
+part 170 "GPU tests" "$python" -m pytest -q -m gpu -p no:cacheprovider tests
 name=$("$python" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
-part 300 "benchmarks" "$python" -m benchmarks.run --json "$out/$name.json"
+part 210 "benchmarks" "$python" -m benchmarks.run --json "$out/$name.json"
+# As many cases as fit, the most telling first; all of them: python -m benchmarks.vs_trl
+part 150 "against TRL" "$python" -m benchmarks.vs_trl --no-best --seconds 80 --json "$out/vs-trl-$name.json"
 echo "== results"
-cat "$out/$name.json" 2>/dev/null || { echo "no results were written" >&2; failed=1; }
+for file in "$out/$name.json" "$out/vs-trl-$name.json"; do
+    cat "$file" 2>/dev/null || { echo "not written: $file" >&2; failed=1; }
+done
 exit "$failed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +123,14 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = call()  # alive until the profiler stops
     del kept
-    return max(_running_total(profile), default=0)
+    return running_peak(profile)
 
 
-def _running_total(profile: Any) -> Iterator[int]:
+def running_peak(profile: Any) -> int:
+    """Most bytes allocated at once inside a profile with ``profile_memory``, beyond what was there when it began."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = 0
+    total = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         total += event.nbytes()
-        yield total
+        peak = max(peak, total)
+    return peak

@@ -16,7 +16,8 @@ Shape = torch.Size
 
 def flop_counter() -> FlopCounterMode:
     """A context manager that counts everything a policy does; read ``get_total_flops()`` or ``get_flop_counts()``."""
-    import fastrl_kernels.linear_logprob  # noqa: F401  registers the head's operators
+    import fastrl_kernels.decode_attention
+    import fastrl_kernels.linear_logprob  # noqa: F401  registers the operators
 
     aten, fastrl = torch.ops.aten, torch.ops.fastrl
     return FlopCounterMode(
@@ -24,6 +25,7 @@ def flop_counter() -> FlopCounterMode:
         custom_mapping={
             aten._scaled_dot_product_flash_attention_for_cpu: _attention,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+            fastrl.decode_attention: _decode_attention,
             fastrl.linear_logprob: _head,
             fastrl.linear_logprob_backward: _head_backward,
         },
@@ -36,6 +38,12 @@ def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> in
 
 def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _decode_attention(query: Shape, prefix_k: Shape, _prefix_v: Shape, own_k: Shape, *_: Any, **__: Any) -> int:
+    """Two products of every row with its prompt's keys and its own, padding counted."""
+    rows, heads, width = query
+    return 4 * rows * heads * width * (prefix_k[2] + own_k[2])
 
 
 def _head(

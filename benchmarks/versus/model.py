@@ -1,0 +1,103 @@
+"""One randomly initialised Qwen2.5-VL as a Hugging Face folder, and the processor TRL wants for it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+
+from benchmarks.versus.measure import Phases
+
+SMALL_VOCABULARY = 3200  # of the model of 6.9 M parameters
+SIZES = ("small", "3b")
+
+
+class StillProcessor(Qwen2_5_VLProcessor):
+    """Tokenizer and image processor without the video part (which needs torchvision). Its time counts as preprocess."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
+        self.phases: Phases | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.phases.phase("preprocess") if self.phases is not None else nullcontext():
+            return super().__call__(*args, **kwargs)
+
+
+def load_processor(folder: Path) -> StillProcessor:
+    """The folder's processor, padding prompts on the left as TRL's generation needs."""
+    from fastrl.models.load import load_image_processor, load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    tokenizer.padding_side = "left"
+    return StillProcessor(load_image_processor(folder), tokenizer, chat_template=tokenizer.chat_template)
+
+
+def build_folder(size: str, folder: Path, device: torch.device) -> Path:
+    """Write a model of one of ``SIZES`` with weights of seed 0; a folder that has one already is left as it is."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from fastrl.models.load import load_image_processor
+    from fastrl.models.policy import quiet_progress
+    from fastrl.models.tiny import resolve
+
+    if size not in SIZES:
+        raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
+    if (folder / "model.safetensors.index.json").is_file() or (folder / "model.safetensors").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(SMALL_VOCABULARY if size == "small" else 151936, folder)
+    config = small_config(tokenizer) if size == "small" else config_3b(tokenizer)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=_dtype(size))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    with quiet_progress():
+        model.save_pretrained(folder)
+    processor = load_image_processor(resolve("tiny:perception"), min_pixels=56 * 56, max_pixels=28 * 28 * 4096)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _dtype(size: str) -> torch.dtype:
+    return torch.float32 if size == "small" else torch.bfloat16
+
+
+def _tokenizer(vocabulary: int, folder: Path) -> Any:
+    """The shipped tokenizer, filled up with tokens no text contains: every id a model can draw has a text."""
+    from fastrl.models.load import load_tokenizer
+    from fastrl.models.tiny import resolve
+
+    load_tokenizer(resolve("tiny:perception")).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    words = content["model"]["vocab"]
+    words |= {f"Ġfill{number}": number for number in range(len(words), vocabulary)}
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    assert len(tokenizer) == vocabulary
+    return tokenizer
+
+
+def small_config(tokenizer: Any) -> Any:
+    """6.9 M parameters: 6 layers of width 256, a vision tower of 4 layers of width 160."""
+    from fastrl.models.tiny.build import model_config
+
+    return model_config(tokenizer, hidden=256, layers=6, vision_hidden=160, vision_layers=4)
+
+
+def config_3b(tokenizer: Any) -> Any:
+    """The sizes of Qwen2.5-VL-3B, with the special ids of ``tokenizer``."""
+    from fastrl.models.tiny.build import model_config
+
+    config = model_config(tokenizer, hidden=2048, layers=36, vision_hidden=1280, vision_layers=32)
+    text, vision = config.text_config, config.vision_config
+    text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 11008, 16, 2
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    text.max_position_embeddings = 32768
+    vision.intermediate_size, vision.num_heads, vision.fullatt_block_indexes = 3420, 16, [7, 15, 23, 31]
+    return config

@@ -1,0 +1,264 @@
+"""Whole optimizer steps of GRPO, rollouts included: fastrl against TRL's ``GRPOTrainer``, first gradients, then time.
+
+``python -m benchmarks.vs_trl`` takes the GPU where there is one (a randomly initialised Qwen2.5-VL-3B, adapters and all
+weights), else the CPU (one of 6.9 M parameters), and writes ``results/vs-trl-DEVICE.json``. Nothing is timed until one
+step's gradient of both sides, from the same sampled tokens, agrees: cosine at least 0.9999, norms within 1e-3.
+
+Fairness. Equal on both sides: the model folder, the chat template, the pictures (PNG files, new ones every step, so
+that no cache helps), prompts and their order, G answers of exactly R tokens (end-of-sequence and special tokens are
+never drawn), the reward (fastrl's OCR reward, called as TRL calls any), GRPO with group-normalised advantages, no KL
+term, one update per rollout, no pass for old log-probs, entropy computed for the log, sequence-mean loss, PyTorch's
+AdamW (fused on a GPU), clipping at norm 1, learning rate 1e-6, no dropout, one process, no worker processes. On a
+CPU: float32, no checkpointing. On a GPU: bfloat16 products over float32 trained weights, layers recomputed in the
+backward on both sides.
+
+Different, because it is what is compared: fastrl preprocesses, encodes, prefills and trains each prompt once per
+group; TRL does so once per answer, and preprocesses twice. TRL's head is fused too (no logits are kept on either
+side). On a GPU, TRL keeps float32 weights and casts them (its default for a model named by string), fastrl bfloat16
+weights and a float32 copy in the optimizer. TRL generates with transformers' ``generate`` (its only way for a
+multimodal model without vLLM).
+
+A short text prompt is among the cases because there sharing has little to share. ``equal``: both sides take G answers
+in a micro-batch; ``best``: each takes the size at which it is fastest, tried out just before. Steps of the two sides
+take turns (where both fit the memory); times are medians. Peak: bytes that stay between steps (weights, optimizer)
+and the most that a step allocates beyond them. Ratios are TRL's number over fastrl's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.run import RESULTS, default_device, environment
+from benchmarks.versus.gradients import GradientMismatch, compare
+from benchmarks.versus.measure import PHASES, Recorder
+from benchmarks.versus.model import build_folder
+from benchmarks.versus.ours import Fastrl
+from benchmarks.versus.theirs import Trl
+from benchmarks.versus.work import GOAL, Work, make_records, works
+from fastrl.data.records import Record
+
+FAIRNESS = (__doc__ or "").split("Fairness. ", 1)[1].strip()
+ROWS = ("seconds", *PHASES, "peak_bytes", "flops")
+
+
+class Bench:
+    """The comparisons of one model folder on one device."""
+
+    def __init__(self, folder: Path, pictures: Path, device: torch.device, rounds: int) -> None:
+        self.folder, self.pictures, self.device, self.rounds = folder, pictures, device, rounds
+        self._measured: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def case(self, work: Work, train: str, micro_batch: str) -> dict[str, Any]:
+        """Both sides at an equal micro-batch, or each at its best."""
+        rows = {"fastrl": work.group, "trl": work.group}
+        tried = None
+        if micro_batch == "best":
+            tried = {name: self._try_out(name, work, train) for name in rows}
+            rows = {name: min(times, key=times.__getitem__) for name, times in tried.items() if times}
+        row = {"work": asdict(work), "train": train, "micro_batch": micro_batch, "rows": rows, "tried": tried}
+        together = self.device.type == "cpu" or train == "lora"
+        key = (work.name, train, *rows.values())
+        if key not in self._measured:  # the best sizes may be the equal ones
+            kinds = ["warm", *["time"] * self.rounds, "count"]
+            measure = self._in_turn if together else self._one_by_one
+            self._measured[key] = measure(work, train, rows, kinds)
+        sides = self._measured[key]
+        return row | {"interleaved": together, "sides": sides, "ratio": ratios(sides)}
+
+    def _in_turn(self, work: Work, train: str, rows: dict[str, int], kinds: Sequence[str]) -> dict[str, Any]:
+        try:
+            ours = self._ours(work, train, rows["fastrl"], len(kinds))
+            theirs = self._theirs(work, train, rows["trl"], len(kinds))
+            theirs.run(kinds, ours.step)
+        except torch.OutOfMemoryError as error:
+            return {name: _out_of_memory(error) for name in rows}
+        return {"fastrl": self._summary(ours, work), "trl": self._summary(theirs, work)}
+
+    def _one_by_one(self, work: Work, train: str, rows: dict[str, int], kinds: Sequence[str]) -> dict[str, Any]:
+        sides = {}
+        for name in rows:
+            try:
+                side = self._alone(name, work, train, rows[name], kinds)
+                sides[name] = self._summary(side, work)
+            except torch.OutOfMemoryError as error:
+                sides[name] = _out_of_memory(error)
+            side = None
+            self.free()
+        return sides
+
+    def _alone(self, name: str, work: Work, train: str, rows: int, kinds: Sequence[str]) -> Fastrl | Trl:
+        if name == "fastrl":
+            ours = self._ours(work, train, rows, len(kinds))
+            for kind in kinds:
+                ours.step(kind)
+            return ours
+        theirs = self._theirs(work, train, rows, len(kinds))
+        theirs.run(kinds)
+        return theirs
+
+    def _try_out(self, name: str, work: Work, train: str) -> dict[int, float]:
+        """Seconds of one step by micro-batch size; sizes that do not fit are left out."""
+        sizes = [work.group * n for n in (1, 2, 4, 8) if work.prompts % n == 0]
+        found: dict[int, float] = {}
+        for rows in sizes if name == "fastrl" else [work.group // 2, *sizes]:
+            try:
+                side = self._alone(name, work, train, rows, ("warm", "time"))
+                found[rows] = side.recorder.seconds[0]
+            except torch.OutOfMemoryError:
+                pass
+            side = None
+            self.free()
+        return found
+
+    def _ours(self, work: Work, train: str, rows: int, steps: int) -> Fastrl:
+        return Fastrl(self.folder, work, rows, self._records(work, steps), train=train, device=self.device)
+
+    def _theirs(self, work: Work, train: str, rows: int, steps: int) -> Trl:
+        return Trl(self.folder, work, rows, self._records(work, steps), train=train, device=self.device)
+
+    def _records(self, work: Work, steps: int) -> list[Record]:
+        from fastrl.models.load import load_tokenizer
+
+        return make_records(work, work.prompts * steps, self.pictures / str(work.picture), load_tokenizer(self.folder))
+
+    def _summary(self, side: Fastrl | Trl, work: Work) -> dict[str, Any]:
+        row = summary(side.recorder, side.static_bytes, work)
+        return row | ({"sampler_gap": _gap(side.gaps)} if isinstance(side, Fastrl) else {})
+
+    def free(self) -> None:
+        """Let go of what the last case left."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> dict[str, Any]:
+    return {"error": f"out of memory: {error}".splitlines()[0]}
+
+
+def summary(recorder: Recorder, static: int, work: Work) -> dict[str, Any]:
+    """One side's numbers of one case: medians over the timed steps."""
+    seconds = statistics.median(recorder.seconds)
+    phases = {name: statistics.median([step.get(name, 0.0) for step in recorder.by_phase]) for name in PHASES}
+    answers = work.rows * work.answer
+    row = {
+        "seconds": seconds,
+        "all_seconds": recorder.seconds,
+        "phases": phases,
+        "answer_tokens_per_s": answers / seconds,
+        "generated_tokens_per_s": answers / phases["generate"],
+        "static_bytes": static,
+        "flops": recorder.flops,
+    }
+    if recorder.step_bytes is not None:
+        row |= {"step_bytes": recorder.step_bytes, "peak_bytes": static + recorder.step_bytes}
+    return row
+
+
+def ratios(sides: dict[str, Any]) -> dict[str, float]:
+    """TRL's number over fastrl's, for everything both have."""
+    ours, theirs = (
+        {**side, **side["phases"]} if "phases" in side else {} for side in map(sides.get, ("fastrl", "trl")) if side
+    )
+    return {name: theirs[name] / ours[name] for name in ROWS if ours.get(name) and theirs.get(name)}
+
+
+def _gap(gaps: list[dict[str, float]]) -> dict[str, float]:
+    """Largest of every step's distance between the sampler's and the trainer's log-probs."""
+    return {key: max(gap[key] for gap in gaps) for key in (gaps[0] if gaps else {})}
+
+
+def line(case: dict[str, Any]) -> list[str]:
+    """What is printed of a case."""
+    title = f"{case['work']['name']}, {case['train']}, {case['micro_batch']} micro-batch {case['rows']}"
+    out = [title]
+    for name, side in case["sides"].items():
+        if "error" in side:
+            out.append(f"  {name:7} {side['error']}")
+            continue
+        phases = " ".join(f"{phase} {side['phases'][phase]:.3f}" for phase in PHASES)
+        peak = f"{side['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in side else ""
+        out.append(f"  {name:7} {side['seconds']:8.3f} s = {phases}; {peak}, {side['flops'] / 1e9:.1f} GFLOP")
+    out.append("  ratio   " + ", ".join(f"{name} {value:.2f}" for name, value in case["ratio"].items()))
+    return out
+
+
+def plan(size: str, trains: Sequence[str], only: str, best: bool) -> list[tuple[Work, str, str]]:
+    """(work, what is trained, micro-batch) of every case, the most telling first."""
+    found = [(work, train, "equal") for work in works(size) for train in trains]
+    if best:
+        found += [(work, train, "best") for work in works(size) if work.prompts > 1 for train in trains]
+    return [case for case in found if only in f"{case[0].name} {case[1]} {case[2]}"]
+
+
+def _write(report: dict[str, Any], target: Path | None) -> None:
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare, print, write; returns 1 where the gradients differ."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.vs_trl", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
+    parser.add_argument("--train", nargs="+", choices=("full", "lora"), help="[cpu: full; cuda: lora full]")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose 'name train micro-batch' contains this")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each side [3]")
+    parser.add_argument("--no-best", action="store_true", help="equal micro-batches only")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after this long")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where models are made, or found again [temporary]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="[results/vs-trl-DEVICE.json; with --only: none]")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    device = torch.device(args.device) if args.device else default_device()
+    size, trains = ("3b", ["lora", "full"]) if device.type == "cuda" else ("small", ["full"])
+    chosen = plan(size, args.train or trains, args.only, not args.no_best)
+    if not chosen:
+        parser.error(f"no case matches {args.only!r}")
+    report: dict[str, Any] = environment(device) | {"fairness": FAIRNESS, "gradients": [], "cases": [], "not_run": []}
+    target = args.json
+    if target is None and not args.only:
+        target = RESULTS / f"vs-trl-{re.sub(r'[^a-z0-9]+', '-', report['device']['name'].lower()).strip('-')}.json"
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.folder or Path(temporary)
+        small = build_folder("small", root / "small", device)
+        try:
+            for train in args.train or trains:
+                found = compare(small, GOAL, root / "gradients", train=train, device=device)
+                report["gradients"].append(found)
+                print(f"gradients, {train}: cosine {found['cosine']:.9f}, norm ratio {found['norm_ratio']:.7f}")
+        except GradientMismatch as error:
+            print(error, file=sys.stderr)
+            return 1
+        bench = Bench(build_folder(size, root / size, device), root / "pictures", device, args.rounds)
+        for work, train, micro_batch in chosen:
+            if time.monotonic() - begin > args.seconds:
+                report["not_run"].append(f"{work.name}, {train}, {micro_batch}")
+                continue
+            report["cases"].append(bench.case(work, train, micro_batch))
+            print("\n".join(line(report["cases"][-1])), flush=True)
+            bench.free()
+            _write(report, target)  # after every case: a run that is cut short leaves what it had
+    if target is not None:
+        _write(report, target)
+        print(f"wrote {target} after {time.monotonic() - begin:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
