@@ -22,7 +22,17 @@ from benchmarks.registry import cases
 
 OURS = "fastrl"
 RESULTS = Path(__file__).parent / "results"
-VERSIONS = ("fastrl", "torch", "triton", "transformers", "trl", "liger-kernel", "scipy", "torch-linear-assignment")
+VERSIONS = (
+    "fastrl",
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "peft",
+    "liger-kernel",
+    "scipy",
+    "torch-linear-assignment",
+)
 
 
 def run_case(case: Case, device: torch.device, peaks: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -99,7 +109,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "versions": versions,
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--", "kernels", "csrc", "benchmarks/*.py")),
+        "modified": bool(_git("status", "--porcelain", "--", "kernels", "csrc", "fastrl", "benchmarks/*.py")),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 

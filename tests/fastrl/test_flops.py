@@ -11,8 +11,9 @@ from PIL import Image
 
 from fastrl.batch import Completion, PromptGroup, pack_row
 from fastrl.data.records import Record
-from fastrl.models import Policy, load_policy
+from fastrl.models import Policy, flops, load_policy
 from fastrl.models.flops import flop_counter
+from fastrl_kernels.decode_attention import decode_attention_reference
 
 PROMPT, COMPLETION, GROUP = 300, 24, 8
 
@@ -118,3 +119,11 @@ def test_rows_without_gradient_are_left_out_of_the_heads_backward(tiny_folder: C
         counts.append(counter.get_total_flops())
     hidden, vocabulary = policy.head_weight.shape[::-1]
     assert counts[0] - counts[1] == (8 - 2) * 2 * hidden * vocabulary * 3
+
+
+def test_decode_attention_counts_as_its_eager_twin() -> None:
+    rows, heads, width = 6, 4, 8
+    shapes = ((rows, heads, width), (2, 2, 11, width), (2, 2, 11, width), (rows, 2, 3, width), (rows, 2, 3, width))
+    with flop_counter() as counter:
+        decode_attention_reference(*(torch.randn(shape) for shape in shapes))
+    assert flops._decode_attention(*map(torch.Size, shapes)) == counter.get_total_flops()
