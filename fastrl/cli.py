@@ -21,10 +21,13 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # as markup, the defaults in brackets would vanish from the help
     help="Reinforcement-learning post-training for perception MLLMs.",
 )
-build_app = typer.Typer(no_args_is_help=True, help="Build training data from a model's own answers.")
-tiny_app = typer.Typer(no_args_is_help=True, help="The small models that ship with fastrl.")
+build_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Build training data from a model's own answers."
+)
+tiny_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The small models that ship with fastrl.")
 app.add_typer(build_app, name="build")
 app.add_typer(tiny_app, name="tiny")
 

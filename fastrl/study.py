@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from fastrl.models.load import Policy
 
 # The number the table shows of each task; "edit_distance" is better when lower
-SHOWN = {"grounding": "mean_iou", "counting": "accuracy", "detection": "AP", "ocr": "edit_distance"}
+SHOWN = {
+    "grounding": "mean_iou",
+    "counting": "accuracy",
+    "detection": "AP",
+    "ocr": "edit_distance",
+    "trajectory": "mean_iou",
+    "qa": "accuracy",
+}
 ROWS = {"with image": False, "without image": True}
 
 

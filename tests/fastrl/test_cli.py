@@ -64,6 +64,14 @@ def test_eval_of_predictions_prints_one_json_object(fastrl: Callable[..., Done],
     assert len((tmp_path / "scored.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [(("train",), "[runs/NAME]"), (("build", "perpo"), "[grounding 20, ocr 5]"), (("tpl",), "[beside")],
+)
+def test_help_says_the_defaults(fastrl: Callable[..., Done], command: tuple[str, ...], said: str) -> None:
+    assert said in fastrl(*command, "--help").stdout
+
+
 def test_tpl_prints_a_line_per_record_or_json(fastrl: Callable[..., Done], tiny_folder: Callable[[str], Path]) -> None:
     arguments = ("tpl", "--model", str(tiny_folder("qwen2_5")), "--data", "scenes:shown?n=2&size=56&frames=2")
     done = fastrl(*arguments, "--single", "last")
