@@ -286,7 +286,7 @@ def build_utr(
         return
     print(f"{summary['kept']} dialogues of {summary['clips']} clips in {out} ({summary['seconds']:.0f} s)")
     print(f"subjects: {summary['subjects']}")
-    for kind in ("queries", "dropped"):
+    for kind in ("queries", "dropped", "notes"):
         print(f"{kind}: " + (", ".join(f"{why} {count}" for why, count in sorted(summary[kind].items())) or "none"))
 
 
@@ -400,11 +400,12 @@ def study(
 
 @tiny_app.command(name="build")
 def tiny_build(
-    kind: Annotated[str, typer.Argument(help="perception, language, dialogues or video")],
+    kind: Annotated[str, typer.Argument(help="perception, language, dialogues, clips or video")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     rows: Annotated[int, typer.Option(min=1, help="Scenes per step.")] = 16,
     start: Annotated[str | None, typer.Option("--from", metavar="DIR", help="Begin with this small model's.")] = None,
+    retokenize: Annotated[bool, typer.Option("--retokenize", help="With --from: a vocabulary of its own.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
 ) -> None:
@@ -413,7 +414,7 @@ def tiny_build(
     from fastrl.models.tiny.build import build
 
     begin = tiny.resolve(start) if start is not None else None
-    build(kind, out, steps=steps, rows=rows, seed=seed, lr=lr, start=begin, log=_say)
+    build(kind, out, steps=steps, rows=rows, seed=seed, lr=lr, start=begin, retokenize=retokenize, log=_say)
 
 
 def main() -> None:

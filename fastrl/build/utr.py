@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from fastrl.data.dialogues import (
 )
 from fastrl.data.scenes import Scenes
 from fastrl.data.utr import dialogue_row
-from fastrl.data.validate import nearest
+from fastrl.data.validate import SHOWN, nearest
 
 PORTION = 32  # clips between two writes of the summary
 ANSWERS = ("trajectory", "frame")
@@ -87,12 +88,17 @@ def build_dialogues(
 
     Returns:
         The summary: clips and subjects seen, dialogues kept by attribute, what was dropped and why (one count for each
-        subject, or for each subject and kind of query), seconds.
+        subject, or for each subject and kind of query), ``notes`` on the data's tracks (boxes outside, gaps, identity
+        switches, tracks of no length) by kind, seconds.
 
     Raises:
         ValueError: ``out`` is not this build's; data without tracked clips. DataError: bad data.
     """
     data = load_data(options.data, skip_bad=options.skip_bad)
+    notes = getattr(data, "notes", ())
+    for line in (getattr(data, "summary", ""), *(str(note) for note in notes[:SHOWN])):
+        if line:
+            say(line)
     total = min(len(data), options.limit) if options.limit is not None else len(data)
     clip_at = _clips_of(data, options.data)
 
@@ -111,7 +117,7 @@ def build_dialogues(
     start: Tally = {"clips": 0, "subjects": 0, "kept": 0, "queries": {}, "dropped": {}, "seconds": 0.0}
     plain = json.loads(json.dumps(asdict(options)))  # tuples as JSON has them
     tally = build_portions(out, plain, -(-total // PORTION), work, start, after=after)
-    return dict(tally)
+    return {**tally, "notes": dict(Counter(note.kind for note in notes))}
 
 
 def clip_rows_of(clip: Clip, options: BuildOptions, number: int, out: Path, tally: Tally) -> list[dict[str, Any]]:
@@ -138,6 +144,8 @@ def clip_rows_of(clip: Clip, options: BuildOptions, number: int, out: Path, tall
             if images is None:  # written once, when the first dialogue needs them
                 images = image_names(numbered.frames, number, out)
             row = dialogue_row(dialogue, images)
+            if clip.video is not None and not images:
+                row["video"] = str(clip.video.resolve())
             row["subjects"][0]["track"] = tracks[subject.identity]
             rows.append(row)
             tally["kept"] += 1

@@ -8,7 +8,12 @@ from typing import Any
 
 from fastrl.rewards.base import unknown
 
-DEMOS = {"perception-r1": "fastrl.demo.perception_r1", "perpo": "fastrl.demo.perpo", "reper": "fastrl.demo.reper"}
+DEMOS = {
+    "perception-r1": "fastrl.demo.perception_r1",
+    "perpo": "fastrl.demo.perpo",
+    "reper": "fastrl.demo.reper",
+    "utr": "fastrl.demo.utr",
+}
 
 
 def run_demo(

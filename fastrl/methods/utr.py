@@ -81,12 +81,16 @@ class UTR:
             )
         prompt, record = self.context.policy.encode(record)
         completion = Completion(self.context.policy.encode_text(answer), text=answer)
-        share = 1.0 if self.options.weight == "none" else max(0.0, tpl)
-        completion.scalars["share"] = 0.0 if self._is_filtered(tpl) else share
+        completion.scalars["share"] = self._share(tpl)
         return PromptGroup(prompt, [completion], record)
 
-    def _is_filtered(self, tpl: float | None) -> bool:
-        return self.options.min_tpl is not None and tpl is not None and tpl < self.options.min_tpl
+    def _share(self, tpl: float | None) -> float:
+        """How much an answer counts beside the others; 0: not at all."""
+        if tpl is None:
+            return 1.0
+        if self.options.min_tpl is not None and tpl < self.options.min_tpl:
+            return 0.0
+        return max(0.0, tpl) if self.options.weight == "tpl" else 1.0
 
     def _weigh(self, groups: Sequence[PromptGroup]) -> None:
         """Scale the weights of answers by their shares so that those of the step still add up to 1 (over all ranks)."""

@@ -8,7 +8,6 @@ answers as branches that see the start and themselves, which is the packed layou
 from __future__ import annotations
 
 import copy
-import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +21,11 @@ from fastrl.answers import View, format_answer
 from fastrl.data.records import Record
 from fastrl.data.scenes import tasks
 from fastrl.data.scenes.world import LEVELS
+from fastrl.models.tiny.clip_lessons import frame_of_step
 from fastrl.models.tiny.curriculum import CURRICULA, Row, RowMaker
+from fastrl.models.tiny.optim import make_optimizers, schedule
 from fastrl.models.tiny.tokenizer import train_tokenizer
+from fastrl.models.tiny.transfer import coordinate_twins, take_over
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -96,7 +98,7 @@ def collate(rows: list[Row], start_positions: Tensor, pad_id: int) -> dict[str, 
     shared = start_positions.shape[1]
     ids = torch.full((len(rows), length), pad_id)
     branch = torch.full((len(rows), length), -1)
-    answer = torch.zeros(len(rows), length, dtype=torch.bool)
+    answer = torch.zeros(len(rows), length)
     positions = torch.zeros(3, len(rows), length, dtype=torch.long)
     base = int(start_positions.max()) + 1
     for i, row in enumerate(rows):
@@ -124,7 +126,7 @@ def collate(rows: list[Row], start_positions: Tensor, pad_id: int) -> dict[str, 
 def supervised_loss(
     model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, Tensor], grid: Tensor, image_id: int
 ) -> Tensor:
-    """Mean negative log-likelihood of the answer tokens."""
+    """Weighted mean of the answer tokens' negative log-likelihood."""
     inner = model.model
     features = inner.visual(batch["pixels"], grid_thw=grid, return_dict=True).pooler_output
     embeds = inner.get_input_embeddings()(batch["ids"])
@@ -132,9 +134,11 @@ def supervised_loss(
     hidden = inner.language_model(
         inputs_embeds=embeds, position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
     ).last_hidden_state
-    predicted = batch["answer"][:, 1:]
+    weight = batch["answer"][:, 1:]
+    predicted = weight > 0
     logits = model.lm_head(hidden[:, :-1][predicted])
-    return torch.nn.functional.cross_entropy(logits.float(), batch["ids"][:, 1:][predicted])
+    losses = torch.nn.functional.cross_entropy(logits.float(), batch["ids"][:, 1:][predicted], reduction="none")
+    return (losses * weight[predicted]).sum() / weight.sum()
 
 
 def start_positions(start_ids: list[int], image_id: int, side: int) -> Tensor:
@@ -166,17 +170,18 @@ def train(
     """Teach ``model`` for ``steps`` steps of ``rows`` scenes each: AdamW, short warm-up, cosine to a tenth, in fp32."""
     tokenizer = make_row.tokenizer
     image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    first = make_row(random.Random(f"{seed}/first"))
-    shared = first.branch.count(0)
-    starts = start_positions(first.ids[:shared], image_id, make_row.curriculum.size // 28)
-    grid = torch.tensor([make_row.grid] * (rows * make_row.curriculum.frames))
+    frames = make_row.curriculum.frames
     optimizers = make_optimizers(model, lr)
     began, running = time.perf_counter(), 0.0
     model.train()
     for step in range(steps):
-        batch = collate(
-            [make_row(random.Random(f"{seed}/{step}/{i}")) for i in range(rows)], starts, tokenizer.pad_token_id
-        )
+        alone = frame_of_step(step, steps, frames, random.Random(f"{seed}/{step}")) if frames > 1 else None
+        count = rows if alone is None else 2 * rows  # single frames are shorter
+        made = [make_row(random.Random(f"{seed}/{step}/{i}"), alone) for i in range(count)]
+        shared = made[0].branch.count(0)
+        starts = start_positions(made[0].ids[:shared], image_id, make_row.curriculum.size // 28)
+        batch = collate(made, starts, tokenizer.pad_token_id)
+        grid = torch.tensor([make_row.grid] * (count * (frames if alone is None else 1)))
         loss = supervised_loss(model, batch, grid, image_id)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -194,52 +199,6 @@ def train(
     model.eval()
 
 
-def schedule(step: int, steps: int, warmup: int = 50, floor: float = 0.02) -> float:
-    """Share of the peak learning rate: linear warm-up, then cosine down to ``floor``."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Orthogonalised momentum for the matrices inside the blocks, AdamW for embeddings, norms and biases."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        Muon([{"params": matrices, "peak": lr}], lr),
-        torch.optim.AdamW([{"params": others, "peak": lr}], lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon in fp32: ``torch.optim.Muon`` works in bf16, a hundred times slower on CPUs without units for it."""
-
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"])
-                # 0.2 * sqrt(larger side) gives the update the root mean square of an Adam step
-                p.add_(orthogonalize(update), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
-
-
-def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix, by the quintic Newton-Schulz iteration with Muon's coefficients."""
-    x = matrix / (matrix.norm() + 1e-7)
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x if wide else x.T
-
-
 def save_folder(
     model: Any, tokenizer: Any, image_processor: Any, out: Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
@@ -248,20 +207,6 @@ def save_folder(
     copy.deepcopy(model).to(dtype).save_pretrained(out)
     tokenizer.save_pretrained(out)
     image_processor.save_pretrained(out)
-
-
-@torch.no_grad()
-def take_over(model: torch.nn.Module, tokenizer: Any, old: torch.nn.Module, old_tokenizer: Any) -> None:
-    """Begin with another small model's weights; of its embeddings, those of the tokens both vocabularies have."""
-    theirs = dict(old.named_parameters())
-    ours, others = tokenizer.get_vocab(), old_tokenizer.get_vocab()
-    shared = [token for token in ours if token in others]
-    for name, parameter in model.named_parameters():
-        if "embed_tokens" in name:
-            rows = theirs[name][[others[token] for token in shared]]
-            parameter[[ours[token] for token in shared]] = rows
-        else:
-            parameter.copy_(theirs[name])
 
 
 def scene_answer(record: Record) -> str:
@@ -282,12 +227,13 @@ def build(
     seed: int = 0,
     lr: float = 3e-3,
     start: Path | None = None,
+    retokenize: bool = False,
     log: Callable[[str], None] = print,
 ) -> None:
     """Build, teach and save the small model ``kind``. The same arguments give the same weights on the same machine.
 
-    With ``start`` it begins with what that small model has learned (see :func:`take_over`). Raises ``ValueError`` for
-    an unknown kind.
+    With ``start`` it begins with what that small model has learned (see ``transfer.take_over``) and, unless
+    ``retokenize``, with its vocabulary. Raises ``ValueError`` for an unknown kind.
     """
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -296,13 +242,18 @@ def build(
 
     if kind not in CURRICULA:
         raise ValueError(f"kind: expected one of {', '.join(CURRICULA)}, got {kind!r}")
-    tokenizer = train_tokenizer(corpus(scene_answer, seed, clips=kind == "video"))
+    if start is None or retokenize:
+        tokenizer = train_tokenizer(corpus(scene_answer, seed, clips=CURRICULA[kind].frames > 1))
+    else:
+        tokenizer = load_tokenizer(start)
     image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 256)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))
     if start is not None:
         old = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32, local_files_only=True)
-        take_over(model, tokenizer, old, load_tokenizer(start))
+        old_tokenizer = load_tokenizer(start)
+        twins = coordinate_twins(tokenizer, old_tokenizer, CURRICULA[kind].size) if retokenize else {}
+        take_over(model, tokenizer, old, old_tokenizer, twins)
     make_row = RowMaker(CURRICULA[kind], tokenizer, image_processor, scene_answer)
 
     def save(step: int) -> None:

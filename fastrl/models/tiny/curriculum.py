@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastrl.data.clips import Clip
 from fastrl.data.records import Record
 from fastrl.data.reflection import SpokenTurn, dialogue_messages
 from fastrl.data.scenes import tasks
-from fastrl.data.scenes.clips import sample_clip
 from fastrl.data.scenes.world import sample_scene
+from fastrl.models.tiny.clip_lessons import clip_questions
 from fastrl.models.tiny.dialogues import dialogue_record
 
 MAKERS = {**tasks.MAKERS, "dialogue": dialogue_record}
@@ -33,6 +32,7 @@ class Curriculum:
     size: int = 112
     frames: int = 1
     font: int = 17  # of words in the picture
+    balanced: bool = False  # tokens weigh 1 / sqrt(their answer's length), so that names count beside coordinates
 
 
 CURRICULA = {
@@ -43,16 +43,20 @@ CURRICULA = {
     "dialogues": Curriculum(
         {"ocr": 2, "caption": 2, "grounding": 1, "dialogue": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT
     ),
-    "video": Curriculum({"trajectory": 2, "utr": 2, "shown": 1}, levels=(1, 2, 3), size=84, frames=6),
+    # tiny:video was taught where things are in six frames, then what they are called: "clips" and from it "video"
+    "clips": Curriculum({"trajectory": 2, "utr": 1, "shown": 1}, levels=(1, 2, 2, 3), size=84, frames=6),
+    "video": Curriculum({"trajectory": 3, "utr": 1, "shown": 1}, levels=(2, 2, 3, 3), size=84, frames=6, balanced=True),
 }
 
 
-def scene_questions(curriculum: Curriculum, rng: random.Random) -> list[Record]:
-    """Draw one scene (or clip) and the curriculum's questions about it; all records show the same pictures."""
+def scene_questions(curriculum: Curriculum, rng: random.Random, alone: int | None = None) -> list[Record]:
+    """Draw one scene (or clip) and the curriculum's questions about it; all records show the same pictures.
+
+    ``alone`` is the only frame of a clip that is shown (None: all).
+    """
     level = rng.choice(curriculum.levels)
     if curriculum.frames > 1:
-        clip = tasks.tracked_clip(sample_clip(rng, curriculum.frames, level, curriculum.size), "train")
-        return [CLIP_QUESTIONS[task](rng, clip) for task, count in curriculum.questions.items() for _ in range(count)]
+        return clip_questions(rng, curriculum.questions, curriculum.frames, level, curriculum.size, alone)
     while True:
         snap = tasks.ocr_snap(level) if curriculum.font == tasks.OCR_FONT else 1
         words = rng.choice((0, 1, 1, 2, 3))
@@ -67,13 +71,6 @@ def scene_questions(curriculum: Curriculum, rng: random.Random) -> list[Record]:
             return records
 
 
-CLIP_QUESTIONS: dict[str, Callable[[random.Random, Clip], Record]] = {
-    "trajectory": tasks.follow_one,
-    "utr": lambda rng, clip: tasks.pick_dialogue(rng, clip).record(),
-    "shown": lambda rng, clip: tasks.shown_in(clip),
-}
-
-
 @dataclass
 class Row:
     """One scene with its questions as branches, before padding."""
@@ -81,7 +78,7 @@ class Row:
     ids: list[int]
     branch: list[int]  # 0: shared start; 1, 2, …: a question with its answer
     position: list[int]  # text position of tokens after the image
-    answer: list[bool]  # token is predicted in the loss
+    answer: list[float]  # weight of the token's prediction in the loss
     pixels: Tensor
 
 
@@ -120,13 +117,14 @@ class RowMaker:
             at = len(text) + len(turns[number].answer + self.tokenizer.eos_token)
         return parts
 
-    def __call__(self, rng: random.Random) -> Row:
-        records = scene_questions(self.curriculum, rng)
+    def __call__(self, rng: random.Random, alone: int | None = None) -> Row:
+        """A row of one scene; ``alone`` is the only frame of a clip that is shown (None: all)."""
+        records = scene_questions(self.curriculum, rng, alone)
         image = self.image_processor(images=list(records[0].images), return_tensors="pt")
         pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         ids: list[int] = []
         branch: list[int] = []
-        answer: list[bool] = []
+        answer: list[float] = []
         starts: list[int] = []
         for number, record in enumerate(records, start=1):
             (first, *more), told = self._spoken(record), self._told(record)
@@ -135,11 +133,12 @@ class RowMaker:
                 for token in self._encode(first[:cut]):
                     ids += [token] * (self.cells if token == pad else 1)
                 branch += [0] * len(ids)
-                answer += [False] * len(ids)
+                answer += [0.0] * len(ids)
             starts.append(len(ids))
             for asked, (text, taught) in zip((first[cut:], *more), told, strict=True):
                 question, reply = self._encode(asked), [*self._encode(text), self.tokenizer.eos_token_id]
                 ids += question + reply
-                answer += [False] * len(question) + [taught] * len(reply)
+                weight = len(reply) ** -0.5 if self.curriculum.balanced else 1.0
+                answer += [0.0] * len(question) + [taught * weight] * len(reply)
             branch += [number] * (len(ids) - len(branch))
         return Row(ids, branch, starts, answer, image["pixel_values"])

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fastrl.answers import format_tracks, parse_tracks
+from fastrl.build.utr import BuildOptions, build_dialogues
 from fastrl.data import DataError, load_data
 from fastrl.data.clips import Clip, Span, Subject
 from fastrl.data.dialogues import (
@@ -181,6 +182,19 @@ def test_rows_become_records(rows: list[dict[str, Any]], tmp_path: Path) -> None
     kept = load_data(f"utr:{tmp_path}/d.jsonl?min_tpl=0.2")
     assert ([r.id for r in kept], kept.reasons) == (["d"], {"no tpl": 1})
     assert len(load_data(f"utr:{tmp_path}/d.jsonl?frames=2&sample=first")[0].images) == 2
+
+
+def test_frames_of_a_video_file_stay_in_it(data_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    video = data_dir / "video/files/mmtracking_demo.mp4"
+    runner = {"id": 4, "name": "person", "boxes": {str(t): [100, 100, 200, 300] for t in (1, 2, 3)}}
+    source = {"id": "v", "video": str(video), "video_frames": [1, 3, 5], "width": 1920, "height": 1080, "fps": 3}
+    (tmp_path / "c.jsonl").write_text(json.dumps(source | {"subjects": [runner]}))
+    out = tmp_path / "d.jsonl"
+    assert build_dialogues(BuildOptions(f"tracks:{tmp_path}/c.jsonl", frames=2, min_frames=2), out)["kept"] == 2
+    assert [json.loads(line)["video_frames"] for line in out.read_text().splitlines()] == [[1, 3]] * 2
+    record = load_data(f"utr:{out}")[0]
+    assert [image.size for image in record.images if not isinstance(image, Path)] == [(1920, 1080)] * 2
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,23 @@ def test_perception_r1_measures_trains_and_measures_again(task: str, tmp_path: P
     assert (tmp_path / "before_after.png").stat().st_size > 10_000
 
 
+def test_utr_trains_on_both_sets_of_the_same_clips(tmp_path: Path) -> None:
+    result = run_demo("utr", out=tmp_path, seed=1, say=lambda _: None, clips=6, held_out=4, steps=2)
+    assert set(result) >= KEYS
+    json.dumps(result)
+    assert list(result["models"]) == ["start", "hack", "utr"]
+    assert (result["before"], result["after"]) == tuple(result["models"][m]["mean_iou"] for m in ("start", "utr"))
+    for name in ("hack", "utr"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2]
+        assert all(math.isfinite(row["loss"]) for row in rows)
+    hack, utr = ((tmp_path / f"{name}.jsonl").read_text() for name in ("hack", "utr"))
+    assert {json.loads(line)["id"].split("/")[0] for line in hack.splitlines()} == {
+        json.loads(line)["id"].split("/")[0] for line in utr.splitlines()
+    }  # the same clips
+    assert (tmp_path / "comparison.png").stat().st_size > 5_000
+
+
 def test_a_demo_never_overwrites_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastrl.demo import _fresh
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from fastrl.data.reflection import dialogue_messages, dialogue_of
 from fastrl.data.scenes import MAKERS, scene_record
 from fastrl.models.load import load_policy
 from fastrl.models.tiny import WEIGHTS, resolve
-from fastrl.models.tiny.build import build, collate, orthogonalize, scene_answer, start_positions
+from fastrl.models.tiny.build import build, collate, corpus, scene_answer, start_positions
 from fastrl.models.tiny.curriculum import CURRICULA, Curriculum, RowMaker, scene_questions
+from fastrl.models.tiny.optim import orthogonalize
 from fastrl.models.tiny.tokenizer import train_tokenizer
+from fastrl.models.tiny.transfer import coordinate_twins
 
 SHIPPED = sorted(p.name for p in WEIGHTS.iterdir())
 
@@ -98,6 +101,38 @@ def test_orthogonalize_flattens_the_spectrum() -> None:
     for shape in ((8, 20), (20, 8), (12, 12)):
         values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
         assert 0.6 < values.min() <= values.max() < 1.3
+
+
+@pytest.mark.parametrize("alone", [None, 3])
+def test_lessons_about_clips_show_all_frames_or_one(alone: int | None) -> None:
+    curriculum = CURRICULA["video"]
+    tokenizer = train_tokenizer(corpus(scene_answer, 0, clips=True))
+    policy = load_policy(resolve("tiny:perception"))
+    make = RowMaker(curriculum, tokenizer, policy.image_processor, scene_answer)
+    row = make(random.Random(5), alone)
+    shown = tokenizer.decode([t for t, b in zip(row.ids, row.branch, strict=True) if b == 0])
+    answers = tokenizer.decode([t for t, told in zip(row.ids, row.answer, strict=True) if told])
+    frames = [1, 2, 3, 4, 5, 6] if alone is None else [alone]
+    assert [f"Frame{t} " in shown for t in range(1, 7)] == [t in frames for t in range(1, 7)]
+    assert {int(t) for t in re.findall(r"Frame(\d):", answers)} == set(frames)
+    assert ("It " in answers) is (alone is None)  # no actions in a single frame
+    assert "The clip shows" in answers
+    assert row.pixels.shape[0] == len(frames) * 36
+
+
+def test_a_model_begins_with_what_another_has_learned(tmp_path: Path) -> None:
+    build("video", tmp_path, steps=1, rows=1, start=resolve("tiny:perception"), retokenize=True, lr=0.0, log=print)
+    old, new = load_policy(resolve("tiny:perception")), load_policy(tmp_path)
+    theirs, ours = old.core.state_dict(), new.core.state_dict()
+    assert all(torch.equal(theirs[k], ours[k]) for k in ours if "embed_tokens" not in k and "lm_head" not in k)
+    twins = coordinate_twins(new.tokenizer, old.tokenizer, 84)
+    names = {new.tokenizer.decode([here]): old.tokenizer.decode([there]) for here, there in twins.items()}
+    assert (len(names), names[",500"], names["500"]) == (170, ", 42", "42")  # 0 to 84 pixels, in either place of a box
+    vocabulary = old.tokenizer.get_vocab()
+    pairs = {here: vocabulary[t] for t, here in new.tokenizer.get_vocab().items() if t in vocabulary} | twins
+    assert len(pairs) > 1000
+    theirs, ours = (p.core.get_input_embeddings().weight for p in (old, new))
+    assert torch.equal(theirs[list(pairs.values())], ours[list(pairs)])
 
 
 def test_build_writes_a_model_that_loads_and_is_reproducible(tmp_path: Path) -> None:
