@@ -85,23 +85,27 @@ class HttpCritic:
         self._sleep = sleep or self._stopped.wait
         self._lock = threading.Lock()
         self._failures = 0  # in a row
+        self._lost = 0  # cases of one call that the server did not answer
 
     def score(self, cases: Sequence[Case]) -> list[Critique]:
         """One critique per case, in order. Replies that cannot be read leave a case unscored.
 
         Raises:
-            CriticError: the server refuses (4xx), or did not answer several cases in a row.
+            CriticError: the server refuses (4xx), or did not answer several cases in a row, or none at all.
         """
         self._stopped.clear()
-        self._failures = 0
+        self._failures = self._lost = 0
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = [pool.submit(self._score, case) for case in cases]
             try:
-                return [future.result() for future in futures]
+                critiques = [future.result() for future in futures]
             finally:  # after an error or Ctrl-C: start nothing more, and wait for nothing
                 self._stopped.set()
                 for future in futures:
                     future.cancel()
+        if cases and self._lost == len(cases):
+            raise CriticError(self._gone(f"any of {len(cases)} cases", critiques[-1].problem))
+        return critiques
 
     def _score(self, case: Case) -> Critique:
         body = json.dumps(self._request(case), ensure_ascii=False, sort_keys=True).encode()
@@ -138,12 +142,14 @@ class HttpCritic:
         """Note whether the server answered a case at all; after several in a row that it did not, stop."""
         with self._lock:
             self._failures = self._failures + 1 if failed else 0
+            self._lost += failed
             if self._failures >= GIVE_UP:
                 self._stopped.set()
-                raise CriticError(
-                    f"the critic at {self.url} did not answer {GIVE_UP} cases in a row, each tried "
-                    f"{self.retries + 1} times; last: {problem}"
-                )
+                raise CriticError(self._gone(f"{GIVE_UP} cases in a row", problem))
+
+    def _gone(self, what: str, problem: str) -> str:
+        times = "once" if not self.retries else f"{self.retries + 1} times"
+        return f"the critic at {self.url} did not answer {what}, each tried {times}; last: {problem}"
 
     def _ask(self, body: bytes) -> str:
         """The text of one reply. Raises ``_Passing`` for what may pass, ``CriticError`` for a refusal."""

@@ -15,6 +15,8 @@ import pytest
 from fastrl.critics import Case, CriticError
 from fastrl.critics.http import HttpCritic
 from fastrl.data import load_data
+from fastrl.models.load import load_policy
+from fastrl.reflect import reflect
 
 RECORD = load_data("scenes:caption?n=1&seed=4")[0]
 GOOD = '{"score": 8, "reason": "fine"}'
@@ -182,6 +184,21 @@ def test_a_server_that_is_gone_stops_the_work(server: Server) -> None:
     with pytest.raises(CriticError, match="did not answer 3 cases in a row"):
         critic(server, concurrency=1, retries=1).score([case(f"{i}") for i in range(50)])
     assert len(server.seen) == 6
+
+
+@pytest.mark.parametrize("trouble", [status(500), cut, status(403)], ids=["500", "cut", "refused"])
+def test_reflection_on_a_server_that_dies_midway_ends_with_the_best_answer(
+    server: Server, trouble: Callable[[Handler], None], tiny_folder: Callable[[str], Path]
+) -> None:
+    def fair(h: Handler) -> None:
+        h.reply(200, completion('{"score": 3, "reason": "dull"}'))
+
+    server.script = [good, fair, trouble]
+    policy = load_policy(tiny_folder("qwen2_5"))
+    (found,) = reflect(policy, critic(server, retries=1), [RECORD], turns=3, max_new_tokens=6)
+    assert [turn.score for turn in found.turns] == [0.8, 0.3, None]
+    assert found.error.startswith(f"the critic failed at turn 3: the critic at {server.url}")
+    assert found.answer == found.turns[0].answer
 
 
 def test_nothing_listens() -> None:
