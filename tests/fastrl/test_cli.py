@@ -158,3 +158,35 @@ def test_kernels_work_without_triton(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_reper_from_dialogues_to_reflection(fastrl: Callable[..., Done], tmp_path: Path) -> None:
+    model = ("--model", "tiny:language", "--max-new-tokens", "48")
+    built = fastrl(
+        "build", "reper", *model, "--critic", "rule", "--data", "scenes:caption?n=24&seed=1", "--temperatures",
+        "0,0.7,1.4", "--out", "d.jsonl", "--json",
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    assert json.loads(built.stdout.splitlines()[-1])["kept"] > 2
+    small = ("optim.steps=2", "data.prompts_per_step=2", "log.tensorboard=false")
+    keys = [part for key in small for part in ("--set", key)]
+    trained = fastrl("train", "reper-caption-tiny", "--data", "reflection:d.jsonl", "--out", "run", *keys)
+    assert trained.returncode == 0, trained.stderr
+    scored = fastrl(
+        "eval", "caption", "--model", "run/model", "--data", "scenes:caption?n=2&seed=2", "--reflect", "2",
+        "--max-new-tokens", "48", "--attention", "looks", "--json",
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    metrics = json.loads(scored.stdout.splitlines()[-1])
+    assert {"turn1/score", "turn2/chair_i", "turn2/object_recall", "turn2/image_attention"} <= set(metrics)
+    assert (tmp_path / "looks" / "attention.png").is_file()
+    picture = str(next((tmp_path / "d.images").iterdir()))
+    gone = "http:http://127.0.0.1:9/v1?retries=0&timeout=0.5"
+    done = fastrl("reflect", *model, "--critic", gone, "--image", picture)
+    assert done.returncode == 1
+    assert "the critic failed at turn 1" in done.stdout
+    assert "best answer so far: A " in done.stdout
+    assert "turn 2" not in done.stdout
+    refused = fastrl("eval", "ocr", *model, "--data", "scenes:ocr?n=1", "--attention", "looks")
+    assert refused.returncode == 2
+    assert "--reflect" in refused.stderr

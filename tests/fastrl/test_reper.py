@@ -24,7 +24,7 @@ from fastrl.methods.base import Clock
 from fastrl.methods.perpo import PerPO, PerPOOptions
 from fastrl.methods.reper import RePer, RePerOptions, reflective_loss, set_turn_weights
 from fastrl.models.load import Policy, load_policy
-from fastrl.recipe import RewardRecipe
+from fastrl.recipe import RewardRecipe, load_recipe
 
 from .training import make_recipe, steady_rows
 
@@ -277,3 +277,23 @@ def test_baselines_read_all_candidates(tiny_folder: Callable[[str], Path], tmp_p
     )
     (group,) = method.prepare(records).groups  # its dialogue has one turn alone
     assert [c.scalars["reward"] for c in group.completions] == [0.95, 0.2]
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_shipped_recipes_hold_the_papers_constants(size: str) -> None:
+    recipe = load_recipe(f"reper-caption-{size}")
+    method = recipe.method
+    assert isinstance(method, RePerOptions)
+    assert (method.alpha, method.level, method.turns, method.sigma) == (10.0, "token", "all", "score")
+    assert (recipe.data.prompts_per_step, recipe.optim.schedule, recipe.optim.warmup) == (8, "cosine", 0.03)
+    assert recipe.model.freeze == ["visual"]  # vision tower and projector stay
+    assert (recipe.optim.lr == 1e-6) == (recipe.model.lora is None)  # the paper's rate is for the whole LLM
+    assert recipe.optim.steps * recipe.data.prompts_per_step == pytest.approx(3649 + 2621 + 3795, abs=8)  # one epoch
+
+
+@pytest.mark.parametrize("size", ["tiny", "7b", "13b"])
+def test_baselines_and_the_sweep_of_alpha_are_one_key_away(size: str) -> None:
+    for kind in ("sft", "dpo", "lipo"):
+        assert load_recipe(f"reper-caption-{size}", [f"method={{kind: {kind}}}"]).method.kind == kind
+    swept = [load_recipe(f"reper-caption-{size}", [f"method.alpha={alpha}"]).method for alpha in range(0, 11, 2)]
+    assert [method.alpha for method in swept if isinstance(method, RePerOptions)] == [0, 2, 4, 6, 8, 10]
