@@ -224,16 +224,17 @@ def _eager(
 
 
 def _listmle_eager(s: Tensor, r: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss ``[B]`` and its gradient ``[B, K]`` in the scaled scores."""
-    position = torch.arange(s.shape[1], device=s.device)
-    r_i, r_j = r.unsqueeze(2), r.unsqueeze(1)
-    after = (r_j < r_i) | ((r_j == r_i) & (position >= position.unsqueeze(1)))
-    after = after & live.unsqueeze(1)
-    # A masked row i is given itself alone, so that its logsumexp stays finite; it is dropped below.
-    scores = torch.where(after & live.unsqueeze(2) | (position == position.unsqueeze(1)), s.unsqueeze(1), -torch.inf)
-    lse = torch.logsumexp(scores, 2)
-    inside = torch.where(live.unsqueeze(2), (scores - lse.unsqueeze(2)).exp(), 0.0).sum(1)
-    return torch.where(live, lse - s, 0.0).sum(1), torch.where(live, inside - 1, 0.0)
+    """Loss ``[B]`` and its gradient ``[B, K]`` in the scaled scores: suffixes of the sorted list, in the log domain."""
+    order = r.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(
+        1, live.gather(1, order).int().argsort(dim=1, descending=True, stable=True)
+    )  # masked ones last
+    live = live.gather(1, order)
+    s = s.gather(1, order)
+    lse = torch.where(live, s, -torch.inf).flip(1).logcumsumexp(1).flip(1)  # of an item and all that come after it
+    inside = (s + (-lse).logcumsumexp(1)).exp()  # an item's share in its own suffix and in those before it
+    grad = torch.where(live, inside - 1, 0.0)
+    return torch.where(live, lse - s, 0.0).sum(1), torch.empty_like(s).scatter_(1, order, grad)
 
 
 def _perpo_eager(s: Tensor, r: Tensor, live: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

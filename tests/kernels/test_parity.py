@@ -18,6 +18,7 @@ from torch import Tensor
 from fastrl_kernels.group_advantage import group_advantage
 from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
+from fastrl_kernels.token_logprob import token_logprob
 from fastrl_kernels.token_weights import token_weights
 
 B, T, LONGEST = 6, 9, 11
@@ -156,6 +157,32 @@ def test_trl_sapo_gradient_is_a_detached_weight(batch):
     gate = torch.sigmoid(temperature * (ratio - 1))
     weight = _weight(batch, **AGGREGATES["grpo"]) * 4 * gate * (1 - gate) * ratio
     batch.same(batch.ours(old=False, weight=weight).loss, want, value=False)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("columns", [16, 4096])
+def test_trl_chunked_logprob(temperature, columns):
+    """Its head over vocabulary tiles: log-probs, entropies and both gradients, from per-row upstream gradients."""
+    chunked = pytest.importorskip("trl.kernels.chunked_logprob")
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(11, 8, generator=generator), torch.randn(70, 8, generator=generator)
+    target, up = torch.randint(70, (11,), generator=generator), torch.randn(2, 11, generator=generator)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    asked = (None, 1.0, ("entropy",))
+    theirs = chunked.ChunkedLogProbFunction.apply(hidden, weight, None, target, temperature, columns, *asked)[:2]
+    ours = linear_logprob(hidden, weight, target, temperature=temperature, return_entropy=True, scratch_bytes=60_000)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    mine, other = (torch.autograd.grad(side[0], leaves, up[0], retain_graph=True) for side in (ours, theirs))
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_trl_log_probs_and_entropy_of_logits():
+    utils = pytest.importorskip("trl.trainer.utils")
+    logits, target = torch.randn(2, 5, 70), torch.randint(70, (2, 5))
+    ours = token_logprob(logits.flatten(0, 1), target.flatten(), return_entropy=True)
+    torch.testing.assert_close(ours.logp.view(2, 5), utils.selective_log_softmax(logits, target))
+    torch.testing.assert_close(ours.entropy.view(2, 5), utils.entropy_from_logits(logits))
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
