@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.build.perpo import build_lists, make_options
-from fastrl.data import load_data, parse_spec
+from fastrl.data import load_data
 from fastrl.demo.claims import Claim, rises_beyond_spread
+from fastrl.demo.scenes import scenes_like
 from fastrl.evaluate.refcoco import evaluate_grounding
 from fastrl.evaluate.run import open_policy, sample_records
 from fastrl.recipe import Recipe, load_recipe
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 TASKS = ("grounding",)
 METHODS = {"perpo": "PerPO", "dpo": "DPO (best, worst)", "sft": "SFT (best)"}
-HELD_OUT_SEED = 1_000_003
 PROMPTS, ANSWERS, STEPS, PER_STEP = 512, 12, 48, 8
 SHOWN = 6  # scenes in the figure
 CLAIM = Claim(
@@ -67,13 +67,12 @@ def run(
         raise ValueError(unknown("demo task", task, TASKS))
     started = time.perf_counter()
     base = load_recipe(f"perpo-{task}-tiny")
-    difficulty = parse_spec(base.data.spec)[2].get("difficulty", "2")
     length = base.rollout.max_new_tokens
-    records = load_data(f"scenes:{task}?n={held_out}&seed={HELD_OUT_SEED}&difficulty={difficulty}")
+    records = load_data(scenes_like(base.data.spec, n=held_out))
     policy = open_policy(base.model.path)
     say(f"measuring {held_out} held-out scenes before training …")
     before = measure(policy, records, length)
-    spec = f"scenes:{task}?n={prompts}&seed={seed}&difficulty={difficulty}"
+    spec = scenes_like(base.data.spec, n=prompts, seed=seed)
     gap = base.method.min_gap  # type: ignore[attr-defined]
     options = make_options(task, base.model.path, spec, n=ANSWERS, min_gap=gap, max_new_tokens=length, seed=seed)
     say(f"sampling and ranking {ANSWERS} answers to each of {prompts} scenes …")

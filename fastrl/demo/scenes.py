@@ -1,0 +1,18 @@
+"""The scenes a demo measures on: like those its recipe trains on, of another seed."""
+
+from __future__ import annotations
+
+from fastrl.data import parse_spec
+
+HELD_OUT_SEED = 1_000_003  # no recipe and no demo trains on scenes of this seed
+
+
+def scenes_like(spec: str, *, n: int, seed: int = HELD_OUT_SEED) -> str:
+    """``spec`` with other ``n`` and ``seed``; task, difficulty and picture size stay.
+
+    Raises:
+        ValueError: not a data specification.
+    """
+    adapter, path, options = parse_spec(spec)
+    changed = options | {"n": str(n), "seed": str(seed)}
+    return f"{adapter}:{path}?" + "&".join(f"{key}={value}" for key, value in changed.items())
