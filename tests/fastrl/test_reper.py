@@ -225,6 +225,30 @@ def test_packed_dialogue_equals_turn_by_turn(tiny_folder: Callable[[str], Path])
             torch.testing.assert_close(sigma, torch.full_like(sigma, turn.score))
 
 
+def test_packed_loss_and_gradient_equal_turn_by_turn(tiny_folder: Callable[[str], Path]) -> None:
+    policy, options = load_policy(tiny_folder("qwen2_5"), dtype=torch.float32), make(alpha=10.0)
+    record = dialogue_record()
+    parameters = [p for p in policy.core.model.language_model.parameters() if p.requires_grad]
+    (batch,) = pack(RePer(options, context(policy)).prepare([record]).groups, 4096)
+    packed, _ = reflective_loss(policy.logprob(batch).logp, batch, options)
+    expected = torch.autograd.grad(packed, parameters)
+    total, apart = 0.0, [torch.zeros_like(p) for p in parameters]
+    for number, turn in enumerate(TURNS):
+        messages = dialogue_messages(record.messages, TURNS[:number])
+        prompt, _ = policy.encode(replace(record, messages=messages))
+        answer = policy.encode_text(turn.answer)
+        flat = torch.full((len(answer),), 1.0)
+        own = {"turn": 0 * flat.long(), "sigma": turn.score * flat, "weight": flat / len(answer) / len(TURNS)}
+        single = pack_row([PromptGroup(prompt, [Completion(answer, per_token=own)])])
+        loss, _ = reflective_loss(policy.logprob(single).logp, single, options)
+        total += loss.item()
+        for sum_, gradient in zip(apart, torch.autograd.grad(loss, parameters), strict=True):
+            sum_ += gradient
+    assert packed.item() == pytest.approx(total, rel=1e-5)
+    for ours, theirs in zip(expected, apart, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_options_choose_turns_and_sigma(tiny_folder: Callable[[str], Path]) -> None:
     policy = load_policy(tiny_folder("qwen2_5"), dtype=torch.float32)
     last = RePer(make(turns="last", sigma="one"), context(policy)).prepare([dialogue_record()])

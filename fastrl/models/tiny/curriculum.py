@@ -39,8 +39,8 @@ CURRICULA = {
     # Captions name kinds and colours: without them the model learns where shapes are and not which one is meant.
     "perception": Curriculum({"grounding": 4, "counting": 2, "detection": 1, "caption": 1}, levels=(1, 2, 2, 3)),
     "language": Curriculum({"ocr": 2, "caption": 2, "grounding": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT),
-    # The shipped tiny:language was taught "language" from scratch, then this: build("dialogues", out, start=…/language,
-    # steps=300, lr=1e-3)
+    # tiny:language is made in two stages: fastrl tiny build language --out A, then
+    # fastrl tiny build dialogues --from A --out B --steps 300 --lr 1e-3
     "dialogues": Curriculum(
         {"ocr": 2, "caption": 2, "grounding": 1, "dialogue": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT
     ),
