@@ -19,7 +19,9 @@ with s and t over the frames in which answer and truth both have an entry (for b
 - Limits. A subject that does not move has b(s, t) = 1, so the truth itself is a constant and earns 1/n: over such clips
   nobody can tell who watched. Where the best single true box does nearly as well (mean above 1 − ``still``), v is
   scaled by ``still`` instead, so that rounding to whole coordinates is not paid as motion. Answers with two different
-  entries are two frames' worth of knowledge, and no bound is claimed for them.
+  entries are two frames' worth of knowledge, and no bound is claimed for them. A guess is one too: the first frame's
+  box, moved on in a random direction at the true speed, earned an ``iou`` of 0.12 on average over 600 clips of six
+  frames (``scenes:trajectory?n=600&seed=3&size=84``; a copied box 0.08, the truth 0.91).
 
 The components differ in a: IoU; IoU of at least ``threshold``; the same action.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -224,6 +225,22 @@ def test_scene_answers_in_0_to_1000_earn_nearly_everything_where_something_moves
             assert found["iou"] > (0.9 if len(ends) > 3 else 0.1)
         elif len(spans) == 1:
             assert found["iou"] <= 1 / 6
+
+
+def test_a_guess_from_the_first_frame_earns_less_than_one_frame_on_average() -> None:
+    rows = list(load_data("scenes:trajectory?n=120&seed=3&size=84"))
+    rng, answers = random.Random(0), []
+    for row in rows:
+        (track,) = row.target["tracks"]
+        x, y, x2, _ = track["boxes"][1]
+        side, (dx, dy) = x2 - x, rng.choice([(-8, 0), (8, 0), (0, -8), (0, 8), (0, 0)])
+        guess = {}
+        for t in track["boxes"]:
+            guess[t] = (x, y, x + side, y + side)
+            x, y = min(max(x + dx, 0), 84 - side), min(max(y + dy, 0), 84 - side)
+        answers.append(format_tracks([Track(1, track["name"], guess)], View.unresized(84, 84)))
+    earned = reward.score(answers, rows)["iou"]
+    assert 0.0 < sum(earned) / len(earned) < 1 / 6
 
 
 # ---- the formula, and batching
