@@ -246,7 +246,8 @@ def build(
         tokenizer = train_tokenizer(corpus(scene_answer, seed, clips=CURRICULA[kind].frames > 1))
     else:
         tokenizer = load_tokenizer(start)
-    image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 256)
+    # Larger pictures are brought down to the size it was taught at: it reads nothing in others.
+    image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=CURRICULA[kind].size ** 2)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))
     if start is not None:
