@@ -84,3 +84,13 @@ def test_the_recipe_names_this_reward_and_these_dialogues() -> None:
     recipe = load_recipe("utr-grpo-tiny")
     assert (recipe.method.kind, recipe.model.path) == ("perception-r1", "tiny:video")
     assert load_data(recipe.data.spec)[0].task == "trajectory"
+
+
+def test_the_recipe_takes_steps_on_the_model_that_reads_clips(tmp_path: Path) -> None:
+    changes = ["optim.steps=2", "data.prompts_per_step=3", "rollout.group_size=4", f"out={tmp_path / 'run'}"]
+    summary = train(load_recipe("utr-grpo-tiny", [*changes, "log.tensorboard=false"]), show=False)
+    assert summary.steps == 2
+    for row in read_rows(tmp_path / "run" / "metrics.jsonl"):
+        assert row["reward/iou"] > 0.0  # it writes trajectories that overlap
+        assert row["reward/format"] > -0.8
+        assert row["grad_norm"] > 0.0
