@@ -155,6 +155,35 @@ def report(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")],
+    gpu: Annotated[str, typer.Option(help="h100-80, h200, a100-80, a100-40, rtx4090, l40s, …")] = "h100-80",
+    gpus: Annotated[int, typer.Option(min=1, help="Data-parallel GPUs.")] = 1,
+    model: Model = None,
+    images: Annotated[int, typer.Option(min=0, help="Images a prompt.")] = 1,
+    image_pixels: Annotated[int | None, typer.Option(help="Area of each [the recipe's largest].")] = None,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt beside its images.")] = 128,
+    answer_tokens: Annotated[int | None, typer.Option(help="Of each answer [the longest the recipe allows].")] = None,
+    efficiency: Annotated[float, typer.Option(help="Share of the GPU's rates that is reached.")] = 0.4,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Memory, work and time of a recipe's step on a GPU, and what to change where it does not fit. Loads no weights."""
+    from fastrl.plan import advise, gpu_named, make_plan, plan_text, plan_values
+    from fastrl.recipe import load_recipe
+
+    named = [f"model.path={json.dumps(model)}"] if model is not None else []
+    sizes = {"images": images, "image_pixels": image_pixels, "text_tokens": text_tokens, "answer_tokens": answer_tokens}
+    chosen, device = load_recipe(recipe, [*named, *(overrides or [])]), gpu_named(gpu)
+    made = make_plan(chosen, device, gpus=gpus, efficiency=efficiency, sizes=sizes)
+    changes = advise(made, sizes)
+    if as_json:
+        _print_json(plan_values(made, changes))
+    else:
+        print(plan_text(made, changes))
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, device, the path every kernel takes here, and which optional libraries are usable."""
     from fastrl.doctor import print_report, report

@@ -6,6 +6,7 @@ multiply-add is two operations, softmax and masks cost nothing, and causal atten
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +30,14 @@ def flop_counter() -> FlopCounterMode:
             fastrl.linear_logprob: _head,
             fastrl.linear_logprob_backward: _head_backward,
         },
+    )
+
+
+def segment_attention_flops(lengths: Iterable[tuple[int, int]], heads: int, dim: int) -> int:
+    """Both products of attention over segments of (queries, keys) each, causal or not, with ``heads`` query heads."""
+    return sum(
+        sdpa_flop_count((1, heads, queries, dim), (1, heads, keys, dim), (1, heads, keys, dim))
+        for queries, keys in lengths
     )
 
 

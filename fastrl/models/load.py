@@ -52,17 +52,21 @@ def load_policy(
     tokenizer = load_tokenizer(folder)
     image_processor = load_image_processor(folder, min_pixels=min_pixels, max_pixels=max_pixels)
     with quiet_progress():
-        core = _model_class(model_type).from_pretrained(folder, dtype=dtype, local_files_only=True)
+        core = model_class(model_type).from_pretrained(folder, dtype=dtype, local_files_only=True)
     policy = Policy(core.to(device), tokenizer, image_processor, lora=lora)
     freeze_parameters(policy.core, freeze)
     if liger:
         use_liger(policy.core)
     if gradient_checkpointing:
-        # Renamed in transformers 5.2x; the old name still works there but warns.
-        core = policy.core
-        enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        use_checkpointing(policy.core)
     return policy
+
+
+def use_checkpointing(core: Any) -> None:
+    """Keep only each layer's input in the forward, and recompute the layer in the backward."""
+    # Renamed in transformers 5.2x; the old name still works there but warns.
+    enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -111,7 +115,8 @@ def _model_type(folder: Path) -> str:
     return model_type
 
 
-def _model_class(model_type: str) -> Any:
+def model_class(model_type: str) -> Any:
+    """The transformers class of a supported model type."""
     if model_type == "qwen2_5_vl":
         from transformers import Qwen2_5_VLForConditionalGeneration
 

@@ -120,9 +120,7 @@ class Policy:
 
     def features(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
         """Vision features [tokens, hidden] by image key; each key goes through the tower once."""
-        unique = unique_images(images)
-        features = vision_features(self.core, unique)
-        return {image.key: feature for image, feature in zip(unique, features, strict=True)}
+        return keyed_features(self.core, images)
 
     def hidden(self, batch: PackedBatch, *, features: Mapping[str, Tensor] | None = None) -> Tensor:
         """Hidden states [N, hidden] at the batch's prediction rows.
@@ -132,23 +130,7 @@ class Policy:
             features: vision features by image key, where the caller already has them (they must belong to the current
                 weights); default: the tower runs here, once per unique image.
         """
-        # Dropout and checkpointing belong to the pass that takes a gradient; old and reference log-probs have neither.
-        if self.core.training != torch.is_grad_enabled():
-            self.core.train(torch.is_grad_enabled())
-        embeds = self.core.get_input_embeddings()(batch.input_ids[0])
-        if batch.images:
-            found = features if features is not None else self.features(batch.images)
-            rows = torch.cat([found[batch.images[i].key] for i in batch.image_of_slot])
-            # By position: an image id inside a completion is text like any other.
-            embeds = embeds.index_copy(0, batch.image_rows, rows.to(embeds.dtype))
-        out = self.core.model.language_model(
-            inputs_embeds=embeds[None],
-            position_ids=batch.positions,
-            attention_mask={"full_attention": None, "sliding_attention": None},
-            use_cache=False,
-            fastrl_segments=batch.segments,
-        )
-        return out.last_hidden_state[0].index_select(0, batch.predict_rows)
+        return predicted_states(self.core, batch, features)
 
     def logprob(
         self,
@@ -221,6 +203,34 @@ class Policy:
             self.core.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+
+def keyed_features(core: Any, images: Sequence[ImageInput]) -> dict[str, Tensor]:
+    """Vision features [tokens, hidden] of ``core`` by image key; each key goes through the tower once."""
+    unique = unique_images(images)
+    features = vision_features(core, unique)
+    return {image.key: feature for image, feature in zip(unique, features, strict=True)}
+
+
+def predicted_states(core: Any, batch: PackedBatch, features: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Hidden states [N, hidden] of ``core`` at the batch's prediction rows (see ``Policy.hidden``)."""
+    # Dropout and checkpointing belong to the pass that takes a gradient; old and reference log-probs have neither.
+    if core.training != torch.is_grad_enabled():
+        core.train(torch.is_grad_enabled())
+    embeds = core.get_input_embeddings()(batch.input_ids[0])
+    if batch.images:
+        found = features if features is not None else keyed_features(core, batch.images)
+        rows = torch.cat([found[batch.images[i].key] for i in batch.image_of_slot])
+        # By position: an image id inside a completion is text like any other.
+        embeds = embeds.index_copy(0, batch.image_rows, rows.to(embeds.dtype))
+    out = core.model.language_model(
+        inputs_embeds=embeds[None],
+        position_ids=batch.positions,
+        attention_mask={"full_attention": None, "sliding_attention": None},
+        use_cache=False,
+        fastrl_segments=batch.segments,
+    )
+    return out.last_hidden_state[0].index_select(0, batch.predict_rows)
 
 
 @contextmanager

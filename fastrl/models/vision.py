@@ -133,17 +133,18 @@ def _vision_tables(visual: Any, grids: Tensor, device: torch.device) -> dict[str
     except ImportError:  # older versions derive them inside the tower and take no such keywords
         return {}
     config = visual.config
+    where = torch.device("cpu") if device.type == "meta" else device  # attention may have to read the lengths
     cu = vision_utils.get_vision_cu_seqlens(grids)
     tables: dict[str, Any] = {
         "position_ids": vision_utils.get_vision_position_ids(grids, visual.spatial_merge_size).to(device),
-        "cu_seqlens": cu.to(device),
+        "cu_seqlens": cu.to(where),
         "max_seqlen": int((cu[1:] - cu[:-1]).max()),
     }
     if hasattr(config, "window_size"):
         index, cu = vision_utils.get_vision_window_index(
             grids, visual.spatial_merge_size, config.window_size, config.patch_size
         )
-        tables |= {"window_index": index.to(device), "cu_window_seqlens": cu.to(device)}
+        tables |= {"window_index": index.to(device), "cu_window_seqlens": cu.to(where)}
         tables["max_window_seqlen"] = int((cu[1:] - cu[:-1]).max())
     return tables
 

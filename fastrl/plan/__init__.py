@@ -1,0 +1,8 @@
+"""``fastrl plan``: what a recipe needs of a GPU, from the model's config alone (nothing is loaded or allocated)."""
+
+from fastrl.plan.advice import Change, advise
+from fastrl.plan.estimate import EFFICIENCY, Plan, make_plan
+from fastrl.plan.hardware import gpu_named
+from fastrl.plan.show import plan_text, plan_values
+
+__all__ = ["EFFICIENCY", "Change", "Plan", "advise", "gpu_named", "make_plan", "plan_text", "plan_values"]

@@ -1,0 +1,65 @@
+"""What to change in a recipe that does not fit: the cheapest changes first, each on top of those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastrl.plan.estimate import Plan, make_plan
+from fastrl.recipe import Recipe, build_recipe
+
+
+@dataclass(frozen=True)
+class Change:
+    """Recipe keys to set beside those of the changes before, what that costs, and the plan with all of them."""
+
+    keys: dict[str, Any]
+    cost: str
+    plan: Plan
+
+
+def advise(plan: Plan, sizes: Mapping[str, Any] | None = None) -> list[Change]:
+    """Changes until the recipe fits, in order of cost; ones that would not lower the peak are left out.
+
+    The last one may still not fit: then no change known here is enough. ``sizes`` as in ``make_plan``.
+    """
+    found: list[Change] = []
+    current = plan
+    for keys, cost in _candidates(plan):
+        if current.fits:
+            break
+        recipe = _changed(current.recipe, keys)
+        if recipe is None:
+            continue
+        new = make_plan(recipe, plan.gpu, gpus=plan.gpus, efficiency=plan.efficiency, sizes=sizes)
+        if new.memory.peak < 0.99 * current.memory.peak:
+            found.append(Change(keys, cost, new))
+            current = new
+    return found
+
+
+def _candidates(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
+    """Changes and their costs, the cheapest first. Those that make no difference are skipped."""
+    recipe, work = plan.recipe, plan.workload
+    if work.group_tokens < recipe.optim.token_budget:
+        yield {"optim.token_budget": work.group_tokens}, "smaller micro-batches; the gradient stays the same"
+    if not recipe.model.gradient_checkpointing:
+        yield {"model.gradient_checkpointing": True}, "every layer's forward is computed twice"
+    if recipe.model.lora is None:
+        yield {"model.lora": {"rank": 16}}, "trains adapters instead of all weights"
+
+
+def _changed(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe | None:
+    """The recipe with ``keys`` set; None where they do not go together with the rest."""
+    values = recipe.model_dump(mode="json")
+    for dotted, value in keys.items():
+        *sections, leaf = dotted.split(".")
+        here = values
+        for section in sections:
+            here = here[section]
+        here[leaf] = value
+    try:
+        return build_recipe(values)
+    except ValueError:
+        return None

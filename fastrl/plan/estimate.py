@@ -1,0 +1,280 @@
+"""A recipe's memory and work on one GPU, phase by phase.
+
+Bytes of the update come from running the real forward and backward on the meta device (``trace.py``); weights,
+gradients and optimizer states from the model's parameters; the rollout's from the sizes of its caches. Times divide
+FLOPs and bytes by the data sheet's rates times a stated efficiency: estimates, never measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastrl.models.flops import segment_attention_flops
+from fastrl.plan.configs import config_of, image_limit
+from fastrl.plan.hardware import Gpu
+from fastrl.plan.trace import Trace, adamw_scratch, meta_model, trace_batch, trace_prompts
+from fastrl.plan.workload import Workload, workload_of
+from fastrl.recipe import Recipe
+
+EFFICIENCY = 0.4
+MAX_ROWS = 1024  # answers the generator decodes at once
+
+
+@dataclass(frozen=True)
+class Model:
+    """Counts of a model's numbers, and the shapes its caches have."""
+
+    parameters: int
+    trainable: int
+    wide: int  # of the trainable ones, those kept in float32 already (no copy is made)
+    largest: int  # numbers of the largest trainable parameter
+    weight_bytes: int
+    language: int  # numbers a decode step reads: layers and head
+    layers: int
+    kv_heads: int
+    heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU. ``update``, ``optimizer``, ``rollout``: peaks of those phases, everything included."""
+
+    weights: float
+    copies: float  # float32 copies of low-precision weights
+    moments: float
+    reference: float
+    gradients: float
+    activations: float  # kept by the forward of one micro-batch
+    head_scratch: float
+    kv_cache: float
+    update: float
+    optimizer: float
+    rollout: float
+    host: float  # on the host, beside the data
+
+    @property
+    def peak(self) -> float:
+        return max(self.update, self.optimizer, self.rollout)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step on one GPU: FLOPs by phase, bytes the decode reads, bytes the optimizer moves, seconds by phase."""
+
+    flops: dict[str, float]
+    decode_bytes: float
+    optimizer_bytes: float
+    seconds: dict[str, float]
+    answer_tokens_per_s: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe needs, and whether a GPU has it."""
+
+    recipe: Recipe
+    gpu: Gpu
+    gpus: int
+    efficiency: float
+    model: Model
+    workload: Workload
+    memory: Memory
+    work: Work
+
+    @property
+    def limit(self) -> float:
+        """Bytes that may be used."""
+        return self.gpu.memory - self.gpu.reserve
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.limit
+
+
+def make_plan(
+    recipe: Recipe, gpu: Gpu, *, gpus: int = 1, efficiency: float = EFFICIENCY, sizes: Mapping[str, Any] | None = None
+) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        recipe: ``model.path`` is read for its config only (see ``config_of``).
+        gpu: the device.
+        gpus: of this kind, data-parallel; with more than one, optimizer states (and gradients) are sharded as
+            ``engine.zero_stage`` says.
+        efficiency: share of the data sheet's FLOP/s and bytes/s that is reached, for every phase.
+        sizes: keyword arguments of ``workload_of``: ``images``, ``image_pixels``, ``text_tokens``, ``answer_tokens``.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model; sizes, counts or an efficiency out of range.
+    """
+    if gpus < 1 or not 0 < efficiency <= 1:
+        raise ValueError(f"need at least one GPU and an efficiency in (0, 1], got {gpus} and {efficiency}")
+    config = config_of(recipe.model.path)
+    core = meta_model(config, recipe.model, dtype_of(recipe))
+    vision = core.config.vision_config.to_dict()
+    work = workload_of(recipe, vision, image_limit=image_limit(recipe.model.path), **(sizes or {}))
+    model = count_model(core)
+    traced = trace_batch(
+        core,
+        work.fullest_batch(),
+        gpu=True,
+        entropy=recipe.method.kind == "perception-r1",
+        accumulates=work.micro_batches > 1,
+    )
+    prefill = trace_prompts(core, work.prefill_batch(), gpu=True) if work.samples else 0
+    memory = memory_of(recipe, model, work, traced, prefill, gpus=gpus)
+    return Plan(
+        recipe, gpu, gpus, efficiency, model, work, memory, work_of(recipe, model, work, traced, gpu, efficiency)
+    )
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype:
+    """Of the weights on a GPU."""
+    return torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
+
+
+def count_model(core: Any) -> Model:
+    """Sizes of a model (on any device)."""
+    parameters = list(core.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    text = core.config.text_config
+    embedding = core.get_input_embeddings().weight
+    tied = core.lm_head.weight is embedding
+    language = sum(p.numel() for p in core.model.language_model.parameters()) - (0 if tied else embedding.numel())
+    return Model(
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in trained),
+        wide=sum(p.numel() for p in trained if p.dtype == torch.float32),
+        largest=max((p.numel() for p in trained), default=0),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        language=language + (0 if tied else core.lm_head.weight.numel()),
+        layers=text.num_hidden_layers,
+        kv_heads=text.num_key_value_heads,
+        heads=text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        hidden=core.lm_head.weight.shape[1],
+        vocabulary=core.lm_head.weight.shape[0],
+        itemsize=embedding.element_size(),
+    )
+
+
+def reads_reference(recipe: Recipe) -> bool:
+    """Whether the loss reads log-probs of a reference."""
+    kind = recipe.method.kind
+    return recipe.method.beta > 0 if kind == "perception-r1" else kind in ("perpo", "lipo", "listmle", "dpo")
+
+
+def needs_copy(recipe: Recipe) -> bool:
+    """Whether a frozen copy of the weights is kept as the reference: never under LoRA."""
+    return reads_reference(recipe) and recipe.model.lora is None
+
+
+def memory_of(
+    recipe: Recipe, model: Model, work: Workload, traced: Trace, prefill: int, *, gpus: int = 1, gpu: bool = True
+) -> Memory:
+    """Bytes by kind, and the peaks of the phases (see :class:`Memory`).
+
+    Args:
+        traced, prefill: what a micro-batch's training pass and a call over prompts need at their peaks.
+        gpus: data-parallel ranks that share optimizer states (``engine.zero_stage`` above 0) and gradients (2).
+        gpu: count AdamW as on a GPU, else as on a CPU.
+    """
+    stage = recipe.engine.zero_stage if gpus > 1 else 0
+    shared = gpus if stage > 0 else 1
+    copies = 4.0 * (model.trainable - model.wide) / shared
+    moments = 8.0 * model.trainable / shared
+    whole = 4.0 * model.trainable
+    gradients = whole / gpus if stage == 2 else whole
+    reference = model.weight_bytes if needs_copy(recipe) else 0
+    resident = model.weight_bytes + copies + moments + reference
+    sampled = rollout_bytes(model, work, prefill)
+    return Memory(
+        weights=model.weight_bytes,
+        copies=copies,
+        moments=moments,
+        reference=reference,
+        gradients=gradients,
+        activations=traced.kept,
+        head_scratch=traced.head_scratch,
+        kv_cache=kv_bytes(model, work),
+        update=resident + max(traced.peak - whole + gradients, traced.kept),
+        optimizer=resident + gradients + adamw_scratch(model.largest, gpu=gpu),
+        rollout=resident + sampled if work.samples else 0.0,
+        host=0.0,
+    )
+
+
+def rollout_bytes(model: Model, work: Workload, prefill: int) -> int:
+    """Peak of a rollout above what is resident: while prompts are read, or in the last step of the decode."""
+    if not work.samples:
+        return 0
+    return max(kv_bytes(model, work, own=False) + prefill, kv_bytes(model, work) + sampling_bytes(model, work))
+
+
+def kv_bytes(model: Model, work: Workload, *, own: bool = True) -> int:
+    """Keys and values of the rollout: each prompt's once, and (``own``) each answer's, for the rows that decode at
+    once."""
+    if not work.samples:
+        return 0
+    prompts = min(work.prompts, max(1, MAX_ROWS // work.group))
+    answers = work.group * max(work.answer_tokens - 1, 1) if own else 0
+    return prompts * (work.prompt_tokens + answers) * kv_token_bytes(model)
+
+
+def kv_token_bytes(model: Model) -> int:
+    """Of one token in all layers."""
+    return 2 * model.layers * model.kv_heads * model.head_dim * model.itemsize
+
+
+def sampling_bytes(model: Model, work: Workload) -> int:
+    """Logits of the rows that decode at once, and what drawing from them makes: float32 scores and probabilities and a
+    float64 sum."""
+    rows = min(work.rows, max(1, MAX_ROWS // work.group) * work.group)
+    return rows * model.vocabulary * (model.itemsize + 4 + 4 + 8)
+
+
+def work_of(recipe: Recipe, model: Model, work: Workload, traced: Trace, gpu: Gpu, efficiency: float) -> Work:
+    """FLOPs, bytes and seconds of one step (see :class:`Work`)."""
+    batches = work.prompts / work.groups_per_batch  # traced is one full micro-batch
+    linear = 2 * (model.language - model.vocabulary * model.hidden)
+    head = 2 * model.vocabulary * model.hidden
+    heads, dim = model.heads, model.head_dim
+    flops = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "reference": 0.0}
+    decode_bytes = 0.0
+    if work.samples:
+        prompt, answer, rows = work.prompt_tokens, work.answer_tokens, work.rows
+        attention = model.layers * segment_attention_flops([(prompt, prompt)], heads, dim)
+        flops["prefill"] = work.prompts * (linear * prompt + attention + head)
+        own = model.layers * segment_attention_flops([(answer, prompt + answer // 2)], heads, dim)
+        flops["decode"] = rows * (answer * (linear + head) + own)
+        read = work.prompts * prompt + rows * answer / 2
+        decode_bytes = answer * (model.language * model.itemsize + read * kv_token_bytes(model))
+        flops["vision"] += batches * traced.vision_flops
+    if reads_reference(recipe):
+        flops["reference"] = batches * (traced.vision_flops + traced.forward_flops)
+    passes = recipe.optim.updates_per_batch
+    flops["forward"] = passes * batches * (traced.vision_flops + traced.forward_flops)
+    flops["backward"] = passes * batches * traced.backward_flops
+    moved = passes * model.trainable * (12 + 4 + 16 + 8 + model.itemsize)  # norm and clip, gradient, moments, weights
+    seconds = {name: value / (gpu.flops * efficiency) for name, value in flops.items()}
+    seconds["decode"] = max(seconds["decode"], decode_bytes / (gpu.bandwidth * efficiency))
+    seconds["optimizer"] = moved / (gpu.bandwidth * efficiency)
+    total = sum(seconds.values())
+    answers = work.prompts * work.group * work.answer_tokens
+    return Work(
+        flops=flops,
+        decode_bytes=decode_bytes,
+        optimizer_bytes=moved,
+        seconds=seconds,
+        answer_tokens_per_s=answers / total,
+        tokens_per_s=(answers + work.prompts * work.prompt_tokens) / total,
+    )

@@ -1,0 +1,235 @@
+"""Counting bytes and floating-point operations of code that runs on the meta device, where nothing is computed.
+
+The model's own forward and backward run on tensors without data; every storage is counted when it is made and when it
+dies, as an allocator would see it. What operators allocate inside and free again is added where it matters: the head's
+scratch. Attention, which has no meta kernel to run through, is replaced by stand-ins that keep what it keeps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import register_flop_formula
+
+from fastrl.models import prefix_attention
+from fastrl.models.flops import flop_counter, segment_attention_flops
+from fastrl_kernels._linear_logprob_driver import plan_tiles
+from fastrl_kernels._linear_logprob_tiles import eager_row_bytes
+
+GPU = "fastrl_plan_prefix", "fastrl_plan_flash_vision"  # of language and vision
+CPU = "fastrl_plan_cpu_prefix", "fastrl_plan_cpu_flash_vision"
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of meta tensors that are alive while it is entered, and the FLOPs of what is called.
+
+    Args:
+        known: tensors made before, which are not counted.
+        gpu: count as on a GPU (variable-length attention, the head's Triton path), else as on a CPU.
+        scratch_bytes: the head's budget.
+    """
+
+    def __init__(self, known: Iterable[Tensor], *, gpu: bool, scratch_bytes: int = 1 << 30) -> None:
+        super().__init__()
+        self.gpu, self.scratch_bytes = gpu, scratch_bytes
+        self.live = 0
+        self.peak = 0
+        self.head_scratch = 0
+        self.flops = 0
+        self._formulas = flop_counter().flop_registry  # the counter itself follows modules, which keeps tensors alive
+        self._storages: dict[int, Any] = {}
+        self._known = {id_of(t): t.untyped_storage() for t in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        for leaf in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(leaf, Tensor) and leaf.is_meta:
+                self._see(leaf)
+        if func.namespace == "fastrl" and "linear_logprob" in func.name():
+            self.transient(self._head_scratch("backward" in func.name(), args))
+        elif func.name() == "fastrl::planned_attention_backward":  # dq is summed in float32
+            self.transient(4 * args[1].numel())
+        return out
+
+    def transient(self, size: int) -> None:
+        """Note that ``size`` more bytes were alive for a moment."""
+        self.peak = max(self.peak, self.live + size)
+
+    def _see(self, tensor: Tensor) -> None:
+        key = id_of(tensor)
+        if key in self._storages or key in self._known:
+            return
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def gone(_: Any) -> None:
+            del self._storages[key]
+            self.live -= size
+
+        self._storages[key] = weakref.ref(storage, gone)
+
+    def _head_scratch(self, backward: bool, args: Any) -> int:
+        hidden, weight = (args[2], args[3]) if backward else (args[0], args[1])
+        rows = args[9] if backward else None
+        n, (vocabulary, width) = len(hidden) if rows is None else len(rows), weight.shape
+        size = hidden.dtype.itemsize if self.gpu else 4
+        cast = hidden.dtype.itemsize != size
+        per_row = (width * size if backward or cast else 0) + (0 if self.gpu else eager_row_bytes(size, False))
+        per_column = width * size * cast * (1 + backward)
+        limit = (n if backward else 4096) if self.gpu else 1024
+        tile = plan_tiles(
+            n, vocabulary, self.scratch_bytes,
+            per_element=size, per_row=per_row, per_column=per_column, row_limit=limit,
+        )  # fmt: skip
+        eager = 0 if self.gpu else eager_row_bytes(size, False)
+        copied = width * size if cast or (backward and (self.gpu or rows is not None)) else 0
+        found = tile.rows * (tile.stride * size + eager + copied) + tile.columns * per_column
+        self.head_scratch = max(self.head_scratch, found)
+        return found + (n * width * 4 if backward and hidden.dtype.itemsize < 4 else 0)
+
+
+def id_of(tensor: Tensor) -> int:
+    """What names a tensor's storage while it lives."""
+    return tensor.untyped_storage()._cdata
+
+
+@torch.library.custom_op("fastrl::planned_attention", mutates_args=())
+def _planned_attention(q: Tensor, k: Tensor, v: Tensor, flops: int) -> tuple[Tensor, Tensor]:
+    """Stands for variable-length flash attention: q [Tq, Hq, D], k and v [Tk, Hkv, D] → out like q, lse [Hq, Tq]."""
+    raise NotImplementedError("planned attention computes nothing: it runs on the meta device only")
+
+
+@_planned_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, flops: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastrl::planned_attention_backward", mutates_args=())
+def _planned_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, flops: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients of q, k and v."""
+    raise NotImplementedError("planned attention computes nothing: it runs on the meta device only")
+
+
+@_planned_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, flops: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.flops = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> Any:
+    return *_planned_backward(grad.contiguous(), *ctx.saved_tensors, ctx.flops), None
+
+
+_planned_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.fastrl.planned_attention)
+def _(q: Any, k: Any, v: Any, flops: int, **_: Any) -> int:
+    return flops
+
+
+@register_flop_formula(torch.ops.fastrl.planned_attention_backward)
+def _(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, flops: int, **_: Any) -> int:
+    return flops * 5 // 2  # five products for two, as torch counts it
+
+
+@cache
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    for name, function in zip(GPU, (_language_attention, _vision_attention), strict=True):
+        AttentionInterface.register(name, function)
+    for name, real in zip(CPU, (prefix_attention.LANGUAGE, prefix_attention.VISION), strict=True):
+        AttentionInterface.register(name, _on_cpu(AttentionInterface()[real]))
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function in which scaled-dot-product attention is the CPU's. Switched on in each call: code that a
+    checkpoint runs again sees no mode entered around the backward."""
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        with CpuAttention():
+            return function(*args, **kwargs)
+
+    return attend
+
+
+def _language_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    segments = kwargs["fastrl_segments"]
+    lengths = [
+        (n, k) for s in segments.spans for n, k in [(s.prompt, s.prompt), *((c, s.prompt + c) for c in s.completions)]
+    ]
+    flops = segment_attention_flops(lengths, query.shape[1], query.shape[3])
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _planned_attention(q, k, v, flops)[0]
+
+    return prefix_attention.varlen_prefix_attention(
+        query, key, value, segments.varlen, call, scale=kwargs.get("scaling")
+    ), None
+
+
+def _vision_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    cu = kwargs["cu_seq_lens_q"]
+    flops = segment_attention_flops([(n, n) for n in (cu[1:] - cu[:-1]).tolist()], query.shape[1], query.shape[3])
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _planned_attention(q, k, v, flops)[0][None], None
+
+
+class CpuAttention(TorchFunctionMode):
+    """Inside, scaled-dot-product attention on the meta device runs through the CPU's flash operator (on that device
+    torch would choose the plain product, whose scores no CPU keeps)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or not args[0].is_meta:
+            return func(*args, **kwargs)
+        query, key, value, *_ = args
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, kwargs.get("is_causal", False), attn_mask=mask, scale=kwargs.get("scale")
+        )[0]
+
+
+@contextmanager
+def planned_attention(core: Any, *, gpu: bool) -> Iterator[None]:
+    """Inside, a meta model's attention is counted as a GPU's (variable-length) or as a CPU's."""
+    _register()
+    configs = (core.model.language_model.config, core.model.visual.config)
+    before = [config._attn_implementation for config in configs]
+    for config, name in zip(configs, GPU if gpu else CPU, strict=True):
+        config._attn_implementation = name
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name

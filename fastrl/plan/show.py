@@ -1,0 +1,143 @@
+"""A plan as text, and as the values ``--json`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastrl.plan.advice import Change
+from fastrl.plan.configs import is_published
+from fastrl.plan.estimate import Plan
+from fastrl.plan.hardware import GIB
+
+KINDS = {
+    "weights": "weights",
+    "copies": "float32 copies of trained weights",
+    "moments": "optimizer states",
+    "reference": "reference model (a frozen copy)",
+    "gradients": "gradients",
+    "activations": "activations kept by one forward",
+    "head_scratch": "scratch of the head",
+    "kv_cache": "keys and values of the rollout",
+}
+PHASES = {"rollout": "rollout", "update": "forward and backward", "optimizer": "optimizer step"}
+
+
+def plan_text(plan: Plan, changes: Sequence[Change]) -> str:
+    """The plan for people."""
+    return "\n".join([*_head(plan), "", *_memory(plan), "", *_work(plan), "", *_verdict(plan, changes)])
+
+
+def plan_values(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
+    """The plan as plain values; memory in bytes, times in seconds."""
+    work, memory = plan.workload, plan.memory
+    return {
+        "recipe": plan.recipe.name,
+        "model": plan.recipe.model.path,
+        "gpu": plan.gpu.name,
+        "gpus": plan.gpus,
+        "parameters": plan.model.parameters,
+        "trainable": plan.model.trainable,
+        "step": {
+            "prompts": work.prompts,
+            "answers_per_prompt": work.group,
+            "prompt_tokens": work.prompt_tokens,
+            "image_tokens": work.images * work.image_tokens,
+            "answer_tokens": work.answer_tokens,
+            "micro_batches": work.micro_batches,
+        },
+        "memory": {name: int(getattr(memory, name)) for name in (*KINDS, "host")},
+        "peaks": {name: int(getattr(memory, name)) for name in PHASES},
+        "peak": int(memory.peak),
+        "limit": int(plan.limit),
+        "fits": plan.fits,
+        "changes": [
+            {"set": change.keys, "cost": change.cost, "peak": int(change.plan.memory.peak), "fits": change.plan.fits}
+            for change in changes
+        ],
+        "flops": dict(plan.work.flops),
+        "bytes": {"decode": plan.work.decode_bytes, "optimizer": plan.work.optimizer_bytes},
+        "efficiency": plan.efficiency,
+        "seconds": dict(plan.work.seconds),
+        "tokens_per_s": plan.work.tokens_per_s,
+        "answer_tokens_per_s": plan.work.answer_tokens_per_s,
+    }
+
+
+def _head(plan: Plan) -> list[str]:
+    work, model = plan.workload, plan.model
+    source = " (published sizes)" if is_published(plan.recipe.model.path) else ""
+    trained = f"{_count(model.trainable)} of {_count(model.parameters)} parameters trained"
+    pictures = f", {work.images * work.image_tokens} of them of images" if work.images else ""
+    count = f"{plan.gpus} x " if plan.gpus > 1 else ""
+    return [
+        f"{plan.recipe.name} on {count}{plan.gpu.name} ({_gib(plan.gpu.memory)})",
+        f"model      {plan.recipe.model.path}{source}: {trained}",
+        f"a step     {work.prompts} prompts of {work.prompt_tokens} tokens{pictures}; "
+        f"{work.group} answers each of {work.answer_tokens} tokens, the longest allowed; "
+        f"{work.micro_batches} micro-batches",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    memory = plan.memory
+    lines = ["memory" + (" of each GPU" if plan.gpus > 1 else "")]
+    for name, words in KINDS.items():
+        value = getattr(memory, name)
+        if value:
+            lines.append(f"  {words:<36}{_gib(value):>12}")
+    lines.append("peak of")
+    for name, words in PHASES.items():
+        value = getattr(memory, name)
+        if value:
+            mark = "  <- the most" if value == memory.peak else ""
+            lines.append(f"  {words:<36}{_gib(value):>12}{mark}")
+    if memory.host:
+        lines.append(f"on the host {_gib(memory.host):>38}")
+    return lines
+
+
+def _work(plan: Plan) -> list[str]:
+    work = plan.work
+    lines = [f"one step, estimated at {plan.efficiency:.0%} of the data sheet's rates (--efficiency)"]
+    lines.append(f"  {'phase':<12}{'TFLOP':>12}{'seconds':>10}")
+    for name, seconds in work.seconds.items():
+        if seconds:
+            flops = f"{work.flops[name] / 1e12:,.1f}" if name in work.flops else f"{work.optimizer_bytes / 1e9:,.0f} GB"
+            lines.append(f"  {name:<12}{flops:>12}{seconds:>10.2f}")
+    total = sum(work.seconds.values())
+    lines.append(f"  {'all':<12}{sum(work.flops.values()) / 1e12:>12,.1f}{total:>10.2f}")
+    lines.append(f"  about {work.tokens_per_s:,.0f} tokens/s, {work.answer_tokens_per_s:,.0f} of them of answers")
+    return lines
+
+
+def _verdict(plan: Plan, changes: Sequence[Change]) -> list[str]:
+    room = f"{_gib(plan.memory.peak)} of {_gib(plan.limit)} usable ({_gib(plan.gpu.reserve)} left for the driver)"
+    if plan.fits:
+        return [f"fits: {room}"]
+    lines = [f"does not fit: {room}"]
+    for change in changes:
+        settings = " ".join(f"--set '{key}={_yaml(value)}'" for key, value in change.keys.items())
+        verdict = "fits" if change.plan.fits else "not yet"
+        lines.append(f"  {settings:<46} {_gib(change.plan.memory.peak)}, {verdict}  ({change.cost})")
+    if changes and changes[-1].plan.fits:
+        lines[0] += "; with the changes below, each on top of those before it, it does"
+    else:
+        lines.append("  no change known here is enough: more GPUs (--gpus N), a larger one, or a smaller model")
+    return lines
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    return "null" if value is None else str(value)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:.2f} MiB"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.2f} M"

@@ -1,0 +1,165 @@
+"""One micro-batch's forward and backward on the meta device: peak bytes and floating-point operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.batch import PackedBatch
+from fastrl.models.load import model_class, use_checkpointing
+from fastrl.models.lora import add_lora, freeze
+from fastrl.models.policy import keyed_features, predicted_states
+from fastrl.models.prefix_attention import use_prefix_attention
+from fastrl.models.vision import use_linear_patches
+from fastrl.plan.ledger import Ledger, planned_attention
+from fastrl.recipe import ModelRecipe
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Of one micro-batch. Bytes above what lives between steps (weights, copies, optimizer states); FLOPs.
+
+    ``peak`` counts the gradients that exist at that moment; ``kept`` is what the forward leaves for the backward.
+    """
+
+    peak: int
+    kept: int
+    head_scratch: int
+    vision_flops: int
+    forward_flops: int  # language model and head
+    backward_flops: int  # with what checkpointing computes again
+
+
+def meta_model(config: dict[str, Any], recipe: ModelRecipe, dtype: torch.dtype) -> Any:
+    """The model a recipe trains, as ``load_policy`` would make it, without any data behind its tensors."""
+    cls = model_class(config["model_type"])
+    values = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "transformers_version")}
+    with META:
+        core = cls(cls.config_class(**values)).to(dtype)
+        if recipe.lora is not None:
+            add_lora(core, recipe.lora.spec())
+    freeze(core, recipe.freeze)
+    if recipe.gradient_checkpointing:
+        use_checkpointing(core)
+    use_prefix_attention(core)
+    use_linear_patches(core)
+    return core
+
+
+def trace_batch(
+    core: Any,
+    batch: PackedBatch,
+    *,
+    gpu: bool,
+    entropy: bool = False,
+    accumulates: bool = False,
+    release: bool = False,
+    scratch_bytes: int = 1 << 30,
+) -> Trace:
+    """Run a micro-batch's training pass through ``core`` and count.
+
+    Args:
+        core: from :func:`meta_model`; its gradients are cleared.
+        batch: on the host; only its shapes are read.
+        gpu: count as a GPU would run it, else as a CPU.
+        entropy: the head also gives entropies.
+        accumulates: gradients of an earlier micro-batch are there already.
+        release: each gradient is used and dropped as soon as it is complete.
+        scratch_bytes: the head's budget.
+    """
+    batch = _on_meta(core, batch)
+    ledger = Ledger(_known(core, batch), gpu=gpu, scratch_bytes=scratch_bytes)
+    gradients: dict[nn.Parameter, Tensor] = {}
+    hooks = [_collect(p, gradients, ledger, release) for p in core.parameters() if p.requires_grad]
+    vision = forward = kept = before = 0
+    try:
+        with planned_attention(core, gpu=gpu):
+            for _ in range(1 + accumulates):
+                ledger.peak, before = ledger.live, ledger.live
+                ledger.flops = 0
+                with ledger:
+                    vision, forward, kept = _pass(core, batch, entropy, ledger)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in core.parameters():
+            parameter.grad = None
+    return Trace(
+        peak=ledger.peak,
+        kept=kept - before,
+        head_scratch=ledger.head_scratch,
+        vision_flops=vision,
+        forward_flops=forward - vision,
+        backward_flops=ledger.flops - forward,
+    )
+
+
+def trace_prompts(core: Any, batch: PackedBatch, *, gpu: bool) -> int:
+    """Peak bytes of the vision tower and one forward over the batch's prompts, without gradients or a cache."""
+    batch = _on_meta(core, batch)
+    ledger = Ledger(_known(core, batch), gpu=gpu)
+    with planned_attention(core, gpu=gpu), torch.no_grad(), ledger:
+        predicted_states(core, batch)
+    return ledger.peak
+
+
+def _known(core: Any, batch: PackedBatch) -> list[Tensor]:
+    tensors = [batch.input_ids, batch.positions, batch.image_rows, batch.predict_rows, batch.targets]
+    return [*core.parameters(), *core.buffers(), *tensors, *(image.pixel_values for image in batch.images)]
+
+
+def _pass(core: Any, batch: PackedBatch, entropy: bool, ledger: Ledger) -> tuple[int, int, int]:
+    """Forward and backward; FLOPs after the vision tower and after the head, and the bytes alive between the two."""
+    core.train()
+    features = keyed_features(core, batch.images)
+    vision = ledger.flops
+    hidden = predicted_states(core, batch, features)
+    del features
+    logp = _logp(hidden, core, batch, entropy=entropy)
+    del hidden
+    forward, kept = ledger.flops, ledger.live
+    logp.backward(torch.ones_like(logp))
+    return vision, forward, kept
+
+
+def _logp(hidden: Tensor, core: Any, batch: PackedBatch, *, entropy: bool) -> Tensor:
+    # The operator itself: its Python wrapper asks about autocast, which the meta device does not know.
+    tensors = hidden, core.lm_head.weight, batch.targets, None, None, None, None, None
+    return torch.ops.fastrl.linear_logprob(*tensors, 1.0, 1.0, None, -100, entropy, False, 1 << 30)[0]
+
+
+def _collect(parameter: nn.Parameter, gradients: dict[nn.Parameter, Tensor], ledger: Ledger, release: bool) -> Any:
+    """What the engine does with a complete gradient: kept in float32, or used and dropped."""
+
+    def use(p: nn.Parameter) -> None:
+        if p.dtype != torch.float32:
+            assert p.grad is not None
+            made = gradients[p].add_(p.grad) if p in gradients else p.grad.float()
+            p.grad = None
+            if not release:
+                gradients[p] = made
+        if release:
+            ledger.transient(adamw_scratch(p.numel(), gpu=ledger.gpu))
+            p.grad = None
+
+    return parameter.register_post_accumulate_grad_hook(use)  # type: ignore[arg-type]
+
+
+def adamw_scratch(largest: int, *, gpu: bool) -> int:
+    """Bytes AdamW allocates for a moment, for a largest parameter of so many numbers: the fused kernel none, the plain
+    loop the square root of the second moment and its quotient."""
+    return 0 if gpu else 8 * largest
+
+
+def _on_meta(core: Any, batch: PackedBatch) -> PackedBatch:
+    vision = core.config.vision_config
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    images = tuple(
+        replace(image, pixel_values=torch.empty(len(image.pixel_values), values, device=META)) for image in batch.images
+    )
+    return replace(batch.to(META), images=images)

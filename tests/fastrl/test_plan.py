@@ -1,0 +1,126 @@
+"""``fastrl plan``: verdicts on shipped recipes, models from a config alone, what to change, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastrl.cli import main
+from fastrl.plan import advise, gpu_named, make_plan, plan_text, plan_values
+from fastrl.plan.configs import PUBLISHED, config_of
+from fastrl.plan.hardware import GIB, Gpu
+from fastrl.plan.trace import meta_model
+from fastrl.recipe import ModelRecipe, load_recipe, shipped_recipes
+
+# Parameters as the models' cards state them, in billions.
+STATED = {
+    "Qwen/Qwen2-VL-2B-Instruct": 2.21,
+    "Qwen/Qwen2-VL-7B-Instruct": 8.29,
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3.75,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8.29,
+    "Qwen/Qwen2.5-VL-32B-Instruct": 33.45,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_make_models_of_the_stated_size(name: str) -> None:
+    core = meta_model(config_of(name), ModelRecipe(path=name), torch.bfloat16)  # type: ignore[call-arg]
+    assert sum(p.numel() for p in core.parameters()) / 1e9 == pytest.approx(STATED[name], abs=0.006)
+    assert all(p.is_meta for p in core.parameters())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_names_a_model_that_can_be_planned(name: str) -> None:
+    assert config_of(load_recipe(name).model.path)["text_config"]["hidden_size"]
+
+
+def small(*changes: str) -> Any:
+    return load_recipe("perception-r1-counting-tiny", ["model.freeze=[]", *changes])
+
+
+def test_lora_of_3b_fits_in_24_gb() -> None:
+    recipe = load_recipe("perception-r1-grounding-3b", ["model.lora.rank=16"])
+    assert recipe.rollout.group_size == 8
+    plan = make_plan(recipe, gpu_named("rtx4090"))
+    assert plan.fits
+    assert plan.memory.reference == 0  # the adapter is switched off instead
+    assert plan.memory.peak < 22 * GIB
+
+
+def test_config_alone_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of("tiny:perception")))
+    at = make_plan(small(f"model.path={tmp_path}", "model.max_pixels=40000"), gpu_named("l4"))
+    shipped = make_plan(small("model.max_pixels=40000"), gpu_named("l4"))
+    assert at.memory == shipped.memory
+
+
+def test_each_key_moves_what_it_should() -> None:
+    gpu = gpu_named("l4")
+    base = make_plan(small(), gpu).memory
+    checkpointed = make_plan(small("model.gradient_checkpointing=true"), gpu)
+    assert checkpointed.memory.activations < 0.5 * base.activations
+    assert checkpointed.work.flops["backward"] > 1.2 * make_plan(small(), gpu).work.flops["backward"]
+    assert make_plan(small("optim.token_budget=1024"), gpu).memory.activations < base.activations
+    assert make_plan(small("method.beta=0.04"), gpu).memory.reference == base.weights
+    longer = make_plan(small("rollout.max_new_tokens=256"), gpu).memory
+    assert 1.4 < longer.kv_cache / base.kv_cache < 2
+    shared = make_plan(small("engine.kind=deepspeed"), gpu, gpus=4).memory
+    assert (shared.moments, shared.gradients) == (base.moments / 4, base.gradients / 4)
+
+
+def test_what_does_not_fit_comes_with_changes_until_it_does() -> None:
+    gpu = Gpu("toy", memory=1.27 * GIB, bandwidth=1e12, flops=1e14)
+    plan = make_plan(small("method.beta=0.04"), gpu)
+    assert not plan.fits
+    changes = advise(plan)
+    assert changes[-1].plan.fits
+    peaks = [plan.memory.peak, *(change.plan.memory.peak for change in changes)]
+    assert peaks == sorted(peaks, reverse=True)
+    text = plan_text(plan, changes)
+    assert "does not fit" in text
+    assert "--set 'optim.token_budget=" in text
+    values = plan_values(plan, changes)
+    assert (values["fits"], values["changes"][-1]["fits"]) == (False, True)
+    json.dumps(values)
+
+
+def test_more_efficiency_is_less_time_and_nothing_else() -> None:
+    slow, fast = (make_plan(small(), gpu_named("h100-80"), efficiency=e) for e in (0.2, 0.4))
+    assert fast.work.tokens_per_s == pytest.approx(2 * slow.work.tokens_per_s)
+    assert (slow.memory, slow.work.flops) == (fast.memory, fast.work.flops)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--gpu", "h100"], "did you mean h100-80"),
+        (["--gpu", "a100-80", "--image-pixels", "9000000", "--set", "model.max_pixels=50000"], "max_pixels"),
+        (["--efficiency", "1.5"], "efficiency"),
+        (["--model", "Qwen/Qwen9"], "Qwen/Qwen2.5-VL-3B-Instruct"),
+        (["--set", "optim.token_bugdet=5"], "did you mean optim.token_budget?"),
+    ],
+)
+def test_wrong_input_names_what_is_allowed(
+    wrong: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastrl", "plan", "perception-r1-counting-tiny", *wrong])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_command_prints_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastrl", "plan", "perception-r1-counting-tiny", "--gpu", "l4", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert values["fits"] is True
+    assert {"vision", "prefill", "decode", "forward", "backward"} <= values["flops"].keys()
+    assert values["peak"] <= values["limit"]

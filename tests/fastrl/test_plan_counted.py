@@ -1,0 +1,195 @@
+"""The plan's bytes against allocations counted in a real training step and a real rollout on the CPU."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastrl.batch import ImageInput, PackedBatch, Prompt
+from fastrl.engine import LocalEngine
+from fastrl.models import load_policy
+from fastrl.models.flops import flop_counter
+from fastrl.models.positions import mrope_positions
+from fastrl.plan.estimate import count_model, memory_of, rollout_bytes
+from fastrl.plan.trace import Trace, adamw_scratch, meta_model, trace_batch, trace_prompts
+from fastrl.plan.workload import Workload, packed
+from fastrl.recipe import LoraRecipe, ModelRecipe, OptimRecipe, load_recipe
+from fastrl.rollout import Generator, Sampling
+
+from .conftest import build_folder
+
+WITHIN = 0.10
+
+
+def counted_peak(run: Callable[[], object]) -> int:
+    """Largest sum of live allocations during ``run``, above what lived before."""
+    gc.collect()  # or an earlier test's model is freed meanwhile
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = run()
+    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    del kept
+    return peak
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Models in which a layer weighs more than an index table."""
+    made: dict[str, Path] = {}
+
+    def folder(style: str) -> Path:
+        if style not in made:
+            size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 3000}
+            size["num_attention_heads"] = 8
+            made[style] = build_folder(tmp_path_factory.mktemp(style), style, **size)
+        return made[style]
+
+    return folder
+
+
+def filled(text: int, side: int, answers: list[tuple[int, ...]]) -> PackedBatch:
+    """The batch ``packed`` describes, with pixels: one image of side x side patches in each prompt."""
+    batch = packed(text, int(side > 0), (1, side, side), 2, answers)
+    pixels = [replace(image, pixel_values=torch.rand(side * side, 3 * 2 * 14 * 14)) for image in batch.images]
+    return replace(batch, images=tuple(pixels))
+
+
+SHAPES = {
+    "image, short answers": (40, 12, [(16,) * 8]),
+    "text, two groups": (120, 0, [(40,) * 4, (40,) * 4]),
+    "large image": (30, 28, [(24,) * 4]),
+    "ragged answers": (64, 8, [(100, 3, 60, 7), (9, 80)]),
+}
+
+
+CASES = [
+    *[("qwen2_5", checkpointing, lora, s) for checkpointing in (False, True) for lora in (False, True) for s in SHAPES],
+    *[("qwen2", checkpointing, False, "large image") for checkpointing in (False, True)],
+]
+
+
+def measured_and_planned(
+    folder: Path,
+    batch: PackedBatch,
+    *,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    lora: LoraRecipe | None,
+    passes: int = 1,
+) -> tuple[int, int]:
+    """Peak bytes of a training step beyond what lives between steps: counted, and planned."""
+    spec = lora.spec() if lora is not None else None
+    policy = load_policy(folder, device="cpu", dtype=dtype, lora=spec, gradient_checkpointing=checkpointing)
+    engine = LocalEngine(policy.model, OptimRecipe(steps=9, lr=1e-4))  # type: ignore[call-arg]
+
+    def step() -> None:
+        for _ in range(passes):
+            engine.backward(policy.logprob(batch).logp.mean())
+        engine.step()
+
+    step()  # makes the moments
+    counted = counted_peak(step)
+    recipe = ModelRecipe(path=str(folder), lora=lora, gradient_checkpointing=checkpointing)  # type: ignore[call-arg]
+    core = meta_model(json.loads((folder / "config.json").read_text()), recipe, dtype)
+    assert sum(p.numel() for p in core.parameters()) == sum(p.numel() for p in policy.core.parameters())
+    traced = trace_batch(core, batch, gpu=False, accumulates=passes > 1)
+    model = count_model(core)
+    return counted, max(traced.peak, 4 * model.trainable + adamw_scratch(model.largest, gpu=False))
+
+
+@pytest.mark.parametrize(("style", "checkpointing", "lora", "shape"), CASES)
+def test_a_training_step(
+    folders: Callable[[str], Path], style: str, checkpointing: bool, lora: bool, shape: str
+) -> None:
+    spec = LoraRecipe(rank=8) if lora else None  # type: ignore[call-arg]
+    batch = filled(*SHAPES[shape])
+    counted, planned = measured_and_planned(
+        folders(style), batch, dtype=torch.float32, checkpointing=checkpointing, lora=spec
+    )
+    assert planned == pytest.approx(counted, rel=WITHIN)
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 2), (torch.bfloat16, 1)])
+def test_accumulated_gradients_and_float32_copies(
+    folders: Callable[[str], Path], dtype: torch.dtype, passes: int
+) -> None:
+    batch = filled(*SHAPES["ragged answers"])
+    counted, planned = measured_and_planned(
+        folders("qwen2_5"), batch, dtype=dtype, checkpointing=True, lora=None, passes=passes
+    )
+    assert planned == pytest.approx(counted, rel=WITHIN)
+
+
+def test_the_parts_add_up_to_what_lives_between_steps(folders: Callable[[str], Path]) -> None:
+    """Weights, float32 copies and moments, as the engine holds them."""
+    folder = folders("qwen2_5")
+    policy = load_policy(folder, device="cpu", dtype=torch.bfloat16)
+    engine = LocalEngine(policy.model, OptimRecipe(steps=9))  # type: ignore[call-arg]
+    engine.backward(policy.logprob(filled(*SHAPES["image, short answers"])).logp.mean())
+    engine.step()
+    recipe = load_recipe("perception-r1-counting-tiny", {"model.freeze": [], "model.path": str(folder)})
+    model = count_model(policy.core)
+    memory = memory_of(recipe, model, WORK, Trace(0, 0, 0, 0, 0, 0), 0)
+    copies = sum(t.numel() * t.element_size() for t in engine._masters.values())
+    moments = sum(v.numel() * v.element_size() for s in engine._adamw.state.values() for v in s.values() if v.ndim)
+    weights = sum(p.numel() * p.element_size() for p in policy.core.parameters())
+    assert (memory.weights, memory.copies, memory.moments) == (weights, copies, moments)
+
+
+WORK = Workload(
+    prompts=4,
+    group=8,
+    answer_tokens=120,
+    text_tokens=60,
+    images=1,
+    grid=(1, 16, 16),
+    merge=2,
+    token_budget=4096,
+    samples=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("side", "answer_tokens"), [(16, 12), (4, 90)], ids=["prompts are the most", "answers are the most"]
+)
+def test_a_rollout(folders: Callable[[str], Path], side: int, answer_tokens: int) -> None:
+    folder, work = folders("qwen2_5"), replace(WORK, grid=(1, side, side), answer_tokens=answer_tokens)
+    policy = load_policy(folder, device="cpu")
+    policy.eos_token_ids = (10**6,)  # no answer ends early
+    run = work.image_tokens
+    positions = mrope_positions(work.prompt_tokens, [(0, run)], [work.grid], 2)
+    ids = torch.zeros(work.prompt_tokens, dtype=torch.int64)
+    images = [ImageInput(torch.rand(side * side, 1176), work.grid, str(i)) for i in range(work.prompts)]
+    prompts = [Prompt(ids, positions, (image,), ((0, run),)) for image in images]
+    sampling = Sampling(n=work.group, max_new_tokens=answer_tokens, temperature=1.0)
+    counted = counted_peak(lambda: Generator(policy).generate(prompts, sampling, torch.Generator()))
+    recipe = ModelRecipe(path=str(folder))  # type: ignore[call-arg]
+    core = meta_model(json.loads((folder / "config.json").read_text()), recipe, torch.float32)
+    prefill = trace_prompts(core, work.prefill_batch(), gpu=False)
+    assert rollout_bytes(count_model(core), work, prefill) == pytest.approx(counted, rel=WITHIN)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_are_those_of_the_real_pass(folders: Callable[[str], Path], checkpointing: bool) -> None:
+    folder = folders("qwen2_5")
+    policy = load_policy(folder, device="cpu", gradient_checkpointing=checkpointing)
+    batch = filled(*SHAPES["ragged answers"])
+    with flop_counter() as counter:
+        policy.logprob(batch).logp.mean().backward()
+    recipe = ModelRecipe(path="", gradient_checkpointing=checkpointing)  # type: ignore[call-arg]
+    core = meta_model(json.loads((folder / "config.json").read_text()), recipe, torch.float32)
+    for gpu in (False, True):  # padded blocks of answers on a CPU, none on a GPU
+        traced = trace_batch(core, batch, gpu=gpu)
+        planned = traced.vision_flops + traced.forward_flops + traced.backward_flops
+        assert planned == counter.get_total_flops() if not gpu else 0.9 < planned / counter.get_total_flops() <= 1
