@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -61,7 +62,9 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any]) -> Any:
     options: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
     if lora.also_train:
         options["modules_to_save"] = list(lora.also_train)
-    return get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
+    with warnings.catch_warnings():  # peft asks for a property that newer transformers have renamed
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
 
 
 def freeze(core: nn.Module, patterns: Iterable[str]) -> list[str]:

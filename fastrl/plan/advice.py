@@ -46,6 +46,8 @@ def _candidates(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"optim.token_budget": work.group_tokens}, "smaller micro-batches; the gradient stays the same"
     if not recipe.model.gradient_checkpointing:
         yield {"model.gradient_checkpointing": True}, "every layer's forward is computed twice"
+    if recipe.rollout.max_new_tokens > 256 and work.samples and plan.memory.peak == plan.memory.rollout:
+        yield {"rollout.max_new_tokens": recipe.rollout.max_new_tokens // 2}, "longer answers are cut"
     if recipe.model.lora is None:
         yield {"model.lora": {"rank": 16}}, "trains adapters instead of all weights"
 

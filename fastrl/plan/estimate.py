@@ -130,7 +130,7 @@ def make_plan(
         entropy=recipe.method.kind == "perception-r1",
         accumulates=work.micro_batches > 1,
     )
-    prefill = trace_prompts(core, work.prefill_batch(), gpu=True) if work.samples else 0
+    prefill = trace_prompts(core, work.prefill_batch(), gpu=True) if work.samples else (0, 0)
     memory = memory_of(recipe, model, work, traced, prefill, gpus=gpus)
     return Plan(
         recipe, gpu, gpus, efficiency, model, work, memory, work_of(recipe, model, work, traced, gpu, efficiency)
@@ -179,12 +179,20 @@ def needs_copy(recipe: Recipe) -> bool:
 
 
 def memory_of(
-    recipe: Recipe, model: Model, work: Workload, traced: Trace, prefill: int, *, gpus: int = 1, gpu: bool = True
+    recipe: Recipe,
+    model: Model,
+    work: Workload,
+    traced: Trace,
+    prefill: tuple[int, int],
+    *,
+    gpus: int = 1,
+    gpu: bool = True,
 ) -> Memory:
     """Bytes by kind, and the peaks of the phases (see :class:`Memory`).
 
     Args:
-        traced, prefill: what a micro-batch's training pass and a call over prompts need at their peaks.
+        traced, prefill: what a micro-batch's training pass, the vision tower and a call over prompts need at their
+            peaks.
         gpus: data-parallel ranks that share optimizer states (``engine.zero_stage`` above 0) and gradients (2).
         gpu: count AdamW as on a GPU, else as on a CPU.
     """
@@ -213,11 +221,14 @@ def memory_of(
     )
 
 
-def rollout_bytes(model: Model, work: Workload, prefill: int) -> int:
-    """Peak of a rollout above what is resident: while prompts are read, or in the last step of the decode."""
+def rollout_bytes(model: Model, work: Workload, prefill: tuple[int, int]) -> int:
+    """Peak of a rollout above what is resident: in the vision tower, while prompts are read, or in the last step of
+    the decode."""
     if not work.samples:
         return 0
-    return max(kv_bytes(model, work, own=False) + prefill, kv_bytes(model, work) + sampling_bytes(model, work))
+    vision, language = prefill
+    decode = kv_bytes(model, work) + sampling_bytes(model, work)
+    return max(vision, kv_bytes(model, work, own=False) + language, decode)
 
 
 def kv_bytes(model: Model, work: Workload, *, own: bool = True) -> int:
@@ -236,10 +247,10 @@ def kv_token_bytes(model: Model) -> int:
 
 
 def sampling_bytes(model: Model, work: Workload) -> int:
-    """Logits of the rows that decode at once, and what drawing from them makes: float32 scores and probabilities and a
-    float64 sum."""
+    """Logits of the rows that decode at once, and what drawing from them makes: float32 scores and probabilities, those
+    in float64 and their running sum."""
     rows = min(work.rows, max(1, MAX_ROWS // work.group) * work.group)
-    return rows * model.vocabulary * (model.itemsize + 4 + 4 + 8)
+    return rows * model.vocabulary * (model.itemsize + 4 + 4 + 8 + 8)
 
 
 def work_of(recipe: Recipe, model: Model, work: Workload, traced: Trace, gpu: Gpu, efficiency: float) -> Work:

@@ -99,13 +99,16 @@ def trace_batch(
     )
 
 
-def trace_prompts(core: Any, batch: PackedBatch, *, gpu: bool) -> int:
-    """Peak bytes of the vision tower and one forward over the batch's prompts, without gradients or a cache."""
+def trace_prompts(core: Any, batch: PackedBatch, *, gpu: bool) -> tuple[int, int]:
+    """Peak bytes of the vision tower over the batch's images, and then of one forward over its prompts, both without
+    gradients or a cache."""
     batch = _on_meta(core, batch)
     ledger = Ledger(_known(core, batch), gpu=gpu)
     with planned_attention(core, gpu=gpu), torch.no_grad(), ledger:
-        predicted_states(core, batch)
-    return ledger.peak
+        features = keyed_features(core, batch.images)
+        vision, ledger.peak = ledger.peak, ledger.live
+        predicted_states(core, batch, features)
+    return vision, ledger.peak
 
 
 def _known(core: Any, batch: PackedBatch) -> list[Tensor]:

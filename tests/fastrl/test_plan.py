@@ -74,7 +74,7 @@ def test_each_key_moves_what_it_should() -> None:
 
 
 def test_what_does_not_fit_comes_with_changes_until_it_does() -> None:
-    gpu = Gpu("toy", memory=1.27 * GIB, bandwidth=1e12, flops=1e14)
+    gpu = Gpu("toy", memory=1.33 * GIB, bandwidth=1e12, flops=1e14)
     plan = make_plan(small("method.beta=0.04"), gpu)
     assert not plan.fits
     changes = advise(plan)
