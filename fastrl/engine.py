@@ -11,8 +11,9 @@ import fnmatch
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -129,7 +130,14 @@ def parameter_groups(model: nn.Module, optim: OptimRecipe) -> list[dict[str, Any
 
 
 class LocalEngine:
-    """One process, one device, AdamW."""
+    """One process, one device, AdamW.
+
+    ``optim.states`` says where and how the moments live: ``fp32`` beside the weights, ``8bit`` (see
+    ``fastrl.optimizers``), or ``offload``: moments and the float32 weights stay on the host, gradients leave the device
+    as they are completed, and the host updates. ``optim.gradient_release`` updates each parameter within the backward,
+    as soon as its gradient is complete, and frees the gradient: with one micro-batch the gradients are never there all
+    at once.
+    """
 
     rank = 0
     world_size = 1
@@ -139,6 +147,8 @@ class LocalEngine:
         self.updates = 0
         self._parameters: dict[str, nn.Parameter] = {}
         self._masters: dict[str, Tensor] = {}  # what the optimizer steps: the parameter itself, or its float32 copy
+        self._last = False  # the backward under way is the last before the update
+        self._released: list[Tensor] = []  # norms of gradients that were used within the backward
         groups = parameter_groups(model, optim)
         for group in groups:
             named = dict(zip(group.pop("names"), group["params"], strict=True))
@@ -146,37 +156,93 @@ class LocalEngine:
             self._parameters |= named
             self._masters |= masters
             group["params"] = list(masters.values())
-        on_gpu = next(iter(self._parameters.values())).is_cuda
-        self._adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=on_gpu)
+        self._optimizers = self._make_optimizers(groups)
+        each = self._optimizers if optim.gradient_release else self._optimizers * len(self._masters)
+        self._optimizer_of = dict(zip(self._masters, each, strict=True))
+        if optim.gradient_release:
+            for name, parameter in self._parameters.items():
+                parameter.register_post_accumulate_grad_hook(partial(self._release, name))
+
+    def _make_optimizers(self, groups: list[dict[str, Any]]) -> list[torch.optim.Optimizer]:
+        """One optimizer, or with gradient release one for each parameter, in the order of the masters."""
+        optim = self.optim
+        options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+        if optim.states == "8bit":
+            from fastrl.optimizers import AdamW8bit as Kind
+        else:
+            Kind = torch.optim.AdamW
+            options["fused"] = next(iter(self._parameters.values())).is_cuda
+        if not optim.gradient_release:
+            return [Kind(groups, **options)]
+        return [Kind([{**group, "params": [p]}], **options) for group in groups for p in group["params"]]
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add the gradient of ``loss`` (in float32, whatever the parameters are)."""
+        """Add the gradient of ``loss`` (in float32, whatever the parameters are).
+
+        Raises:
+            NonFiniteError: with gradient release, a loss that is not finite; no weight was changed.
+        """
+        if self.optim.gradient_release:
+            if not bool(loss.isfinite()):
+                self.clear()
+                raise NonFiniteError("the loss is not a finite number")
+            self._last = last
+            self._set_rates()
         loss.backward()
 
     def step(self) -> StepInfo:
-        """Clip by global norm, update, clear the gradients."""
+        """Clip by global norm, update, clear the gradients.
+
+        Raises:
+            NonFiniteError: a gradient that is not finite. The weights are as before, except with gradient release: they
+            were updated with 0 in place of such numbers.
+        """
         masters = list(self._masters.values())
         gradients = [m.grad for m in masters if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norms = [torch.nn.utils.get_total_norm(gradients)] if gradients else []
+        norms += self._released
+        norm = (
+            torch.stack([n.float() for n in norms]).norm() if len(norms) > 1 else norms[0] if norms else torch.zeros(())
+        )
         grad_norm = float(norm)
+        self._released = []
         if not math.isfinite(grad_norm):
             self.clear()
             raise NonFiniteError(f"the gradient norm is {grad_norm}")
         if self.optim.clip_norm is not None and gradients:
             torch.nn.utils.clip_grads_with_norm_(masters, self.optim.clip_norm, norm)
-        scale = lr_scale(self.updates, self.optim)
-        for group in self._adamw.param_groups:
-            group["lr"] = group["base_lr"] * scale
-        self._adamw.step()
-        self._write_back()
+        rate = self._set_rates()
+        for optimizer in self._optimizers:  # parameters without a gradient are left alone
+            optimizer.step()
+        self._write_back(self._parameters)
         self.clear()
         self.updates += 1
-        return StepInfo(grad_norm=grad_norm, lr=float(self._adamw.param_groups[0]["lr"]))
+        return StepInfo(grad_norm=grad_norm, lr=rate)
+
+    def _set_rates(self) -> float:
+        """Learning rates of this update; the first group's."""
+        scale = lr_scale(self.updates, self.optim)
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for group in groups:
+            group["lr"] = group["base_lr"] * scale
+        return float(groups[0]["lr"])
+
+    def _release(self, name: str, parameter: Tensor) -> None:
+        """Update a parameter whose gradient is complete, and free the gradient."""
+        if not self._last:
+            return
+        master = self._masters[name]
+        assert master.grad is not None
+        self._released.append(master.grad.norm())  # tells step of a number that is not finite, without waiting for it
+        torch.nan_to_num_(master.grad, 0.0, 0.0, 0.0)
+        self._optimizer_of[name].step()
+        self._write_back([name])
+        master.grad = parameter.grad = None
 
     def gradient_of(self, parameter: Tensor) -> Tensor | None:
-        """The float32 gradient of a trained parameter (None: it is not trained)."""
+        """The float32 gradient of a trained parameter (None: it is not trained, or its gradient leaves the device)."""
         name = next((n for n, p in self._parameters.items() if p is parameter), None)
-        if name is None:
+        if name is None or self.optim.states == "offload":
             return None
         master = self._masters[name]
         if master.grad is None:
@@ -189,7 +255,7 @@ class LocalEngine:
             parameter.grad = None
 
     def save(self, folder: Path) -> None:
-        """Write ``optimizer.safetensors`` (weights as the optimizer holds them, moments) and ``optimizer.json``."""
+        """Write ``optimizer.safetensors`` (weights as the optimizer holds them, its state) and ``optimizer.json``."""
         from safetensors.torch import save_file
 
         tensors = {key: tensor.detach().contiguous() for key, tensor in self._state()}
@@ -197,7 +263,7 @@ class LocalEngine:
         (folder / "optimizer.json").write_text(json.dumps({"updates": self.updates}))
 
     def load(self, folder: Path) -> None:
-        """Restore weights and moments. Raises ``ValueError`` where names or shapes are not this model's."""
+        """Restore weights and moments. Raises ``ValueError`` where names, shapes or states are not this engine's."""
         from safetensors.torch import load_file
 
         saved = load_file(folder / "optimizer.safetensors")
@@ -213,16 +279,25 @@ class LocalEngine:
                         f"{folder}: {name} was saved with shape {list(weight.shape)}, is {list(master.shape)}"
                     )
                 master.copy_(weight)
-                state = {key: saved[f"state.{key}.{name}"] for key in _MOMENTS if f"state.{key}.{name}" in saved}
-                fused = self._adamw.defaults[
-                    "fused"
-                ]  # keeps its step count beside the weights, the plain one on the CPU
-                for key, value in state.items():
-                    state[key] = value.to(master.device) if fused or key != "step" else value
-                if state:
-                    self._adamw.state[master] = state
-        self._write_back()
+        self._load_states(folder, saved)
+        self._write_back(self._parameters)
         self.updates = int(json.loads((folder / "optimizer.json").read_text())["updates"])
+
+    def _load_states(self, folder: Path, saved: dict[str, Tensor]) -> None:
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in saved.items():
+            kind, _, rest = key.partition(".")
+            if kind == "state":
+                entry, _, name = rest.partition(".")
+                by_name.setdefault(name, {})[entry] = value
+        for name, state in by_name.items():
+            if ("exp_avg_scale" in state) != (self.optim.states == "8bit"):
+                raise ValueError(f"{folder}: saved with other optimizer states than optim.states: {self.optim.states}")
+            master, optimizer = self._masters[name], self._optimizer_of[name]
+            fused = optimizer.defaults.get("fused")  # keeps its step count beside the weights, the others on the CPU
+            optimizer.state[master] = {
+                key: value.to(master.device) if fused or key != "step" else value for key, value in state.items()
+            }
 
     def gathered(self) -> AbstractContextManager[None]:
         """Nothing is sharded here."""
@@ -238,31 +313,32 @@ class LocalEngine:
         return None
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
-        if parameter.dtype == torch.float32:
+        offload = self.optim.states == "offload"
+        if parameter.dtype == torch.float32 and not offload:
             return parameter
-        master = parameter.detach().float().clone().requires_grad_(True)
+        place = torch.device("cpu") if offload else parameter.device
+        master = parameter.detach().to(place, torch.float32, copy=True).requires_grad_(True)
 
         def move(p: Tensor) -> None:
             # As soon as a gradient is complete: accumulated in float32, and the low-precision one freed.
             if p.grad is not None:
-                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                gradient = p.grad.to(place)
+                master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
                 p.grad = None
 
         parameter.register_post_accumulate_grad_hook(move)
         return master
 
-    def _write_back(self) -> None:
+    def _write_back(self, names: Iterable[str]) -> None:
         """Round the float32 copies into their parameters."""
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name in names:
+                parameter = self._parameters[name]
                 if self._masters[name] is not parameter:
                     parameter.copy_(self._masters[name])
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         for name, master in self._masters.items():
             yield f"weight.{name}", master
-            for key, value in self._adamw.state.get(master, {}).items():
+            for key, value in self._optimizer_of[name].state.get(master, {}).items():
                 yield f"state.{key}.{name}", value
-
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")

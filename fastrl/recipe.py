@@ -69,6 +69,7 @@ class ModelRecipe(Section):
     lora: LoraRecipe | None = None
     freeze: list[str] = []  # parameter-name patterns
     gradient_checkpointing: bool = False
+    offload_activations: bool = False  # what checkpointing keeps lies on the host until the backward
     liger: bool = False  # RMSNorm, SwiGLU and rotary embedding by liger-kernel; needs a GPU
     min_pixels: int | None = Field(None, ge=1)  # area of a resized image
     max_pixels: int | None = Field(None, ge=1)
@@ -128,6 +129,11 @@ class OptimRecipe(Section):
     clip_norm: float | None = Field(1.0, gt=0)
     updates_per_batch: int = Field(1, ge=1)  # 1: strictly on-policy
     token_budget: int = Field(8192, ge=1)  # tokens of one micro-batch; a group is never split
+    # AdamW's states: fp32 beside the weights; 8bit: quarter the bytes; offload: on the host, which then updates
+    states: Literal["fp32", "8bit", "offload"] = "fp32"
+    gradient_release: bool = (
+        False  # update each parameter within the backward and free its gradient; needs no clip_norm
+    )
     row_local_head: bool = False  # gradients of head and loss made in the forward: 3 matmuls over the vocabulary, not 4
     groups: list[ParameterGroup] = []  # the first that matches a parameter sets its lr and weight decay
 
@@ -137,6 +143,10 @@ class OptimRecipe(Section):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if self.row_local_head and self.updates_per_batch > 1:
             raise ValueError("row_local_head gives no log-probs to keep as old ones: it needs updates_per_batch: 1")
+        if self.gradient_release and self.clip_norm is not None:
+            raise ValueError("gradient_release updates before the norm of all gradients is known: set clip_norm: null")
+        if self.gradient_release and self.states == "offload":
+            raise ValueError("gradient_release frees nothing with states: offload, where gradients leave the device")
         return self
 
 
@@ -177,6 +187,19 @@ class Recipe(Section):
     checkpoint: CheckpointRecipe = CheckpointRecipe()  # type: ignore[call-arg]
     log: LogRecipe = LogRecipe()  # type: ignore[call-arg]
     engine: EngineRecipe = EngineRecipe()
+
+    @model_validator(mode="after")
+    def _memory(self) -> Recipe:
+        if self.model.offload_activations and not self.model.gradient_checkpointing:
+            raise ValueError(
+                "model.offload_activations moves what checkpointing keeps: set gradient_checkpointing: true"
+            )
+        if self.engine.kind == "deepspeed" and (self.optim.states != "fp32" or self.optim.gradient_release):
+            raise ValueError(
+                "optim.states and optim.gradient_release are the local engine's; with engine.kind: deepspeed use "
+                "engine.zero_stage and engine.offload_optimizer"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

@@ -236,13 +236,17 @@ class Run:
         """One optimizer update over all micro-batches. With nothing to learn from, the weights stay as they are."""
         if not batches:
             return 0.0, None
-        keep_old = first and self.recipe.optim.updates_per_batch > 1
+        optim = self.recipe.optim
+        keep_old = first and optim.updates_per_batch > 1
         losses = []
         for index, batch in enumerate(batches):
             with self.engine.gathered():
                 packed = batch.packed.to(self.policy.device)
                 loss, metrics, logp = self._loss(batch, packed)
-                self.engine.backward(loss * batch.scale, last=index == len(batches) - 1)
+                try:
+                    self.engine.backward(loss * batch.scale, last=index == len(batches) - 1)
+                except NonFiniteError as error:
+                    raise TrainingError(_not_finite(str(error), number, [batch])) from None
             losses.append(loss.detach())
             if batch.scale:
                 gap = sampler_gap(logp, packed) if first and logp is not None else {}
@@ -256,7 +260,7 @@ class Run:
         try:
             info = self.engine.step()
         except NonFiniteError as error:
-            raise TrainingError(_not_finite(str(error), number, batches)) from None
+            raise TrainingError(_not_finite(str(error), number, batches, changed=optim.gradient_release)) from None
         return float((total * torch.tensor([b.scale for b in batches], dtype=torch.float64)).sum()), info
 
     def _loss(self, batch: _Batch, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
@@ -316,6 +320,7 @@ def load_model(recipe: Recipe) -> Policy:
         lora=model.lora.spec() if model.lora is not None else None,
         freeze=model.freeze,
         gradient_checkpointing=model.gradient_checkpointing,
+        offload_activations=model.offload_activations,
         liger=model.liger,
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,
@@ -397,10 +402,11 @@ def _check_same_run(recipe: Recipe, stored: Path) -> None:
         raise CheckpointError(f"{stored.parent}: cannot resume with other settings than the run began with:\n{listed}")
 
 
-def _not_finite(what: str, step: int, batches: Sequence[_Batch]) -> str:
+def _not_finite(what: str, step: int, batches: Sequence[_Batch], *, changed: bool = False) -> str:
     names = [g.record.id if g.record is not None else "?" for b in batches for g in b.groups]
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    return f"step {step}: {what}. The weights were not changed. Records of the batch: {shown}"
+    weights = "The weights were changed: go on from the last checkpoint" if changed else "The weights were not changed"
+    return f"step {step}: {what}. {weights}. Records of the batch: {shown}"
 
 
 @contextmanager

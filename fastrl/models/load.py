@@ -12,6 +12,7 @@ import torch
 from fastrl.models.liger import use_liger
 from fastrl.models.lora import Lora
 from fastrl.models.lora import freeze as freeze_parameters
+from fastrl.models.offload import offload_checkpoints
 from fastrl.models.policy import STYLES, Policy, quiet_progress
 
 
@@ -23,6 +24,7 @@ def load_policy(
     lora: Lora | Mapping[str, Any] | None = None,
     freeze: Sequence[str] = (),
     gradient_checkpointing: bool = False,
+    offload_activations: bool = False,
     liger: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
@@ -36,6 +38,7 @@ def load_policy(
         lora: fields of ``Lora``; only the adapters are then trained.
         freeze: parameter-name patterns whose gradient is turned off (see ``fastrl.models.lora.freeze``).
         gradient_checkpointing: recompute each layer in the backward.
+        offload_activations: with it, keep the layers' inputs on the host (see ``fastrl.models.offload``).
         liger: RMSNorm, SwiGLU and rotary embedding by liger-kernel (see ``fastrl.models.liger``).
         min_pixels, max_pixels: limits of a resized image's area, in pixels; default the folder's own.
 
@@ -58,15 +61,18 @@ def load_policy(
     if liger:
         use_liger(policy.core)
     if gradient_checkpointing:
-        use_checkpointing(policy.core)
+        use_checkpointing(policy.core, offload=offload_activations)
     return policy
 
 
-def use_checkpointing(core: Any) -> None:
-    """Keep only each layer's input in the forward, and recompute the layer in the backward."""
+def use_checkpointing(core: Any, *, offload: bool = False) -> None:
+    """Keep only each layer's input in the forward (``offload``: on the host), and recompute the layer in the
+    backward."""
     # Renamed in transformers 5.2x; the old name still works there but warns.
     enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    if offload:
+        offload_checkpoints(core)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -46,6 +46,11 @@ def _candidates(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"optim.token_budget": work.group_tokens}, "smaller micro-batches; the gradient stays the same"
     if not recipe.model.gradient_checkpointing:
         yield {"model.gradient_checkpointing": True}, "every layer's forward is computed twice"
+    if recipe.optim.states == "fp32" and recipe.engine.kind == "local":
+        yield {"optim.states": "8bit"}, "moments are rounded to 8 bits"
+        yield {"optim.states": "offload"}, "the host updates: gradients and weights cross to it and back"
+    if not recipe.model.offload_activations:
+        yield {"model.offload_activations": True}, "layer inputs cross to the host and back"
     if recipe.rollout.max_new_tokens > 256 and work.samples and plan.memory.peak == plan.memory.rollout:
         yield {"rollout.max_new_tokens": recipe.rollout.max_new_tokens // 2}, "longer answers are cut"
     if recipe.model.lora is None:

@@ -21,6 +21,9 @@ from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe
 
 EFFICIENCY = 0.4
+# Bytes a number of both moments on the GPU: float32, 8 bits each and a scale for every 256, none.
+STATES = {"fp32": 8.0, "8bit": 2.0 + 8 / 256, "offload": 0.0}
+HOST_BANDWIDTH = 100e9  # bytes/s of a server's memory
 MAX_ROWS = 1024  # answers the generator decodes at once
 
 
@@ -128,7 +131,8 @@ def make_plan(
         work.fullest_batch(),
         gpu=True,
         entropy=recipe.method.kind == "perception-r1",
-        accumulates=work.micro_batches > 1,
+        accumulates=work.micro_batches > 1 and recipe.optim.states != "offload",
+        release=releases(recipe, work),
     )
     prefill = trace_prompts(core, work.prefill_batch(), gpu=True) if work.samples else (0, 0)
     memory = memory_of(recipe, model, work, traced, prefill, gpus=gpus)
@@ -178,6 +182,12 @@ def needs_copy(recipe: Recipe) -> bool:
     return reads_reference(recipe) and recipe.model.lora is None
 
 
+def releases(recipe: Recipe, work: Workload) -> bool:
+    """Whether the update never has all gradients on the device: each is used, or moved, as it is completed."""
+    offload = recipe.optim.states == "offload"
+    return offload or (recipe.optim.gradient_release and work.micro_batches == 1)
+
+
 def memory_of(
     recipe: Recipe,
     model: Model,
@@ -198,12 +208,17 @@ def memory_of(
     """
     stage = recipe.engine.zero_stage if gpus > 1 else 0
     shared = gpus if stage > 0 else 1
+    states = recipe.optim.states
     copies = 4.0 * (model.trainable - model.wide) / shared
-    moments = 8.0 * model.trainable / shared
-    whole = 4.0 * model.trainable
+    moments = STATES[states] * model.trainable / shared
+    whole = 0.0 if releases(recipe, work) else 4.0 * model.trainable
     gradients = whole / gpus if stage == 2 else whole
+    host = 0.0
+    if states == "offload":  # float32 weights, moments, gradients
+        host, copies = 16.0 * model.trainable, 0.0
     reference = model.weight_bytes if needs_copy(recipe) else 0
     resident = model.weight_bytes + copies + moments + reference
+    step = 0 if states == "offload" else adamw_scratch(model.largest, gpu=gpu, states=states)
     sampled = rollout_bytes(model, work, prefill)
     return Memory(
         weights=model.weight_bytes,
@@ -215,9 +230,9 @@ def memory_of(
         head_scratch=traced.head_scratch,
         kv_cache=kv_bytes(model, work),
         update=resident + max(traced.peak - whole + gradients, traced.kept),
-        optimizer=resident + gradients + adamw_scratch(model.largest, gpu=gpu),
+        optimizer=resident + gradients + step,
         rollout=resident + sampled if work.samples else 0.0,
-        host=0.0,
+        host=host,
     )
 
 
@@ -247,10 +262,10 @@ def kv_token_bytes(model: Model) -> int:
 
 
 def sampling_bytes(model: Model, work: Workload) -> int:
-    """Logits of the rows that decode at once, and what drawing from them makes: float32 scores and probabilities, those
-    in float64 and their running sum."""
+    """Logits of the rows that decode at once, and what drawing from them makes: float32 scores and probabilities (once
+    more where they do not fall into whole blocks)."""
     rows = min(work.rows, max(1, MAX_ROWS // work.group) * work.group)
-    return rows * model.vocabulary * (model.itemsize + 4 + 4 + 8 + 8)
+    return rows * model.vocabulary * (model.itemsize + (12 if model.vocabulary % 128 else 8))
 
 
 def work_of(recipe: Recipe, model: Model, work: Workload, traced: Trace, gpu: Gpu, efficiency: float) -> Work:
@@ -275,10 +290,17 @@ def work_of(recipe: Recipe, model: Model, work: Workload, traced: Trace, gpu: Gp
     passes = recipe.optim.updates_per_batch
     flops["forward"] = passes * batches * (traced.vision_flops + traced.forward_flops)
     flops["backward"] = passes * batches * traced.backward_flops
-    moved = passes * model.trainable * (12 + 4 + 16 + 8 + model.itemsize)  # norm and clip, gradient, moments, weights
+    states = recipe.optim.states
+    # Norm and clip 12, gradient 4, moments in and out, float32 weight in and out, weight.
+    moved = passes * model.trainable * (12 + 4 + 2 * STATES[states] + 8 + model.itemsize)
     seconds = {name: value / (gpu.flops * efficiency) for name, value in flops.items()}
     seconds["decode"] = max(seconds["decode"], decode_bytes / (gpu.bandwidth * efficiency))
-    seconds["optimizer"] = moved / (gpu.bandwidth * efficiency)
+    if states == "offload":  # gradients out after each micro-batch, weights back; the host's own memory for the rest
+        moved = passes * model.trainable * model.itemsize * (work.micro_batches + 1)
+        update = passes * model.trainable * 36 / HOST_BANDWIDTH
+        seconds["optimizer"] = (moved / gpu.link + update) / efficiency
+    else:
+        seconds["optimizer"] = moved / (gpu.bandwidth * efficiency)
     total = sum(seconds.values())
     answers = work.prompts * work.group * work.answer_tokens
     return Work(

@@ -14,6 +14,7 @@ from fastrl.models.lora import add_lora, freeze
 from fastrl.models.policy import keyed_features, predicted_states
 from fastrl.models.prefix_attention import use_prefix_attention
 from fastrl.models.vision import use_linear_patches
+from fastrl.optimizers import CHUNK
 from fastrl.plan.ledger import Ledger, planned_attention
 from fastrl.recipe import ModelRecipe
 
@@ -45,7 +46,7 @@ def meta_model(config: dict[str, Any], recipe: ModelRecipe, dtype: torch.dtype) 
             add_lora(core, recipe.lora.spec())
     freeze(core, recipe.freeze)
     if recipe.gradient_checkpointing:
-        use_checkpointing(core)
+        use_checkpointing(core, offload=recipe.offload_activations)
     use_prefix_attention(core)
     use_linear_patches(core)
     return core
@@ -153,9 +154,11 @@ def _collect(parameter: nn.Parameter, gradients: dict[nn.Parameter, Tensor], led
     return parameter.register_post_accumulate_grad_hook(use)  # type: ignore[arg-type]
 
 
-def adamw_scratch(largest: int, *, gpu: bool) -> int:
+def adamw_scratch(largest: int, *, gpu: bool, states: str = "fp32") -> int:
     """Bytes AdamW allocates for a moment, for a largest parameter of so many numbers: the fused kernel none, the plain
-    loop the square root of the second moment and its quotient."""
+    loop the square root of the second moment and its quotient, the 8-bit one some chunks."""
+    if states == "8bit":
+        return 9 * 4 * min(largest, CHUNK)
     return 0 if gpu else 8 * largest
 
 

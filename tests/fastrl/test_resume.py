@@ -49,8 +49,11 @@ def same_ending(a: Path, b: Path) -> None:
         {"optim__updates_per_batch": 2, "method__beta": 0.05, "method__aggregate": "token"},
         {"optim__updates_per_batch": 2, "method__beta": 0.05, "model__lora": {"rank": 2, "dropout": 0.1}},
         {"method__zero_variance": "resample", "rollout__max_new_tokens": 2, "model__gradient_checkpointing": True},
+        {"optim__states": "8bit", "optim__token_budget": 96},
+        {"optim__states": "offload", "model__gradient_checkpointing": True, "model__offload_activations": True},
+        {"optim__gradient_release": True, "optim__clip_norm": None, "model__dtype": "bfloat16"},
     ],
-    ids=["plain", "two-updates", "lora-two-updates", "resample"],
+    ids=["plain", "two-updates", "lora-two-updates", "resample", "8bit", "offload", "release"],
 )
 def test_pain_07_resumed_equals_never_stopped(tiny_folder: Folder, tmp_path: Path, changes: dict[str, Any]) -> None:
     model = tiny_folder("qwen2_5")
