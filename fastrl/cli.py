@@ -63,6 +63,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
     skip_bad: SkipBad = False,
     blank_images: Blank = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Write trace.json of a few steps to the folder.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
 ) -> None:
     """Train as a recipe says."""
@@ -75,7 +76,7 @@ def train(
     if blank_images:
         changes["data.blank_images"] = True
     named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
-    summary = run(load_recipe(recipe, [*named, *(overrides or [])]), resume=resume)
+    summary = run(load_recipe(recipe, [*named, *(overrides or [])]), resume=resume, profile=profile)
     _say(f"step {summary.steps}, {summary.seconds:.0f} s, {summary.out / 'metrics.jsonl'}")
     if summary.model is not None:
         _say(f"model: {summary.model}")

@@ -122,8 +122,9 @@ def work_metrics(groups: Sequence[PromptGroup], seconds: Mapping[str, float]) ->
     metrics = {f"time/{name}": value for name, value in seconds.items()} | {"time/step": total}
     if total > 0:
         metrics |= {"speed/tokens_per_s": tokens / total, "speed/images_per_s": images / total}
-    if seconds.get("rollout", 0) > 0:
-        metrics["speed/rollout_tokens_per_s"] = answers / seconds["rollout"]
+    rollout = sum(seconds.get(name, 0.0) for name in ("vision", "prefill", "decode"))
+    if seconds.get("decode", 0) > 0:
+        metrics["speed/rollout_tokens_per_s"] = answers / rollout
     return metrics | memory()
 
 

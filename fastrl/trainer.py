@@ -23,6 +23,7 @@ from fastrl.data.blank import BlankImages
 from fastrl.engine import Engine, NonFiniteError, StepInfo, make_engine
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
 from fastrl.metrics import Meter, MetricsLog, NoLog, group_metrics, sample_table, sampler_gap, work_metrics
+from fastrl.profiling import profiled
 from fastrl.progress import Progress
 from fastrl.recipe import Recipe, build_recipe, differences
 from fastrl.stream import RecordStream
@@ -61,6 +62,7 @@ def train(
     policy: Policy | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
     show: bool = True,
+    profile: bool = False,
 ) -> Summary:
     """Train as a recipe says.
 
@@ -71,6 +73,7 @@ def train(
         policy: the model, where it is not to be loaded from ``recipe.model``; it is trained in place.
         on_step: called with each step's row of metrics, after it is written.
         show: progress on stderr.
+        profile: write ``trace.json`` of a few steps into the recipe's folder (see ``fastrl.profiling``).
 
     Raises:
         CheckpointError: the folder holds a run and ``resume`` is off, or another process trains in it.
@@ -96,11 +99,13 @@ def train(
         if resume:
             progress.note(f"resuming after step {done}" if done else "no checkpoint yet: starting from the beginning")
         stop = stack.enter_context(_stop_signals(progress.note))
+        traced = stack.enter_context(profiled(out, steps=steps - done, enabled=profile and writes))
         row: dict[str, Any] = {}
         stopping = False
         while done < steps and not stopping:
             done += 1
             row, table = run.step(done)
+            traced()
             log.write(row)
             progress.step(row)
             if table:
@@ -184,9 +189,8 @@ class Run:
                 self._score_reference(batches)
         info, losses = None, []
         for update in range(recipe.optim.updates_per_batch):
-            with self.clock.phase("update"):
-                loss, info = self._update(number, batches, meter, first=update == 0)
-                losses.append(loss)
+            loss, info = self._update(number, batches, meter, first=update == 0)
+            losses.append(loss)
         row = {
             "step": number,
             "loss": sum(losses) / len(losses),
@@ -226,7 +230,7 @@ class Run:
         if not self.share_vision or not packed.images:
             return None
         if batch.features is None:
-            with torch.no_grad():
+            with torch.no_grad(), self.clock.phase("vision"):
                 batch.features = self.policy.features(packed.images)
         return batch.features
 
@@ -241,10 +245,12 @@ class Run:
         losses = []
         for index, batch in enumerate(batches):
             with self.engine.gathered():
-                packed = batch.packed.to(self.policy.device)
-                loss, metrics, logp = self._loss(batch, packed)
+                with self.clock.phase("forward"):
+                    packed = batch.packed.to(self.policy.device)
+                    loss, metrics, logp = self._loss(batch, packed)
                 try:
-                    self.engine.backward(loss * batch.scale, last=index == len(batches) - 1)
+                    with self.clock.phase("backward"):
+                        self.engine.backward(loss * batch.scale, last=index == len(batches) - 1)
                 except NonFiniteError as error:
                     raise TrainingError(_not_finite(str(error), number, [batch])) from None
             losses.append(loss.detach())
@@ -258,7 +264,8 @@ class Run:
         if bad:
             raise TrainingError(_not_finite("the loss is not a finite number", number, bad))
         try:
-            info = self.engine.step()
+            with self.clock.phase("optimizer"):
+                info = self.engine.step()
         except NonFiniteError as error:
             raise TrainingError(_not_finite(str(error), number, batches, changed=optim.gradient_release)) from None
         return float((total * torch.tensor([b.scale for b in batches], dtype=torch.float64)).sum()), info

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -12,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from fastrl.clock import Clock
 from fastrl_kernels.token_weights import token_weights
 
 if TYPE_CHECKING:
@@ -26,29 +25,6 @@ class MethodOptions(BaseModel):
     """Base of every method's options: a subclass adds ``kind: Literal[...]`` and its own keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Clock:
-    """Seconds spent in named phases of a step. On a GPU the end of a phase waits for the device."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to phase ``name``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def read(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
 
 
 def _one_rank(value: float) -> float:

@@ -135,7 +135,7 @@ class PerceptionR1:
         from fastrl.rollout import Generator, Sampling
 
         context, rollout = self.context, self.context.rollout
-        with context.clock.phase("encode"):
+        with context.clock.phase("preprocess"):
             encoded = [context.policy.encode(record) for record in records]
         sampling = Sampling(
             n=rollout.group_size,
@@ -144,9 +144,8 @@ class PerceptionR1:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
         )
-        self._generator = self._generator or Generator(context.policy, decode=rollout.decode)
-        with context.clock.phase("rollout"):
-            answers = self._generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
+        self._generator = self._generator or Generator(context.policy, clock=context.clock, decode=rollout.decode)
+        answers = self._generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
         return [
             PromptGroup(prompt=prompt, completions=completions, record=record)
             for (prompt, record), completions in zip(encoded, answers, strict=True)

@@ -68,7 +68,7 @@ class PerPO:
         """One group per record with its ranked answers; those that teach an order carry gradient, the rest counts."""
         metrics: dict[str, float] = {}
         if all(ranked_list(record) is not None for record in records):
-            with self.context.clock.phase("encode"):
+            with self.context.clock.phase("preprocess"):
                 groups = [self._given_group(record) for record in records]
             self._recompute([g for g in groups if any("reward" not in c.scalars for c in g.completions)])
         else:
@@ -139,7 +139,7 @@ class PerPO:
             metrics = self._sample([*records, *self.context.stream.peek((every - 1) * len(records))])
             self._steps_left = every
         self._steps_left -= 1
-        with self.context.clock.phase("encode"):
+        with self.context.clock.phase("preprocess"):
             encoded = [self.context.policy.encode(record) for record in records]
         # Copies: a record may come twice in a step, and its answers carry the step's weights.
         groups = [PromptGroup(prompt, [_copy(c) for c in self._lists[record.id]], record) for prompt, record in encoded]
@@ -151,7 +151,7 @@ class PerPO:
 
         context, rollout = self.context, self.context.rollout
         unique = list({record.id: record for record in records}.values())
-        with context.clock.phase("encode"):
+        with context.clock.phase("preprocess"):
             encoded = [context.policy.encode(record) for record in unique]
         sampling = Sampling(
             n=rollout.group_size,
@@ -160,9 +160,8 @@ class PerPO:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
         )
-        self._generator = self._generator or Generator(context.policy, decode=rollout.decode)
-        with context.clock.phase("rollout"):
-            answers = self._generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
+        self._generator = self._generator or Generator(context.policy, clock=context.clock, decode=rollout.decode)
+        answers = self._generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
         groups = [PromptGroup(p, a, r) for (p, r), a in zip(encoded, answers, strict=True)]
         self._lists = {}
         left, total = 0, sum(len(g.completions) for g in groups)

@@ -63,7 +63,7 @@ class RePer:
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """One group per record: its question as the prompt, everything said after as one branch."""
-        with self.context.clock.phase("encode"):
+        with self.context.clock.phase("preprocess"):
             groups = [self._group(record) for record in records]
         set_turn_weights(groups, self.options, average=self.context.average)
         turns = [turn for record in records for turn in dialogue_of(record)]

@@ -49,7 +49,7 @@ class UTR:
         """One group per record: frames and question, and its answer. Raises ``ValueError``: a record without what the
         options need.
         """
-        with self.context.clock.phase("encode"):
+        with self.context.clock.phase("preprocess"):
             groups = [self._group(record) for record in records]
         used = [group for group in groups if group.completions[0].scalars["share"] > 0]
         set_token_weights(used, aggregate=self.options.aggregate, average=self.context.average)

@@ -7,6 +7,7 @@ values are stored once for all its rows (``cache.py``). All rows of all prompts 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastrl.batch import Completion, ImageInput, Prompt
+from fastrl.clock import Clock
 from fastrl.rollout.cache import PromptCache, forward, rollout_mode
 from fastrl.rollout.decode import Decode, Start, way_for
 from fastrl.rollout.sampler import Sampling
@@ -30,6 +32,7 @@ class Generator:
         vision_patches: patches in one call of the vision tower.
         decode: how rows decode (see ``fastrl.rollout.decode``): ``"auto"`` is ``"graph"`` on a GPU and ``"eager"``
             elsewhere; ``"static"`` is the graph's way without the graph.
+        clock: told of the phases ``vision``, ``prefill`` and ``decode``.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Generator:
         prefill_tokens: int = 16384,
         vision_patches: int = 65536,
         decode: str = "auto",
+        clock: Clock | None = None,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
             if value < 1:
@@ -47,6 +51,7 @@ class Generator:
         self.policy = policy
         self.max_rows, self.prefill_tokens, self.vision_patches = max_rows, prefill_tokens, vision_patches
         self.decode = way_for(decode, policy.device)
+        self.phase = clock.phase if clock is not None else nullcontext
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, rng: torch.Generator | None = None
@@ -95,7 +100,7 @@ class Generator:
     def _features(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
         """Vision features by key; each key once, in calls of about ``vision_patches``."""
         found: dict[str, Tensor] = {}
-        with rollout_mode(self.policy.core):
+        with self.phase("vision"), rollout_mode(self.policy.core):
             call: list[ImageInput] = []
             for image in {image.key: image for image in images}.values():
                 if call and sum(len(i.pixel_values) for i in [*call, image]) > self.vision_patches:
@@ -120,7 +125,7 @@ class Session:
         self._cache = PromptCache(len(prompts))
         self._cache.reserve(max((len(p.token_ids) for p in prompts), default=0))
         self._hidden: list[Tensor] = [torch.empty(0)] * len(prompts)  # [H] of each dialogue's last token
-        with rollout_mode(self._policy.core):
+        with generator.phase("prefill"), rollout_mode(self._policy.core):
             embed = self._policy.core.get_input_embeddings()
             for rows in self._calls([len(p.token_ids) for p in prompts]):
                 ids = pad_sequence([prompts[i].token_ids for i in rows], batch_first=True).to(device)
@@ -143,7 +148,7 @@ class Session:
             raise ValueError(f"token_ids: expected one tensor for each of {len(self.next_position)} dialogues")
         device = self._policy.device
         some = [i for i, ids in enumerate(added) if len(ids)]
-        with rollout_mode(self._policy.core):
+        with self._generator.phase("prefill"), rollout_mode(self._policy.core):
             for call in self._calls([len(added[i]) for i in some]):
                 rows = [some[i] for i in call]
                 ids = pad_sequence([added[i] for i in rows], batch_first=True).to(device)
@@ -167,7 +172,7 @@ class Session:
         device = policy.device
         if not self.next_position:
             return []
-        with rollout_mode(policy.core):
+        with self._generator.phase("decode"), rollout_mode(policy.core):
             start = Start(
                 self._cache,
                 policy.core.lm_head(torch.stack(self._hidden)),
@@ -183,7 +188,8 @@ class Session:
                 way=self._generator.decode,
             )
             decode.run()
-        flat = _completions(policy, decode.tokens.cpu(), decode.logp.cpu())
+        with self._generator.phase("decode"):
+            flat = _completions(policy, decode.tokens.cpu(), decode.logp.cpu())
         if rows < sampling.n:
             return [[_copy(flat[b]) for _ in range(sampling.n)] for b in range(len(flat))]
         return [flat[b * rows : (b + 1) * rows] for b in range(len(self.next_position))]

@@ -34,7 +34,7 @@ def test_published_sizes_make_models_of_the_stated_size(name: str) -> None:
     assert all(p.is_meta for p in core.parameters())
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if not name.endswith("-tiny")])
 def test_every_shipped_recipe_names_a_model_that_can_be_planned(name: str) -> None:
     assert config_of(load_recipe(name).model.path)["text_config"]["hidden_size"]
 
