@@ -84,6 +84,7 @@ class DataRecipe(Section):
     # Of clips: how many frames the model is shown, and which (uniform, first or random); none: as the spec has it
     frames: int | None = Field(None, ge=1)
     sample: Literal["uniform", "first", "random"] | None = None
+    workers: int = Field(2, ge=0)  # threads that preprocess the next step's images meanwhile; 0: none
     blank_images: bool = False  # grey pictures of the same size: what is then learned is learned from the text
 
 

@@ -45,23 +45,33 @@ class RecordStream:
         self.consumed = 0
         self._fingerprint: str | None = None
         self._indices = self._epoch_indices()
+        self._ahead: dict[int, Record] = {}  # records looked at and not taken yet, by index: each is made once
 
     def take(self, n: int) -> list[Record]:
         """The next ``n`` records, across the end of an epoch where need be."""
-        taken = []
+        records = [self._ahead.pop(index, None) or self.records[index] for index in self._advance(n)]
+        self.consumed += n
+        return records
+
+    def peek(self, n: int) -> list[Record]:
+        """The ``n`` records that come after those taken so far; the position stays, and :meth:`take` gives these."""
+        indices = copy.copy(self)._advance(n)
+        for index in indices:
+            if index not in self._ahead:
+                self._ahead[index] = self.records[index]
+        return [self._ahead[index] for index in indices]
+
+    def _advance(self, n: int) -> list[int]:
+        """Indices of the next ``n`` records; the position moves behind them."""
+        indices = []
         for _ in range(n):
             if self.position == len(self._indices):
                 self.epoch += 1
                 self.position = 0
                 self._indices = self._epoch_indices()
-            taken.append(self.records[self._indices[self.position]])
+            indices.append(self._indices[self.position])
             self.position += 1
-        self.consumed += n
-        return taken
-
-    def peek(self, n: int) -> list[Record]:
-        """The ``n`` records that come after those taken so far; the position stays."""
-        return copy.copy(self).take(n)
+        return indices
 
     @property
     def epochs(self) -> float:
@@ -89,6 +99,7 @@ class RecordStream:
             raise ValueError("cannot resume: the data has as many records as before, but other ids")
         self.epoch, self.position, self.consumed = state["epoch"], state["position"], state["consumed"]
         self._indices = self._epoch_indices()
+        self._ahead = {}
 
     def fingerprint(self) -> str:
         """Hash of the tasks and ids of up to 32 records spread over the data (making one on demand may cost)."""

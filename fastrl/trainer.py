@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,7 @@ def train(
             stack.enter_context(checkpoint.lock_run(out))
         saved = _open_folder(recipe, resume, writes)
         run = Run(recipe, records=records, policy=policy)
+        stack.callback(run.policy.preprocessor.close)
         done = checkpoint.load_checkpoint(saved, run.state) if saved is not None else 0
         log = MetricsLog(out, tensorboard=recipe.log.tensorboard, after=done) if writes else NoLog()
         stack.callback(log.close)
@@ -177,6 +178,7 @@ class Run:
         recipe, method, meter = self.recipe, self.method, Meter()
         with self.clock.phase("data"):
             records = self.stream.take(recipe.data.prompts_per_step)
+            self._prefetch(records, more=number < recipe.optim.steps)
         try:
             prepared = method.prepare(records)
         except FloatingPointError as error:  # the sampler met logits that are not finite
@@ -200,6 +202,18 @@ class Run:
         every = recipe.log.samples_every
         table = sample_table(prepared.sampled, recipe.log.samples) if every and (number - 1) % every == 0 else []
         return row | work_metrics(prepared.sampled, self.clock.read()), table
+
+    def _prefetch(self, records: Sequence[Record], *, more: bool) -> None:
+        """Begin on this step's images, and on those of the next one, which are then done while this one samples."""
+        data = self.recipe.data
+        if not data.workers:
+            return
+        coming: Sequence[Record] = []
+        if more:
+            with suppress(OSError, ValueError):  # raised again, with its place, when the record's turn comes
+                coming = self.stream.peek(data.prompts_per_step)
+        images = [image for record in (*records, *coming) for image in record.images]
+        self.policy.preprocessor.prefetch(images, data.workers)
 
     def _pack(self, prepared: Prepared) -> list[_Batch]:
         """Groups as micro-batches; every rank gets the same number, the surplus with weight 0."""
@@ -402,7 +416,17 @@ def _check_same_run(recipe: Recipe, stored: Path) -> None:
     import yaml
 
     old = build_recipe(yaml.safe_load(stored.read_text(encoding="utf-8")), source=str(stored))
-    free = ("optim.steps", "checkpoint.", "log.", "out", "name", "model.path", "model.device", "optim.token_budget")
+    free = (
+        "optim.steps",
+        "checkpoint.",
+        "log.",
+        "out",
+        "name",
+        "model.path",
+        "model.device",
+        "optim.token_budget",
+        "data.workers",
+    )
     changed = {k: v for k, v in differences(old, recipe).items() if not k.startswith(free)}
     if changed:
         listed = "\n".join(f"  {key}: was {was!r}, is {now!r}" for key, (was, now) in changed.items())

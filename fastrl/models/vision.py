@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ class ImagePreprocessor:
     """A model's own resize, normalisation and patching, with a bounded cache keyed by the picture's content.
 
     ``processor`` is the model's image processor. ``cache_bytes`` bounds the pixels kept; the least recently used go
-    first.
+    first. :meth:`prefetch` starts on pictures that will be asked for, in threads; what comes out is the same.
     """
 
     def __init__(self, processor: Any, *, cache_bytes: int = 256 << 20) -> None:
@@ -34,6 +36,26 @@ class ImagePreprocessor:
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[str, ImageInput] = OrderedDict()
         self._held = 0
+        self._lock = threading.Lock()  # of the cache
+        self._pool: ThreadPoolExecutor | None = None
+        self._started: dict[str | int, tuple[Any, Future]] = {}  # by path or identity; the picture, kept alive
+
+    def prefetch(self, images: Iterable[Path | str | Image], workers: int) -> None:
+        """Begin to preprocess ``images`` in ``workers`` threads; each is handed out by the next call for it.
+
+        What goes wrong with a picture is raised by that call.
+        """
+        self._pool = self._pool or ThreadPoolExecutor(workers, thread_name_prefix="images")
+        for image in images:
+            name = _name(image)
+            if name not in self._started:
+                self._started[name] = image, self._pool.submit(self._preprocess, image)
+
+    def close(self) -> None:
+        """Give up what was begun and not asked for."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool, self._started = None, {}
 
     def __call__(self, image: Path | str | Image) -> tuple[ImageInput, tuple[int, int]]:
         """The image as the model takes it, and its original (width, height) in pixels.
@@ -42,16 +64,22 @@ class ImagePreprocessor:
             OSError: a file that is missing or is no image.
             ValueError: a picture the processor refuses (one side over 200 times the other).
         """
+        started = self._started.pop(_name(image), None)
+        return started[1].result() if started is not None else self._preprocess(image)
+
+    def _preprocess(self, image: Path | str | Image) -> tuple[ImageInput, tuple[int, int]]:
         picture = open_image(image)
         key = self.key(picture)
-        found = self._cache.get(key)
+        with self._lock:
+            found = self._cache.get(key)
+            if found is not None:
+                self._cache.move_to_end(key)
         if found is None:
             out = self.processor(images=[picture], return_tensors="pt")
             t, h, w = (int(n) for n in out["image_grid_thw"][0])
             found = ImageInput(pixel_values=out["pixel_values"].float(), grid=(t, h, w), key=key)
-            self._keep(found)
-        else:
-            self._cache.move_to_end(key)
+            with self._lock:
+                self._keep(found)
         return found, picture.size
 
     def key(self, picture: Image) -> str:
@@ -67,10 +95,16 @@ class ImagePreprocessor:
         return image_tokens(image.grid, self.merge)
 
     def _keep(self, image: ImageInput) -> None:
+        if image.key in self._cache:  # two threads met the same picture
+            return
         self._cache[image.key] = image
         self._held += _bytes(image)
         while self._held > self.cache_bytes and len(self._cache) > 1:
             self._held -= _bytes(self._cache.popitem(last=False)[1])
+
+
+def _name(image: Path | str | Image) -> str | int:
+    return str(image) if isinstance(image, str | Path) else id(image)
 
 
 def open_image(image: Path | str | Image) -> Image:
