@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ def profiled(out: Path, *, steps: int, enabled: bool = True) -> Iterator[Callabl
         profiler.export_chrome_trace(str(out / "trace.json"))
 
     warm = min(before, 1)
-    plan = schedule(skip_first=before - warm, wait=0, warmup=warm, active=min(STEPS, max(steps, 1)), repeat=1)
+    with warnings.catch_warnings():  # a run this short has no step to warm up with
+        warnings.filterwarnings("ignore", message="Profiler won't be using warmup")
+        plan = schedule(skip_first=before - warm, wait=0, warmup=warm, active=min(STEPS, max(steps, 1)), repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
         yield profiler.step
