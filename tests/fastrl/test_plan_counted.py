@@ -142,7 +142,9 @@ def test_the_parts_add_up_to_what_lives_between_steps(folders: Callable[[str], P
     model = count_model(policy.core)
     memory = memory_of(recipe, model, WORK, Trace(0, 0, 0, 0, 0, 0), (0, 0))
     copies = sum(t.numel() * t.element_size() for t in engine._masters.values())
-    moments = sum(v.numel() * v.element_size() for s in engine._adamw.state.values() for v in s.values() if v.ndim)
+    moments = sum(
+        v.numel() * v.element_size() for s in engine._optimizers[0].state.values() for v in s.values() if v.ndim
+    )
     weights = sum(p.numel() * p.element_size() for p in policy.core.parameters())
     assert (memory.weights, memory.copies, memory.moments) == (weights, copies, moments)
 
