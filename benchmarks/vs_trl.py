@@ -226,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = torch.device(args.device) if args.device else default_device()
     size, trains = ("3b", ["lora", "full"]) if device.type == "cuda" else ("small", ["full"])
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        parser.error("TRL would spread over all GPUs: set CUDA_VISIBLE_DEVICES to one")
     chosen = plan(size, args.train or trains, args.only, not args.no_best)
     if not chosen:
         parser.error(f"no case matches {args.only!r}")
@@ -246,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 1
         bench = Bench(build_folder(size, root / size, device), root / "pictures", device, args.rounds)
+        bench.free()
         for work, train, micro_batch in chosen:
             if time.monotonic() - begin > args.seconds:
                 report["not_run"].append(f"{work.name}, {train}, {micro_batch}")

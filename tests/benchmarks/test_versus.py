@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import table, vs_trl
 from benchmarks.versus import gradients, measure, work
-from benchmarks.versus.model import build_folder, load_processor
+from benchmarks.versus.model import build_folder, config_3b, load_processor
 
 pytest.importorskip("trl")
 
@@ -135,6 +135,17 @@ def test_prompts_have_the_wanted_length(folder: Path, tmp_path: Path, item: work
     assert len(ids["input_ids"][0]) == item.prompt
     with pytest.raises(ValueError, match="no question fills a prompt of 10 tokens"):
         work.make_records(replace(item, prompt=10), 1, tmp_path, processor.tokenizer)
+
+
+def test_the_large_model_has_the_sizes_of_the_released_one(folder: Path) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config_3b(load_processor(folder).tokenizer))
+    parameters = {name: p.numel() for name, p in model.named_parameters()}
+    embedding = parameters.pop("model.language_model.embed_tokens.weight")  # of this test's tokenizer
+    assert embedding == 3200 * 2048
+    assert sum(parameters.values()) == 3_754_622_976 - 151_936 * 2048
 
 
 def test_every_case_is_planned_and_can_be_chosen() -> None:
