@@ -40,7 +40,17 @@ def _kernel_cells(case: dict[str, Any]) -> list[str]:
 def steps(report: dict[str, Any]) -> str:
     """A line per case of ``vs_trl``: seconds of a whole optimizer step, and TRL's numbers over fastrl's."""
     phases = [name for name in PHASES if name in ("generate", "forward", "backward")]
-    head = ["step", "P / R / G × prompts", "trained", "rows in a micro-batch", "TRL s", "fastrl s", "**step**", *phases]
+    head = [
+        "step",
+        "P / R / G × prompts",
+        "trained",
+        "rows in a micro-batch",
+        "TRL s",
+        "fastrl s",
+        "**step**",
+        "CPU time",
+        *phases,
+    ]
     return _markdown([*head, "peak memory", "FLOPs"], (_step_cells(case, phases) for case in report["cases"]))
 
 
@@ -56,7 +66,11 @@ def _step_cells(case: dict[str, Any], phases: Iterable[str]) -> list[str]:
     cells += [f"{side['seconds']:.2f}" if "seconds" in side else side["error"] for side in sides]
     ratio = case["ratio"]
     step = f"**{ratio['seconds']:.1f}×**" if "seconds" in ratio else ""
-    return [*cells, step, *(f"{ratio[n]:.1f}×" if n in ratio else "" for n in (*phases, "peak_bytes", "flops"))]
+    return [
+        *cells,
+        step,
+        *(f"{ratio[n]:.1f}×" if n in ratio else "" for n in ("cpu_seconds", *phases, "peak_bytes", "flops")),
+    ]
 
 
 def _gradients(report: dict[str, Any]) -> str:

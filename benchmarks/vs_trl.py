@@ -20,8 +20,9 @@ multimodal model without vLLM).
 
 A short text prompt is among the cases because there sharing has little to share. ``equal``: both sides take G answers
 in a micro-batch; ``best``: each takes the size at which it is fastest, tried out just before. Steps of the two sides
-take turns (where both fit the memory); times are medians. Peak: bytes that stay between steps (weights, optimizer)
-and the most that a step allocates beyond them. Ratios are TRL's number over fastrl's.
+take turns (where both fit the memory); times are medians. CPU time is the process's, whatever else the machine does.
+Peak: bytes that stay between steps (weights, optimizer) and the most that a step allocates beyond them. Ratios are
+TRL's number over fastrl's.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from benchmarks.versus.work import GOAL, Work, make_records, works
 from fastrl.data.records import Record
 
 FAIRNESS = (__doc__ or "").split("Fairness. ", 1)[1].strip()
-ROWS = ("seconds", *PHASES, "peak_bytes", "flops")
+ROWS = ("seconds", "cpu_seconds", *PHASES, "peak_bytes", "flops")
 
 
 class Bench:
@@ -158,6 +159,7 @@ def summary(recorder: Recorder, static: int, work: Work) -> dict[str, Any]:
     row = {
         "seconds": seconds,
         "all_seconds": recorder.seconds,
+        "cpu_seconds": statistics.median(recorder.cpu_seconds),
         "phases": phases,
         "answer_tokens_per_s": answers / seconds,
         "generated_tokens_per_s": answers / phases["generate"],
@@ -192,7 +194,8 @@ def line(case: dict[str, Any]) -> list[str]:
             continue
         phases = " ".join(f"{phase} {side['phases'][phase]:.3f}" for phase in PHASES)
         peak = f"{side['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in side else ""
-        out.append(f"  {name:7} {side['seconds']:8.3f} s = {phases}; {peak}, {side['flops'] / 1e9:.1f} GFLOP")
+        total = f"{side['seconds']:8.3f} s ({side['cpu_seconds']:.3f} s of CPU)"
+        out.append(f"  {name:7} {total} = {phases}; {peak}, {side['flops'] / 1e9:.1f} GFLOP")
     out.append("  ratio   " + ", ".join(f"{name} {value:.2f}" for name, value in case["ratio"].items()))
     return out
 

@@ -90,6 +90,7 @@ class Recorder:
     def __init__(self, device: torch.device, phases: Phases) -> None:
         self.device, self.phases = device, phases
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []  # of this process, all threads: what other programs take does not count
         self.by_phase: list[dict[str, float]] = []
         self.flops: int | None = None
         self.step_bytes: int | None = None
@@ -103,13 +104,14 @@ class Recorder:
                 yield
             self.step_bytes, self.flops = found[0], int(counter.get_total_flops())
         else:
-            begin = now(self.device)
+            begin, cpu = now(self.device), time.process_time()
             yield
-            total = now(self.device) - begin
+            total, cpu = now(self.device) - begin, time.process_time() - cpu
             phases = self.phases.read()
             phases.pop("other", None)
             if kind == "time":
                 self.seconds.append(total)
+                self.cpu_seconds.append(cpu)
                 self.by_phase.append(phases | {"other": total - sum(phases.values())})
 
 

@@ -78,6 +78,7 @@ def test_a_case_has_every_number_of_both_sides(folder: Path, tmp_path: Path) -> 
         assert side["seconds"] == pytest.approx(sum(side["phases"].values()))
         assert side["static_bytes"] >= 3 * 4 * 6_895_520  # weights and two moments
         assert side["peak_bytes"] > side["static_bytes"] + 4 * 6_895_520  # and the gradient
+        assert side["cpu_seconds"] > 0
         assert side["answer_tokens_per_s"] == pytest.approx(8 * 5 / side["seconds"])
     ours, theirs = case["sides"]["fastrl"], case["sides"]["trl"]
     assert ours["flops"] < theirs["flops"]
@@ -160,7 +161,13 @@ def test_command_writes_gradients_cases_and_what_was_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(vs_trl, "compare", lambda *_, **__: {"cosine": 1.0, "norm_ratio": 1.0})
-    side = {"seconds": 1.0, "phases": dict.fromkeys(measure.PHASES, 0.1), "flops": 10**9, "peak_bytes": 1 << 20}
+    side = {
+        "seconds": 1.0,
+        "cpu_seconds": 1.0,
+        "phases": dict.fromkeys(measure.PHASES, 0.1),
+        "flops": 10**9,
+        "peak_bytes": 1 << 20,
+    }
     case = {"sides": {"fastrl": side, "trl": side}, "ratio": {"seconds": 1.0}, "rows": {"fastrl": 8, "trl": 8}}
     named = {"work": {"name": "goal"}, "train": "full", "micro_batch": "equal"}
     monkeypatch.setattr(vs_trl.Bench, "case", lambda self, item, train, micro: case | named)
@@ -199,6 +206,6 @@ def test_tables_say_what_the_files_say() -> None:
     found = table.tables(made | {"fairness": "…", "gradients": [gradient], "cases": [case, failed]})
     assert "full: cosine 1.0000000, norm ratio 1.000000." in found
     start = "| tiny | 48 / 5 / 4 × 2 | full | 4 / 4 (equal) |"
-    assert f"{start} 6.00 | 1.00 | **6.0×** |  | 7.0× |  | 5.0× |  |" in found
+    assert f"{start} 6.00 | 1.00 | **6.0×** |  |  | 7.0× |  | 5.0× |  |" in found
     assert f"{start} out of memory | 1.00 |" in found
     assert table.tables({"kernels": []}) == ""
