@@ -15,7 +15,7 @@ from fastrl.engine import LocalEngine, NonFiniteError
 from fastrl.models import load_policy, offload
 from fastrl.optimizers import BLOCK, AdamW8bit, decode, encode
 from fastrl.recipe import OptimRecipe, RecipeError
-from fastrl.trainer import TrainingError, train
+from fastrl.trainer import Run, TrainingError, train
 
 from .test_plan_counted import counted_peak
 from .training import make_recipe, make_records
@@ -197,6 +197,14 @@ def test_offloaded_activations_give_the_same_gradients(
 def test_keys_that_do_not_go_together_are_named(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         make_recipe(tmp_path, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_copy_of_the_reference_is_kept_without_lora_alone(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, lora: dict[str, int] | None
+) -> None:
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, method__beta=0.04, model__lora=lora)
+    assert (Run(recipe, records=make_records()).policy._reference_core is None) == (lora is not None)
 
 
 def test_a_run_with_release_stops_at_a_bad_gradient(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
