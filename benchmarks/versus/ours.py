@@ -12,6 +12,7 @@ import torch
 from benchmarks.versus.measure import Phases, Recorder, static_bytes
 from benchmarks.versus.work import Work, never_sampled
 from fastrl.data.records import Record
+from fastrl.engine import LocalEngine
 from fastrl.recipe import Recipe, build_recipe
 from fastrl.trainer import Run
 
@@ -92,8 +93,9 @@ class Fastrl:
     @property
     def static_bytes(self) -> int:
         """Bytes that stay between steps."""
-        optimizers = [o for o in vars(self.run.engine).values() if isinstance(o, torch.optim.Optimizer)]
-        return static_bytes(self.run.policy.model, optimizers)
+        engine = self.run.engine
+        assert isinstance(engine, LocalEngine)
+        return static_bytes(self.run.policy.model, engine._optimizers)
 
     def _clock(self, phases: Phases) -> None:
         def phase(name: str) -> AbstractContextManager[None]:
