@@ -94,6 +94,12 @@ class Decode:
 
     def run(self) -> None:
         """Sample every row to its EOS or to ``max_new_tokens``."""
+        try:
+            self._run()
+        finally:
+            self.runner = None  # it holds this object, and so the keys
+
+    def _run(self) -> None:
         self._record(self.first_logits.repeat_interleave(self.sampling.n, 0))
         del self.first_logits
         every = CHECK_EVERY if self.token.is_cuda else 1
@@ -105,7 +111,6 @@ class Decode:
             else:
                 self.step()
             self.cache.step += 1
-        self.runner = None  # its graphs, and the memory of their temporaries
 
     def step(self) -> None:
         """Feed each row's last token, sample its next one. Fixed shapes if static, in place, no host reads."""

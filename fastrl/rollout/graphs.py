@@ -1,14 +1,15 @@
 """A step of fixed shapes on a GPU, captured once per batch size in a CUDA graph and replayed.
 
 A graph replays the same kernels on the same addresses: everything a step reads or writes beside its own temporaries
-must stay where it is. Weights do while an optimizer changes them in place; here graphs live for one decode only, so
-nothing that happens between two rollouts (a reloaded adapter, a moved model) can be replayed over.
+must stay where it is. Weights do while an optimizer changes them in place; here graphs are replayed within one decode
+only, so nothing that happens between two rollouts (a reloaded adapter, a moved model) can be replayed over.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -23,12 +24,8 @@ class GraphRunner:
     """
 
     def __init__(self, step: Callable[[], None], device: torch.device) -> None:
-        self.step, self.device = step, device
+        self.step, self.device, self.place = step, device, _place(device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        # Captures need a stream of their own, and libraries keep a workspace for each stream they meet: they meet this
-        # one in the warm-up, outside a capture. One pool: graphs of one decode never run at the same time.
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, size: int, left: int) -> None:
         """One step at batch size ``size``, with ``left`` steps to go, this one included."""
@@ -38,15 +35,15 @@ class GraphRunner:
             return
         self._warm_up()
         if left > WORTH_CAPTURING:
-            self.graphs[size] = self._capture()
+            self.graphs[size] = self.place.latest = self._capture()
 
     def _warm_up(self) -> None:
         """One real step, on the stream that will capture: kernels are compiled and loaded, workspaces made."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        stream, current = self.place.stream, torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             self.step()
-        current.wait_stream(self.stream)
+        current.wait_stream(stream)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """``step`` as a graph. Capturing runs nothing."""
@@ -55,10 +52,10 @@ class GraphRunner:
         collects = gc.isenabled()
         gc.disable()  # a collection may free a CUDA object, which is forbidden while capturing
         try:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.place.stream):
                 # Not torch.cuda.graph: it empties the allocator's cache, which the next forward would have to refill.
                 # Thread-local: what other threads ask of the driver meanwhile (pinning pictures) is no error.
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=self.place.pool, capture_error_mode="thread_local")
                 try:
                     self.step()
                 finally:
@@ -67,3 +64,18 @@ class GraphRunner:
             if collects:
                 gc.enable()
         return graph
+
+
+class _Place:
+    """Where a device's decodes capture, one after another: one stream, as libraries keep a workspace for each stream
+    they meet, and one pool for the temporaries, which stays one as long as a graph of it is alive: the latest."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.latest: torch.cuda.CUDAGraph | None = None
+
+
+@cache
+def _place(device: torch.device) -> _Place:
+    return _Place(device)
