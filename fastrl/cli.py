@@ -430,7 +430,7 @@ def study(
 
 @tiny_app.command(name="build")
 def tiny_build(
-    kind: Annotated[str, typer.Argument(help="perception, language, dialogues, clips or video")],
+    kind: Annotated[str, typer.Argument(help="perception, language, dialogues or video")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     rows: Annotated[int, typer.Option(min=1, help="Scenes per step.")] = 16,
@@ -438,13 +438,25 @@ def tiny_build(
     retokenize: Annotated[bool, typer.Option("--retokenize", help="With --from: a vocabulary of its own.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    embedding_lr: Annotated[float | None, typer.Option(help="Of embeddings, norms and biases [the same].")] = None,
 ) -> None:
     """Build a small Qwen2.5-VL and teach it the scene tasks (25 minutes on one CPU core)."""
     from fastrl.models import tiny
     from fastrl.models.tiny.build import build
 
     begin = tiny.resolve(start) if start is not None else None
-    build(kind, out, steps=steps, rows=rows, seed=seed, lr=lr, start=begin, retokenize=retokenize, log=_say)
+    build(
+        kind,
+        out,
+        steps=steps,
+        rows=rows,
+        seed=seed,
+        lr=lr,
+        embedding_lr=embedding_lr,
+        start=begin,
+        retokenize=retokenize,
+        log=_say,
+    )
 
 
 def main() -> None:

@@ -163,6 +163,7 @@ def train(
     rows: int,
     seed: int,
     lr: float = 2e-3,
+    embedding_lr: float | None = None,
     log: Callable[[str], None] = print,
     every: int = 50,
     save: Callable[[int], None] = lambda step: None,
@@ -171,7 +172,7 @@ def train(
     tokenizer = make_row.tokenizer
     image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     frames = make_row.curriculum.frames
-    optimizers = make_optimizers(model, lr)
+    optimizers = make_optimizers(model, lr, embedding_lr)
     began, running = time.perf_counter(), 0.0
     model.train()
     for step in range(steps):
@@ -226,6 +227,7 @@ def build(
     rows: int = 16,
     seed: int = 0,
     lr: float = 3e-3,
+    embedding_lr: float | None = None,
     start: Path | None = None,
     retokenize: bool = False,
     log: Callable[[str], None] = print,
@@ -260,5 +262,5 @@ def build(
     def save(step: int) -> None:
         save_folder(model, tokenizer, image_processor, out)
 
-    train(model, make_row, steps=steps, rows=rows, seed=seed, lr=lr, log=log, save=save)
+    train(model, make_row, steps=steps, rows=rows, seed=seed, lr=lr, embedding_lr=embedding_lr, log=log, save=save)
     save(steps)

@@ -44,9 +44,7 @@ CURRICULA = {
     "dialogues": Curriculum(
         {"ocr": 2, "caption": 2, "grounding": 1, "dialogue": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT
     ),
-    # tiny:video was taught where things are in six frames, then what they are called: "clips" and from it "video"
-    "clips": Curriculum({"trajectory": 2, "utr": 1, "shown": 1}, levels=(1, 2, 2, 3), size=84, frames=6),
-    "video": Curriculum({"trajectory": 3, "utr": 1, "shown": 1}, levels=(2, 2, 3, 3), size=84, frames=6, balanced=True),
+    "video": Curriculum({"trajectory": 2, "utr": 1, "shown": 1}, levels=(1, 2, 2, 3), frames=6, balanced=True),
 }
 
 
