@@ -1,9 +1,10 @@
 """UTR's demo: the same clips asked two ways, the same training, and what each teaches about whole clips.
 
-A hack-prone set (where is this shape in frame 3? one frame answers) and a UTR set of equal size (where is it in all
-frames, and what does it do?) are built from the same scene clips. A copy of the small video model is trained on each
+A hack-prone set (what does the clip show? every single frame tells) and a UTR set of equal size (where is this one in
+all frames, and what does it do?) are made from the same scene clips. A copy of the small video model is trained on each
 for the same steps; both are measured on UTR questions about clips neither has seen: overlap of the whole trajectory,
-and temporal perplexity, which is how much better the model explains the true answer from all frames than from one.
+and temporal perplexity, which is how much better the model explains the true answer from all frames than from one. The
+clips are longer than those the small model was taught with.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fastrl.build.utr import BuildOptions, build_dialogues
 from fastrl.data import load_data
 from fastrl.demo.claims import Check, Claim, Result, rises
+from fastrl.demo.scenes import scenes_like
 from fastrl.evaluate.run import sample_records
 from fastrl.evaluate.tpl import temporal_perplexity
 from fastrl.evaluate.trajectory import evaluate_trajectory
@@ -29,9 +31,8 @@ if TYPE_CHECKING:
     from fastrl.data.records import Record
     from fastrl.models.load import Policy
 
-HELD_OUT_SEED = 1_000_003
-CLIPS, HELD_OUT, MAX_NEW_TOKENS = 256, 96, 128
-SETS = {"hack": "one-frame answers", "utr": "UTR"}
+CLIPS, HELD_OUT, MAX_NEW_TOKENS = 256, 64, 160
+SETS = {"hack": "what one frame tells", "utr": "UTR"}
 COLORS = {"start": "#999999", "hack": "#d73027", "utr": "#1a9850"}
 
 
@@ -39,14 +40,14 @@ def wins(key: str) -> Check:
     """On every seed the model trained on the UTR set has more of ``key`` than the one trained on the other set."""
     return lambda results: [
         f"seed {r['seed']}: {key} is {r['models']['utr'][key]:.4f} after UTR, {r['models']['hack'][key]:.4f} after "
-        "one-frame answers"
+        "the hack-prone set"
         for r in results
         if r["models"]["utr"][key] <= r["models"]["hack"][key]
     ]
 
 
 CLAIM = Claim(
-    "on every seed the UTR set beats one-frame answers in trajectory IoU (sampled and greedy) and in temporal "
+    "on every seed the UTR set beats the hack-prone one in trajectory IoU (sampled and greedy) and in temporal "
     "perplexity, and gains at least 0.05 IoU on the start",
     (wins("mean_iou"), wins("greedy_mean_iou"), wins("tpl"), rises(by=0.05), rises("greedy_", by=0.05)),
 )
@@ -89,15 +90,19 @@ def run(
     if task not in (None, "trajectory"):
         raise ValueError(unknown("demo task", str(task), ("trajectory",)))
     started = time.perf_counter()
-    records = load_data(f"scenes:utr?n={held_out}&seed={HELD_OUT_SEED}&difficulty=2&size=84")
+    base = load_recipe("utr-tiny")
+    records = load_data(scenes_like(base.data_spec, n=held_out))
     say(f"measuring {held_out} held-out clips before training …")
-    found = {"start": measure(load_model(load_recipe("utr-tiny")), records)}
-    specs, size = build_sets(clips, seed, out, say)
+    found = {"start": measure(load_model(base), records)}
+    source = scenes_like(base.data_spec, n=clips, seed=seed + 1)
+    sets = build_sets(source, base.data.frames or 6, seed, out)
+    size = len(sets["utr"])
+    say(f"made two sets of {size} about the same {clips} clips")
     for name, title in SETS.items():
-        recipe = load_recipe("utr-tiny", _changes(specs[name], out / name, seed, steps))
-        say(f"training on {size} dialogues, {title}: {recipe.optim.steps} steps of {recipe.data.prompts_per_step} …")
+        recipe = load_recipe("utr-tiny", _changes(source, out / name, seed, steps))
+        say(f"training on {title}: {recipe.optim.steps} steps of {recipe.data.prompts_per_step} …")
         policy = load_model(recipe)
-        train(recipe, policy=policy)
+        train(recipe, records=sets[name], policy=policy)
         found[name] = measure(policy, records)
     models = {name: measured.numbers() for name, measured in found.items()}
     draw_comparison(models, out / "comparison.png")
@@ -121,18 +126,18 @@ def run(
     return result
 
 
-def build_sets(clips: int, seed: int, out: Path, say: Callable[[str], None]) -> tuple[dict[str, str], int]:
-    """Both sets from the same clips, as data specs of equal size, and that size."""
-    source = f"scenes:trajectory?n={clips}&seed={seed + 1}&difficulty=2&size=84"
-    kept = {}
-    for name, answers in (("hack", "frame"), ("utr", "trajectory")):
-        queries = ("spatial",) if name == "hack" else ("spatial", "temporal")
-        options = BuildOptions(source, frames=6, answers=answers, queries=queries, seed=seed)
-        kept[name] = build_dialogues(options, out / f"{name}.jsonl")["kept"]
-    size = min(kept.values())
-    say(f"built two sets of {size} dialogues about {clips} clips")
-    # Shuffled before the larger one is cut, or it would cover fewer clips
-    return {name: f"utr:{out / name}.jsonl?seed={seed}&limit={size}" for name in kept}, size
+def build_sets(spec: str, frames: int, seed: int, out: Path) -> dict[str, Sequence[Record]]:
+    """Records of both sets, equally many, about the clips of ``spec``; the UTR set is built in ``out``."""
+    from fastrl.data.scenes import Scenes
+    from fastrl.data.scenes.tasks import shown_in
+
+    build_dialogues(BuildOptions(spec, frames=frames, seed=seed), out / "utr.jsonl")
+    scenes = load_data(spec).records
+    assert isinstance(scenes, Scenes)
+    size = len(scenes)  # one question about each clip; of the dialogues as many, drawn from all clips
+    hack = [shown_in(scenes.clip(number)) for number in range(size)]
+    utr = load_data(f"utr:{out / 'utr.jsonl'}?seed={seed}&limit={size}")
+    return {"hack": hack[: len(utr)], "utr": utr}
 
 
 def measure(policy: Policy, records: Sequence[Record]) -> Measured:

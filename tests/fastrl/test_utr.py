@@ -113,7 +113,7 @@ def test_a_recipe_chooses_the_frames(pedestrians: Path) -> None:
     recipe = load_recipe("utr-tiny", changes)
     data = load_data(recipe.data_spec)
     assert {len(record.images) for record in data} == {3}
-    assert load_recipe("utr-tiny").data_spec.endswith("size=84&frames=6")
+    assert load_recipe("utr-tiny").data_spec.endswith("size=84&frames=8")
     with pytest.raises(DataError, match=r"says frames=2, data\.frames says 3"):
         _ = load_recipe("utr-tiny", {**changes, "data.spec": "scenes:utr?frames=2"}).data_spec
     with pytest.raises(DataError, match="unknown option 'sample'"):

@@ -117,7 +117,7 @@ def test_lessons_about_clips_show_all_frames_or_one(alone: int | None) -> None:
     assert {int(t) for t in re.findall(r"Frame(\d):", answers)} == set(frames)
     assert ("It " in answers) is (alone is None)  # no actions in a single frame
     assert "The clip shows" in answers
-    assert row.pixels.shape[0] == len(frames) * 64
+    assert row.pixels.shape[0] == len(frames) * 36
 
 
 def test_a_model_begins_with_what_another_has_learned(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_a_model_begins_with_what_another_has_learned(tmp_path: Path) -> None:
     old, new = load_policy(resolve("tiny:perception")), load_policy(tmp_path)
     theirs, ours = old.core.state_dict(), new.core.state_dict()
     assert all(torch.equal(theirs[k], ours[k]) for k in ours if "embed_tokens" not in k and "lm_head" not in k)
-    twins = coordinate_twins(new.tokenizer, old.tokenizer, 112)
+    twins = coordinate_twins(new.tokenizer, old.tokenizer, 84)
     names = {new.tokenizer.decode([here]): old.tokenizer.decode([there]) for here, there in twins.items()}
-    assert (len(names), names[",500"], names["500"]) == (226, ", 56", "56")  # 0 to 112 pixels, in either place of a box
+    assert (len(names), names[",500"], names["500"]) == (170, ", 42", "42")  # 0 to 84 pixels, in either place of a box
     vocabulary = old.tokenizer.get_vocab()
     pairs = {here: vocabulary[t] for t, here in new.tokenizer.get_vocab().items() if t in vocabulary} | twins
     assert len(pairs) > 1000
