@@ -438,7 +438,6 @@ def tiny_build(
     retokenize: Annotated[bool, typer.Option("--retokenize", help="With --from: a vocabulary of its own.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
-    embedding_lr: Annotated[float | None, typer.Option(help="Of embeddings, norms and biases [the same].")] = None,
 ) -> None:
     """Build a small Qwen2.5-VL and teach it the scene tasks (25 minutes on one CPU core)."""
     from fastrl.models import tiny
@@ -452,7 +451,6 @@ def tiny_build(
         rows=rows,
         seed=seed,
         lr=lr,
-        embedding_lr=embedding_lr,
         start=begin,
         retokenize=retokenize,
         log=_say,

@@ -98,7 +98,7 @@ def collate(rows: list[Row], start_positions: Tensor, pad_id: int) -> dict[str, 
     shared = start_positions.shape[1]
     ids = torch.full((len(rows), length), pad_id)
     branch = torch.full((len(rows), length), -1)
-    answer = torch.zeros(len(rows), length)
+    answer = torch.zeros(len(rows), length, dtype=torch.bool)
     positions = torch.zeros(3, len(rows), length, dtype=torch.long)
     base = int(start_positions.max()) + 1
     for i, row in enumerate(rows):
@@ -126,7 +126,7 @@ def collate(rows: list[Row], start_positions: Tensor, pad_id: int) -> dict[str, 
 def supervised_loss(
     model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, Tensor], grid: Tensor, image_id: int
 ) -> Tensor:
-    """Weighted mean of the answer tokens' negative log-likelihood."""
+    """Mean negative log-likelihood of the answer tokens."""
     inner = model.model
     features = inner.visual(batch["pixels"], grid_thw=grid, return_dict=True).pooler_output
     embeds = inner.get_input_embeddings()(batch["ids"])
@@ -134,11 +134,9 @@ def supervised_loss(
     hidden = inner.language_model(
         inputs_embeds=embeds, position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
     ).last_hidden_state
-    weight = batch["answer"][:, 1:]
-    predicted = weight > 0
+    predicted = batch["answer"][:, 1:]
     logits = model.lm_head(hidden[:, :-1][predicted])
-    losses = torch.nn.functional.cross_entropy(logits.float(), batch["ids"][:, 1:][predicted], reduction="none")
-    return (losses * weight[predicted]).sum() / weight.sum()
+    return torch.nn.functional.cross_entropy(logits.float(), batch["ids"][:, 1:][predicted])
 
 
 def start_positions(start_ids: list[int], image_id: int, side: int) -> Tensor:
@@ -163,7 +161,6 @@ def train(
     rows: int,
     seed: int,
     lr: float = 2e-3,
-    embedding_lr: float | None = None,
     log: Callable[[str], None] = print,
     every: int = 50,
     save: Callable[[int], None] = lambda step: None,
@@ -172,7 +169,7 @@ def train(
     tokenizer = make_row.tokenizer
     image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     frames = make_row.curriculum.frames
-    optimizers = make_optimizers(model, lr, embedding_lr)
+    optimizers = make_optimizers(model, lr)
     began, running = time.perf_counter(), 0.0
     model.train()
     for step in range(steps):
@@ -227,7 +224,6 @@ def build(
     rows: int = 16,
     seed: int = 0,
     lr: float = 3e-3,
-    embedding_lr: float | None = None,
     start: Path | None = None,
     retokenize: bool = False,
     log: Callable[[str], None] = print,
@@ -262,5 +258,5 @@ def build(
     def save(step: int) -> None:
         save_folder(model, tokenizer, image_processor, out)
 
-    train(model, make_row, steps=steps, rows=rows, seed=seed, lr=lr, embedding_lr=embedding_lr, log=log, save=save)
+    train(model, make_row, steps=steps, rows=rows, seed=seed, lr=lr, log=log, save=save)
     save(steps)

@@ -32,7 +32,6 @@ class Curriculum:
     size: int = 112
     frames: int = 1
     font: int = 17  # of words in the picture
-    balanced: bool = False  # tokens weigh 1 / sqrt(their answer's length), so that names count beside coordinates
 
 
 CURRICULA = {
@@ -78,7 +77,7 @@ class Row:
     ids: list[int]
     branch: list[int]  # 0: shared start; 1, 2, …: a question with its answer
     position: list[int]  # text position of tokens after the image
-    answer: list[float]  # weight of the token's prediction in the loss
+    answer: list[bool]  # token is predicted in the loss
     pixels: Tensor
 
 
@@ -124,7 +123,7 @@ class RowMaker:
         pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         ids: list[int] = []
         branch: list[int] = []
-        answer: list[float] = []
+        answer: list[bool] = []
         starts: list[int] = []
         for number, record in enumerate(records, start=1):
             (first, *more), told = self._spoken(record), self._told(record)
@@ -133,12 +132,11 @@ class RowMaker:
                 for token in self._encode(first[:cut]):
                     ids += [token] * (self.cells if token == pad else 1)
                 branch += [0] * len(ids)
-                answer += [0.0] * len(ids)
+                answer += [False] * len(ids)
             starts.append(len(ids))
             for asked, (text, taught) in zip((first[cut:], *more), told, strict=True):
                 question, reply = self._encode(asked), [*self._encode(text), self.tokenizer.eos_token_id]
                 ids += question + reply
-                weight = len(reply) ** -0.5 if self.curriculum.balanced else 1.0
-                answer += [0.0] * len(question) + [taught * weight] * len(reply)
+                answer += [False] * len(question) + [taught] * len(reply)
             branch += [number] * (len(ids) - len(branch))
         return Row(ids, branch, starts, answer, image["pixel_values"])

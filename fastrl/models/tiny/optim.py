@@ -16,19 +16,14 @@ def schedule(step: int, steps: int, warmup: int = 50, floor: float = 0.02) -> fl
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def make_optimizers(
-    model: torch.nn.Module, lr: float, embedding_lr: float | None = None
-) -> list[torch.optim.Optimizer]:
-    """Orthogonalised momentum for the matrices inside the blocks, AdamW for embeddings, norms and biases.
-
-    ``embedding_lr`` is AdamW's peak rate (None: ``lr``).
-    """
+def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Orthogonalised momentum for the matrices inside the blocks, AdamW for embeddings, norms and biases."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [
         Muon([{"params": matrices, "peak": lr}], lr),
-        torch.optim.AdamW([{"params": others, "peak": embedding_lr or lr}], lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW([{"params": others, "peak": lr}], lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
