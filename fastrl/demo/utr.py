@@ -172,13 +172,13 @@ def draw_comparison(models: dict[str, dict[str, float]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 3), layout="constrained")
     FigureCanvasAgg(figure)
-    titles = (("greedy_mean_iou", "trajectory IoU (greedy)"), ("tpl", "temporal perplexity, nats per token"))
+    titles = (("greedy_mean_iou", "trajectory IoU (greedy)"), ("tpl", "temporal perplexity, nats a token"))
     for axis, (key, title) in zip(figure.subplots(1, 2), titles, strict=True):
         names = list(models)
         bars = axis.bar(names, [models[n][key] for n in names], color=[COLORS[n] for n in names], width=0.6)
         axis.bar_label(bars, fmt="%.3f", fontsize=8)
         axis.set_xticks(range(len(names)), ["start", *SETS.values()], fontsize=8)
-        axis.set_title(f"{title}, held-out clips", fontsize=9)
+        axis.set_title(f"{title}, held-out clips", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
