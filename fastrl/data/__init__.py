@@ -61,7 +61,9 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     Raises ``DataError`` for an unknown adapter, a part that is not ``key=value``, or a key given twice.
     """
     adapter, colon, rest = spec.partition(":")
-    if not colon or adapter not in ADAPTERS:
+    if not colon:
+        raise fail(spec, "bad spec", f"names no adapter: a spec is adapter:path?key=value ({', '.join(ADAPTERS)})")
+    if adapter not in ADAPTERS:
         message = f"unknown data adapter {adapter!r}{nearest(adapter, ADAPTERS)}; a spec is adapter:path?key=value"
         raise fail(spec, "bad spec", message)
     path, _, options = rest.partition("?")

@@ -157,7 +157,10 @@ class PerceptionR1:
 
             section = self.context.reward
             weights = {"weights": section.weights} if section.weights else {}
-            self._rewards[task] = reward_for(task, **section.options, **weights)
+            try:
+                self._rewards[task] = reward_for(task, **section.options, **weights)
+            except ValueError as error:
+                raise ValueError(f"the recipe's reward does not fit the data, which is {task}: {error}") from None
         return self._rewards[task]
 
     def _score(self, groups: Sequence[PromptGroup]) -> None:

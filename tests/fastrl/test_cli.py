@@ -91,6 +91,11 @@ def test_tpl_prints_a_line_per_record_or_json(fastrl: Callable[..., Done], tiny_
         (("eval", "groundin", "--data", "scenes:grounding?n=1", "--model", "x"), "did you mean 'grounding'"),
         (("eval", "grounding", "--data", "scenes:grounding?n=1"), "either --model or --predictions"),
         (("eval", "grounding", "--data", "scene:grounding?n=1", "--model", "tiny:perception"), "scenes"),
+        (("eval", "grounding", "--data", "rows.jsonl", "--model", "tiny:perception"), "names no adapter"),
+        (
+            ("train", "perception-r1-counting-tiny", "--data", "scenes:grounding?n=1", "--out", "runs/never"),
+            "does not fit the data, which is grounding",
+        ),
         (
             ("eval", "grounding", "--data", "scenes:grounding?n=1", "--model", "missing-folder"),
             "model folder not found",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def test_lora_of_3b_fits_in_24_gb() -> None:
     assert plan.memory.peak < 22 * GIB
 
 
+@pytest.mark.parametrize("task", ["grounding", "counting", "detection", "ocr"])
+def test_all_weights_of_3b_fit_in_80_gb(task: str) -> None:
+    recipe = load_recipe(f"perception-r1-{task}-3b")
+    assert (recipe.rollout.group_size, recipe.model.lora, recipe.model.freeze) == (8, None, [])
+    assert make_plan(recipe, gpu_named("h100-80")).fits
+
+
 def test_config_alone_is_enough(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of("tiny:perception")))
     at = make_plan(small(f"model.path={tmp_path}", "model.max_pixels=40000"), gpu_named("l4"))
@@ -74,8 +82,11 @@ def test_each_key_moves_what_it_should() -> None:
 
 
 def test_what_does_not_fit_comes_with_changes_until_it_does() -> None:
-    gpu = Gpu("toy", memory=1.33 * GIB, bandwidth=1e12, flops=1e14)
-    plan = make_plan(small("method.beta=0.04"), gpu)
+    recipe = small("method.beta=0.04", "model.max_pixels=200000")
+    needed = make_plan(recipe, gpu_named("l4")).memory.peak
+    gpu = Gpu("toy", memory=0.8 * needed, bandwidth=1e12, flops=1e14)
+    gpu = replace(gpu, memory=gpu.memory + gpu.reserve)
+    plan = make_plan(recipe, gpu)
     assert not plan.fits
     changes = advise(plan)
     assert changes[-1].plan.fits
