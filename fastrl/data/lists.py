@@ -153,7 +153,7 @@ def _resized(row: Row, images: int) -> tuple[tuple[int, int], ...] | None:
     value = row.fields.get("resized")
     if value is None:
         return None
-    sizes = value if isinstance(value, list) else [None]
+    sizes: list[Any] = value if isinstance(value, list) else [None]
     if len(sizes) != images or not all(isinstance(s, list) and [type(v) for v in s] == [int, int] for s in sizes):
         row.fail("wrong type", f"resized must have one [width, height] for each image, got {short(value)}")
         return None
