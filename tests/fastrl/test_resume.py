@@ -84,6 +84,8 @@ def never_stopped(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory)
 CHILD = """
     import os, signal, sys
     from pathlib import Path
+    import torch
+    torch.set_num_threads({threads})  # sums are split among threads: another number rounds otherwise
     sys.path.insert(0, {tests!r})
     from training import make_recipe, make_records
     from fastrl import checkpoint
@@ -107,7 +109,13 @@ def killed(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> dic
     folders = {point: tmp_path_factory.mktemp(point) for point in ("logged", "writing")}
     started = []
     for point, out in folders.items():
-        values = {"tests": str(HERE), "point": point, "model": str(tiny_folder("qwen2_5")), "out": str(out)}
+        values = {
+            "tests": str(HERE),
+            "threads": torch.get_num_threads(),
+            "point": point,
+            "model": str(tiny_folder("qwen2_5")),
+            "out": str(out),
+        }
         script = textwrap.dedent(CHILD).format(**values)
         started.append(subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True))
     for process in started:
