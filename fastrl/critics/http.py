@@ -7,39 +7,25 @@ disk under the hash of its request, so that a build that was stopped asks nothin
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import http.client
-import io
 import json
-import os
-import re
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastrl.checkpoint import write_atomically
 from fastrl.critics.base import Case, CriticError, Critique
 from fastrl.critics.model import critique_of
 from fastrl.critics.rubric import Verdict, parse_reply, rubric_prompt
+from fastrl.transport import Passing, Refused, Stopped, Transport, check_url, data_url
 
 MAX_BYTES = 1 << 20  # of a response that are read
-MAX_PAUSE = 60.0  # seconds, whatever a server asks for
-TRANSIENT = (408, 409, 425, 429)  # and 5xx
 GIVE_UP = 3  # cases in a row that the server could not answer, after all retries: it is gone
 
 
-class _Passing(Exception):
-    """A failure that may pass; ``pause`` seconds if the server named them."""
-
-    def __init__(self, message: str, pause: float | None = None) -> None:
-        super().__init__(message)
-        self.pause = pause
+class _Unreadable(Passing):
+    """The server answered, but not with a verdict."""
 
 
 class HttpCritic:
@@ -72,17 +58,19 @@ class HttpCritic:
         key_env: str = "OPENAI_API_KEY",
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"http critic: expected an address such as http://localhost:8000/v1, got {url!r}")
-        if timeout <= 0 or retries < 0 or concurrency < 1:
-            raise ValueError("http critic: need timeout > 0, retries >= 0 and concurrency >= 1")
-        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        base = check_url(url, "http critic", "http://localhost:8000/v1")
+        self.url = base.removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.cache = model, cache
-        self.timeout, self.retries, self.pause = timeout, retries, pause
-        self.concurrency, self._key = concurrency, os.environ.get(key_env)
-        self._stopped = threading.Event()
-        self._sleep = sleep or self._stopped.wait
+        self._transport = Transport(
+            "the critic",
+            timeout=timeout,
+            retries=retries,
+            pause=pause,
+            concurrency=concurrency,
+            max_bytes=MAX_BYTES,
+            key_env=key_env,
+            sleep=sleep,
+        )
         self._lock = threading.Lock()
         self._failures = 0  # in a row
         self._lost = 0  # cases of one call that the server did not answer
@@ -93,16 +81,11 @@ class HttpCritic:
         Raises:
             CriticError: the server refuses (4xx), or did not answer several cases in a row, or none at all.
         """
-        self._stopped.clear()
         self._failures = self._lost = 0
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._score, case) for case in cases]
-            try:
-                critiques = [future.result() for future in futures]
-            finally:  # after an error or Ctrl-C: start nothing more, and wait for nothing
-                self._stopped.set()
-                for future in futures:
-                    future.cancel()
+        try:
+            critiques = self._transport.map(self._score, cases)
+        except (Refused, Stopped) as error:
+            raise CriticError(str(error)) from None
         if cases and self._lost == len(cases):
             raise CriticError(self._gone(f"any of {len(cases)} cases", critiques[-1].problem))
         return critiques
@@ -114,29 +97,16 @@ class HttpCritic:
             kept = _kept_reply(place)
             if kept is not None:
                 return critique_of(case, kept)
-        problem, unreachable = "", False
-        for attempt in range(self.retries + 1):
-            if self._stopped.is_set():
-                raise CriticError("the critic was stopped")
-            wait = self.pause * 2**attempt
-            try:
-                reply = self._ask(body)
-            except _Passing as error:
-                problem, unreachable = str(error), True
-                wait = error.pause if error.pause is not None else wait
-            else:
-                verdict, unreachable = parse_reply(reply), False
-                if isinstance(verdict, Verdict):
-                    self._count(failed=False)
-                    if place is not None:
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        write_atomically(place, json.dumps({"reply": reply}, ensure_ascii=False))
-                    return critique_of(case, reply)
-                problem = verdict
-            if attempt < self.retries:
-                self._sleep(min(wait, MAX_PAUSE))
-        self._count(failed=unreachable, problem=problem)
-        return Critique(None, problem=problem)
+        try:
+            reply = self._transport.retrying(lambda: self._ask(body))
+        except Passing as error:
+            self._count(failed=not isinstance(error, _Unreadable), problem=str(error))
+            return Critique(None, problem=str(error))
+        self._count(failed=False)
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(place, json.dumps({"reply": reply}, ensure_ascii=False))
+        return critique_of(case, reply)
 
     def _count(self, *, failed: bool, problem: str = "") -> None:
         """Note whether the server answered a case at all; after several in a row that it did not, stop."""
@@ -144,37 +114,22 @@ class HttpCritic:
             self._failures = self._failures + 1 if failed else 0
             self._lost += failed
             if self._failures >= GIVE_UP:
-                self._stopped.set()
+                self._transport.stop()
                 raise CriticError(self._gone(f"{GIVE_UP} cases in a row", problem))
 
     def _gone(self, what: str, problem: str) -> str:
-        times = "once" if not self.retries else f"{self.retries + 1} times"
-        return f"the critic at {self.url} did not answer {what}, each tried {times}; last: {problem}"
+        return f"the critic at {self.url} did not answer {what}, each tried {self._transport.times}; last: {problem}"
 
     def _ask(self, body: bytes) -> str:
-        """The text of one reply. Raises ``_Passing`` for what may pass, ``CriticError`` for a refusal."""
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                data = response.read(MAX_BYTES + 1)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(500).decode("utf-8", "replace")
-            if error.code in TRANSIENT or error.code >= 500:
-                raise _Passing(f"HTTP {error.code}", _retry_after(error.headers.get("Retry-After"))) from None
-            shown = said.replace(self._key, "…") if self._key else said
-            raise CriticError(f"the critic at {self.url} refused: HTTP {error.code}: {shown[:200]}") from None
-        except (OSError, http.client.HTTPException) as error:  # timeouts, cut connections, no such host
-            raise _Passing(f"{type(error).__name__}: {error}") from None
-        if len(data) > MAX_BYTES:
-            raise _Passing(f"a response over {MAX_BYTES} bytes")
-        return _reply_text(data)
+        """The text of one reply that holds a verdict. Raises ``Passing`` for what may pass, ``Refused`` else."""
+        reply = _reply_text(self._transport.send(self.url, body))
+        verdict = parse_reply(reply)
+        if not isinstance(verdict, Verdict):
+            raise _Unreadable(verdict)
+        return reply
 
     def _request(self, case: Case) -> dict[str, Any]:
-        images = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in case.record.images]
+        images = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in case.record.images]
         content = [*images, {"type": "text", "text": rubric_prompt(case)}]
         return {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
 
@@ -198,27 +153,7 @@ def _reply_text(data: bytes) -> str:
     try:
         text = json.loads(data.decode("utf-8"))["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        raise _Passing(f"a response that is no chat completion: {data[:80]!r}") from None
+        raise Passing(f"a response that is no chat completion: {data[:80]!r}") from None
     if not isinstance(text, str):
-        raise _Passing("a chat completion without text")
+        raise Passing("a chat completion without text")
     return text
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header; dates are not read."""
-    return float(value) if value is not None and re.fullmatch(r"\d{1,6}(\.\d+)?", value.strip()) else None
-
-
-def _data_url(image: Any) -> str:
-    """A picture as a data URL: a file's own bytes where browsers know the format, else PNG."""
-    kinds = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
-    if isinstance(image, Path | str) and Path(image).suffix.lower() in kinds:
-        kind, data = kinds[Path(image).suffix.lower()], Path(image).read_bytes()
-    else:
-        from PIL import Image
-
-        picture = image if isinstance(image, Image.Image) else Image.open(image)
-        buffer = io.BytesIO()
-        picture.convert("RGB").save(buffer, "PNG")
-        kind, data = "png", buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
