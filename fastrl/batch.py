@@ -10,9 +10,9 @@ all completions of a group share, every other one by its predecessor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ class Prompt:
     positions: Tensor  # [3, P] int64, multimodal RoPE (time, height, width)
     images: tuple[ImageInput, ...] = ()
     image_slots: tuple[tuple[int, int], ...] = ()  # (start, length) of each image's placeholder run in token_ids
+    # As the chat template saw them, cleaned of control tokens, with {"type": "image"} where an image stands: what a
+    # server is sent that takes no ids for a prompt with images. Empty where a prompt was not encoded from a record.
+    messages: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def next_position(self) -> int:

@@ -36,10 +36,12 @@ class StepInfo(NamedTuple):
 
 
 class Engine(Protocol):
-    """What the trainer needs of an engine. ``rank`` and ``world_size`` count data-parallel processes."""
+    """What the trainer needs of an engine. ``rank`` and ``world_size`` count data-parallel processes, ``updates`` the
+    updates made."""
 
     rank: int
     world_size: int
+    updates: int
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of ``loss``; ``last``: the next call is :meth:`step`."""

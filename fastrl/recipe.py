@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastrl.methods import METHODS, MethodOptions
+from fastrl.transport import check_url
 
 SHIPPED = Path(__file__).parent / "recipes"
 # What other trainers call our keys, for whoever comes from there: the nearest spelling would mislead.
@@ -96,6 +97,10 @@ class RolloutRecipe(Section):
     top_k: int = Field(0, ge=0)  # 0: off
     allow_truncated_sampling: bool = False
     decode: Literal["auto", "eager", "static", "graph"] = "auto"  # auto: CUDA graphs on a GPU, eager steps on a CPU
+    backend: Literal["local", "vllm"] = "local"  # vllm: on a server that is given the weights (docs/vllm.md)
+    server: str | None = None  # of vllm: http://localhost:8000
+    shared: str | None = None  # of vllm: folder, by the same path on the server, for weights; none: OUT/rollout
+    server_timeout: float = Field(600.0, gt=0)  # of vllm: seconds one prompt's answers, or new weights, may take
 
     @model_validator(mode="after")
     def _unbiased(self) -> RolloutRecipe:
@@ -104,6 +109,16 @@ class RolloutRecipe(Section):
                 "top_p < 1 or top_k > 0 samples from another distribution than the one whose log-probs are trained; "
                 "set allow_truncated_sampling: true to accept that bias"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _served(self) -> RolloutRecipe:
+        if self.backend == "local" and (self.server is not None or self.shared is not None):
+            raise ValueError("server and shared are of backend: vllm, this one is local")
+        if self.backend == "vllm":
+            if self.server is None:
+                raise ValueError("backend: vllm needs server: the address of a running vLLM, http://localhost:8000")
+            check_url(self.server, "server", "http://localhost:8000")
         return self
 
 
@@ -200,6 +215,14 @@ class Recipe(Section):
                 "optim.states and optim.gradient_release are the local engine's; with engine.kind: deepspeed use "
                 "engine.zero_stage and engine.offload_optimizer"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rollout(self) -> Recipe:
+        if self.rollout.backend == "vllm" and self.engine.kind != "local":
+            raise ValueError("rollout.backend: vllm takes its weights from one process: it needs engine.kind: local")
+        if self.rollout.backend == "vllm" and self.model.lora is not None and self.model.lora.also_train:
+            raise ValueError("rollout.backend: vllm serves adapters alone: leave model.lora.also_train empty")
         return self
 
     @property

@@ -90,6 +90,7 @@ def train(
         saved = _open_folder(recipe, resume, writes)
         run = Run(recipe, records=records, policy=policy)
         stack.callback(run.policy.preprocessor.close)
+        stack.callback(run.context.close)
         done = checkpoint.load_checkpoint(saved, run.state) if saved is not None else 0
         log = MetricsLog(out, tensorboard=recipe.log.tensorboard, after=done) if writes else NoLog()
         stack.callback(log.close)
@@ -160,6 +161,8 @@ class Run:
             reward=recipe.reward,
             clock=self.clock,
             average=self.engine.average,
+            updates=lambda: self.engine.updates,
+            folder=recipe.folder,
         )
         self.method: Method = method_for(recipe.method)(recipe.method, self.context)
         if recipe.optim.row_local_head and not hasattr(self.method, "row_local_loss"):
@@ -424,6 +427,8 @@ def _check_same_run(recipe: Recipe, stored: Path) -> None:
         "name",
         "model.path",
         "model.device",
+        "rollout.server",
+        "rollout.shared",
         "optim.token_budget",
         "data.workers",
     )

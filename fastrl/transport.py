@@ -87,6 +87,7 @@ class Transport:
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 data = response.read(self.max_bytes + 1)
+                missing = response.length if len(data) <= self.max_bytes else 0  # reading up to a size raises for none
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(500).decode("utf-8", "replace")
@@ -97,6 +98,8 @@ class Transport:
             raise Refused(f"{self.who} at {url} refused: HTTP {error.code}: {shown}") from None
         except (OSError, http.client.HTTPException) as error:  # timeouts, cut connections, no such host
             raise Passing(f"{type(error).__name__}: {error}") from None
+        if missing:
+            raise Passing(f"a response that was cut: {missing} bytes are missing")
         if len(data) > self.max_bytes:
             raise Passing(f"a response over {self.max_bytes} bytes")
         return data

@@ -61,7 +61,7 @@ class HttpCritic:
         base = check_url(url, "http critic", "http://localhost:8000/v1")
         self.url = base.removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.cache = model, cache
-        self._transport = Transport(
+        self.transport = Transport(
             "the critic",
             timeout=timeout,
             retries=retries,
@@ -83,7 +83,7 @@ class HttpCritic:
         """
         self._failures = self._lost = 0
         try:
-            critiques = self._transport.map(self._score, cases)
+            critiques = self.transport.map(self._score, cases)
         except (Refused, Stopped) as error:
             raise CriticError(str(error)) from None
         if cases and self._lost == len(cases):
@@ -98,7 +98,7 @@ class HttpCritic:
             if kept is not None:
                 return critique_of(case, kept)
         try:
-            reply = self._transport.retrying(lambda: self._ask(body))
+            reply = self.transport.retrying(lambda: self._ask(body))
         except Passing as error:
             self._count(failed=not isinstance(error, _Unreadable), problem=str(error))
             return Critique(None, problem=str(error))
@@ -114,15 +114,15 @@ class HttpCritic:
             self._failures = self._failures + 1 if failed else 0
             self._lost += failed
             if self._failures >= GIVE_UP:
-                self._transport.stop()
+                self.transport.stop()
                 raise CriticError(self._gone(f"{GIVE_UP} cases in a row", problem))
 
     def _gone(self, what: str, problem: str) -> str:
-        return f"the critic at {self.url} did not answer {what}, each tried {self._transport.times}; last: {problem}"
+        return f"the critic at {self.url} did not answer {what}, each tried {self.transport.times}; last: {problem}"
 
     def _ask(self, body: bytes) -> str:
         """The text of one reply that holds a verdict. Raises ``Passing`` for what may pass, ``Refused`` else."""
-        reply = _reply_text(self._transport.send(self.url, body))
+        reply = _reply_text(self.transport.send(self.url, body))
         verdict = parse_reply(reply)
         if not isinstance(verdict, Verdict):
             raise _Unreadable(verdict)

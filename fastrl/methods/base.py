@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from fastrl.data.records import Record
     from fastrl.models.load import Policy
     from fastrl.recipe import RewardRecipe, RolloutRecipe
+    from fastrl.rollout import Generator
+    from fastrl.rollout.vllm import VllmGenerator
     from fastrl.stream import RecordStream
 
 
@@ -31,12 +35,17 @@ def _one_rank(value: float) -> float:
     return value
 
 
+def _no_updates() -> int:
+    return 0
+
+
 @dataclass
 class Context:
     """What a method may use while it prepares a step.
 
     ``stream`` is the data position of the run (a method that resamples draws from it), ``rng`` the sampler's generator,
-    and ``average`` the mean of a number over data-parallel ranks (the number itself with one rank).
+    and ``average`` the mean of a number over data-parallel ranks (the number itself with one rank). ``updates`` is the
+    number of optimizer updates made, and ``folder`` where the run writes: a rollout server is given weights by them.
     """
 
     policy: Policy
@@ -46,6 +55,34 @@ class Context:
     reward: RewardRecipe
     clock: Clock = field(default_factory=Clock)
     average: Callable[[float], float] = _one_rank
+    updates: Callable[[], int] = _no_updates
+    folder: Path = Path()
+
+    @cached_property
+    def generator(self) -> Generator | VllmGenerator:
+        """What samples answers, by ``rollout.backend``; made when it is first asked for."""
+        rollout = self.rollout
+        if rollout.backend == "local":
+            from fastrl.rollout import Generator
+
+            return Generator(self.policy, clock=self.clock, decode=rollout.decode)
+        from fastrl.rollout.vllm import VllmGenerator
+
+        assert rollout.server is not None  # the recipe saw to it
+        return VllmGenerator(
+            self.policy,
+            rollout.server,
+            folder=Path(rollout.shared) if rollout.shared is not None else self.folder / "rollout",
+            updates=self.updates,
+            timeout=rollout.server_timeout,
+            clock=self.clock,
+        )
+
+    def close(self) -> None:
+        """Remove what a rollout server was given, if there was one."""
+        close = getattr(self.__dict__.get("generator"), "close", None)
+        if close is not None:
+            close()
 
 
 @dataclass

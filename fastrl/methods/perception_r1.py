@@ -69,7 +69,6 @@ class PerceptionR1:
         self.temperature = context.rollout.temperature
         self.needs_reference = options.beta > 0
         self._rewards: dict[str, Reward] = {}
-        self._generator = None
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """Sample, score and compare G answers to each record; the groups that carry gradient, with their token weights.
@@ -132,7 +131,7 @@ class PerceptionR1:
 
     def _sample(self, records: Sequence[Record]) -> list[PromptGroup]:
         """Encode each record once and sample its answers."""
-        from fastrl.rollout import Generator, Sampling
+        from fastrl.rollout import Sampling
 
         context, rollout = self.context, self.context.rollout
         with context.clock.phase("preprocess"):
@@ -144,8 +143,7 @@ class PerceptionR1:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
         )
-        self._generator = self._generator or Generator(context.policy, clock=context.clock, decode=rollout.decode)
-        answers = self._generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
+        answers = context.generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
         return [
             PromptGroup(prompt=prompt, completions=completions, record=record)
             for (prompt, record), completions in zip(encoded, answers, strict=True)

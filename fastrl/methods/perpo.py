@@ -60,7 +60,6 @@ class PerPO:
         self.context = context
         self.needs_reference = options.kind != "sft"
         self._rewards: dict[str, Reward] = {}
-        self._generator = None
         self._lists: dict[str, list[Completion]] = {}  # online: ranked answers by record id
         self._steps_left = 0  # that they still serve
 
@@ -147,7 +146,7 @@ class PerPO:
 
     def _sample(self, records: Sequence[Record]) -> dict[str, float]:
         """Fill the lists of ``records`` from the present policy."""
-        from fastrl.rollout import Generator, Sampling
+        from fastrl.rollout import Sampling
 
         context, rollout = self.context, self.context.rollout
         unique = list({record.id: record for record in records}.values())
@@ -160,8 +159,7 @@ class PerPO:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
         )
-        self._generator = self._generator or Generator(context.policy, clock=context.clock, decode=rollout.decode)
-        answers = self._generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
+        answers = context.generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
         groups = [PromptGroup(p, a, r) for (p, r), a in zip(encoded, answers, strict=True)]
         self._lists = {}
         left, total = 0, sum(len(g.completions) for g in groups)

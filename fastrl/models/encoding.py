@@ -71,7 +71,8 @@ class Encoder:
         images, record = self._images(record)
         generate = not record.messages or record.messages[-1]["role"] != "assistant"
         ids = torch.cat([self._tokens(text) for text, _ in self._pieces(record, generate)])
-        prompt = self._prompt(record, ids, images)
+        messages = _plain([self._clean(record, message) for message in record.messages])
+        prompt = replace(self._prompt(record, ids, images), messages=tuple(messages))
         self._check_length(record, prompt, max_prompt_tokens)
         return prompt, record
 
@@ -172,14 +173,7 @@ class Encoder:
         return {"role": message["role"], "content": clean}
 
     def _render(self, record: Record, messages: list[dict[str, Any]], generate: bool) -> str:
-        # Templates of text-only models know no part lists; where a message is all text, a string means the same to all.
-        plain = [
-            m
-            if any(p["type"] == "image" for p in m["content"])
-            else m | {"content": "".join(p["text"] for p in m["content"])}
-            for m in messages
-        ]
-        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
+        return self.tokenizer.apply_chat_template(_plain(messages), tokenize=False, add_generation_prompt=generate)
 
     def _tokens(self, text: str) -> Tensor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -212,6 +206,17 @@ class Encoder:
                 f"{_name(record)}: the prompt has {length} tokens ({of_images} of images), over the limit of {limit}; "
                 "prompts are never truncated: raise the limit, lower max_pixels or skip the record"
             )
+
+
+def _plain(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates take them: those of text-only models know no part lists, and where a message is all text,
+    a string means the same to all."""
+    return [
+        m
+        if any(p["type"] == "image" for p in m["content"])
+        else m | {"content": "".join(p["text"] for p in m["content"])}
+        for m in messages
+    ]
 
 
 def _name(record: Record) -> str:

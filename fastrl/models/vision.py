@@ -90,6 +90,19 @@ class ImagePreprocessor:
         digest.update(picture.tobytes())
         return digest.hexdigest()
 
+    def picture(self, image: ImageInput) -> Image:
+        """The resized RGB picture whose pixels ``image`` holds: preprocessed again, it gives the same ones."""
+        from PIL import Image as pil
+
+        t, h, w = image.grid
+        merge, patch = self.merge, self.patch
+        # Rows are patches, those of one merge block together; a still image fills its temporal patch with copies.
+        blocks = image.pixel_values.view(t, h // merge, w // merge, merge, merge, 3, -1, patch, patch)
+        pixels = blocks[0, ..., 0, :, :].permute(0, 2, 5, 1, 3, 6, 4).reshape(h * patch, w * patch, 3)
+        mean, std = (torch.tensor(getattr(self.processor, f"image_{name}")) for name in ("mean", "std"))
+        values = (pixels * std + mean) / self.processor.rescale_factor
+        return pil.fromarray(values.round().clamp(0, 255).to(torch.uint8).numpy())
+
     def tokens(self, image: ImageInput) -> int:
         """Number of language-model tokens of this image."""
         return image_tokens(image.grid, self.merge)

@@ -2,5 +2,7 @@
 
 from fastrl.rollout.generator import Generator, Session
 from fastrl.rollout.sampler import Sampling, sample
+from fastrl.rollout.vllm import VllmGenerator
+from fastrl.rollout.vllm_weights import RolloutError
 
-__all__ = ["Generator", "Sampling", "Session", "sample"]
+__all__ = ["Generator", "RolloutError", "Sampling", "Session", "VllmGenerator", "sample"]

@@ -75,7 +75,7 @@ class Generator:
             ValueError: an empty prompt, no ``rng``.
             FloatingPointError: the policy's logits are not finite.
         """
-        rows = _rows(sampling)
+        rows = rows_per_prompt(sampling)
         uniform = _uniform(len(prompts), sampling, rng)
         features: dict[str, Tensor] = {}
         out: list[list[Completion]] = [[] for _ in prompts]
@@ -168,7 +168,7 @@ class Session:
 
     def sample(self, sampling: Sampling, uniform: Tensor | None) -> list[list[Completion]]:
         """As ``generate``, with the uniform numbers given: [B n, max_new_tokens] float64, None if greedy."""
-        policy, rows = self._policy, _rows(sampling)
+        policy, rows = self._policy, rows_per_prompt(sampling)
         device = policy.device
         if not self.next_position:
             return []
@@ -191,7 +191,7 @@ class Session:
         with self._generator.phase("decode"):
             flat = _completions(policy, decode.tokens.cpu(), decode.logp.cpu())
         if rows < sampling.n:
-            return [[_copy(flat[b]) for _ in range(sampling.n)] for b in range(len(flat))]
+            return [[copy_completion(flat[b]) for _ in range(sampling.n)] for b in range(len(flat))]
         return [flat[b * rows : (b + 1) * rows] for b in range(len(self.next_position))]
 
     def _calls(self, lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -213,7 +213,7 @@ class Session:
             self._hidden[i] = hidden[row, lengths[row] - 1].clone()  # a view would keep the whole call's alive
 
 
-def _rows(sampling: Sampling) -> int:
+def rows_per_prompt(sampling: Sampling) -> int:
     """Rows decoded per prompt: greedy completions of a prompt are equal, so one does for all."""
     return 1 if sampling.greedy else sampling.n
 
@@ -253,7 +253,7 @@ def _completions(policy: Any, tokens: Tensor, logp: Tensor) -> list[Completion]:
     return out
 
 
-def _copy(completion: Completion) -> Completion:
+def copy_completion(completion: Completion) -> Completion:
     assert completion.sampler_logp is not None
     return Completion(
         token_ids=completion.token_ids.clone(),

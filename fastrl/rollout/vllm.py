@@ -1,0 +1,300 @@
+"""``VllmGenerator``: completions from a vLLM server that is given the trainer's weights, behind ``Generator``'s call.
+
+Written against vLLM's documented HTTP API, and tested against a server that imitates it; it was not run against vLLM
+itself. ``docs/vllm.md`` says how to start the server.
+
+A prompt goes out as a chat completion request: its messages, and each image as the PNG of its own resized pixels, whose
+size the server's preprocessing then leaves alone. The server renders and tokenises by itself; with every reply, the ids
+that it says it read must be the prompt's own. How weights get there: ``vllm_weights``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fastrl.batch import Completion, Prompt
+from fastrl.clock import Clock
+from fastrl.rollout.generator import copy_completion, rows_per_prompt
+from fastrl.rollout.sampler import Sampling
+from fastrl.rollout.vllm_weights import RolloutError, ServerWeights
+from fastrl.transport import Passing, Refused, Stopped, Transport, check_url, data_url
+
+MAX_BYTES = 1 << 28  # of a reply: a token with its log-prob takes about 100
+FORBID = -100.0  # the least bias the API takes: a factor of e^-100 on a token's odds
+
+
+class VllmGenerator:
+    """Samples completions from the policy's present weights, on a vLLM server.
+
+    Args:
+        policy: its weights are pushed to the server, its tokenizer decodes what comes back.
+        server: address of the server, with or without ``/v1``.
+        folder: where weights are written for the server to read: the same path on both machines.
+        updates: the number of optimizer updates made so far; weights are pushed when it has changed.
+        timeout: seconds for one request, which waits for its whole answer; retries: further tries after trouble that
+            may pass; concurrency: requests under way at once (the server batches them).
+        clock: told of the phases ``sync`` (weights) and ``decode``.
+        sleep: waits between tries, for tests.
+
+    Raises:
+        ValueError: no http address, numbers out of range, adapters that vLLM does not serve.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        server: str,
+        *,
+        folder: Path,
+        updates: Callable[[], int],
+        timeout: float = 600.0,
+        retries: int = 4,
+        concurrency: int = 64,
+        clock: Clock | None = None,
+        sleep: Callable[[float], object] | None = None,
+    ) -> None:
+        self.url = check_url(server, "vLLM server", "http://localhost:8000").removesuffix("/v1").rstrip("/")
+        self.policy = policy
+        self.phase = clock.phase if clock is not None else nullcontext
+        self.weights = ServerWeights(policy, self.url, self._call, folder=folder, updates=updates)
+        self._transport = Transport(
+            "the vLLM server",
+            timeout=timeout,
+            retries=retries,
+            pause=1.0,
+            concurrency=concurrency,
+            max_bytes=MAX_BYTES,
+            key_env="VLLM_API_KEY",
+            sleep=sleep,
+        )
+        self._probed: set[bool] = set()  # kinds of log-probs the server was found to report
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, rng: torch.Generator | None = None
+    ) -> list[list[Completion]]:
+        """Sample ``sampling.n`` completions of each prompt, as ``Generator.generate``.
+
+        One seed per prompt is drawn from ``rng``. With equal seeds a server draws equal tokens only as far as its
+        arithmetic does not depend on what else it batches.
+
+        Returns:
+            As ``Generator.generate``. Suppressed tokens get a bias of −100, so they are as good as never drawn.
+            ``sampler_logp`` is the server's: at temperature 1 and for greedy answers over the full vocabulary, before
+            bias and truncation, like the trainer's. At other temperatures vLLM has either the log-probs of temperature
+            1 or those of what it drew from; here it is the latter, which leave out the suppressed tokens (and what
+            top_p or top_k cut off) and so lie slightly above the trainer's. The sampler gap among a step's metrics
+            shows that, and whatever else vLLM computes differently.
+
+        Raises:
+            ValueError: a prompt without messages, no ``rng``.
+            RolloutError: no server, weights it did not take, another reading of a prompt than ours, log-probs of
+                another kind than needed, or answers that cannot be used.
+        """
+        seeds = _seeds(len(prompts), sampling, rng)
+        asked = [(prompt, self._request(prompt, sampling, seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
+        if not asked:
+            return []
+        again = self._transport.retrying
+        try:
+            if self.weights.adapter:  # each answer names its weights: what fails is asked again alone
+                again(self._sync)
+                rows = self._ask(asked, sampling, again)
+            else:
+                rows = again(lambda: self._attempt(asked, sampling))
+        except Passing as error:
+            raise RolloutError(
+                f"the vLLM server at {self.url} did not answer, tried {self._transport.times}; last: {error}"
+            ) from None
+        except (Refused, Stopped) as error:
+            raise RolloutError(str(error)) from None
+        if sampling.greedy:  # the API refuses more than one, and they are equal
+            return [[copy_completion(row) for _ in range(sampling.n)] for (row,) in rows]
+        return rows
+
+    def session(self, prompts: Prompt | Sequence[Prompt]) -> NoReturn:
+        """A server keeps no dialogue's keys and values for us. Raises ``RolloutError``."""
+        raise RolloutError("a vLLM server keeps no sessions (dialogues in turns): they need rollout.backend: local")
+
+    def close(self) -> None:
+        """Remove the weights that were written for the server."""
+        self.weights.close()
+
+    def _sync(self) -> None:
+        with self.phase("sync"):
+            self.weights.sync()
+
+    def _attempt(self, asked: Sequence[tuple[Prompt, dict[str, Any]]], sampling: Sampling) -> list[list[Completion]]:
+        """Full weights, then all answers. Trouble may mean that the server was started again, with the weights of its
+        folder: nothing it said since counts, and the next attempt begins with pushing the weights."""
+        self._sync()
+        try:
+            return self._ask(asked, sampling, lambda work: work())
+        except Passing:
+            self.weights.doubt()
+            raise
+
+    def _ask(
+        self,
+        asked: Sequence[tuple[Prompt, dict[str, Any]]],
+        sampling: Sampling,
+        again: Callable[[Callable[[], Any]], Any],
+    ) -> list[list[Completion]]:
+        def one(item: tuple[Prompt, dict[str, Any]]) -> list[Completion]:
+            return again(lambda: self._answers(self._chat(*item), sampling))
+
+        with self.phase("decode"):
+            drawn = not sampling.greedy and sampling.temperature != 1
+            if drawn not in self._probed:
+                again(lambda: self._probe(*asked[0], drawn))
+            return self._transport.map(one, asked)
+
+    def _request(self, prompt: Prompt, sampling: Sampling, seed: int | None) -> dict[str, Any]:
+        """A chat completion request but for its model. What a folder's generation config would change on the server
+        (penalties, truncation, stops) is said here, each time."""
+        if not prompt.messages:
+            raise ValueError("a prompt without messages cannot be sent to a server: encode it from a record")
+        images = iter(prompt.images)
+
+        def content(parts: str | Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
+            if isinstance(parts, str):
+                return parts
+            return [
+                {"type": "image_url", "image_url": {"url": data_url(self.policy.preprocessor.picture(next(images)))}}
+                if part["type"] == "image"
+                else part
+                for part in parts
+            ]
+
+        return {
+            "messages": [{**message, "content": content(message["content"])} for message in prompt.messages],
+            "add_generation_prompt": prompt.messages[-1]["role"] != "assistant",
+            "n": rows_per_prompt(sampling),
+            "max_completion_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": seed,
+            "ignore_eos": True,  # what the server takes for it; these are ours
+            "stop_token_ids": list(self.policy.eos_token_ids),
+            "logit_bias": {str(token): FORBID for token in self.policy.suppressed_token_ids},
+            "logprobs": True,
+            "top_logprobs": 0,
+            "return_token_ids": True,
+        }
+
+    def _chat(self, prompt: Prompt, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """The choices of one reply, by index: given with the weights asked for, to the prompt as we read it."""
+        # The salt keeps what was cached of a prompt with other weights from being used.
+        name = self.weights.asked_for
+        reply = self._call("/v1/chat/completions", {"model": name, "cache_salt": self.weights.name, **request})
+        try:
+            choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+            read, model = reply.get("prompt_token_ids"), reply.get("model")
+        except (TypeError, KeyError, AttributeError):
+            raise Passing(f"a response that is no chat completion: {str(reply)[:80]!r}") from None
+        problem = ""
+        if model != name:
+            problem = f"answered with {model!r}, not with the weights asked for, {name!r}"
+        elif not isinstance(read, list):
+            problem = "returns no token ids: it is too old to know return_token_ids"
+        elif read != prompt.token_ids.tolist():
+            problem = self._misread(read, prompt)
+        elif len(choices) != request["n"]:
+            problem = f"gave {len(choices)} answers where {request['n']} were asked for"
+        if problem:
+            raise RolloutError(f"the vLLM server at {self.url} {problem}")
+        return choices
+
+    def _answers(self, choices: Sequence[dict[str, Any]], sampling: Sampling) -> list[Completion]:
+        """Completions of a reply's choices; text is decoded here, from the ids."""
+        policy, found = self.policy, []
+        for choice in choices:
+            ids, logps = _tokens(choice)
+            if choice.get("finish_reason") == "abort":
+                raise Passing("the server gave up an answer midway")
+            ends = [token in policy.eos_token_ids for token in ids]
+            problem = ""
+            if any(ends[:-1]) or len(ids) > sampling.max_new_tokens:
+                problem = "goes on after its end of turn, or after max_new_tokens"
+            elif not ends[-1] and len(ids) < sampling.max_new_tokens:
+                problem = f"ends after {len(ids)} tokens without an end of turn"
+            elif forbidden := set(ids) & set(policy.suppressed_token_ids):
+                problem = f"holds tokens that were forbidden by logit_bias: {sorted(forbidden)}"
+            elif not all(math.isfinite(value) and -1000 < value < 1e-3 for value in logps):  # -9999 is written for -inf
+                problem = "has log-probs that are not finite (have the weights diverged?)"
+            if problem:
+                raise RolloutError(f"the vLLM server at {self.url}: an answer {problem}")
+            tokens = torch.tensor(ids, dtype=torch.int64)
+            logp = torch.tensor(logps, dtype=torch.float32)
+            found.append(Completion(tokens, text=policy.decode(tokens), finished=ends[-1], sampler_logp=logp))
+        return found
+
+    def _probe(self, prompt: Prompt, request: dict[str, Any], drawn: bool) -> None:
+        """Which log-probs the server reports. One token that no answer holds is the only one allowed: it has log-prob 0
+        in the distribution that is drawn from, and a very low one in the model's."""
+        (only, *_) = self.policy.suppressed_token_ids
+        probe = request | {"n": 1, "max_completion_tokens": 1, "allowed_token_ids": [only], "logit_bias": {}}
+        ids, (logp, *_) = _tokens(self._chat(prompt, probe)[0])
+        if ids != [only]:
+            raise RolloutError(f"the vLLM server at {self.url} drew tokens {ids} where {only} alone was allowed")
+        if (logp > -1e-6) != drawn:
+            got, needed = ("raw", "processed") if drawn else ("processed", "raw")
+            raise RolloutError(
+                f"the vLLM server at {self.url} reports {got} log-probs; at temperature {request['temperature']} they "
+                f"must be {needed}: start it with --logprobs-mode {needed}_logprobs"
+            )
+        self._probed.add(drawn)
+
+    def _misread(self, read: list[int], prompt: Prompt) -> str:
+        ours, image = prompt.token_ids.tolist(), self.policy.core.config.image_token_id
+        at = next((i for i, (a, b) in enumerate(zip(read, ours, strict=False)) if a != b), min(len(read), len(ours)))
+
+        def shown(ids: list[int]) -> str:
+            near = ids[max(0, at - 2) : at + 6]
+            return f"{near} {self.policy.tokenizer.decode(near)!r}"
+
+        return (
+            f"(it serves {self.weights.model}) reads a prompt as {len(read)} tokens, {read.count(image)} of images, "
+            f"this policy as {len(ours)}, {ours.count(image)} of images; from token {at} on, the server: "
+            f"{shown(read)}, this policy: {shown(ours)}. It must serve the folder that the policy was loaded from: the "
+            "same tokenizer, chat template and image limits"
+        )
+
+    def _call(self, path: str, body: dict[str, Any] | None) -> Any:
+        """The reply as JSON, or as text where it is none (control endpoints answer with a line, or nothing)."""
+        reply = self._transport.send(self.url + path, None if body is None else json.dumps(body).encode())
+        try:
+            return json.loads(reply)
+        except (ValueError, RecursionError):
+            return reply.decode("utf-8", "replace")
+
+
+def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """Ids and log-probs of a choice. Raises ``Passing`` where they are not all there."""
+    try:
+        ids = [int(token) for token in choice["token_ids"]]
+        logps = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+    except (TypeError, KeyError, ValueError):
+        ids, logps = [], []
+    if not ids or len(ids) != len(logps):
+        raise Passing(f"an answer without a log-prob for each of its token ids: {str(choice)[:80]!r}")
+    return ids, logps
+
+
+def _seeds(prompts: int, sampling: Sampling, rng: torch.Generator | None) -> list[int | None]:
+    if sampling.greedy:
+        return [None] * prompts
+    if rng is None:
+        raise ValueError("rng: a torch.Generator is needed unless the temperature is 0")
+    return torch.randint(0, 2**31, (prompts,), generator=rng, device=rng.device).tolist()

@@ -1,0 +1,155 @@
+"""The trainer's weights on a vLLM server: written into a folder that both can read, then loaded over HTTP.
+
+LoRA: each set of weights is an adapter of its own, and requests ask for it by name, so no other weights can answer.
+Full weights: the server is paused, which empties its caches, reads the folder in place, and goes on.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastrl.transport import Passing, Refused
+
+
+class RolloutError(RuntimeError):
+    """The server cannot be used, or what it answered cannot be trained on. The trainer's weights are as they were."""
+
+
+class ServerWeights:
+    """Which weights a server surely holds, and how it gets the present ones.
+
+    Args:
+        policy: whose weights are pushed: the adapter under LoRA, else all of them.
+        url: the server's address.
+        call: one request: ``call(path, body)`` is a POST, ``call(path, None)`` a GET; the reply, as JSON if it is any.
+        folder: where weights are written, one set at a time: the same path on both machines.
+        updates: the number of optimizer updates made so far; weights are pushed when it has changed.
+
+    Raises:
+        ValueError: adapters that vLLM does not serve (on the vision tower, or modules trained whole).
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        url: str,
+        call: Callable[[str, dict[str, Any] | None], Any],
+        *,
+        folder: Path,
+        updates: Callable[[], int],
+    ) -> None:
+        if policy.peft is not None:
+            _check_adapter(policy.peft)
+        self.policy, self.url, self._call = policy, url, call
+        self.folder, self._updates = folder.absolute(), updates
+        self.model = ""  # what the server calls its base model; known after the first sync
+        self.name = ""  # of the weights it was given; under LoRA, of the adapter
+        self._run = f"fastrl-{secrets.token_hex(4)}"  # names unlike any other run's
+        self._pushes = 0
+        self._held: int | None = None  # updates made when they were pushed; None: it may have any weights
+
+    @property
+    def adapter(self) -> bool:
+        return self.policy.peft is not None
+
+    @property
+    def asked_for(self) -> str:
+        """The name that requests give as their model."""
+        return self.name if self.adapter else self.model
+
+    def doubt(self) -> None:
+        """Something happened after which the server may have other weights: the next :meth:`sync` pushes again."""
+        self._held = None
+
+    def sync(self) -> None:
+        """Give the server the present weights, unless it surely has them.
+
+        Raises:
+            Passing: trouble that may pass; no weights count as pushed.
+            RolloutError: no vLLM server, one that serves several models, or one that refuses the weights.
+        """
+        updates = self._updates()
+        if self._held == updates:
+            return
+        self._held = None
+        self._find_model()
+        self._pushes += 1
+        name, old = f"{self._run}-{updates}-{self._pushes}", self.name
+        path = self.folder / name
+        try:
+            self._push(name, path)
+        except Passing as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise Passing(f"pushing the weights after {updates} updates: {error}", error.pause) from None
+        except Refused as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise RolloutError(f"pushing the weights after {updates} updates: {error}. {self._advice}") from None
+        self._held, self.name = updates, name
+        if old:
+            self._drop(old)
+
+    def close(self) -> None:
+        """Remove what was written for the server, and its adapter."""
+        if self.name:
+            self._drop(self.name)
+        self._held, self.name = None, ""
+
+    def _push(self, name: str, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        if self.adapter:
+            self.policy.peft.save_pretrained(path)
+            self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+            return
+        self.policy.save(path)
+        self._call("/pause?mode=wait", {})
+        # Where this fails the server stays paused: half of its weights may be new.
+        self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
+        self._call("/resume", {})
+
+    def _drop(self, name: str) -> None:
+        """Weights nobody asks for any more; what fails is left."""
+        if self.adapter:
+            with suppress(Passing, Refused):
+                self._call("/v1/unload_lora_adapter", {"lora_name": name})
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    @property
+    def _advice(self) -> str:
+        needed = "VLLM_SERVER_DEV_MODE=1"
+        if self.adapter:
+            needed = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank that is high enough"
+        return f"The server needs {needed}, and to see the folder {self.folder} (rollout.shared)"
+
+    def _find_model(self) -> None:
+        """The name of the one base model that the server serves."""
+        if self.model:
+            return
+        try:
+            listed = self._call("/v1/models", None)
+            names = [str(model["id"]) for model in listed["data"] if not model.get("parent")]
+        except Refused as error:
+            raise RolloutError(f"no vLLM server at {self.url}: {error}") from None
+        except (TypeError, KeyError, AttributeError):
+            raise RolloutError(f"no vLLM server at {self.url}: /v1/models lists no models") from None
+        if len(names) != 1:
+            served = ", ".join(names) or "nothing"
+            raise RolloutError(f"the vLLM server at {self.url} serves {served}: expected one base model")
+        self.model = names[0]
+
+
+def _check_adapter(peft: Any) -> None:
+    """vLLM applies adapters to the language model's layers, and knows no modules that are trained whole."""
+    names = [name for name, _ in peft.named_parameters()]
+    if any(".modules_to_save." in name for name in names):
+        raise ValueError("rollout.backend vllm: adapters alone can be served; leave model.lora.also_train empty")
+    towers = [name for name in names if ".lora_" in name and ".visual." in name]
+    if towers:
+        raise ValueError(
+            f"rollout.backend vllm: adapters of the language model alone can be served, {towers[0]} is one of the "
+            "vision tower; change model.lora.targets"
+        )

@@ -1,0 +1,388 @@
+"""Rollouts on a server that speaks vLLM's API, and one that misbehaves."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastrl.metrics import read_rows
+from fastrl.models.load import load_policy
+from fastrl.recipe import RecipeError
+from fastrl.rollout import Generator, RolloutError, Sampling, VllmGenerator
+from fastrl.trainer import train
+from tests.fastrl.rollouts import encode, make_records, rng, same, teacher_forced
+from tests.fastrl.training import make_recipe, steady_rows
+from tests.fastrl.training import make_records as ocr_records
+from tests.fastrl.vllm_server import Act, Handler, VllmServer
+
+GREEDY = Sampling(2, 8, temperature=0)
+# peft, of a property that newer transformers have renamed, when the server loads an adapter
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture
+def server(tiny_folder: Callable[[str], Path]) -> Iterator[VllmServer]:
+    served = VllmServer(tiny_folder("qwen2_5"))
+    threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+@pytest.fixture
+def policy(tiny_folder: Callable[[str], Path]) -> Any:
+    return load_policy(tiny_folder("qwen2_5"))
+
+
+@pytest.fixture
+def adapted(tiny_folder: Callable[[str], Path]) -> Any:
+    return load_policy(tiny_folder("qwen2_5"), lora={"rank": 4})
+
+
+def disturb(policy: Any, seed: int = 0) -> None:
+    """Other weights, as after an update."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.core.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=noise)
+
+
+class Remote(VllmGenerator):
+    """With a number of updates that the test sets, and pauses that are kept and not waited for."""
+
+    def __init__(self, policy: Any, server: VllmServer, folder: Path, **options: Any) -> None:
+        self.made, self.pauses = 0, list[float]()
+        given: dict[str, Any] = {"retries": 2, "sleep": self.pauses.append, "timeout": 20.0, **options}
+        super().__init__(policy, server.url + "/v1", folder=folder, updates=lambda: self.made, **given)
+
+
+def status(code: int) -> Act:
+    def act(h: Handler, body: dict[str, Any]) -> bool:
+        h.reply(code, "went wrong")
+        return True
+
+    return act
+
+
+def well(h: Handler, body: dict[str, Any]) -> bool:
+    return False
+
+
+def hang_up(h: Handler, body: dict[str, Any]) -> bool:
+    h.close_connection = True
+    return True
+
+
+def cut(h: Handler, body: dict[str, Any]) -> bool:
+    h.send_response(200)
+    h.send_header("Content-Length", "500")
+    h.end_headers()
+    h.wfile.write(b'{"choices"')
+    return True
+
+
+def slow(h: Handler, body: dict[str, Any]) -> bool:
+    time.sleep(0.8)
+    return hang_up(h, body)
+
+
+def restarted(h: Handler, body: dict[str, Any]) -> bool:
+    h.server.restart()
+    return hang_up(h, body)
+
+
+def test_a_picture_comes_back_from_its_patches(policy: Any) -> None:
+    for record in make_records():
+        for source in record.images:
+            image, _ = policy.preprocessor(source)
+            again, _ = policy.preprocessor(policy.preprocessor.picture(image))
+            assert torch.equal(again.pixel_values, image.pixel_values)
+
+
+@pytest.mark.parametrize("kind", ["policy", "adapted"])
+def test_answers_are_those_of_the_present_weights(
+    kind: str, request: pytest.FixtureRequest, server: VllmServer, tmp_path: Path
+) -> None:
+    """Greedy answers are the local generator's, log-probs the trainer's, before and after an update."""
+    policy = request.getfixturevalue(kind)
+    remote, prompts = Remote(policy, server, tmp_path), encode(policy)
+    for updates in range(3):
+        remote.made = updates
+        got, want = remote.generate(prompts, GREEDY), Generator(policy).generate(prompts, GREEDY)
+        assert same(got, want)
+        assert [[c.text for c in row] for row in got] == [[c.text for c in row] for row in want]
+        for prompt, completions in zip(prompts, got, strict=True):
+            assert completions[0].sampler_logp is not completions[1].sampler_logp
+            torch.testing.assert_close(
+                completions[0].sampler_logp, teacher_forced(policy, prompt, completions[0]), atol=1e-4, rtol=0
+            )
+        disturb(policy, updates)
+    assert len(list(tmp_path.iterdir())) == 1  # one set of weights at a time
+    remote.close()
+    assert not list(tmp_path.iterdir())
+    assert not server.adapters
+
+
+def test_sampled_answers_follow_the_seed_and_the_request_says_everything(
+    policy: Any, server: VllmServer, tmp_path: Path
+) -> None:
+    remote, prompts = Remote(policy, server, tmp_path), encode(policy)
+    sampling = Sampling(3, 6)
+    first, second, other = (remote.generate(prompts, sampling, rng(seed)) for seed in (0, 0, 1))
+    assert same(first, second)
+    assert not same(first, other)
+    assert [len(row) for row in first] == [3] * len(prompts)
+    assert len(server.asked("/collective_rpc")) == 1  # same weights: pushed once
+    sent = server.asked("/v1/chat/completions")[-1]
+    assert sent["stop_token_ids"] == list(policy.eos_token_ids)
+    assert sent["ignore_eos"]
+    assert sent["logit_bias"] == {str(token): -100.0 for token in policy.suppressed_token_ids}
+    assert (sent["repetition_penalty"], sent["min_p"], sent["top_p"], sent["top_k"]) == (1.0, 0.0, 1.0, 0)
+    assert sent["return_token_ids"]
+    assert sent["logprobs"]
+    assert sent["cache_salt"]
+
+
+@pytest.mark.parametrize("kind", ["policy", "adapted"])
+@pytest.mark.parametrize(
+    "trouble", [status(500), status(429), cut, hang_up, slow], ids=["500", "429", "cut", "hang up", "slow"]
+)
+def test_trouble_that_passes_costs_a_retry(
+    trouble: Act, kind: str, request: pytest.FixtureRequest, server: VllmServer, tmp_path: Path
+) -> None:
+    policy = request.getfixturevalue(kind)
+    disturb(policy)
+    prompts, pauses = encode(policy)[:2], []
+    pushing = 2 if kind == "adapted" else 4  # /v1/models, then the adapter or pause, load, resume
+    for place in (0, pushing - 1, pushing, pushing + 1):  # the first call, the last of pushing, the probe, an answer
+        remote = Remote(policy, server, tmp_path, timeout=0.4 if trouble is slow else 20.0)
+        server.script = [well] * place + [trouble]
+        assert same(remote.generate(prompts, GREEDY), Generator(policy).generate(prompts, GREEDY)), place
+        pauses += remote.pauses
+    assert pauses == [1.0] * 4
+
+
+@pytest.mark.parametrize("kind", ["policy", "adapted"])
+def test_a_server_that_was_started_again_never_answers_with_other_weights(
+    kind: str, request: pytest.FixtureRequest, server: VllmServer, tmp_path: Path
+) -> None:
+    """Full weights are pushed again and all is asked again; an adapter that is gone is an error that names it."""
+    policy = request.getfixturevalue(kind)
+    disturb(policy)
+    remote, prompts = Remote(policy, server, tmp_path, concurrency=1), encode(policy)[:3]
+    remote.generate(prompts, GREEDY)
+    server.script = [well, restarted]
+    if kind == "policy":
+        assert same(remote.generate(prompts, GREEDY), Generator(policy).generate(prompts, GREEDY))
+        assert len(server.asked("/collective_rpc")) == 2
+    else:
+        with pytest.raises(RolloutError, match=r"refused: HTTP 404.*fastrl-\w+-0-1. does not exist"):
+            remote.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "code", "message"),
+    [
+        ("policy", 0, 404, "no vLLM server at"),
+        ("policy", 1, 404, "after 7 updates.*refused: HTTP 404.*VLLM_SERVER_DEV_MODE=1"),
+        ("policy", 2, 500, "did not answer, tried once; last: pushing the weights after 7 updates: HTTP 500"),
+        ("adapted", 1, 400, "after 7 updates.*refused: HTTP 400.*VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+        ("adapted", 1, 500, "did not answer, tried once; last: pushing the weights after 7 updates: HTTP 500"),
+    ],
+)
+def test_weights_that_were_not_taken_are_an_error_and_nothing_is_asked(
+    kind: str,
+    place: int,
+    code: int,
+    message: str,
+    request: pytest.FixtureRequest,
+    server: VllmServer,
+    tmp_path: Path,
+) -> None:
+    policy = request.getfixturevalue(kind)
+    remote = Remote(policy, server, tmp_path, retries=0)
+    remote.made = 7
+    server.script = [well] * place + [status(code)]
+    with pytest.raises(RolloutError, match=message):
+        remote.generate(encode(policy)[:1], GREEDY)
+    assert not server.asked("/v1/chat/completions")
+    assert not list(tmp_path.iterdir())
+    assert server.paused == (kind == "policy" and place == 2)  # half-loaded weights are not served
+
+
+def wrong_prompt(reply: dict[str, Any]) -> None:
+    reply["prompt_token_ids"] = [*reply["prompt_token_ids"][:5], 7, 7, *reply["prompt_token_ids"][5:]]
+
+
+def first_choice(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda reply: reply["choices"][0].update(changes)
+
+
+def logprobs(*values: float) -> dict[str, Any]:
+    return {"content": [{"token": "x", "logprob": value} for value in values]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrong_prompt, r"serves tiny\) reads a prompt as \d+ tokens.*from token 5 on, the server.*this policy"),
+        (lambda reply: reply.pop("prompt_token_ids"), "returns no token ids"),
+        (lambda reply: reply.update(model="old"), "answered with 'old', not with the weights asked for, 'tiny'"),
+        (lambda reply: reply["choices"].pop(), "gave 1 answers where 2 were asked for"),
+        (first_choice(token_ids=[65], logprobs=logprobs(-1.0)), "ends after 1 tokens without an end of turn"),
+        (first_choice(token_ids=[65] * 9, logprobs=logprobs(*[-1.0] * 9)), "or after max_new_tokens"),
+        (first_choice(logprobs=logprobs(-1.0)), "last: an answer without a log-prob for each"),
+        (first_choice(token_ids=None), "last: an answer without a log-prob for each"),
+        (first_choice(finish_reason="abort"), "last: the server gave up an answer midway"),
+        (lambda reply: reply.pop("choices"), "last: a response that is no chat completion"),
+    ],
+)
+def test_replies_that_cannot_be_trained_on_are_refused(
+    change: Callable[[dict[str, Any]], object], message: str, policy: Any, server: VllmServer, tmp_path: Path
+) -> None:
+    server.change = change
+    with pytest.raises(RolloutError, match=message):
+        Remote(policy, server, tmp_path, retries=1).generate(encode(policy)[:1], Sampling(2, 8), rng())
+
+
+@pytest.mark.parametrize("what", ["end", "suppressed", "infinite"])
+def test_tokens_and_log_probs_are_checked(what: str, policy: Any, server: VllmServer, tmp_path: Path) -> None:
+    end, image = policy.eos_token_ids[0], policy.suppressed_token_ids[0]
+    ids = {"end": [end, 65, end], "suppressed": [65, image, end], "infinite": [65, 66, end]}[what]
+    value = -9999.0 if what == "infinite" else -1.0
+    server.change = first_choice(token_ids=ids, logprobs=logprobs(*[value] * 3))
+    message = {"end": "after its end of turn", "suppressed": "forbidden by logit_bias", "infinite": "not finite"}[what]
+    with pytest.raises(RolloutError, match=message):
+        Remote(policy, server, tmp_path).generate(encode(policy)[:1], Sampling(2, 8), rng())
+
+
+@pytest.mark.parametrize(("temperature", "needed"), [(1.0, "raw"), (0.7, "processed")])
+def test_log_probs_must_be_of_the_kind_the_temperature_needs(
+    temperature: float, needed: str, policy: Any, server: VllmServer, tmp_path: Path
+) -> None:
+    remote, prompts = Remote(policy, server, tmp_path), encode(policy)[:1]
+    server.mode = "raw_logprobs" if needed == "processed" else "processed_logprobs"
+    with pytest.raises(RolloutError, match=f"--logprobs-mode {needed}_logprobs"):
+        remote.generate(prompts, Sampling(2, 4, temperature), rng())
+    server.mode = f"{needed}_logprobs"
+    assert len(remote.generate(prompts, Sampling(2, 4, temperature), rng())[0]) == 2
+
+
+def test_other_image_limits_are_noticed(policy: Any, server: VllmServer, tmp_path: Path) -> None:
+    server.base.image_processor.size = {"shortest_edge": 112 * 112, "longest_edge": 112 * 112}
+    keep = server.base.image_processor.size
+    remote, prompts = Remote(policy, server, tmp_path), encode(policy)[:1]
+    remote.weights.sync()
+    server.base.image_processor.size = keep
+    with pytest.raises(
+        RolloutError, match=r"\(it serves tiny\) reads a prompt as 103 tokens, 20 of images, this policy as 89, 6"
+    ):
+        remote.generate(prompts, GREEDY)
+
+
+def test_what_a_server_cannot_do_is_said(
+    policy: Any, tiny_folder: Callable[[str], Path], server: VllmServer, tmp_path: Path
+) -> None:
+    remote, prompt = Remote(policy, server, tmp_path), encode(policy)[0]
+    with pytest.raises(RolloutError, match=r"no sessions.*rollout.backend: local"):
+        remote.session(prompt)
+    with pytest.raises(ValueError, match="a prompt without messages"):
+        remote.generate([type(prompt)(prompt.token_ids, prompt.positions)], GREEDY)
+    with pytest.raises(ValueError, match="rng"):
+        remote.generate([prompt], Sampling(1, 2))
+    with pytest.raises(ValueError, match="expected an address"):
+        VllmGenerator(policy, "localhost:8000", folder=tmp_path, updates=int)
+    server.models = ["one", "two"]
+    with pytest.raises(RolloutError, match="serves one, two: expected one base model"):
+        remote.generate([prompt], GREEDY)
+    tower = load_policy(tiny_folder("qwen2_5"), lora={"rank": 2, "targets": r".*visual.*\.qkv"})
+    with pytest.raises(ValueError, match="of the vision tower"):
+        Remote(tower, server, tmp_path)
+    whole = load_policy(tiny_folder("qwen2_5"), lora={"rank": 2, "also_train": ["visual.merger"]})
+    with pytest.raises(ValueError, match="also_train"):
+        Remote(whole, server, tmp_path)
+
+
+def test_nothing_listens(policy: Any, tmp_path: Path) -> None:
+    lonely = VllmGenerator(
+        policy, "http://127.0.0.1:9", folder=tmp_path, updates=int, retries=1, sleep=lambda _: None, timeout=0.5
+    )
+    with pytest.raises(RolloutError, match=r"at http://127.0.0.1:9 did not answer, tried 2 times"):
+        lonely.generate(encode(policy)[:1], GREEDY)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+def test_training_runs_on_a_server_with_weights_that_are_never_stale(
+    lora: dict[str, Any] | None, server: VllmServer, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe(
+        tiny_folder("qwen2_5"),
+        tmp_path / "run",
+        model__lora=lora,
+        rollout__backend="vllm",
+        rollout__server=server.url,
+        optim__steps=3,
+        optim__lr=0.02,
+    )
+    summary = train(recipe, records=ocr_records(), show=False)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert summary.steps == 3
+    assert len(rows) == 3
+    for row in rows:
+        assert math.isfinite(row["loss"])
+        assert row["grad_norm"] > 0
+        assert row["sampler/gap_max"] < 1e-3  # those of the update before would be off by far more
+        assert row["time/sync"] > 0
+    pushed = server.asked("/v1/load_lora_adapter" if lora else "/collective_rpc")
+    assert len(pushed) == 3
+    assert not list((tmp_path / "run" / "rollout").iterdir())
+    assert {"sampler/gap_max", "loss"} <= set(steady_rows(tmp_path / "run")[0])
+
+
+def test_a_server_that_refuses_new_weights_stops_the_run(
+    server: VllmServer, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe(
+        tiny_folder("qwen2_5"), tmp_path / "run", rollout__backend="vllm", rollout__server=server.url, optim__steps=3
+    )
+
+    def spoil(row: dict[str, Any]) -> None:
+        server.script = [well, status(403)]  # the pause is granted, the new weights are not
+
+    with pytest.raises(RolloutError, match=r"pushing the weights after 1 updates.*refused: HTTP 403"):
+        train(recipe, records=ocr_records(), show=False, on_step=spoil)
+    assert len(read_rows(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout__backend": "vllm"}, "backend: vllm needs server"),
+        ({"rollout__backend": "vllm", "rollout__server": "localhost"}, "expected an address such as"),
+        ({"rollout__server": "http://a:1"}, "server and shared are of backend: vllm"),
+        ({"rollout__backend": "sglang"}, "rollout.backend"),
+        (
+            {"rollout__backend": "vllm", "rollout__server": "http://a:1", "engine": {"kind": "deepspeed"}},
+            "needs engine.kind: local",
+        ),
+        (
+            {
+                "rollout__backend": "vllm",
+                "rollout__server": "http://a:1",
+                "model__lora": {"also_train": ["visual.merger"]},
+            },
+            "also_train empty",
+        ),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(tmp_path, tmp_path, **changes)
