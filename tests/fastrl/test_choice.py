@@ -92,8 +92,8 @@ def test_any_text_gives_an_option_or_none(text: str, options: list[str]) -> None
 @pytest.mark.parametrize("piece", ["(A", "answer is ", "no ", "yes'", "<", "A, ", "ok "])
 def test_long_text_is_read_in_bounded_time(piece: str) -> None:
     text = piece * 1_000_000
-    parse_choice(text, OPTIONS)
-    parse_yes_no(text)
+    assert parse_choice(text, OPTIONS) in (None, *range(len(OPTIONS)))
+    assert parse_yes_no(text) in (True, False, None)
 
 
 @pytest.mark.parametrize(
