@@ -20,13 +20,13 @@ from torch import Tensor
 
 from fastrl.batch import PackedBatch, PromptGroup
 from fastrl.methods.base import Context, MethodOptions, Prepared, set_token_weights
+from fastrl.methods.rollouts import RecipeRewards, sample_groups
 from fastrl_kernels.group_advantage import group_advantage
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
-    from fastrl.rewards.base import Reward
 
 
 class PerceptionR1Options(MethodOptions):
@@ -68,7 +68,7 @@ class PerceptionR1:
         self.context = context
         self.temperature = context.rollout.temperature
         self.needs_reference = options.beta > 0
-        self._rewards: dict[str, Reward] = {}
+        self._rewards = RecipeRewards(context)
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """Sample, score and compare G answers to each record; the groups that carry gradient, with their token weights.
@@ -130,36 +130,8 @@ class PerceptionR1:
         return result.loss, _loss_metrics(result)
 
     def _sample(self, records: Sequence[Record]) -> list[PromptGroup]:
-        """Encode each record once and sample its answers."""
-        from fastrl.rollout import Sampling
-
-        context, rollout = self.context, self.context.rollout
-        with context.clock.phase("preprocess"):
-            encoded = [context.policy.encode(record) for record in records]
-        sampling = Sampling(
-            n=rollout.group_size,
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-        )
-        answers = context.generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
-        return [
-            PromptGroup(prompt=prompt, completions=completions, record=record)
-            for (prompt, record), completions in zip(encoded, answers, strict=True)
-        ]
-
-    def _reward_for(self, task: str) -> Reward:
-        if task not in self._rewards:
-            from fastrl.rewards import reward_for
-
-            section = self.context.reward
-            weights = {"weights": section.weights} if section.weights else {}
-            try:
-                self._rewards[task] = reward_for(task, **section.options, **weights)
-            except ValueError as error:
-                raise ValueError(f"the recipe's reward does not fit the data, which is {task}: {error}") from None
-        return self._rewards[task]
+        self._rewards.check(records)
+        return sample_groups(self.context, records)
 
     def _score(self, groups: Sequence[PromptGroup]) -> None:
         """Reward components and their weighted sum of every answer, one batched call per task."""
@@ -169,7 +141,7 @@ class PerceptionR1:
             by_task.setdefault(group.record.task, []).append(group)
         for task, members in by_task.items():
             answers = [(c, g.record) for g in members for c in g.completions]
-            reward = self._reward_for(task)
+            reward = self._rewards.of(task)
             components = reward.score([c.text for c, _ in answers], [r for _, r in answers if r is not None])
             for i, ((completion, _), value) in enumerate(zip(answers, reward.total(components), strict=True)):
                 completion.rewards = {name: values[i] for name, values in components.items()}

@@ -29,12 +29,12 @@ from torch import Tensor
 from fastrl.batch import Completion, PackedBatch, PromptGroup
 from fastrl.data.lists import ranked_list
 from fastrl.methods.base import Context, MethodOptions, Prepared, likelihood_loss, set_token_weights
+from fastrl.methods.rollouts import RecipeRewards, sample_groups
 from fastrl.rewards.ranking import rank_answers
 from fastrl_kernels.listwise_loss import listwise_loss
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
-    from fastrl.rewards.base import Reward
 
 
 class PerPOOptions(MethodOptions):
@@ -59,7 +59,7 @@ class PerPO:
         self.options = options
         self.context = context
         self.needs_reference = options.kind != "sft"
-        self._rewards: dict[str, Reward] = {}
+        self._rewards = RecipeRewards(context, without_format=True)  # the paper's reward is the overlap alone
         self._lists: dict[str, list[Completion]] = {}  # online: ranked answers by record id
         self._steps_left = 0  # that they still serve
 
@@ -124,7 +124,7 @@ class PerPO:
         with self.context.clock.phase("reward"):
             for group in groups:
                 assert group.record is not None
-                reward = self._reward_for(group.record.task)
+                reward = self._rewards.of(group.record.task)
                 components = reward([c.text for c in group.completions], group.record)
                 for i, (completion, value) in enumerate(zip(group.completions, reward.total(components), strict=True)):
                     completion.rewards = {name: values[i] for name, values in components.items()}
@@ -146,27 +146,16 @@ class PerPO:
 
     def _sample(self, records: Sequence[Record]) -> dict[str, float]:
         """Fill the lists of ``records`` from the present policy."""
-        from fastrl.rollout import Sampling
-
-        context, rollout = self.context, self.context.rollout
+        context = self.context
         unique = list({record.id: record for record in records}.values())
-        with context.clock.phase("preprocess"):
-            encoded = [context.policy.encode(record) for record in unique]
-        sampling = Sampling(
-            n=rollout.group_size,
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-        )
-        answers = context.generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
-        groups = [PromptGroup(p, a, r) for (p, r), a in zip(encoded, answers, strict=True)]
+        self._rewards.check(unique)
+        groups = sample_groups(context, unique)
         self._lists = {}
         left, total = 0, sum(len(g.completions) for g in groups)
         with context.clock.phase("reward"):
             for task in dict.fromkeys(record.task for record in unique):
                 members = [g for g in groups if g.record is not None and g.record.task == task]
-                for group, ranking in zip(members, rank_answers(members, self._reward_for(task)), strict=True):
+                for group, ranking in zip(members, rank_answers(members, self._rewards.of(task)), strict=True):
                     assert group.record is not None
                     left += len(ranking.order)
                     self._lists[group.record.id] = [
@@ -174,17 +163,6 @@ class PerPO:
                         for i, value, parts in zip(ranking.order, ranking.rewards, ranking.components, strict=True)
                     ]
         return {"lists/resampled": float(len(unique)), "lists/answers_kept": left / max(1, total)}
-
-    def _reward_for(self, task: str) -> Reward:
-        if task not in self._rewards:
-            from fastrl.rewards import REWARDS, reward_for
-
-            section = self.context.reward
-            options: dict[str, Any] = {"weights": section.weights} if section.weights else {}
-            if task in REWARDS and "format" in REWARDS[task].parts:
-                options["format"] = "none"  # the paper's reward is the overlap alone
-            self._rewards[task] = reward_for(task, **{**options, **section.options})
-        return self._rewards[task]
 
     def _choose(self, group: PromptGroup) -> PromptGroup | None:
         """The group as this kind of loss sees it; None where there is nothing to learn."""
