@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
 from fastrl_kernels._triton import tl, triton
@@ -240,6 +241,13 @@ def _decode_attention_op(
 @_decode_attention_op.register_fake
 def _(q: Tensor, *_: Any) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@register_flop_formula(torch.ops.fastrl.decode_attention)
+def _(q: Any, prefix_k: Any, prefix_v: Any, own_k: Any, *rest: Any, **named: Any) -> int:
+    """Two products of every row with its prompt's keys and its own, padding counted."""
+    rows, heads, width = q
+    return 4 * rows * heads * width * (prefix_k[2] + own_k[2])
 
 
 def decode_attention(
