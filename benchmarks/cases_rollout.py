@@ -20,6 +20,7 @@ from fastrl.models.liger import drop_liger, use_liger
 from fastrl.models.positions import mrope_positions
 from fastrl.models.prefix_attention import use_prefix_attention
 from fastrl.models.vision import unique_images, use_linear_patches, vision_features
+from fastrl.plan.configs import config_of
 from fastrl.rollout import Generator, Sampling
 
 IMAGE, VIDEO, VISION_START, VISION_END = range(4)  # ids, never sampled; any other id is text
@@ -58,10 +59,19 @@ class Size:
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
+def _published(name: str, *work: int) -> Size:
+    """The work, by a model of published sizes."""
+    config = config_of(name)
+    text, vision = config["text_config"], config["vision_config"]
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    tower = tuple(vision[name] for name in ("depth", "hidden_size", "intermediate_size", "num_heads"))
+    return Size(*work, *(text[name] for name in names), text["num_key_value_heads"], tower)  # type: ignore[arg-type]
+
+
 SIZES = {
     "tiny": Size(2, 3, 20, 2, 5, 160, 64, 96, 2, 4, 2, (2, 32, 48, 2)),
     "cpu": Size(2, 8, 300, 16, 24, 3200, 256, 672, 6, 8, 4, (4, 160, 320, 5)),
-    "gpu": Size(8, 8, 1000, 30, 64, 151936, 2048, 11008, 36, 16, 2, (32, 1280, 3420, 16)),
+    "gpu": _published("Qwen/Qwen2.5-VL-3B-Instruct", 8, 8, 1000, 30, 64),
 }
 
 

@@ -93,11 +93,14 @@ def small_config(tokenizer: Any) -> Any:
 def config_3b(tokenizer: Any) -> Any:
     """The sizes of Qwen2.5-VL-3B, with the special ids of ``tokenizer``."""
     from fastrl.models.tiny.build import model_config
+    from fastrl.plan.configs import config_of
 
-    config = model_config(tokenizer, hidden=2048, layers=36, vision_hidden=1280, vision_layers=32)
-    text, vision = config.text_config, config.vision_config
-    text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 11008, 16, 2
-    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text.max_position_embeddings = 32768
-    vision.intermediate_size, vision.num_heads, vision.fullatt_block_indexes = 3420, 16, [7, 15, 23, 31]
+    published = config_of("Qwen/Qwen2.5-VL-3B-Instruct")
+    layers, depth = published["text_config"]["num_hidden_layers"], published["vision_config"]["depth"]
+    config = model_config(tokenizer, layers=layers, vision_layers=depth)
+    for section in ("text_config", "vision_config"):
+        for name, value in published[section].items():
+            if name != "vocab_size":  # that is the tokenizer's
+                setattr(getattr(config, section), name, value)
+    config.text_config.max_position_embeddings = 32768
     return config
