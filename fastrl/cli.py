@@ -15,7 +15,9 @@ if importlib.util.find_spec("typer") is None:  # the kernel library alone is ins
 
 import typer  # noqa: E402
 
+from fastrl.cli_build import app as build_app  # noqa: E402
 from fastrl.data.records import PROMPTS  # noqa: E402
+from fastrl.terminal import Json, SkipBad, print_json, say  # noqa: E402
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,18 +26,13 @@ app = typer.Typer(
     rich_markup_mode=None,  # as markup, the defaults in brackets would vanish from the help
     help="Reinforcement-learning post-training for perception MLLMs.",
 )
-build_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Build training data from a model's own answers."
-)
 tiny_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The small models that ship with fastrl.")
 app.add_typer(build_app, name="build")
 app.add_typer(tiny_app, name="tiny")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 Data = Annotated[str | None, typer.Option("--data", metavar="SPEC", help="adapter:path[?key=value&…]")]
 Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Hugging Face folder, or tiny:NAME.")]
 Blank = Annotated[bool, typer.Option("--blank-images", help="Grey pictures of the same size in place of the data's.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and skip bad rows instead of refusing the data.")]
 
 
 @app.command()
@@ -49,9 +46,9 @@ def demo(
     """Train a small model on generated scenes and show it before and after, in minutes on two CPU cores."""
     from fastrl.demo import run_demo
 
-    result = run_demo(method, task=task, out=out, seed=seed, say=_say)
+    result = run_demo(method, task=task, out=out, seed=seed, say=say)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 @app.command()
@@ -77,9 +74,9 @@ def train(
         changes["data.blank_images"] = True
     named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
     summary = run(load_recipe(recipe, [*named, *(overrides or [])]), resume=resume, profile=profile)
-    _say(f"step {summary.steps}, {summary.seconds:.0f} s, {summary.out / 'metrics.jsonl'}")
+    say(f"step {summary.steps}, {summary.seconds:.0f} s, {summary.out / 'metrics.jsonl'}")
     if summary.model is not None:
-        _say(f"model: {summary.model}")
+        say(f"model: {summary.model}")
     if summary.interrupted:
         raise typer.Exit(130)
 
@@ -119,7 +116,7 @@ def evaluate(
             soft=soft,
             out=out,
             attention=attention,
-            say=_say,
+            say=say,
         )
         _print_metrics(metrics, as_json)
         return
@@ -139,7 +136,7 @@ def evaluate(
         blank_images=blank_images,
         soft=soft,
         out=out,
-        say=_say,
+        say=say,
     )
     _print_metrics(metrics, as_json)
 
@@ -179,7 +176,7 @@ def plan(
     made = make_plan(chosen, device, gpus=gpus, efficiency=efficiency, sizes=sizes)
     changes = advise(made, sizes)
     if as_json:
-        _print_json(plan_values(made, changes))
+        print_json(plan_values(made, changes))
     else:
         print(plan_text(made, changes))
 
@@ -191,133 +188,9 @@ def doctor(as_json: Json = False) -> None:
 
     found = report()
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print_report(found)
-
-
-@build_app.command(name="perpo")
-def build_perpo(
-    task: Annotated[str, typer.Option(help="grounding or ocr")],
-    model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
-    data: Annotated[str, typer.Option(metavar="SPEC", help="adapter:path[?key=value&…]")],
-    out: Annotated[Path, typer.Option(help="JSONL of ranked lists; an unfinished one is gone on with.")],
-    n: Annotated[int | None, typer.Option(help="Answers per prompt [grounding 20, ocr 5].")] = None,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
-    min_gap: Annotated[float | None, typer.Option(help="Least best − worst reward [grounding 0.8, ocr 0.04].")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer [grounding 128, ocr 2048].")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    min_pixels: Annotated[int | None, typer.Option(min=1, help="Least area of a resized image.")] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest; train with the same limits.")] = None,
-    skip_bad: SkipBad = False,
-    as_json: Json = False,
-) -> None:
-    """Sample answers, score them, and keep the lists whose best and worst are far apart (PerPO)."""
-    from fastrl.build.perpo import build_lists, make_options
-
-    options = make_options(
-        task,
-        model,
-        data,
-        n=n,
-        temperature=temperature,
-        min_gap=min_gap,
-        max_new_tokens=max_new_tokens,
-        limit=limit,
-        seed=seed,
-        skip_bad=skip_bad,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-    )
-    summary = build_lists(options, out, say=_say)
-    if as_json:
-        _print_json({**summary, "out": str(out)})
-        return
-    print(f"{summary['kept']} lists of {summary['prompts']} prompts in {out} ({summary['seconds']:.0f} s)")
-    for kind in ("dropped", "answers"):
-        print(f"{kind}: " + (", ".join(f"{why} {count}" for why, count in summary[kind].items()) or "none"))
-    print(f"mean reward of the kept lists: best {summary['mean_best']:.3f}, worst {summary['mean_worst']:.3f}")
-
-
-@build_app.command(name="reper")
-def build_reper(
-    model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
-    critic: Annotated[str, typer.Option(metavar="SPEC", help="rule, model:DIR or http:URL")],
-    data: Annotated[str, typer.Option(metavar="SPEC", help="adapter:path[?key=value&…]")],
-    out: Annotated[Path, typer.Option(help="JSONL of dialogues; an unfinished one is gone on with.")],
-    temperatures: Annotated[str, typer.Option(help="One caption at each.")] = "0,0.2,0.4,0.6,0.8,1,1.2,1.4",
-    min_best: Annotated[float | None, typer.Option(help="Least best score [0.9; rule 0.55].")] = None,
-    min_gap: Annotated[float | None, typer.Option(help="Least best − worst score [0.4; rule 0.2].")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption.")] = 512,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling and of the dialogues.")] = 0,
-    skip_bad: SkipBad = False,
-    as_json: Json = False,
-) -> None:
-    """Caption pictures at several temperatures, score the captions, and make dialogues from bad to good (RePer)."""
-    from fastrl.build.reper import BuildOptions, build_dialogues, parse_temperatures
-
-    options = BuildOptions(
-        model=model,
-        data=data,
-        critic=critic,
-        temperatures=parse_temperatures(temperatures),
-        min_best=min_best,
-        min_gap=min_gap,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        limit=limit,
-        skip_bad=skip_bad,
-    )
-    summary = build_dialogues(options, out, say=_say)
-    if as_json:
-        _print_json({**summary, "out": str(out)})
-        return
-    print(f"{summary['kept']} dialogues of {summary['pictures']} pictures in {out} ({summary['seconds']:.0f} s)")
-    for kind in ("turns", "dropped", "captions"):
-        print(f"{kind}: " + (", ".join(f"{why} {count}" for why, count in sorted(summary[kind].items())) or "none"))
-    print(f"mean score of the kept pictures: best {summary['mean_best']:.3f}, worst {summary['mean_worst']:.3f}")
-
-
-@build_app.command(name="utr")
-def build_utr(
-    data: Annotated[str, typer.Option(metavar="SPEC", help="mot:, sav:, tracks: or scenes:trajectory")],
-    frames: Annotated[int, typer.Option(min=2, help="Frames of each clip.")],
-    out: Annotated[Path, typer.Option(help="JSONL of dialogues; an unfinished one is gone on with.")],
-    queries: Annotated[str, typer.Option(help="Kinds of queries.")] = "spatial,temporal",
-    sample: Annotated[str, typer.Option(help="Which frames: uniform, first or random.")] = "uniform",
-    min_frames: Annotated[int, typer.Option(min=2, help="Frames a subject's track must cover.")] = 3,
-    answers: Annotated[str, typer.Option(help="trajectory, or frame: what one frame tells.")] = "trajectory",
-    motion: Annotated[bool, typer.Option("--motion", help="Where subjects without actions move.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first clips.")] = None,
-    seed: Annotated[int, typer.Option(help="Of queries and of random frames.")] = 0,
-    skip_bad: SkipBad = False,
-    as_json: Json = False,
-) -> None:
-    """Ask about tracked clips what no few frames answer, with the answers (Video-UTR)."""
-    from fastrl.build.utr import BuildOptions, build_dialogues, parse_queries
-
-    options = BuildOptions(
-        data=data,
-        frames=frames,
-        sample=sample,
-        queries=parse_queries(queries),
-        min_frames=min_frames,
-        answers=answers,
-        motion=motion,
-        seed=seed,
-        limit=limit,
-        skip_bad=skip_bad,
-    )
-    summary = build_dialogues(options, out, say=_say)
-    if as_json:
-        _print_json({**summary, "out": str(out)})
-        return
-    print(f"{summary['kept']} dialogues of {summary['clips']} clips in {out} ({summary['seconds']:.0f} s)")
-    print(f"subjects: {summary['subjects']}")
-    for kind in ("queries", "dropped", "notes"):
-        print(f"{kind}: " + (", ".join(f"{why} {count}" for why, count in sorted(summary[kind].items())) or "none"))
 
 
 @app.command(name="tpl")
@@ -355,9 +228,9 @@ def tpl_command(
         min_pixels=min_pixels,
         max_pixels=max_pixels,
     )
-    result = run_tpl(options, out=out, plot=plot, say=_say)
+    result = run_tpl(options, out=out, plot=plot, say=say)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     for value in result["values"]:
         alone = ", ".join(f"{frame}: {score:.3f}" for frame, score in value["curve"].items())
@@ -395,10 +268,10 @@ def reflect_command(
         max_new_tokens=max_new_tokens,
         stop_at=stop_at,
         attention=attention,
-        say=_say if as_json else print,
+        say=say if as_json else print,
     )
     if as_json:
-        _print_json(result)
+        print_json(result)
     if result["error"]:
         raise typer.Exit(1)
 
@@ -422,10 +295,10 @@ def study(
     changes = {"data.spec": data, "model.path": model}
     named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
     chosen = load_recipe(recipe, [*named, *(overrides or [])])
-    result = run_study(chosen, held_out, out=out, limit=limit, max_new_tokens=max_new_tokens, say=_say)
+    result = run_study(chosen, held_out, out=out, limit=limit, max_new_tokens=max_new_tokens, say=say)
     print_study(result)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 @tiny_app.command(name="build")
@@ -453,7 +326,7 @@ def tiny_build(
         lr=lr,
         start=begin,
         retokenize=retokenize,
-        log=_say,
+        log=say,
     )
 
 
@@ -473,19 +346,11 @@ def main() -> None:
 
 def _print_metrics(metrics: dict[str, float], as_json: bool) -> None:
     if as_json:
-        _print_json(metrics)
+        print_json(metrics)
         return
     width = max(14, *(len(name) for name in metrics))
     for name, value in metrics.items():
         print(f"{name:>{width}}  {value:.4f}" if isinstance(value, float) else f"{name:>{width}}  {value}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value), flush=True)
 
 
 if __name__ == "__main__":

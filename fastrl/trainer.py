@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +16,16 @@ from torch import Tensor
 
 from fastrl import checkpoint
 from fastrl.batch import PackedBatch, PromptGroup, pack
-from fastrl.checkpoint import CheckpointError, RunState
+from fastrl.checkpoint import RunState
 from fastrl.data.blank import BlankImages
 from fastrl.engine import Engine, NonFiniteError, StepInfo, make_engine
+from fastrl.interrupt import stop_signals
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
 from fastrl.metrics import Meter, MetricsLog, NoLog, group_metrics, sample_table, sampler_gap, work_metrics
 from fastrl.profiling import profiled
 from fastrl.progress import Progress
-from fastrl.recipe import Recipe, build_recipe, differences
+from fastrl.recipe import Recipe
+from fastrl.run_folder import open_run_folder
 from fastrl.stream import RecordStream
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def train(
         if writes:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(checkpoint.lock_run(out))
-        saved = _open_folder(recipe, resume, writes)
+        saved = open_run_folder(recipe, resume, writes)
         run = Run(recipe, records=records, policy=policy)
         stack.callback(run.policy.preprocessor.close)
         stack.callback(run.context.close)
@@ -100,7 +100,7 @@ def train(
             progress.note(run.skipped)
         if resume:
             progress.note(f"resuming after step {done}" if done else "no checkpoint yet: starting from the beginning")
-        stop = stack.enter_context(_stop_signals(progress.note))
+        stop = stack.enter_context(stop_signals(progress.note))
         traced = stack.enter_context(profiled(out, steps=steps - done, enabled=profile and writes))
         row: dict[str, Any] = {}
         stopping = False
@@ -395,73 +395,8 @@ def _use_own_device(recipe: Recipe) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # as its launcher sets it
 
 
-def _open_folder(recipe: Recipe, resume: bool, writes: bool) -> Path | None:
-    """Check the run folder, write the resolved recipe, cut logs back; the checkpoint to resume from, if any."""
-    out = recipe.folder
-    stored = out / "recipe.yaml"
-    found = checkpoint.latest_checkpoint(out) if resume or writes else None
-    if not writes:
-        return found
-    log = out / "metrics.jsonl"
-    if not resume and (found is not None or (log.exists() and log.stat().st_size > 0)):
-        raise CheckpointError(f"{out} already holds a run: go on with --resume, or choose another --out")
-    if resume and found is not None and stored.is_file():
-        _check_same_run(recipe, stored)
-    checkpoint.write_atomically(stored, recipe.dump())
-    step = checkpoint.step_of(found) if found is not None else 0
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        checkpoint.truncate_rows(out / name, step)
-    return found
-
-
-def _check_same_run(recipe: Recipe, stored: Path) -> None:
-    """A resumed run may be longer and log otherwise; whatever else changes makes it another run."""
-    import yaml
-
-    old = build_recipe(yaml.safe_load(stored.read_text(encoding="utf-8")), source=str(stored))
-    free = (
-        "optim.steps",
-        "checkpoint.",
-        "log.",
-        "out",
-        "name",
-        "model.path",
-        "model.device",
-        "rollout.server",
-        "rollout.shared",
-        "optim.token_budget",
-        "data.workers",
-    )
-    changed = {k: v for k, v in differences(old, recipe).items() if not k.startswith(free)}
-    if changed:
-        listed = "\n".join(f"  {key}: was {was!r}, is {now!r}" for key, (was, now) in changed.items())
-        raise CheckpointError(f"{stored.parent}: cannot resume with other settings than the run began with:\n{listed}")
-
-
 def _not_finite(what: str, step: int, batches: Sequence[_Batch], *, changed: bool = False) -> str:
     names = [g.record.id if g.record is not None else "?" for b in batches for g in b.groups]
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     weights = "The weights were changed: go on from the last checkpoint" if changed else "The weights were not changed"
     return f"step {step}: {what}. {weights}. Records of the batch: {shown}"
-
-
-@contextmanager
-def _stop_signals(note: Callable[[str], None]) -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM ask the run to stop after its step; a second Ctrl-C stops it at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(signum: int, _frame: object) -> None:
-        if stop.is_set() and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-        note("stopping after this step (again: at once)")
-
-    before: Mapping[signal.Signals, Any] = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

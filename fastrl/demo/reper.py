@@ -18,6 +18,7 @@ from fastrl.build.reper import BuildOptions, build_dialogues
 from fastrl.critics import RuleCritic
 from fastrl.data import load_data
 from fastrl.demo.claims import Claim, falls, rises
+from fastrl.demo.scenes import HELD_OUT_SEED
 from fastrl.evaluate.caption import evaluate_caption
 from fastrl.recipe import load_recipe
 from fastrl.reflect import reflect
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from fastrl.data.records import Record
     from fastrl.models.load import Policy
 
-HELD_OUT_SEED = 1_000_003
 CLAIM = Claim(
     "the third turn's score rises and fewer of its captions state something false, on every seed",
     (rises(by=1e-9), falls("false_captions_")),
