@@ -247,3 +247,16 @@ def test_advantage_options(options: dict[str, Any], expected: list[float]) -> No
     method = scripted({"a": MIXED}, **options)
     prepared = method.prepare(method.context.stream.take(1))
     assert [c.scalars["advantage"] for c in prepared.groups[0].completions] == pytest.approx(expected)
+
+
+def test_a_reward_that_does_not_fit_the_data_is_said_before_anything_is_sampled() -> None:
+    record = Record(id="a", task="grounding", images=(), messages=(), target={})
+    context = Context(
+        policy=SimpleNamespace(),  # type: ignore[arg-type]  # asked to encode or sample, it would raise another error
+        stream=RecordStream([record]),
+        rng=torch.Generator(),
+        rollout=RolloutRecipe(max_new_tokens=10),  # type: ignore[call-arg]
+        reward=RewardRecipe(options={"score_by": "matched"}),
+    )
+    with pytest.raises(ValueError, match="does not fit the data, which is grounding: .*score_by"):
+        PerceptionR1(PerceptionR1Options(), context).prepare([record])
