@@ -1,7 +1,8 @@
 """Counting the floating-point operations of a step: torch's counter with formulas for what it does not know.
 
-torch's counter does not see CPU attention; formulas of our own operators stand beside them. All follow its convention:
-a multiply-add is two operations, softmax and masks cost nothing, and causal attention counts in full.
+torch's counter does not see CPU attention, and before torch 2.12 refuses fewer key heads than query heads; formulas of
+our own operators stand beside them. All follow its convention: a multiply-add is two operations, softmax and masks cost
+nothing, and causal attention counts in full.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 Shape = torch.Size
 
@@ -21,26 +22,28 @@ def flop_counter() -> FlopCounterMode:
     import fastrl_kernels.linear_logprob  # noqa: F401  registers the operators and their formulas
 
     aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        },
-    )
+    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    forward = {getattr(aten, f"_scaled_dot_product_{kind}"): _attention for kind in kinds}
+    backward = {getattr(aten, f"_scaled_dot_product_{kind}_backward"): _attention_backward for kind in kinds}
+    return FlopCounterMode(display=False, custom_mapping=forward | backward)
 
 
 def segment_attention_flops(lengths: Iterable[tuple[int, int]], heads: int, dim: int) -> int:
     """Both products of attention over segments of (queries, keys) each, causal or not, with ``heads`` query heads."""
-    return sum(
-        sdpa_flop_count((1, heads, queries, dim), (1, heads, keys, dim), (1, heads, keys, dim))
-        for queries, keys in lengths
-    )
+    return sum(_products(2, heads, queries, keys, dim) for queries, keys in lengths)
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    batch, heads, queries, dim = query
+    return _products(2, batch * heads, queries, key[2], dim)
 
 
 def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    """The scores again, and the gradients of weights, values, queries and keys."""
+    batch, heads, queries, dim = query
+    return _products(5, batch * heads, queries, key[2], dim)
+
+
+def _products(count: int, heads: int, queries: int, keys: int, dim: int) -> int:
+    """``count`` products of [queries, dim] and [dim, keys], or the like, for each query head; key heads are shared."""
+    return count * 2 * heads * queries * keys * dim

@@ -45,7 +45,7 @@ class LaunchConfig(NamedTuple):
 
 def launch_config(k: int) -> LaunchConfig:
     """The smallest of four sizes that holds k items; one warp, so no barrier, up to 64."""
-    for config in (LaunchConfig(32, 16, 1), LaunchConfig(64, 8, 1), LaunchConfig(256, 8, 4), LaunchConfig(1024, 4, 8)):
+    for config in (LaunchConfig(32, 16, 1), LaunchConfig(64, 8, 1), LaunchConfig(256, 8, 4), LaunchConfig(1024, 8, 16)):
         if k <= config.items:
             return config
     raise ValueError(f"score: at most {MAX_ITEMS} items per list, got {k}")

