@@ -1,4 +1,5 @@
-"""Losses and decoding: group advantages with the policy loss, listwise ranking, unlikelihood, shared-prompt attention.
+"""Losses and decoding: group advantages with the policy loss, listwise ranking, unlikelihood, shared-prompt attention,
+what a decoder layer does between its products.
 
 Peers in eager torch are written from the formulas, as trainers without a kernel run them.
 """
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.case import Case, Inputs, dtype_for, leaf, with_gradients
+from benchmarks.case import Case, Inputs, dtype_for, installed, leaf, with_gradients
 from fastrl_kernels.decode_attention import decode_attention
+from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
 from fastrl_kernels.group_advantage import group_advantage
 from fastrl_kernels.listwise_loss import listwise_loss
 from fastrl_kernels.policy_loss import policy_loss
@@ -27,6 +29,7 @@ def cases(size: str) -> list[Case]:
         _listwise_case(size, "listmle"),
         _unlikelihood_case(size),
         _decode_case(size),
+        _layer_case(size),
     ]
 
 
@@ -178,4 +181,77 @@ def _decode_case(size: str) -> Case:
         },
         make=make, ours=ours, peers={"sdpa, repeated keys": sdpa},
         bytes=float((2 * keys * kv_heads * d + 2 * rows * heads * d) * dtype.itemsize), dtype=dtype, graph=True,
+    )  # fmt: skip
+
+
+def _layer_case(size: str) -> Case:
+    """Everything but the products and the attention of one layer in a decode step: two norms, rotary embedding, cache,
+    gate. Peers: the layers' own code in transformers, and liger's kernels in its place."""
+    rows, hidden, inner, heads, kv_heads, d, slots = {
+        "tiny": (3, 16, 24, 4, 2, 4, 5),
+        "cpu": (64, 256, 672, 8, 4, 32, 24),
+        "gpu": (64, 2048, 11008, 16, 2, 128, 256),
+    }[size]
+    dtype, eps = dtype_for(size), 1e-6
+
+    def make(device: torch.device) -> Inputs:
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device).to(dtype)
+
+        angle = torch.randn(rows, d // 2, device=device)
+        x: Inputs = {"cos": angle.cos().to(dtype), "sin": angle.sin().to(dtype)}
+        x |= {name: random(rows, hidden) for name in ("residual", "attended", "fed")}
+        x |= {"weight": random(hidden), "q": random(rows, heads, d)}
+        x |= {name: random(rows, kv_heads, d) for name in ("k", "v")}
+        x |= {name: random(rows, kv_heads, slots, d) for name in ("keys", "values")}
+        x |= {name: random(rows, inner) for name in ("gate", "up")}
+        return x | {"at": torch.full((1,), slots // 2, device=device), "before": x["residual"].clone()}
+
+    def ours(x: Inputs) -> tuple[Tensor, ...]:
+        first = add_rms_norm(x["residual"], x["fed"], x["weight"], eps)
+        q = rope_append(*(x[name] for name in ("q", "k", "v", "cos", "sin", "keys", "values", "at")))
+        second = add_rms_norm(x["residual"], x["attended"], x["weight"], eps)
+        return first, q, second, silu_mul(x["gate"], x["up"])
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def halves(x: Inputs) -> tuple[Tensor, Tensor]:
+        return torch.cat((x["cos"], x["cos"]), -1)[:, None], torch.cat((x["sin"], x["sin"]), -1)[:, None]
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    def append(x: Inputs, k: Tensor) -> None:
+        x["keys"].index_copy_(2, x["at"], k[:, :, None])
+        x["values"].index_copy_(2, x["at"], x["v"][:, :, None])
+
+    def eager(x: Inputs) -> tuple[Tensor, ...]:
+        residual = x["residual"] + x["fed"]
+        first = norm(residual, x["weight"])
+        cos, sin = halves(x)
+        q, k = turn(x["q"], cos, sin), turn(x["k"], cos, sin)
+        append(x, k)
+        return first, q, norm(residual + x["attended"], x["weight"]), F.silu(x["gate"]) * x["up"]
+
+    def liger(x: Inputs) -> tuple[Tensor, ...]:
+        from liger_kernel.transformers.functional import liger_rms_norm, liger_rope, liger_swiglu
+
+        residual = x["residual"] + x["fed"]
+        first = liger_rms_norm(residual, x["weight"], eps, in_place=False)
+        q, k = (y[:, :, 0] for y in liger_rope(x["q"][:, :, None], x["k"][:, :, None], *halves(x)))
+        append(x, k)
+        second = liger_rms_norm(residual + x["attended"], x["weight"], eps, in_place=False)
+        return first, q, second, liger_swiglu(x["gate"], x["up"])
+
+    numbers = rows * (7 * hidden + 2 * heads * d + 4 * kv_heads * d + 3 * inner + 2 * d) + 2 * hidden
+    return Case(
+        name="decode_layer/between products", op="add_rms_norm+rope_append+silu_mul",
+        shape={"rows": rows, "hidden": hidden, "inner": inner, "Hq": heads, "Hkv": kv_heads, "D": d},
+        make=make, ours=ours,
+        peers={"eager": eager, "liger": liger if installed("liger_kernel", gpu=True) else None},
+        bytes=float(numbers * dtype.itemsize), dtype=dtype, graph=True,
+        reset=lambda x: x["residual"].copy_(x["before"]),
     )  # fmt: skip

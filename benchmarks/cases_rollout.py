@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Inputs, Run, dtype_for, installed
+from benchmarks.case import Case, Inputs, Run, dtype_for
 from fastrl.batch import ImageInput, Prompt
-from fastrl.models.liger import drop_liger, use_liger
 from fastrl.models.positions import mrope_positions
 from fastrl.models.prefix_attention import use_prefix_attention
 from fastrl.models.vision import unique_images, use_linear_patches, vision_features
@@ -283,21 +282,13 @@ def _sampled_case(size: str) -> Case:
 
 
 def _decode_case(size: str) -> Case:
-    """Prompts read beforehand: what decoding alone takes, by each of our ways, and with liger's layers."""
+    """Prompts read beforehand: what decoding alone takes, by each of our ways."""
     work, dtype = SIZES[size], dtype_for(size)
 
     def decode(x: Inputs, way: str) -> tuple[Tensor, ...]:
         rng = torch.Generator().manual_seed(0)
         return (tokens_of(x["sessions"][way].generate(Sampling(work.group, work.answer), rng)),)
 
-    def with_liger(x: Inputs) -> tuple[Tensor, ...]:
-        use_liger(x["policy"].core)
-        try:
-            return decode(x, "auto")
-        finally:
-            drop_liger(x["policy"].core)
-
     peers: dict[str, Run | None] = {way: lambda x, way=way: decode(x, way) for way in ("static", "eager")}
-    peers["model.liger"] = with_liger if installed("liger_kernel", gpu=True) else None
     make, rows = _maker(work, dtype, session=True), work.prompts * work.group
     return _case(size, "decode only", rows, make, lambda x: decode(x, "auto"), peers, compare=differing)

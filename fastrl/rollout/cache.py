@@ -1,7 +1,7 @@
 """Keys and values of a rollout: each prompt's once, each row's own apart, and the attention that writes and reads them.
 
-The language model is transformers' own. Its attention is switched, for the length of a call, to a function that hands
-the layer's keys and values to whichever cache the call names in ``fastrl_cache``; positions are always explicit.
+Prompts are read by transformers' own language model. Its attention is switched, for the length of a call, to a function
+that hands the layer's keys and values to the object the call names in ``fastrl_cache``; positions are always explicit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,6 @@ from torch import Tensor
 from fastrl_kernels.decode_attention import decode_attention
 
 ATTENTION = "fastrl_rollout"
-
-
-class KeyValues(Protocol):
-    """What a forward of the language model may be given as ``fastrl_cache``."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Query [X, Hq, L, D], key and value [X, Hkv, L, D] of the call's own tokens → [X, L, Hq, D]."""
-        ...
 
 
 class PromptCache:
@@ -72,6 +64,7 @@ class _Append:
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Query [X, Hq, L, D], key and value [X, Hkv, L, D] of the call's tokens → [X, L, Hq, D]."""
         rows, columns, mask = self._tables or self._make_tables(query.device)
         keys, values = self.cache.buffers(layer, key)
         keys[rows, :, columns] = key.transpose(1, 2)
@@ -124,27 +117,25 @@ class RowCache:
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # step, on the device
         self.own_length = torch.ones(size * n, dtype=torch.int32, device=device)  # keys to read: step + 1
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
-        if self.static:
-            keys.index_copy_(2, self.at, key)
-            values.index_copy_(2, self.at, value)
-        else:
-            keys[:, :, self.step], values[:, :, self.step] = key[:, :, 0], value[:, :, 0]
+    def own(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The rows' own keys and values [R, Hkv, T, D] of a layer: the new token's go into slot ``at``."""
+        return self.keys[layer], self.values[layer]
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Query [R, Hq, D] of the new tokens → [R, Hq, D], over prompts and own keys, the new ones among them."""
         read = self.capacity if self.static else self.step + 1
-        out = decode_attention(
-            query[:, :, 0],
+        return decode_attention(
+            query,
             self.prompt_keys[layer],
             self.prompt_values[layer],
-            keys[:, :, :read],
-            values[:, :, :read],
+            self.keys[layer][:, :, :read],
+            self.values[layer][:, :, :read],
             row_offsets=self.offsets if self.static or not self.equal_groups else None,
             prefix_len=self.prompt_length if self.static or self.ragged else None,
             own_len=self.own_length if self.static else None,
             max_rows=self.n,
             scale=scale,
         )
-        return out[:, None]
 
     def advance(self) -> None:
         """One more own key per row, on the device; ``step`` follows on the host."""
@@ -201,14 +192,14 @@ def rollout_mode(core: Any) -> Iterator[None]:
             module.training = True
 
 
-def forward(core: Any, embeds: Tensor, positions: Tensor, keys: KeyValues) -> Tensor:
+def forward(core: Any, embeds: Tensor, positions: Tensor, append: _Append) -> Tensor:
     """Hidden states [X, L, H] of the language model for embeddings [X, L, H] at ``positions`` [3, X, L]."""
     out = core.model.language_model(
         inputs_embeds=embeds,
         position_ids=positions,
         attention_mask={"full_attention": None},  # a mapping: transformers then builds no mask of its own
         use_cache=False,
-        fastrl_cache=keys,
+        fastrl_cache=append,
     )
     return out.last_hidden_state
 

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl.rollout.cache import PromptCache, RowCache, forward
+from fastrl.rollout.cache import PromptCache, RowCache
 from fastrl.rollout.graphs import GraphRunner
+from fastrl.rollout.layers import DecodeLayers
 from fastrl.rollout.sampler import Sampling, sample
 
 WAYS = ("auto", "eager", "static", "graph")
@@ -69,6 +70,7 @@ class Decode:
         device, n, steps = start.logits.device, sampling.n, sampling.max_new_tokens
         size = len(start.logits) * n
         self.core, self.sampling, self.eos, self.suppressed = core, sampling, eos, suppressed
+        self.layers = DecodeLayers(core)
         self.static = way != "eager"
         self.cache = RowCache(start.cache, n, max(steps - 1, 1), static=self.static)
         # One line more than there are rows: rows that only fill a bucket read and write there.
@@ -114,11 +116,9 @@ class Decode:
 
     def step(self) -> None:
         """Feed each row's last token, sample its next one. Fixed shapes if static, in place, no host reads."""
-        embeds = self.core.get_input_embeddings()(self.token)[:, None]
-        positions = (self.position + self.cache.at)[None, :, None].expand(3, -1, 1)
-        hidden = forward(self.core, embeds, positions, self.cache)
+        hidden = self.layers(self.token, self.position + self.cache.at, self.cache)
         self.cache.advance()
-        self._record(self.core.lm_head(hidden[:, 0]))
+        self._record(self.core.lm_head(hidden))
 
     def _record(self, logits: Tensor) -> None:
         column = self.at.expand_as(self.rows)

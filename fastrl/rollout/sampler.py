@@ -82,16 +82,22 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor | None, suppresse
         Tokens, and their log-probs over the full vocabulary before suppression and truncation, at the sampling
         temperature (greedy: at temperature 1).
     """
-    scores = logits.float() / (sampling.temperature or 1.0)  # a new tensor: changed below
-    total = scores.logsumexp(-1)
+    scores = logits.to(torch.float32, copy=True)
+    if sampling.temperature not in (0, 1):
+        scores /= sampling.temperature
+    held = scores.index_select(-1, suppressed).logsumexp(-1)
     scores.index_fill_(-1, suppressed, -torch.inf)
     if sampling.greedy:
-        token = scores.argmax(-1)
+        token = scores.argmax(-1, keepdim=True)
+        rest = scores.logsumexp(-1)
     else:
         if uniform is None:
             raise ValueError("uniform: needed unless the temperature is 0")
-        token = _truncated(scores, sampling, uniform) if sampling.truncated else _draw(scores.softmax(-1), uniform)
-    return Sampled(token, scores.gather(-1, token[:, None])[:, 0] - total)
+        weight = scores.softmax(-1)
+        token = (_truncated(scores, sampling, uniform) if sampling.truncated else _draw(weight, uniform))[:, None]
+        # A drawn token's weight gives the log-sum-exp of what may be drawn, without further passes over it.
+        rest = (scores.gather(-1, token) - weight.gather(-1, token).log())[:, 0]
+    return Sampled(token[:, 0], scores.gather(-1, token)[:, 0] - torch.logaddexp(rest, held))
 
 
 def _truncated(scores: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:

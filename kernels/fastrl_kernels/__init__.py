@@ -5,6 +5,7 @@
 """
 
 from fastrl_kernels.decode_attention import decode_attention
+from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
 from fastrl_kernels.detection_reward import DetectionReward, detection_reward
 from fastrl_kernels.group_advantage import GroupAdvantage, group_advantage
 from fastrl_kernels.linear_assignment import Assignment, linear_assignment
@@ -23,6 +24,7 @@ __all__ = [
     "GroupAdvantage",
     "LogProb",
     "PolicyLoss",
+    "add_rms_norm",
     "decode_attention",
     "detection_reward",
     "group_advantage",
@@ -32,6 +34,8 @@ __all__ = [
     "listwise_loss",
     "pairwise_iou",
     "policy_loss",
+    "rope_append",
+    "silu_mul",
     "token_logprob",
     "token_weights",
     "unlikelihood_loss",

@@ -1,6 +1,7 @@
 """The eager twins: plain torch, the CPU path of most kernels and the truth in tests. Every one accepts float64."""
 
 from fastrl_kernels.decode_attention import decode_attention_reference
+from fastrl_kernels.decode_layer import add_rms_norm_reference, rope_append_reference, silu_mul_reference
 from fastrl_kernels.detection_reward import detection_reward_reference
 from fastrl_kernels.group_advantage import group_advantage_reference
 from fastrl_kernels.linear_assignment import linear_assignment_reference
@@ -13,6 +14,7 @@ from fastrl_kernels.token_logprob import token_logprob_reference
 from fastrl_kernels.unlikelihood_loss import unlikelihood_loss_reference
 
 __all__ = [
+    "add_rms_norm_reference",
     "decode_attention_reference",
     "detection_reward_reference",
     "group_advantage_reference",
@@ -22,6 +24,8 @@ __all__ = [
     "listwise_loss_reference",
     "pairwise_iou_reference",
     "policy_loss_reference",
+    "rope_append_reference",
+    "silu_mul_reference",
     "token_logprob_reference",
     "unlikelihood_loss_reference",
 ]

@@ -1,0 +1,325 @@
+"""What lies between the matrix products of a decoder layer when it decodes: one token per row, no gradient.
+
+- ``add_rms_norm``: the residual sum and the RMSNorm that follows it:  h += x;  out = w * h / sqrt(mean h^2 + eps).
+- ``rope_append``: the rotary embedding of queries and keys, and the new keys and values put into the cache.
+- ``silu_mul``: silu(gate) * up.
+
+A decode step of 64 rows moves megabytes per layer through the weights and kilobytes through everything else, yet in
+eager torch "everything else" is about 40 launches a layer, each at the price of a launch whatever it moves. Here it is
+one launch for each of the above (two norms, one rotary embedding, one gate a layer), and every intermediate stays in
+registers. Sums and rotations are taken in float32 and rounded once; what the layer's own code rounds on the way (the
+residual, the normalised input before its weight, the gate) is rounded here too.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
+from fastrl_kernels._triton import tl, triton
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_GATE_BLOCK = 1024
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    residual,  # [R, H], contiguous; x is added to it
+    x,  # [R, H], contiguous, or None
+    weight,  # [H]
+    out,  # [R, H], contiguous
+    hidden,
+    eps,
+    BLOCK: tl.constexpr,
+):
+    """One row."""
+    h = tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * hidden + h
+    inside = h < hidden
+    total = tl.load(residual + at, mask=inside, other=0.0)
+    if x is not None:
+        total = (total.to(tl.float32) + tl.load(x + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype)
+        tl.store(residual + at, total, mask=inside)
+    wide = total.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / hidden + eps)
+    normed = (wide * scale).to(total.dtype).to(tl.float32)
+    w = tl.load(weight + h, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (normed * w).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rope_append_kernel(
+    q, k, v,  # [R, Hq, D], [R, Hkv, D] twice, contiguous
+    cos, sin,  # [R, D/2], contiguous
+    at,  # [1] int64: the slot of the new keys
+    q_out,  # like q
+    keys, values,  # [R, Hkv, T, D], of equal strides, the last one 1
+    query_heads, key_heads, cache_row, cache_head, cache_slot,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One query head of one row, or one of its key heads with the value."""
+    heads = query_heads + key_heads
+    row = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    i = tl.arange(0, BLOCK)
+    inside = i < HALF
+    c = tl.load(cos + row * HALF + i, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + row * HALF + i, mask=inside, other=0.0).to(tl.float32)
+    if head < query_heads:
+        source = q + (row * query_heads + head) * 2 * HALF + i
+        target = q_out + (row * query_heads + head) * 2 * HALF + i
+    else:
+        head -= query_heads
+        source = k + (row * key_heads + head) * 2 * HALF + i
+        slot = row * cache_row + head * cache_head + tl.load(at) * cache_slot + i
+        target = keys + slot
+        value = v + (row * key_heads + head) * 2 * HALF + i
+        tl.store(values + slot, tl.load(value, mask=inside), mask=inside)
+        tl.store(values + slot + HALF, tl.load(value + HALF, mask=inside), mask=inside)
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target, (first * c - second * s).to(q.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, (second * c + first * s).to(q.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _silu_mul_kernel(gate, up, out, size, BLOCK: tl.constexpr):
+    """``BLOCK`` numbers of flat tensors."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    x = tl.load(gate + at, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    opened = (wide / (1.0 + tl.exp(-wide))).to(x.dtype).to(tl.float32)
+    y = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (opened * y).to(x.dtype), mask=inside)
+
+
+def _block(size: int) -> int:
+    """The smallest power of two not below ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _norm_warps(block: int) -> int:
+    return min(max(block // 512, 1), 8)
+
+
+@torch.library.custom_op("fastrl::add_rms_norm", mutates_args=("residual",))
+def _add_rms_norm_op(
+    residual: Tensor,
+    x: Optional[Tensor],  # noqa: UP045 (the schema parser of older torch wants typing.Optional)
+    weight: Tensor,
+    eps: float,
+) -> Tensor:
+    out = torch.empty_like(residual)
+    rows, hidden = residual.shape
+    if rows:
+        block = _block(hidden)
+        x = x if x is None else x.contiguous()
+        launch(_add_rms_norm_kernel, rows)(
+            residual, x, weight.contiguous(), out, hidden, eps, BLOCK=block, num_warps=_norm_warps(block)
+        )
+    return out
+
+
+@_add_rms_norm_op.register_fake
+def _(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(residual)
+
+
+def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Add ``x`` to the residual stream, in place, and give its RMSNorm. No gradient.
+
+    Args:
+        residual: [R, H], contiguous; afterwards the sum, rounded to its dtype.
+        x: [R, H] of the same dtype, or None (nothing is added).
+        weight: [H] of the same dtype.
+        eps: added to the mean of squares.
+
+    Returns:
+        [R, H] in the residual's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, a residual that is not contiguous, tensors on different devices.
+        TypeError: dtypes that differ or are not floating.
+    """
+    check_shape("residual", residual, (None, None))
+    check(residual.is_contiguous(), "residual: changed in place, so it has to be contiguous")
+    check_dtype("residual", residual, _FLOATS)
+    check_shape("weight", weight, (residual.shape[1],))
+    check_dtype("weight", weight, (residual.dtype,))
+    if x is not None:
+        check_shape("x", x, tuple(residual.shape))
+        check_dtype("x", x, (residual.dtype,))
+    check_same_device(residual=residual, x=x, weight=weight)
+    if not use_triton(residual) or residual.dtype == torch.float64:
+        return add_rms_norm_reference(residual, x, weight, eps)
+    return _add_rms_norm_op(residual, x, weight, float(eps))
+
+
+def add_rms_norm_reference(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Eager twin of :func:`add_rms_norm` (same arguments, nothing checked)."""
+    if x is not None:
+        residual.add_(x)
+    if residual.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(residual, residual.shape[1:], weight, eps)
+    return F.rms_norm(residual.float(), residual.shape[1:], None, eps).to(residual.dtype) * weight
+
+
+@torch.library.custom_op("fastrl::rope_append", mutates_args=("keys", "values"))
+def _rope_append_op(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor
+) -> Tensor:
+    (rows, query_heads, dim), key_heads = q.shape, k.shape[1]
+    q_out = torch.empty((rows, query_heads, dim), dtype=q.dtype, device=q.device)
+    if rows:
+        launch(_rope_append_kernel, rows * (query_heads + key_heads))(
+            q.contiguous(), k.contiguous(), v.contiguous(), cos.contiguous(), sin.contiguous(), at, q_out, keys, values,
+            query_heads, key_heads, *keys.stride()[:3], HALF=dim // 2, BLOCK=_block(dim // 2), num_warps=1,
+        )  # fmt: skip
+    return q_out
+
+
+@_rope_append_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def rope_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor
+) -> Tensor:
+    """Rotate a token's queries and keys, and put its keys and values into slot ``at`` of the cache. No gradient.
+
+    The rotation pairs number i with number i + D/2 of a head, as Llama's and Qwen's weights are laid out.
+
+    Args:
+        q: [R, Hq, D], D even; k, v: [R, Hkv, D], of one dtype.
+        cos, sin: [R, D/2], any floating dtype, of each row's position.
+        keys, values: caches [R, Hkv, T, D] in q's dtype, of equal strides, the last one 1; changed in place.
+        at: [1] int64, 0 to T - 1 (not checked on a GPU, which would have to wait).
+
+    Returns:
+        The rotated queries [R, Hq, D].
+
+    Raises:
+        ValueError: shapes or strides that do not fit, tensors on different devices, on the CPU a slot out of range.
+        TypeError: wrong dtypes.
+    """
+    check_shape("q", q, (None, None, None))
+    rows, _, dim = q.shape
+    check(dim % 2 == 0, f"q: heads of {dim} numbers do not split into halves")
+    check_dtype("q", q, _FLOATS)
+    check_shape("k", k, (rows, None, dim))
+    check_shape("v", v, tuple(k.shape))
+    check_shape("keys", keys, (rows, k.shape[1], None, dim))
+    check_shape("values", values, tuple(keys.shape))
+    for name, x in (("k", k), ("v", v), ("keys", keys), ("values", values)):
+        check_dtype(name, x, (q.dtype,))
+    for name, x in (("cos", cos), ("sin", sin)):
+        check_shape(name, x, (rows, dim // 2))
+        check_dtype(name, x, _FLOATS)
+    check(
+        keys.stride() == values.stride() and (keys.stride(-1) == 1 or dim == 1),
+        f"keys, values: expected equal strides, the last one 1, got {keys.stride()} and {values.stride()}",
+    )
+    check_shape("at", at, (1,))
+    check_dtype("at", at, (torch.int64,))
+    check_same_device(q=q, k=k, v=v, cos=cos, sin=sin, keys=keys, values=values, at=at)
+    if not use_triton(q) or q.dtype == torch.float64:
+        return rope_append_reference(q, k, v, cos, sin, keys, values, at)
+    return _rope_append_op(q, k, v, cos, sin, keys, values, at)
+
+
+def rope_append_reference(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor
+) -> Tensor:
+    """Eager twin of :func:`rope_append` (same arguments, shapes and dtypes not checked)."""
+    wide = torch.promote_types(torch.promote_types(q.dtype, cos.dtype), torch.float32)
+    c, s = cos.to(wide)[:, None], sin.to(wide)[:, None]
+    own, crossed = torch.cat((c, c), -1), torch.cat((-s, s), -1)
+
+    def rotated(x: Tensor) -> Tensor:
+        x = x.to(wide)
+        return (x * own).addcmul_(x.roll(x.shape[-1] // 2, -1), crossed).to(q.dtype)
+
+    keys.index_copy_(2, at, rotated(k)[:, :, None])
+    values.index_copy_(2, at, v[:, :, None])
+    return rotated(q)
+
+
+@torch.library.custom_op("fastrl::silu_mul", mutates_args=())
+def _silu_mul_op(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    if gate.numel():
+        launch(_silu_mul_kernel, -(-gate.numel() // _GATE_BLOCK))(
+            gate, up, out, gate.numel(), BLOCK=_GATE_BLOCK, num_warps=4
+        )
+    return out
+
+
+@_silu_mul_op.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``, the gate rounded to its dtype before the product. No gradient.
+
+    Args:
+        gate, up: of one shape, dtype (floating) and device.
+
+    Raises:
+        ValueError, TypeError: where they differ.
+    """
+    check_shape("up", up, tuple(gate.shape))
+    check_dtype("gate", gate, _FLOATS)
+    check_dtype("up", up, (gate.dtype,))
+    check_same_device(gate=gate, up=up)
+    if not use_triton(gate) or gate.dtype == torch.float64:
+        return silu_mul_reference(gate, up)
+    return _silu_mul_op(gate, up)
+
+
+def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """Eager twin of :func:`silu_mul` (same arguments, nothing checked)."""
+    return F.silu(gate).mul_(up)
+
+
+def aot_cases() -> list[AotCase]:
+    """Hidden sizes of the 2B, 3B, 7B and 32B models, head size 128 (and an odd one), the gate."""
+    cases = []
+    for dtype, hidden in (("bf16", 1536), ("bf16", 2048), ("bf16", 3584), ("bf16", 5120), ("fp32", 2048)):
+        for added in (True, False):
+            signature = {"residual": f"*{dtype}", "x": f"*{dtype}", "weight": f"*{dtype}", "out": f"*{dtype}"}
+            signature |= {"hidden": "i32:16", "eps": "fp32"}
+            constants: dict[str, object] = {"BLOCK": _block(hidden)}
+            if not added:
+                del signature["x"]
+                constants["x"] = None
+            name = f"add_rms_norm/{dtype}/{hidden}" + ("" if added else "/first")
+            warps = _norm_warps(_block(hidden))
+            cases.append(AotCase(name, _add_rms_norm_kernel, signature, constants, num_warps=warps))
+    for dtype, half in (("bf16", 64), ("fp16", 40), ("fp32", 64)):
+        signature = dict.fromkeys(("q", "k", "v", "cos", "sin", "q_out", "keys", "values"), f"*{dtype}")
+        signature |= {"at": "*i64", "query_heads": "i32", "key_heads": "i32"}
+        signature |= dict.fromkeys(("cache_row", "cache_head", "cache_slot"), "i32:16")
+        constants = {"HALF": half, "BLOCK": _block(half)}
+        cases.append(
+            AotCase(
+                f"rope_append/{dtype}/d{2 * half}",
+                _rope_append_kernel,
+                signature,
+                constants,
+                num_warps=1,
+                max_shared=0,
+                max_barriers=0,
+            )
+        )
+    for dtype in ("bf16", "fp32"):
+        signature = {"gate": f"*{dtype}", "up": f"*{dtype}", "out": f"*{dtype}", "size": "i32"}
+        cases.append(AotCase(f"silu_mul/{dtype}", _silu_mul_kernel, signature, {"BLOCK": _GATE_BLOCK}, max_shared=0))
+    return cases

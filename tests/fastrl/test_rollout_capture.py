@@ -1,0 +1,132 @@
+"""What a CUDA graph asks of a decode step, checked without a GPU: the step runs on the meta device, by the operators a
+GPU would run. Its tensors hold no numbers, so whatever would wait for the device, or copy to it, raises or is seen."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastrl.plan.trace import meta_model
+from fastrl.recipe import LoraRecipe, ModelRecipe
+from fastrl.rollout import Sampling
+from fastrl.rollout.cache import PromptCache, rollout_mode
+from fastrl.rollout.decode import Decode, Start
+from fastrl_kernels._common import interpreting
+
+from .conftest import build_config, build_tokenizer
+
+LAUNCHES = {  # of a layer in a decode step; everything else in it is a view
+    "aten.addmm.default": 3,  # queries, keys, values
+    "aten.mm.default": 4,  # output, gate, up, down
+    "fastrl.add_rms_norm.default": 2,
+    "fastrl.rope_append.default": 1,
+    "fastrl.decode_attention.default": 1,
+    "fastrl.silu_mul.default": 1,
+}
+pytestmark = pytest.mark.skipif(interpreting(), reason="tensors on the meta device hold nothing to interpret")
+
+
+class Recorded(TorchDispatchMode):
+    """Counts operators that make or change numbers, and lists those that touch another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.elsewhere: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if any(not x.is_meta for x in (*given, *made)):
+            self.elsewhere.append(str(func))
+        storages = {x.untyped_storage()._cdata for x in given}
+        if func._schema.is_mutable or any(x.untyped_storage()._cdata not in storages for x in made):
+            self.calls[str(func)] += 1
+        return out
+
+
+@pytest.fixture(autouse=True)
+def gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("decode_layer", "decode_attention"):
+        monkeypatch.setattr(sys.modules[f"fastrl_kernels.{name}"], "use_triton", lambda *_: True)
+
+
+def decode_of(core: Any, sampling: Sampling, prompts: int = 2) -> Decode:
+    """A decode after its first token, with keys of prompts of 11 tokens."""
+    text = core.config.text_config
+    cache = PromptCache(prompts)
+    cache.reserve(11)
+    cache.length = [11, 7]
+    size = text.hidden_size // text.num_attention_heads
+    like = torch.empty(prompts, text.num_key_value_heads, 1, size, device="meta", dtype=torch.bfloat16)
+    for layer in range(text.num_hidden_layers):
+        cache.buffers(layer, like)
+    start = Start(
+        cache,
+        torch.empty(prompts, text.vocab_size, device="meta", dtype=torch.bfloat16),
+        torch.empty(prompts, dtype=torch.int64, device="meta"),
+    )
+    rows = prompts * sampling.n
+    uniform = (
+        None if sampling.greedy else torch.empty(rows, sampling.max_new_tokens, dtype=torch.float64, device="meta")
+    )
+    ids = {name: torch.empty(3, dtype=torch.int64, device="meta") for name in ("eos", "suppressed")}
+    decode = Decode(core, start, sampling, uniform, **ids, way="static")
+    decode._record(start.logits.repeat_interleave(sampling.n, 0))
+    return decode
+
+
+def model_of(style: str, layers: int, lora: int | None = None) -> Any:
+    config = build_config(style, build_tokenizer(), num_hidden_layers=layers, vocab_size=3000).to_dict()
+    adapter = None if lora is None else LoraRecipe(rank=lora)  # type: ignore[call-arg]
+    return meta_model(config, ModelRecipe(path="", lora=adapter), torch.bfloat16)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(4, 6), Sampling(4, 6, 0.7, 0.9, 50), Sampling(1, 6, temperature=0)])
+@pytest.mark.parametrize(("style", "lora"), [("qwen2_5", None), ("qwen2", None), ("qwen2_5", 4)])
+def test_a_captured_step_reads_nothing_on_the_host_and_copies_nothing_to_the_device(
+    style: str, lora: int | None, sampling: Sampling
+) -> None:
+    core = model_of(style, 2, lora)
+    with rollout_mode(core):
+        decode = decode_of(core, sampling)
+        held = [dict(vars(holder)) for holder in (decode, decode.cache)]
+        with Recorded() as recorded:
+            decode.step()
+        assert recorded.elsewhere == []
+        with pytest.raises((RuntimeError, NotImplementedError)):  # the check itself: this one does read
+            decode._any_left()
+    for holder, before in zip((decode, decode.cache), held, strict=True):  # a graph replays on the addresses it saw
+        for name, x in vars(holder).items():
+            assert not isinstance(x, Tensor) or x is before[name], name
+
+
+def test_a_layer_is_twelve_operators() -> None:
+    counts = []
+    for layers in (5, 3):
+        core = model_of("qwen2_5", layers)
+        with rollout_mode(core):
+            decode = decode_of(core, Sampling(4, 6))
+            with Recorded() as recorded:
+                decode.step()
+        counts.append(recorded.calls)
+    more, less = counts
+    assert more - less == Counter({name: 2 * count for name, count in LAUNCHES.items()})
+
+
+def test_what_a_capture_forbids_is_noticed() -> None:
+    x = torch.empty(3, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        x.sum().item()
+    with Recorded() as recorded:
+        x.sum()
+        torch.empty(3).sum()
+    assert recorded.elsewhere == ["aten.empty.memory_format", "aten.sum.default"]
