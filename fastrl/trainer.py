@@ -163,22 +163,20 @@ class Run:
             average=self.engine.average,
             updates=lambda: self.engine.updates,
             folder=recipe.folder,
+            features=None if _trains_vision(self.policy) else {},
         )
         self.method: Method = method_for(recipe.method)(recipe.method, self.context)
         if recipe.optim.row_local_head and not hasattr(self.method, "row_local_loss"):
             raise ValueError(f"optim.row_local_head: method {recipe.method.kind} has no row-local loss")
         if self.method.needs_reference and recipe.model.lora is None:
             self.policy.make_reference()
-        # Features of a frozen vision tower are the same for every pass of a step, the reference's among them.
-        passes = recipe.optim.updates_per_batch + self.method.needs_reference
-        self.share_vision = passes > 1 and not any(
-            p.requires_grad for n, p in self.policy.core.named_parameters() if ".visual." in f".{n}."
-        )
         self.state = RunState(self.policy, self.engine, self.stream, rng, self.method)
 
     def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One rollout batch and its updates. Returns the row of metrics and, when one is due, a table of samples."""
         recipe, method, meter = self.recipe, self.method, Meter()
+        if self.context.features is not None:
+            self.context.features.clear()
         with self.clock.phase("data"):
             records = self.stream.take(recipe.data.prompts_per_step)
             self._prefetch(records, more=number < recipe.optim.steps)
@@ -238,18 +236,20 @@ class Run:
             for batch in batches:
                 if "ref_logp" not in batch.packed.per_token:
                     packed = batch.packed.to(self.policy.device)
-                    features = self._vision(batch, packed)
+                    features = self._vision(packed)
                     result = self.policy.logprob(packed, temperature=self.method.temperature, features=features)
                     batch.packed.per_token["ref_logp"] = result.logp
 
-    def _vision(self, batch: _Batch, packed: PackedBatch) -> dict[str, Tensor] | None:
-        """Vision features several passes may share; None: each pass computes its own."""
-        if not self.share_vision or not packed.images:
+    def _vision(self, packed: PackedBatch) -> dict[str, Tensor] | None:
+        """Vision features that the step's passes share, the rollout among them; None: each pass computes its own."""
+        features = self.context.features
+        if features is None or not packed.images:
             return None
-        if batch.features is None:
+        missing = [image for image in packed.images if image.key not in features]
+        if missing:
             with torch.no_grad(), self.clock.phase("vision"):
-                batch.features = self.policy.features(packed.images)
-        return batch.features
+                features.update(self.policy.features(missing))
+        return features
 
     def _update(
         self, number: int, batches: Sequence[_Batch], meter: Meter, *, first: bool
@@ -289,7 +289,7 @@ class Run:
 
     def _loss(self, batch: _Batch, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Loss and metrics of a micro-batch, and its log-probs (None where the head gave its gradients at once)."""
-        features = self._vision(batch, packed)
+        features = self._vision(packed)
         rows = self.method.rows(batch.packed)  # of the batch on the host: no wait for the device
         rows = rows.to(packed.device) if rows is not None else None
         if self.recipe.optim.row_local_head and batch.scale:
@@ -329,7 +329,10 @@ class _Batch:
     packed: PackedBatch
     groups: list[PromptGroup] = field(default_factory=list)
     scale: float = 1.0  # 0: only here to keep ranks in step
-    features: dict[str, Tensor] | None = None
+
+
+def _trains_vision(policy: Policy) -> bool:
+    return any(p.requires_grad for n, p in policy.core.named_parameters() if ".visual." in f".{n}.")
 
 
 def load_model(recipe: Recipe) -> Policy:

@@ -46,6 +46,8 @@ class Context:
     ``stream`` is the data position of the run (a method that resamples draws from it), ``rng`` the sampler's generator,
     and ``average`` the mean of a number over data-parallel ranks (the number itself with one rank). ``updates`` is the
     number of optimizer updates made, and ``folder`` where the run writes: a rollout server is given weights by them.
+    ``features`` holds vision features by image key that all passes of a step may share, as nothing of the tower is
+    trained; None: each pass computes its own.
     """
 
     policy: Policy
@@ -57,6 +59,7 @@ class Context:
     average: Callable[[float], float] = _one_rank
     updates: Callable[[], int] = _no_updates
     folder: Path = Path()
+    features: dict[str, Tensor] | None = None
 
     @cached_property
     def generator(self) -> Generator | VllmGenerator:
@@ -65,7 +68,7 @@ class Context:
         if rollout.backend == "local":
             from fastrl.rollout import Generator
 
-            return Generator(self.policy, clock=self.clock, decode=rollout.decode)
+            return Generator(self.policy, clock=self.clock, decode=rollout.decode, features=self.features)
         from fastrl.rollout.vllm import VllmGenerator
 
         assert rollout.server is not None  # the recipe saw to it

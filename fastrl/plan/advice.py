@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ def advise(plan: Plan, sizes: Mapping[str, Any] | None = None) -> list[Change]:
     """
     found: list[Change] = []
     current = plan
-    for keys, cost in _candidates(plan):
+    for keys, cost in _candidates(plan, found):
         if current.fits:
             break
         recipe = _changed(current.recipe, keys)
@@ -39,8 +39,11 @@ def advise(plan: Plan, sizes: Mapping[str, Any] | None = None) -> list[Change]:
     return found
 
 
-def _candidates(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
-    """Changes and their costs, the cheapest first. Those that make no difference are skipped."""
+def _candidates(plan: Plan, found: Sequence[Change]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Changes and their costs, the cheapest first. Those that make no difference are skipped.
+
+    ``found``: the changes taken so far, which grow meanwhile.
+    """
     recipe, work = plan.recipe, plan.workload
     if work.group_tokens < recipe.optim.token_budget:
         yield {"optim.token_budget": work.group_tokens}, "smaller micro-batches; the gradient stays the same"
@@ -48,7 +51,14 @@ def _candidates(plan: Plan) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"model.gradient_checkpointing": True}, "every layer's forward is computed twice"
     if recipe.optim.states == "fp32" and recipe.engine.kind == "local":
         yield {"optim.states": "8bit"}, "moments are rounded to 8 bits"
-        yield {"optim.states": "offload"}, "the host updates: gradients and weights cross to it and back"
+    if recipe.engine.kind == "local" and recipe.optim.states != "offload":
+        yield {"optim.gradient_release": True, "optim.clip_norm": None}, "gradients are not clipped"
+        back = {"optim.gradient_release": False, "optim.clip_norm": recipe.optim.clip_norm}
+        taken = bool(found) and found[-1].plan.recipe.optim.gradient_release
+        yield (
+            {"optim.states": "offload", **(back if taken else {})},
+            "the host updates: gradients and weights cross to it and back",
+        )
     if not recipe.model.offload_activations:
         yield {"model.offload_activations": True}, "layer inputs cross to the host and back"
     if recipe.rollout.max_new_tokens > 256 and work.samples and plan.memory.peak == plan.memory.rollout:

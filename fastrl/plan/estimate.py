@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastrl.batch import PackedBatch
 from fastrl.models.flops import segment_attention_flops
 from fastrl.plan.configs import config_of, image_limit
 from fastrl.plan.hardware import Gpu
@@ -44,6 +45,7 @@ class Model:
     hidden: int
     vocabulary: int
     itemsize: int
+    trains_vision: bool
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Memory:
     activations: float  # kept by the forward of one micro-batch
     head_scratch: float
     kv_cache: float
+    features: float  # of a step's images, where the tower is frozen and all passes share them
     update: float
     optimizer: float
     rollout: float
@@ -126,18 +129,25 @@ def make_plan(
     vision = core.config.vision_config.to_dict()
     work = workload_of(recipe, vision, image_limit=image_limit(recipe.model.path), **(sizes or {}))
     model = count_model(core)
-    traced = trace_batch(
-        core,
-        work.fullest_batch(),
-        gpu=True,
-        entropy=recipe.method.kind == "perception-r1",
-        accumulates=work.micro_batches > 1 and recipe.optim.states != "offload",
-        release=releases(recipe, work),
-    )
+
+    def trace(batch: PackedBatch) -> Trace:
+        return trace_batch(
+            core,
+            batch,
+            gpu=True,
+            entropy=recipe.method.kind == "perception-r1",
+            row_local=recipe.optim.row_local_head,
+            accumulates=work.micro_batches > 1 and recipe.optim.states != "offload",
+            release=releases(recipe, work),
+        )
+
+    fullest, full = work.fullest_batch(), work.full_batch()
+    traced = trace(fullest)
+    counted = traced if fullest.segments.spans == full.segments.spans else trace(full)
     prefill = trace_prompts(core, work.prefill_batch(), gpu=True) if work.samples else (0, 0)
     memory = memory_of(recipe, model, work, traced, prefill, gpus=gpus)
     return Plan(
-        recipe, gpu, gpus, efficiency, model, work, memory, work_of(recipe, model, work, traced, gpu, efficiency)
+        recipe, gpu, gpus, efficiency, model, work, memory, work_of(recipe, model, work, counted, gpu, efficiency)
     )
 
 
@@ -168,6 +178,7 @@ def count_model(core: Any) -> Model:
         hidden=core.lm_head.weight.shape[1],
         vocabulary=core.lm_head.weight.shape[0],
         itemsize=embedding.element_size(),
+        trains_vision=any(p.requires_grad for p in core.model.visual.parameters()),
     )
 
 
@@ -217,7 +228,10 @@ def memory_of(
     if states == "offload":  # float32 weights, moments, gradients
         host, copies = 16.0 * model.trainable, 0.0
     reference = model.weight_bytes if needs_copy(recipe) else 0
-    resident = model.weight_bytes + copies + moments + reference
+    features = (
+        0 if model.trains_vision else work.prompts * work.images * work.image_tokens * model.hidden * model.itemsize
+    )
+    resident = model.weight_bytes + copies + moments + reference + features
     step = 0 if states == "offload" else adamw_scratch(model.largest, gpu=gpu, states=states)
     sampled = rollout_bytes(model, work, prefill)
     return Memory(
@@ -229,6 +243,7 @@ def memory_of(
         activations=traced.kept,
         head_scratch=traced.head_scratch,
         kv_cache=kv_bytes(model, work),
+        features=features,
         update=resident + max(traced.peak - whole + gradients, traced.kept),
         optimizer=resident + gradients + step,
         rollout=resident + sampled if work.samples else 0.0,
@@ -269,8 +284,8 @@ def sampling_bytes(model: Model, work: Workload) -> int:
 
 
 def work_of(recipe: Recipe, model: Model, work: Workload, traced: Trace, gpu: Gpu, efficiency: float) -> Work:
-    """FLOPs, bytes and seconds of one step (see :class:`Work`)."""
-    batches = work.prompts / work.groups_per_batch  # traced is one full micro-batch
+    """FLOPs, bytes and seconds of one step (see :class:`Work`). ``traced``: a micro-batch of full groups."""
+    batches = work.prompts / work.groups_per_batch
     linear = 2 * (model.language - model.vocabulary * model.hidden)
     head = 2 * model.vocabulary * model.hidden
     heads, dim = model.heads, model.head_dim
@@ -284,11 +299,13 @@ def work_of(recipe: Recipe, model: Model, work: Workload, traced: Trace, gpu: Gp
         flops["decode"] = rows * (answer * (linear + head) + own)
         read = work.prompts * prompt + rows * answer / 2
         decode_bytes = answer * (model.language * model.itemsize + read * kv_token_bytes(model))
-        flops["vision"] += batches * traced.vision_flops
+    if work.samples or not model.trains_vision:
+        flops["vision"] = batches * traced.vision_flops
+    forward = traced.forward_flops + (traced.vision_flops if model.trains_vision else 0)  # frozen: once for all passes
     if reads_reference(recipe):
-        flops["reference"] = batches * (traced.vision_flops + traced.forward_flops)
+        flops["reference"] = batches * forward
     passes = recipe.optim.updates_per_batch
-    flops["forward"] = passes * batches * (traced.vision_flops + traced.forward_flops)
+    flops["forward"] = passes * batches * forward
     flops["backward"] = passes * batches * traced.backward_flops
     states = recipe.optim.states
     # Norm and clip 12, gradient 4, moments in and out, float32 weight in and out, weight.

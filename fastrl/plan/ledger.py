@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastrl.models import prefix_attention
 from fastrl.models.flops import flop_counter, segment_attention_flops
-from fastrl_kernels._linear_logprob_driver import plan_tiles
+from fastrl_kernels._linear_logprob_driver import EAGER_ROWS, plan_tiles
 from fastrl_kernels._linear_logprob_tiles import eager_row_bytes
 
 GPU = "fastrl_plan_prefix", "fastrl_plan_flash_vision"  # of language and vision
@@ -59,6 +59,8 @@ class Ledger(TorchDispatchMode):
                 self._see(leaf)
         if func.namespace == "fastrl" and "linear_logprob" in func.name():
             self.transient(self._head_scratch("backward" in func.name(), args))
+        elif func.name() == "fastrl::linear_policy_loss":
+            self.transient(self._row_local_scratch(*args[:2]))
         elif func.name() == "fastrl::planned_attention_backward":  # dq is summed in float32
             self.transient(4 * args[1].numel())
         return out
@@ -100,6 +102,15 @@ class Ledger(TorchDispatchMode):
         found = tile.rows * (tile.stride * size + eager + copied) + tile.columns * per_column
         self.head_scratch = max(self.head_scratch, found)
         return found + (n * width * 4 if backward and hidden.dtype.itemsize < 4 else 0)
+
+    def _row_local_scratch(self, hidden: Tensor, weight: Tensor) -> int:
+        """Whole rows of logits, beside each row's state and its gradient, as many as the budget holds."""
+        size = hidden.dtype.itemsize if self.gpu else 4
+        per_row = size * (weight.shape[0] + 2 * weight.shape[1]) + (0 if self.gpu else eager_row_bytes(size, False))
+        rows = len(hidden) if self.gpu else min(len(hidden), EAGER_ROWS)
+        found = min(self.scratch_bytes, rows * per_row)
+        self.head_scratch = max(self.head_scratch, found)
+        return found
 
 
 def id_of(tensor: Tensor) -> int:

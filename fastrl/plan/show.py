@@ -19,6 +19,7 @@ KINDS = {
     "activations": "activations kept by one forward",
     "head_scratch": "scratch of the head",
     "kv_cache": "keys and values of the rollout",
+    "features": "shared vision features",
 }
 PHASES = {"rollout": "rollout", "update": "forward and backward", "optimizer": "optimizer step"}
 
@@ -105,6 +106,8 @@ def _work(plan: Plan) -> list[str]:
         if seconds:
             flops = f"{work.flops[name] / 1e12:,.1f}" if name in work.flops else f"{work.optimizer_bytes / 1e9:,.0f} GB"
             lines.append(f"  {name:<12}{flops:>12}{seconds:>10.2f}")
+    if plan.recipe.rollout.backend == "vllm":
+        lines.append("  rollout: on the vLLM server, not counted")
     total = sum(work.seconds.values())
     lines.append(f"  {'all':<12}{sum(work.flops.values()) / 1e12:>12,.1f}{total:>10.2f}")
     lines.append(f"  about {work.tokens_per_s:,.0f} tokens/s, {work.answer_tokens_per_s:,.0f} of them of answers")

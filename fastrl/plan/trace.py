@@ -58,6 +58,7 @@ def trace_batch(
     *,
     gpu: bool,
     entropy: bool = False,
+    row_local: bool = False,
     accumulates: bool = False,
     release: bool = False,
     scratch_bytes: int = 1 << 30,
@@ -69,6 +70,7 @@ def trace_batch(
         batch: on the host; only its shapes are read.
         gpu: count as a GPU would run it, else as a CPU.
         entropy: the head also gives entropies.
+        row_local: head and loss make their gradients in the forward (``optim.row_local_head``).
         accumulates: gradients of an earlier micro-batch are there already.
         release: each gradient is used and dropped as soon as it is complete.
         scratch_bytes: the head's budget.
@@ -84,7 +86,9 @@ def trace_batch(
                 ledger.peak, before = ledger.live, ledger.live
                 ledger.flops = 0
                 with ledger:
-                    vision, forward, kept = _pass(core, batch, entropy, ledger)
+                    into = _head_gradient(core, gradients) if row_local and not release else None
+                    head = _RowLocal(into) if row_local else _LogProb(entropy)
+                    vision, forward, kept = _pass(core, batch, head, ledger)
     finally:
         for hook in hooks:
             hook.remove()
@@ -117,24 +121,58 @@ def _known(core: Any, batch: PackedBatch) -> list[Tensor]:
     return [*core.parameters(), *core.buffers(), *tensors, *(image.pixel_values for image in batch.images)]
 
 
-def _pass(core: Any, batch: PackedBatch, entropy: bool, ledger: Ledger) -> tuple[int, int, int]:
+def _pass(core: Any, batch: PackedBatch, head: _LogProb | _RowLocal, ledger: Ledger) -> tuple[int, int, int]:
     """Forward and backward; FLOPs after the vision tower and after the head, and the bytes alive between the two."""
     core.train()
     features = keyed_features(core, batch.images)
     vision = ledger.flops
     hidden = predicted_states(core, batch, features)
     del features
-    logp = _logp(hidden, core, batch, entropy=entropy)
+    result = head(hidden, core.lm_head.weight, batch)
     del hidden
     forward, kept = ledger.flops, ledger.live
-    logp.backward(torch.ones_like(logp))
+    result.backward(torch.ones_like(result))
     return vision, forward, kept
 
 
-def _logp(hidden: Tensor, core: Any, batch: PackedBatch, *, entropy: bool) -> Tensor:
-    # The operator itself: its Python wrapper asks about autocast, which the meta device does not know.
-    tensors = hidden, core.lm_head.weight, batch.targets, None, None, None, None, None
-    return torch.ops.fastrl.linear_logprob(*tensors, 1.0, 1.0, None, -100, entropy, False, 1 << 30)[0]
+# The heads call operators themselves: their Python wrappers ask about autocast, which the meta device does not know.
+
+
+@dataclass(frozen=True)
+class _LogProb:
+    """Log-probs [N], from which the loss makes its gradient."""
+
+    entropy: bool
+
+    def __call__(self, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> Tensor:
+        tensors = hidden, weight, batch.targets, None, None, None, None, None
+        return torch.ops.fastrl.linear_logprob(*tensors, 1.0, 1.0, None, -100, self.entropy, False, 1 << 30)[0]
+
+
+@dataclass(frozen=True)
+class _RowLocal:
+    """The loss, with the gradients of head and hidden states already made. ``into``: where the head's is summed."""
+
+    into: Tensor | None
+
+    def __call__(self, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> Tensor:
+        ops, per_row = torch.ops.fastrl, torch.empty(len(batch.targets), device=META)
+        loss, _, *made = ops.linear_policy_loss(
+            hidden.detach(), weight.detach(), batch.targets, None, None, None, per_row, batch.completion_of_token,
+            per_row, None, None, self.into, 1.0, None, -100, 1.0, 0.2, 0.2, None, 0.0, "k3", "value", 1 << 30,
+            [True, weight.requires_grad, False],
+        )  # fmt: skip
+        return ops.with_gradients(loss, hidden, weight, None, *made, 1.0)
+
+
+def _head_gradient(core: Any, gradients: dict[nn.Parameter, Tensor]) -> Tensor | None:
+    """The float32 sum that the engine keeps of the head's gradient; None where the head is not trained."""
+    weight = core.lm_head.weight
+    if not weight.requires_grad:
+        return None
+    if weight not in gradients:
+        gradients[weight] = torch.zeros(weight.shape, device=META)
+    return gradients[weight]
 
 
 def _collect(parameter: nn.Parameter, gradients: dict[nn.Parameter, Tensor], ledger: Ledger, release: bool) -> Any:

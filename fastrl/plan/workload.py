@@ -29,7 +29,7 @@ class Workload:
     grid: tuple[int, int, int]  # of each, in patches
     merge: int
     token_budget: int
-    samples: bool  # whether the step has a rollout
+    samples: bool  # whether answers are sampled here (by a server: elsewhere)
 
     @property
     def image_tokens(self) -> int:
@@ -60,11 +60,19 @@ class Workload:
     def fullest_batch(self) -> PackedBatch:
         """The micro-batch with the most tokens the budget allows: what full groups leave is filled with shorter
         answers, as a step with answers of all lengths may bring it about."""
-        sizes = [(self.answer_tokens,) * self.group] * self.groups_per_batch
+        sizes = self._full_groups
         left = self.token_budget - self.groups_per_batch * self.group_tokens - self.prompt_tokens
         if left >= self.group and self.groups_per_batch < self.prompts:
             sizes.append((min(left // self.group, self.answer_tokens),) * self.group)
         return packed(self.text_tokens, self.images, self.grid, self.merge, sizes)
+
+    def full_batch(self) -> PackedBatch:
+        """The micro-batch of as many full groups as the budget allows and nothing else: a step is whole ones of it."""
+        return packed(self.text_tokens, self.images, self.grid, self.merge, self._full_groups)
+
+    @property
+    def _full_groups(self) -> list[tuple[int, ...]]:
+        return [(self.answer_tokens,) * self.group] * self.groups_per_batch
 
     def prefill_batch(self) -> PackedBatch:
         """The prompts of one prefill call of the rollout, each with one more token."""
@@ -141,5 +149,5 @@ def workload_of(
         grid=(1, side, side),
         merge=int(vision["spatial_merge_size"]),
         token_budget=recipe.optim.token_budget,
-        samples=grouped and not lists,
+        samples=grouped and not lists and recipe.rollout.backend == "local",
     )

@@ -22,7 +22,7 @@ from fastrl.rollout.sampler import Sampling
 
 
 class Generator:
-    """Samples completions from a policy's present weights; keeps nothing between calls.
+    """Samples completions from a policy's present weights; keeps nothing between calls but ``features``, if given.
 
     Args:
         policy: a ``fastrl.models`` policy; its ``core``, ``features``, ``decode`` and token ids are used.
@@ -33,6 +33,8 @@ class Generator:
         decode: how rows decode (see ``fastrl.rollout.decode``): ``"auto"`` is ``"graph"`` on a GPU and ``"eager"``
             elsewhere; ``"static"`` is the graph's way without the graph.
         clock: told of the phases ``vision``, ``prefill`` and ``decode``.
+        features: where ``generate`` looks for vision features by image key, and leaves those it computes. The owner
+            empties it when the tower's weights change. None: features are dropped when ``generate`` returns.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Generator:
         vision_patches: int = 65536,
         decode: str = "auto",
         clock: Clock | None = None,
+        features: dict[str, Tensor] | None = None,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
             if value < 1:
@@ -52,6 +55,7 @@ class Generator:
         self.max_rows, self.prefill_tokens, self.vision_patches = max_rows, prefill_tokens, vision_patches
         self.decode = way_for(decode, policy.device)
         self.phase = clock.phase if clock is not None else nullcontext
+        self.features = features
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, rng: torch.Generator | None = None
@@ -63,7 +67,7 @@ class Generator:
         retire. Multimodal positions come from the prompts; nothing is cached on the model.
 
         Args:
-            prompts: encoded prompts; each image key goes through the vision tower once per call.
+            prompts: encoded prompts; each image key goes through the vision tower once per call, if at all.
             sampling: see ``Sampling``. Temperature 0 draws nothing from ``rng``, and its n completions are equal.
             rng: on any device. May be None for temperature 0.
 
@@ -77,7 +81,7 @@ class Generator:
         """
         rows = rows_per_prompt(sampling)
         uniform = _uniform(len(prompts), sampling, rng)
-        features: dict[str, Tensor] = {}
+        features = self.features if self.features is not None else {}
         out: list[list[Completion]] = [[] for _ in prompts]
         for portion in _portions([len(p.token_ids) for p in prompts], max(1, self.max_rows // rows)):
             session = self._session([prompts[i] for i in portion], features)

@@ -81,6 +81,61 @@ def test_each_key_moves_what_it_should() -> None:
     assert (shared.moments, shared.gradients) == (base.moments / 4, base.gradients / 4)
 
 
+def test_a_row_local_head_saves_a_product_over_the_vocabulary() -> None:
+    plain, fused = (make_plan(small(*more), gpu_named("l4")) for more in ((), ("optim.row_local_head=true",)))
+    answers = plain.workload.prompts * plain.workload.group * plain.workload.answer_tokens
+    product = 2 * answers * plain.model.vocabulary * plain.model.hidden
+    saved = sum(plain.work.flops.values()) - sum(fused.work.flops.values())
+    assert saved == pytest.approx(product, rel=0.01)
+
+
+def test_work_does_not_depend_on_how_a_step_is_cut() -> None:
+    """A budget that leaves room for part of a group takes memory for it, and adds no work."""
+    whole, cut = (make_plan(small(f"optim.token_budget={n}"), gpu_named("l4")) for n in (100_000, 2500))
+    assert cut.workload.fullest_batch().n_groups > cut.workload.groups_per_batch
+    for name, flops in whole.work.flops.items():
+        assert cut.work.flops[name] == pytest.approx(flops, rel=1e-6), name
+
+
+def test_a_frozen_tower_sees_pictures_once() -> None:
+    """In the rollout, the reference and each update; trained, in every one of them."""
+    keys = ("method.beta=0.04", "optim.updates_per_batch=2", "model.freeze=[visual]")
+    trained, frozen = (make_plan(small(*more), gpu_named("l4")) for more in (keys[:2], keys))
+    assert frozen.work.flops["vision"] == trained.work.flops["vision"] > 0
+    for name, times in (("reference", 1), ("forward", 2)):
+        assert trained.work.flops[name] - frozen.work.flops[name] == times * frozen.work.flops["vision"]
+    work = frozen.workload
+    assert frozen.memory.features == work.prompts * work.image_tokens * frozen.model.hidden * frozen.model.itemsize
+    assert trained.memory.features == 0
+
+
+def test_answers_of_a_server_cost_nothing_here() -> None:
+    served = make_plan(small("rollout.backend=vllm", "rollout.server=http://localhost:8000"), gpu_named("l4"))
+    local = make_plan(small(), gpu_named("l4"))
+    assert served.memory.kv_cache == served.memory.rollout == served.work.flops["decode"] == 0
+    assert served.memory.update == local.memory.update
+    assert "on the vLLM server" in plan_text(served, [])
+    assert "vLLM" not in plan_text(local, [])
+
+
+def test_gradients_are_released_before_the_host_is_asked() -> None:
+    """One micro-batch without a norm to clip needs no gradients at once; where that is not enough, all goes out."""
+    recipe = small("optim.token_budget=100000", "optim.states=8bit", "rollout.group_size=2", "data.prompts_per_step=1")
+    plan = make_plan(recipe, gpu_named("l4"))
+
+    def on(share: float) -> list[dict[str, Any]]:
+        gpu = Gpu("toy", memory=1.0, bandwidth=1e12, flops=1e14)
+        wanted = share * plan.memory.peak
+        gpu = replace(gpu, memory=(wanted + GIB) / 0.96)
+        return [change.keys for change in advise(make_plan(recipe, gpu))]
+
+    released = {"optim.gradient_release": True, "optim.clip_norm": None}
+    assert on(0.97)[-1] == released
+    keys = on(0.3)
+    assert released in keys
+    assert {"optim.states": "offload", "optim.gradient_release": False, "optim.clip_norm": 1.0} in keys
+
+
 def test_what_does_not_fit_comes_with_changes_until_it_does() -> None:
     recipe = small("method.beta=0.04", "model.max_pixels=200000")
     needed = make_plan(recipe, gpu_named("l4")).memory.peak

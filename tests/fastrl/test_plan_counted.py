@@ -22,6 +22,7 @@ from fastrl.plan.trace import Trace, adamw_scratch, meta_model, trace_batch, tra
 from fastrl.plan.workload import Workload, packed
 from fastrl.recipe import LoraRecipe, ModelRecipe, OptimRecipe, load_recipe
 from fastrl.rollout import Generator, Sampling
+from fastrl_kernels.linear_policy_loss import linear_policy_loss
 
 from .conftest import build_folder
 
@@ -87,15 +88,26 @@ def measured_and_planned(
     checkpointing: bool,
     lora: LoraRecipe | None,
     passes: int = 1,
+    row_local: bool = False,
 ) -> tuple[int, int]:
     """Peak bytes of a training step beyond what lives between steps: counted, and planned."""
     spec = lora.spec() if lora is not None else None
     policy = load_policy(folder, device="cpu", dtype=dtype, lora=spec, gradient_checkpointing=checkpointing)
     engine = LocalEngine(policy.model, OptimRecipe(steps=9, lr=1e-4))  # type: ignore[call-arg]
 
+    def loss() -> torch.Tensor:
+        if not row_local:
+            return policy.logprob(batch).logp.mean()
+        head, count = policy.head_weight, len(batch.targets)
+        advantage, weight = torch.ones(len(batch.completions)), torch.full((count,), 1 / count)
+        return linear_policy_loss(
+            policy.hidden(batch), head, batch.targets, advantage, batch.completion_of_token,
+            weight=weight, head_grad=engine.gradient_of(head),
+        ).loss  # fmt: skip
+
     def step() -> None:
         for _ in range(passes):
-            engine.backward(policy.logprob(batch).logp.mean())
+            engine.backward(loss())
         engine.step()
 
     step()  # makes the moments
@@ -103,7 +115,7 @@ def measured_and_planned(
     recipe = ModelRecipe(path=str(folder), lora=lora, gradient_checkpointing=checkpointing)  # type: ignore[call-arg]
     core = meta_model(json.loads((folder / "config.json").read_text()), recipe, dtype)
     assert sum(p.numel() for p in core.parameters()) == sum(p.numel() for p in policy.core.parameters())
-    traced = trace_batch(core, batch, gpu=False, accumulates=passes > 1)
+    traced = trace_batch(core, batch, gpu=False, accumulates=passes > 1, row_local=row_local)
     model = count_model(core)
     return counted, max(traced.peak, 4 * model.trainable + adamw_scratch(model.largest, gpu=False))
 
@@ -116,6 +128,16 @@ def test_a_training_step(
     batch = filled(*SHAPES[shape])
     counted, planned = measured_and_planned(
         folders(style), batch, dtype=torch.float32, checkpointing=checkpointing, lora=spec
+    )
+    assert planned == pytest.approx(counted, rel=WITHIN)
+
+
+@pytest.mark.parametrize("shape", ["text, two groups", "ragged answers"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_training_step_with_a_row_local_head(folders: Callable[[str], Path], lora: bool, shape: str) -> None:
+    spec = LoraRecipe(rank=8) if lora else None  # type: ignore[call-arg]
+    counted, planned = measured_and_planned(
+        folders("qwen2_5"), filled(*SHAPES[shape]), dtype=torch.float32, checkpointing=True, lora=spec, row_local=True
     )
     assert planned == pytest.approx(counted, rel=WITHIN)
 

@@ -248,22 +248,33 @@ def test_reference_of_lora_and_of_frozen_copy_and_none(tiny_folder: Folder, tmp_
         pass
     lora = Run(make_recipe(folder, tmp_path, method__beta=0.1, model__lora={"rank": 2}), records=make_records())
     assert lora.policy._reference_core is None
-    assert lora.share_vision  # nothing of the tower is trained
-    assert not full.share_vision
+    assert lora.context.features == {}  # nothing of the tower is trained
+    assert full.context.features is None
     none = Run(make_recipe(folder, tmp_path, method__beta=0.0), records=make_records())
     with pytest.raises(RuntimeError, match="there is none"), none.policy.reference():
         pass
 
 
-def test_shared_vision_features_change_no_number(tiny_folder: Folder, tmp_path: Path) -> None:
-    rows = []
+def test_a_frozen_tower_sees_each_picture_once_a_step_and_no_number_changes(
+    tiny_folder: Folder, tmp_path: Path
+) -> None:
+    """Rollout, reference and two updates share its features; trained, every pass computes its own."""
+    rows, seen = [], []
     for shared in (True, False):
-        recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, method__beta=0.1, model__freeze=["visual"])
+        recipe = make_recipe(
+            tiny_folder("qwen2_5"), tmp_path, method__beta=0.1, model__lora={"rank": 2}, optim__updates_per_batch=2
+        )
         run = Run(recipe, records=make_records())
-        assert run.share_vision
-        run.share_vision = shared
+        assert run.context.features == {}
+        if not shared:
+            run.context.features = None
+        patches: list[int] = []
+        run.policy.core.model.visual.register_forward_pre_hook(lambda _m, a, p=patches: p.append(len(a[0])))
         rows.append([{k: v for k, v in run.step(n)[0].items() if "/" not in k or k == "reward/mean"} for n in (1, 2)])
-    assert rows[0] == rows[1]
+        seen.append(sum(patches))
+    for once, again in zip(*rows, strict=True):
+        assert once == pytest.approx(again, rel=1e-5)
+    assert seen[1] == 4 * seen[0]
 
 
 def test_ctrl_c_saves_and_stops_and_a_second_stops_at_once(tiny_folder: Folder, tmp_path: Path) -> None:
