@@ -36,6 +36,11 @@ def cases(size: str) -> list[Case]:
     ]
 
 
+def host_rounds(problems: int) -> int | None:
+    """Few rounds where a peer solves many problems one after another on the host, seconds a call."""
+    return 5 if problems > 32 and torch.cuda.is_available() else None
+
+
 def random_boxes(*shape: int, device: torch.device) -> Tensor:
     """Boxes in a 700 x 700 pixel image, ``[..., 4]`` corners."""
     boxes = torch.rand(*shape, 4, device=device) * 500
@@ -71,6 +76,7 @@ def _assignment_case(name: str, shape: tuple[int, int, int], *, boxes: bool = Fa
         name=f"linear_assignment/{name} {problems}x{n}x{m}", op="linear_assignment",
         shape={"problems": problems, "rows": n, "columns": m}, make=make, ours=ours,
         peers={"scipy": scipy_loop, "torch_linear_assignment": there}, bytes=4.0 * problems * n * m,
+        rounds=host_rounds(problems),
     )  # fmt: skip
 
 
@@ -105,7 +111,7 @@ def _matcher_case(size: str) -> Case:
     return Case(
         name="detr matcher/with costs", op="linear_assignment+pairwise_iou",
         shape={"images": images, "queries": queries, "truths": truths, "classes": classes}, make=make, ours=ours,
-        peers={"transformers": theirs}, bytes=4.0 * images * queries * (classes + 4),
+        peers={"transformers": theirs}, bytes=4.0 * images * queries * (classes + 4), rounds=host_rounds(images),
     )  # fmt: skip
 
 
@@ -157,6 +163,7 @@ def _reward_case(size: str) -> Case:
     return Case(
         name="detection_reward/boxes with labels", op="detection_reward", shape={"answers": answers, "boxes": n},
         make=make, ours=ours, peers={"scipy + torchvision-style": usual_reward}, bytes=answers * n * (2 * 24 + 12.0),
+        rounds=host_rounds(answers),
     )  # fmt: skip
 
 

@@ -250,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         except GradientMismatch as error:
             print(error, file=sys.stderr)
             return 1
+        _write(report, target)  # from here on, a run that is cut short leaves what it had
         bench = Bench(build_folder(size, root / size, device), root / "pictures", device, args.rounds)
         bench.free()
         for work, train, micro_batch in chosen:
@@ -259,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
             report["cases"].append(bench.case(work, train, micro_batch))
             print("\n".join(line(report["cases"][-1])), flush=True)
             bench.free()
-            _write(report, target)  # after every case: a run that is cut short leaves what it had
+            _write(report, target)
     if target is not None:
         _write(report, target)
         print(f"wrote {target} after {time.monotonic() - begin:.0f} s")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrl import checkpoint
-from fastrl.batch import PackedBatch, PromptGroup, pack
+from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.checkpoint import RunState
 from fastrl.data.blank import BlankImages
 from fastrl.engine import Engine, NonFiniteError, StepInfo, make_engine
@@ -143,6 +143,8 @@ class Run:
         _use_own_device(recipe)
         _seed(recipe.seed)
         self.policy = policy if policy is not None else load_model(recipe)
+        if self.policy.device.type == "cuda":  # whose events, random state and memory are read from here on
+            torch.cuda.set_device(self.policy.device)
         self.engine: Engine = make_engine(self.policy.model, recipe.optim, recipe.engine)
         self.stream = RecordStream(
             data,
@@ -170,7 +172,8 @@ class Run:
             raise ValueError(f"optim.row_local_head: method {recipe.method.kind} has no row-local loss")
         if self.method.needs_reference and recipe.model.lora is None:
             self.policy.make_reference()
-        self.state = RunState(self.policy, self.engine, self.stream, rng, self.method)
+        base = checkpoint.fingerprint(self.policy.core)
+        self.state = RunState(self.policy, self.engine, self.stream, rng, self.method, base)
 
     def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One rollout batch and its updates. Returns the row of metrics and, when one is due, a table of samples."""
@@ -186,7 +189,8 @@ class Run:
             names = ", ".join(record.id for record in records[:20])
             raise TrainingError(f"step {number}: {error}. Records of the step: {names}") from None
         with self.clock.phase("pack"):
-            batches = self._pack(prepared)
+            batches = self._pack(prepared, records)
+            self._drop_features(batches)
         if method.needs_reference:
             with self.clock.phase("reference"):
                 self._score_reference(batches)
@@ -216,7 +220,7 @@ class Run:
         images = [image for record in (*records, *coming) for image in record.images]
         self.policy.preprocessor.prefetch(images, data.workers)
 
-    def _pack(self, prepared: Prepared) -> list[_Batch]:
+    def _pack(self, prepared: Prepared, records: Sequence[Record]) -> list[_Batch]:
         """Groups as micro-batches; every rank gets the same number, the surplus with weight 0."""
         groups = prepared.groups
         batches = [_Batch(b) for b in pack(groups, self.recipe.optim.token_budget)]
@@ -226,15 +230,27 @@ class Run:
             offset += batch.packed.n_groups
         missing = int(self.engine.maximum(len(batches))) - len(batches)
         if missing:
-            spare = batches[0].packed if batches else pack(prepared.sampled[:1], 1)[0]
+            any_group = next(iter((*groups, *prepared.sampled)), None)
+            prompt = any_group.prompt if any_group is not None else self.policy.encode(records[0])[0]
+            nothing = Completion(torch.tensor([self.policy.end_of_turn_id]))  # any token does: its loss weighs 0
+            spare = pack_row([PromptGroup(prompt, [nothing])])
             batches += [_Batch(spare, scale=0.0) for _ in range(missing)]
         return batches
+
+    def _drop_features(self, batches: Sequence[_Batch]) -> None:
+        """Of shared vision features keep what the coming passes read: groups may have been dropped, or be of later
+        steps."""
+        features = self.context.features
+        if features:
+            used = {image.key for batch in batches for image in batch.packed.images}
+            for key in features.keys() - used:
+                del features[key]
 
     def _score_reference(self, batches: Sequence[_Batch]) -> None:
         """Log-probs under the reference, once per step (skipped where the method brought them)."""
         with self.policy.reference():
             for batch in batches:
-                if "ref_logp" not in batch.packed.per_token:
+                if batch.scale and "ref_logp" not in batch.packed.per_token:
                     packed = batch.packed.to(self.policy.device)
                     features = self._vision(packed)
                     result = self.policy.logprob(packed, temperature=self.method.temperature, features=features)
@@ -290,9 +306,11 @@ class Run:
     def _loss(self, batch: _Batch, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Loss and metrics of a micro-batch, and its log-probs (None where the head gave its gradients at once)."""
         features = self._vision(packed)
+        if not batch.scale:  # without the method, whose coefficients it does not have
+            return self.policy.logprob(packed, features=features).logp.sum(), {}, None
         rows = self.method.rows(batch.packed)  # of the batch on the host: no wait for the device
         rows = rows.to(packed.device) if rows is not None else None
-        if self.recipe.optim.row_local_head and batch.scale:
+        if self.recipe.optim.row_local_head:
             hidden, weight = self.policy.hidden(packed, features=features), self.policy.head_weight
             head = {"head_grad": self.engine.gradient_of(weight), "grad_scale": batch.scale}
             loss, metrics = self.method.row_local_loss(hidden, weight, packed, rows, **head)  # type: ignore[attr-defined]

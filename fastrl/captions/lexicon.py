@@ -73,6 +73,9 @@ ING_NOUNS = _words(
     "shed sled seed weed bread bleed breed steed watershed "
     "sling spring bedding earring covering opening landing marking drawing engraving carving seating"
 )
+LY_NOUNS = _words(
+    "family butterfly fly dragonfly lily belly jelly bully ally rally reply assembly supply anomaly doily"
+)
 # Linking phrases → the name under which relations are compared; longest first when read.
 RELATIONS: Mapping[str, str] = MappingProxyType(
     {

@@ -20,6 +20,7 @@ from fastrl.captions.lexicon import (
     DETERMINERS,
     FUNCTION,
     ING_NOUNS,
+    LY_NOUNS,
     NEGATIONS,
     NUMBERS,
     RELATIONS,
@@ -194,11 +195,11 @@ def _token(words: list[str], at: int) -> tuple[Token | None, int]:
         return Token("num", NUMBERS.get(word, word)), 1
     if word in NEGATIONS:
         return Token("neg", word), 1
+    found = phrase_at(words, at)
+    if found is not None and found[0] > 1:  # also one that begins with an adjective: hot dog
+        return Token("noun", " ".join([*words[at : at + found[0] - 1], singular(words[at + found[0] - 1])])), found[0]
     if word in ADJECTIVES and not _is_fruit(words, at):
         return Token("adj", "gray" if word == "grey" else word), 1
-    found = phrase_at(words, at)
-    if found is not None and found[0] > 1:
-        return Token("noun", " ".join([*words[at : at + found[0] - 1], singular(words[at + found[0] - 1])])), found[0]
     if found is None and (word in VERBS or _is_participle(word)):
         if at and (words[at - 1] in DETERMINERS or words[at - 1] in ADJECTIVES) and word not in COPULAS:
             # "a cross", "a smiling man": after what begins a noun phrase nothing is a verb
@@ -206,7 +207,7 @@ def _token(words: list[str], at: int) -> tuple[Token | None, int]:
         return Token("verb", _stem(word)), 1
     if found is None and word.endswith(ADJECTIVE_ENDINGS):
         return Token("adj", word), 1
-    if word in FUNCTION or word.endswith("ly"):
+    if word in FUNCTION or (word.endswith("ly") and word not in LY_NOUNS):
         return Token("stop", word), 1
     return Token("noun", singular(word)), 1
 

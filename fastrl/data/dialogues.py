@@ -91,6 +91,9 @@ def one_frame_dialogue(clip: Clip, subject: Subject, query: Query) -> Dialogue:
 def select_frames(dialogue: Dialogue, count: int, how: str, seed: int | str) -> Dialogue:
     """The dialogue about ``count`` of its frames: question, answer and boxes renumbered; the query's frames stay.
 
+    Where it asks who is seen from one frame to another, the frames just before and after stay too: they tell the
+    subject from one that was seen longer.
+
     Args:
         dialogue: worded as this module words them.
         count, how, seed: see ``fastrl.data.clips.sample_frames``.
@@ -103,11 +106,14 @@ def select_frames(dialogue: Dialogue, count: int, how: str, seed: int | str) -> 
     if make is None:
         raise ValueError("question and answer are not as fastrl build utr words them: their frames cannot be chosen")
     numbers = sample_frames(len(clip), count, how, seed)
-    for kept in {query.frame, query.first, query.last} - {None}:
-        nearest = min((t for t in numbers if t not in query), key=lambda t: abs(t - (kept or 0)), default=None)
-        if kept not in numbers and nearest is not None:
-            numbers[numbers.index(nearest)] = kept or 0
-    numbers = sorted({*numbers, *(t for t in query[2:] if t is not None)})
+    kept = {t for t in query[2:] if t is not None}
+    if query.first is not None and query.last is not None and not _action(subject, query):
+        kept |= {t for t in (query.first - 1, query.last + 1) if 1 <= t <= len(clip)}
+    for frame in sorted(kept - set(numbers)):
+        spare = [t for t in numbers if t not in kept]
+        if spare:
+            numbers[numbers.index(min(spare, key=lambda t: abs(t - frame)))] = frame
+    numbers = sorted({*numbers, *kept})
     chosen = clip.select(numbers)
     place = {number: i for i, number in enumerate(numbers, start=1)}
     moved = Query(query.kind, query.attribute, *(place.get(t) if t is not None else None for t in query[2:]))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from fastrl.answers import plain_answer
 from fastrl.data.records import Record
-from fastrl.rewards.ocr import edit_distance
+from fastrl.rewards.ocr import answer_readings, edit_distance
 from fastrl.rewards.reading import MAX_CHARACTERS
 
 MAX_WORDS = 10_000  # BLEU and METEOR look at this many words of a text; a dense page has about a thousand
@@ -94,15 +94,18 @@ def evaluate_ocr(
 ) -> dict[str, float]:
     """Means over pages of ``edit_distance f1 precision recall bleu meteor``; an empty answer counts as unparsable.
 
-    Answer tags, special tokens and a code fence around the answer do not count, nor does white space at the ends.
-    Inside, texts are compared as they are: the reward collapses white space, the published metric does not.
+    Answer tags, special tokens and a code fence around the answer do not count, unless the page has them too (of both
+    readings, the one nearer to the page is taken), nor does white space at the ends. Inside, texts are compared as they
+    are: the reward collapses white space, the published metric does not.
     """
     rows: list[tuple[float, ...]] = []
-    plain = [plain_answer(answer) for answer in answers]
-    for record, answer in zip(records, plain, strict=True):
+    for record, given in zip(records, answers, strict=True):
         truth = record.target["text"].strip()
+        distance, answer = min(
+            (normalised_edit_distance(reading, truth), reading) for reading in answer_readings(given)
+        )
         a, b = words(answer, segment), words(truth, segment)
-        rows.append((normalised_edit_distance(answer, truth), *word_set_scores(a, b), bleu(a, b), meteor(a, b)))
+        rows.append((distance, *word_set_scores(a, b), bleu(a, b), meteor(a, b)))
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     result = dict(zip(("edit_distance", "f1", "precision", "recall", "bleu", "meteor"), means, strict=True))
-    return {**result, "n": len(rows), "unparsable": sum(not answer for answer in plain)}
+    return {**result, "n": len(rows), "unparsable": sum(not plain_answer(answer) for answer in answers)}

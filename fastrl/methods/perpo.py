@@ -66,7 +66,14 @@ class PerPO:
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """One group per record with its ranked answers; those that teach an order carry gradient, the rest counts."""
         metrics: dict[str, float] = {}
-        if all(ranked_list(record) is not None for record in records):
+        given = [ranked_list(record) is not None for record in records]
+        if any(given) and not all(given):
+            first, second = (records[given.index(which)] for which in (True, False))
+            raise ValueError(
+                f"{first.source or first.id} brings ranked answers and {second.source or second.id} does not: all "
+                "records of the data have to, or none"
+            )
+        if all(given):
             with self.context.clock.phase("preprocess"):
                 groups = [self._given_group(record) for record in records]
             self._recompute([g for g in groups if any("reward" not in c.scalars for c in g.completions)])
@@ -134,7 +141,7 @@ class PerPO:
         """This step's lists; every few steps, those of the coming steps are sampled all at once."""
         every = self.options.online_every
         metrics: dict[str, float] = {}
-        if self._steps_left == 0:
+        if self._steps_left == 0 or any(record.id not in self._lists for record in records):
             metrics = self._sample([*records, *self.context.stream.peek((every - 1) * len(records))])
             self._steps_left = every
         self._steps_left -= 1

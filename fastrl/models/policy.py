@@ -165,12 +165,16 @@ class Policy:
     # The reference
 
     def make_reference(self) -> None:
-        """Keep a frozen copy of the present weights as the reference. Needless (and refused) under LoRA."""
+        """Keep a frozen copy of the present weights as the reference; weights that are not trained are shared with it.
+
+        Needless (and refused) under LoRA.
+        """
         if self.peft is not None:
             raise RuntimeError(
                 "make_reference: under LoRA the reference is the model without its adapter; no copy is made"
             )
-        self._reference_core = copy.deepcopy(self.core).requires_grad_(False).eval()
+        shared = {id(p): p for p in self.core.parameters() if not p.requires_grad}
+        self._reference_core = copy.deepcopy(self.core, shared).requires_grad_(False).eval()
 
     @contextmanager
     def reference(self) -> Iterator[Policy]:

@@ -26,6 +26,7 @@ EFFICIENCY = 0.4
 STATES = {"fp32": 8.0, "8bit": 2.0 + 8 / 256, "offload": 0.0}
 HOST_BANDWIDTH = 100e9  # bytes/s of a server's memory
 MAX_ROWS = 1024  # answers the generator decodes at once
+GRAPHS = ("auto", "graph")  # ways of decoding that are graphs on a GPU
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Model:
     wide: int  # of the trainable ones, those kept in float32 already (no copy is made)
     largest: int  # numbers of the largest trainable parameter
     weight_bytes: int
+    trained_bytes: int  # of the weights that are trained
     language: int  # numbers a decode step reads: layers and head
     layers: int
     kv_heads: int
@@ -55,12 +57,13 @@ class Memory:
     weights: float
     copies: float  # float32 copies of low-precision weights
     moments: float
-    reference: float
+    reference: float  # a copy of what is trained; the rest is shared
     gradients: float
     activations: float  # kept by the forward of one micro-batch
     head_scratch: float
     kv_cache: float
     features: float  # of a step's images, where the tower is frozen and all passes share them
+    pool: float  # temporaries of a decode step, which its CUDA graph keeps reserved
     update: float
     optimizer: float
     rollout: float
@@ -170,6 +173,7 @@ def count_model(core: Any) -> Model:
         wide=sum(p.numel() for p in trained if p.dtype == torch.float32),
         largest=max((p.numel() for p in trained), default=0),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        trained_bytes=sum(p.numel() * p.element_size() for p in trained),
         language=language + (0 if tied else core.lm_head.weight.numel()),
         layers=text.num_hidden_layers,
         kv_heads=text.num_key_value_heads,
@@ -227,13 +231,14 @@ def memory_of(
     host = 0.0
     if states == "offload":  # float32 weights, moments, gradients
         host, copies = 16.0 * model.trainable, 0.0
-    reference = model.weight_bytes if needs_copy(recipe) else 0
+    reference = model.trained_bytes if needs_copy(recipe) else 0
     features = (
         0 if model.trains_vision else work.prompts * work.images * work.image_tokens * model.hidden * model.itemsize
     )
     resident = model.weight_bytes + copies + moments + reference + features
     step = 0 if states == "offload" else adamw_scratch(model.largest, gpu=gpu, states=states)
     sampled = rollout_bytes(model, work, prefill)
+    pool = sampling_bytes(model, work) if gpu and work.samples and recipe.rollout.decode in GRAPHS else 0
     return Memory(
         weights=model.weight_bytes,
         copies=copies,
@@ -244,9 +249,10 @@ def memory_of(
         head_scratch=traced.head_scratch,
         kv_cache=kv_bytes(model, work),
         features=features,
-        update=resident + max(traced.peak - whole + gradients, traced.kept),
-        optimizer=resident + gradients + step,
-        rollout=resident + sampled if work.samples else 0.0,
+        pool=pool,
+        update=resident + pool + max(traced.peak - whole + gradients, traced.kept),
+        optimizer=resident + pool + gradients + step,
+        rollout=resident + features * (work.steps_at_once - 1) + sampled if work.samples else 0.0,
         host=host,
     )
 
@@ -266,9 +272,14 @@ def kv_bytes(model: Model, work: Workload, *, own: bool = True) -> int:
     once."""
     if not work.samples:
         return 0
-    prompts = min(work.prompts, max(1, MAX_ROWS // work.group))
+    prompts = prompts_at_once(work)
     answers = work.group * max(work.answer_tokens - 1, 1) if own else 0
     return prompts * (work.prompt_tokens + answers) * kv_token_bytes(model)
+
+
+def prompts_at_once(work: Workload) -> int:
+    """Prompts whose answers decode together."""
+    return min(work.prompts * work.steps_at_once, max(1, MAX_ROWS // work.group))
 
 
 def kv_token_bytes(model: Model) -> int:
@@ -278,9 +289,10 @@ def kv_token_bytes(model: Model) -> int:
 
 def sampling_bytes(model: Model, work: Workload) -> int:
     """Logits of the rows that decode at once, and what drawing from them makes: float32 scores and probabilities (once
-    more where they do not fall into whole blocks)."""
-    rows = min(work.rows, max(1, MAX_ROWS // work.group) * work.group)
-    return rows * model.vocabulary * (model.itemsize + (12 if model.vocabulary % 128 else 8))
+    more where they do not fall into whole blocks); under top-p alone, the whole vocabulary sorted, with its ids."""
+    rows = work.group * prompts_at_once(work)
+    drawing = 34 if work.sorts else 12 if model.vocabulary % 128 else 8
+    return rows * model.vocabulary * (model.itemsize + drawing)
 
 
 def work_of(recipe: Recipe, model: Model, work: Workload, traced: Trace, gpu: Gpu, efficiency: float) -> Work:

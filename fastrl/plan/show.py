@@ -14,12 +14,13 @@ KINDS = {
     "weights": "weights",
     "copies": "float32 copies of trained weights",
     "moments": "optimizer states",
-    "reference": "reference model (a frozen copy)",
+    "reference": "reference (a copy of trained weights)",
     "gradients": "gradients",
     "activations": "activations kept by one forward",
     "head_scratch": "scratch of the head",
     "kv_cache": "keys and values of the rollout",
     "features": "shared vision features",
+    "pool": "reserved for the decode's graphs",
 }
 PHASES = {"rollout": "rollout", "update": "forward and backward", "optimizer": "optimizer step"}
 

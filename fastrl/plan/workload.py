@@ -30,6 +30,8 @@ class Workload:
     merge: int
     token_budget: int
     samples: bool  # whether answers are sampled here (by a server: elsewhere)
+    steps_at_once: int = 1  # whose prompts one rollout serves
+    sorts: bool = False  # drawing sorts the whole vocabulary: top-p alone
 
     @property
     def image_tokens(self) -> int:
@@ -150,4 +152,6 @@ def workload_of(
         merge=int(vision["spatial_merge_size"]),
         token_budget=recipe.optim.token_budget,
         samples=grouped and not lists and recipe.rollout.backend == "local",
+        steps_at_once=getattr(recipe.method, "online_every", 1),
+        sorts=recipe.rollout.top_p < 1 and recipe.rollout.top_k == 0,
     )

@@ -38,9 +38,19 @@ def edit_distance(a: str, b: str, max_cells: int = MAX_CELLS) -> int:
 def text_similarity(answer: str, truth: str) -> float:
     """``max(0, 1 − lev(answer, truth) / max(len(answer), len(truth)))`` after collapsing whitespace, in [0, 1].
 
-    Answer tags, special tokens and a code fence around the answer do not count. Two empty texts are equal: 1.
+    Answer tags, special tokens and a code fence around the answer do not count, unless the page has them too: of the
+    answer as it is and without them, the one nearer to the truth is taken. Two empty texts are equal: 1.
     """
-    a, b = collapse_whitespace(plain_answer(answer)), collapse_whitespace(truth)
+    return max(_similarity(reading, truth) for reading in answer_readings(answer))
+
+
+def answer_readings(answer: str) -> set[str]:
+    """An answer without what may stand around it, and as it is."""
+    return {plain_answer(answer), answer.strip()}
+
+
+def _similarity(answer: str, truth: str) -> float:
+    a, b = collapse_whitespace(answer), collapse_whitespace(truth)
     longest = max(len(a), len(b))
     return max(0.0, 1.0 - edit_distance(a, b) / longest) if longest else 1.0
 

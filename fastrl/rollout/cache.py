@@ -14,10 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastrl_kernels.decode_attention import decode_attention
 
 ATTENTION = "fastrl_rollout"
+# All but cuDNN's, which makes a plan for every new shape: prompts of nearly every call have another length.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class PromptCache:
@@ -69,11 +72,12 @@ class _Append:
         keys, values = self.cache.buffers(layer, key)
         keys[rows, :, columns] = key.transpose(1, 2)
         values[rows, :, columns] = value.transpose(1, 2)
-        if self.fresh:  # padding is on the right, so causal attention alone keeps real tokens off it
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-        else:
-            k, v = (x[rows[:, 0], :, : mask.shape[-1]] for x in (keys, values))
-            out = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        with sdpa_kernel(BACKENDS):
+            if self.fresh:  # padding is on the right, so causal attention alone keeps real tokens off it
+                out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+            else:
+                k, v = (x[rows[:, 0], :, : mask.shape[-1]] for x in (keys, values))
+                out = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
 
     def commit(self) -> None:

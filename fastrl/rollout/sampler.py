@@ -127,7 +127,8 @@ def _draw(weight: Tensor, uniform: Tensor) -> Tensor:
     blocks = (F.pad(weight, (0, short)) if short else weight).view(rows, -1, _BLOCK)
     block, rest = _invert(blocks.sum(-1), uniform)
     inside = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
-    return block * _BLOCK + _invert(inside, rest)[0]
+    index = block * _BLOCK + _invert(inside, rest)[0]
+    return index.clamp_(max=vocabulary - 1)  # of weights that are NaN, which the caller finds in the log-prob
 
 
 def _invert(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

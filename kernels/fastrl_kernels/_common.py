@@ -56,6 +56,12 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_number(name: str, value: object, good: bool, expected: str) -> None:
+    """Raise unless ``good``. The message is made only then: under ``torch.compile`` a number may be symbolic."""
+    if not good:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise unless ``tensor`` has this shape (``None``: any size)."""
     got = tuple(tensor.shape)

@@ -46,7 +46,8 @@ class RowOptions(NamedTuple):
 @triton.jit
 def _surrogate(log_ratio, advantage, low, high, dual, DUAL: tl.constexpr):
     """The clipped objective of one row: loss, d loss / d log_ratio, ratio, clipped low, clipped high."""
-    clamped = tl.minimum(tl.maximum(log_ratio, -20.0), 20.0)
+    # not minimum and maximum, which on a GPU give the operand that is not NaN: NaN stays NaN
+    clamped = tl.where(log_ratio < -20.0, -20.0, tl.where(log_ratio > 20.0, 20.0, log_ratio))
     ratio = tl.exp(clamped)
     clip_low = (advantage < 0) & (ratio < low)
     clip_high = (advantage > 0) & (ratio > high)
@@ -70,7 +71,7 @@ def _kl_terms(logp, ref, KL: tl.constexpr, K2_GRADIENT: tl.constexpr):
         value = 0.5 * x * x
         slope = -x
     else:
-        capped = tl.minimum(x, 20.0)
+        capped = tl.where(x > 20.0, 20.0, x)
         near = tl.abs(capped) <= 0.7
         small = tl.where(near, capped, 0.0)
         tail = tl.where(near, expm1_tail(small), tl.exp(capped) - 1.0 - capped)

@@ -210,6 +210,9 @@ def _decode_attention_op(
     q: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor,
     row_offsets: Tensor, prefix_len: Tensor, own_len: Tensor, max_rows: int, scale: float,
 ) -> Tensor:  # fmt: skip
+    if not use_triton(q):  # only where torch.compile wants one operator, see below
+        tables = {"row_offsets": row_offsets, "prefix_len": prefix_len, "own_len": own_len}
+        return decode_attention_reference(q, prefix_k, prefix_v, own_k, own_v, **tables, max_rows=max_rows, scale=scale)
     (r, hq, d), (b, hkv, p, _), t = q.shape, prefix_k.shape, own_k.shape[2]
     out = torch.empty((r, hq, d), dtype=q.dtype, device=q.device)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
@@ -289,12 +292,13 @@ def decode_attention(
     _check(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len)
     r, b = q.shape[0], prefix_k.shape[0]
     factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if not use_triton(q):
+    if not use_triton(q) and not torch.compiler.is_compiling():
         return decode_attention_reference(
             q, prefix_k, prefix_v, own_k, own_v,
             row_offsets=row_offsets, prefix_len=prefix_len, own_len=own_len, max_rows=max_rows, scale=factor,
         )  # fmt: skip
-    check_dtype("q", q, (torch.float32, torch.bfloat16, torch.float16))
+    if use_triton(q):
+        check_dtype("q", q, (torch.float32, torch.bfloat16, torch.float16))
     each = r // max(b, 1) if row_offsets is None else r
     if row_offsets is None:
         row_offsets = torch.arange(b + 1, dtype=torch.int32, device=q.device) * each
@@ -308,6 +312,7 @@ def decode_attention(
     )  # fmt: skip
 
 
+@torch.no_grad()
 def decode_attention_reference(
     q: Tensor,
     prefix_k: Tensor,
@@ -332,14 +337,15 @@ def decode_attention_reference(
     dtype = q.dtype if q.dtype == torch.float64 else torch.float32
     groups = _Groups(row_offsets, b, r, hq // hkv, max_rows)
     scaled = q.to(dtype).view(r, hkv, hq // hkv, d) * (d**-0.5 if scale is None else scale)
-    own_score = _scores(scaled, own_k.to(dtype), own_len)  # [R, Hkv, Hq/Hkv, T]
-    prefix_score = groups.to_rows(_scores(groups.to_groups(scaled), prefix_k.to(dtype), prefix_len), empty=-torch.inf)
-    score = torch.cat([prefix_score, own_score], -1)
-    weight = torch.softmax(score, -1)
-    if own_len is not None or t == 0:  # a row may have no key: the softmax of nothing is NaN, its output is 0
-        weight = weight.masked_fill((score == -torch.inf).all(-1, keepdim=True), 0.0)
-    shared = torch.matmul(groups.to_groups(weight[..., :p]), prefix_v.to(dtype))
-    out = torch.matmul(weight[..., p:], own_v.to(dtype)) + groups.to_rows(shared, empty=0.0)
+    with torch.autocast(q.device.type, enabled=False):  # which would round the products
+        own_score = _scores(scaled, own_k.to(dtype), own_len)  # [R, Hkv, Hq/Hkv, T]
+        shared_score = _scores(groups.to_groups(scaled), prefix_k.to(dtype), prefix_len)
+        score = torch.cat([groups.to_rows(shared_score, empty=-torch.inf), own_score], -1)
+        weight = torch.softmax(score, -1)
+        if own_len is not None or t == 0:  # a row may have no key: the softmax of nothing is NaN, its output is 0
+            weight = weight.masked_fill((score == -torch.inf).all(-1, keepdim=True), 0.0)
+        shared = torch.matmul(groups.to_groups(weight[..., :p]), prefix_v.to(dtype))
+        out = torch.matmul(weight[..., p:], own_v.to(dtype)) + groups.to_rows(shared, empty=0.0)
     return out.reshape(r, hq, d).to(q.dtype)
 
 

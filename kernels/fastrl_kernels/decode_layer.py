@@ -5,7 +5,7 @@
 - ``silu_mul``: silu(gate) * up.
 
 A decode step of 64 rows moves megabytes per layer through the weights and kilobytes through everything else, yet in
-eager torch "everything else" is about 40 launches a layer, each at the price of a launch whatever it moves. Here it is
+eager torch "everything else" is about 30 launches a layer, each at the price of a launch whatever it moves. Here it is
 one launch for each of the above (two norms, one rotary embedding, one gate a layer), and every intermediate stays in
 registers. Sums and rotations are taken in float32 and rounded once; what the layer's own code rounds on the way (the
 residual, the normalised input before its weight, the gate) is rounded here too.
@@ -160,6 +160,7 @@ def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float)
     return _add_rms_norm_op(residual, x, weight, float(eps))
 
 
+@torch.no_grad()
 def add_rms_norm_reference(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """Eager twin of :func:`add_rms_norm` (same arguments, nothing checked)."""
     if x is not None:
@@ -228,11 +229,14 @@ def rope_append(
     check_shape("at", at, (1,))
     check_dtype("at", at, (torch.int64,))
     check_same_device(q=q, k=k, v=v, cos=cos, sin=sin, keys=keys, values=values, at=at)
+    if at.device.type == "cpu" and rows and not torch.compiler.is_compiling():
+        check(0 <= int(at) < keys.shape[2], f"at: slot {int(at)} is outside a cache of {keys.shape[2]}")
     if not use_triton(q) or q.dtype == torch.float64:
         return rope_append_reference(q, k, v, cos, sin, keys, values, at)
     return _rope_append_op(q, k, v, cos, sin, keys, values, at)
 
 
+@torch.no_grad()
 def rope_append_reference(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor
 ) -> Tensor:
@@ -284,6 +288,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _silu_mul_op(gate, up)
 
 
+@torch.no_grad()
 def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
     """Eager twin of :func:`silu_mul` (same arguments, nothing checked)."""
     return F.silu(gate).mul_(up)

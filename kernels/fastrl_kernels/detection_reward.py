@@ -24,7 +24,16 @@ from torch import Tensor
 
 from fastrl_kernels import _native
 from fastrl_kernels._box_overlap import load_boxes, pair_value
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
+from fastrl_kernels._common import (
+    AotCase,
+    check,
+    check_dtype,
+    check_number,
+    check_same_device,
+    check_shape,
+    launch,
+    use_triton,
+)
 from fastrl_kernels._triton import tl, triton
 from fastrl_kernels.linear_assignment import (
     IN_TREE,
@@ -301,8 +310,8 @@ def _check_arguments(
     """Raise on the first wrong argument; returns whether the items are boxes."""
     check(metric in METRICS, f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     check(matching in MATCHINGS, f"matching: expected one of {', '.join(MATCHINGS)}, got {matching!r}")
-    check(not math.isnan(threshold), "threshold: expected a number, got NaN")
-    check(math.isfinite(scale) and scale > 0, f"scale: expected a positive finite number, got {scale}")
+    check_number("threshold", threshold, threshold == threshold, "a number")
+    check_number("scale", scale, 0 < scale < math.inf, "a positive finite number")
     check_shape("pred", pred, (None, None, 4 if metric == "iou" else 2))
     problems, n, coords = pred.shape
     check_shape("gt", gt, (problems, None, coords))

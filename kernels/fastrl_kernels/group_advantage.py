@@ -21,7 +21,16 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
+from fastrl_kernels._common import (
+    AotCase,
+    check,
+    check_dtype,
+    check_number,
+    check_same_device,
+    check_shape,
+    launch,
+    use_triton,
+)
 from fastrl_kernels._triton import tl, triton
 from fastrl_kernels.token_weights import check_ids
 
@@ -260,19 +269,19 @@ def _group_count(rewards: Tensor, ids: Tensor | None, size: int, n_groups: int |
     """The number of groups, from the size, from ``n_groups``, or (CPU only) from the ids."""
     r = rewards.shape[0]
     if ids is None:
-        check(size > 0, f"group: expected a positive group size, got {size}")
-        check(r % size == 0, f"group: {r} rewards cannot be split into groups of {size}")
-        check(
-            n_groups is None or n_groups * size == r, f"n_groups: {r} rewards make {r // size} groups, got {n_groups}"
-        )
+        check_number("group", size, size > 0, "a positive group size")
+        if r % size:
+            raise ValueError(f"group: {r} rewards cannot be split into groups of {size}")
+        if n_groups is not None and n_groups * size != r:
+            raise ValueError(f"n_groups: {r} rewards make {r // size} groups, got {n_groups}")
         return r // size
     check_shape("group", ids, (r,))
     check_dtype("group", ids, (torch.int64, torch.int32))
     check_same_device(rewards=rewards, group=ids)
     if n_groups is None:
         check(ids.device.type == "cpu", "n_groups: needed with group ids on a GPU (finding out would be a host read)")
-        return int(ids.max()) + 1 if r else 0
-    check(n_groups >= 0, f"n_groups: expected a count, got {n_groups}")
+        return max(int(ids.max()) + 1, 0) if r else 0
+    check_number("n_groups", n_groups, n_groups >= 0, "a count")
     check_ids("group", ids, n_groups)
     return n_groups
 
@@ -286,7 +295,7 @@ def _check_arguments(rewards: Tensor, weights: Tensor | None, baseline: str, sca
         check_same_device(rewards=rewards, weights=weights)
     check(baseline in ("mean", "leave_one_out"), f"baseline: expected mean or leave_one_out, got {baseline!r}")
     check(scale in ("std", "none"), f"scale: expected std or none, got {scale!r}")
-    check(eps >= 0, f"eps: expected >= 0, got {eps}")
+    check_number("eps", eps, eps >= 0, ">= 0")
 
 
 def _check_finite(rewards: Tensor) -> None:

@@ -213,9 +213,7 @@ def linear_logprob(
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or value; a budget too small for the smallest tile.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = autocast_pair(hidden, weight)
     lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else lora
     _check_arguments(hidden, weight, target, bias, rows, lora_a, lora_b, softcap, scratch_bytes)
     per_row, value = row_temperature(temperature, target)
@@ -224,6 +222,16 @@ def linear_logprob(
         None if softcap is None else float(softcap), ignore_index, return_entropy, skip_zero_rows, scratch_bytes,
     )  # fmt: skip
     return LogProb(logp, entropy if return_entropy else None)
+
+
+def autocast_pair(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as ``F.linear`` would take them under autocast, which leaves float64 alone."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(kind)
+    hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
+    return hidden, weight
 
 
 def linear_logprob_reference(

@@ -36,7 +36,7 @@ from fastrl_kernels._linear_logprob_driver import (
     tile_dtype,
 )
 from fastrl_kernels._linear_logprob_tiles import RowTerms, differentiate_tile, eager_row_bytes, fold_tile, triton_path
-from fastrl_kernels.linear_logprob import FLOATS, check_rows, linear_logprob_reference
+from fastrl_kernels.linear_logprob import FLOATS, autocast_pair, check_rows, linear_logprob_reference
 from fastrl_kernels.policy_loss import (
     PARTIALS,
     PolicyLoss,
@@ -191,6 +191,7 @@ def _forward_op(
     if rows is not None:
         check_rows(rows, target)
     live = (weight != 0) & (target != head.options.ignore_index)
+    live &= (completion >= 0) & (completion < advantage.shape[0])  # the rest is padding
     policy = _Policy(
         advantage, completion, weight.to(kind).masked_fill(~live, 0), old_logp, ref_logp,
         {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "beta": beta, "kl": kl,
@@ -198,7 +199,6 @@ def _forward_op(
     )  # fmt: skip
     index = rows
     if hidden.device.type == "cpu" and not triton_path(hidden):
-        live &= completion >= 0
         index = live.nonzero()[:, 0] if rows is None else rows[live[rows]]
     logp, lse = (torch.zeros(target.shape[0], dtype=kind, device=hidden.device) for _ in range(2))
     terms = RowTerms(
@@ -328,6 +328,7 @@ def linear_policy_loss(
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or option, before any launch.
     """
+    hidden, head_weight = autocast_pair(hidden, head_weight)
     _check_arguments(
         hidden, head_weight, target, advantage, completion, old_logp, ref_logp, weight, bias, rows, head_grad
     )
@@ -376,6 +377,7 @@ def linear_policy_loss_reference(
 ) -> PolicyLoss:
     """The composition of the two twins, with the whole logits; the truth in tests. Keeps float64."""
     weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden.dtype)
+    weight = weight.masked_fill((completion < 0) | (completion >= advantage.shape[0]), 0)
     if ignore_index is not None:
         weight = weight.masked_fill(target == ignore_index, 0)
     if rows is not None:

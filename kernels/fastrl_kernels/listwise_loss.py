@@ -25,7 +25,16 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
+from fastrl_kernels._common import (
+    AotCase,
+    check,
+    check_dtype,
+    check_number,
+    check_same_device,
+    check_shape,
+    launch,
+    use_triton,
+)
 from fastrl_kernels._numerics import sigmoid, softplus
 from fastrl_kernels._triton import tl, triton
 
@@ -264,7 +273,7 @@ def _check_arguments(score: Tensor, reward: Tensor, mask: Tensor | None, kind: s
         check_dtype("mask", mask, (torch.bool,))
     check_same_device(score=score, reward=reward, mask=mask)
     check(kind in KINDS, f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    check(gamma >= 0, f"gamma: expected >= 0, got {gamma}")
+    check_number("gamma", gamma, gamma >= 0, ">= 0")
 
 
 def aot_cases() -> list[AotCase]:

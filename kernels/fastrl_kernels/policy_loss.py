@@ -25,7 +25,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import check, check_dtype, check_same_device, check_shape
+from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
 from fastrl_kernels._policy_rows import (
     KL_KINDS,
     PARTIALS,
@@ -142,7 +142,8 @@ def policy_loss(
             log-ratio of its rows of non-zero weight, and the gradient goes through that mean.
 
     Returns:
-        ``PolicyLoss``, fp32 (float64 in, float64 out). No live row: all zeros. A NaN in a live row gives a NaN loss.
+        ``PolicyLoss``, fp32 (float64 in, float64 out). No live row: all zeros. A NaN in a live row gives a NaN loss,
+        where the loss depends on it (without ``old_logp`` and ``beta`` it does not depend on ``logp``).
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or option, before any launch.
@@ -239,10 +240,10 @@ def _check_options(
     ratio: str,
     ref_logp: Tensor | None,
 ) -> None:
-    check(clip_low >= 0, f"clip_low: expected >= 0, got {clip_low}")
-    check(clip_high >= 0, f"clip_high: expected >= 0, got {clip_high}")
-    check(dual_clip is None or dual_clip > 1, f"dual_clip: expected > 1 or None, got {dual_clip}")
+    check_number("clip_low", clip_low, clip_low >= 0, ">= 0")
+    check_number("clip_high", clip_high, clip_high >= 0, ">= 0")
+    check_number("dual_clip", dual_clip, dual_clip is None or dual_clip > 1, "> 1 or None")
     check(kl in KL_KINDS, f"kl: expected one of {', '.join(KL_KINDS)}, got {kl!r}")
     check(kl_gradient in ("value", "k2"), f"kl_gradient: expected value or k2, got {kl_gradient!r}")
     check(ratio in ("token", "sequence"), f"ratio: expected token or sequence, got {ratio!r}")
-    check(beta == 0 or ref_logp is not None, f"ref_logp: needed because beta is {beta}, got None")
+    check(beta == 0 or ref_logp is not None, "ref_logp: needed because beta is not 0, got None")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import check, check_dtype, check_same_device, check_shape
+from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
 
 AGGREGATES = ("sequence", "token", "constant")
 _INTEGERS = (torch.int64, torch.int32)
@@ -62,19 +62,20 @@ def token_weights(
     if mask is not None:
         keep = keep & (mask != 0)
     count = keep.to(torch.int64)
+    wide = torch.promote_types(dtype, torch.float32)  # counts of long answers overflow 16 bits
     if aggregate == "constant":
-        per_row, last = keep.to(dtype), None
+        per_row, last = keep.to(wide), None
     elif aggregate == "token":
-        per_row, last = keep.to(dtype), count.sum()
+        per_row, last = keep.to(wide), count.sum()
     else:
         row_count, sequences = _sequence_counts(completion, count, n_completions)
-        per_row, last = keep.to(dtype) / row_count.clamp(min=1).to(dtype), sequences
+        per_row, last = keep.to(wide) / row_count.clamp(min=1).to(wide), sequences
     denominator = last if normalizer is None else normalizer
     if isinstance(denominator, (int, float)):
-        return per_row / denominator
+        return (per_row / denominator).to(dtype)
     assert denominator is not None  # "constant" without a normalizer was refused
     positive = denominator > 0
-    return torch.where(positive, per_row / torch.where(positive, denominator, 1).to(dtype), 0.0)
+    return torch.where(positive, per_row / torch.where(positive, denominator, 1).to(wide), 0.0).to(dtype)
 
 
 def _sequence_counts(completion: Tensor, count: Tensor, n_completions: int | None) -> tuple[Tensor, Tensor]:
@@ -111,12 +112,12 @@ def _check_arguments(
     if isinstance(normalizer, Tensor):
         check_shape("normalizer", normalizer, ())
     elif normalizer is not None:
-        check(normalizer > 0, f"normalizer: expected a positive number, got {normalizer}")
+        check_number("normalizer", normalizer, normalizer > 0, "a positive number")
     check_same_device(
         completion=completion, mask=mask, normalizer=normalizer if isinstance(normalizer, Tensor) else None
     )
     if n_completions is not None:
-        check(n_completions >= 0, f"n_completions: expected a count, got {n_completions}")
+        check_number("n_completions", n_completions, n_completions >= 0, "a count")
         check_ids("completion", completion, n_completions)
 
 

@@ -25,7 +25,15 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
+from fastrl_kernels._common import (
+    AotCase,
+    check_dtype,
+    check_number,
+    check_same_device,
+    check_shape,
+    launch,
+    use_triton,
+)
 from fastrl_kernels._numerics import expm1_tail, log1p_unit
 from fastrl_kernels._triton import tl, triton
 
@@ -58,7 +66,7 @@ def unlikelihood_kernel(
     live = weight != 0
     logp = tl.load(logp_ptr + rows, mask=live, other=-1.0).to(tl.float32)
     sigma = tl.load(sigma_ptr + rows, mask=live, other=0.0).to(tl.float32)
-    capped = tl.minimum(logp, -1.0000005000003e-06)
+    capped = tl.where(logp > -1.0000005000003e-06, -1.0000005000003e-06, logp)  # not a minimum: NaN stays NaN
     p = tl.exp(capped)
     near = capped > -0.6931471805599453
     x = tl.where(near, capped, -0.5)
@@ -171,7 +179,7 @@ def _check_arguments(logp: Tensor, sigma: Tensor, weight: Tensor | None, alpha: 
             check_shape(name, tensor, (logp.shape[0],))
             check_dtype(name, tensor, FLOATS)
     check_same_device(logp=logp, sigma=sigma, weight=weight)
-    check(alpha >= 0, f"alpha: expected >= 0, got {alpha}")
+    check_number("alpha", alpha, alpha >= 0, ">= 0")
 
 
 def aot_cases() -> list[AotCase]:

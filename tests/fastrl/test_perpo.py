@@ -25,7 +25,7 @@ from fastrl.methods.perpo import PerPO, PerPOOptions, preference_loss
 from fastrl.models.load import Policy, load_policy
 from fastrl.recipe import RewardRecipe, RolloutRecipe, load_recipe
 from fastrl.stream import RecordStream
-from fastrl.trainer import train
+from fastrl.trainer import Run, train
 
 from .training import TEXT, make_recipe, make_records, steady_rows
 
@@ -301,6 +301,34 @@ def test_a_step_without_any_whole_answer_changes_nothing(tiny_folder: Folder, tm
     assert summary.last["lists/used"] == 0
     assert summary.last["update/skipped"] == 1
     assert torch.equal(policy.head_weight, before)
+
+
+def test_a_rank_without_any_whole_answer_keeps_step_with_the_others(tiny_folder: Folder, tmp_path: Path) -> None:
+    """Another rank has a micro-batch: this one runs one of weight 0, or the other would wait for it."""
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, method={"kind": "perpo"}, rollout__max_new_tokens=1)
+    run = Run(recipe, records=make_records())
+    run.engine.maximum = lambda value: value + 1  # type: ignore[method-assign]
+    before = run.policy.head_weight.clone()
+    row, _ = run.step(1)
+    assert row["lists/used"] == 0
+    assert row["grad_norm"] == 0
+    assert torch.equal(run.policy.head_weight, before)
+
+
+def test_lists_in_some_steps_and_not_in_others(tiny_folder: Folder, tmp_path: Path) -> None:
+    """Steps with lists of their own do not use up the sampled ones; a step with both is refused."""
+    folder = tiny_folder("qwen2_5")
+    bare = make_records(6)
+    ranked = RankedList(("a", "b"), (1.0, 0.0))
+    listed = [replace(r, id=f"l{i}", target={**r.target, "list": ranked}) for i, r in enumerate(make_records(2))]
+    changes: dict[str, Any] = {"method": {"kind": "perpo", "online_every": 2}, "data__order": "file"}
+    changes |= {"data__prompts_per_step": 2, "optim__steps": 4}
+    ordered = [*bare[:2], *listed, *bare[2:]]
+    recipe = make_recipe(folder, tmp_path / "apart", **changes)
+    assert train(recipe, records=ordered, policy=brief_policy(folder), show=False).steps == 4
+    mixed = make_recipe(folder, tmp_path / "mixed", **changes)
+    with pytest.raises(ValueError, match="l0 brings ranked answers and r0 does not"):
+        train(mixed, records=[bare[0], listed[0]], policy=brief_policy(folder), show=False)
 
 
 class Stop(Exception):

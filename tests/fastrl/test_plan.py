@@ -81,6 +81,22 @@ def test_each_key_moves_what_it_should() -> None:
     assert (shared.moments, shared.gradients) == (base.moments / 4, base.gradients / 4)
 
 
+def test_top_p_alone_sorts_the_vocabulary() -> None:
+    biased = "rollout.allow_truncated_sampling=true"
+    plain, nucleus, few = (
+        make_plan(small(biased, *more), gpu_named("l4")).memory.pool
+        for more in ((), ("rollout.top_p=0.9",), ("rollout.top_p=0.9", "rollout.top_k=50"))
+    )
+    assert nucleus > 2 * plain == 2 * few
+
+
+def test_the_reference_copies_what_is_trained() -> None:
+    whole = make_plan(small("method.beta=0.04"), gpu_named("l4"))
+    part = make_plan(small("method.beta=0.04", "model.freeze=[visual]"), gpu_named("l4"))
+    assert whole.memory.reference == whole.memory.weights
+    assert part.memory.reference == part.model.trainable * 2 < part.memory.weights
+
+
 def test_a_row_local_head_saves_a_product_over_the_vocabulary() -> None:
     plain, fused = (make_plan(small(*more), gpu_named("l4")) for more in ((), ("optim.row_local_head=true",)))
     answers = plain.workload.prompts * plain.workload.group * plain.workload.answer_tokens
@@ -113,7 +129,8 @@ def test_answers_of_a_server_cost_nothing_here() -> None:
     served = make_plan(small("rollout.backend=vllm", "rollout.server=http://localhost:8000"), gpu_named("l4"))
     local = make_plan(small(), gpu_named("l4"))
     assert served.memory.kv_cache == served.memory.rollout == served.work.flops["decode"] == 0
-    assert served.memory.update == local.memory.update
+    assert served.memory.update == local.memory.update - local.memory.pool
+    assert make_plan(small("rollout.decode=eager"), gpu_named("l4")).memory.pool == 0
     assert "on the vLLM server" in plan_text(served, [])
     assert "vLLM" not in plan_text(local, [])
 

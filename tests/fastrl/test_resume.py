@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,19 @@ def test_pain_07_resumed_equals_never_stopped(tiny_folder: Folder, tmp_path: Pat
     summary = train(recipe, records=make_records(), resume=True, show=False)
     assert summary.steps == 4
     same_ending(whole, parts)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_run_goes_on_only_from_the_weights_it_began_with(tiny_folder: Folder, tmp_path: Path, lora: Any) -> None:
+    """The trained model is no place to resume from: the reference would move, an adapter would count twice."""
+    changes: dict[str, Any] = {"model__lora": lora, "method__beta": 0.1, "optim__steps": 2, "optim__lr": 1e-2}
+    out = tmp_path / "run"
+    train(make_recipe(tiny_folder("qwen2_5"), out, **changes), records=make_records(), show=False)
+    changes["optim__steps"] = 3
+    with pytest.raises(CheckpointError, match="began with other weights"):
+        train(make_recipe(out / "model", out, **changes), records=make_records(), resume=True, show=False)
+    moved = shutil.copytree(tiny_folder("qwen2_5"), tmp_path / "moved")
+    assert train(make_recipe(moved, out, **changes), records=make_records(), resume=True, show=False).steps == 3
 
 
 @pytest.fixture(scope="module")

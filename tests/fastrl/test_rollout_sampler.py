@@ -92,6 +92,15 @@ def test_a_large_vocabulary_is_drawn_from_as_a_small_one(vocabulary: int) -> Non
     assert ((low - rounding <= uniform) & (uniform <= high + rounding)).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"temperature": 0.0}])
+@pytest.mark.parametrize("vocabulary", [7, 1994, 2048])
+def test_logits_that_are_not_numbers_are_seen_in_the_logp(vocabulary: int, options: dict) -> None:
+    uniform = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    drawn = sample(torch.full((2, vocabulary), torch.nan), Sampling(1, 1, **options), uniform, torch.tensor([0]))
+    assert ((drawn.token >= 0) & (drawn.token < vocabulary)).all()
+    assert drawn.logp.isnan().all()
+
+
 def test_small_top_p_and_top_k_one_are_greedy() -> None:
     logits = torch.randn(64, 33)
     uniform = torch.rand(64, dtype=torch.float64)

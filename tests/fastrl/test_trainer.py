@@ -6,6 +6,7 @@ import io
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,25 @@ def test_a_frozen_tower_sees_each_picture_once_a_step_and_no_number_changes(
     for once, again in zip(*rows, strict=True):
         assert once == pytest.approx(again, rel=1e-5)
     assert seen[1] == 4 * seen[0]
+
+
+@pytest.mark.parametrize("prompts", [2, 5])
+def test_features_no_coming_pass_reads_are_dropped(tiny_folder: Folder, tmp_path: Path, prompts: int) -> None:
+    """Groups without a gradient leave the step; their pictures' features leave the device before the backward."""
+    changes = {"method": {"kind": "perception-r1", "beta": 0.0, "zero_variance": "drop"}, "model__freeze": ["visual"]}
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, data__prompts_per_step=prompts, **changes)
+    run = Run(recipe, records=make_records())
+    prepare, kept = run.method.prepare, []
+
+    def first_only(records: Any) -> Any:
+        prepared = prepare(records)
+        kept.append(prepared.groups[0].prompt.images[0].key)
+        return replace(prepared, groups=prepared.groups[:1])
+
+    run.method.prepare = first_only  # type: ignore[method-assign]
+    run.step(1)
+    assert run.context.features is not None
+    assert set(run.context.features) == set(kept)
 
 
 def test_ctrl_c_saves_and_stops_and_a_second_stops_at_once(tiny_folder: Folder, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fastrl.methods.base import Clock
 from fastrl.methods.utr import UTR, UTROptions
 from fastrl.models.load import Policy, load_policy
 from fastrl.recipe import RecipeError, load_recipe
-from fastrl.trainer import train
+from fastrl.trainer import Run, train
 
 from .training import make_recipe, steady_rows
 
@@ -86,6 +86,16 @@ def test_missing_temporal_perplexity_is_an_error(policy: Policy, options: dict[s
 def test_records_without_answers_are_an_error(policy: Policy) -> None:
     with pytest.raises(ValueError, match="without an answer to learn"):
         method_of(policy).prepare([load_data("scenes:trajectory?n=1&size=56")[0]])
+
+
+def test_a_rank_without_an_answer_to_learn_keeps_step_with_the_others(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, method={"kind": "utr", "min_tpl": 0.9})
+    run = Run(recipe, records=records_of([0.1, 0.2, 0.3]))
+    run.engine.maximum = lambda value: value + 1  # type: ignore[method-assign]
+    row, _ = run.step(1)
+    assert (row["dialogue/used"], row["grad_norm"]) == (0, 0)
 
 
 def test_twenty_steps_on_the_real_clip(tiny_folder: Callable[[str], Path], pedestrians: Path, tmp_path: Path) -> None:

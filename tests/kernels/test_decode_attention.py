@@ -98,6 +98,19 @@ def test_half_precision_accumulates_in_float32(dtype) -> None:
     assert (out.double() - truth).abs().max() <= 2 * torch.finfo(dtype).eps * truth.abs().max()
 
 
+def test_autocast_rounds_no_product() -> None:
+    tensors, tables = problem((3, 3), 2, 2, 16, 10, 4)
+    truth = decode_attention(*tensors, **tables)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decode_attention(*tensors, **tables), truth)
+
+
+def test_uneven_groups_compile_whole() -> None:
+    tensors, tables = problem((3, 1), 2, 2, 16, 10, 4)
+    compiled = torch.compile(decode_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors, **tables, max_rows=3), decode_attention(*tensors, **tables))
+
+
 def test_equal_groups_need_no_table() -> None:
     tensors, tables = problem((3, 3), 2, 2, 16, 10, 4)
     with_table = decode_attention_reference(*tensors, **tables)

@@ -83,6 +83,13 @@ def test_no_rewards():
     )
 
 
+@pytest.mark.parametrize("ids", [[-1, -1], [-2, -5]])
+def test_rows_of_no_group_alone(ids):
+    out = group_advantage(torch.randn(2), torch.tensor(ids))
+    assert out.mean.numel() == 0
+    assert out.advantage.tolist() == [0.0, 0.0]
+
+
 def test_advantage_does_not_depend_on_row_order_or_layout():
     rewards, ids = torch.randn(40, dtype=torch.float64), torch.randint(0, 5, (40,))
     order = torch.randperm(40)

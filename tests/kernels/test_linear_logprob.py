@@ -383,6 +383,15 @@ def test_opcheck() -> None:
         )  # fmt: skip
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    hidden, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    target = torch.tensor([0, 1, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_logprob(hidden, weight, target).logp
+    assert found.dtype == torch.float64
+    assert torch.equal(found, linear_logprob(hidden, weight, target).logp)
+
+
 @pytest.mark.parametrize("feature", ["plain", "all"])
 def test_compiles_without_graph_break(feature: str) -> None:
     leaves, target, kwargs = case(10, 8, 70, torch.float32, feature)

@@ -157,6 +157,44 @@ def test_poisoned_dead_rows_are_harmless() -> None:
     assert not grads[0][dead].any()
 
 
+def check_padding_is_harmless() -> None:
+    """Rows of no completion may hold NaN, whatever weight they are given."""
+    hidden, head = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+    hidden[2] = torch.nan
+    hidden.requires_grad_()
+    completion, weight = torch.tensor([0, 0, -1]), torch.full((3,), 1 / 3)
+    for function in (linear_policy_loss, linear_policy_loss_reference):
+        out = function(hidden, head, torch.tensor([0, 1, 2]), torch.ones(1), completion, weight=weight)
+        d_hidden, d_head = torch.autograd.grad(out.loss, (hidden, head))
+        assert out.loss.isfinite()
+        assert d_head.isfinite().all()
+        assert d_hidden[2].tolist() == [0.0] * 4
+
+
+def test_padding_is_harmless() -> None:
+    check_padding_is_harmless()
+
+
+@pytest.mark.interpreter
+def test_padding_is_harmless_to_the_kernels() -> None:
+    check_padding_is_harmless()
+
+
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_is_that_of_linear_logprob(head_dtype: torch.dtype) -> None:
+    hidden = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    head = torch.randn(5, 4, dtype=head_dtype, requires_grad=True)
+    target, completion = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1])
+    advantage = torch.tensor([1.0, -1.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = linear_policy_loss(hidden, head, target, advantage, completion).loss
+        apart = policy_loss(linear_logprob(hidden, head, target).logp, advantage, completion).loss
+    torch.testing.assert_close(fused, apart)
+    for got, want in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (fused, apart)), strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("dead", ["empty", "masked"])
 def test_nothing_to_learn_gives_zero(dead: str) -> None:
     n = 0 if dead == "empty" else 6

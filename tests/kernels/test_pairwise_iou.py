@@ -179,6 +179,13 @@ def test_any_coordinates(data: st.DataObject) -> None:
             assert (value >= 0).all()
 
 
+def test_ciou_of_a_flat_box_is_exact_in_float64() -> None:
+    a, b = (torch.tensor([box], dtype=torch.float64) for box in ([0.0, 0, 2, 0], [0.0, 0, 1, 1]))
+    v = (4 / math.pi**2) * (math.pi / 2 - math.pi / 4) ** 2
+    distance = (0.5**2 + 0.5**2) / (2.0**2 + 1.0**2 + 1e-7)
+    assert abs(float(pairwise_iou(a, b, kind="ciou")) - (-distance - v * v / (1 + v + 1e-7))) < 1e-15
+
+
 def test_shapes_dtypes_and_broadcast() -> None:
     a, b = random_boxes(4, 1, 3), random_boxes(2, 5)
     assert pairwise_iou(a, b).shape == (4, 2, 3, 5)

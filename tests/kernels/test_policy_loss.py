@@ -370,7 +370,7 @@ def test_compiles_into_one_graph(backend):
         (TypeError, "weight: expected dtype .* got bool", {"weight": torch.ones(4, dtype=torch.bool)}),
         (TypeError, "completion: expected dtype int64, int32, got float32", {"completion": torch.zeros(4)}),
         (ValueError, "completion: id 3 is out of range, there are 2", {"completion": torch.full((4,), 3)}),
-        (ValueError, "ref_logp: needed because beta is 0.1", {"ref_logp": None, "beta": 0.1}),
+        (ValueError, "ref_logp: needed because beta is not 0", {"ref_logp": None, "beta": 0.1}),
         (ValueError, "normalizer: only without weight", {"normalizer": 3}),
         (ValueError, "clip_low: expected >= 0, got -0.1", {"clip_low": -0.1}),
         (ValueError, "dual_clip: expected > 1 or None, got 1.0", {"dual_clip": 1.0}),

@@ -73,6 +73,15 @@ def test_nothing_unmasked_gives_zeros(aggregate):
     assert token_weights(ids, aggregate=aggregate, normalizer=torch.tensor(0)).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+def test_counts_beyond_a_narrow_dtype(aggregate, dtype):
+    """70,000 tokens do not fit float16, their weights do."""
+    weights = token_weights(torch.zeros(70_000, dtype=torch.int64), aggregate=aggregate, dtype=dtype)
+    assert weights.dtype == dtype
+    assert torch.equal(weights, torch.full((70_000,), 1 / 70_000, dtype=dtype))
+
+
 def test_compiles_into_one_graph():
     compiled = torch.compile(token_weights, fullgraph=True, backend="aot_eager")
     ids, mask = torch.tensor([3, 0, 3, -1, 5]), torch.tensor([True, True, True, True, False])

@@ -75,6 +75,14 @@ def test_a_wrong_colour_a_surplus_and_a_missing_shape_are_each_seen() -> None:
         ("A dog without a collar on grass", Facts(("dog", "grass"), (), (("dog", "on", "grass"),))),
         ("A dog. The dog is brown. A cat.", Facts(("dog", "cat"), (("dog", "brown"),), ())),
         ("A cross to the left of a star", Facts(("cross", "star"), (), (("cross", "left of", "star"),))),
+        (
+            "A hot dog on a green plate.",
+            Facts(("hot dog", "plate"), (("plate", "green"),), (("hot dog", "on", "plate"),)),
+        ),
+        (
+            "A family slowly watches a butterfly",
+            Facts(("family", "butterfly"), (), (("family", "watch", "butterfly"),)),
+        ),
         ("", Facts((), (), ())),
     ],
 )

@@ -146,6 +146,23 @@ def test_frames_of_a_dialogue_can_be_chosen(how: str) -> None:
         select_frames(replace(single, answer="other words"), 2, how, 0)
 
 
+@pytest.mark.parametrize("how", ["uniform", "first", "random"])
+def test_chosen_frames_still_tell_a_subject_from_one_seen_longer(how: str) -> None:
+    """Asked by when it is seen, the frames before and after are what tells."""
+    times = tuple(t / 2 for t in range(12))
+    dog, cat = (Subject(i, name, {t: (10.0 * i, 10, 10.0 * i + 10 + t, 30) for t in range(*seen)}, "", ())
+                for i, name, seen in ((1, "dog", (3, 10)), (2, "cat", (2, 11))))  # fmt: skip
+    whole = Clip("c", 100, 100, times, (dog, cat), ())
+    query = Query("temporal", "time", first=3, last=9)
+    assert is_unique(whole, dog, query)
+    alone = replace(whole, subjects=(dog,))  # as a row holds it
+    few = select_frames(make_dialogue(alone, dog, query), 6, how, 0)
+    shown = [round(t * 2) + 1 for t in few.clip.seconds]
+    rival = replace(cat, boxes={place: cat.boxes[t] for place, t in enumerate(shown, start=1) if t in cat.boxes})
+    assert len(few.clip) == 6
+    assert is_unique(replace(few.clip, subjects=(few.subjects[0], rival)), few.subjects[0], few.query)
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> list[dict[str, Any]]:
     frames = []

@@ -19,6 +19,12 @@ def record(text: str) -> Record:
     return Record("a", "ocr", (), (), {"text": text})
 
 
+def test_a_page_that_holds_markup_itself_can_be_read_exactly() -> None:
+    page = "```\nprint(1)\n```"
+    assert evaluate_ocr([record(page)], [page])["edit_distance"] == 0.0
+    assert evaluate_ocr([record("print(1)")], [page])["edit_distance"] == 0.0  # a fence of the answer's own
+
+
 def test_edit_distance_is_over_the_longer_text() -> None:
     assert normalised_edit_distance("kitten", "sitting") == pytest.approx(3 / 7)
     assert normalised_edit_distance("", "abcd") == 1.0

@@ -46,6 +46,12 @@ def test_similarity_against_hand_computed_values() -> None:
     assert got == {"text": pytest.approx([1.0, 1 - 3 / 7, 0.0, 1.0, 1.0, 1.0])}
 
 
+@pytest.mark.parametrize("page", ["```python\nprint(1)\n```", "a <answer> b", "x <|name|> y", "one </think> two"])
+def test_a_page_that_holds_markup_itself_can_be_read_exactly(page: str) -> None:
+    assert text_similarity(page, page) == 1.0
+    assert text_similarity(f" {page}\n", page) == 1.0
+
+
 def test_white_space_is_collapsed_on_both_sides() -> None:
     assert text_similarity("a\n\n b\tc ", "a b  c") == 1.0
     assert text_similarity("ab c", "a b c") == pytest.approx(0.8)
