@@ -87,9 +87,11 @@ def evaluate(
     data: Annotated[str, typer.Option("--data", metavar="SPEC", help="adapter:path[?key=value&…]")],
     model: Model = None,
     predictions: Annotated[Path | None, typer.Option(help="JSONL of {id, answer}, or COCO result JSON.")] = None,
-    frame: Annotated[str, typer.Option(help="auto, thousand, resized, original or unit.")] = "auto",
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer [the protocol's].")] = None,
-    limit: Annotated[int | None, typer.Option(help="Evaluate the first N records.")] = None,
+    frame: Annotated[
+        str, typer.Option(help="Of --predictions' coordinates: auto, thousand, resized, original or unit.")
+    ] = "auto",
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer [the protocol's].")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first N records.")] = None,
     skip_bad: SkipBad = False,
     blank_images: Blank = False,
     reflect: Annotated[int | None, typer.Option(min=1, help="Captions: this many turns with a critic.")] = None,
@@ -159,9 +161,9 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Data-parallel GPUs.")] = 1,
     model: Model = None,
     images: Annotated[int, typer.Option(min=0, help="Images a prompt.")] = 1,
-    image_pixels: Annotated[int | None, typer.Option(help="Area of each [the recipe's largest].")] = None,
+    image_pixels: Annotated[int | None, typer.Option(min=1, help="Area of each [the recipe's largest].")] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt beside its images.")] = 128,
-    answer_tokens: Annotated[int | None, typer.Option(help="Of each answer [the longest the recipe allows].")] = None,
+    answer_tokens: Annotated[int | None, typer.Option(min=1, help="Of each answer [the recipe's longest].")] = None,
     efficiency: Annotated[float, typer.Option(help="Share of the GPU's rates that is reached.")] = 0.4,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
     as_json: Json = False,
@@ -284,7 +286,7 @@ def study(
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Folder of both runs [runs/study-NAME].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first N records.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer [the protocol's].")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer [the protocol's].")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -334,10 +336,12 @@ def main() -> None:
     """Run the command; an error the user can mend is one message on stderr and exit status 2."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not type(error).__module__.startswith("fastrl"):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        file = error.filename if isinstance(error, OSError) else None
+        said = f"{file}: {error.strerror}" if isinstance(error, OSError) and file is not None else str(error)
+        sys.stderr.write(f"error: {said}\n")
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         sys.stderr.write(f"error: {error.name} is not installed; {MISSING}\n")

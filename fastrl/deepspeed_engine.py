@@ -51,7 +51,7 @@ class DeepSpeedEngine:
 
     def __init__(self, model: nn.Module, optim: OptimRecipe, engine: EngineRecipe) -> None:
         if not deepspeed_available():
-            raise RuntimeError(
+            raise ValueError(
                 "engine.kind: deepspeed needs DeepSpeed, which is not installed (pip install 'fastrl[distributed]'); "
                 "or use engine.kind: local"
             )

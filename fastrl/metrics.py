@@ -234,9 +234,19 @@ class NoLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file."""
+    """Rows of a metrics file; a last line that a run is still writing is no row. Raises ``ValueError``: other lines."""
+    rows = []
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            elif line.endswith("\n"):
+                raise ValueError(f"{path}:{number}: not a row of a run's log: {line[:60]!r}")
+    return rows
 
 
 def _rewarded(group: PromptGroup) -> bool:

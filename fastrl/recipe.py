@@ -44,13 +44,13 @@ class RecipeError(ValueError):
 class Section(BaseModel):
     """Base of all recipe sections."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LoraRecipe(Section):
     """Low-rank adapters; only they are trained."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=8192)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: list[str] | str | None = (
@@ -80,7 +80,7 @@ class DataRecipe(Section):
     spec: str = Field(min_length=1)  # adapter:path[?key=value&…]
     prompts_per_step: int = Field(8, ge=1)  # on each rank
     order: Literal["shuffle", "file"] = "shuffle"  # shuffled anew each epoch, or as the data lists them (easy to hard)
-    seed: int | None = None  # of the shuffle; none: the run's
+    seed: int | None = Field(None, ge=0, lt=2**63)  # of the shuffle; none: the run's
     skip_bad: bool = False  # count and skip bad rows instead of refusing the data
     # Of clips: how many frames the model is shown, and which (uniform, first or random); none: as the spec has it
     frames: int | None = Field(None, ge=1)
@@ -91,7 +91,7 @@ class DataRecipe(Section):
 
 class RolloutRecipe(Section):
     group_size: int = Field(8, ge=1)
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=1, le=2**20)
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)  # 0: off
@@ -135,7 +135,7 @@ class ParameterGroup(Section):
 
 class OptimRecipe(Section):
     steps: int = Field(ge=1)  # rollout batches; each makes updates_per_batch optimizer updates
-    lr: float = Field(1e-6, ge=0)
+    lr: float = Field(1e-6, ge=0, le=100)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)  # on matrices only
@@ -192,8 +192,8 @@ class Recipe(Section):
     """A whole run."""
 
     name: str = "run"
-    out: str | None = None  # none: runs/NAME
-    seed: int = 0
+    out: str | None = Field(None, min_length=1)  # none: runs/NAME
+    seed: int = Field(0, ge=0, lt=2**63)
     method: MethodSection  # type: ignore[valid-type]
     model: ModelRecipe
     data: DataRecipe
@@ -203,6 +203,15 @@ class Recipe(Section):
     checkpoint: CheckpointRecipe = CheckpointRecipe()  # type: ignore[call-arg]
     log: LogRecipe = LogRecipe()  # type: ignore[call-arg]
     engine: EngineRecipe = EngineRecipe()
+
+    @model_validator(mode="after")
+    def _groups(self) -> Recipe:
+        if self.method.kind == "perception-r1" and self.rollout.group_size < 2:
+            raise ValueError(
+                "rollout.group_size: an answer is compared with the others of its group, so there have to be at least "
+                f"2 (got {self.rollout.group_size})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _memory(self) -> Recipe:
@@ -294,7 +303,7 @@ def _find(name_or_path: str | Path) -> Path:
     if str(name_or_path) in names:
         return SHIPPED / f"{name_or_path}.yaml"
     near = difflib.get_close_matches(str(name_or_path), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise RecipeError(f"unknown recipe {str(name_or_path)!r}{hint} Shipped: {', '.join(names)}; or give a YAML file")
 
 
@@ -390,7 +399,7 @@ def _explain(error: Mapping[str, Any], values: Mapping[str, Any]) -> str:
         return f"{dotted}: missing"
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         near = difflib.get_close_matches(str(kind), known_kinds, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         return f"{dotted}.kind: unknown method {kind!r}{hint} Known: {', '.join(known_kinds)}"
     given = error.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | list | None) else ""

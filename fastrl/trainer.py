@@ -119,6 +119,7 @@ def train(
             last = done == steps and recipe.checkpoint.final
             due = recipe.checkpoint.every and done % recipe.checkpoint.every == 0
             if due or last or stopping:
+                run.check_weights(done)
                 log.sync()
                 with run.clock.phase("checkpoint"):
                     saved = checkpoint.save_checkpoint(out, done, run.state, keep=recipe.checkpoint.keep)
@@ -207,6 +208,17 @@ class Run:
         every = recipe.log.samples_every
         table = sample_table(prepared.sampled, recipe.log.samples) if every and (number - 1) % every == 0 else []
         return row | work_metrics(prepared.sampled, self.clock.read()), table
+
+    def check_weights(self, number: int) -> None:
+        """Raise ``TrainingError`` where a trained weight is not finite: no good checkpoint may be replaced by it."""
+        trained = [(n, p.detach()) for n, p in self.policy.core.named_parameters() if p.requires_grad and p.numel()]
+        largest = torch.stack([p.abs().max().float() for _, p in trained])
+        bad = [name for (name, _), good in zip(trained, largest.isfinite().tolist(), strict=True) if not good]
+        if bad:
+            raise TrainingError(
+                f"step {number}: weights that are not finite ({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}); "
+                "nothing was saved: go on from the last checkpoint with a smaller optim.lr"
+            )
 
     def _prefetch(self, records: Sequence[Record], *, more: bool) -> None:
         """Begin on this step's images, and on those of the next one, which are then done while this one samples."""

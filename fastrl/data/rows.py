@@ -72,7 +72,12 @@ def read_text(path: Path) -> str:
 def parse_json(text: str, where: str) -> Any:
     """The JSON value of ``text``, or a ``Problem``. NaN and Infinity are read, for the row's checks to name."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        return Problem(where, "bad text", "holds half of a surrogate pair (an escape like \\ud800): that is no text")
     except RecursionError:
         return Problem(where, "unreadable JSON", "unreadable JSON: nested too deeply")
     except ValueError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastrl.answers import check_frame
 from fastrl.data import load_data
 from fastrl.data.blank import BlankImages
 from fastrl.data.records import Record
@@ -85,6 +86,9 @@ def run_evaluation(
         raise ValueError(unknown("task to evaluate", task, EVALUATIONS))
     if (model is None) == (predictions is None):
         raise ValueError("give either --model or --predictions")
+    check_frame(frame)
+    if model is not None and frame != "auto":
+        raise ValueError("--frame says what the coordinates of --predictions mean; those of a model are its own")
     data = load_data(spec, skip_bad=skip_bad)
     if data.summary:
         say(data.summary)
@@ -93,6 +97,9 @@ def run_evaluation(
         raise ValueError("--blank-images changes what a model sees: give --model, not --predictions")
     if blank_images:
         records = BlankImages(records)
+    if out is not None:  # a file that cannot be written is an error now, not when all answers are there
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
     if predictions is not None:
         seen, answers = load_predictions(predictions, records, frame=frame)
     else:
@@ -127,13 +134,14 @@ def _model_answers(
         raise ValueError(
             "these questions come without pictures: give images= or videos= in --data, or score --predictions"
         )
-    sampling = Sampling(n=1, max_new_tokens=max_new_tokens or MAX_NEW_TOKENS[task], temperature=0.0)
+    sampling = Sampling(
+        n=1, max_new_tokens=MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens, temperature=0.0
+    )
     answered = list(sample_records(open_policy(model), records, sampling))
     return [record for record, _ in answered], [completions[0].text for _, completions in answered]
 
 
 def _write(out: Path, records: Sequence[Record], answers: Sequence[str], metrics: dict[str, float]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
         for record, answer in zip(records, answers, strict=True):
             file.write(json.dumps({"id": record.id, "answer": answer}) + "\n")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class MethodOptions(BaseModel):
     """Base of every method's options: a subclass adds ``kind: Literal[...]`` and its own keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _one_rank(value: float) -> float:

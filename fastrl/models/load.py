@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,17 @@ def load_policy(
 
     Raises:
         FileNotFoundError: no such folder, or one without a config.
-        ValueError: a model type that is not supported, a tokenizer without chat template, an unknown pattern or field,
-            ``liger`` without a GPU.
+        ValueError: a model type that is not supported, files that cannot be read, a tokenizer without chat template, an
+            unknown pattern or field, a device that is not there, ``liger`` without a GPU.
         ImportError: ``liger`` without liger-kernel.
     """
     folder = Path(folder)
     model_type = _model_type(folder)
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(device)
     dtype = dtype if dtype is not None else torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = load_tokenizer(folder)
     image_processor = load_image_processor(folder, min_pixels=min_pixels, max_pixels=max_pixels)
-    with quiet_progress():
+    with quiet_progress(), _named(folder, "weights"):
         core = model_class(model_type).from_pretrained(folder, dtype=dtype, local_files_only=True)
     policy = Policy(core.to(device), tokenizer, image_processor, lora=lora)
     freeze_parameters(policy.core, freeze)
@@ -80,7 +81,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with _named(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for template in (tokenizer.chat_template, *_processor_templates(folder)):
         if isinstance(template, str) and "image" in template:
             tokenizer.chat_template = template
@@ -96,13 +98,17 @@ def load_image_processor(folder: str | Path, *, min_pixels: int | None = None, m
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
     if not any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise FileNotFoundError(f"{folder}: no preprocessor_config.json (image size limits and normalisation)")
-    processor = Processor.from_pretrained(folder, local_files_only=True)
+    with _named(Path(folder), "image processor"):
+        processor = Processor.from_pretrained(folder, local_files_only=True)
     size = processor.size
     low = min_pixels if min_pixels is not None else size["shortest_edge"]
     high = max_pixels if max_pixels is not None else size["longest_edge"]
     side = int(processor.patch_size) * int(processor.merge_size)
     if not 0 < low <= high or high < side * side:
-        raise ValueError(f"min_pixels={low}, max_pixels={high}: need 0 < min_pixels <= max_pixels >= {side * side}")
+        raise ValueError(
+            f"model.min_pixels {low}, model.max_pixels {high}: need 0 < min_pixels <= max_pixels, and max_pixels of at "
+            f"least one image token, {side * side}"
+        )
     processor.size = {"shortest_edge": low, "longest_edge": high}
     return processor
 
@@ -113,12 +119,33 @@ def _model_type(folder: Path) -> str:
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model folder: no config.json")
-    model_type = json.loads(config.read_text()).get("model_type")
+    with _named(folder, "config.json"):
+        model_type = dict(json.loads(config.read_text(encoding="utf-8"))).get("model_type")
     if model_type not in STYLES:
         raise ValueError(
             f"{folder}: model type {model_type!r} is not supported; supported: {', '.join(sorted(STYLES))}"
         )
     return model_type
+
+
+def _device(asked: str | torch.device | None) -> torch.device:
+    """The device asked for, or the GPU if there is one. Raises ``ValueError`` for one that is not there."""
+    try:
+        device = torch.device(asked if asked is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        raise ValueError(f"model.device: {asked!r} names no device; cpu, cuda and cuda:1 do") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"model.device: {device} is not here ({torch.cuda.device_count()} CUDA devices)")
+    return device
+
+
+@contextmanager
+def _named(folder: Path, what: str) -> Iterator[None]:
+    """Inside: something of a model's folder is read. Whatever a library says about it gets the folder's name."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{folder}: its {what} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def model_class(model_type: str) -> Any:

@@ -115,6 +115,42 @@ def test_a_mistake_is_one_message_and_status_2(
     assert done.stderr.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--frame", "thosand"), "thosand"),
+        (("--frame", "original"), "--frame says what the coordinates of --predictions mean"),
+        (("--limit", "-1"), "--limit"),
+        (("--max-new-tokens", "0"), "--max-new-tokens"),
+        (("--out", "a-file/x.jsonl"), "a-file"),
+    ],
+)
+def test_eval_refuses_what_it_cannot_do_before_it_begins(
+    fastrl: Callable[..., Done], tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "a-file").write_text("")
+    done = fastrl("eval", "grounding", "--data", "scenes:grounding?n=2", "--model", str(tmp_path / "no"), *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "model folder" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_named(fastrl: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "a-file").write_text("")
+    for out in ("a-file", "a-file/run"):
+        done = fastrl("train", "perception-r1-grounding-tiny", "--out", out, "--set", "optim.steps=1")
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: a-file")
+
+
+def test_a_report_of_a_broken_log_names_the_line(fastrl: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n[1]\n{"step": 2}\n')
+    done = fastrl("report", "run")
+    assert done.returncode == 2
+    assert "metrics.jsonl:2: not a row of a run's log" in done.stderr
+
+
 def test_doctor_reports_every_public_kernel() -> None:
     import fastrl_kernels
 

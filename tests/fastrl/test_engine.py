@@ -159,7 +159,7 @@ def test_deepspeed_missing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
     import fastrl.deepspeed_engine as module
 
     monkeypatch.setattr(module, "deepspeed_available", lambda: False)
-    with pytest.raises(RuntimeError, match=r"fastrl\[distributed\]"):
+    with pytest.raises(ValueError, match=r"fastrl\[distributed\]"):
         make_engine(small(), optim(), EngineRecipe(kind="deepspeed"))
 
 

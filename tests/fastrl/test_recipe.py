@@ -113,6 +113,24 @@ def test_overrides_are_yaml_and_reach_new_sections() -> None:
     assert load_recipe("perception-r1-grounding-tiny", {"optim.lr": 3e-5}).optim.lr == 3e-5
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("optim.lr=.inf", "optim.lr: .*finite"),
+        ("optim.lr=1e39", "optim.lr: .*less than or equal to 100"),
+        ("method.eps=.inf", "method.eps: .*finite"),
+        ("method.beta=.nan", "method.beta: "),
+        ("rollout.group_size=1", "rollout.group_size: .*at least 2"),
+        ("seed=99999999999999999999999", "seed: "),
+        ("data.seed=-1", "data.seed: "),
+        ('out=""', "out: .*at least 1 character"),
+    ],
+)
+def test_numbers_no_run_can_have(change: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("perception-r1-grounding-tiny", [change])
+
+
 def test_scientific_notation_without_a_point_is_a_number(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "reward: {options: {exact_bonus: 1e-3}}\n")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastrl import checkpoint
 from fastrl.checkpoint import CheckpointError
 from fastrl.clock import PHASES
 from fastrl.data import Dataset, Problem
@@ -20,7 +21,7 @@ from fastrl.methods import PerceptionR1
 from fastrl.metrics import Meter, MetricsLog, read_rows
 from fastrl.progress import Progress, printable
 from fastrl.recipe import load_recipe
-from fastrl.trainer import Run, TrainingError, train
+from fastrl.trainer import Run, TrainingError, load_model, train
 
 from .training import make_recipe, make_records, steady_rows
 
@@ -295,6 +296,19 @@ def test_features_no_coming_pass_reads_are_dropped(tiny_folder: Folder, tmp_path
     run.step(1)
     assert run.context.features is not None
     assert set(run.context.features) == set(kept)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_folder: Folder, tmp_path: Path) -> None:
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=2, checkpoint__every=1)
+    policy = load_model(recipe)
+
+    def spoil(row: dict[str, Any]) -> None:
+        if row["step"] == 2:
+            policy.head_weight.data[0, 0] = torch.nan
+
+    with pytest.raises(TrainingError, match=r"step 2: weights that are not finite \(.*\); nothing was saved"):
+        train(recipe, records=make_records(), policy=policy, on_step=spoil, show=False)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000001"]
 
 
 def test_ctrl_c_saves_and_stops_and_a_second_stops_at_once(tiny_folder: Folder, tmp_path: Path) -> None:

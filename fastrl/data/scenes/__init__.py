@@ -13,7 +13,7 @@ from typing import overload
 
 from fastrl.data.clips import Clip
 from fastrl.data.records import Record
-from fastrl.data.scenes.tasks import MAKERS, scene_clip, scene_record
+from fastrl.data.scenes.tasks import CLIP_MAKERS, MAKERS, scene_clip, scene_record
 from fastrl.data.scenes.world import LEVELS, Scene, Shape, Word, render, sample_scene
 
 __all__ = ["LEVELS", "MAKERS", "Scene", "Scenes", "Shape", "Word", "load", "render", "sample_scene", "scene_record"]
@@ -57,6 +57,8 @@ def load(path: str, query: Mapping[str, str]) -> Scenes:
     for key, value in query.items():
         if key not in options:
             raise ValueError(f"scenes: unknown key {key!r}; allowed: {', '.join(options)}")
+        if key == "frames" and path in MAKERS and path not in CLIP_MAKERS:
+            raise ValueError(f"scenes:{path} has pictures, not clips: no frames to choose")
         try:
             options[key] = int(value)
         except ValueError:

@@ -166,6 +166,7 @@ def test_the_adapter_names_a_data_set() -> None:
         ("grounding", {"difficulty": "9"}, "difficulty: expected one of"),
         ("grounding", {"size": "20"}, "at least 56"),
         ("trajectory", {"frames": "0"}, "at least 1"),
+        ("grounding", {"frames": "3"}, "has pictures, not clips"),
     ],
 )
 def test_wrong_names_are_errors_that_say_what_is_allowed(path: str, query: dict[str, str], message: str) -> None:

@@ -96,7 +96,9 @@ def test_a_bad_row_is_reported_with_file_and_line_and_can_be_skipped(
     assert load_data(f"{adapter}:{write(folder, good)}").summary == ""
 
 
-@pytest.mark.parametrize("row", ["{", "[1]", '"x"', "{'a': 1}", "[" * 10**5, '{"a":' * 10**5])
+@pytest.mark.parametrize(
+    "row", ["{", "[1]", '"x"', "{'a': 1}", "[" * 10**5, '{"a":' * 10**5, '{"text": "\\ud800"}', '{"\\uDFFF": 1}']
+)
 @pytest.mark.parametrize("adapter", GOOD)
 def test_an_unreadable_line_does_not_hide_the_others(folder: Path, adapter: str, row: str) -> None:
     file = write(folder, row, GOOD[adapter], row)

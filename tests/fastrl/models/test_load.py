@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +65,45 @@ def test_a_template_without_images_is_refused_unless_the_processor_has_one(tmp_p
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     assert load_policy(folder, device="cpu").tokenizer.chat_template == template
+
+
+def test_files_that_cannot_be_read_are_named(tiny_folder: Folder, tmp_path: Path) -> None:
+    """Whatever a library says about a broken file, the message has the folder and what it is."""
+
+    def broken(name: str, text: str | None) -> Path:
+        folder = tmp_path / f"{name}-{text is None}-{len(text or '')}"
+        shutil.copytree(tiny_folder("qwen2_5"), folder)
+        (folder / name).unlink()
+        if text is not None:
+            (folder / name).write_text(text)
+        return folder
+
+    for name, text, what in (
+        ("config.json", "{bad", "config.json"),
+        ("config.json", "[1]", "config.json"),
+        ("tokenizer.json", None, "tokenizer"),
+        ("tokenizer.json", "{}", "tokenizer"),
+        ("model.safetensors", None, "weights"),
+        ("model.safetensors", "x", "weights"),
+    ):
+        folder = broken(name, text)
+        with pytest.raises(ValueError, match=re.escape(f"{folder}: its {what} cannot be read (")):
+            load_policy(folder, device="cpu")
+
+
+@pytest.mark.parametrize(("device", "said"), [("banana", "names no device"), ("cuda:99", "is not here")])
+def test_devices_that_are_not_there_are_named(tiny_folder: Folder, device: str, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"model.device: .*{said}"):
+        load_policy(tiny_folder("qwen2_5"), device=device)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [("([", "is not a regular expression"), ("nothing_here", "matches no linear layer; there are .*q_proj"), ([], "")],
+)
+def test_adapters_on_no_layer_are_an_error(tiny_folder: Folder, targets: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"lora.targets: .*{said}"):
+        load_policy(tiny_folder("qwen2_5"), device="cpu", lora={"targets": targets})
 
 
 def test_pixel_limits_bound_the_resized_image(tiny_folder: Folder) -> None:
