@@ -62,7 +62,7 @@ def _forward_op(
         fold_tile(_unit_columns(logits), 0, options, rows, state)
     else:
         for start, end in ranges(logits.shape[0], _eager_rows(logits)):
-            tile = logits[start:end].to(kind, copy=True)
+            tile = logits[start:end].to(kind)  # only read
             fold_tile(tile, 0, options, rows.part(start, end), state[:, start:end])
     return rows.logp, rows.logp.new_zeros(0) if entropy is None else entropy, rows.lse
 
@@ -106,10 +106,13 @@ def _gradient(
         return
     for start, end in ranges(logits.shape[0], _eager_rows(logits)):
         part = slice(start, end)
-        tile = logits[part].to(logp.dtype, copy=True)
+        tile = out[part] if out.dtype == logp.dtype else logits[part].to(logp.dtype)
+        if out.dtype == logp.dtype and out is not logits:
+            tile.copy_(logits[part])
         some = None if upstream_entropy is None else upstream_entropy[part]
         differentiate_tile(tile, tile, 0, options, rows.part(start, end), upstream[part], some)
-        out[part].copy_(tile)
+        if out.dtype != logp.dtype:
+            out[part].copy_(tile)
 
 
 @torch.library.custom_op("fastrl::token_logprob_backward", mutates_args=())
