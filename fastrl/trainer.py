@@ -217,7 +217,7 @@ class Run:
         if bad:
             raise TrainingError(
                 f"step {number}: weights that are not finite ({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}); "
-                "nothing was saved: go on from the last checkpoint with a smaller optim.lr"
+                "nothing was saved, the last checkpoint stays as it is (is optim.lr too large?)"
             )
 
     def _prefetch(self, records: Sequence[Record], *, more: bool) -> None:

@@ -64,10 +64,15 @@ def check_number(name: str, value: object, good: bool, expected: str) -> None:
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise unless ``tensor`` has this shape (``None``: any size)."""
-    got = tuple(tensor.shape)
-    if len(got) != len(shape) or any(w is not None and g != w for g, w in zip(got, shape, strict=True)):
-        want = "[" + ", ".join("any" if w is None else str(w) for w in shape) + "]"
-        raise ValueError(f"{name}: expected shape {want}, got {list(got)}")
+    got = tensor.shape
+    if len(got) == len(shape):
+        for have, want in zip(got, shape, strict=True):  # a loop: this is on the way of every call
+            if want is not None and have != want:
+                break
+        else:
+            return
+    wanted = "[" + ", ".join("any" if w is None else str(w) for w in shape) + "]"
+    raise ValueError(f"{name}: expected shape {wanted}, got {list(got)}")
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -211,8 +211,7 @@ def _decode_attention_op(
     row_offsets: Tensor, prefix_len: Tensor, own_len: Tensor, max_rows: int, scale: float,
 ) -> Tensor:  # fmt: skip
     if not use_triton(q):  # only where torch.compile wants one operator, see below
-        tables = {"row_offsets": row_offsets, "prefix_len": prefix_len, "own_len": own_len}
-        return decode_attention_reference(q, prefix_k, prefix_v, own_k, own_v, **tables, max_rows=max_rows, scale=scale)
+        return _eager(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len, max_rows, scale)
     (r, hq, d), (b, hkv, p, _), t = q.shape, prefix_k.shape, own_k.shape[2]
     out = torch.empty((r, hq, d), dtype=q.dtype, device=q.device)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
@@ -293,10 +292,7 @@ def decode_attention(
     r, b = q.shape[0], prefix_k.shape[0]
     factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if not use_triton(q) and not torch.compiler.is_compiling():
-        return decode_attention_reference(
-            q, prefix_k, prefix_v, own_k, own_v,
-            row_offsets=row_offsets, prefix_len=prefix_len, own_len=own_len, max_rows=max_rows, scale=factor,
-        )  # fmt: skip
+        return _eager(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len, max_rows, factor)
     if use_triton(q):
         check_dtype("q", q, (torch.float32, torch.bfloat16, torch.float16))
     each = r // max(b, 1) if row_offsets is None else r
@@ -312,7 +308,6 @@ def decode_attention(
     )  # fmt: skip
 
 
-@torch.no_grad()
 def decode_attention_reference(
     q: Tensor,
     prefix_k: Tensor,
@@ -331,6 +326,15 @@ def decode_attention_reference(
     ``max_rows`` short of the largest group raises ``ValueError`` here.
     """
     _check(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len)
+    return _eager(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len, max_rows, scale)
+
+
+@torch.no_grad()
+def _eager(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor,
+    row_offsets: Tensor | None, prefix_len: Tensor | None, own_len: Tensor | None, max_rows: int | None,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
     (r, hq, d), (b, hkv, p, _), t = q.shape, prefix_k.shape, own_k.shape[2]
     if r == 0 or p + t == 0:
         return torch.zeros_like(q)

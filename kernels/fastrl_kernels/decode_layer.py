@@ -245,13 +245,11 @@ def rope_append_reference(
     c, s = cos.to(wide)[:, None], sin.to(wide)[:, None]
     own, crossed = torch.cat((c, c), -1), torch.cat((-s, s), -1)
 
-    def rotated(x: Tensor) -> Tensor:
-        x = x.to(wide)
-        return (x * own).addcmul_(x.roll(x.shape[-1] // 2, -1), crossed).to(q.dtype)
-
-    keys.index_copy_(2, at, rotated(k)[:, :, None])
+    both = torch.cat((q, k), 1).to(wide)
+    rotated = (both * own).addcmul_(both.roll(both.shape[-1] // 2, -1), crossed).to(q.dtype)
+    keys.index_copy_(2, at, rotated[:, q.shape[1] :, None])
     values.index_copy_(2, at, v[:, :, None])
-    return rotated(q)
+    return rotated[:, : q.shape[1]]
 
 
 @torch.library.custom_op("fastrl::silu_mul", mutates_args=())
