@@ -14,7 +14,7 @@ KINDS = {
     "weights": "weights",
     "copies": "float32 copies of trained weights",
     "moments": "optimizer states",
-    "reference": "reference (a copy of trained weights)",
+    "reference": "reference (copy of trained weights)",
     "gradients": "gradients",
     "activations": "activations kept by one forward",
     "head_scratch": "scratch of the head",
