@@ -101,11 +101,10 @@ def evaluate_ocr(
     rows: list[tuple[float, ...]] = []
     for record, given in zip(records, answers, strict=True):
         truth = record.target["text"].strip()
-        distance, answer = min(
-            (normalised_edit_distance(reading, truth), reading) for reading in answer_readings(given)
-        )
+        readings = {reading: normalised_edit_distance(reading, truth) for reading in answer_readings(given)}
+        answer = min(readings, key=readings.__getitem__)
         a, b = words(answer, segment), words(truth, segment)
-        rows.append((distance, *word_set_scores(a, b), bleu(a, b), meteor(a, b)))
+        rows.append((readings[answer], *word_set_scores(a, b), bleu(a, b), meteor(a, b)))
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     result = dict(zip(("edit_distance", "f1", "precision", "recall", "bleu", "meteor"), means, strict=True))
     return {**result, "n": len(rows), "unparsable": sum(not plain_answer(answer) for answer in answers)}

@@ -62,7 +62,7 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any]) -> Any:
         raise ValueError(f"lora.targets: {targets!r} is not a regular expression: {error}") from None
     if not matched:
         last = sorted({name.rpartition(".")[2] for name in linears if ".language_model." in f".{name}"})
-        raise ValueError(f"lora.targets: {spelled(lora.targets)} matches no linear layer; there are {', '.join(last)}")
+        raise ValueError(f"lora.targets: {lora.targets!r} matches no linear layer; there are {', '.join(last)}")
     for wanted in lora.also_train:
         if not any(f".{name}".endswith(f".{wanted}") for name in modules):
             near = difflib.get_close_matches(wanted, modules, n=3, cutoff=0.4)
@@ -73,10 +73,6 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():  # peft asks for a property that newer transformers have renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
-
-
-def spelled(targets: tuple[str, ...] | str) -> str:
-    return repr(targets if isinstance(targets, str) else list(targets))
 
 
 def freeze(core: nn.Module, patterns: Iterable[str]) -> list[str]:

@@ -44,9 +44,9 @@ def text_similarity(answer: str, truth: str) -> float:
     return max(_similarity(reading, truth) for reading in answer_readings(answer))
 
 
-def answer_readings(answer: str) -> set[str]:
-    """An answer without what may stand around it, and as it is."""
-    return {plain_answer(answer), answer.strip()}
+def answer_readings(answer: str) -> list[str]:
+    """An answer without what may stand around it, and as it is where that is another text."""
+    return list(dict.fromkeys((plain_answer(answer), answer.strip())))
 
 
 def _similarity(answer: str, truth: str) -> float:

@@ -1,7 +1,7 @@
 """One token per row through the language model, straight through its layers' own projections.
 
-The projections are the trainer's modules, adapters and all. What lies between them (norms, rotary embedding, cache,
-attention, gate) is one launch each here, where the layers' own code takes about forty; the text behind a prompt has one
+The projections are the trainer's modules, adapters and all. What lies between them (norms, rotary embedding with cache,
+gate) is one launch each here, where the layers' own code takes about thirty; the text behind a prompt has one
 position for all three axes of the multimodal rotary embedding, so that it is the plain one.
 """
 

@@ -25,13 +25,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels import _linear_logprob_backward, _linear_logprob_driver
-from fastrl_kernels._common import check, check_dtype, check_same_device, check_shape
+from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
 from fastrl_kernels._linear_logprob_backward import Needs
 from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype
 from fastrl_kernels._linear_logprob_tiles import RowTerms
 from fastrl_kernels.token_logprob import (
     LogProb,
-    check_positive,
     check_values,
     inverse_temperature,
     row_temperature,
@@ -309,5 +308,5 @@ def _check_arguments(
         check_shape("lora B", lora_b, (weight.shape[0], lora_a.shape[0]))
         check_dtype("lora A", lora_a, FLOATS)
         check_dtype("lora B", lora_b, FLOATS)
-    check_positive("softcap", 1.0 if softcap is None else softcap)
-    check_positive("scratch_bytes", scratch_bytes)
+    check_number("softcap", softcap, softcap is None or softcap > 0, "> 0")
+    check_number("scratch_bytes", scratch_bytes, scratch_bytes > 0, "> 0")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastrl_kernels._common import check, check_dtype, check_same_device, check_shape
+from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
 from fastrl_kernels._linear_logprob_driver import (
     EAGER_ROWS,
     Head,
@@ -46,7 +46,7 @@ from fastrl_kernels.policy_loss import (
     policy_row_terms,
     policy_totals,
 )
-from fastrl_kernels.token_logprob import check_positive, check_values, inverse_temperature, row_temperature
+from fastrl_kernels.token_logprob import check_values, inverse_temperature, row_temperature
 from fastrl_kernels.token_weights import token_weights
 
 __all__ = ["linear_policy_loss", "linear_policy_loss_reference"]
@@ -339,8 +339,8 @@ def linear_policy_loss(
     )
     _check_options(clip_low, clip_high, dual_clip, beta, kl, kl_gradient, ratio, ref_logp)
     check(grad_scale != 0, "grad_scale: expected a number other than 0")
-    check_positive("softcap", 1.0 if softcap is None else softcap)
-    check_positive("scratch_bytes", scratch_bytes)
+    check_number("softcap", softcap, softcap is None or softcap > 0, "> 0")
+    check_number("scratch_bytes", scratch_bytes, scratch_bytes > 0, "> 0")
     per_row, value = row_temperature(temperature, target)
     weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden.dtype)
     learning = torch.is_grad_enabled()

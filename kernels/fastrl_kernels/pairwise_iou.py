@@ -346,7 +346,7 @@ def _aspect(w: Tensor, h: Tensor) -> Tensor:
     """atan(w / h) with gradient 0 where a side is empty."""
     real = (w > 0) & (h > 0)
     angle = torch.atan(torch.where(real, w, 1.0) / torch.where(real, h, 1.0))
-    return torch.where(real, angle, torch.where(w > 0, w.new_tensor(math.pi / 2), 0.0))
+    return torch.where(real, angle, torch.where(w > 0, torch.full_like(w, math.pi / 2), 0.0))
 
 
 def aot_cases() -> list[AotCase]:

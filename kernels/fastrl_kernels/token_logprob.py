@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import check, check_dtype, check_same_device, check_shape
+from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
 from fastrl_kernels._linear_logprob_driver import accumulator_dtype, ranges
 from fastrl_kernels._linear_logprob_tiles import (
     NO_IGNORE,
@@ -106,13 +106,15 @@ def _gradient(
         return
     for start, end in ranges(logits.shape[0], _eager_rows(logits)):
         part = slice(start, end)
-        tile = out[part] if out.dtype == logp.dtype else logits[part].to(logp.dtype)
-        if out.dtype == logp.dtype and out is not logits:
-            tile.copy_(logits[part])
+        here = out[part]
+        if out.dtype != logp.dtype:
+            tile = logits[part].to(logp.dtype)
+        else:  # where the gradient goes, and where it may lie already
+            tile = here if out is logits else here.copy_(logits[part])
         some = None if upstream_entropy is None else upstream_entropy[part]
         differentiate_tile(tile, tile, 0, options, rows.part(start, end), upstream[part], some)
-        if out.dtype != logp.dtype:
-            out[part].copy_(tile)
+        if tile is not here:
+            here.copy_(tile)
 
 
 @torch.library.custom_op("fastrl::token_logprob_backward", mutates_args=())
@@ -295,14 +297,8 @@ def row_temperature(temperature: float | Tensor, target: Tensor) -> tuple[Tensor
     if isinstance(temperature, Tensor):
         check_same_device(target=target, temperature=temperature)
         return temperature.detach().expand(target.shape[0]), 1.0
-    check_positive("temperature", temperature)
+    check_number("temperature", temperature, temperature > 0, "> 0")
     return None, float(temperature)
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise unless ``value > 0``. The message is built only then: under ``torch.compile`` numbers may be symbolic."""
-    if not value > 0:
-        raise ValueError(f"{name}: expected > 0, got {value}")
 
 
 def inverse_temperature(target: Tensor, kind: torch.dtype, temperature: Tensor | None, value: float) -> Tensor:
