@@ -204,6 +204,17 @@ def test_the_frozen_copy_stays_while_the_policy_moves(tiny_folder: Folder) -> No
     assert not torch.equal(policy.logprob(batch).logp, want)
 
 
+def test_the_frozen_copy_shares_what_is_not_trained(tiny_folder: Folder) -> None:
+    policy = load_policy(tiny_folder("qwen2_5"), device="cpu", freeze=["visual"])
+    policy.make_reference()
+    live = dict(policy.core.named_parameters())
+    with policy.reference():
+        kept = dict(policy.core.named_parameters())
+    assert {name for name, p in live.items() if kept[name] is p} == {n for n, p in live.items() if not p.requires_grad}
+    assert not any(p.requires_grad for p in kept.values())
+    assert any(p.requires_grad for p in live.values())
+
+
 def test_transformers_generate_still_works_and_keeps_its_own_attention(tiny_folder: Folder) -> None:
     """Calls without segments fall through: greedy tokens equal those of the model as transformers loads it."""
     from transformers import AutoModelForImageTextToText
