@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.answers import (
@@ -35,7 +35,6 @@ from fastrl.answers import (
 QWEN2 = "<|object_ref_start|>The woman<|object_ref_end|><|box_start|>(157,459),(208,622)<|box_end|>"
 BOX = (157.0, 459.0, 208.0, 622.0)
 # A loaded machine must not fail a test: no time limits, here or by hypothesis itself.
-unhurried = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 sides = st.integers(min_value=28, max_value=4000)
 views = st.builds(View, sides, sides, sides, sides)
 
@@ -43,7 +42,6 @@ views = st.builds(View, sides, sides, sides, sides)
 # ---- frames
 
 
-@unhurried
 @given(view=views, frame=st.sampled_from(["resized", "thousand", "original"]), data=st.data())
 def test_frame_to_text_to_frame_is_exact_to_rounding(view: View, frame: str, data: st.DataObject) -> None:
     width, height = view.size(frame)
@@ -52,7 +50,6 @@ def test_frame_to_text_to_frame_is_exact_to_rounding(view: View, frame: str, dat
     assert tuple(math.floor(v + 0.5) for v in back) == box
 
 
-@unhurried
 @given(view=views, style=st.sampled_from(["qwen2_5", "qwen2"]), data=st.data())
 def test_truth_to_text_to_truth_is_within_half_a_unit(view: View, style: str, data: st.DataObject) -> None:
     box = [data.draw(st.floats(0, side)) for side in (view.width, view.height, view.width, view.height)]
@@ -246,7 +243,6 @@ track = st.builds(
 )
 
 
-@unhurried
 @given(st.lists(track, max_size=5))
 def test_tracks_round_trip_without_loss(tracks: list[Track]) -> None:
     text = format_tracks(tracks)
@@ -257,7 +253,6 @@ def test_tracks_round_trip_without_loss(tracks: list[Track]) -> None:
     assert format_tracks(parsed) == text
 
 
-@unhurried
 @given(st.lists(st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 4), min_size=1, max_size=3))
 def test_track_coordinates_of_any_size_round_trip(values: list[tuple]) -> None:
     tracks = [Track(1, "x", dict(enumerate(values, start=1)))]
@@ -351,7 +346,6 @@ FRAGMENTS = [
 fragments = st.sampled_from([*FRAGMENTS, " ", "\n", "\ud800", "```json\n", "9" * 30])
 
 
-@unhurried
 @given(st.one_of(st.text(), st.lists(fragments, max_size=30).map("".join)))
 def test_no_text_makes_a_parser_raise(text: str) -> None:
     for parse in (parse_boxes, parse_points):
@@ -368,7 +362,6 @@ def test_no_text_makes_a_parser_raise(text: str) -> None:
             matches_format(task, text, style)
 
 
-@unhurried
 @given(st.lists(st.tuples(st.lists(st.integers(-9, 9999), min_size=4, max_size=4), st.text(max_size=20)), max_size=6))
 def test_the_scanner_agrees_with_the_json_module(items: list) -> None:
     text = json.dumps([{"bbox_2d": box, "label": label} for box, label in items])
@@ -452,7 +445,6 @@ def test_strict_qwen2_grounding_format(text: str, ok: bool) -> None:
     assert matches_grounding_format(text, "qwen2") == ok
 
 
-@unhurried
 @given(st.one_of(st.text(max_size=30), st.lists(fragments, max_size=6).map("".join)))
 def test_loose_format_is_the_released_unescaped_pattern(text: str) -> None:
     released = "<|object_ref_start|>.*?<|object_ref_end|><|box_start|>.*?<|box_end|><|im_end|>"

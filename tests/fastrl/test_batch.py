@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -100,7 +100,6 @@ def test_values_that_only_some_have_or_of_the_wrong_length_are_errors() -> None:
 lengths = st.lists(st.integers(0, 5), min_size=1, max_size=4)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), lengths), min_size=1, max_size=6), st.integers(1, 40))
 def test_every_token_is_predicted_once_whatever_the_split(shapes: list[tuple[int, list[int]]], budget: int) -> None:
     groups = [group(p, c, first_id=1000 * n) for n, (p, c) in enumerate(shapes)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.recipe import RecipeError, build_recipe, differences, load_recipe, shipped_recipes
@@ -168,7 +168,6 @@ def test_differences_are_dotted() -> None:
 JUNK = st.none() | st.integers() | st.text(max_size=8)
 
 
-@settings(deadline=None, max_examples=40)
 @given(st.recursive(JUNK, lambda inner: st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=4))
 def test_anything_else_is_a_recipe_error_too(junk: Any) -> None:
     for section in ("method", "model", "optim", "rollout", "nonsense"):

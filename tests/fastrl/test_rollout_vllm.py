@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ class Remote(VllmGenerator):
 
     def __init__(self, policy: Any, server: VllmServer, folder: Path, **options: Any) -> None:
         self.made, self.pauses = 0, list[float]()
-        given: dict[str, Any] = {"retries": 2, "sleep": self.pauses.append, "timeout": 20.0, **options}
+        given: dict[str, Any] = {"retries": 2, "sleep": self.pauses.append, "timeout": 60.0, **options}
         super().__init__(policy, server.url + "/v1", folder=folder, updates=lambda: self.made, **given)
 
 
@@ -90,7 +89,8 @@ def cut(h: Handler, body: dict[str, Any]) -> bool:
 
 
 def slow(h: Handler, body: dict[str, Any]) -> bool:
-    time.sleep(0.8)
+    h.connection.settimeout(60)
+    h.connection.recv(1)  # returns when the other side has given up
     return hang_up(h, body)
 
 
@@ -163,7 +163,7 @@ def test_trouble_that_passes_costs_a_retry(
     prompts, pauses = encode(policy)[:2], []
     pushing = 2 if kind == "adapted" else 4  # /v1/models, then the adapter or pause, load, resume
     for place in (0, pushing - 1, pushing, pushing + 1):  # the first call, the last of pushing, the probe, an answer
-        remote = Remote(policy, server, tmp_path, timeout=0.4 if trouble is slow else 20.0)
+        remote = Remote(policy, server, tmp_path, timeout=2.0 if trouble is slow else 60.0)
         server.script = [well] * place + [trouble]
         assert same(remote.generate(prompts, GREEDY), Generator(policy).generate(prompts, GREEDY)), place
         pauses += remote.pauses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.data.records import Record
@@ -16,7 +16,6 @@ def records(n: int, prefix: str = "") -> list[Record]:
     return [Record(id=f"{prefix}{i}", task="ocr", images=(), messages=(), target={"text": ""}) for i in range(n)]
 
 
-@settings(deadline=None, max_examples=60)
 @given(n=st.integers(1, 9), takes=st.lists(st.integers(0, 7), max_size=6), seed=st.integers(0, 5))
 def test_resuming_anywhere_gives_what_would_have_come(n: int, takes: list[int], seed: int) -> None:
     stream = RecordStream(records(n), seed=seed)

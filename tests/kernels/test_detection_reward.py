@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
@@ -202,7 +202,6 @@ WILD = st.one_of(
 )
 
 
-@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_any_coordinates_and_counts(data: st.DataObject) -> None:
     coords = data.draw(st.sampled_from([4, 2]))

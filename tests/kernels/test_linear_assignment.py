@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
@@ -225,7 +225,6 @@ WILD = st.one_of(
 )
 
 
-@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_any_values_and_counts(data: st.DataObject) -> None:
     n, m = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -318,7 +318,6 @@ def test_autocast_casts_like_a_linear_layer() -> None:
     assert torch.autograd.grad(got.sum(), weight)[0].dtype == torch.float32
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 5000),
     v=st.integers(1, 300_000),

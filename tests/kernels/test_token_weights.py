@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl_kernels.token_weights import token_weights
@@ -21,7 +21,6 @@ def _oracle(ids: list[int], mask: list[bool], aggregate: str, normalizer: float 
     return [1 / (own(i) * last) if keep else 0.0 for i, keep in rows]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(-1, 6), st.booleans()), max_size=40),
     st.sampled_from(["sequence", "token", "constant"]),

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.captions import (
@@ -90,7 +90,6 @@ def test_sentences(text: str, expected: Facts) -> None:
     assert parse_caption(text) == expected
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=300))
 def test_any_text_parses(text: str) -> None:
     facts = parse_caption(text)
@@ -98,7 +97,6 @@ def test_any_text_parses(text: str) -> None:
     mentioned_categories(text)
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from(sorted(COLORS))), min_size=1, max_size=5),
     st.randoms(use_true_random=False),

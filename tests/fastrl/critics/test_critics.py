@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.critics import Case, Critique, RuleCritic, Turn, open_critic
@@ -80,7 +80,6 @@ def test_replies_that_cannot_be_read_say_why(reply: str) -> None:
     assert critique_of(Case(RECORD, "x"), reply) == Critique(None, problem=problem)
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=200) | st.builds(json.dumps, st.dictionaries(st.sampled_from(["score", "reason"]),
 st.integers() | st.text())))  # fmt: skip
 def test_any_reply_is_a_verdict_in_range_or_a_problem(reply: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -31,8 +31,6 @@ from fastrl.data.clips import (
     windows,
 )
 from fastrl.data.masks import rle_box, rle_runs
-
-unhurried = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def clips(spec: str, **options: bool) -> list[Clip]:
@@ -98,7 +96,6 @@ def test_mask_tracks_have_the_boxes_pycocotools_finds(data_dir: Path) -> None:
     assert {note.kind for note in data.notes} == {"gap"}
 
 
-@unhurried
 @given(st.integers(1, 7), st.integers(1, 7), st.data())
 def test_rle_box_is_the_box_of_the_decoded_mask(height: int, width: int, data: st.DataObject) -> None:
     flat = data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width))
@@ -117,7 +114,6 @@ def test_rle_box_is_the_box_of_the_decoded_mask(height: int, width: int, data: s
     assert rle_box(compressed, height, width) == expected
 
 
-@unhurried
 @given(
     st.one_of(st.text(), st.text(st.characters(min_codepoint=48, max_codepoint=111)), st.none(), st.lists(st.none()))
 )
@@ -146,7 +142,6 @@ def test_windows_and_frame_sampling(data_dir: Path) -> None:
     ]
 
 
-@unhurried
 @given(st.integers(1, 60), st.integers(1, 20), st.sampled_from(["uniform", "first", "random"]), st.integers(0, 9))
 def test_sampled_frames_are_ascending_distinct_and_inside(total: int, count: int, how: str, seed: int) -> None:
     numbers = sample_frames(total, count, how, seed)

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.data import load_data
@@ -101,7 +101,6 @@ def test_the_truth_as_answer_is_perfect_on_real_lines(data_dir: Path) -> None:
     assert shifted["f1"] < 0.3
 
 
-@settings(max_examples=80, deadline=None)
 @given(st.text(max_size=80), st.text(max_size=80))
 def test_any_text_gives_metrics_between_zero_and_one(answer: str, truth: str) -> None:
     got = evaluate("ocr", [record(truth)], [answer])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -69,7 +69,6 @@ def test_outputs_and_gradients_follow_the_visibility_rule(shape: list, heads: tu
 spans = st.tuples(st.integers(1, 5), st.lists(st.integers(0, 6), max_size=4).map(tuple))
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.lists(spans, min_size=1, max_size=4), st.sampled_from(["dense", "varlen"]))
 def test_any_row_follows_the_visibility_rule(shape: list, path: str) -> None:
     torch.manual_seed(0)

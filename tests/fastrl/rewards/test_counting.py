@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.answers import View
@@ -49,7 +49,6 @@ coordinates = st.integers(2, 998).map(float)
 points_of_image = st.lists(st.tuples(coordinates, coordinates), max_size=5)
 
 
-@settings(max_examples=150, deadline=None)
 @given(points_of_image, points_of_image)
 def test_points_equal_the_best_of_all_matchings(predicted: Points, truth: Points) -> None:
     got = reward_for("counting")([as_boxes(predicted)], record(in_pixels(truth)))["points"][0]

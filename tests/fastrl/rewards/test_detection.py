@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
@@ -65,7 +65,6 @@ box = st.tuples(corner, corner, side, side).map(lambda b: (b[0], b[1], b[0] + b[
 labelled = st.lists(st.tuples(box, st.sampled_from(NAMES)), max_size=7)
 
 
-@settings(max_examples=150, deadline=None)
 @given(labelled, labelled)
 def test_components_equal_the_formulas(found: Labelled, truth: Labelled) -> None:
     got = {name: values[0] for name, values in reward_for("detection")([answer(found)], record(truth)).items()}

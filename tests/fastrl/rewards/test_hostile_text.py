@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.answers import View
@@ -90,7 +90,6 @@ def check(reward: Reward, answers: list[str], frame: str = "auto") -> None:
 
 
 @pytest.mark.parametrize("reward", VARIANTS, ids=[f"{r.task}-{i}" for i, r in enumerate(VARIANTS)])
-@settings(max_examples=60, deadline=None)
 @given(
     answers=st.lists(hostile, min_size=1, max_size=4), frame=st.sampled_from(["auto", "thousand", "resized", "unit"])
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.answers import Track, View, format_answer, format_tracks
@@ -91,7 +91,6 @@ def assert_bounded(answer: str, row: Record, frames: int) -> None:
     assert weighted.total({k: [v] for k, v in found.items()})[0] <= (3.0 + 0.5 + 2.0) / frames + ROUNDING
 
 
-@settings(max_examples=120, deadline=None)
 @given(clip=clips(), box=st.lists(boxes, min_size=3, max_size=3), data=st.data())
 def test_a_constant_box_earns_at_most_one_frame(clip: Any, box: list[Box], data: st.DataObject) -> None:
     """Any box, for any frames of each subject, even with the true actions said beside it."""
@@ -103,7 +102,6 @@ def test_a_constant_box_earns_at_most_one_frame(clip: Any, box: list[Box], data:
     assert_bounded(text(found, said), record(tracks, spans), frames)
 
 
-@settings(max_examples=120, deadline=None)
 @given(clip=clips(), data=st.data())
 def test_the_true_box_of_one_frame_copied_anywhere_earns_at_most_one_frame(clip: Any, data: st.DataObject) -> None:
     tracks, spans = clip
@@ -115,7 +113,6 @@ def test_the_true_box_of_one_frame_copied_anywhere_earns_at_most_one_frame(clip:
     assert_bounded(text(found, said), record(tracks, spans), frames)
 
 
-@settings(max_examples=60, deadline=None)
 @given(clip=clips(), data=st.data())
 def test_the_truth_of_one_frame_alone_earns_at_most_one_frame(clip: Any, data: st.DataObject) -> None:
     tracks, spans = clip
@@ -125,7 +122,6 @@ def test_the_truth_of_one_frame_alone_earns_at_most_one_frame(clip: Any, data: s
     assert_bounded(text(found, [action_text(s) for s in spans]), record(tracks, spans), frames)
 
 
-@settings(max_examples=60, deadline=None)
 @given(clip=clips(), data=st.data())
 def test_with_gaps_the_bound_is_the_frame_s_share_of_the_true_boxes(clip: Any, data: st.DataObject) -> None:
     tracks, _ = clip
@@ -135,7 +131,6 @@ def test_with_gaps_the_bound_is_the_frame_s_share_of_the_true_boxes(clip: Any, d
     assert parts(text(found), record(shown))["iou"] <= share + ROUNDING
 
 
-@settings(max_examples=60, deadline=None)
 @given(clip=clips(), keep=st.integers(1, 6))
 def test_part_of_the_frames_earns_at_most_its_part(clip: Any, keep: int) -> None:
     tracks, spans = clip
@@ -257,7 +252,6 @@ def oracle(a: list[list[float]], given: set[int], b: list[list[float]], shown: s
     return c / n + (1 - 1 / n) * max(0.0, min(c, gained / possible))
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_credit_is_the_formula(data: st.DataObject) -> None:
     frames, pairs = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
