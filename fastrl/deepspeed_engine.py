@@ -7,6 +7,7 @@ ZeRO 2 or LoRA is what a model of this size wants.
 from __future__ import annotations
 
 import math
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,19 @@ if TYPE_CHECKING:
 _TAG = "engine"
 
 
-def deepspeed_config(optim: OptimRecipe, engine: EngineRecipe, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration for a recipe. Micro-batches are counted by the trainer, so accumulation is 1 here."""
+def deepspeed_config(
+    optim: OptimRecipe, engine: EngineRecipe, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for a recipe. Micro-batches are counted by the trainer, so accumulation is 1 here.
+
+    AdamW is torch's own: DeepSpeed's wants a compiler on the machine, and only the one on the host is worth that.
+    """
+    fused = {} if engine.offload_optimizer else {"torch_adam": True, "fused": device.type == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip_norm or 0.0,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
         "zero_optimization": {
             "stage": engine.zero_stage,
             **({"offload_optimizer": {"device": "cpu"}} if engine.offload_optimizer else {}),
@@ -40,6 +47,7 @@ def deepspeed_config(optim: OptimRecipe, engine: EngineRecipe, dtype: torch.dtyp
                 "betas": list(optim.betas),
                 "eps": optim.eps,
                 "weight_decay": optim.weight_decay,
+                **fused,
             },
         },
         "steps_per_print": 2**31 - 1,
@@ -55,6 +63,11 @@ class DeepSpeedEngine:
                 "engine.kind: deepspeed needs DeepSpeed, which is not installed (pip install 'fastrl[distributed]'); "
                 "or use engine.kind: local"
             )
+        if "RANK" not in os.environ and not torch.distributed.is_initialized():
+            raise ValueError(
+                "engine.kind: deepspeed needs a launcher, one process per GPU: "
+                "torchrun --nproc-per-node 8 -m fastrl.cli train ...; or use engine.kind: local"
+            )
         import deepspeed  # pyright: ignore[reportMissingImports]
 
         self.optim = optim
@@ -63,11 +76,13 @@ class DeepSpeedEngine:
         self._base_lrs = [group.pop("base_lr") for group in groups]
         for group in groups:
             del group["names"]
-        dtype = groups[0]["params"][0].dtype
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
+        dtype, self._device = self._parameters[0].dtype, self._parameters[0].device
+        # Neither ZeRO nor bf16: torch's optimizer as it is, which knows nothing of norms and steps over a NaN.
+        self._bare = engine.zero_stage == 0 and dtype != torch.bfloat16
         self._engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=groups, config=deepspeed_config(optim, engine, dtype)
+            model=model, model_parameters=groups, config=deepspeed_config(optim, engine, dtype, self._device)
         )
-        self._device = groups[0]["params"][0].device
         self._dist = torch.distributed
         self.rank = self._dist.get_rank()
         self.world_size = self._dist.get_world_size()
@@ -78,17 +93,25 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
 
     def step(self) -> StepInfo:
-        """Clip, update, clear. A gradient that is not finite is only seen here after the update."""
+        """Clip, update, clear. DeepSpeed leaves out an update whose gradient is not finite; here that is an error."""
         scale = lr_scale(self.updates, self.optim)
         for group, lr in zip(self._engine.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * scale
+        norm = self._bare_norm() if self._bare else None
+        if norm is not None and not math.isfinite(norm):
+            self._engine.optimizer.zero_grad()
+            raise NonFiniteError(f"the gradient norm is {norm}")
         self._engine.step()
+        if not self._engine.was_step_applied():
+            raise NonFiniteError("the gradient holds numbers that are not finite")
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm() or 0.0)
         self.updates += 1
-        norm = self._engine.get_global_grad_norm()
-        grad_norm = 0.0 if norm is None else float(norm)
-        if not math.isfinite(grad_norm):
-            raise NonFiniteError(f"the gradient norm is {grad_norm}")
-        return StepInfo(grad_norm=grad_norm, lr=self._base_lrs[0] * scale)
+        return StepInfo(grad_norm=norm, lr=self._base_lrs[0] * scale)
+
+    def _bare_norm(self) -> float:
+        """Norm of the reduced gradients where they lie beside their parameters."""
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
 
     def save(self, folder: Path) -> None:
         """Every rank writes its share."""
@@ -121,8 +144,18 @@ class DeepSpeedEngine:
     def maximum(self, value: float) -> float:
         return self._reduce(value, self._dist.ReduceOp.MAX)
 
+    def gather(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.world_size
+        self._dist.all_gather_object(gathered, value)
+        return gathered
+
     def barrier(self) -> None:
         self._dist.barrier()
+
+    def close(self) -> None:
+        """Leave together: a rank whose neighbours are gone aborts while it exits."""
+        self._dist.barrier()
+        self._dist.destroy_process_group()
 
     def _reduce(self, value: float, op: Any) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self._device)

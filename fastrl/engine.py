@@ -67,7 +67,15 @@ class Engine(Protocol):
 
     def maximum(self, value: float) -> float: ...
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gives here, in the order of ranks."""
+        ...
+
     def barrier(self) -> None: ...
+
+    def close(self) -> None:
+        """At the end of a run that ended well, on every rank."""
+        ...
 
 
 def make_engine(model: nn.Module, optim: OptimRecipe, engine: EngineRecipe) -> Engine:
@@ -311,7 +319,13 @@ class LocalEngine:
     def maximum(self, value: float) -> float:
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
     def barrier(self) -> None:
+        return None
+
+    def close(self) -> None:
         return None
 
     def _master(self, parameter: nn.Parameter) -> Tensor:

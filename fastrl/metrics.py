@@ -128,6 +128,23 @@ def work_metrics(groups: Sequence[PromptGroup], seconds: Mapping[str, float]) ->
     return metrics | memory()
 
 
+def over_ranks(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One row of metrics for the rows of all ranks: speeds add up, times and memory are the largest, the rest is the
+    mean over the ranks that have the key (``…max`` and ``…min``: theirs)."""
+    reduced: dict[str, float] = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row[key] for row in rows if key in row]
+        if key.startswith(("time/", "memory/")) or key.endswith("max"):
+            reduced[key] = max(values)
+        elif key.endswith("min"):
+            reduced[key] = min(values)
+        elif key.startswith("speed/"):
+            reduced[key] = sum(values)
+        else:  # equal ones stay as they are, integers too
+            reduced[key] = values[0] if len(set(values)) == 1 else statistics.fmean(values)
+    return reduced
+
+
 def memory() -> dict[str, float]:
     """Resident memory of this process now and at its peak, and the GPU allocator's peak, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere

@@ -21,7 +21,16 @@ from fastrl.data.blank import BlankImages
 from fastrl.engine import Engine, NonFiniteError, StepInfo, make_engine
 from fastrl.interrupt import stop_signals
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
-from fastrl.metrics import Meter, MetricsLog, NoLog, group_metrics, sample_table, sampler_gap, work_metrics
+from fastrl.metrics import (
+    Meter,
+    MetricsLog,
+    NoLog,
+    group_metrics,
+    over_ranks,
+    sample_table,
+    sampler_gap,
+    work_metrics,
+)
 from fastrl.profiling import profiled
 from fastrl.progress import Progress
 from fastrl.recipe import Recipe
@@ -126,6 +135,7 @@ def train(
         interrupted = stopping and done < steps
         if interrupted:
             progress.note(f"stopped after step {done}; go on with --resume")
+        run.engine.close()
     return Summary(out, done, time.monotonic() - start, interrupted, saved, row)
 
 
@@ -207,7 +217,8 @@ class Run:
         }
         every = recipe.log.samples_every
         table = sample_table(prepared.sampled, recipe.log.samples) if every and (number - 1) % every == 0 else []
-        return row | work_metrics(prepared.sampled, self.clock.read()), table
+        row |= work_metrics(prepared.sampled, self.clock.read())
+        return over_ranks(self.engine.gather(row)), table
 
     def check_weights(self, number: int) -> None:
         """Raise ``TrainingError`` where a trained weight is not finite: no good checkpoint may be replaced by it."""

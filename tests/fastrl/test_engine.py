@@ -163,6 +163,15 @@ def test_deepspeed_missing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
         make_engine(small(), optim(), EngineRecipe(kind="deepspeed"))
 
 
+def test_deepspeed_without_a_launcher_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastrl.deepspeed_engine as module
+
+    monkeypatch.setattr(module, "deepspeed_available", lambda: True)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun"):
+        make_engine(small(), optim(), EngineRecipe(kind="deepspeed"))
+
+
 class FakeEngine:
     """Records the calls, and does with plain AdamW what DeepSpeed does on one rank."""
 
@@ -182,6 +191,9 @@ class FakeEngine:
         self.calls.append("step")
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def was_step_applied(self) -> bool:
+        return True
 
     def get_global_grad_norm(self) -> float:
         return 1.5
@@ -218,3 +230,4 @@ def test_deepspeed_reduces_in_the_last_backward_only(fake_deepspeed: list[FakeEn
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     assert (engine.rank, engine.world_size, engine.average(2.5), engine.maximum(3.0)) == (0, 1, 2.5, 3.0)
+    assert engine.gather({"a": 1}) == local.gather({"a": 1}) == [{"a": 1}]

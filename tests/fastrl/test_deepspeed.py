@@ -1,0 +1,125 @@
+"""DeepSpeed itself, on two processes of this machine: what an update is, what stops one, and whole runs.
+
+Skipped where DeepSpeed is not installed: pip install '.[distributed]'.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastrl.engine import LocalEngine, deepspeed_available
+from fastrl.metrics import read_rows
+from fastrl.recipe import OptimRecipe
+
+pytestmark = pytest.mark.skipif(not deepspeed_available(), reason="DeepSpeed is not installed")
+
+UPDATES = """
+import json, sys, torch
+from torch import nn
+from fastrl.engine import NonFiniteError, make_engine
+from fastrl.recipe import EngineRecipe, OptimRecipe
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(getattr(torch, sys.argv[2]))
+engine = make_engine(model, OptimRecipe(lr=0.01, steps=9), EngineRecipe(kind="deepspeed", zero_stage=int(sys.argv[1])))
+out = []
+for bad in (False, True, False):
+    for part in range(2):
+        x = torch.full((3, 4), 0.1 * (1 + engine.rank + part), dtype=model[0].weight.dtype)
+        loss = model(x).square().sum()
+        engine.backward(loss * (float("nan") if bad and engine.rank == 1 else 1.0), last=part == 1)
+    try:
+        info = engine.step()
+        norm = info.grad_norm
+    except NonFiniteError:
+        norm = None
+    out.append({"norm": norm, "weights": [p.detach().float().flatten().tolist() for p in model.parameters()]})
+every = engine.gather(out)
+assert all(one == every[0] for one in every), "ranks disagree"
+if engine.rank == 0:
+    print("RESULT" + json.dumps(out))
+engine.close()
+"""
+
+RUN = """
+import sys
+from pathlib import Path
+from fastrl.trainer import train
+from tests.fastrl.training import make_records, make_recipe
+
+model, out, steps, resume, lora = sys.argv[1:6]
+changes = {"optim__steps": int(steps), "engine": {"kind": "deepspeed", "zero_stage": 2}, "data__prompts_per_step": 1}
+changes |= {"model__lora": {"rank": 4}} if lora == "1" else {}
+recipe = make_recipe(Path(model), Path(out), **changes)
+train(recipe, records=make_records(), resume=resume == "1", show=False)
+"""
+
+
+def launch(code: str, *arguments: Any, folder: Path) -> str:
+    """Standard output of ``code`` run by two processes under torchrun."""
+    script = folder / "script.py"
+    script.write_text(code)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    repo = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(repo), str(repo / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)),
+            *(str(script), *map(str, arguments)),
+        ],
+        env=os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_is_the_local_engines_and_nan_changes_nothing(stage: int, dtype: str, tmp_path: Path) -> None:
+    out = launch(UPDATES, stage, dtype, folder=tmp_path)
+    found = json.loads(out.split("RESULT")[1].splitlines()[0])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(getattr(torch, dtype))
+    engine = LocalEngine(model, OptimRecipe(lr=0.01, steps=9))
+    tolerance = 1e-6 if dtype == "float32" else 1e-2
+    for number, one in enumerate(found):
+        if number == 1:
+            assert one["norm"] is None
+            assert one["weights"] == found[0]["weights"]
+            continue
+        for rank in range(2):
+            for part in range(2):
+                x = torch.full((3, 4), 0.1 * (1 + rank + part), dtype=model[0].weight.dtype)
+                engine.backward(0.5 * model(x).square().sum(), last=rank + part == 2)  # ranks' gradients are averaged
+        info = engine.step()
+        assert one["norm"] == pytest.approx(info.grad_norm, rel=10 * tolerance)
+        for ours, theirs in zip(one["weights"], model.parameters(), strict=True):
+            torch.testing.assert_close(torch.tensor(ours), theirs.detach().float().flatten(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("lora", [0, 1])
+def test_a_run_of_two_ranks_resumes(tiny_folder: Any, lora: int, tmp_path: Path) -> None:
+    model = tiny_folder("qwen2_5")
+    launch(RUN, model, tmp_path / "whole", 4, 0, lora, folder=tmp_path)
+    launch(RUN, model, tmp_path / "parts", 2, 0, lora, folder=tmp_path)
+    launch(RUN, model, tmp_path / "parts", 4, 1, lora, folder=tmp_path)
+    whole, parts = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert [row["step"] for row in parts] == [1, 2, 3, 4]
+    for key in ("reward/mean", "grad_norm", "loss"):
+        assert [row[key] for row in parts] == pytest.approx([row[key] for row in whole], abs=1e-4)
+    assert any(row["grad_norm"] > 0 for row in whole)
