@@ -90,6 +90,8 @@ def evaluate(
     frame: Annotated[
         str, typer.Option(help="Of --predictions' coordinates: auto, thousand, resized, original or unit.")
     ] = "auto",
+    min_pixels: Annotated[int | None, typer.Option(min=1, help="With --frame resized: the processor's.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="The same.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer [the protocol's].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first N records.")] = None,
     skip_bad: SkipBad = False,
@@ -132,6 +134,7 @@ def evaluate(
         model=model,
         predictions=predictions,
         frame=frame,
+        pixels=(min_pixels, max_pixels),
         max_new_tokens=max_new_tokens,
         limit=limit,
         skip_bad=skip_bad,
@@ -160,7 +163,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="h100-80, h200, a100-80, a100-40, rtx4090, l40s, …")] = "h100-80",
     gpus: Annotated[int, typer.Option(min=1, help="Data-parallel GPUs.")] = 1,
     model: Model = None,
-    images: Annotated[int, typer.Option(min=0, help="Images a prompt.")] = 1,
+    images: Annotated[int | None, typer.Option(min=0, help="Images a prompt [data.frames, or 1].")] = None,
     image_pixels: Annotated[int | None, typer.Option(min=1, help="Area of each [the recipe's largest].")] = None,
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt beside its images.")] = 128,
     answer_tokens: Annotated[int | None, typer.Option(min=1, help="Of each answer [the recipe's longest].")] = None,

@@ -103,7 +103,7 @@ def optional() -> dict[str, str]:
         found["varlen_attn"] = f"not in torch {torch.__version__}"
     else:
         found["varlen_attn"] = "usable" if torch.cuda.is_available() else "present; needs a GPU"
-    for name in ("flash_attn", "deepspeed"):
+    for name in ("flash_attn", "liger_kernel"):
         if found[name] == "usable" and not torch.cuda.is_available():
             found[name] = "installed; needs a GPU"
     found["compiler"] = os.environ.get("CXX") or _which("g++") or _which("clang++") or "none found"

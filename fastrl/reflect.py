@@ -8,6 +8,7 @@ only what was said since.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,10 +81,12 @@ def reflect(
         fails altogether, the portion ends there with ``error`` set, and nothing after it is started.
 
     Raises:
-        ValueError: ``turns`` under 1.
+        ValueError: ``turns`` under 1, ``stop_at`` no number.
     """
     if turns < 1:
         raise ValueError(f"turns: need 1 or more, got {turns}")
+    if stop_at is not None and math.isnan(stop_at):
+        raise ValueError(f"stop_at: expected a score, got {stop_at}")
     out: list[Reflection] = []
     for start in range(0, len(records), portion):
         done = [Reflection(records[i]) for i in range(start, min(start + portion, len(records)))]

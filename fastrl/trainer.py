@@ -416,8 +416,10 @@ def _model_folder(path: str) -> str:
 
 def _load_records(recipe: Recipe) -> Sequence[Record]:
     from fastrl.data import load_data
+    from fastrl.methods.rollouts import RecipeRewards
 
-    return load_data(recipe.data_spec, skip_bad=recipe.data.skip_bad)
+    misfit = RecipeRewards(recipe.reward).misfit if recipe.method.kind in ("perception-r1", "perpo") else None
+    return load_data(recipe.data_spec, skip_bad=recipe.data.skip_bad, misfit=misfit)
 
 
 def _seed(seed: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 MAX_PAUSE = 60.0  # seconds, whatever a server asks for
+LONGEST = 1e6  # seconds of a timeout; the system's clock takes no more than some such number
 TRANSIENT = (408, 409, 425, 429)  # and 5xx
 
 A = TypeVar("A")
@@ -66,8 +67,8 @@ class Transport:
         key_env: str,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        if timeout <= 0 or retries < 0 or concurrency < 1:
-            raise ValueError(f"{who}: need timeout > 0, retries >= 0 and concurrency >= 1")
+        if not 0 < timeout <= LONGEST or retries < 0 or concurrency < 1:
+            raise ValueError(f"{who}: need a timeout of up to {LONGEST} seconds, retries >= 0 and concurrency >= 1")
         self.who, self.timeout, self.retries, self.pause = who, timeout, retries, pause
         self.concurrency, self.max_bytes, self._key = concurrency, max_bytes, os.environ.get(key_env)
         self._stopped = threading.Event()

@@ -41,6 +41,7 @@ def test_the_wheel_holds_recipes_weights_and_both_packages(built: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"fastrl/trainer.py", "fastrl_kernels/policy_loss.py"} <= names
     assert "fastrl/recipes/perception-r1-grounding-tiny.yaml" in names
+    assert {"fastrl/py.typed", "fastrl_kernels/py.typed"} <= names
     assert "fastrl/models/tiny/weights/perception/model.safetensors" in names
     assert not [n for n in names if n.startswith(("tests/", "kernels/", "benchmarks/", "csrc/"))]
 

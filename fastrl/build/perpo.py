@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastrl.batch import PromptGroup
+from fastrl.build.portions import resume
 from fastrl.checkpoint import write_atomically
 from fastrl.data import load_data
 from fastrl.data.lists import list_row
@@ -137,7 +138,8 @@ def build_lists(
         ValueError: ``out`` exists and is not a build's, or one with other options; records of another task.
         DataError: bad data.
     """
-    chunk, size, tally = _resume(out, options)
+    chunk, size, found = resume(out, asdict(options))
+    tally = Tally() if found is None else Tally.of(found)
     if records is None:
         records = load_data(options.data, skip_bad=options.skip_bad)
     records = records[: options.limit] if options.limit is not None else records
@@ -223,23 +225,6 @@ class _Worker:
 def list_reward(task: str) -> Reward:
     """The discriminative reward of a task: overlap for grounding, text similarity for OCR; no reward for the form."""
     return reward_for(task, **({"format": "none"} if task == "grounding" else {}))
-
-
-def _resume(out: Path, options: BuildOptions) -> tuple[int, int, Tally]:
-    """Portions done, bytes of the list file they made, and their tally."""
-    state = out.with_suffix(".summary.json")
-    if not state.is_file():
-        if out.exists() and out.stat().st_size:
-            raise ValueError(f"{out} exists and is no build that could go on ({state.name} is missing); choose another")
-        return 0, 0, Tally()
-    saved = json.loads(state.read_text(encoding="utf-8"))
-    began, now = saved["options"], asdict(options)
-    changed = [f"{key}: was {began.get(key)!r}, is {now[key]!r}" for key in now if began.get(key) != now[key]]
-    if changed:
-        raise ValueError(f"{out} was begun with other options ({'; '.join(changed)}); choose another --out")
-    if not out.is_file() or out.stat().st_size < saved["bytes"]:
-        raise ValueError(f"{out} is shorter than {state.name} says; remove both to build anew")
-    return saved["portions"], saved["bytes"], Tally.of(saved["tally"])
 
 
 def _write_summary(out: Path, options: BuildOptions, chunk: int, size: int, tally: Tally, *, done: bool) -> None:

@@ -42,9 +42,10 @@ def build_portions(
         The tally at the end.
 
     Raises:
-        ValueError: ``out`` exists and is not a build's, or one with other options.
+        ValueError: ``out`` exists and is not a build's, or one with other options, or its summary is damaged.
     """
-    done, size, tally = _resume(out, options, start)
+    done, size, found = resume(out, options)
+    tally = start if found is None else found
     if done >= portions:
         return tally
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,18 +85,28 @@ def image_names(images: Sequence[Path | Image], number: int, out: Path) -> list[
     return names
 
 
-def _resume(out: Path, options: Mapping[str, Any], start: Tally) -> tuple[int, int, Tally]:
-    """Portions done, bytes of the file they made, and their tally."""
+def resume(out: Path, options: Mapping[str, Any]) -> tuple[int, int, Any]:
+    """Portions done of ``out``, bytes of the file they made, and their tally (None: nothing is done).
+
+    Raises:
+        ValueError: ``out`` exists and is not a build's, or one with other options, or its summary is damaged.
+    """
     state = out.with_suffix(".summary.json")
     if not state.is_file():
         if out.exists() and out.stat().st_size:
             raise ValueError(f"{out} exists and is no build that could go on ({state.name} is missing); choose another")
-        return 0, 0, start
-    saved = json.loads(state.read_text(encoding="utf-8"))
-    began = saved["options"]
+        return 0, 0, None
+    try:
+        saved = json.loads(state.read_text(encoding="utf-8"))
+        began, tally = dict(saved["options"]), dict(saved["tally"])
+        portions, size = int(saved["portions"]), int(saved["bytes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{state}: not a build's summary ({type(error).__name__}: {error}); remove it and {out.name} to build anew"
+        ) from None
     changed = [f"{k}: was {began.get(k)!r}, is {options[k]!r}" for k in options if began.get(k) != options[k]]
     if changed:
         raise ValueError(f"{out} was begun with other options ({'; '.join(changed)}); choose another --out")
-    if not out.is_file() or out.stat().st_size < saved["bytes"]:
+    if not out.is_file() or out.stat().st_size < size:
         raise ValueError(f"{out} is shorter than {state.name} says; remove both to build anew")
-    return saved["portions"], saved["bytes"], saved["tally"]
+    return portions, size, tally

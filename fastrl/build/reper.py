@@ -1,15 +1,14 @@
 """``fastrl build reper``: captions at several temperatures, scored by a critic, turned into dialogues from bad to good.
 
-Per picture (RePer §3.2): one caption at each of eight temperatures, from one prefill; pictures whose best caption
-is good
-and whose captions differ are kept; a dialogue of one to three turns starts with the worst caption (if it has more
-than one
-turn), ends with the best, and has the critic's feedback in between.
+Per picture (RePer §3.2): one caption at each of eight temperatures, from one prefill; pictures whose best caption is
+good and whose captions differ are kept; a dialogue of one to three turns starts with the worst caption (if it has more
+than one turn), ends with the best, and has the critic's feedback in between.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -56,6 +55,9 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if len(self.temperatures) < 2 or not all(0 <= t < 10 for t in self.temperatures):
             raise ValueError(f"--temperatures: need two or more from 0 to 10, got {list(self.temperatures)}")
+        for name, value in (("--min-best", self.min_best), ("--min-gap", self.min_gap)):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}: expected a number, got {value}")
 
 
 def parse_temperatures(text: str) -> tuple[float, ...]:

@@ -1,9 +1,8 @@
 """The rubric prompt for critics that are models, and the strict reading of their replies.
 
 Five parts that add up to 10 (RePer §3.2: authenticity 4, correctness 2, detail 2, coherence 1, completeness 1), a
-reason,
-and a JSON object as the reply. The wording but for the parts and their points is our own; the paper's inference prompt
-is not published.
+reason, and a JSON object as the reply. The wording but for the parts and their points is our own: of the paper's prompt
+for scoring a data set the opening is published, of that for inference nothing.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ def rubric_prompt(case: Case) -> str:
     return (
         "You judge how well an answer describes the image. Give points for:\n"
         f"{parts}\n"
-        "Authenticity: nothing is stated that the image does not show. Correctness: attributes, counts and "
-        "relations are "
-        "right. Detail: what matters is described. Coherence: the text reads well. Completeness: no main object is "
+        "Authenticity: nothing is stated that the image does not show. Correctness: attributes, counts and relations "
+        "are right. Detail: what matters is described. Coherence: the text reads well. Completeness: no main object is "
         "missing.\n"
         f"{_history(case.history)}"
         f"Question: {json.dumps(case.question, ensure_ascii=False)}\n"
@@ -61,6 +59,8 @@ def parse_reply(reply: str) -> Verdict | str:
         return f"score must be a number from 0 to 10, got {score!r:.80}"
     if not isinstance(reason, str):
         return f"reason must be a string, got {reason!r:.80}"
+    if any("\ud800" <= character <= "\udfff" for character in reason):  # JSON can spell half a character
+        return f"reason must be text, got {reason!r:.80}"
     return Verdict(score / 10, " ".join(reason.split())[:MAX_REASON])
 
 

@@ -14,7 +14,7 @@ Adapters, each in its own module with a ``load(path, query)`` (a new format is o
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from urllib.parse import quote, unquote
 
@@ -93,9 +93,10 @@ def with_options(spec: str, **options: str | int | None) -> str:
     return f"{adapter}:{path}" + (f"?{options_text}" if query else "")
 
 
-def load_data(spec: str, *, skip_bad: bool = False) -> Dataset:
+def load_data(spec: str, *, skip_bad: bool = False, misfit: Callable[[Record], str | None] | None = None) -> Dataset:
     """Load the data set that ``spec`` names, every row checked.
 
+    ``misfit`` says why a sound record is of no use to whoever asks (None: it is of use); such a row is a bad one too.
     With ``skip_bad`` bad rows are left out (``Dataset.skipped`` counts them, ``Dataset.reasons`` says why, and
     ``Dataset.problems`` where); without, a ``DataError`` reports them all. Also raises ``DataError`` for an unknown
     adapter or option (with the nearest valid name), an unreadable file, and when no record is left.
@@ -111,6 +112,8 @@ def load_data(spec: str, *, skip_bad: bool = False) -> Dataset:
             raise fail(spec, "bad option", f"unknown option {key!r} of {adapter}{nearest(key, keys)}")
     loaded = getattr(module, function)(path, query)
     dataset = loaded if isinstance(loaded, Dataset) else Dataset(loaded)
+    if misfit is not None:
+        dataset = dataset.fitting(misfit)
     if dataset.problems and not skip_bad:
         raise DataError(dataset.problems)
     if len(dataset) == 0:

@@ -30,6 +30,7 @@ from fastrl.data.validate import Row, is_number, short
 
 KEYS = (*rows.KEYS, "rewards")
 MAX_ANSWERS = 1024  # of one list; the kernel's limit
+LARGEST = 1e30  # of a reward's magnitude, far inside float32
 _TASK_OF_TARGET = {"box": "grounding", "text": "ocr"}
 
 
@@ -144,6 +145,8 @@ def _rewards(row: Row, value: Any, answers: Sequence[str]) -> tuple[float, ...]:
     for place, reward in enumerate(value):
         if not is_number(reward):
             row.fail("not a number", f"rewards[{place}] must be a finite number, got {short(reward)}")
+        elif abs(reward) > LARGEST:
+            row.fail("too large", f"rewards[{place}] must lie within ±{LARGEST:g}, got {short(reward)}")
     if answers and len(value) != len(answers):
         row.fail("different lengths", f"{len(answers)} answers but {len(value)} rewards")
     return () if row.problems else tuple(float(v) for v in value)

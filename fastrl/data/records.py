@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -93,6 +93,23 @@ class Dataset(Sequence[Record]):
         self.problems = tuple(problems)
         self.left_out = tuple(left_out)
         self.notes = tuple(notes)
+
+    def fitting(self, misfit: Callable[[Record], str | None]) -> Dataset:
+        """The records that ``misfit`` has nothing against; the others are problems. Records that are made on demand
+        (drawn scenes, clips) are not looked at: that would make them all."""
+        from fastrl.data.validate import Problem  # it builds on this module
+
+        if not isinstance(self.records, list):
+            return self
+        kept: list[Record] = []
+        found: list[Problem] = []
+        for record in self.records:
+            why = misfit(record)
+            if why is None:
+                kept.append(record)
+            else:
+                found.append(Problem(record.source or record.id, "no truth", why))
+        return Dataset(kept, (*self.problems, *found), self.left_out, self.notes)
 
     @property
     def skipped(self) -> int:

@@ -29,7 +29,7 @@ def run_demo(
     ``greedy_after``, ``seconds`` and what else the method reports.
 
     Raises:
-        ValueError: an unknown method or task.
+        ValueError: an unknown method or task, or ``out`` holds something.
     """
     import importlib
 
@@ -38,6 +38,8 @@ def run_demo(
     name = f"{method}-{task}" if task else method
     out = out if out is not None else _fresh(Path("runs") / f"demo-{name}")
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise ValueError(f"{out} is not empty, and a demo overwrites nothing: give another --out")
     return importlib.import_module(DEMOS[method]).run(task=task, out=out, seed=seed, say=say, **options)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastrl.answers import check_frame
+from fastrl.answers import FRAMES, View, check_frame
 from fastrl.data.records import Record
 from fastrl.data.rows import parse_json, read_rows, read_text
 from fastrl.data.validate import SHOWN, DataError, Problem, is_number, short
 from fastrl.evaluate.coco import category_names
+from fastrl.rewards.reading import view_of
+
+RESIZE = (56 * 56, 16384 * 28 * 28)  # min_pixels and max_pixels in Qwen2.5-VL's own preprocessor_config.json
 
 
 class PredictionError(DataError):
@@ -36,19 +39,27 @@ def load_predictions(
     records: Sequence[Record],
     *,
     frame: str = "auto",
+    pixels: tuple[int, int] = RESIZE,
     categories: Mapping[int | str, str] | None = None,
+    known: Collection[str] = (),
 ) -> Predictions:
     """Read the answers to ``records`` from a file.
 
     A file whose first character is ``[`` and whose entries have an ``image_id`` is COCO result JSON, for detection:
     ``image_id`` is the record's id, ``bbox`` is x, y, width, height in pixels of the original image, and an image
     without an entry has no detections. Any other file is JSONL with one ``{"id": …, "answer": "raw model text"}`` per
-    record, in any order (or one JSON list of such objects in a ``.json`` file).
+    record, in any order (or one JSON list of such objects in a ``.json`` file). ``"resized": [width, height]`` in a row
+    is the size at which the model saw its one picture, ``"frame"`` what its coordinates mean where ``frame`` is auto;
+    ``fastrl eval --out`` writes both.
 
     Args:
-        frame: what the coordinates of the answers mean: ``auto`` (the record's own frame where it has one, else by the
-            answer's format), ``thousand``, ``resized``, ``original`` or ``unit``. COCO results are always ``original``.
+        frame: what the coordinates of the answers mean: ``auto`` (the row's or the record's own frame where it has one,
+            else by the answer's format, whose pixels are the original's where no row says otherwise), ``thousand``,
+            ``resized``, ``original`` or ``unit``. COCO results are always ``original``.
+        pixels: the processor's ``(min_pixels, max_pixels)``: with ``resized``, pictures of rows that name no size were
+            seen as Qwen-VL's processor resizes them between these.
         categories: COCO category id → name for COCO results; default: the data's own, else those of COCO 2017.
+        known: ids of further records, whose answers are passed over.
 
     Raises:
         PredictionError: bad JSON, a missing, duplicate or unknown id, or a field of the wrong type; all at once, each
@@ -69,15 +80,36 @@ def load_predictions(
         if isinstance(rows, Problem):
             raise PredictionError([rows])
         if path.suffix != ".json" or any(isinstance(row, dict) and "image_id" in row for row in rows) or not rows:
-            return _from_coco(path, rows, records, categories)
-    answers = _from_rows(path, seen)
-    framed = list(records) if frame == "auto" else [replace(record, frame=frame) for record in records]
-    return Predictions(framed, [answers[record.id] for record in records])
+            return _from_coco(path, rows, records, categories, known)
+    rows = _from_rows(path, seen, known)
+    framed = [_framed(record, rows[record.id], frame, pixels) for record in records]
+    return Predictions(framed, [rows[record.id]["answer"] for record in records])
 
 
-def _from_rows(path: Path, ids: set[str]) -> dict[str, str]:
+def row_of(record: Record, answer: str) -> dict[str, Any]:
+    """The row that says all that :func:`load_predictions` needs of an answer to a record as its model saw it."""
+    row: dict[str, Any] = {"id": record.id, "answer": answer}
+    if len(record.views) == 1:
+        row |= {"frame": record.frame, "resized": [record.views[0].resized_width, record.views[0].resized_height]}
+    return row
+
+
+def _framed(record: Record, row: Mapping[str, Any], frame: str, pixels: tuple[int, int]) -> Record:
+    """The record with what its answer's coordinates mean."""
+    if frame == "auto":
+        frame = row.get("frame", record.frame)
+    views = record.views
+    view = view_of(record) if "resized" in row or frame == "resized" else None
+    if view is not None and "resized" in row:
+        views = (View(view.width, view.height, *row["resized"]),)
+    elif view is not None and not views:
+        views = (View.qwen(view.width, view.height, min_pixels=pixels[0], max_pixels=pixels[1]),)
+    return replace(record, frame=frame, views=views)
+
+
+def _from_rows(path: Path, ids: set[str], known: Collection[str]) -> dict[str, dict[str, Any]]:
     problems: list[Problem] = []
-    answers: dict[str, str] = {}
+    answers: dict[str, dict[str, Any]] = {}
     place: dict[str, str] = {}
     for _, where, row in read_rows(path):
         if isinstance(row, Problem):
@@ -92,9 +124,12 @@ def _from_rows(path: Path, ids: set[str]) -> dict[str, str]:
             message = f"id {str(name)!r} is already answered at {place[str(name)]}"
             problems.append(Problem(where, "duplicate id", message))
         elif str(name) not in ids:
-            problems.append(Problem(where, "unknown id", f"id {short(name)} is not in the data"))
+            if str(name) not in known:
+                problems.append(Problem(where, "unknown id", f"id {short(name)} is not in the data"))
+        elif (problem := _extra_problem(row)) is not None:
+            problems.append(Problem(where, "wrong type", problem))
         else:
-            answers[str(name)], place[str(name)] = answer, where
+            answers[str(name)], place[str(name)] = dict(row), where
     missing = sorted(ids - set(answers))
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
@@ -106,8 +141,21 @@ def _from_rows(path: Path, ids: set[str]) -> dict[str, str]:
     return answers
 
 
+def _extra_problem(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a row's ``frame`` or ``resized``."""
+    frame, size = row.get("frame", "auto"), row.get("resized", [1, 1])
+    if not isinstance(frame, str) or frame not in FRAMES:
+        return f"'frame' must be one of {', '.join(FRAMES)}, got {short(frame)}"
+    whole = isinstance(size, list) and len(size) == 2 and all(type(v) is int and v > 0 for v in size)
+    return None if whole else f"'resized' must be [width, height] in pixels, got {short(size)}"
+
+
 def _from_coco(
-    path: Path, rows: Sequence[Any], records: Sequence[Record], categories: Mapping[int | str, str] | None
+    path: Path,
+    rows: Sequence[Any],
+    records: Sequence[Record],
+    categories: Mapping[int | str, str] | None,
+    known: Collection[str],
 ) -> Predictions:
     for record in records:
         if record.task != "detection":
@@ -117,6 +165,8 @@ def _from_coco(
     found: dict[str, list[dict[str, Any]]] = {record.id: [] for record in records}
     problems: list[Problem] = []
     for index, row in enumerate(rows):
+        if isinstance(row, dict) and str(row.get("image_id")) not in found and str(row.get("image_id")) in known:
+            continue
         problem = _coco_problem(row, found, names)
         if problem is not None:
             problems.append(Problem(f"{path}:entry {index + 1}", *problem))

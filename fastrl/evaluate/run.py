@@ -14,6 +14,7 @@ from fastrl.data import load_data
 from fastrl.data.blank import BlankImages
 from fastrl.data.records import Record
 from fastrl.evaluate import EVALUATIONS, evaluate, load_predictions
+from fastrl.evaluate.predictions import RESIZE, row_of
 from fastrl.rewards.base import unknown
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def run_evaluation(
     model: str | None = None,
     predictions: Path | None = None,
     frame: str = "auto",
+    pixels: tuple[int | None, int | None] = (None, None),
     max_new_tokens: int | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
@@ -76,8 +78,9 @@ def run_evaluation(
 ) -> dict[str, float]:
     """Metrics of a model (greedy answers) or of a predictions file on the data named by ``spec``.
 
-    With ``blank_images`` the model sees grey pictures of the same size: what it scores then it knows from the text.
-    ``soft`` is a sentence-embedding model for the soft matching of captions.
+    ``frame`` and ``pixels`` (least and most; None: the usual) say what a file's coordinates mean, see
+    :func:`load_predictions`. With ``blank_images`` the model sees grey pictures of the same size: what it scores then
+    it knows from the text. ``soft`` is a sentence-embedding model for the soft matching of captions.
 
     Raises:
         ValueError: an unknown task, not exactly one of ``model`` and ``predictions``, bad data or other records.
@@ -89,6 +92,10 @@ def run_evaluation(
     check_frame(frame)
     if model is not None and frame != "auto":
         raise ValueError("--frame says what the coordinates of --predictions mean; those of a model are its own")
+    if pixels != (None, None) and frame != "resized":
+        raise ValueError(
+            "--min-pixels and --max-pixels go with --frame resized: they say at which size pictures were seen"
+        )
     data = load_data(spec, skip_bad=skip_bad)
     if data.summary:
         say(data.summary)
@@ -101,7 +108,9 @@ def run_evaluation(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.open("a").close()
     if predictions is not None:
-        seen, answers = load_predictions(predictions, records, frame=frame)
+        known = () if limit is None else {record.id for record in data}
+        least, most = (given or usual for given, usual in zip(pixels, RESIZE, strict=True))
+        seen, answers = load_predictions(predictions, records, frame=frame, pixels=(least, most), known=known)
     else:
         assert model is not None
         seen, answers = _model_answers(task, model, records, max_new_tokens)
@@ -144,5 +153,5 @@ def _model_answers(
 def _write(out: Path, records: Sequence[Record], answers: Sequence[str], metrics: dict[str, float]) -> None:
     with out.open("w", encoding="utf-8") as file:
         for record, answer in zip(records, answers, strict=True):
-            file.write(json.dumps({"id": record.id, "answer": answer}) + "\n")
+            file.write(json.dumps(row_of(record, answer)) + "\n")
     out.with_suffix(".metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -68,7 +68,7 @@ class PerceptionR1:
         self.context = context
         self.temperature = context.rollout.temperature
         self.needs_reference = options.beta > 0
-        self._rewards = RecipeRewards(context)
+        self._rewards = RecipeRewards(context.reward)
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """Sample, score and compare G answers to each record; the groups that carry gradient, with their token weights.

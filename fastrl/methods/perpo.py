@@ -59,7 +59,7 @@ class PerPO:
         self.options = options
         self.context = context
         self.needs_reference = options.kind != "sft"
-        self._rewards = RecipeRewards(context, without_format=True)  # the paper's reward is the overlap alone
+        self._rewards = RecipeRewards(context.reward, without_format=True)  # the paper's reward is the overlap alone
         self._lists: dict[str, list[Completion]] = {}  # online: ranked answers by record id
         self._steps_left = 0  # that they still serve
 

@@ -10,6 +10,7 @@ from fastrl.methods.base import Context
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
+    from fastrl.recipe import RewardRecipe
     from fastrl.rewards import Reward
 
 
@@ -35,13 +36,17 @@ class RecipeRewards:
     """The reward of each task, made from the recipe's reward section when the task is first met.
 
     Args:
-        context: of the method.
+        section: the recipe's reward section.
         without_format: leave the format component out unless the recipe asks for it.
     """
 
-    def __init__(self, context: Context, *, without_format: bool = False) -> None:
-        self._section, self._without_format = context.reward, without_format
+    def __init__(self, section: RewardRecipe, *, without_format: bool = False) -> None:
+        self._section, self._without_format = section, without_format
         self._rewards: dict[str, Reward] = {}
+
+    def misfit(self, record: Record) -> str | None:
+        """Why answers to a record cannot be scored; None: they can, or it brings answers with their rewards."""
+        return None if "list" in record.target else self.of(record.task).misfit(record)
 
     def check(self, records: Sequence[Record]) -> None:
         """Raise ``ValueError`` where the recipe's reward does not fit a record's task; called before any sampling."""

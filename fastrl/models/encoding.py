@@ -36,7 +36,8 @@ class Encoder:
         image_token_id: id of the image placeholder.
         end_of_turn: the token text that closes an assistant turn.
         control_tokens: token texts that message text must not smuggle in (placeholders, turn markers); they become a
-        space. frame: what coordinates mean in this model's answers (``resized`` or ``thousand``).
+            space.
+        frame: what coordinates mean in this model's answers (``resized`` or ``thousand``).
     """
 
     def __init__(

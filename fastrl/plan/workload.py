@@ -111,7 +111,7 @@ def workload_of(
     vision: dict,
     *,
     image_limit: int | None,
-    images: int = 1,
+    images: int | None = None,
     image_pixels: int | None = None,
     text_tokens: int = TEXT_TOKENS,
     answer_tokens: int | None = None,
@@ -121,8 +121,9 @@ def workload_of(
     Args:
         recipe: read for sizes of rollout, data and micro-batch.
         vision: the model's vision config; image_limit: area in pixels that the model's own preprocessor allows.
-        images: pictures a prompt; image_pixels: area of each after resizing (default: the recipe's largest, else the
-            model's own largest, but at most a megapixel).
+        images: pictures a prompt (default: the recipe's ``data.frames``, or one).
+        image_pixels: area of each after resizing (default: the recipe's largest, else the model's own largest, but at
+            most a megapixel).
         text_tokens: of a prompt beside its images.
         answer_tokens: of each answer (default: the longest the recipe allows).
 
@@ -140,18 +141,23 @@ def workload_of(
     unit = int(vision["patch_size"]) * int(vision["spatial_merge_size"])
     side = max(1, math.isqrt(image_pixels or most) // unit) * int(vision["spatial_merge_size"])
     kind = recipe.method.kind
-    lists = recipe.data.spec.startswith("lists:")
-    grouped = kind == "perception-r1" or (hasattr(recipe.method, "online_every"))
+    dialogues = recipe.data.spec.startswith("reflection:")
+    made = dialogues or recipe.data.spec.startswith("lists:")  # the data brings the answers
+    grouped = kind == "perception-r1" or hasattr(recipe.method, "online_every")
+    group = recipe.rollout.group_size if grouped else 1
+    if made:  # and some baselines learn from one or two of them
+        group = min(group, {"sft": 1, "dpo": 2}.get(kind, group))
     return Workload(
         prompts=recipe.data.prompts_per_step,
-        group=recipe.rollout.group_size if grouped else 1,
-        answer_tokens=answer_tokens or (recipe.rollout.max_new_tokens if grouped else DIALOGUE_TOKENS),
+        group=group,
+        answer_tokens=answer_tokens
+        or (recipe.rollout.max_new_tokens if grouped and not dialogues else DIALOGUE_TOKENS),
         text_tokens=text_tokens,
-        images=images,
+        images=(recipe.data.frames or 1) if images is None else images,
         grid=(1, side, side),
         merge=int(vision["spatial_merge_size"]),
         token_budget=recipe.optim.token_budget,
-        samples=grouped and not lists and recipe.rollout.backend == "local",
+        samples=grouped and not made and recipe.rollout.backend == "local",
         steps_at_once=getattr(recipe.method, "online_every", 1),
         sorts=recipe.rollout.top_p < 1 and recipe.rollout.top_k == 0,
     )

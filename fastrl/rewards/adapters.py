@@ -252,11 +252,11 @@ def compute_score(
     """verl's entry point for mixed tasks: set ``custom_reward_function`` to this file and this name.
 
     The task is ``extra_info["task"]``, else the part of ``data_source`` before the first "/" (``grounding/refcoco``).
-    ``options`` (verl's ``reward_kwargs``) are the reward's options. Only the weighted sum is returned, for verl wants
+    ``options`` as in :func:`verl_score`. Only the weighted sum is returned, for verl wants
     the same keys from every row of a batch.
     """
     from fastrl.rewards import reward_for
 
     task = (extra_info or {}).get("task") or data_source.split("/")[0]
     call = {"data_source": data_source, "solution_str": solution_str, "ground_truth": ground_truth}
-    return verl_score(reward_for(task, **options), **call, extra_info=extra_info)["score"]
+    return verl_score(reward_for(task), **call, extra_info=extra_info, **options)["score"]

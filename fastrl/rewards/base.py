@@ -66,6 +66,7 @@ class Reward:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
+            self._check_type(name, hint)
             allowed = [a for h in (hint, *get_args(hint)) if get_origin(h) is Literal for a in get_args(h)]
             value = getattr(self, name, None)
             if allowed and value not in allowed and not (value is None and type(None) in get_args(hint)):
@@ -78,6 +79,15 @@ class Reward:
         if isinstance(self.max_items, bool) or not isinstance(self.max_items, int) or self.max_items < 1:
             raise ValueError(f"{self.task} reward: max_items must be a positive integer, got {self.max_items!r}")
 
+    def _check_type(self, name: str, hint: Any) -> None:
+        """Numbers and switches come from recipes and command lines, where anything may stand."""
+        kinds = {float: (int | float, "a finite number"), int: (int, "a whole number"), bool: (bool, "true or false")}
+        if hint in kinds:
+            value, (kind, expected) = getattr(self, name), kinds[hint]
+            good = isinstance(value, kind) and isinstance(value, bool) == (hint is bool) and math.isfinite(value)
+            if not good:
+                raise ValueError(f"{self.task} reward: {name} must be {expected}, got {value!r}")
+
     @property
     def __name__(self) -> str:
         """The name under which trainers log this reward."""
@@ -87,6 +97,10 @@ class Reward:
     def options(cls) -> tuple[str, ...]:
         """Names of the options ``reward_for`` takes for this task."""
         return tuple(f.name for f in fields(cls))
+
+    def misfit(self, record: Record) -> str | None:
+        """Why answers to a record cannot be scored, whatever they say; None: they can."""
+        return None
 
     def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
         """Components of ``answers[i]`` as an answer to ``records[i]``: name → one finite float per answer."""

@@ -71,6 +71,14 @@ class CountingReward(Reward):
     exact_bonus: float = 0.0
     format: Literal["strict", "none"] = "strict"
 
+    def misfit(self, record: Record) -> str | None:
+        if self.score_by == "count" or true_points(record) is not None:
+            return None
+        return (
+            f"counting reward score_by={self.score_by!r} needs true points or boxes and this record has only a count; "
+            "score_by='count' needs none"
+        )
+
     def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
         read = [read_points(answer, self.max_items) for answer in answers]
         exact = [_exact(parsed, record) for parsed, record in zip(read, records, strict=True)]
@@ -90,10 +98,7 @@ class CountingReward(Reward):
         for parsed, record in zip(read, records, strict=True):
             known = true_points(record)
             if known is None:
-                raise ValueError(
-                    f"{record.source or record.id}: counting reward score_by={self.score_by!r} needs true points or "
-                    "boxes and this record has only a count; score_by='count' needs none"
-                )
+                raise ValueError(f"{record.source or record.id}: {self.misfit(record)}")
             view = view_of(record)
             predicted.append(to_thousand(to_pixels(parsed, record, self.frame, boxes=False), view))
             truth.append(to_thousand(known, view))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +36,13 @@ def read_boxes(answer: str, max_items: int) -> Parsed:
 
 
 def read_points(answer: str, max_items: int) -> Parsed:
-    """The first ``max_items`` points, or boxes (whose ``point`` is the centre), of a model's answer."""
-    return parse_points(answer[:MAX_CHARACTERS], max_items)
+    """The first ``max_items`` points, or boxes (whose ``point`` is the centre), of a model's answer.
+
+    A box with its corners the wrong way round encloses nothing and counts as malformed.
+    """
+    parsed = parse_points(answer[:MAX_CHARACTERS], max_items)
+    sound = tuple(item for item in parsed if not item.inverted)
+    return replace(parsed, items=sound, dropped=parsed.dropped + len(parsed) - len(sound))
 
 
 def view_of(record: Record) -> View | None:

@@ -50,6 +50,12 @@ def launch(kernel: Any, programs: int) -> Callable[..., None]:
     return start
 
 
+def readable(tensor: Tensor) -> bool:
+    """True where a tensor's numbers can be looked at for free: on the CPU, neither traced nor a stand-in (fake)."""
+    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless ``condition``; messages name the argument and what it got."""
     if not condition:

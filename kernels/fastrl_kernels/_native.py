@@ -40,11 +40,6 @@ def why_not() -> str | None:
     return _load()[1]
 
 
-def direct(tensor: Tensor) -> bool:
-    """True for a plain CPU tensor outside any tracing: the operator's dispatch (some 50 us) can be left out."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
-
-
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     spec = importlib.util.find_spec("fastrl_kernels._C")

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
+from fastrl_kernels._common import (
+    AotCase,
+    check,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    launch,
+    readable,
+    use_triton,
+)
 from fastrl_kernels._triton import tl, triton
 
 _LOG2E = math.log2(math.e)
@@ -291,7 +300,7 @@ def decode_attention(
     _check(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len)
     r, b = q.shape[0], prefix_k.shape[0]
     factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if not use_triton(q) and not torch.compiler.is_compiling():
+    if not use_triton(q) and readable(q):
         return _eager(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len, max_rows, factor)
     if use_triton(q):
         check_dtype("q", q, (torch.float32, torch.bfloat16, torch.float16))

@@ -19,7 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
+from fastrl_kernels._common import (
+    AotCase,
+    check,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    launch,
+    readable,
+    use_triton,
+)
 from fastrl_kernels._triton import tl, triton
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -229,7 +238,7 @@ def rope_append(
     check_shape("at", at, (1,))
     check_dtype("at", at, (torch.int64,))
     check_same_device(q=q, k=k, v=v, cos=cos, sin=sin, keys=keys, values=values, at=at)
-    if at.device.type == "cpu" and rows and not torch.compiler.is_compiling():
+    if rows and readable(at):
         check(0 <= int(at) < keys.shape[2], f"at: slot {int(at)} is outside a cache of {keys.shape[2]}")
     if not use_triton(q) or q.dtype == torch.float64:
         return rope_append_reference(q, k, v, cos, sin, keys, values, at)

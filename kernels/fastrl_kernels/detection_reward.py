@@ -32,6 +32,7 @@ from fastrl_kernels._common import (
     check_same_device,
     check_shape,
     launch,
+    readable,
     use_triton,
 )
 from fastrl_kernels._triton import tl, triton
@@ -289,7 +290,7 @@ def detection_reward(
     pred, gt = pred.detach(), gt.detach()
     counts = n_pred.to(torch.int64).contiguous(), n_gt.to(torch.int64).contiguous()
     labels = [None if x is None else x.to(torch.int64).contiguous() for x in (pred_label, gt_label)]
-    run = _score if _native.direct(pred) else _op
+    run = _score if readable(pred) else _op
     options = (boxes, matching == "sequence", float(threshold), float(scale))
     match, quality, parts = run(pred, gt, counts[0], counts[1], labels[0], labels[1], *options)
     return DetectionReward(match, quality, *parts.unbind(0))

@@ -29,6 +29,7 @@ from fastrl_kernels._common import (
     check_same_device,
     check_shape,
     launch,
+    readable,
     use_triton,
 )
 from fastrl_kernels._triton import tl, triton
@@ -279,7 +280,7 @@ def _group_count(rewards: Tensor, ids: Tensor | None, size: int, n_groups: int |
     check_dtype("group", ids, (torch.int64, torch.int32))
     check_same_device(rewards=rewards, group=ids)
     if n_groups is None:
-        check(ids.device.type == "cpu", "n_groups: needed with group ids on a GPU (finding out would be a host read)")
+        check(readable(ids), "n_groups: needed with group ids on a GPU (finding out would be a host read)")
         return max(int(ids.max()) + 1, 0) if r else 0
     check_number("n_groups", n_groups, n_groups >= 0, "a count")
     check_ids("group", ids, n_groups)
@@ -299,7 +300,7 @@ def _check_arguments(rewards: Tensor, weights: Tensor | None, baseline: str, sca
 
 
 def _check_finite(rewards: Tensor) -> None:
-    if rewards.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(rewards):
         return
     bad = (~torch.isfinite(rewards)).nonzero()
     check(bad.numel() == 0, f"rewards: not finite at {bad[:4].tolist()} (of {bad.shape[0]} places)")

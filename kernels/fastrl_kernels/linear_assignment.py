@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import _native
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
+from fastrl_kernels._common import (
+    AotCase,
+    check,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    launch,
+    readable,
+    use_triton,
+)
 from fastrl_kernels._triton import tl, triton
 
 OK, INFEASIBLE, INVALID = 0, 1, 2  # status bits
@@ -278,7 +287,7 @@ def linear_assignment(
     """
     n_rows, n_cols = _check_arguments(cost, n_rows, n_cols)
     cost = cost.detach()
-    run = _solve if _native.direct(cost) else _op
+    run = _solve if readable(cost) else _op
     out = Assignment(*run(cost, n_rows, n_cols, bool(maximize)))
     if strict and bool((out.status != OK).any()):
         first = int((out.status != OK).nonzero()[0])

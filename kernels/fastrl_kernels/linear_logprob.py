@@ -18,6 +18,7 @@ mathematics: ``_linear_logprob_tiles``; kernels: ``_linear_logprob_kernels``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ def linear_logprob(
     """Log-probability of each row's target under a linear head, without the logits.
 
     Differentiable in ``hidden``, ``weight``, ``bias`` and the LoRA matrices; only the gradients that are needed are
-    computed. Deterministic. Never synchronises a GPU, except in the backward where ``skip_zero_rows`` is set.
+    computed. Deterministic. Never synchronises a GPU, except in the backward with ``skip_zero_rows`` or float64.
 
     Args:
         hidden: [N, H] bf16, fp16, fp32 (or fp64), any strides.
@@ -226,7 +227,7 @@ def linear_logprob(
 def autocast_pair(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both as ``F.linear`` would take them under autocast, which leaves float64 alone."""
     kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return hidden, weight
     dtype = torch.get_autocast_dtype(kind)
     hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
@@ -308,5 +309,6 @@ def _check_arguments(
         check_shape("lora B", lora_b, (weight.shape[0], lora_a.shape[0]))
         check_dtype("lora A", lora_a, FLOATS)
         check_dtype("lora B", lora_b, FLOATS)
-    check_number("softcap", softcap, softcap is None or softcap > 0, "> 0")
-    check_number("scratch_bytes", scratch_bytes, scratch_bytes > 0, "> 0")
+    check_number("softcap", softcap, softcap is None or 0 < softcap < math.inf, "a finite number > 0")
+    whole = isinstance(scratch_bytes, int) and scratch_bytes > 0
+    check_number("scratch_bytes", scratch_bytes, whole, "a whole number > 0")

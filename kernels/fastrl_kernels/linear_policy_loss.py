@@ -12,16 +12,19 @@ schedule, not a second loss: rows come from the same function, tiles from the sa
 What it costs: both gradients live from forward to backward, the weight's as an fp32 ``[V, H]`` sum over chunks (with a
 full tile, about +2.7 GB at N = 16384, H = 2048, V = 151936 in bf16). ``head_grad`` avoids that: chunks are then added
 straight into an fp32 gradient that exists anyway. Never put it under activation checkpointing, which would do all of it
-twice. ``d hidden`` waits in the inputs' dtype, so an upstream gradient that is no power of two rounds it once more;
-``grad_scale`` avoids that. Not for ``ratio="sequence"``: those rows are not independent.
+twice. ``d hidden`` waits in the inputs' dtype: an upstream gradient that is no power of two rounds it once more, and in
+fp16 small numbers are lost before a loss scale reaches them. Pass that factor as ``grad_scale``, which avoids both. Not
+for ``ratio="sequence"``: those rows are not independent.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
@@ -268,6 +271,7 @@ def _attach_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
 
 
+@once_differentiable
 def _attach_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     factor = grad / ctx.grad_scale
     made = []
@@ -322,7 +326,8 @@ def linear_policy_loss(
         head_grad: [V, H] fp32 (fp64 for fp64 inputs), contiguous: the head's gradient is added here, in the forward,
             and autograd returns none for ``head_weight``. Nothing of its size is allocated then. The gradient added is
             ``grad_scale`` times the loss's, so the loss must enter the backward with exactly this factor.
-        grad_scale: the upstream gradient the loss will get (1 / accumulation steps, a loss scale). Not 0.
+        grad_scale: the upstream gradient the loss will get (1 / accumulation steps; in fp16 the scaler's scale, without
+            which small gradients are lost). Not 0.
         scratch_bytes: must hold at least one row of logits; memory beside it, see the top of this file.
 
     Raises:
@@ -338,9 +343,10 @@ def linear_policy_loss(
         "use policy_loss(linear_logprob(...))",
     )
     _check_options(clip_low, clip_high, dual_clip, beta, kl, kl_gradient, ratio, ref_logp)
-    check(grad_scale != 0, "grad_scale: expected a number other than 0")
-    check_number("softcap", softcap, softcap is None or softcap > 0, "> 0")
-    check_number("scratch_bytes", scratch_bytes, scratch_bytes > 0, "> 0")
+    check_number("grad_scale", grad_scale, 0 < abs(grad_scale) < math.inf, "a finite number other than 0")
+    check_number("softcap", softcap, softcap is None or 0 < softcap < math.inf, "a finite number > 0")
+    whole = isinstance(scratch_bytes, int) and scratch_bytes > 0
+    check_number("scratch_bytes", scratch_bytes, whole, "a whole number > 0")
     per_row, value = row_temperature(temperature, target)
     weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden.dtype)
     learning = torch.is_grad_enabled()

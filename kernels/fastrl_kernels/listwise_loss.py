@@ -11,7 +11,8 @@
 
 The sign of a pair comes from the rewards, so perpo does not depend on the order of the items. Gaps are divided by the
 largest one before the power, so rewards of any scale are safe; the softplus and the logsumexp are the stable forms, so
-are scores. A list with fewer than two items, or with all rewards equal under perpo, gives 0 and gradient 0.
+are scores. A list with fewer than two items, or with all rewards equal under perpo, gives 0 and gradient 0. A
+reward that is not finite is an error on a CPU and makes its list NaN on a GPU; a score that is not does so on both.
 
 Why it is fast: one program per list holds its K items in registers, walks over the K x K pairs a few rows at a time,
 and writes value and gradient in that one launch: no sort, no scan, no ``[B, K, K]`` tensor, no atomics, the same bits
@@ -20,10 +21,12 @@ twice. The backward is one multiplication.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastrl_kernels._common import (
     AotCase,
@@ -33,6 +36,7 @@ from fastrl_kernels._common import (
     check_same_device,
     check_shape,
     launch,
+    readable,
     use_triton,
 )
 from fastrl_kernels._numerics import sigmoid, softplus
@@ -118,6 +122,8 @@ def listwise_kernel(
             total += tl.sum(weight, 0)
             loss += tl.sum(weight * softplus(-lead), 0)
             grad += tl.sum(-sign * weight * sigmoid(-lead), 0)
+    sound = (tl.abs(s_j) < float("inf")) & (tl.abs(r_j) < float("inf"))
+    spoilt = tl.max(tl.where(live_j & ~sound, 1, 0)) > 0
     if LISTMLE:
         value = tl.sum(loss)
         slope = grad - 1.0
@@ -126,8 +132,9 @@ def listwise_kernel(
         scale = tl.where(pairs > 0, 1.0 / tl.where(pairs > 0, pairs, 1.0), 0.0)
         value = tl.sum(loss) * scale
         slope = grad * (2.0 * scale)
-    tl.store(loss_ptr + tl.program_id(0), value)
-    tl.store(grad_ptr + first + j, tl.where(live_j, beta * slope, 0.0), mask=j < k)
+    tl.store(loss_ptr + tl.program_id(0), tl.where(spoilt, float("nan"), value))
+    slope = tl.where(spoilt, float("nan"), beta * slope)
+    tl.store(grad_ptr + first + j, tl.where(live_j, slope, 0.0), mask=j < k)
 
 
 @torch.library.custom_op("fastrl::listwise_loss", mutates_args=())
@@ -164,6 +171,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.score_dtype = inputs[0].dtype
 
 
+@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor, grad_grad: Any) -> Any:
     (grad,) = ctx.saved_tensors
     return (grad * grad_loss.unsqueeze(1)).to(ctx.score_dtype), None, None, None, None, None
@@ -185,18 +193,20 @@ def listwise_loss(
 
     Args:
         score: ``[B, K]``, K <= 1024 (fp32, bf16, fp16; float64 runs eagerly). First derivatives only.
-        reward: ``[B, K]``, constants; only their order matters to ``"listmle"``.
+        reward: ``[B, K]``, finite constants; only their order matters to ``"listmle"``.
         mask: ``[B, K]`` bool, False items do not exist (and may hold NaN).
         kind: ``"perpo"`` or ``"listmle"``.
-        beta: scale of the scores. gamma: power of the reward gaps, >= 0; 0 weighs all pairs of different reward alike.
+        beta: scale of the scores, >= 0.
+        gamma: power of the reward gaps, >= 0; 0 weighs all pairs of different reward alike.
 
     Returns:
         ``[B]`` losses, fp32 (float64 in, float64 out). Take their mean for a batch loss.
 
     Raises:
-        ValueError, TypeError: wrong shape, dtype, device or option, before any launch.
+        ValueError, TypeError: wrong shape, dtype, device or option, before any launch; on a CPU rewards that are not
+        finite.
     """
-    _check_arguments(score, reward, mask, kind, gamma)
+    _check_arguments(score, reward, mask, kind, beta, gamma)
     return _listwise_op(score, reward, mask, kind == "listmle", float(beta), float(gamma))[0]
 
 
@@ -210,7 +220,7 @@ def listwise_loss_reference(
     gamma: float = 0.5,
 ) -> Tensor:
     """``listwise_loss`` in plain torch on any device: float64 inside, float64 out for float64 in. Same arguments."""
-    _check_arguments(score, reward, mask, kind, gamma)
+    _check_arguments(score, reward, mask, kind, beta, gamma)
     fixed = score.detach()
     loss, grad = _eager(fixed, reward, mask, kind == "listmle", beta, gamma)
     return loss + (grad * torch.where(grad != 0, score - fixed, 0.0)).sum(1)
@@ -228,8 +238,10 @@ def _eager(
     chunk = max(1, (1 << 21) // s.shape[1] ** 2)  # lists at a time: bounds the [chunk, K, K] tensors to 16 MiB each
     parts = zip(s.split(chunk), r.split(chunk), live.split(chunk), strict=True)
     done = [_listmle_eager(*part) if listmle else _perpo_eager(*part, gamma) for part in parts]
-    loss, grad = torch.cat([part[0] for part in done]), torch.cat([part[1] for part in done])
-    return loss.to(out), (beta * grad).to(out)
+    spoilt = ~(s.isfinite() & r.isfinite()).all(1)
+    loss = torch.cat([part[0] for part in done]).masked_fill_(spoilt, torch.nan)
+    grad = beta * torch.cat([part[1] for part in done]).masked_fill_(spoilt[:, None] & live, torch.nan)
+    return loss.to(out), grad.to(out)
 
 
 def _listmle_eager(s: Tensor, r: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +262,7 @@ def _perpo_eager(s: Tensor, r: Tensor, live: Tensor, gamma: float) -> tuple[Tens
     """Loss ``[B]`` and its gradient ``[B, K]`` in the scaled scores."""
     r_i, r_j = r.unsqueeze(2), r.unsqueeze(1)
     better = live.unsqueeze(2) & live.unsqueeze(1) & (r_i > r_j)
-    gap = torch.where(better, r_i - r_j, 0.0)
+    gap = torch.where(better, 0.5 * r_i - 0.5 * r_j, 0.0)  # halves: the difference itself may overflow
     widest = gap.amax((1, 2), keepdim=True)
     share = (gap / torch.where(widest > 0, widest, 1.0)).clamp(min=_SMALLEST_GAP)
     weight = torch.where(better, share**gamma, 0.0)
@@ -262,7 +274,7 @@ def _perpo_eager(s: Tensor, r: Tensor, live: Tensor, gamma: float) -> tuple[Tens
     return (weight * softplus).sum((1, 2)), pull.sum(1) - pull.sum(2)
 
 
-def _check_arguments(score: Tensor, reward: Tensor, mask: Tensor | None, kind: str, gamma: float) -> None:
+def _check_arguments(score: Tensor, reward: Tensor, mask: Tensor | None, kind: str, beta: float, gamma: float) -> None:
     check_shape("score", score, (None, None))
     check_shape("reward", reward, tuple(score.shape))
     check(score.shape[1] <= MAX_ITEMS, f"score: at most {MAX_ITEMS} items per list, got {score.shape[1]}")
@@ -273,7 +285,13 @@ def _check_arguments(score: Tensor, reward: Tensor, mask: Tensor | None, kind: s
         check_dtype("mask", mask, (torch.bool,))
     check_same_device(score=score, reward=reward, mask=mask)
     check(kind in KINDS, f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    check_number("gamma", gamma, gamma >= 0, ">= 0")
+    check_number("beta", beta, 0 <= beta < math.inf, "a finite number >= 0")
+    check_number("gamma", gamma, 0 <= gamma < math.inf, "a finite number >= 0")
+    if readable(reward):
+        bad = ~reward.isfinite() if mask is None else mask & ~reward.isfinite()
+        if bool(bad.any()):
+            place = bad.nonzero()[0].tolist()
+            raise ValueError(f"reward: expected finite numbers, got {float(reward[tuple(place)])} at {place}")
 
 
 def aot_cases() -> list[AotCase]:

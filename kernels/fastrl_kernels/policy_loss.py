@@ -20,10 +20,12 @@ per completion.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
 from fastrl_kernels._policy_rows import (
@@ -97,6 +99,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.logp_dtype = inputs[0].dtype
 
 
+@once_differentiable
 def _backward(ctx, grad_loss, grad_metrics, grad_dlogp):
     (dlogp,) = ctx.saved_tensors
     return ((dlogp * grad_loss).to(ctx.logp_dtype), *[None] * 12)
@@ -243,6 +246,7 @@ def _check_options(
     check_number("clip_low", clip_low, clip_low >= 0, ">= 0")
     check_number("clip_high", clip_high, clip_high >= 0, ">= 0")
     check_number("dual_clip", dual_clip, dual_clip is None or dual_clip > 1, "> 1 or None")
+    check_number("beta", beta, 0 <= beta < math.inf, "a finite number >= 0")
     check(kl in KL_KINDS, f"kl: expected one of {', '.join(KL_KINDS)}, got {kl!r}")
     check(kl_gradient in ("value", "k2"), f"kl_gradient: expected value or k2, got {kl_gradient!r}")
     check(ratio in ("token", "sequence"), f"ratio: expected token or sequence, got {ratio!r}")

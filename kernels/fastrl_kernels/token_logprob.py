@@ -12,6 +12,7 @@ recompiles per vocabulary. Gradient, with upstream g (of logp) and h (of H), p t
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -241,7 +242,8 @@ def token_logprob(
         ignore_index: rows with this target get logp 0, entropy 0 and no gradient, whatever they hold. ``None``: none.
         return_entropy: also return the (differentiable) entropy of each row's tempered distribution, in nats.
         inplace_backward: the backward writes the gradient over the logits and allocates nothing of their size. The
-            logits are lost then: autograd raises if another backward needs them afterwards.
+            logits are lost then: autograd raises if another backward needs them afterwards. A leaf's ``grad`` is that
+            memory too.
 
     Returns:
         ``LogProb(logp [N], entropy [N] | None)``, fp32 (fp64 for fp64 inputs).
@@ -297,7 +299,8 @@ def row_temperature(temperature: float | Tensor, target: Tensor) -> tuple[Tensor
     if isinstance(temperature, Tensor):
         check_same_device(target=target, temperature=temperature)
         return temperature.detach().expand(target.shape[0]), 1.0
-    check_number("temperature", temperature, temperature > 0, "> 0")
+    good = 1e-30 <= temperature < math.inf  # float32 still holds the reciprocal
+    check_number("temperature", temperature, good, "a finite number > 0 (from 1e-30)")
     return None, float(temperature)
 
 

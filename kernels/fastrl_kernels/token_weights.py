@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
+from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape, readable
 
 AGGREGATES = ("sequence", "token", "constant")
 _INTEGERS = (torch.int64, torch.int32)
@@ -71,9 +71,9 @@ def token_weights(
         row_count, sequences = _sequence_counts(completion, count, n_completions)
         per_row, last = keep.to(wide) / row_count.clamp(min=1).to(wide), sequences
     denominator = last if normalizer is None else normalizer
-    if isinstance(denominator, (int, float)):
-        return (per_row / denominator).to(dtype)
     assert denominator is not None  # "constant" without a normalizer was refused
+    if not isinstance(denominator, Tensor):
+        return (per_row / denominator).to(dtype)
     positive = denominator > 0
     return torch.where(positive, per_row / torch.where(positive, denominator, 1).to(wide), 0.0).to(dtype)
 
@@ -123,7 +123,7 @@ def _check_arguments(
 
 def check_ids(name: str, ids: Tensor, bound: int) -> None:
     """Raise if an id reaches ``bound``: on CPU (a GPU would need a host read), and not while tracing."""
-    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+    if not readable(ids) or ids.numel() == 0:
         return
     largest = int(ids.max())
     check(largest < bound, f"{name}: id {largest} is out of range, there are {bound} (ids are 0 to {bound - 1})")

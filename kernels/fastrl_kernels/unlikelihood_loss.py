@@ -24,6 +24,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastrl_kernels._common import (
     AotCase,
@@ -114,6 +115,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.logp_dtype = inputs[0].dtype
 
 
+@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor, grad_dlogp: Any) -> Any:
     (dlogp,) = ctx.saved_tensors
     return (dlogp * grad_loss).to(ctx.logp_dtype), None, None, None

@@ -16,6 +16,7 @@ from fastrl.plan import advise, gpu_named, make_plan, plan_text, plan_values
 from fastrl.plan.configs import PUBLISHED, config_of
 from fastrl.plan.hardware import GIB, Gpu
 from fastrl.plan.trace import meta_model
+from fastrl.plan.workload import workload_of
 from fastrl.recipe import ModelRecipe, load_recipe, shipped_recipes
 
 # Parameters as the models' cards state them, in billions.
@@ -38,6 +39,9 @@ def test_published_sizes_make_models_of_the_stated_size(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if not name.endswith("-tiny")])
 def test_every_shipped_recipe_names_a_model_that_can_be_planned(name: str) -> None:
     assert config_of(load_recipe(name).model.path)["text_config"]["hidden_size"]
+
+
+VISION = {"patch_size": 14, "spatial_merge_size": 2}
 
 
 def small(*changes: str) -> Any:
@@ -95,6 +99,23 @@ def test_the_reference_copies_what_is_trained() -> None:
     part = make_plan(small("method.beta=0.04", "model.freeze=[visual]"), gpu_named("l4"))
     assert whole.memory.reference == whole.memory.weights
     assert part.memory.reference == part.model.trainable * 2 < part.memory.weights
+
+
+def test_ready_answers_are_not_sampled_and_baselines_learn_from_few() -> None:
+    sizes = {"text_tokens": 20, "answer_tokens": 10}
+    for spec in ("lists:l.jsonl", "reflection:d.jsonl"):
+        for kind, group in (("perpo", 5), ("dpo", 2), ("sft", 1)):
+            recipe = load_recipe("perpo-ocr-tiny", [f"data.spec={spec}", f"method.kind={kind}", "rollout.group_size=5"])
+            work = workload_of(recipe, VISION, image_limit=None, **sizes)
+            assert (work.group, work.samples) == (group, False)
+    online = load_recipe("perpo-ocr-tiny", ["data.spec=scenes:ocr", "method.kind=sft", "rollout.group_size=5"])
+    assert workload_of(online, VISION, image_limit=None, **sizes).samples
+
+
+def test_frames_of_a_recipe_are_images_of_a_prompt() -> None:
+    recipe = load_recipe("utr-7b")
+    assert workload_of(recipe, VISION, image_limit=None).images == 32
+    assert workload_of(recipe, VISION, image_limit=None, images=1).images == 1
 
 
 def test_a_row_local_head_saves_a_product_over_the_vocabulary() -> None:

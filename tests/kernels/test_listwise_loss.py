@@ -113,6 +113,39 @@ def test_perpo_ignores_the_order_of_the_items():
     torch.testing.assert_close(moved_grad, grad[:, order])
 
 
+def _check_not_finite(kind):
+    """Only the list with the number is NaN, gradient and all."""
+    for bad in (math.nan, math.inf, -math.inf):
+        score = torch.tensor([[1.0, bad, 3.0], [1.0, 2.0, 3.0]])
+        reward = torch.tensor([[2.0, 1.0, 0.0]] * 2)
+        loss, grad = _grad(listwise_loss, score, reward, kind=kind, upstream=torch.ones(2))
+        assert loss.isnan().tolist() == [True, False]
+        assert grad.isnan().all(1).tolist() == [True, False]
+        mask = torch.tensor([[True, False, True]] * 2)  # an item that does not exist spoils nothing
+        loss, grad = _grad(listwise_loss, score, reward, mask=mask, kind=kind, upstream=torch.ones(2))
+        assert loss.isfinite().all()
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_that_is_not_finite_gives_nan(kind):
+    _check_not_finite(kind)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_is_an_error(bad):
+    reward = torch.tensor([[1.0, bad]])
+    with pytest.raises(ValueError, match=r"reward: expected finite numbers, got (nan|inf) at \[0, 1\]"):
+        listwise_loss(torch.zeros(1, 2), reward)
+    assert listwise_loss(torch.zeros(1, 2), reward, mask=torch.tensor([[True, False]])).item() == 0
+
+
+def test_rewards_at_the_end_of_the_range():
+    reward = torch.tensor([[1e308, 0.0, -1e308]], dtype=torch.float64)
+    score = torch.tensor([[0.3, 0.2, 0.1]], dtype=torch.float64)
+    torch.testing.assert_close(listwise_loss(score, reward), listwise_loss(score, reward / 1e308))
+
+
 def test_dpo_is_a_list_of_two():
     chosen, rejected = torch.randn(2, 4, dtype=torch.float64)
     want = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected))
@@ -201,7 +234,7 @@ def test_launch_configs_hold_their_items():
         (TypeError, "reward: expected dtype .* got int64", {"reward": torch.ones(2, 3, dtype=torch.int64)}),
         (TypeError, "mask: expected dtype bool", {"mask": torch.ones(2, 3)}),
         (ValueError, "kind: expected one of perpo, listmle, got 'lipo'", {"kind": "lipo"}),
-        (ValueError, "gamma: expected >= 0, got -1", {"gamma": -1}),
+        (ValueError, "gamma: expected a finite number >= 0, got -1", {"gamma": -1}),
         (ValueError, "score: at most 1024 items", {"score": torch.ones(1, 1025), "reward": torch.ones(1, 1025)}),
     ],
 )
@@ -243,3 +276,13 @@ def test_kernel_equals_float64(poisoned, kind, b, k, gap):
 @pytest.mark.parametrize("check", [_check_degenerate, _check_ties_and_scales])
 def test_kernel_at_the_edges(poisoned, check):
     check(torch.float32)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernel_and_numbers_that_are_not_finite(poisoned, kind):
+    _check_not_finite(kind)
+    score, reward = torch.zeros(2, 3), torch.tensor([[1.0, math.nan, 0.0], [1.0, 2.0, 0.0]])
+    loss, grad = torch.ops.fastrl.listwise_loss(score, reward, None, kind == "listmle", 0.1, 0.5)  # as on a GPU
+    assert loss.isnan().tolist() == [True, False]
+    assert grad.isnan().all(1).tolist() == [True, False]

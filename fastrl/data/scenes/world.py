@@ -151,8 +151,8 @@ def sample_scene(
     """
     if difficulty not in LEVELS:
         raise ValueError(f"difficulty: expected one of {sorted(LEVELS)}, got {difficulty!r}")
-    if size < 56:
-        raise ValueError(f"size: a scene is at least 56 pixels wide, got {size}")
+    if not 56 <= size <= 4096:
+        raise ValueError(f"size: a scene is 56 to 4096 pixels wide, got {size}")
     level, scale = LEVELS[difficulty], size / 112
     placed: list[Box] = []
     texts = [

@@ -26,7 +26,7 @@ from fastrl_kernels.pairwise_iou import pairwise_iou
 
 
 class HungarianMatcher(nn.Module):
-    """Replaces ``transformers.loss.loss_for_object_detection.HungarianMatcher`` (DETR, Conditional DETR, YOLOS, ...).
+    """Replaces ``transformers.loss.loss_for_object_detection.HungarianMatcher`` (DETR, YOLOS, ...).
 
     Args:
         class_cost, bbox_cost, giou_cost: weights of minus the target's class probability, of the L1 distance of the
@@ -93,7 +93,10 @@ class DeformableDetrHungarianMatcher(HungarianMatcher):
 
 
 class RTDetrHungarianMatcher(DeformableDetrHungarianMatcher):
-    """Replaces ``transformers.loss.loss_rt_detr.RTDetrHungarianMatcher`` (RT-DETR, D-FINE); takes their config."""
+    """Replaces ``transformers.loss.loss_rt_detr.RTDetrHungarianMatcher`` (RT-DETR); takes its config.
+
+    D-FINE's loss imports the name: there, patch ``transformers.loss.loss_d_fine.RTDetrHungarianMatcher`` as well.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config.matcher_class_cost, config.matcher_bbox_cost, config.matcher_giou_cost)

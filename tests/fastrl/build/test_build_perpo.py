@@ -125,6 +125,10 @@ def test_a_build_does_not_go_on_with_other_options(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="no build"):
         build_lists(make_options("grounding", "m", SPEC), foreign, policy=policy)
     assert foreign.read_text() == "{}\n"
+    for damaged in ("{", "{}", "[]", '{"options": 3}'):
+        out.with_suffix(".summary.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"l\.summary\.json: not a build's summary .*remove it and l\.jsonl"):
+            build_lists(make_options("grounding", "m", SPEC, min_gap=0.5), out, policy=policy)
 
 
 @pytest.mark.parametrize(

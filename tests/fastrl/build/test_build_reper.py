@@ -145,5 +145,8 @@ def test_bad_options(tmp_path: Path) -> None:
         parse_temperatures("0;1")
     with pytest.raises(ValueError, match="two or more"):
         options(temperatures=(1.0,))
+    for name in ("min_best", "min_gap"):
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: expected a number, got nan"):
+            options(**{name: float("nan")})
     with pytest.raises(ValueError, match="dialogues need captions"):
         build_dialogues(options(data="scenes:counting?n=2"), tmp_path / "x.jsonl")

@@ -70,6 +70,7 @@ def test_replies_that_can_be_read(reply: str, expected: Verdict) -> None:
     [
         "", "7", "Score: 7", '{"score": 11, "reason": ""}', '{"score": -1, "reason": ""}', '{"score": "7"}',
         '{"score": true, "reason": ""}', '{"score": NaN, "reason": ""}', '{"score": 7}', '{"score": 7, "reason": 3}',
+        '{"score": 7, "reason": "half \\ud800 a character"}',
         'I think {"score": 7, "reason": ""}', '{"score": 7, "reason": ""', "[" * 5000,
     ],
 )  # fmt: skip
@@ -99,6 +100,8 @@ def test_specs(tmp_path: Path) -> None:
         ("rul", "did you mean 'rule'"),
         ("rule?feedbak=x", "did you mean 'feedback'"),
         ("http://127.0.0.1:9/v1?timeout=soon", "timeout must be a float"),
+        ("http://127.0.0.1:9/v1?timeout=inf", "a timeout of up to 1000000"),
+        ("http://127.0.0.1:9/v1?timeout=nan", "a timeout of up to 1000000"),
         ("http:nowhere", "expected an address"),
     ):
         with pytest.raises(ValueError, match=said):

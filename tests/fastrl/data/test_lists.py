@@ -69,6 +69,7 @@ def test_a_row_needs_no_target_where_rewards_are_given(tmp_path: Path) -> None:
         ({"rewards": [0.1, float("inf")]}, r"rewards\[1\] must be a finite number"),
         ({"rewards": [0.1, True]}, r"rewards\[1\]"),
         ({"rewards": 3}, "rewards must be a list"),
+        ({"rewards": [1e39, 0.0]}, r"rewards\[0\] must lie within"),
         ({"answers": []}, "empty list"),
         ({"answers": ["a", 2]}, "list of strings"),
         ({"answers": None}, "list of strings"),

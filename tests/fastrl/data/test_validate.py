@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastrl.data import DataError, load_data, parse_spec
 from fastrl.data.validate import SHOWN
+from fastrl.rewards import reward_for
 
 GOOD: dict[str, dict[str, Any]] = {
     "refexp": {"image": "a.png", "expression": "the cat", "bbox": [1, 2, 30, 20]},
@@ -286,3 +287,17 @@ def test_a_wrong_spec_gets_the_nearest_valid_name(
 
 def test_spec_values_are_percent_decoded_and_plus_is_plus() -> None:
     assert parse_spec("ocr:a b/c?images=x%26y+z&limit=3") == ("ocr", "a b/c", {"images": "x&y+z", "limit": "3"})
+
+
+def test_a_row_that_is_of_no_use_to_its_reader_is_a_bad_one(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    rows: list[dict[str, Any]] = [
+        {"image": "a.png", "label": "cat", "count": 1, "points": points} for points in ([{"x": 1, "y": 2}], None)
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec, misfit = f"pixmo:{tmp_path / 'p.jsonl'}", reward_for("counting").misfit
+    assert len(load_data(spec)) == 2
+    with pytest.raises(DataError, match=r"p\.jsonl:2: .*has only a count"):
+        load_data(spec, misfit=misfit)
+    kept = load_data(spec, misfit=misfit, skip_bad=True)
+    assert (len(kept), kept.skipped, kept.reasons) == (1, 1, {"no truth": 1})

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from fastrl.answers import View
+from fastrl.answers import View, from_original
 from fastrl.data import DataError
 from fastrl.data.records import Record
 from fastrl.evaluate import PredictionError, evaluate, load_predictions
+from fastrl.evaluate.predictions import row_of
 
 
 def records(*names: str, task: str = "grounding", **target: Any) -> list[Record]:
@@ -156,3 +159,59 @@ def test_coco_results_answer_detection_only(tmp_path: Path) -> None:
     broken = write(tmp_path, '[{"image_id": 7', name="broken.json")
     with pytest.raises(PredictionError, match="unreadable JSON"):
         load_predictions(broken, records("7"))
+
+
+def pictured(*names: str) -> list[Record]:
+    """Records as an adapter makes them: a picture of 640 x 480 and no view."""
+    return [replace(r, views=(), images=(Image.new("RGB", (640, 480)),)) for r in records(*names)]
+
+
+def test_resized_pixels_are_those_of_the_processors_resize(tmp_path: Path) -> None:
+    (record,) = pictured("a")
+    for pixels in ((56 * 56, 1 << 24), (56 * 56, 100_000)):
+        view = View.qwen(640, 480, min_pixels=pixels[0], max_pixels=pixels[1])
+        box = from_original(record.target["box"], "resized", view)
+        path = write(tmp_path, json.dumps({"id": "a", "answer": json.dumps([{"bbox_2d": box}])}))
+        got = evaluate("grounding", *load_predictions(path, [record], frame="resized", pixels=pixels))
+        assert got["mean_iou"] == pytest.approx(1.0)
+        other = evaluate("grounding", *load_predictions(path, [record], frame="original"))
+        assert other["mean_iou"] < (0.999 if pixels[1] > 1e6 else 0.5)
+
+
+@pytest.mark.parametrize("frame", ["resized", "thousand"])
+def test_rows_of_a_run_say_at_which_size_the_picture_was_seen(tmp_path: Path, frame: str) -> None:
+    (record,) = pictured("a")
+    view = View.qwen(640, 480, max_pixels=70_000)
+    seen = replace(record, views=(view,), frame=frame)
+    box = from_original(record.target["box"], frame, view)
+    row = row_of(seen, f"[{', '.join(map(str, box))}]")
+    path = write(tmp_path, json.dumps(row))
+    assert row["resized"] == [view.resized_width, view.resized_height]
+    assert evaluate("grounding", *load_predictions(path, [record]))["mean_iou"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"frame": "pixels"}, "'frame' must be one of auto, resized"),
+        ({"frame": 3}, "'frame' must be one of"),
+        ({"resized": [10]}, r"'resized' must be \[width, height\] in pixels, got \[10\]"),
+        ({"resized": [10, 0]}, "'resized' must be"),
+        ({"resized": "10x10"}, "'resized' must be"),
+    ],
+)
+def test_what_a_row_says_of_its_coordinates_is_checked(tmp_path: Path, extra: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, json.dumps({"id": "a", "answer": "x", **extra}))
+    with pytest.raises(PredictionError, match=rf"p\.jsonl:1: {message}"):
+        load_predictions(path, records("a"))
+
+
+def test_answers_to_records_that_are_left_out_are_passed_over(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"id": "a", "answer": "x"}', '{"id": "b", "answer": "y"}')
+    assert load_predictions(path, records("a"), known={"a", "b"}).answers == ["x"]
+    with pytest.raises(PredictionError, match="id 'b' is not in the data"):
+        load_predictions(path, records("a"))
+    rows = [{"image_id": n, "category_id": 18, "bbox": [1, 2, 3, 4]} for n in (7, 8)]
+    coco = write(tmp_path, json.dumps(rows), name="r.json")
+    some = records("7", task="detection", **BOX, categories=["dog"])
+    assert len(json.loads(load_predictions(coco, some, known={"7", "8"}).answers[0])) == 1

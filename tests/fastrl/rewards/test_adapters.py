@@ -86,6 +86,7 @@ def test_compute_score_picks_the_task_and_loads_by_path_as_verl_does() -> None:
         assert score("grounding/refcoco", HALF, {"box": [0, 0, 10, 10]}) == pytest.approx(1.5)
         assert score("anything", "7 dogs", "7 cats", {"task": "ocr"}) == pytest.approx(0.5)
         assert score("counting/pixmo", "[]", 0, score_by="count", format="none") == 1.0
+        assert score("grounding/x", HALF, {"box": [0, 0, 10, 10]}, reward_router_address="x") == pytest.approx(1.5)
         with pytest.raises(ValueError, match="unknown task for a reward 'gsm8k'"):
             score("gsm8k", "1", "1")
 

@@ -124,3 +124,32 @@ def test_points_far_outside_the_image_score_zero_but_count_as_surplus() -> None:
     row = record(in_pixels([(100, 100)]))
     answer = as_boxes([(100, 100)]) + "<|box_start|>(1e300,1e300),(1e300,1e300)<|box_end|>"
     assert reward_for("counting")([answer], row)["points"] == pytest.approx([0.5])
+
+
+def test_a_box_with_its_corners_the_wrong_way_round_is_none() -> None:
+    row = record(in_pixels([(50.0, 50.0)]))
+    found = reward_for("counting", exact_bonus=1.0)(["<|box_start|>(60,60),(40,40)<|box_end|>"], row)
+    assert (found["points"], found["count"]) == ([0.0], [0.0])
+    both = "<|box_start|>(60,60),(40,40)<|box_end|><|box_start|>(40,40),(60,60)<|box_end|>"
+    assert reward_for("counting")([both], row)["points"] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"exact_bonus": "abc"}, "counting reward: exact_bonus must be a finite number, got 'abc'"),
+        ({"exact_bonus": math.nan}, "exact_bonus must be a finite number, got nan"),
+        ({"exact_bonus": True}, "exact_bonus must be a finite number, got True"),
+        ({"max_items": 2.5}, "max_items must be a whole number, got 2.5"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        reward_for("counting", **options)
+
+
+def test_a_record_without_points_does_not_fit() -> None:
+    counted = record(None, count=2)
+    assert "has only a count" in str(reward_for("counting").misfit(counted))
+    assert reward_for("counting", score_by="count").misfit(counted) is None
+    assert reward_for("counting").misfit(record([(1.0, 2.0)])) is None
