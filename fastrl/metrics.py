@@ -58,17 +58,20 @@ def sampler_gap(logp: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
     """How far the trainer's log-probs are from the sampler's, on the same tokens: mean and largest |Δ|, and the mean
     ratio.
 
-    Empty where the batch has no sampler log-probs. Both are over the full vocabulary at the sampling temperature, so
-    with equal weights only rounding is left; more than that means rollouts and training disagree about the model.
+    Tokens whose log-prob is +inf were not evaluated and do not count. Empty where the batch has no sampler log-probs.
+    Both are over the full vocabulary at the sampling temperature, so with equal weights only rounding is left; more
+    than that means rollouts and training disagree about the model.
     """
     sampler = batch.per_token.get("sampler_logp")
     if sampler is None or sampler.numel() == 0:
         return {}
-    delta = logp.detach().float() - sampler
+    known = ~logp.isposinf()
+    delta = torch.where(known, logp.detach().float() - sampler, 0.0)
+    count = known.sum().clamp(min=1)
     return {
-        "sampler/gap_mean": delta.abs().mean(),
+        "sampler/gap_mean": delta.abs().sum() / count,
         "sampler/gap_max": delta.abs().max(),
-        "sampler/ratio_mean": delta.exp().mean(),
+        "sampler/ratio_mean": torch.where(known, delta.exp(), 0.0).sum() / count,
     }
 
 

@@ -150,7 +150,8 @@ class OptimRecipe(Section):
     gradient_release: bool = (
         False  # update each parameter within the backward and free its gradient; needs no clip_norm
     )
-    row_local_head: bool = False  # gradients of head and loss made in the forward: 3 matmuls over the vocabulary, not 4
+    # Gradients of head and loss made in the forward: 3 matmuls over the vocabulary, not 4; entropy is not measured then
+    row_local_head: bool = False
     groups: list[ParameterGroup] = []  # the first that matches a parameter sets its lr and weight decay
 
     @model_validator(mode="after")
@@ -158,7 +159,7 @@ class OptimRecipe(Section):
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         if self.row_local_head and self.updates_per_batch > 1:
-            raise ValueError("row_local_head gives no log-probs to keep as old ones: it needs updates_per_batch: 1")
+            raise ValueError("row_local_head leaves out log-probs that later updates need: set updates_per_batch: 1")
         if self.gradient_release and self.clip_norm is not None:
             raise ValueError("gradient_release updates before the norm of all gradients is known: set clip_norm: null")
         if self.gradient_release and self.states == "offload":

@@ -327,7 +327,7 @@ class Run:
         return float((total * torch.tensor([b.scale for b in batches], dtype=torch.float64)).sum()), info
 
     def _loss(self, batch: _Batch, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Loss and metrics of a micro-batch, and its log-probs (None where the head gave its gradients at once)."""
+        """Loss, metrics and log-probs of a micro-batch (None where it only keeps ranks in step)."""
         features = self._vision(packed)
         if not batch.scale:  # without the method, whose coefficients it does not have
             return self.policy.logprob(packed, features=features).logp.sum(), {}, None
@@ -336,8 +336,7 @@ class Run:
         if self.recipe.optim.row_local_head:
             hidden, weight = self.policy.hidden(packed, features=features), self.policy.head_weight
             head = {"head_grad": self.engine.gradient_of(weight), "grad_scale": batch.scale}
-            loss, metrics = self.method.row_local_loss(hidden, weight, packed, rows, **head)  # type: ignore[attr-defined]
-            return loss, metrics, None
+            return self.method.row_local_loss(hidden, weight, packed, rows, **head)  # type: ignore[attr-defined]
         result = self.policy.logprob(
             packed,
             temperature=self.method.temperature,

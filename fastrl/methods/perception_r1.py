@@ -114,8 +114,11 @@ class PerceptionR1:
 
     def row_local_loss(
         self, hidden: Tensor, head_weight: Tensor, batch: PackedBatch, rows: Tensor | None, **head: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """:meth:`loss` straight from hidden states, with the gradients made in the forward (recipe: row_local_head)."""
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """:meth:`loss` straight from hidden states, with the gradients made in the forward (recipe: row_local_head).
+
+        Third, the log-probs, infinite where none was needed.
+        """
         result = linear_policy_loss(
             hidden,
             head_weight,
@@ -127,7 +130,8 @@ class PerceptionR1:
             **_loss_arguments(batch, self.options),
             **head,
         )
-        return result.loss, _loss_metrics(result)
+        assert result.logp is not None
+        return result.loss, _loss_metrics(result), result.logp
 
     def _sample(self, records: Sequence[Record]) -> list[PromptGroup]:
         self._rewards.check(records)

@@ -186,8 +186,8 @@ def _forward_op(
     kl_gradient: str,
     scratch_bytes: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss [], metrics [5], and the gradients of hidden, head_weight and bias (empty where not needed)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss [], metrics [5], log-probs [N], and the gradients of hidden, head_weight and bias (empty: not needed)."""
     head = Head(head_weight, bias, None, None, 1.0, softcap, ignore_index, scratch_bytes)
     kind = accumulator_dtype(hidden.dtype)
     check_values(target, head_weight.shape[0], ignore_index, temperature)
@@ -219,17 +219,21 @@ def _forward_op(
     with torch.autocast(hidden.device.type, enabled=False):
         partials = _run(hidden, head, terms, policy, index, into, grad_scale)
         loss, metrics = policy_totals(partials)
-    return loss, metrics, made.hidden, made.weight, made.bias
+    if index is not None:
+        logp = logp.index_copy_(0, index, terms.logp)
+        live &= torch.zeros_like(live).index_fill_(0, index, True)
+    return loss, metrics, logp.masked_fill_(~live, torch.inf), made.hidden, made.weight, made.bias
 
 
 @_forward_op.register_fake
 def _(
     hidden: Tensor, head_weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head_grad, needs, kind = rest[7], rest[-1], accumulator_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=kind),
         hidden.new_empty(5, dtype=kind),
+        hidden.new_empty(target.shape, dtype=kind),
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         hidden.new_empty(head_weight.shape if needs[1] and head_grad is None else (0,), dtype=kind),
         hidden.new_empty(head_weight.shape[:1] if needs[2] else (0,), dtype=kind),
@@ -317,8 +321,8 @@ def linear_policy_loss(
     """``policy_loss(linear_logprob(hidden, head_weight, target), ...)`` with the gradients made in the forward.
 
     Differentiable in ``hidden``, ``head_weight`` and ``bias``; gradients that are not needed are not computed. First
-    derivatives only. Deterministic, no host synchronisation. Loss arguments as ``policy_loss``, head arguments as
-    ``linear_logprob``; besides:
+    derivatives only. Deterministic, no host synchronisation. The result holds the log-probs too. Loss arguments as
+    ``policy_loss``, head arguments as ``linear_logprob``; besides:
 
     Args:
         ratio: only ``"token"``.
@@ -352,14 +356,14 @@ def linear_policy_loss(
     learning = torch.is_grad_enabled()
     needs = [learning and tensor is not None and tensor.requires_grad for tensor in (hidden, head_weight, bias)]
     fixed = [None if tensor is None else tensor.detach() for tensor in (hidden, head_weight, bias)]
-    loss, metrics, *gradients = _forward_op(
+    loss, metrics, logp, *gradients = _forward_op(
         fixed[0], fixed[1], target, fixed[2], per_row, rows, advantage, completion, weight, old_logp, ref_logp,
         head_grad, value, softcap, ignore_index, float(grad_scale), float(clip_low), float(clip_high),
         None if dual_clip is None else float(dual_clip), float(beta), kl, kl_gradient, scratch_bytes, needs,
     )  # fmt: skip
     if any(needs):
         loss = _attach_op(loss, hidden, head_weight, bias, *gradients, float(grad_scale))
-    return PolicyLoss(loss, *metrics.unbind())
+    return PolicyLoss(loss, *metrics.unbind())._replace(logp=logp)
 
 
 def linear_policy_loss_reference(
@@ -392,9 +396,10 @@ def linear_policy_loss_reference(
     logp = linear_logprob_reference(
         hidden, head_weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
     ).logp
-    return policy_loss_reference(
+    result = policy_loss_reference(
         logp, advantage, completion, old_logp=old_logp, ref_logp=ref_logp, weight=weight, **loss_options
     )
+    return result._replace(logp=logp.detach().masked_fill(weight == 0, torch.inf))
 
 
 def _weight(

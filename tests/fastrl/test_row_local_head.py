@@ -36,6 +36,8 @@ def test_row_local_head_trains_to_the_same_weights(tiny_folder: Folder, tmp_path
     for a, b in zip(plain_rows, fused_rows, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert 0 <= b["sampler/gap_mean"] <= b["sampler/gap_max"] < 1e-4
+        assert b["sampler/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
     for name, weight in plain.items():
         torch.testing.assert_close(fused[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
