@@ -259,19 +259,24 @@ def _listmle_eager(s: Tensor, r: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _perpo_eager(s: Tensor, r: Tensor, live: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Loss ``[B]`` and its gradient ``[B, K]`` in the scaled scores."""
-    r_i, r_j = r.unsqueeze(2), r.unsqueeze(1)
-    better = live.unsqueeze(2) & live.unsqueeze(1) & (r_i > r_j)
-    gap = torch.where(better, 0.5 * r_i - 0.5 * r_j, 0.0)  # halves: the difference itself may overflow
-    widest = gap.amax((1, 2), keepdim=True)
-    share = (gap / torch.where(widest > 0, widest, 1.0)).clamp(min=_SMALLEST_GAP)
-    weight = torch.where(better, share**gamma, 0.0)
-    total = weight.sum((1, 2), keepdim=True)
-    weight = weight / torch.where(total > 0, total, 1.0)
-    lead = torch.where(better, s.unsqueeze(2) - s.unsqueeze(1), 0.0)
-    pull = weight * torch.sigmoid(-lead)
-    softplus = (-lead).clamp(min=0) + torch.log1p(torch.exp(-lead.abs()))
-    return (weight * softplus).sum((1, 2)), pull.sum(1) - pull.sum(2)
+    """Loss ``[B]`` and its gradient ``[B, K]`` in the scaled scores: sorted by reward, each pair is looked at once."""
+    order = r.argsort(dim=1, descending=True)
+    r = 0.5 * r  # a difference may overflow
+    s, r, live = (x.gather(1, order).T.contiguous() for x in (s, r, live))  # [K, B]: a pair takes two whole lines
+    i, j = torch.triu_indices(*[len(s)] * 2, offset=1, device=s.device)
+    gap = torch.where(live[i] & live[j], r[i] - r[j], 0.0)
+    better = gap > 0
+    widest = gap.amax(0) if len(i) else gap.sum(0)
+    share = (gap / torch.where(widest > 0, widest, 1.0)).clamp_(min=_SMALLEST_GAP)
+    weight = torch.where(better, share.pow_(gamma), 0.0)
+    total = weight.sum(0)
+    weight /= torch.where(total > 0, total, 1.0)
+    lead = torch.where(better, s[i] - s[j], 0.0)
+    decay = lead.abs().neg_().exp_()
+    loss = (torch.log1p(decay).sub_(lead.clamp(max=0)).mul_(weight)).sum(0)
+    pull = torch.where(lead >= 0, decay, 1.0).mul_(weight).div_(decay.add_(1))
+    grad = torch.zeros_like(s).index_add_(0, j, pull).index_add_(0, i, pull, alpha=-1)
+    return loss, torch.empty_like(order, dtype=s.dtype).scatter_(1, order, grad.T)
 
 
 def _check_arguments(score: Tensor, reward: Tensor, mask: Tensor | None, kind: str, beta: float, gamma: float) -> None:

@@ -309,14 +309,14 @@ def pairwise_iou_reference(
     near_a, near_b = a.abs() < FARTHEST, b.abs() < FARTHEST
     ax1, ay1, ax2, ay2 = torch.where(near_a, a, 0.0).unbind(-1)
     bx1, by1, bx2, by2 = torch.where(near_b, b, 0.0).unbind(-1)
-    wa, ha, wb, hb = (_clip(x) for x in (ax2 - ax1, ay2 - ay1, bx2 - bx1, by2 - by1))
-    iw = _clip(torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1))
-    inter = iw * _clip(torch.minimum(ay2, by2) - torch.maximum(ay1, by1))
+    wa, ha, wb, hb = (torch.relu(x) for x in (ax2 - ax1, ay2 - ay1, bx2 - bx1, by2 - by1))
+    iw = torch.relu(torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1))
+    inter = iw * torch.relu(torch.minimum(ay2, by2) - torch.maximum(ay1, by1))
     union = wa * ha + wb * hb - inter
     value = iou = torch.where(union > EMPTY, inter / torch.where(union > EMPTY, union, 1.0), 0.0)
     if kind != "iou":
-        cw = _clip(torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1))
-        ch = _clip(torch.maximum(ay2, by2) - torch.minimum(ay1, by1))
+        cw = torch.relu(torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1))
+        ch = torch.relu(torch.maximum(ay2, by2) - torch.minimum(ay1, by1))
         hull = cw * ch
         if kind == "giou":
             value = torch.where(hull > EMPTY, iou - (hull - union) / torch.where(hull > EMPTY, hull, 1.0), iou)
@@ -326,20 +326,16 @@ def pairwise_iou_reference(
         if kind == "ciou":
             v = (4 / math.pi**2) * (_aspect(wa, ha) - _aspect(wb, hb)) ** 2
             value = value - v * v / (1 - iou + v + _EPS)
-    value = torch.where(near_a.all(-1) & near_b.all(-1), value, 0.0)
     n, m = value.shape[-2:]
     cols = torch.arange(m, device=a.device) < (m if n_b is None else n_b[..., None, None])
     rows = torch.arange(n, device=a.device)[:, None] < (n if n_a is None else n_a[..., None, None])
+    value = torch.where((rows & near_a.all(-1)) & (cols & near_b.all(-1)), value, 0.0)
     if reduce is None:
-        return torch.where(rows & cols, value, 0.0)
+        return value
     if m == 0:
         return value.sum(-1)
     top = torch.where(cols, value, -torch.inf).max(-1).values
     return torch.where(rows[..., 0] & cols.any(-1), top, 0.0)
-
-
-def _clip(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, 0.0)
 
 
 def _aspect(w: Tensor, h: Tensor) -> Tensor:
