@@ -22,7 +22,7 @@ from fastrl.batch import PackedBatch, PromptGroup
 from fastrl.methods.base import Context, MethodOptions, Prepared, set_token_weights
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
 from fastrl_kernels.group_advantage import group_advantage
-from fastrl_kernels.linear_policy_loss import linear_policy_loss
+from fastrl_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
 
 if TYPE_CHECKING:
@@ -130,7 +130,6 @@ class PerceptionR1:
             **_loss_arguments(batch, self.options),
             **head,
         )
-        assert result.logp is not None
         return result.loss, _loss_metrics(result), result.logp
 
     def _sample(self, records: Sequence[Record]) -> list[PromptGroup]:
@@ -234,7 +233,7 @@ def _loss_arguments(batch: PackedBatch, options: PerceptionR1Options) -> dict[st
     }
 
 
-def _loss_metrics(result: PolicyLoss) -> dict[str, Tensor]:
+def _loss_metrics(result: PolicyLoss | LinearPolicyLoss) -> dict[str, Tensor]:
     return {
         "kl": result.kl,
         "clip/low": result.clip_low_fraction,

@@ -10,7 +10,7 @@ from fastrl_kernels.detection_reward import DetectionReward, detection_reward
 from fastrl_kernels.group_advantage import GroupAdvantage, group_advantage
 from fastrl_kernels.linear_assignment import Assignment, linear_assignment
 from fastrl_kernels.linear_logprob import LogProb, linear_logprob
-from fastrl_kernels.linear_policy_loss import linear_policy_loss
+from fastrl_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fastrl_kernels.listwise_loss import listwise_loss
 from fastrl_kernels.pairwise_iou import pairwise_iou
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
@@ -22,6 +22,7 @@ __all__ = [
     "Assignment",
     "DetectionReward",
     "GroupAdvantage",
+    "LinearPolicyLoss",
     "LogProb",
     "PolicyLoss",
     "add_rms_norm",

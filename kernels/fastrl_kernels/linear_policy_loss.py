@@ -42,7 +42,6 @@ from fastrl_kernels._linear_logprob_tiles import RowTerms, differentiate_tile, e
 from fastrl_kernels.linear_logprob import FLOATS, autocast_pair, check_rows, linear_logprob_reference
 from fastrl_kernels.policy_loss import (
     PARTIALS,
-    PolicyLoss,
     _check_options,
     _check_tensors,
     policy_loss_reference,
@@ -52,7 +51,7 @@ from fastrl_kernels.policy_loss import (
 from fastrl_kernels.token_logprob import check_values, inverse_temperature, row_temperature
 from fastrl_kernels.token_weights import token_weights
 
-__all__ = ["linear_policy_loss", "linear_policy_loss_reference"]
+__all__ = ["LinearPolicyLoss", "linear_policy_loss", "linear_policy_loss_reference"]
 
 
 class _Policy(NamedTuple):
@@ -77,6 +76,18 @@ class _Policy(NamedTuple):
             logp, self.advantage, self.completion[part], self.weight[part], old_logp=old, ref_logp=ref, **self.options
         )
         return rows.dlogp, rows.partials
+
+
+class LinearPolicyLoss(NamedTuple):
+    """Result of ``linear_policy_loss``: ``PolicyLoss``, and what it saw of the log-probs."""
+
+    loss: Tensor
+    kl: Tensor
+    clip_low_fraction: Tensor
+    clip_high_fraction: Tensor
+    ratio_mean: Tensor
+    ratio_max: Tensor
+    logp: Tensor  # [N], without gradient; +inf where a row was not evaluated
 
 
 class _Gradients(NamedTuple):
@@ -317,7 +328,7 @@ def linear_policy_loss(
     head_grad: Tensor | None = None,
     grad_scale: float = 1.0,
     scratch_bytes: int = 1 << 30,
-) -> PolicyLoss:
+) -> LinearPolicyLoss:
     """``policy_loss(linear_logprob(hidden, head_weight, target), ...)`` with the gradients made in the forward.
 
     Differentiable in ``hidden``, ``head_weight`` and ``bias``; gradients that are not needed are not computed. First
@@ -363,7 +374,8 @@ def linear_policy_loss(
     )  # fmt: skip
     if any(needs):
         loss = _attach_op(loss, hidden, head_weight, bias, *gradients, float(grad_scale))
-    return PolicyLoss(loss, *metrics.unbind())._replace(logp=logp)
+    divergence, low, high, mean, largest = metrics.unbind()
+    return LinearPolicyLoss(loss, divergence, low, high, mean, largest, logp)
 
 
 def linear_policy_loss_reference(
@@ -384,7 +396,7 @@ def linear_policy_loss_reference(
     ignore_index: int | None = -100,
     rows: Tensor | None = None,
     **loss_options: Any,
-) -> PolicyLoss:
+) -> LinearPolicyLoss:
     """The composition of the two twins, with the whole logits; the truth in tests. Keeps float64."""
     weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden.dtype)
     weight = weight.masked_fill((completion < 0) | (completion >= advantage.shape[0]), 0)
@@ -399,7 +411,7 @@ def linear_policy_loss_reference(
     result = policy_loss_reference(
         logp, advantage, completion, old_logp=old_logp, ref_logp=ref_logp, weight=weight, **loss_options
     )
-    return result._replace(logp=logp.detach().masked_fill(weight == 0, torch.inf))
+    return LinearPolicyLoss(**result._asdict(), logp=logp.detach().masked_fill(weight == 0, torch.inf))
 
 
 def _weight(

@@ -53,10 +53,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class PolicyLoss(NamedTuple):
-    """Result of ``policy_loss``, 0-d tensors. Only ``loss`` has a gradient; means are over rows of non-zero weight.
-
-    ``logp`` is of ``linear_policy_loss`` alone: [N], infinite where a row was not evaluated.
-    """
+    """Result of ``policy_loss``, 0-d tensors. Only ``loss`` has a gradient; means are over rows of non-zero weight."""
 
     loss: Tensor
     kl: Tensor  # mean of the chosen estimator; 0 without ref_logp
@@ -64,7 +61,6 @@ class PolicyLoss(NamedTuple):
     clip_high_fraction: Tensor  # A > 0 and ratio > 1 + clip_high
     ratio_mean: Tensor
     ratio_max: Tensor
-    logp: Tensor | None = None
 
 
 @torch.library.custom_op("fastrl::policy_loss", mutates_args=())

@@ -142,4 +142,6 @@ def test_the_demo_compares_three_methods(
         assert (tmp_path / name).stat().st_size > 1000
     assert "SFT (best)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="demo task"):
-        run_demo("perpo", task="juggling", out=tmp_path)
+        run_demo("perpo", task="juggling", out=tmp_path / "new")
+    with pytest.raises(ValueError, match="is not empty, and a demo overwrites nothing"):
+        run_demo("perpo", out=tmp_path)
