@@ -225,6 +225,11 @@ class Recipe(Section):
                 "optim.states and optim.gradient_release are the local engine's; with engine.kind: deepspeed use "
                 "engine.zero_stage and engine.offload_optimizer"
             )
+        if self.engine.offload_optimizer and (self.engine.kind == "local" or self.engine.zero_stage == 0):
+            raise ValueError(
+                "engine.offload_optimizer needs engine.kind: deepspeed and a zero_stage of 1 or 2; "
+                "with engine.kind: local use optim.states: offload"
+            )
         return self
 
     @model_validator(mode="after")

@@ -229,14 +229,15 @@ def memory_of(
     whole = 0.0 if releases(recipe, work) else 4.0 * model.trainable
     gradients = whole / gpus if stage == 2 else whole
     host = 0.0
-    if states == "offload":  # float32 weights, moments, gradients
-        host, copies = 16.0 * model.trainable, 0.0
+    on_host = states == "offload" or recipe.engine.offload_optimizer
+    if on_host:  # float32 weights, moments, gradients: this rank's
+        host, copies, moments = 16.0 * model.trainable / shared, 0.0, 0.0
     reference = model.trained_bytes if needs_copy(recipe) else 0
     features = (
         0 if model.trains_vision else work.prompts * work.images * work.image_tokens * model.hidden * model.itemsize
     )
     resident = model.weight_bytes + copies + moments + reference + features
-    step = 0 if states == "offload" else adamw_scratch(model.largest, gpu=gpu, states=states)
+    step = 0 if on_host else adamw_scratch(model.largest, gpu=gpu, states=states)
     sampled = rollout_bytes(model, work, prefill)
     pool = sampling_bytes(model, work) if gpu and work.samples and recipe.rollout.decode in GRAPHS else 0
     return Memory(

@@ -191,6 +191,11 @@ def test_offloaded_activations_give_the_same_gradients(
         ({"optim__gradient_release": True, "optim__clip_norm": None, "optim__states": "offload"}, "frees nothing"),
         ({"model__offload_activations": True}, "gradient_checkpointing"),
         ({"optim__states": "8bit", "engine__kind": "deepspeed"}, "engine.offload_optimizer"),
+        ({"engine__offload_optimizer": True}, "optim.states: offload"),
+        (
+            {"engine__kind": "deepspeed", "engine__zero_stage": 0, "engine__offload_optimizer": True},
+            "zero_stage of 1 or 2",
+        ),
         ({"optim__states": "4bit"}, "optim.states"),
     ],
 )

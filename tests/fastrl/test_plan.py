@@ -83,6 +83,9 @@ def test_each_key_moves_what_it_should() -> None:
     assert 1.4 < longer.kv_cache / base.kv_cache < 2
     shared = make_plan(small("engine.kind=deepspeed"), gpu, gpus=4).memory
     assert (shared.moments, shared.gradients) == (base.moments / 4, base.gradients / 4)
+    hosted = make_plan(small("engine.kind=deepspeed", "engine.offload_optimizer=true"), gpu, gpus=4).memory
+    assert (hosted.moments, hosted.copies, hosted.host) == (0, 0, 2 * base.moments / 4)
+    assert hosted.peak < shared.peak
 
 
 def test_top_p_alone_sorts_the_vocabulary() -> None:
