@@ -6,6 +6,7 @@ ZeRO 2 or LoRA is what a model of this size wants.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -80,6 +81,8 @@ class DeepSpeedEngine:
         dtype, self._device = self._parameters[0].dtype, self._parameters[0].device
         # Neither ZeRO nor bf16: torch's optimizer as it is, which knows nothing of norms and steps over a NaN.
         self._bare = engine.zero_stage == 0 and dtype != torch.bfloat16
+        self._began = not torch.distributed.is_initialized()
+        self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=model, model_parameters=groups, config=deepspeed_config(optim, engine, dtype, self._device)
         )
@@ -153,9 +156,13 @@ class DeepSpeedEngine:
         self._dist.barrier()
 
     def close(self) -> None:
-        """Leave together: a rank whose neighbours are gone aborts while it exits."""
+        """Leave together: a rank whose neighbours are gone, or that still holds DeepSpeed's threads, aborts at exit."""
         self._dist.barrier()
-        self._dist.destroy_process_group()
+        if self._began:
+            self._engine, self._parameters = None, []
+            gc.collect()
+            self._dist.destroy_process_group()
+            gc.collect()
 
     def _reduce(self, value: float, op: Any) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self._device)

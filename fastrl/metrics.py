@@ -71,7 +71,7 @@ def sampler_gap(logp: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
     return {
         "sampler/gap_mean": delta.abs().sum() / count,
         "sampler/gap_max": delta.abs().max(),
-        "sampler/ratio_mean": torch.where(known, delta.exp(), 0.0).sum() / count,
+        "sampler/ratio_mean": 1 + delta.expm1().sum() / count,
     }
 
 

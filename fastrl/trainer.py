@@ -417,7 +417,8 @@ def _load_records(recipe: Recipe) -> Sequence[Record]:
     from fastrl.data import load_data
     from fastrl.methods.rollouts import RecipeRewards
 
-    misfit = RecipeRewards(recipe.reward).misfit if recipe.method.kind in ("perception-r1", "perpo") else None
+    rewarded = recipe.method.kind == "perception-r1" or hasattr(recipe.method, "online_every")
+    misfit = RecipeRewards(recipe.reward).misfit if rewarded else None
     return load_data(recipe.data_spec, skip_bad=recipe.data.skip_bad, misfit=misfit)
 
 

@@ -68,7 +68,9 @@ class Transport:
         sleep: Callable[[float], object] | None = None,
     ) -> None:
         if not 0 < timeout <= LONGEST or retries < 0 or concurrency < 1:
-            raise ValueError(f"{who}: need a timeout of up to {LONGEST} seconds, retries >= 0 and concurrency >= 1")
+            raise ValueError(
+                f"{who}: need a timeout above 0 and up to {LONGEST:g} seconds, retries >= 0 and concurrency >= 1"
+            )
         self.who, self.timeout, self.retries, self.pause = who, timeout, retries, pause
         self.concurrency, self.max_bytes, self._key = concurrency, max_bytes, os.environ.get(key_env)
         self._stopped = threading.Event()

@@ -100,8 +100,14 @@ class Tally:
         return True
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> Tally:
-        return cls(**{**saved, "dropped": Counter(saved["dropped"]), "answers": Counter(saved["answers"])})
+    def of(cls, saved: dict[str, Any], out: Path) -> Tally:
+        """The tally in the summary of ``out``. Raises ``ValueError`` where it is none."""
+        try:
+            return cls(**{**saved, "dropped": Counter(saved["dropped"]), "answers": Counter(saved["answers"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{out}: its summary holds no tally of lists ({error}); remove both to build anew"
+            ) from None
 
 
 def make_options(task: str, model: str, data: str, **given: Any) -> BuildOptions:
@@ -139,7 +145,7 @@ def build_lists(
         DataError: bad data.
     """
     chunk, size, found = resume(out, asdict(options))
-    tally = Tally() if found is None else Tally.of(found)
+    tally = Tally() if found is None else Tally.of(found, out)
     if records is None:
         records = load_data(options.data, skip_bad=options.skip_bad)
     records = records[: options.limit] if options.limit is not None else records

@@ -89,21 +89,26 @@ def load_predictions(
 def row_of(record: Record, answer: str) -> dict[str, Any]:
     """The row that says all that :func:`load_predictions` needs of an answer to a record as its model saw it."""
     row: dict[str, Any] = {"id": record.id, "answer": answer}
+    if record.frame != "auto":
+        row["frame"] = record.frame
     if len(record.views) == 1:
-        row |= {"frame": record.frame, "resized": [record.views[0].resized_width, record.views[0].resized_height]}
+        row["resized"] = [record.views[0].resized_width, record.views[0].resized_height]
     return row
 
 
 def _framed(record: Record, row: Mapping[str, Any], frame: str, pixels: tuple[int, int]) -> Record:
     """The record with what its answer's coordinates mean."""
-    if frame == "auto":
-        frame = row.get("frame", record.frame)
-    views = record.views
-    view = view_of(record) if "resized" in row or frame == "resized" else None
+    named = [given for given in (frame, row.get("frame", "auto"), record.frame) if given != "auto"]
+    frame, views = named[0] if named else "auto", record.views
+    single = len(record.images) <= 1 and len(views) <= 1
+    view = view_of(record) if single and ("resized" in row or frame == "resized") else None
     if view is not None and "resized" in row:
         views = (View(view.width, view.height, *row["resized"]),)
     elif view is not None and not views:
-        views = (View.qwen(view.width, view.height, min_pixels=pixels[0], max_pixels=pixels[1]),)
+        try:
+            views = (View.qwen(view.width, view.height, min_pixels=pixels[0], max_pixels=pixels[1]),)
+        except ValueError as error:  # a picture that the processor refuses
+            raise ValueError(f"{record.source or record.id}: {error}") from None
     return replace(record, frame=frame, views=views)
 
 

@@ -110,6 +110,8 @@ def run_evaluation(
     if predictions is not None:
         known = () if limit is None else {record.id for record in data}
         least, most = (given or usual for given, usual in zip(pixels, RESIZE, strict=True))
+        if least > most:
+            raise ValueError(f"--min-pixels {least} is more than --max-pixels {most}")
         seen, answers = load_predictions(predictions, records, frame=frame, pixels=(least, most), known=known)
     else:
         assert model is not None

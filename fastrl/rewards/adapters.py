@@ -252,8 +252,8 @@ def compute_score(
     """verl's entry point for mixed tasks: set ``custom_reward_function`` to this file and this name.
 
     The task is ``extra_info["task"]``, else the part of ``data_source`` before the first "/" (``grounding/refcoco``).
-    ``options`` as in :func:`verl_score`. Only the weighted sum is returned, for verl wants
-    the same keys from every row of a batch.
+    ``options`` as in :func:`verl_score`. Only the weighted sum is returned, for verl wants the same keys from every
+    row of a batch.
     """
     from fastrl.rewards import reward_for
 

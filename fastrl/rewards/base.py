@@ -76,7 +76,7 @@ class Reward:
                 raise ValueError(f"{self.task} reward: " + unknown("component in 'weights':", name, self.parts))
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise ValueError(f"{self.task} reward: weight of {name!r} must be a finite number, got {weight!r}")
-        if isinstance(self.max_items, bool) or not isinstance(self.max_items, int) or self.max_items < 1:
+        if self.max_items < 1:
             raise ValueError(f"{self.task} reward: max_items must be a positive integer, got {self.max_items!r}")
 
     def _check_type(self, name: str, hint: Any) -> None:
@@ -84,7 +84,7 @@ class Reward:
         kinds = {float: (int | float, "a finite number"), int: (int, "a whole number"), bool: (bool, "true or false")}
         if hint in kinds:
             value, (kind, expected) = getattr(self, name), kinds[hint]
-            good = isinstance(value, kind) and isinstance(value, bool) == (hint is bool) and math.isfinite(value)
+            good = isinstance(value, kind) and isinstance(value, bool) == (hint is bool) and abs(value) < math.inf
             if not good:
                 raise ValueError(f"{self.task} reward: {name} must be {expected}, got {value!r}")
 

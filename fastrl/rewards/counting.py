@@ -91,7 +91,7 @@ class CountingReward(Reward):
         return result
 
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
-        return [read_points(answer, 1).parsable for answer in answers]
+        return [read_points(answer, self.max_items).parsable for answer in answers]
 
     def _points(self, read: Sequence[Parsed], records: Sequence[Record]) -> list[float]:
         predicted, truth = [], []

@@ -280,7 +280,7 @@ def _group_count(rewards: Tensor, ids: Tensor | None, size: int, n_groups: int |
     check_dtype("group", ids, (torch.int64, torch.int32))
     check_same_device(rewards=rewards, group=ids)
     if n_groups is None:
-        check(readable(ids), "n_groups: needed with group ids on a GPU (finding out would be a host read)")
+        check(ids.device.type == "cpu", "n_groups: needed with group ids on a GPU (finding out would be a host read)")
         return max(int(ids.max()) + 1, 0) if r else 0
     check_number("n_groups", n_groups, n_groups >= 0, "a count")
     check_ids("group", ids, n_groups)

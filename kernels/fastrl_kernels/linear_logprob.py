@@ -19,6 +19,7 @@ mathematics: ``_linear_logprob_tiles``; kernels: ``_linear_logprob_kernels``.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -310,5 +311,5 @@ def _check_arguments(
         check_dtype("lora A", lora_a, FLOATS)
         check_dtype("lora B", lora_b, FLOATS)
     check_number("softcap", softcap, softcap is None or 0 < softcap < math.inf, "a finite number > 0")
-    whole = isinstance(scratch_bytes, int) and scratch_bytes > 0
+    whole = isinstance(scratch_bytes, Integral) and scratch_bytes > 0
     check_number("scratch_bytes", scratch_bytes, whole, "a whole number > 0")

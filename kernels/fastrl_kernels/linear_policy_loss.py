@@ -20,6 +20,7 @@ for ``ratio="sequence"``: those rows are not independent.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -360,7 +361,7 @@ def linear_policy_loss(
     _check_options(clip_low, clip_high, dual_clip, beta, kl, kl_gradient, ratio, ref_logp)
     check_number("grad_scale", grad_scale, 0 < abs(grad_scale) < math.inf, "a finite number other than 0")
     check_number("softcap", softcap, softcap is None or 0 < softcap < math.inf, "a finite number > 0")
-    whole = isinstance(scratch_bytes, int) and scratch_bytes > 0
+    whole = isinstance(scratch_bytes, Integral) and scratch_bytes > 0
     check_number("scratch_bytes", scratch_bytes, whole, "a whole number > 0")
     per_row, value = row_temperature(temperature, target)
     weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden.dtype)

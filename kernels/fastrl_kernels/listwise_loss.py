@@ -16,7 +16,7 @@ reward that is not finite is an error on a CPU and makes its list NaN on a GPU; 
 
 Why it is fast: one program per list holds its K items in registers, walks over the K x K pairs a few rows at a time,
 and writes value and gradient in that one launch: no sort, no scan, no ``[B, K, K]`` tensor, no atomics, the same bits
-twice. The backward is one multiplication.
+twice (float64, which is eager, excepted). The backward is one multiplication.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _eager(
     r = torch.where(live, reward.double(), 0.0)
     if s.numel() == 0:
         return s.sum(1).to(out), s.to(out)
-    chunk = max(1, (1 << 21) // s.shape[1] ** 2)  # lists at a time: bounds the [chunk, K, K] tensors to 16 MiB each
+    chunk = max(1, (1 << 21) // s.shape[1] ** 2)  # lists at a time: bounds the tensors over pairs to 8 MiB each
     parts = zip(s.split(chunk), r.split(chunk), live.split(chunk), strict=True)
     done = [_listmle_eager(*part) if listmle else _perpo_eager(*part, gamma) for part in parts]
     spoilt = ~(s.isfinite() & r.isfinite()).all(1)
@@ -275,7 +275,7 @@ def _perpo_eager(s: Tensor, r: Tensor, live: Tensor, gamma: float) -> tuple[Tens
     decay = lead.abs().neg_().exp_()
     loss = (torch.log1p(decay).sub_(lead.clamp(max=0)).mul_(weight)).sum(0)
     pull = torch.where(lead >= 0, decay, 1.0).mul_(weight).div_(decay.add_(1))
-    grad = torch.zeros_like(s).index_add_(0, j, pull).index_add_(0, i, pull, alpha=-1)
+    grad = torch.zeros_like(s).index_add_(0, j, pull).index_add_(0, i, pull, alpha=-1)  # float64 on a GPU: atomics
     return loss, torch.empty_like(order, dtype=s.dtype).scatter_(1, order, grad.T)
 
 

@@ -34,7 +34,6 @@ from fastrl.answers import (
 
 QWEN2 = "<|object_ref_start|>The woman<|object_ref_end|><|box_start|>(157,459),(208,622)<|box_end|>"
 BOX = (157.0, 459.0, 208.0, 622.0)
-# A loaded machine must not fail a test: no time limits, here or by hypothesis itself.
 sides = st.integers(min_value=28, max_value=4000)
 views = st.builds(View, sides, sides, sides, sides)
 

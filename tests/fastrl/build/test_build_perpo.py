@@ -125,6 +125,11 @@ def test_a_build_does_not_go_on_with_other_options(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="no build"):
         build_lists(make_options("grounding", "m", SPEC), foreign, policy=policy)
     assert foreign.read_text() == "{}\n"
+    sound = json.loads(out.with_suffix(".summary.json").read_text())
+    for tally in ({}, {**sound["tally"], "unknown": 1}):
+        out.with_suffix(".summary.json").write_text(json.dumps({**sound, "tally": tally}))
+        with pytest.raises(ValueError, match=r"l\.jsonl: its summary holds no tally"):
+            build_lists(make_options("grounding", "m", SPEC, min_gap=0.5), out, policy=policy)
     for damaged in ("{", "{}", "[]", '{"options": 3}'):
         out.with_suffix(".summary.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"l\.summary\.json: not a build's summary .*remove it and l\.jsonl"):

@@ -215,3 +215,28 @@ def test_answers_to_records_that_are_left_out_are_passed_over(tmp_path: Path) ->
     coco = write(tmp_path, json.dumps(rows), name="r.json")
     some = records("7", task="detection", **BOX, categories=["dog"])
     assert len(json.loads(load_predictions(coco, some, known={"7", "8"}).answers[0])) == 1
+
+
+@pytest.mark.parametrize("frame", ["thousand", "original", "unit"])
+def test_what_was_said_of_a_file_goes_on_in_the_next(tmp_path: Path, frame: str) -> None:
+    """eval --predictions --frame --out: its file is read alike without a frame."""
+    (record,) = pictured("a")
+    box = from_original(record.target["box"], frame, View.unresized(640, 480))
+    path = write(tmp_path, json.dumps({"id": "a", "answer": str(list(box))}))
+    (seen,), (answer,) = load_predictions(path, [record], frame=frame)
+    again = write(tmp_path, json.dumps(row_of(seen, answer)), name="again.jsonl")
+    assert evaluate("grounding", *load_predictions(again, [record]))["mean_iou"] == pytest.approx(1.0)
+
+
+def test_auto_leaves_a_record_its_own_frame(tmp_path: Path) -> None:
+    (record,) = records("a")
+    path = write(tmp_path, json.dumps({"id": "a", "answer": "[100, 100, 500, 500]", "frame": "auto"}))
+    (seen,), _ = load_predictions(path, [replace(record, frame="thousand")])
+    assert seen.frame == "thousand"
+
+
+def test_a_picture_that_the_processor_refuses_is_named(tmp_path: Path) -> None:
+    record = replace(records("a")[0], views=(), images=(Image.new("RGB", (3000, 10)),))
+    path = write(tmp_path, json.dumps({"id": "a", "answer": "[1, 2, 3, 4]"}))
+    with pytest.raises(ValueError, match="a: .*aspect ratio"):
+        load_predictions(path, [record], frame="resized")

@@ -132,6 +132,7 @@ def test_a_box_with_its_corners_the_wrong_way_round_is_none() -> None:
     assert (found["points"], found["count"]) == ([0.0], [0.0])
     both = "<|box_start|>(60,60),(40,40)<|box_end|><|box_start|>(40,40),(60,60)<|box_end|>"
     assert reward_for("counting")([both], row)["points"] == [1.0]
+    assert reward_for("counting").readable([both, both[: len(both) // 2]], [row] * 2) == [True, False]
 
 
 @pytest.mark.parametrize(
