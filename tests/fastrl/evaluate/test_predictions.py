@@ -238,5 +238,5 @@ def test_auto_leaves_a_record_its_own_frame(tmp_path: Path) -> None:
 def test_a_picture_that_the_processor_refuses_is_named(tmp_path: Path) -> None:
     record = replace(records("a")[0], views=(), images=(Image.new("RGB", (3000, 10)),))
     path = write(tmp_path, json.dumps({"id": "a", "answer": "[1, 2, 3, 4]"}))
-    with pytest.raises(ValueError, match="a: .*aspect ratio"):
+    with pytest.raises(ValueError, match=r"a: .*aspect ratio"):
         load_predictions(path, [record], frame="resized")
