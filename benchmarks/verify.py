@@ -111,20 +111,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="demos whose 'method task' contains this")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/verify"), metavar="DIR", help="run folders [runs/verify]"
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folders [runs/verify, or a new one beside it]")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="[benchmarks/results/verify.json]")
     args = parser.parse_args(argv)
+    from fastrl.demo import fresh
+
     chosen = [(method, task) for method, task in jobs() if args.only in f"{method} {task or ''}"]
     if not chosen:
         parser.error(f"no demo matches {args.only!r}")
+    out = args.out if args.out is not None else fresh(Path("runs/verify"))
     results: list[dict[str, Any]] = []
     failed: list[str] = []
     for method, task in chosen:
         for seed in args.seeds:
             try:
-                results.append(run_demo(method, task, seed, args.out))
+                results.append(run_demo(method, task, seed, out))
             except RuntimeError as error:
                 failed.append(str(error))
     broken = broken_claims(results)

@@ -36,14 +36,14 @@ def run_demo(
     if method not in DEMOS:
         raise ValueError(unknown("demo", method, DEMOS))
     name = f"{method}-{task}" if task else method
-    out = out if out is not None else _fresh(Path("runs") / f"demo-{name}")
+    out = out if out is not None else fresh(Path("runs") / f"demo-{name}")
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ValueError(f"{out} is not empty, and a demo overwrites nothing: give another --out")
     return importlib.import_module(DEMOS[method]).run(task=task, out=out, seed=seed, say=say, **options)
 
 
-def _fresh(folder: Path) -> Path:
+def fresh(folder: Path) -> Path:
     """``folder``, or the first of ``folder-2``, ``folder-3``, … that does not exist: a demo overwrites nothing."""
     candidate, number = folder, 1
     while candidate.exists():

@@ -114,6 +114,11 @@ def eager_row_bytes(itemsize: int, softcap: bool) -> int:
     return (2 + softcap) * _EAGER_BLOCK * itemsize
 
 
+def _is_plain(options: TileOptions, rows: RowTerms) -> bool:
+    """Whether the distribution sees the logits as they are: each pass over a tile that is left out counts."""
+    return options.bias is None and options.softcap is None and bool((rows.inverse_temperature == 1).all())
+
+
 def _temper(s: Tensor, first: int, options: TileOptions, inverse_temperature: Tensor) -> Tensor | None:
     """Raw logits -> tempered logits, in place; returns tanh where there is a softcap."""
     tanh = None
@@ -133,23 +138,26 @@ def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: Row
         rest.zero_()
         weighted.zero_()
         z_target.fill_(math.nan)
+    plain = _is_plain(options, rows)
     for start in range(0, tile.shape[1], _EAGER_BLOCK):
-        z = tile[:, start : start + _EAGER_BLOCK].clone()
-        _temper(z, first_column + start, options, rows.inverse_temperature)
+        z = tile[:, start : start + _EAGER_BLOCK]
+        if not plain:
+            z = z.clone()
+            _temper(z, first_column + start, options, rows.inverse_temperature)
         column = rows.target - (first_column + start)
         here = (column >= 0) & (column < z.shape[1])
         found = z.gather(1, column.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
         z_target.copy_(torch.where(here, found, z_target))
-        z.clamp_(min=_LOWEST)  # NaN stays NaN
         block_top, owner = z.max(1)
+        block_top.clamp_(min=_LOWEST)  # NaN stays NaN
         new_top = torch.maximum(top, block_top)
-        z.sub_(block_top[:, None])
-        e = z.exp().scatter_(1, owner[:, None], 0)
+        z = z - block_top[:, None]
+        e = (z.exp_() if rows.entropy is None else z.exp()).scatter_(1, owner[:, None], 0)
         block_rest = e.sum(1)
         old_share, block_share = (top - new_top).exp(), (block_top - new_top).exp()
         if rows.entropy is not None:
             old = old_share * (weighted + (top - new_top) * (rest + 1))
-            block = block_share * (z.mul_(e).sum(1) + (block_top - new_top) * (block_rest + 1))
+            block = block_share * (z.clamp_(min=_LOWEST).mul_(e).sum(1) + (block_top - new_top) * (block_rest + 1))
             weighted.copy_(old + block)
         ahead = torch.where(block_top >= top, block_rest, rest)  # of the side that holds the maximum
         behind = torch.where(block_top >= top, (rest + 1) * old_share, (block_rest + 1) * block_share)
@@ -178,21 +186,24 @@ def _differentiate_eager(
     if grad_entropy is not None and rows.entropy is not None:
         nothing = (rows.target == options.ignore_index) | ((grad_logp == 0) & (grad_entropy == 0))
         at_target -= grad_entropy * rows.logp.exp() * (rows.logp + rows.entropy)
+    plain, some_nothing = _is_plain(options, rows), bool(nothing.any())
     for start in range(0, tile.shape[1], _EAGER_BLOCK):
         s = tile[:, start : start + _EAGER_BLOCK]
-        tanh = _temper(s, first_column + start, options, rows.inverse_temperature)
-        s.sub_(rows.lse[:, None]).clamp_(min=_LOWEST / 1e20)
-        p = s.exp()
+        tanh = None if plain else _temper(s, first_column + start, options, rows.inverse_temperature)
+        s.sub_(rows.lse[:, None])
         if grad_entropy is not None and rows.entropy is not None:
+            p = s.clamp_(min=_LOWEST / 1e20).exp()
             s.add_(rows.entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logp[:, None]).mul_(p).neg_()
         else:
-            torch.mul(p, -grad_logp[:, None], out=s)
+            s.exp_().mul_(-grad_logp[:, None])
         column = rows.target - (first_column + start)
         here = ((column >= 0) & (column < s.shape[1])).nonzero()[:, 0]
         s[here, column[here]] = at_target[here]
-        s.mul_(rows.inverse_temperature[:, None])
+        if not plain:
+            s.mul_(rows.inverse_temperature[:, None])
         if tanh is not None:
             s.mul_(tanh.square_().neg_().add_(1))
-        s.masked_fill_(nothing[:, None], 0)
+        if some_nothing:  # not by a product: whatever they hold
+            s.masked_fill_(nothing[:, None], 0)
         if out is not tile:
             out[:, start : start + _EAGER_BLOCK].copy_(s)

@@ -189,7 +189,7 @@ def linear_logprob(
     """Log-probability of each row's target under a linear head, without the logits.
 
     Differentiable in ``hidden``, ``weight``, ``bias`` and the LoRA matrices; only the gradients that are needed are
-    computed. Deterministic. Never synchronises a GPU, except in the backward with ``skip_zero_rows`` or float64.
+    computed. Deterministic. Never synchronises a GPU, except in float64, or in the backward with ``skip_zero_rows``.
 
     Args:
         hidden: [N, H] bf16, fp16, fp32 (or fp64), any strides.

@@ -41,12 +41,12 @@ def test_utr_trains_on_both_sets_of_the_same_clips(tmp_path: Path) -> None:
 
 
 def test_a_demo_never_overwrites_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastrl.demo import _fresh
+    from fastrl.demo import fresh
 
     monkeypatch.chdir(tmp_path)
-    assert _fresh(Path("runs/demo")) == Path("runs/demo")
+    assert fresh(Path("runs/demo")) == Path("runs/demo")
     Path("runs/demo").mkdir(parents=True)
-    assert _fresh(Path("runs/demo")) == Path("runs/demo-2")
+    assert fresh(Path("runs/demo")) == Path("runs/demo-2")
 
 
 def test_reper_reflects_trains_and_reflects_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
