@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastrl.models import prefix_attention
 from fastrl.models.flops import flop_counter, segment_attention_flops
 from fastrl_kernels._linear_logprob_driver import EAGER_ROWS, plan_tiles
-from fastrl_kernels._linear_logprob_tiles import eager_row_bytes
+from fastrl_kernels._linear_logprob_tiles import eager_block_bytes, eager_row_bytes
 
 GPU = "fastrl_plan_prefix", "fastrl_plan_flash_vision"  # of language and vision
 CPU = "fastrl_plan_cpu_prefix", "fastrl_plan_cpu_flash_vision"
@@ -97,7 +97,8 @@ class Ledger(TorchDispatchMode):
             n, vocabulary, self.scratch_bytes,
             per_element=size, per_row=per_row, per_column=per_column, row_limit=limit,
         )  # fmt: skip
-        eager = 0 if self.gpu else eager_row_bytes(size, False)
+        blocks = 0 if self.gpu or backward else 1 + (args[12] or args[8] != 1.0)
+        eager = blocks * eager_block_bytes(size, vocabulary)
         copied = width * size if cast or (backward and (self.gpu or rows is not None)) else 0
         found = tile.rows * (tile.stride * size + eager + copied) + tile.columns * per_column
         self.head_scratch = max(self.head_scratch, found)
@@ -106,7 +107,8 @@ class Ledger(TorchDispatchMode):
     def _row_local_scratch(self, hidden: Tensor, weight: Tensor) -> int:
         """Whole rows of logits, beside each row's state and its gradient, as many as the budget holds."""
         size = hidden.dtype.itemsize if self.gpu else 4
-        per_row = size * (weight.shape[0] + 2 * weight.shape[1]) + (0 if self.gpu else eager_row_bytes(size, False))
+        per_row = size * (weight.shape[0] + 2 * weight.shape[1])
+        per_row += 0 if self.gpu else eager_block_bytes(size, len(weight))
         rows = len(hidden) if self.gpu else min(len(hidden), EAGER_ROWS)
         found = min(self.scratch_bytes, rows * per_row)
         self.head_scratch = max(self.head_scratch, found)

@@ -110,8 +110,13 @@ def differentiate_tile(
 
 
 def eager_row_bytes(itemsize: int, softcap: bool) -> int:
-    """Bytes of temporaries per row that the torch path needs beside the tile."""
+    """Bytes of temporaries per row that the torch path needs beside the tile, at most."""
     return (2 + softcap) * _EAGER_BLOCK * itemsize
+
+
+def eager_block_bytes(itemsize: int, vocabulary: int) -> int:
+    """Bytes of one of them: the gradient makes none, folding makes one, and another for entropy or a temperature."""
+    return min(vocabulary, _EAGER_BLOCK) * itemsize
 
 
 def _is_plain(options: TileOptions, rows: RowTerms) -> bool:
