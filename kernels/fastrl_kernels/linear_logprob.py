@@ -228,7 +228,7 @@ def linear_logprob(
 def autocast_pair(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both as ``F.linear`` would take them under autocast, which leaves float64 alone."""
     kind = hidden.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which knows no meta device
         return hidden, weight
     dtype = torch.get_autocast_dtype(kind)
     hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))

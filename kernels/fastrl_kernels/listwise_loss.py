@@ -122,8 +122,8 @@ def listwise_kernel(
             total += tl.sum(weight, 0)
             loss += tl.sum(weight * softplus(-lead), 0)
             grad += tl.sum(-sign * weight * sigmoid(-lead), 0)
-    sound = (tl.abs(s_j) < float("inf")) & (tl.abs(r_j) < float("inf"))
-    spoilt = tl.max(tl.where(live_j & ~sound, 1, 0)) > 0
+    # NaN where a live number is not finite, else 0
+    poison = tl.sum(tl.where(live_j, (s_j - s_j) + (r_j - r_j), 0.0))
     if LISTMLE:
         value = tl.sum(loss)
         slope = grad - 1.0
@@ -132,9 +132,8 @@ def listwise_kernel(
         scale = tl.where(pairs > 0, 1.0 / tl.where(pairs > 0, pairs, 1.0), 0.0)
         value = tl.sum(loss) * scale
         slope = grad * (2.0 * scale)
-    tl.store(loss_ptr + tl.program_id(0), tl.where(spoilt, float("nan"), value))
-    slope = tl.where(spoilt, float("nan"), beta * slope)
-    tl.store(grad_ptr + first + j, tl.where(live_j, slope, 0.0), mask=j < k)
+    tl.store(loss_ptr + tl.program_id(0), value + poison)
+    tl.store(grad_ptr + first + j, tl.where(live_j, beta * slope + poison, 0.0), mask=j < k)
 
 
 @torch.library.custom_op("fastrl::listwise_loss", mutates_args=())
