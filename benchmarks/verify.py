@@ -114,11 +114,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folders [runs/verify, or a new one beside it]")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="[benchmarks/results/verify.json]")
     args = parser.parse_args(argv)
-    from fastrl.demo import fresh
-
     chosen = [(method, task) for method, task in jobs() if args.only in f"{method} {task or ''}"]
     if not chosen:
         parser.error(f"no demo matches {args.only!r}")
+    from fastrl.demo import fresh
+
     out = args.out if args.out is not None else fresh(Path("runs/verify"))
     results: list[dict[str, Any]] = []
     failed: list[str] = []

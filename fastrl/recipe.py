@@ -241,6 +241,11 @@ class Recipe(Section):
         return self
 
     @property
+    def scores_groups(self) -> bool:
+        """Whether the method learns from groups of answers which, unless the data brings them, the reward scores."""
+        return self.method.kind == "perception-r1" or hasattr(self.method, "online_every")
+
+    @property
     def folder(self) -> Path:
         """Where the run writes."""
         return Path(self.out) if self.out is not None else Path("runs") / self.name

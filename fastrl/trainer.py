@@ -417,8 +417,7 @@ def _load_records(recipe: Recipe) -> Sequence[Record]:
     from fastrl.data import load_data
     from fastrl.methods.rollouts import RecipeRewards
 
-    rewarded = recipe.method.kind == "perception-r1" or hasattr(recipe.method, "online_every")
-    misfit = RecipeRewards(recipe.reward).misfit if rewarded else None
+    misfit = RecipeRewards(recipe.reward).misfit if recipe.scores_groups else None
     return load_data(recipe.data_spec, skip_bad=recipe.data.skip_bad, misfit=misfit)
 
 

@@ -143,7 +143,7 @@ def workload_of(
     kind = recipe.method.kind
     dialogues = recipe.data.spec.startswith("reflection:")
     made = dialogues or recipe.data.spec.startswith("lists:")  # the data brings the answers
-    grouped = kind == "perception-r1" or hasattr(recipe.method, "online_every")
+    grouped = recipe.scores_groups
     group = recipe.rollout.group_size if grouped else 1
     if made:  # and some baselines learn from one or two of them
         group = min(group, {"sft": 1, "dpo": 2}.get(kind, group))

@@ -262,7 +262,7 @@ def _perpo_eager(s: Tensor, r: Tensor, live: Tensor, gamma: float) -> tuple[Tens
     order = r.argsort(dim=1, descending=True)
     r = 0.5 * r  # a difference may overflow
     s, r, live = (x.gather(1, order).T.contiguous() for x in (s, r, live))  # [K, B]: a pair takes two whole lines
-    i, j = torch.triu_indices(*[len(s)] * 2, offset=1, device=s.device)
+    i, j = torch.triu_indices(len(s), len(s), offset=1, device=s.device)
     gap = torch.where(live[i] & live[j], r[i] - r[j], 0.0)
     better = gap > 0
     widest = gap.amax(0) if len(i) else gap.sum(0)

@@ -62,6 +62,13 @@ def test_eval_of_predictions_prints_one_json_object(fastrl: Callable[..., Done],
     assert metrics["mean_iou"] == pytest.approx(0.75)
     assert metrics["acc@0.95"] == pytest.approx(0.75)
     assert len((tmp_path / "scored.jsonl").read_text().splitlines()) == 4
+    common = ("eval", "grounding", "--data", "scenes:grounding?n=4&seed=9", "--predictions", str(answers), "--json")
+    few = json.loads(fastrl(*common, "--limit", "2").stdout.splitlines()[-1])
+    assert (few["n"], few["mean_iou"]) == (2, pytest.approx(1.0))
+    small = json.loads(fastrl(*common, "--frame", "resized", "--max-pixels", "3136").stdout.splitlines()[-1])
+    assert small["mean_iou"] < 0.5  # they are not of pictures that were seen at 56 x 56
+    assert "go with --frame resized" in fastrl(*common, "--min-pixels", "3136").stderr
+    assert "is more than" in fastrl(*common, "--frame", "resized", "--min-pixels", "99999", "--max-pixels", "9").stderr
 
 
 @pytest.mark.parametrize(

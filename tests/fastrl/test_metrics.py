@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from fastrl.metrics import over_ranks
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastrl.metrics import over_ranks, sampler_gap
 
 
 def test_one_row_stands_for_all_ranks() -> None:
@@ -15,3 +21,13 @@ def test_one_row_stands_for_all_ranks() -> None:
         "step": 3, "loss": 2.0, "reward/max": 0.7, "reward/min": 0.0, "time/step": 3.0, "speed/tokens_per_s": 30.0,
     }  # fmt: skip
     assert over_ranks(rows[:1]) == rows[0]
+
+
+def test_tokens_that_were_not_evaluated_are_no_gap() -> None:
+    batch: Any = SimpleNamespace(per_token={"sampler_logp": torch.tensor([-1.0, -2.0, -3.0])})
+    gap = sampler_gap(torch.tensor([-1.5, torch.inf, -3.0]), batch)
+    assert gap["sampler/gap_mean"].item() == pytest.approx(0.25)
+    assert gap["sampler/gap_max"].item() == pytest.approx(0.5)
+    assert gap["sampler/ratio_mean"].item() == pytest.approx((torch.tensor(-0.5).exp().item() + 1) / 2)
+    none = sampler_gap(torch.full((3,), torch.inf), batch)
+    assert [none[f"sampler/{name}"].item() for name in ("gap_mean", "gap_max", "ratio_mean")] == [0.0, 0.0, 1.0]

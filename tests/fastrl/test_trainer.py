@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fastrl import checkpoint
 from fastrl.checkpoint import CheckpointError
 from fastrl.clock import PHASES
-from fastrl.data import Dataset, Problem
+from fastrl.data import DataError, Dataset, Problem
 from fastrl.methods import PerceptionR1
 from fastrl.metrics import Meter, MetricsLog, read_rows
 from fastrl.progress import Progress, printable
@@ -36,6 +37,30 @@ def test_a_run_says_what_it_skipped(tiny_folder: Folder, tmp_path: Path, capsys:
     data = Dataset(make_records(), left_out=[Problem("a.jsonl:3", "no object", "null box")])
     train(make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=1), records=data)
     assert "skipped 1 of 7 rows: no object 1" in capsys.readouterr().err
+
+
+def test_the_log_is_of_all_ranks(tiny_folder: Folder, tmp_path: Path) -> None:
+    run = Run(make_recipe(tiny_folder("qwen2_5"), tmp_path), records=make_records())
+    own: list[dict[str, Any]] = []
+
+    def gather(row: dict[str, Any]) -> list[dict[str, Any]]:
+        own.append(row)
+        return [row, {**row, "reward/mean": row["reward/mean"] + 1}]
+
+    run.engine.gather = gather  # type: ignore[method-assign]
+    row, _ = run.step(1)
+    assert row["reward/mean"] == pytest.approx(own[0]["reward/mean"] + 0.5)
+    assert row["step"] == 1
+
+
+@pytest.mark.parametrize("kind", ["perception-r1", "perpo", "dpo"])
+def test_rows_that_the_reward_cannot_score_are_bad_before_any_work(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "label": "cat", "count": 1, "points": p} for p in ([{"x": 1, "y": 2}], None)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"method": {"kind": kind}, "data__spec": f"pixmo:{tmp_path / 'p.jsonl'}"}
+    with pytest.raises(DataError, match=r"p\.jsonl:2: .*has only a count"):
+        train(make_recipe(tmp_path / "no model", tmp_path / "out", **changes), show=False)
 
 
 def test_run_writes_all_it_promises(tiny_folder: Folder, tmp_path: Path) -> None:
