@@ -19,7 +19,7 @@ demo: $(STAMP)
 
 test: $(STAMP) lint
 	$(BIN)/pytest -q $(PARALLEL)
-	TRITON_INTERPRET=1 $(BIN)/pytest -q $(PARALLEL) -m interpreter tests/kernels tests/fastrl/models tests/fastrl/test_rollout_ways.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -q $(PARALLEL) -m interpreter tests/kernels tests/fastrl/models tests/fastrl/rollout/test_decode.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(CHECKED)

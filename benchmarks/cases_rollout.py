@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.case import Case, Inputs, Run, dtype_for
 from fastrl.batch import ImageInput, Prompt
+from fastrl.models.attention.prefix import use_prefix_attention
 from fastrl.models.positions import mrope_positions
-from fastrl.models.prefix_attention import use_prefix_attention
 from fastrl.models.vision import unique_images, use_linear_patches, vision_features
 from fastrl.plan.configs import config_of
 from fastrl.rollout import Generator, Sampling

@@ -12,14 +12,14 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastrl.demo.claims import Claim
+    from fastrl.toy.demos.claims import Claim
 
 RESULTS = Path(__file__).parent / "results" / "verify.json"
 
 
 def jobs() -> list[tuple[str, str | None]]:
     """(method, task) of every demo; a demo with tasks lists them in its module's ``TASKS`` or ``METRICS``."""
-    from fastrl.demo import DEMOS
+    from fastrl.toy.demos import DEMOS
 
     return [
         (m, task) for m, name in DEMOS.items() for task in getattr(importlib.import_module(name), "METRICS", [None])
@@ -28,7 +28,7 @@ def jobs() -> list[tuple[str, str | None]]:
 
 def claim_of(method: str) -> Claim:
     """What the demo of ``method`` claims: its module's ``CLAIM``."""
-    from fastrl.demo import DEMOS
+    from fastrl.toy.demos import DEMOS
 
     return importlib.import_module(DEMOS[method]).CLAIM
 
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [(method, task) for method, task in jobs() if args.only in f"{method} {task or ''}"]
     if not chosen:
         parser.error(f"no demo matches {args.only!r}")
-    from fastrl.demo import fresh
+    from fastrl.toy.demos import fresh
 
     out = args.out if args.out is not None else fresh(Path("runs/verify"))
     results: list[dict[str, Any]] = []

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastrl.http import check_url
 from fastrl.methods import METHODS, MethodOptions
-from fastrl.transport import check_url
 
 SHIPPED = Path(__file__).parent / "recipes"
 # What other trainers call our keys, for whoever comes from there: the nearest spelling would mislead.

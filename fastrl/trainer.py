@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -14,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastrl import checkpoint
 from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
-from fastrl.checkpoint import RunState
 from fastrl.data.blank import BlankImages
-from fastrl.engine import Engine, NonFiniteError, StepInfo, make_engine
-from fastrl.interrupt import stop_signals
+from fastrl.data.stream import RecordStream
+from fastrl.engine.local import Engine, NonFiniteError, StepInfo, make_engine
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
-from fastrl.metrics import (
+from fastrl.recipe import Recipe
+from fastrl.run import checkpoint
+from fastrl.run.checkpoint import RunState
+from fastrl.run.folder import open_run_folder
+from fastrl.run.metrics import (
     Meter,
     MetricsLog,
     NoLog,
@@ -31,11 +32,9 @@ from fastrl.metrics import (
     sampler_gap,
     work_metrics,
 )
-from fastrl.profiling import profiled
-from fastrl.progress import Progress
-from fastrl.recipe import Recipe
-from fastrl.run_folder import open_run_folder
-from fastrl.stream import RecordStream
+from fastrl.run.profiling import profiled
+from fastrl.run.progress import Progress
+from fastrl.run.signals import stop_signals
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
@@ -82,7 +81,7 @@ def train(
         policy: the model, where it is not to be loaded from ``recipe.model``; it is trained in place.
         on_step: called with each step's row of metrics, after it is written.
         show: progress on stderr.
-        profile: write ``trace.json`` of a few steps into the recipe's folder (see ``fastrl.profiling``).
+        profile: write ``trace.json`` of a few steps into the recipe's folder (see ``fastrl.run.profiling``).
 
     Raises:
         CheckpointError: the folder holds a run and ``resume`` is off, or another process trains in it.
@@ -377,11 +376,11 @@ def _trains_vision(policy: Policy) -> bool:
 
 def load_model(recipe: Recipe) -> Policy:
     """The policy a recipe names."""
-    from fastrl.models.load import load_policy
+    from fastrl.models.open import open_policy
 
     model = recipe.model
-    return load_policy(
-        _model_folder(model.path),
+    return open_policy(
+        model.path,
         dtype=None if model.dtype == "auto" else getattr(torch, model.dtype),
         device=model.device,
         lora=model.lora.spec() if model.lora is not None else None,
@@ -392,25 +391,6 @@ def load_model(recipe: Recipe) -> Policy:
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,
     )
-
-
-def _model_folder(path: str) -> str:
-    """A local folder: itself, a shipped model (tiny:NAME), or a downloaded snapshot of a hub name (owner/name)."""
-    if path.startswith("tiny:"):
-        from fastrl.models import tiny
-
-        return str(tiny.resolve(path))
-    if Path(path).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-
-        return snapshot_download(path, local_files_only=True)
-    except (ImportError, FileNotFoundError):
-        raise FileNotFoundError(
-            f"model folder not found: {path}, and no downloaded snapshot of that name; "
-            f"get one with `hf download {path}`, or give a folder (model.path, --model DIR)"
-        ) from None
 
 
 def _load_records(recipe: Recipe) -> Sequence[Record]:

@@ -42,7 +42,7 @@ def test_the_wheel_holds_recipes_weights_and_both_packages(built: Path) -> None:
     assert {"fastrl/trainer.py", "fastrl_kernels/policy_loss.py"} <= names
     assert "fastrl/recipes/perception-r1-grounding-tiny.yaml" in names
     assert {"fastrl/py.typed", "fastrl_kernels/py.typed"} <= names
-    assert "fastrl/models/tiny/weights/perception/model.safetensors" in names
+    assert "fastrl/toy/weights/perception/model.safetensors" in names
     assert not [n for n in names if n.startswith(("tests/", "kernels/", "benchmarks/", "csrc/"))]
 
 
@@ -72,9 +72,9 @@ def test_the_wheel_works_outside_the_repository(built: Path, tmp_path: Path) -> 
     assert subprocess.run(install, capture_output=True, text=True).returncode == 0
     code = (
         "import sys, torch, fastrl_kernels as k, fastrl; "
-        "from fastrl.models import tiny; from fastrl.recipe import shipped_recipes; "
+        "from fastrl.models.open import resolve_model; from fastrl.recipe import shipped_recipes; "
         "assert fastrl.__file__.startswith(sys.argv[1]) and k.__file__.startswith(sys.argv[1]); "
-        "assert tiny.resolve('tiny:perception').is_dir() and shipped_recipes(); "
+        "assert resolve_model('tiny:perception').is_dir() and shipped_recipes(); "
         "assert k.group_advantage(torch.tensor([0.0, 1.0]), 2).advantage.tolist()[1] > 0"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}

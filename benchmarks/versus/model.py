@@ -42,8 +42,8 @@ def build_folder(size: str, folder: Path, device: torch.device) -> Path:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from fastrl.models.load import load_image_processor
+    from fastrl.models.open import resolve_model
     from fastrl.models.policy import quiet_progress
-    from fastrl.models.tiny import resolve
 
     if size not in SIZES:
         raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
@@ -58,7 +58,7 @@ def build_folder(size: str, folder: Path, device: torch.device) -> Path:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     with quiet_progress():
         model.save_pretrained(folder)
-    processor = load_image_processor(resolve("tiny:perception"), min_pixels=56 * 56, max_pixels=28 * 28 * 4096)
+    processor = load_image_processor(resolve_model("tiny:perception"), min_pixels=56 * 56, max_pixels=28 * 28 * 4096)
     processor.save_pretrained(folder)
     return folder
 
@@ -70,9 +70,9 @@ def _dtype(size: str) -> torch.dtype:
 def _tokenizer(vocabulary: int, folder: Path) -> Any:
     """The shipped tokenizer, filled up with tokens no text contains: every id a model can draw has a text."""
     from fastrl.models.load import load_tokenizer
-    from fastrl.models.tiny import resolve
+    from fastrl.models.open import resolve_model
 
-    load_tokenizer(resolve("tiny:perception")).save_pretrained(folder)
+    load_tokenizer(resolve_model("tiny:perception")).save_pretrained(folder)
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     words = content["model"]["vocab"]
@@ -85,15 +85,15 @@ def _tokenizer(vocabulary: int, folder: Path) -> Any:
 
 def small_config(tokenizer: Any) -> Any:
     """6.9 M parameters: 6 layers of width 256, a vision tower of 4 layers of width 160."""
-    from fastrl.models.tiny.build import model_config
+    from fastrl.toy.teach.build import model_config
 
     return model_config(tokenizer, hidden=256, layers=6, vision_hidden=160, vision_layers=4)
 
 
 def config_3b(tokenizer: Any) -> Any:
     """The sizes of Qwen2.5-VL-3B, with the special ids of ``tokenizer``."""
-    from fastrl.models.tiny.build import model_config
     from fastrl.plan.configs import config_of
+    from fastrl.toy.teach.build import model_config
 
     published = config_of("Qwen/Qwen2.5-VL-3B-Instruct")
     layers, depth = published["text_config"]["num_hidden_layers"], published["vision_config"]["depth"]

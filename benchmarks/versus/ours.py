@@ -12,7 +12,7 @@ import torch
 from benchmarks.versus.measure import Phases, Recorder, static_bytes
 from benchmarks.versus.work import Work, never_sampled
 from fastrl.data.records import Record
-from fastrl.engine import LocalEngine
+from fastrl.engine.local import LocalEngine
 from fastrl.recipe import Recipe, build_recipe
 from fastrl.rollout import Generator
 from fastrl.trainer import Run

@@ -20,13 +20,13 @@ import torch
 
 from fastrl.batch import PromptGroup
 from fastrl.build.portions import resume
-from fastrl.checkpoint import write_atomically
 from fastrl.data import load_data
 from fastrl.data.lists import list_row
-from fastrl.evaluate.run import open_policy
+from fastrl.methods.ranking import Ranking, rank_answers
+from fastrl.models.open import open_policy
 from fastrl.rewards import reward_for
 from fastrl.rewards.base import Reward, unknown
-from fastrl.rewards.ranking import Ranking, rank_answers
+from fastrl.run.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

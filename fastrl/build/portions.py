@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrl.checkpoint import write_atomically
+from fastrl.run.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -23,8 +23,8 @@ from fastrl.critics import Case, Critic, Critique, open_critic
 from fastrl.critics.feedback import request, rng_for
 from fastrl.data import load_data
 from fastrl.data.reflection import SpokenTurn, dialogue_row
-from fastrl.evaluate.run import open_policy
-from fastrl.metrics import question_of
+from fastrl.models.open import open_policy
+from fastrl.run.metrics import question_of
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

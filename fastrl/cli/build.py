@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastrl.terminal import Json, SkipBad, print_json, say
+from fastrl.cli.terminal import Json, SkipBad, print_json, say
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build training data from a model's own answers.")
 

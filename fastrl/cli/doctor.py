@@ -83,7 +83,7 @@ def kernel_path(name: str) -> str:
 
 def attention() -> dict[str, str]:
     """The way training's attention takes on the default device, and why; which variable-length library was found."""
-    from fastrl.models import varlen
+    from fastrl.models.attention import varlen
 
     cuda = torch.cuda.is_available()
     here, found = torch.device("cuda" if cuda else "cpu"), varlen.find()

@@ -15,9 +15,9 @@ if importlib.util.find_spec("typer") is None:  # the kernel library alone is ins
 
 import typer  # noqa: E402
 
-from fastrl.cli_build import app as build_app  # noqa: E402
+from fastrl.cli.build import app as build_app  # noqa: E402
+from fastrl.cli.terminal import Json, SkipBad, print_json, say  # noqa: E402
 from fastrl.data.records import PROMPTS  # noqa: E402
-from fastrl.terminal import Json, SkipBad, print_json, say  # noqa: E402
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +44,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a small model on generated scenes and show it before and after, in minutes on two CPU cores."""
-    from fastrl.demo import run_demo
+    from fastrl.toy.demos import run_demo
 
     result = run_demo(method, task=task, out=out, seed=seed, say=say)
     if as_json:
@@ -105,7 +105,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model, or answers from a file, with the papers' protocols."""
     if reflect is not None:
-        from fastrl.reflect import evaluate_reflection
+        from fastrl.evaluate.reflect import evaluate_reflection
 
         if task != "caption" or model is None or predictions is not None or blank_images:
             raise ValueError("--reflect goes with eval caption --model DIR, and neither predictions nor blank images")
@@ -189,7 +189,7 @@ def plan(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, device, the path every kernel takes here, and which optional libraries are usable."""
-    from fastrl.doctor import print_report, report
+    from fastrl.cli.doctor import print_report, report
 
     found = report()
     if as_json:
@@ -261,7 +261,7 @@ def reflect_command(
     as_json: Json = False,
 ) -> None:
     """Let a model answer, a critic score and explain, and the model answer again (RePer)."""
-    from fastrl.reflect import reflect_on_image
+    from fastrl.evaluate.reflect import reflect_on_image
 
     result = reflect_on_image(
         image,
@@ -295,7 +295,7 @@ def study(
 ) -> None:
     """Train with and without images, and print both before and after: does what was learned need the image?"""
     from fastrl.recipe import load_recipe
-    from fastrl.study import print_study, run_study
+    from fastrl.studies.blind import print_study, run_study
 
     changes = {"data.spec": data, "model.path": model}
     named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
@@ -318,10 +318,10 @@ def tiny_build(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
 ) -> None:
     """Build a small Qwen2.5-VL and teach it the scene tasks (25 minutes on one CPU core)."""
-    from fastrl.models import tiny
-    from fastrl.models.tiny.build import build
+    from fastrl.models.open import resolve_model
+    from fastrl.toy.teach.build import build
 
-    begin = tiny.resolve(start) if start is not None else None
+    begin = resolve_model(start) if start is not None else None
     build(
         kind,
         out,

@@ -48,7 +48,7 @@ def open_critic(spec: str, *, cache: Path | None = None) -> Critic:
         return RuleCritic(**chosen)
     if kind == "model":
         from fastrl.critics.model import ModelCritic
-        from fastrl.evaluate.run import open_policy
+        from fastrl.models.open import open_policy
 
         typed = _typed(spec, options, {"attempts": int, "max_new_tokens": int})
         return ModelCritic(open_policy(where), **typed)

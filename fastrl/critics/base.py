@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from fastrl.metrics import question_of
+from fastrl.run.metrics import question_of
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastrl.engine import NonFiniteError, StepInfo, deepspeed_available, lr_scale, parameter_groups
+from fastrl.engine.local import NonFiniteError, StepInfo, deepspeed_available, lr_scale, parameter_groups
 
 if TYPE_CHECKING:
     from fastrl.recipe import EngineRecipe, OptimRecipe
@@ -83,7 +83,7 @@ class DeepSpeedEngine:
         self._bare = engine.zero_stage == 0 and dtype != torch.bfloat16
         self._began = not torch.distributed.is_initialized()
         self._engine: Any
-        self._engine, *_ = deepspeed.initialize(
+        self._engine, *_ = deepspeed.initialize(  # pyright: ignore[reportAttributeAccessIssue]
             model=model, model_parameters=groups, config=deepspeed_config(optim, engine, dtype, self._device)
         )
         self._dist = torch.distributed

@@ -81,7 +81,7 @@ class Engine(Protocol):
 def make_engine(model: nn.Module, optim: OptimRecipe, engine: EngineRecipe) -> Engine:
     """The engine a recipe names, over the trainable parameters of ``model``."""
     if engine.kind == "deepspeed":
-        from fastrl.deepspeed_engine import DeepSpeedEngine
+        from fastrl.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, optim, engine)
     return LocalEngine(model, optim)
@@ -143,10 +143,10 @@ class LocalEngine:
     """One process, one device, AdamW.
 
     ``optim.states`` says where and how the moments live: ``fp32`` beside the weights, ``8bit`` (see
-    ``fastrl.optimizers``), or ``offload``: moments and the float32 weights stay on the host, gradients leave the device
-    as they are completed, and the host updates. ``optim.gradient_release`` updates each parameter within the backward,
-    as soon as its gradient is complete, and frees the gradient: with one micro-batch the gradients are never there all
-    at once.
+    ``fastrl.engine.optimizers``), or ``offload``: moments and the float32 weights stay on the host, gradients leave the
+    device as they are completed, and the host updates. ``optim.gradient_release`` updates each parameter within the
+    backward, as soon as its gradient is complete, and frees the gradient: with one micro-batch the gradients are never
+    there all at once.
     """
 
     rank = 0
@@ -178,7 +178,7 @@ class LocalEngine:
         optim = self.optim
         options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         if optim.states == "8bit":
-            from fastrl.optimizers import AdamW8bit as Kind
+            from fastrl.engine.optimizers import AdamW8bit as Kind
         else:
             Kind = torch.optim.AdamW
             options["fused"] = next(iter(self._parameters.values())).is_cuda

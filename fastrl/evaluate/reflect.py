@@ -182,7 +182,7 @@ def reflect_on_image(
     Raises:
         ValueError, FileNotFoundError: what was asked for cannot be used.
     """
-    from fastrl.evaluate.run import open_policy
+    from fastrl.models.open import open_policy
 
     if not image.is_file():
         raise FileNotFoundError(f"image not found: {image}")
@@ -217,10 +217,10 @@ def write_attention(policy: Policy, reflections: Sequence[Reflection], folder: P
     """Read where the answers of finished reflections looked, and write ``attention.json`` and ``attention.png``.
 
     Returns:
-        The summary of ``fastrl.attention.save_attention``; ``mean_mass`` is the share of attention on image tokens by
-        turn.
+        The summary of ``fastrl.models.attention.readout.save_attention``; ``mean_mass`` is the share of
+        attention on image tokens by turn.
     """
-    from fastrl.attention import read_attention, save_attention
+    from fastrl.models.attention.readout import read_attention, save_attention
 
     read = [(r.record, read_attention(policy, _spoken(r))) for r in reflections]
     return save_attention(read, folder)
@@ -254,7 +254,8 @@ def evaluate_reflection(
     """
     from fastrl.data import load_data
     from fastrl.evaluate import evaluate
-    from fastrl.evaluate.run import MAX_NEW_TOKENS, caption_similarity, open_policy
+    from fastrl.evaluate.run import MAX_NEW_TOKENS, caption_similarity
+    from fastrl.models.open import open_policy
 
     data = load_data(spec, skip_bad=skip_bad)
     records = data if limit is None else data[:limit]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +15,7 @@ from fastrl.data.blank import BlankImages
 from fastrl.data.records import Record
 from fastrl.evaluate import EVALUATIONS, evaluate, load_predictions
 from fastrl.evaluate.predictions import RESIZE, row_of
+from fastrl.models.open import open_policy
 from fastrl.rewards.base import unknown
 
 if TYPE_CHECKING:
@@ -34,14 +35,6 @@ MAX_NEW_TOKENS = {
     "qa": 64,
 }
 PORTION = 64  # prompts encoded and answered together; bounds the pixels held at once
-
-
-def open_policy(path: str, **options: Any) -> Policy:
-    """The policy in a folder, or a shipped one (``tiny:NAME``). ``options`` go to ``load_policy``."""
-    from fastrl.models import tiny
-    from fastrl.models.load import load_policy
-
-    return load_policy(tiny.resolve(path), **options)
 
 
 def sample_records(

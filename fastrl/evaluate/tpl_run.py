@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.build.portions import image_names
-from fastrl.checkpoint import write_atomically
 from fastrl.data import load_data, parse_spec
 from fastrl.data.records import Record
 from fastrl.data.rows import read_rows
 from fastrl.data.validate import find_image_folder
-from fastrl.evaluate.run import open_policy
 from fastrl.evaluate.tpl import TemporalPerplexity, check_choices, temporal_perplexity
+from fastrl.models.open import open_policy
+from fastrl.run.checkpoint import write_atomically
 
 
 @dataclass(frozen=True)

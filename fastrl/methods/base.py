@@ -18,11 +18,11 @@ from fastrl_kernels.token_weights import token_weights
 if TYPE_CHECKING:
     from fastrl.batch import PackedBatch, PromptGroup
     from fastrl.data.records import Record
+    from fastrl.data.stream import RecordStream
     from fastrl.models.load import Policy
     from fastrl.recipe import RewardRecipe, RolloutRecipe
     from fastrl.rollout import Generator
     from fastrl.rollout.vllm import VllmGenerator
-    from fastrl.stream import RecordStream
 
 
 class MethodOptions(BaseModel):

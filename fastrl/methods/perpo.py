@@ -29,8 +29,8 @@ from torch import Tensor
 from fastrl.batch import Completion, PackedBatch, PromptGroup
 from fastrl.data.lists import ranked_list
 from fastrl.methods.base import Context, MethodOptions, Prepared, likelihood_loss, set_token_weights
+from fastrl.methods.ranking import rank_answers
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
-from fastrl.rewards.ranking import rank_answers
 from fastrl_kernels.listwise_loss import listwise_loss
 
 if TYPE_CHECKING:

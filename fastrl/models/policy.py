@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastrl.answers import STYLE_FRAME
 from fastrl.batch import Completion, ImageInput, PackedBatch, Prompt
+from fastrl.models.attention.prefix import use_prefix_attention
 from fastrl.models.encoding import Encoder
 from fastrl.models.lora import Lora, add_lora, merged_state_dict
-from fastrl.models.prefix_attention import use_prefix_attention
 from fastrl.models.vision import ImagePreprocessor, unique_images, use_linear_patches, vision_features
 
 if TYPE_CHECKING:

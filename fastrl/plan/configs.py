@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastrl.models.open import resolve_model
 from fastrl.models.policy import STYLES
 
 _IMAGE = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -64,10 +65,7 @@ def config_of(path: str) -> dict[str, Any]:
         FileNotFoundError: no such folder and no published model of that name.
         ValueError: a model type that is not supported.
     """
-    from fastrl.models import tiny
-
-    folder = tiny.resolve(path)
-    file = folder / "config.json"
+    file = _folder(path) / "config.json"
     if file.is_file():
         values = json.loads(file.read_text(encoding="utf-8"))
     elif str(path) in PUBLISHED:
@@ -85,16 +83,22 @@ def config_of(path: str) -> dict[str, Any]:
 
 def image_limit(path: str) -> int | None:
     """Largest image area in pixels that a folder's own preprocessor allows; None where there is none to read."""
-    from fastrl.models import tiny
-
     for name in ("preprocessor_config.json", "processor_config.json"):
-        file = tiny.resolve(path) / name
+        file = _folder(path) / name
         if file.is_file():
             values = json.loads(file.read_text(encoding="utf-8"))
             values = values.get("image_processor", values)
             found = values.get("max_pixels") or (values.get("size") or {}).get("longest_edge")
             return int(found) if found else None
     return None
+
+
+def _folder(path: str | Path) -> Path:
+    """The model's folder, or ``path`` itself where there is none: a published name needs no folder."""
+    try:
+        return resolve_model(path)
+    except FileNotFoundError:
+        return Path(path)
 
 
 def is_published(path: str | Path) -> bool:

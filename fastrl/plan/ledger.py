@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
 
-from fastrl.models import prefix_attention
+from fastrl.models.attention import prefix as prefix_attention
 from fastrl.models.flops import flop_counter, segment_attention_flops
 from fastrl_kernels._linear_logprob_driver import EAGER_ROWS, plan_tiles
 from fastrl_kernels._linear_logprob_tiles import eager_block_bytes, eager_row_bytes

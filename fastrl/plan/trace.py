@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.batch import PackedBatch
+from fastrl.engine.optimizers import CHUNK
+from fastrl.models.attention.prefix import use_prefix_attention
 from fastrl.models.load import model_class, use_checkpointing
 from fastrl.models.lora import add_lora, freeze
 from fastrl.models.policy import keyed_features, predicted_states
-from fastrl.models.prefix_attention import use_prefix_attention
 from fastrl.models.vision import use_linear_patches
-from fastrl.optimizers import CHUNK
 from fastrl.plan.ledger import Ledger, planned_attention
 from fastrl.recipe import ModelRecipe
 

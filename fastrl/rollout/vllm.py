@@ -21,10 +21,10 @@ import torch
 
 from fastrl.batch import Completion, Prompt
 from fastrl.clock import Clock
+from fastrl.http import Passing, Refused, Stopped, Transport, check_url, data_url
 from fastrl.rollout.generator import copy_completion, rows_per_prompt
 from fastrl.rollout.sampler import Sampling
 from fastrl.rollout.vllm_weights import RolloutError, ServerWeights
-from fastrl.transport import Passing, Refused, Stopped, Transport, check_url, data_url
 
 MAX_BYTES = 1 << 28  # of a reply: a token with its log-prob takes about 100
 FORBID = -100.0  # the least bias the API takes: a factor of e^-100 on a token's odds

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastrl.transport import Passing, Refused
+from fastrl.http import Passing, Refused
 
 
 class RolloutError(RuntimeError):

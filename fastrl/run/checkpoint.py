@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from fastrl.engine import Engine
+    from fastrl.data.stream import RecordStream
+    from fastrl.engine.local import Engine
     from fastrl.models.load import Policy
-    from fastrl.stream import RecordStream
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastrl import checkpoint
-from fastrl.checkpoint import CheckpointError
 from fastrl.recipe import Recipe, build_recipe, differences
+from fastrl.run import checkpoint
+from fastrl.run.checkpoint import CheckpointError
 
 
 def open_run_folder(recipe: Recipe, resume: bool, writes: bool) -> Path | None:

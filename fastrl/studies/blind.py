@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrl.checkpoint import CheckpointError
 from fastrl.data import load_data
 from fastrl.data.blank import BlankImages
 from fastrl.evaluate import EVALUATIONS, evaluate
 from fastrl.evaluate.run import MAX_NEW_TOKENS, sample_records
 from fastrl.recipe import Recipe, build_recipe
 from fastrl.rewards.base import unknown
+from fastrl.run.checkpoint import CheckpointError
 from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:

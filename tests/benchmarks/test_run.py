@@ -173,13 +173,13 @@ def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
 
 
 def test_every_demo_makes_a_claim() -> None:
-    from fastrl.demo import DEMOS
+    from fastrl.toy.demos import DEMOS
 
     assert all(verify.claim_of(method).checks for method in DEMOS)
 
 
 def test_verify_knows_every_demo() -> None:
-    from fastrl.demo import DEMOS
+    from fastrl.toy.demos import DEMOS
 
     assert {method for method, _ in verify.jobs()} == set(DEMOS)
     assert ("perception-r1", "counting") in verify.jobs()

@@ -12,8 +12,7 @@ import pytest
 
 from fastrl.clock import PHASES, Clock
 from fastrl.trainer import train
-
-from .training import make_recipe, make_records
+from tests.helpers.training import make_recipe, make_records
 
 
 def test_a_phase_inside_another_is_taken_out_of_it() -> None:

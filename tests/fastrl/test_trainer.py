@@ -14,17 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fastrl import checkpoint
-from fastrl.checkpoint import CheckpointError
 from fastrl.clock import PHASES
 from fastrl.data import DataError, Dataset, Problem
 from fastrl.methods import PerceptionR1
-from fastrl.metrics import Meter, MetricsLog, read_rows
-from fastrl.progress import Progress, printable
 from fastrl.recipe import load_recipe
+from fastrl.run import checkpoint
+from fastrl.run.checkpoint import CheckpointError
+from fastrl.run.metrics import Meter, MetricsLog, read_rows
+from fastrl.run.progress import Progress, printable
 from fastrl.trainer import Run, TrainingError, load_model, train
-
-from .training import make_recipe, make_records, steady_rows
+from tests.helpers.training import make_recipe, make_records, steady_rows
 
 Folder = Callable[[str], Path]
 

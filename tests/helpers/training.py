@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 
 from fastrl.data.records import Record
-from fastrl.metrics import VOLATILE, read_rows
 from fastrl.recipe import Recipe, build_recipe
+from fastrl.run.metrics import VOLATILE, read_rows
 
 TEXT = "the quick brown fox jumps over the lazy dog 0123456789 (),.:;-"
 

@@ -7,7 +7,7 @@ sees across groups. Two paths with one meaning:
   then its completions as padded blocks of similar length.
 - GPU: one variable-length call per layer over the whole row; a completion's keys are gathered as [prompt, own].
 
-``fastrl.models.varlen`` says which path a call takes, and why.
+``fastrl.models.attention.varlen`` says which path a call takes, and why.
 
 Calls without segments (a model's own ``generate``) fall through to transformers' attention. The vision tower makes one
 call per layer over the images' or windows' lengths; transformers makes that single call only for a name that contains
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl.models import varlen
-from fastrl.models.varlen import VarlenCall
+from fastrl.models.attention import varlen
+from fastrl.models.attention.varlen import VarlenCall
 from fastrl.segments import CompletionBlock, Segments, Span, VarlenTables
 
 LANGUAGE = "fastrl_prefix"

@@ -9,10 +9,10 @@ from typing import Any
 from fastrl.rewards.base import unknown
 
 DEMOS = {
-    "perception-r1": "fastrl.demo.perception_r1",
-    "perpo": "fastrl.demo.perpo",
-    "reper": "fastrl.demo.reper",
-    "utr": "fastrl.demo.utr",
+    "perception-r1": "fastrl.toy.demos.perception_r1",
+    "perpo": "fastrl.toy.demos.perpo",
+    "reper": "fastrl.toy.demos.reper",
+    "utr": "fastrl.toy.demos.utr",
 }
 
 

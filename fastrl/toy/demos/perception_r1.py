@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.data import load_data
-from fastrl.demo.claims import Claim, rises
-from fastrl.demo.scenes import scenes_like
 from fastrl.evaluate.run import sample_records
 from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
 from fastrl.rewards.base import unknown
+from fastrl.toy.demos.claims import Claim, rises
+from fastrl.toy.demos.scenes import scenes_like
 from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastrl.build.perpo import build_lists, make_options
 from fastrl.data import load_data
-from fastrl.demo.claims import Claim, rises_beyond_spread
-from fastrl.demo.scenes import scenes_like
 from fastrl.evaluate.refcoco import evaluate_grounding
-from fastrl.evaluate.run import open_policy, sample_records
+from fastrl.evaluate.run import sample_records
+from fastrl.models.open import open_policy
 from fastrl.recipe import Recipe, load_recipe
 from fastrl.rewards.base import unknown
+from fastrl.toy.demos.claims import Claim, rises_beyond_spread
+from fastrl.toy.demos.scenes import scenes_like
 from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:

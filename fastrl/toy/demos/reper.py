@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from fastrl.build.reper import BuildOptions, build_dialogues
 from fastrl.critics import RuleCritic
 from fastrl.data import load_data
-from fastrl.demo.claims import Claim, falls, rises
-from fastrl.demo.scenes import HELD_OUT_SEED
 from fastrl.evaluate.caption import evaluate_caption
+from fastrl.evaluate.reflect import reflect
 from fastrl.recipe import load_recipe
-from fastrl.reflect import reflect
 from fastrl.rewards.base import unknown
+from fastrl.toy.demos.claims import Claim, falls, rises
+from fastrl.toy.demos.scenes import HELD_OUT_SEED
 from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:

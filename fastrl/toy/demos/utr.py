@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastrl.build.utr import BuildOptions, build_dialogues
 from fastrl.data import load_data
-from fastrl.demo.claims import Check, Claim, Result, rises
-from fastrl.demo.scenes import scenes_like
 from fastrl.evaluate.run import sample_records
 from fastrl.evaluate.tpl import temporal_perplexity
 from fastrl.evaluate.trajectory import evaluate_trajectory
 from fastrl.recipe import load_recipe
 from fastrl.rewards.base import unknown
+from fastrl.toy.demos.claims import Check, Claim, Result, rises
+from fastrl.toy.demos.scenes import scenes_like
 from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ from fastrl.answers import View, format_answer
 from fastrl.data.records import Record
 from fastrl.data.scenes import tasks
 from fastrl.data.scenes.world import LEVELS
-from fastrl.models.tiny.clip_lessons import frame_of_step
-from fastrl.models.tiny.curriculum import CURRICULA, Row, RowMaker
-from fastrl.models.tiny.optim import make_optimizers, schedule
-from fastrl.models.tiny.tokenizer import train_tokenizer
-from fastrl.models.tiny.transfer import coordinate_twins, take_over
+from fastrl.toy.teach.clip_lessons import frame_of_step
+from fastrl.toy.teach.curriculum import CURRICULA, Row, RowMaker
+from fastrl.toy.teach.optim import make_optimizers, schedule
+from fastrl.toy.teach.tokenizer import train_tokenizer
+from fastrl.toy.teach.transfer import coordinate_twins, take_over
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration

@@ -17,8 +17,8 @@ from fastrl.data.records import Record
 from fastrl.data.reflection import SpokenTurn, dialogue_messages
 from fastrl.data.scenes import tasks
 from fastrl.data.scenes.world import sample_scene
-from fastrl.models.tiny.clip_lessons import clip_questions
-from fastrl.models.tiny.dialogues import dialogue_record
+from fastrl.toy.teach.clip_lessons import clip_questions
+from fastrl.toy.teach.dialogues import dialogue_record
 
 MAKERS = {**tasks.MAKERS, "dialogue": dialogue_record}
 

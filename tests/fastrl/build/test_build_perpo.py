@@ -16,8 +16,8 @@ from fastrl.build import perpo
 from fastrl.build.perpo import BuildOptions, build_lists, list_reward, make_options
 from fastrl.data import DataError, load_data
 from fastrl.data.records import Record
+from fastrl.methods.ranking import rank_answers
 from fastrl.recipe import load_recipe
-from fastrl.rewards.ranking import rank_answers
 from fastrl.trainer import train
 
 SPEC = "scenes:grounding?n=10&seed=3&difficulty=1"

@@ -17,8 +17,8 @@ from fastrl.critics import RuleCritic
 from fastrl.data import load_data
 from fastrl.data.records import Record, question
 from fastrl.data.reflection import dialogue_of
+from fastrl.evaluate.reflect import evaluate_reflection
 from fastrl.recipe import load_recipe
-from fastrl.reflect import evaluate_reflection
 from fastrl.trainer import train
 
 

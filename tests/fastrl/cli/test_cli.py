@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrl import doctor
-from fastrl.cli import main
+from fastrl.cli import doctor
+from fastrl.cli.main import main
 
 
 @dataclass

@@ -15,8 +15,8 @@ import pytest
 from fastrl.critics import Case, CriticError
 from fastrl.critics.http import HttpCritic
 from fastrl.data import load_data
+from fastrl.evaluate.reflect import reflect
 from fastrl.models.load import load_policy
-from fastrl.reflect import reflect
 
 RECORD = load_data("scenes:caption?n=1&seed=4")[0]
 GOOD = '{"score": 8, "reason": "fine"}'

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.data.records import Record
-from fastrl.stream import RecordStream
+from fastrl.data.stream import RecordStream
 
 
 def records(n: int, prefix: str = "") -> list[Record]:

@@ -17,16 +17,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastrl.engine import LocalEngine, deepspeed_available
-from fastrl.metrics import read_rows
+from fastrl.engine.local import LocalEngine, deepspeed_available
 from fastrl.recipe import OptimRecipe
+from fastrl.run.metrics import read_rows
 
 pytestmark = pytest.mark.skipif(not deepspeed_available(), reason="DeepSpeed is not installed")
 
 UPDATES = """
 import json, sys, torch
 from torch import nn
-from fastrl.engine import NonFiniteError, make_engine
+from fastrl.engine.local import NonFiniteError, make_engine
 from fastrl.recipe import EngineRecipe, OptimRecipe
 
 torch.manual_seed(0)
@@ -55,7 +55,7 @@ RUN = """
 import sys
 from pathlib import Path
 from fastrl.trainer import train
-from tests.fastrl.training import make_records, make_recipe
+from tests.helpers.training import make_records, make_recipe
 
 model, out, steps, resume, lora = sys.argv[1:6]
 changes = {"optim__steps": int(steps), "engine": {"kind": "deepspeed", "zero_stage": 2}, "data__prompts_per_step": 1}
@@ -72,7 +72,7 @@ def launch(code: str, *arguments: Any, folder: Path) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    repo = Path(__file__).resolve().parents[2]
+    repo = Path(__file__).resolve().parents[3]
     path = os.pathsep.join([str(repo), str(repo / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [

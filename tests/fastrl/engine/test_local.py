@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastrl.engine import LocalEngine, NonFiniteError, lr_scale, make_engine, parameter_groups
+from fastrl.engine.local import LocalEngine, NonFiniteError, lr_scale, make_engine, parameter_groups
 from fastrl.recipe import EngineRecipe, OptimRecipe
 
 
@@ -156,7 +156,7 @@ def test_loading_into_another_model_names_the_difference(tmp_path: Path) -> None
 
 
 def test_deepspeed_missing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastrl.deepspeed_engine as module
+    import fastrl.engine.deepspeed as module
 
     monkeypatch.setattr(module, "deepspeed_available", lambda: False)
     with pytest.raises(ValueError, match=r"fastrl\[distributed\]"):
@@ -164,7 +164,7 @@ def test_deepspeed_missing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_deepspeed_without_a_launcher_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastrl.deepspeed_engine as module
+    import fastrl.engine.deepspeed as module
 
     monkeypatch.setattr(module, "deepspeed_available", lambda: True)
     monkeypatch.delenv("RANK", raising=False)

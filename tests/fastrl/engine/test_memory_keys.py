@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.batch import Completion, PackedBatch, Prompt, PromptGroup, pack_row
-from fastrl.engine import LocalEngine, NonFiniteError
+from fastrl.engine.local import LocalEngine, NonFiniteError
+from fastrl.engine.optimizers import BLOCK, AdamW8bit, decode, encode
 from fastrl.models import load_policy, offload
-from fastrl.optimizers import BLOCK, AdamW8bit, decode, encode
 from fastrl.recipe import OptimRecipe, RecipeError
 from fastrl.trainer import Run, TrainingError, train
-
-from .test_plan_counted import counted_peak
-from .training import make_recipe, make_records
+from tests.fastrl.plan.test_plan_counted import counted_peak
+from tests.helpers.training import make_recipe, make_records
 
 
 def optim(**values: Any) -> OptimRecipe:

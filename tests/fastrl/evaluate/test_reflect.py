@@ -15,8 +15,8 @@ from PIL import Image
 from fastrl.critics import Case, CriticError, Critique
 from fastrl.data import load_data
 from fastrl.data.reflection import SpokenTurn, dialogue_messages
+from fastrl.evaluate.reflect import evaluate_reflection, reflect, reflect_on_image
 from fastrl.models.load import Policy, load_policy
-from fastrl.reflect import evaluate_reflection, reflect, reflect_on_image
 from fastrl.rollout import Generator, Sampling
 
 RECORDS = load_data("scenes:caption?n=3&seed=6")

@@ -7,9 +7,9 @@ from statistics import fmean
 import pytest
 
 from fastrl.data import load_data
-from fastrl.evaluate.run import open_policy
 from fastrl.evaluate.tpl import TemporalPerplexity, temporal_perplexity
 from fastrl.models import Policy
+from fastrl.models.open import open_policy
 
 
 @pytest.fixture(scope="module")

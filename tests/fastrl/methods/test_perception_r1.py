@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fastrl.batch import Completion, PackedBatch, Prompt, PromptGroup, pack, pack_row
 from fastrl.data.records import Record
+from fastrl.data.stream import RecordStream
 from fastrl.methods.base import Context, set_token_weights
 from fastrl.methods.perception_r1 import PerceptionR1, PerceptionR1Options, grpo_loss
 from fastrl.recipe import RewardRecipe, RolloutRecipe
-from fastrl.stream import RecordStream
 
 
 def text_group(lengths: Sequence[int], advantages: Sequence[float], *, finished: Sequence[bool] = ()) -> PromptGroup:
@@ -204,7 +204,7 @@ def test_pain_13_resampling_fills_the_step_and_counts_everything() -> None:
     counts = {k.removeprefix("groups/"): v for k, v in prepared.metrics.items()}
     assert counts == {"sampled": 4.0, "zero_variance": 2.0, "kept": 2.0, "resample_rounds": 2.0}
     assert method.context.stream.consumed == 4
-    from fastrl.metrics import group_metrics
+    from fastrl.run.metrics import group_metrics
 
     assert group_metrics(prepared.sampled)["reward/mean"] == pytest.approx((2 + 1 + 2 + 0.6) / 8)  # not only the kept
 

@@ -14,20 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrl import checkpoint
 from fastrl.batch import Completion, PackedBatch, Prompt, PromptGroup, pack, pack_row
 from fastrl.data import load_data
 from fastrl.data.lists import RankedList
 from fastrl.data.records import Record
-from fastrl.engine import parameter_groups
+from fastrl.data.stream import RecordStream
+from fastrl.engine.local import parameter_groups
 from fastrl.methods import Context, method_for
 from fastrl.methods.perpo import PerPO, PerPOOptions, preference_loss
 from fastrl.models.load import Policy, load_policy
 from fastrl.recipe import RewardRecipe, RolloutRecipe, load_recipe
-from fastrl.stream import RecordStream
+from fastrl.run import checkpoint
 from fastrl.trainer import Run, train
-
-from .training import TEXT, make_recipe, make_records, steady_rows
+from tests.helpers.training import TEXT, make_recipe, make_records, steady_rows
 
 Folder = Callable[[str], Path]
 KINDS = ("perpo", "lipo", "listmle", "dpo", "sft")

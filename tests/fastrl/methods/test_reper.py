@@ -25,8 +25,7 @@ from fastrl.methods.perpo import PerPO, PerPOOptions
 from fastrl.methods.reper import RePer, RePerOptions, reflective_loss, set_turn_weights
 from fastrl.models.load import Policy, load_policy
 from fastrl.recipe import RewardRecipe, load_recipe
-
-from .training import make_recipe, steady_rows
+from tests.helpers.training import make_recipe, steady_rows
 
 
 def make(**options: Any) -> RePerOptions:

@@ -10,8 +10,7 @@ import torch
 
 from fastrl.recipe import RecipeError, load_recipe
 from fastrl.trainer import Run
-
-from .training import make_recipe, make_records
+from tests.helpers.training import make_recipe, make_records
 
 Folder = Callable[[str], Path]
 

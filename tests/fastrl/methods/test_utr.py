@@ -19,8 +19,7 @@ from fastrl.methods.utr import UTR, UTROptions
 from fastrl.models.load import Policy, load_policy
 from fastrl.recipe import RecipeError, load_recipe
 from fastrl.trainer import Run, train
-
-from .training import make_recipe, steady_rows
+from tests.helpers.training import make_recipe, steady_rows
 
 
 @pytest.fixture(scope="module")

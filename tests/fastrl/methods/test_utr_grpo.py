@@ -12,12 +12,11 @@ import torch
 from fastrl.answers import Track, View, format_tracks
 from fastrl.batch import Completion, PromptGroup, pack_row
 from fastrl.data import load_data
-from fastrl.metrics import read_rows
 from fastrl.recipe import load_recipe
 from fastrl.rollout import Generator
+from fastrl.run.metrics import read_rows
 from fastrl.trainer import train
-
-from .training import make_recipe
+from tests.helpers.training import make_recipe
 
 Folder = Callable[[str], Path]
 

@@ -18,8 +18,7 @@ from fastrl.models import Policy, load_policy
 from fastrl.models.liger import MERGED, THREE_AXES, _replacement, _with_rope, drop_liger, use_liger
 from fastrl.rollout import Generator, Sampling
 from fastrl.trainer import load_model
-
-from ..training import make_recipe
+from tests.helpers.training import make_recipe
 
 
 @pytest.fixture(params=["qwen2_5", "qwen2"])

@@ -12,12 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastrl.data.stream import RecordStream
 from fastrl.models.load import load_image_processor
 from fastrl.models.vision import ImagePreprocessor
-from fastrl.stream import RecordStream
 from fastrl.trainer import train
-
-from .training import make_recipe, make_records, steady_rows
+from tests.helpers.training import make_recipe, make_records, steady_rows
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastrl.cli import main
+from fastrl.cli.main import main
 from fastrl.plan import advise, gpu_named, make_plan, plan_text, plan_values
 from fastrl.plan.configs import PUBLISHED, config_of
 from fastrl.plan.hardware import GIB, Gpu

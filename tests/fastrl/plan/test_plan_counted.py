@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastrl.batch import ImageInput, PackedBatch, Prompt
-from fastrl.engine import LocalEngine
+from fastrl.engine.local import LocalEngine
 from fastrl.models import load_policy
 from fastrl.models.flops import flop_counter
 from fastrl.models.positions import mrope_positions
@@ -23,8 +23,7 @@ from fastrl.plan.workload import Workload, packed
 from fastrl.recipe import LoraRecipe, ModelRecipe, OptimRecipe, load_recipe
 from fastrl.rollout import Generator, Sampling
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
-
-from .conftest import build_folder
+from tests.fastrl.conftest import build_folder
 
 WITHIN = 0.10
 

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastrl.engine import LocalEngine
+from fastrl.engine.local import LocalEngine
 from fastrl.models import load_policy
 from fastrl.plan.estimate import count_model
 from fastrl.plan.trace import meta_model, trace_batch
 from fastrl.plan.workload import packed
 from fastrl.recipe import LoraRecipe, ModelRecipe, OptimRecipe
-
-from .conftest import build_folder
+from tests.fastrl.conftest import build_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 WITHIN = 0.10

@@ -19,8 +19,7 @@ from fastrl.rollout import Sampling
 from fastrl.rollout.cache import PromptCache, rollout_mode
 from fastrl.rollout.decode import Decode, Start
 from fastrl_kernels._common import interpreting
-
-from .conftest import build_config, build_tokenizer
+from tests.fastrl.conftest import build_config, build_tokenizer
 
 LAUNCHES = {  # of a layer in a decode step; everything else in it is a view
     "aten.addmm.default": 3,  # queries, keys, values

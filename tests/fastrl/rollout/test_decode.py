@@ -15,9 +15,8 @@ from fastrl.rollout import Generator, Sampling, decode, generator, graphs
 from fastrl.rollout.cache import PromptCache, RowCache
 from fastrl.rollout.decode import Decode, way_for
 from fastrl.rollout.layers import DecodeLayers
-
-from .rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
-from .tape import stand_in
+from tests.helpers.rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
+from tests.helpers.tape import stand_in
 
 
 @pytest.fixture(params=STYLES)

@@ -12,8 +12,7 @@ from fastrl.batch import Prompt
 from fastrl.models.load import load_policy
 from fastrl.rollout import Generator, Sampling, Session
 from fastrl.rollout.layers import DecodeLayers
-
-from .rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
+from tests.helpers.rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
 
 
 @pytest.fixture(params=STYLES)

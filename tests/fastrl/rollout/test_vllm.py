@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastrl.metrics import read_rows
 from fastrl.models.load import load_policy
 from fastrl.recipe import RecipeError
 from fastrl.rollout import Generator, RolloutError, Sampling, VllmGenerator
+from fastrl.run.metrics import read_rows
 from fastrl.trainer import train
-from tests.fastrl.rollouts import encode, make_records, rng, same, teacher_forced
-from tests.fastrl.training import make_recipe, steady_rows
-from tests.fastrl.training import make_records as ocr_records
-from tests.fastrl.vllm_server import Act, Handler, VllmServer
+from tests.helpers.rollouts import encode, make_records, rng, same, teacher_forced
+from tests.helpers.training import make_recipe, steady_rows
+from tests.helpers.training import make_records as ocr_records
+from tests.helpers.vllm_server import Act, Handler, VllmServer
 
 GREEDY = Sampling(2, 8, temperature=0)
 # peft, of a property that newer transformers have renamed, when the server loads an adapter

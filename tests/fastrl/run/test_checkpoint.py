@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastrl import checkpoint
-from fastrl.checkpoint import CheckpointError, RunState
 from fastrl.data.records import Record
-from fastrl.engine import LocalEngine
+from fastrl.data.stream import RecordStream
+from fastrl.engine.local import LocalEngine
 from fastrl.recipe import OptimRecipe
-from fastrl.stream import RecordStream
+from fastrl.run import checkpoint
+from fastrl.run.checkpoint import CheckpointError, RunState
 
 
 class SmallPolicy:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastrl.metrics import over_ranks, sampler_gap
+from fastrl.run.metrics import over_ranks, sampler_gap
 
 
 def test_one_row_stands_for_all_ranks() -> None:

@@ -15,14 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastrl import checkpoint
-from fastrl.checkpoint import CheckpointError
+from fastrl.run import checkpoint
+from fastrl.run.checkpoint import CheckpointError
 from fastrl.trainer import train
-
-from .training import make_recipe, make_records, steady_rows
+from tests.helpers.training import make_recipe, make_records, steady_rows
 
 Folder = Callable[[str], Path]
-HERE = Path(__file__).parent
+REPO = Path(__file__).resolve().parents[3]
 
 
 class Stop(Exception):
@@ -101,8 +100,8 @@ CHILD = """
     import torch
     torch.set_num_threads({threads})  # sums are split among threads: another number rounds otherwise
     sys.path.insert(0, {tests!r})
-    from training import make_recipe, make_records
-    from fastrl import checkpoint
+    from tests.helpers.training import make_recipe, make_records
+    from fastrl.run import checkpoint
     from fastrl.trainer import train
 
     def die(*_):
@@ -124,7 +123,7 @@ def killed(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> dic
     started = []
     for point, out in folders.items():
         values = {
-            "tests": str(HERE),
+            "tests": str(REPO),
             "threads": torch.get_num_threads(),
             "point": point,
             "model": str(tiny_folder("qwen2_5")),

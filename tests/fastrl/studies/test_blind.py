@@ -11,17 +11,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fastrl.checkpoint import CheckpointError
-from fastrl.cli import main
+from fastrl.cli.main import main
 from fastrl.data import load_data
 from fastrl.data.blank import GREY, BlankImages
 from fastrl.evaluate.run import run_evaluation
 from fastrl.models.load import load_policy
 from fastrl.recipe import load_recipe
-from fastrl.study import print_study, run_study
+from fastrl.run.checkpoint import CheckpointError
+from fastrl.studies.blind import print_study, run_study
 from fastrl.trainer import Run
-
-from .training import make_recipe, make_records
+from tests.helpers.training import make_recipe, make_records
 
 Folder = Callable[[str], Path]
 
@@ -130,7 +129,7 @@ def test_the_demo_compares_three_methods(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything but its size: whether PerPO wins is measured, not tested, on so little."""
-    from fastrl.demo import run_demo
+    from fastrl.toy.demos import run_demo
 
     result = run_demo("perpo", out=tmp_path, held_out=8, prompts=8, steps=2, say=lambda text: None)
     assert {"method", "metric", "before", "after", "greedy_before", "greedy_after", "seconds"} <= set(result)

@@ -13,14 +13,15 @@ import torch
 from fastrl.data.reflection import dialogue_messages, dialogue_of
 from fastrl.data.scenes import MAKERS, scene_record
 from fastrl.models.load import load_policy
-from fastrl.models.tiny import WEIGHTS, resolve
-from fastrl.models.tiny.build import build, collate, corpus, scene_answer, start_positions
-from fastrl.models.tiny.curriculum import CURRICULA, Curriculum, RowMaker, scene_questions
-from fastrl.models.tiny.optim import orthogonalize
-from fastrl.models.tiny.tokenizer import train_tokenizer
-from fastrl.models.tiny.transfer import coordinate_twins
+from fastrl.models.open import WEIGHTS, resolve_model
+from fastrl.toy.teach.build import build, collate, corpus, scene_answer, start_positions
+from fastrl.toy.teach.curriculum import CURRICULA, Curriculum, RowMaker, scene_questions
+from fastrl.toy.teach.optim import orthogonalize
+from fastrl.toy.teach.tokenizer import train_tokenizer
+from fastrl.toy.teach.transfer import coordinate_twins
 
 SHIPPED = sorted(p.name for p in WEIGHTS.iterdir())
+PERCEPTION = resolve_model("tiny:perception")
 
 
 def test_all_shipped_models_stay_under_12_megabytes() -> None:
@@ -34,17 +35,18 @@ def test_a_shipped_model_is_an_ordinary_folder(name: str) -> None:
 
     config = AutoConfig.from_pretrained(WEIGHTS / name)
     assert config.model_type == "qwen2_5_vl"
-    assert isinstance(load_policy(resolve(f"tiny:{name}")).core, Qwen2_5_VLForConditionalGeneration)
+    assert isinstance(load_policy(resolve_model(f"tiny:{name}")).core, Qwen2_5_VLForConditionalGeneration)
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:
-    assert resolve("some/folder") == Path("some/folder")
+    with pytest.raises(FileNotFoundError, match="hf download some/folder"):
+        resolve_model("some/folder")
     with pytest.raises(ValueError, match="tiny:perception"):
-        resolve("tiny:huge")
+        resolve_model("tiny:huge")
 
 
 def test_a_box_answer_costs_few_tokens() -> None:
-    tokenizer = load_policy(resolve("tiny:perception")).tokenizer
+    tokenizer = load_policy(resolve_model("tiny:perception")).tokenizer
     for index in range(20):
         record = scene_record("grounding", index, seed=0)
         text = scene_answer(record)
@@ -62,7 +64,7 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
 
 
 def test_branches_see_the_start_and_themselves_only() -> None:
-    policy = load_policy(resolve("tiny:perception"))
+    policy = load_policy(resolve_model("tiny:perception"))
     make = RowMaker(CURRICULA["perception"], policy.tokenizer, policy.image_processor, scene_answer)
     rows = [make(random.Random(i)) for i in range(2)]
     shared = rows[0].branch.count(0)
@@ -78,7 +80,7 @@ def test_branches_see_the_start_and_themselves_only() -> None:
 
 
 def test_a_dialogue_is_one_branch_spelled_as_the_policy_spells_it_and_only_true_captions_are_taught() -> None:
-    policy = load_policy(resolve("tiny:language"))
+    policy = load_policy(resolve_model("tiny:language"))
     curriculum = Curriculum({"dialogue": 1}, levels=(2,))
     make = RowMaker(curriculum, policy.tokenizer, policy.image_processor, scene_answer)
     taught = []
@@ -107,7 +109,7 @@ def test_orthogonalize_flattens_the_spectrum() -> None:
 def test_lessons_about_clips_show_all_frames_or_one(alone: int | None) -> None:
     curriculum = CURRICULA["video"]
     tokenizer = train_tokenizer(corpus(scene_answer, 0, clips=True))
-    policy = load_policy(resolve("tiny:perception"))
+    policy = load_policy(resolve_model("tiny:perception"))
     make = RowMaker(curriculum, tokenizer, policy.image_processor, scene_answer)
     row = make(random.Random(5), alone)
     shown = tokenizer.decode([t for t, b in zip(row.ids, row.branch, strict=True) if b == 0])
@@ -121,8 +123,8 @@ def test_lessons_about_clips_show_all_frames_or_one(alone: int | None) -> None:
 
 
 def test_a_model_begins_with_what_another_has_learned(tmp_path: Path) -> None:
-    build("video", tmp_path, steps=1, rows=1, start=resolve("tiny:perception"), retokenize=True, lr=0.0, log=print)
-    old, new = load_policy(resolve("tiny:perception")), load_policy(tmp_path)
+    build("video", tmp_path, steps=1, rows=1, start=PERCEPTION, retokenize=True, lr=0.0, log=print)
+    old, new = load_policy(resolve_model("tiny:perception")), load_policy(tmp_path)
     theirs, ours = old.core.state_dict(), new.core.state_dict()
     assert all(torch.equal(theirs[k], ours[k]) for k in ours if "embed_tokens" not in k and "lm_head" not in k)
     twins = coordinate_twins(new.tokenizer, old.tokenizer, 84)
@@ -138,7 +140,7 @@ def test_a_model_begins_with_what_another_has_learned(tmp_path: Path) -> None:
 def test_build_writes_a_model_that_loads_and_is_reproducible(tmp_path: Path) -> None:
     weights = []
     for name in ("a", "b"):
-        build("perception", tmp_path / name, steps=2, rows=2, start=resolve("tiny:perception"), log=lambda _: None)
+        build("perception", tmp_path / name, steps=2, rows=2, start=PERCEPTION, log=lambda _: None)
         weights.append(load_policy(tmp_path / name).core.state_dict())
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     with pytest.raises(ValueError, match="perception"):

@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastrl.models import varlen
-from fastrl.models.prefix_attention import dense_prefix_attention, segment_attention, varlen_prefix_attention
+from fastrl.models.attention import varlen
+from fastrl.models.attention.prefix import dense_prefix_attention, segment_attention, varlen_prefix_attention
 from fastrl.segments import Segments, Span
-
-from ..attention import eager_varlen, truth
+from tests.helpers.attention import eager_varlen, truth
 
 SHAPES: dict[str, list[tuple[int, tuple[int, ...]]]] = {
     "equal": [(7, (4, 4, 4))],
@@ -93,7 +92,7 @@ def test_key_copies_of_the_gather_name_every_place_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gathered_gradients_are_summed_in_fp32(dtype: torch.dtype) -> None:
     """300 copies of a gradient of 1: a bf16 running sum would stall at 256."""
-    from fastrl.models.prefix_attention import _GatherKeys
+    from fastrl.models.attention.prefix import _GatherKeys
 
     tables = segments_of([(1, (1,) * 299)]).varlen
     rows = torch.zeros(300, 1, 1, dtype=dtype, requires_grad=True)

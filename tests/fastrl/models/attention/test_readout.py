@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import fastrl.attention as readout
-from fastrl.attention import TurnAttention, read_attention, save_attention
+import fastrl.models.attention.readout as readout
 from fastrl.batch import PromptGroup, pack_row
 from fastrl.data.records import Record, question
 from fastrl.data.reflection import SpokenTurn, dialogue_messages
+from fastrl.evaluate.reflect import evaluate_reflection, reflect_on_image
+from fastrl.models.attention.readout import TurnAttention, read_attention, save_attention
 from fastrl.models.load import Policy, load_policy
-from fastrl.reflect import evaluate_reflection, reflect_on_image
 
 TURNS = (SpokenTurn("A red circle.", 0.2, "Better?"), SpokenTurn("A square.", 0.5, "Again?"), SpokenTurn("Blue.", 0.9))
 

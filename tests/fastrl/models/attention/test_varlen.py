@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastrl.batch import Completion, PackedBatch, PromptGroup, pack_row
 from fastrl.data.records import Record
-from fastrl.models import Policy, load_policy, varlen
-
-from ..attention import eager_varlen
+from fastrl.models import Policy, load_policy
+from fastrl.models.attention import varlen
+from tests.helpers.attention import eager_varlen
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fastrl.demo import perception_r1, perpo, reper
-from fastrl.demo.claims import Claim
+from fastrl.toy.demos import perception_r1, perpo, reper
+from fastrl.toy.demos.claims import Claim
 
 
 def results(*changes: float, greedy: float = 0.0, false: float = -0.1) -> list[dict[str, Any]]:

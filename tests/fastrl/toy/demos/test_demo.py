@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrl.demo import run_demo
+from fastrl.toy.demos import run_demo
 
 KEYS = {"method", "metric", "before", "after", "greedy_before", "greedy_after", "seconds"}
 
@@ -41,7 +41,7 @@ def test_utr_trains_on_both_sets_of_the_same_clips(tmp_path: Path) -> None:
 
 
 def test_a_demo_never_overwrites_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastrl.demo import fresh
+    from fastrl.toy.demos import fresh
 
     monkeypatch.chdir(tmp_path)
     assert fresh(Path("runs/demo")) == Path("runs/demo")

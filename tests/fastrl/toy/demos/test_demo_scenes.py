@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastrl.data import load_data
-from fastrl.demo.scenes import HELD_OUT_SEED, scenes_like
 from fastrl.recipe import load_recipe
+from fastrl.toy.demos.scenes import HELD_OUT_SEED, scenes_like
 
 
 @pytest.mark.parametrize(

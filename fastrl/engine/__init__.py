@@ -1,0 +1,1 @@
+"""Engines: what turns a loss into an update, on one process or several."""

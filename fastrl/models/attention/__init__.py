@@ -1,0 +1,1 @@
+"""Attention over packed rows: prefix-shared paths, variable-length calls, where answers look."""

@@ -1,0 +1,1 @@
+"""The papers' claims, each an experiment."""

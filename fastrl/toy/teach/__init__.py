@@ -1,0 +1,1 @@
+"""How the small models are taught (``fastrl tiny build``)."""
