@@ -36,6 +36,7 @@ def _case(kernel, block: int, **limits: int) -> AotCase:
 SHIPPED = [] if interpreting() or not HAS_TRITON else aot.aot_cases()
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 @pytest.mark.parametrize("case", SHIPPED, ids=lambda case: case.name)
 def test_shipped_configuration_compiles_without_spill(case: AotCase, arch: int) -> None:

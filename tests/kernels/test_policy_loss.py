@@ -338,7 +338,7 @@ def test_op_is_well_registered(ratio):
     torch.library.opcheck(_policy_loss_op, (*full[:4], None, None, 0.2, 0.2, None, 0.0, "k1", "value", ratio))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gate)])
 def test_compiles_into_one_graph(backend):
     p = _problem(17, 3, torch.float32)
     for name in ("logp", "old_logp", "ref_logp"):
