@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -337,6 +338,7 @@ def tiny_build(
 
 def main() -> None:
     """Run the command; an error the user can mend is one message on stderr and exit status 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # where it was said helps no user
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

@@ -14,7 +14,8 @@ from fastrl.models.liger import use_liger
 from fastrl.models.lora import Lora
 from fastrl.models.lora import freeze as freeze_parameters
 from fastrl.models.offload import offload_checkpoints
-from fastrl.models.policy import STYLES, Policy, quiet_progress
+from fastrl.models.policy import STYLES, Policy
+from fastrl.models.weights import read_weights
 
 
 def load_policy(
@@ -45,7 +46,8 @@ def load_policy(
 
     Raises:
         FileNotFoundError: no such folder, or one without a config.
-        ValueError: a model type that is not supported, files that cannot be read, a tokenizer without chat template, an
+        ValueError: a model type that is not supported, files that cannot be read, weights that are missing or of
+            another shape, a tokenizer without chat template, an
             unknown pattern or field, a device that is not there, ``liger`` without a GPU.
         ImportError: ``liger`` without liger-kernel.
     """
@@ -55,8 +57,7 @@ def load_policy(
     dtype = dtype if dtype is not None else torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = load_tokenizer(folder)
     image_processor = load_image_processor(folder, min_pixels=min_pixels, max_pixels=max_pixels)
-    with quiet_progress(), _named(folder, "weights"):
-        core = model_class(model_type).from_pretrained(folder, dtype=dtype, local_files_only=True)
+    core = read_weights(model_class(model_type), folder, dtype=dtype)
     policy = Policy(core.to(device), tokenizer, image_processor, lora=lora)
     freeze_parameters(policy.core, freeze)
     if liger:

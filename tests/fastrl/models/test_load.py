@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastrl.batch import Completion, PromptGroup, pack_row
 from fastrl.data.records import Record
@@ -89,6 +90,46 @@ def test_files_that_cannot_be_read_are_named(tiny_folder: Folder, tmp_path: Path
         folder = broken(name, text)
         with pytest.raises(ValueError, match=re.escape(f"{folder}: its {what} cannot be read (")):
             load_policy(folder, device="cpu")
+
+
+def _edited(folder: Path, to: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    edit(weights)
+    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("model.layers.0.mlp.down_proj.weight", "model.language_model.layers.0.mlp.down_proj.weight"),
+        ("visual.merger.mlp.0.bias", "model.visual.merger.mlp.0.bias"),
+        ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_weights_the_files_lack_are_refused_by_name(tiny_folder: Folder, tmp_path: Path, name: str, shown: str) -> None:
+    """They would be drawn at random, and trained on."""
+    folder = _edited(tiny_folder("qwen2"), tmp_path / "lacks", lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match=re.escape(f"{folder}: its weights lack 1 of the model's: {shown}")):
+        load_policy(folder, device="cpu")
+    name = "model.layers.1.mlp.up_proj.weight"
+    wrong = {name: torch.ones(3, 5)}
+    folder = _edited(tiny_folder("qwen2"), tmp_path / "shape", lambda weights: weights.update(wrong))
+    with pytest.raises(ValueError, match=r"config.json says: .*up_proj.weight \(file \[3, 5\], config \[96, 64\]\)"):
+        load_policy(folder, device="cpu")
+
+
+def test_weights_without_a_place_are_listed(
+    tiny_folder: Folder, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    extra = {f"extra.{i}": torch.ones(1) for i in range(7)}
+    folder = _edited(tiny_folder("qwen2_5"), tmp_path / "more", lambda weights: weights.update(extra))
+    load_policy(folder, device="cpu")
+    (said,) = [str(w.message) for w in recwarn if "no place" in str(w.message)]
+    assert f"{folder}: 7 of its weights have no place in the model, left out: extra.0" in said
+    assert said.endswith("extra.4 and 2 more")
 
 
 @pytest.mark.parametrize(("device", "said"), [("banana", "names no device"), ("cuda:99", "is not here")])
