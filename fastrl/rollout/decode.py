@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrl.models.decode_layers import DecodeLayers
 from fastrl.rollout.cache import PromptCache, RowCache
 from fastrl.rollout.graphs import GraphRunner
-from fastrl.rollout.layers import DecodeLayers
 from fastrl.rollout.sampler import Sampling, sample
 
 WAYS = ("auto", "eager", "static", "graph")

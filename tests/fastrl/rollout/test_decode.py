@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastrl.batch import Completion
+from fastrl.models.decode_layers import DecodeLayers
 from fastrl.models.load import load_policy
 from fastrl.rollout import Generator, Sampling, decode, generator, graphs
 from fastrl.rollout.cache import PromptCache, RowCache
 from fastrl.rollout.decode import Decode, way_for
-from fastrl.rollout.layers import DecodeLayers
 from tests.helpers.rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
 from tests.helpers.tape import stand_in
 

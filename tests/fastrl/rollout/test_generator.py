@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastrl.batch import Prompt
+from fastrl.models.decode_layers import DecodeLayers
 from fastrl.models.load import load_policy
 from fastrl.rollout import Generator, Sampling, Session
-from fastrl.rollout.layers import DecodeLayers
 from tests.helpers.rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
 
 
