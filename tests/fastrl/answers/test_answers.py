@@ -71,6 +71,24 @@ def test_whole_image_is_the_whole_image_in_every_frame() -> None:
     assert from_original(whole, "original", view) == whole
 
 
+def test_a_padded_pictures_frames_hold_its_offset() -> None:
+    """LLaVA-1.5's frame: a 640 x 480 picture lies in the middle of a square of 640."""
+    view = View.padded(640, 480, 336)
+    assert view.canvas == (0, -80, 640, 560)
+    box = (64.0, 48.0, 320.0, 240.0)
+    assert from_original(box, "padded_unit", view) == (0.1, 0.2, 0.5, 0.5)
+    assert to_original((0.1, 0.2, 0.5, 0.5), "padded_unit", view) == pytest.approx(box)
+    assert from_original(box, "resized", view) == pytest.approx((33.6, 67.2, 168, 168))
+    assert from_original(box, "unit", view) == (0.1, 0.1, 0.5, 0.5)  # across the picture itself
+    assert from_original((0, 0, 640, 480), "thousand", view) == (0, 0, 1000, 1000)
+    assert View.padded(3, 8, 14).canvas == (-2, 0, 6, 8)
+    assert from_original(box, "padded_unit", View.unresized(640, 480)) == from_original(box, "unit", view)
+    crop = View(640, 480, 336, 336, (80, 0, 560, 480))  # the centre of it: what lies outside is beyond the frame
+    assert from_original((0, 0, 640, 480), "padded_unit", crop) == pytest.approx((-1 / 6, 0, 7 / 6, 1))
+    with pytest.raises(ValueError, match="canvas"):
+        View(640, 480, 336, 336, (5, 0, 5, 480))
+
+
 def test_view_uses_the_processors_own_resize() -> None:
     pytest.importorskip("transformers")
     from PIL import Image
