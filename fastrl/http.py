@@ -1,4 +1,6 @@
-"""Requests to a server that may be slow, busy or gone: timeouts, retries with growing pauses, bounded concurrency."""
+"""Requests to a server that may be slow, busy, gone or hostile: one deadline for a whole request, retries with growing
+pauses, bounded concurrency and size, and no redirect followed (a key would go along to wherever it points).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,11 @@ import io
 import os
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -19,6 +22,7 @@ from urllib.parse import urlsplit
 MAX_PAUSE = 60.0  # seconds, whatever a server asks for
 LONGEST = 1e6  # seconds of a timeout; the system's clock takes no more than some such number
 TRANSIENT = (408, 409, 425, 429)  # and 5xx
+PIECE = 1 << 16  # bytes read at a time
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -32,8 +36,12 @@ class Passing(RuntimeError):
         self.pause = pause
 
 
+class Late(Passing):
+    """No whole response within the timeout."""
+
+
 class Refused(RuntimeError):
-    """The server understood and said no (4xx): asking again changes nothing."""
+    """The server understood and said no (4xx), or pointed elsewhere (3xx): asking again changes nothing."""
 
 
 class Stopped(RuntimeError):
@@ -45,8 +53,9 @@ class Transport:
 
     Args:
         who: what the server is called in messages, such as ``the critic``.
-        timeout: seconds one request may take to connect, and between two pieces of a response.
+        timeout: seconds one request may take from looking up the server's name to the last byte of its response.
         retries: further tries of a request; pause: seconds before the first of them, doubled each time.
+        retry_late: try again what took longer than ``timeout``, too.
         concurrency: requests under way at once; max_bytes: of a response that are read.
         key_env: environment variable with the key (sent if it is set, never shown).
         sleep: waits, for tests.
@@ -65,6 +74,7 @@ class Transport:
         concurrency: int,
         max_bytes: int,
         key_env: str,
+        retry_late: bool = True,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
         if not 0 < timeout <= LONGEST or retries < 0 or concurrency < 1:
@@ -72,6 +82,7 @@ class Transport:
                 f"{who}: need a timeout above 0 and up to {LONGEST:g} seconds, retries >= 0 and concurrency >= 1"
             )
         self.who, self.timeout, self.retries, self.pause = who, timeout, retries, pause
+        self.retry_late = retry_late
         self.concurrency, self.max_bytes, self._key = concurrency, max_bytes, os.environ.get(key_env)
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
@@ -79,33 +90,78 @@ class Transport:
     def send(self, url: str, body: bytes | None = None) -> bytes:
         """One request, a POST of JSON or (no ``body``) a GET; the response's bytes.
 
+        The work is done in a thread of its own, left behind when the time is over: no server, however it drips, and no
+        name service holds the caller longer.
+
         Raises:
-            Passing: what may pass, too long a response among it.
-            Refused: any other HTTP status from 400; the message has the first of what the server said.
+            Late: not all of the response came within ``timeout`` seconds.
+            Passing: what else may pass, too long a response among it.
+            Refused: a redirect, or any other HTTP status from 400; the message has the first of what the server said.
         """
+        until = time.monotonic() + self.timeout
+        done: Future[bytes] = Future()
+
+        def work() -> None:
+            try:
+                done.set_result(self._exchange(url, body, until))
+            except BaseException as error:  # raised where the result is waited for
+                done.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            return done.result(self.timeout)
+        except TimeoutError:
+            raise self._late() from None
+
+    def _exchange(self, url: str, body: bytes | None, until: float) -> bytes:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(url, data=body, headers=headers, method="GET" if body is None else "POST")
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                data = response.read(self.max_bytes + 1)
-                missing = response.length if len(data) <= self.max_bytes else 0  # reading up to a size raises for none
+            with _opener().open(request, timeout=self.timeout) as response:
+                data, missing = self._read(response, until)
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(500).decode("utf-8", "replace")
-            shown = (said.replace(self._key, "…") if self._key else said)[:200]
+            if 300 <= error.code < 400:
+                where = self._shown(str(error.headers.get("Location")))
+                raise Refused(
+                    f"{self.who} at {url} answered with a redirect (HTTP {error.code}) to {where}: none is followed, "
+                    "give the address that answers itself"
+                ) from None
+            shown = self._shown(said)
             if error.code in TRANSIENT or error.code >= 500:
                 after = _retry_after(error.headers.get("Retry-After"))
                 raise Passing(f"HTTP {error.code}: {shown}", after) from None
             raise Refused(f"{self.who} at {url} refused: HTTP {error.code}: {shown}") from None
         except (OSError, http.client.HTTPException) as error:  # timeouts, cut connections, no such host
+            if time.monotonic() >= until:
+                raise self._late() from None
             raise Passing(f"{type(error).__name__}: {error}") from None
-        if missing:
-            raise Passing(f"a response that was cut: {missing} bytes are missing")
         if len(data) > self.max_bytes:
             raise Passing(f"a response over {self.max_bytes} bytes")
+        if missing:
+            raise Passing(f"a response that was cut: {missing} bytes are missing")
         return data
+
+    def _read(self, response: http.client.HTTPResponse, until: float) -> tuple[bytes, int]:
+        """The body, a little more than ``max_bytes`` of it at most, and how many bytes of it never came."""
+        length, data = response.length, bytearray()
+        while len(data) <= self.max_bytes and (length is None or len(data) < length):
+            if time.monotonic() >= until:
+                raise self._late()
+            piece = response.read1(PIECE)  # what has come, not all of what was asked for
+            if not piece:
+                break
+            data += piece
+        return bytes(data), 0 if length is None else max(0, length - len(data))
+
+    def _late(self) -> Late:
+        return Late(f"no whole response within {self.timeout:g} seconds")
+
+    def _shown(self, text: str) -> str:
+        return (text.replace(self._key, "…") if self._key else text)[:200]
 
     def retrying(self, attempt: Callable[[], T]) -> T:
         """``attempt()``, again after a pause where it raises ``Passing``; the last such failure is raised."""
@@ -115,7 +171,7 @@ class Transport:
             try:
                 return attempt()
             except Passing as error:
-                if number == self.retries:
+                if number == self.retries or (isinstance(error, Late) and not self.retry_late):
                     raise
                 pause = error.pause if error.pause is not None else self.pause * 2**number
                 self._sleep(min(pause, MAX_PAUSE))
@@ -148,6 +204,20 @@ class Transport:
     def times(self) -> str:
         """How often a request is tried, in words."""
         return "once" if not self.retries else f"{self.retries + 1} times"
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Opens http and https, through a proxy where the system names one, and nothing else: redirects are errors."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.HTTPDefaultErrorHandler,
+    ):
+        opener.add_handler(handler())
+    return opener
 
 
 def check_url(url: str, what: str, example: str) -> str:

@@ -34,7 +34,7 @@ class HttpCritic:
     Args:
         url: the endpoint's base, such as ``http://localhost:8000/v1`` (with or without ``/chat/completions``).
         model: the served model's name; cache: folder of replies (None: keep none).
-        timeout: seconds one request may take to connect, and between two pieces of a response.
+        timeout: seconds one request may take as a whole.
         retries: further tries of a case; pause: seconds before the first of them, doubled each time.
         concurrency: requests under way at once; key_env: environment variable with the key (sent if it is set).
         sleep: waits, for tests.

@@ -21,7 +21,7 @@ import torch
 
 from fastrl.batch import Completion, Prompt
 from fastrl.clock import Clock
-from fastrl.http import Passing, Refused, Stopped, Transport, check_url, data_url
+from fastrl.http import Late, Passing, Refused, Stopped, Transport, check_url, data_url
 from fastrl.rollout.generator import copy_completion, rows_per_prompt
 from fastrl.rollout.sampler import Sampling
 from fastrl.rollout.vllm_weights import RolloutError, ServerWeights
@@ -38,8 +38,10 @@ class VllmGenerator:
         server: address of the server, with or without ``/v1``.
         folder: where weights are written for the server to read: the same path on both machines.
         updates: the number of optimizer updates made so far; weights are pushed when it has changed.
-        timeout: seconds for one request, which waits for its whole answer; retries: further tries after trouble that
-            may pass; concurrency: requests under way at once (the server batches them).
+        timeout: seconds for one request: all answers to a prompt, or one loading of weights. What takes longer ends the
+            run; it is not asked again.
+        retries: further tries after other trouble that may pass; concurrency: requests under way at once (the server
+            batches them).
         clock: told of the phases ``sync`` (weights) and ``decode``.
         sleep: waits between tries, for tests.
 
@@ -72,6 +74,7 @@ class VllmGenerator:
             concurrency=concurrency,
             max_bytes=MAX_BYTES,
             key_env="VLLM_API_KEY",
+            retry_late=False,
             sleep=sleep,
         )
         self._probed: set[bool] = set()  # kinds of log-probs the server was found to report
@@ -108,6 +111,10 @@ class VllmGenerator:
                 rows = self._ask(asked, sampling, again)
             else:
                 rows = again(lambda: self._attempt(asked, sampling))
+        except Late as error:
+            raise RolloutError(
+                f"waited for the vLLM server at {self.url}: {error}. Is it frozen? If not, raise rollout.server_timeout"
+            ) from None
         except Passing as error:
             raise RolloutError(
                 f"the vLLM server at {self.url} did not answer, tried {self._transport.times}; last: {error}"

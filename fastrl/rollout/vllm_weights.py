@@ -85,7 +85,7 @@ class ServerWeights:
             self._push(name, path)
         except Passing as error:
             shutil.rmtree(path, ignore_errors=True)
-            raise Passing(f"pushing the weights after {updates} updates: {error}", error.pause) from None
+            raise type(error)(f"pushing the weights after {updates} updates: {error}", error.pause) from None
         except Refused as error:
             shutil.rmtree(path, ignore_errors=True)
             raise RolloutError(f"pushing the weights after {updates} updates: {error}. {self._advice}") from None

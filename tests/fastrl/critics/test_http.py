@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -253,3 +255,64 @@ def test_the_request_carries_the_picture_and_the_prompt(server: Server) -> None:
     assert sent["model"] == "judge"
     assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     assert "A dog." in text["text"]
+
+
+@pytest.mark.parametrize("code", [300, 301, 302, 303, 305, 307, 308, 399])
+@pytest.mark.parametrize("scheme", ["http", "https", "ftp", "file", ""])
+def test_no_redirect_is_followed_and_the_key_goes_nowhere(
+    server: Server, monkeypatch: pytest.MonkeyPatch, code: int, scheme: str
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret-key")
+    elsewhere = Server()  # listens; nobody may knock
+    elsewhere.timeout = 0.0
+    port = elsewhere.server_address[1]
+    target = f"{scheme}://127.0.0.1:{port}/v1/secret-key" if scheme else "/v1/other"
+    server.script = [status(code, Location=target)]
+    with pytest.raises(CriticError, match=rf"answered with a redirect \(HTTP {code}\) to .*none is followed") as error:
+        critic(server, key_env="JUDGE_KEY").score([case()])
+    assert "secret-key" not in str(error.value)
+    assert len(server.seen) == 1
+    assert not select.select([elsewhere.socket], [], [], 0)[0]
+    elsewhere.server_close()
+
+
+def drip_body(h: Handler) -> None:
+    h.send_response(200)
+    h.send_header("Content-Length", "100000")
+    h.end_headers()
+    drip(h, b"x")
+
+
+def drip_chunks(h: Handler) -> None:
+    h.protocol_version = "HTTP/1.1"
+    h.send_response(200)
+    h.send_header("Transfer-Encoding", "chunked")
+    h.end_headers()
+    drip(h, b"1\r\nx\r\n")
+
+
+def drip_headers(h: Handler) -> None:
+    h.wfile.write(b"HTTP/1.0 200 OK\r\nX-Long: ")
+    drip(h, b"x")
+
+
+def drip(h: Handler, piece: bytes) -> None:
+    """Something every 20 ms, for as long as somebody listens (at most 20 s): no pause is ever long."""
+    with contextlib.suppress(OSError):
+        for _ in range(1000):
+            h.wfile.write(piece)
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("trouble", [drip_body, drip_chunks, drip_headers])
+def test_a_dripping_server_holds_nobody_longer_than_the_timeout(
+    server: Server, trouble: Callable[[Handler], None]
+) -> None:
+    server.script = [trouble, good]
+    pauses: list[float] = []
+    (critique,) = critic(server, pauses, timeout=0.5).score([case()])
+    assert critique.score == 0.8  # of the second try
+    assert pauses == [1.0]
+    server.script = [trouble]
+    with pytest.raises(CriticError, match=r"last: no whole response within 0.3 seconds"):
+        critic(server, timeout=0.3, retries=0).score([case()])
