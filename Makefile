@@ -1,4 +1,4 @@
-# make demo | test | gate | lint | bench | versus | verify. Each sets up .venv by itself the first time.
+# make demo | test | gate | lint | docs | bench | versus | verify. Each sets up .venv by itself the first time.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 PARALLEL := -n auto --dist worksteal
 CHECKED := fastrl kernels tests benchmarks setup.py
 
-.PHONY: demo test gate lint bench versus verify clean
+.PHONY: demo test gate lint docs bench versus verify clean
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastrl needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -29,6 +29,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/pyright
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)

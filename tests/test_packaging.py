@@ -93,3 +93,12 @@ def test_the_base_install_needs_torch_triton_and_numpy_alone(built: Path) -> Non
         line.split(":", 1)[1].strip() for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line
     }
     assert {n.split(">")[0].strip() for n in needed} == {"torch", "triton", "numpy"}
+
+
+def test_an_index_would_take_both_archives(built: Path) -> None:
+    archives = [str(path) for path in sorted(built.iterdir())]
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *archives], capture_output=True, text=True
+    )
+    assert len(archives) == 2
+    assert done.returncode == 0, done.stdout + done.stderr
