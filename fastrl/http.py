@@ -4,9 +4,7 @@ pauses, bounded concurrency and size, and no redirect followed (a key would go a
 
 from __future__ import annotations
 
-import base64
 import http.client
-import io
 import os
 import re
 import threading
@@ -15,8 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 MAX_PAUSE = 60.0  # seconds, whatever a server asks for
@@ -226,21 +223,6 @@ def check_url(url: str, what: str, example: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError(f"{what}: expected an address such as {example}, got {url!r}")
     return url.rstrip("/")
-
-
-def data_url(image: Any) -> str:
-    """A picture as a data URL: a file's own bytes where browsers know the format, else PNG."""
-    kinds = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
-    if isinstance(image, Path | str) and Path(image).suffix.lower() in kinds:
-        kind, data = kinds[Path(image).suffix.lower()], Path(image).read_bytes()
-    else:
-        from PIL import Image
-
-        picture = image if isinstance(image, Image.Image) else Image.open(image)
-        buffer = io.BytesIO()
-        picture.convert("RGB").save(buffer, "PNG")
-        kind, data = "png", buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _retry_after(value: str | None) -> float | None:

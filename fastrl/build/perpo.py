@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastrl.batch import PromptGroup
-from fastrl.build.portions import resume
+from fastrl.build.portions import image_names, resume
 from fastrl.data import load_data
 from fastrl.data.lists import list_row
 from fastrl.methods.ranking import Ranking, rank_answers
@@ -208,24 +208,9 @@ class _Worker:
         ):
             if tally.add(ranking, len(group.completions), self.options.min_gap):
                 texts = [group.completions[i].text for i in ranking.order]
-                row = list_row(record, self._image_names(record, number), texts, ranking.rewards)
+                row = list_row(record, image_names(record.images, number, self.out), texts, ranking.rewards)
                 lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         return lines
-
-    def _image_names(self, record: Record, number: int) -> list[str]:
-        """How the list file names the record's images; pictures that are no files are written beside it."""
-        names = []
-        home = self.out.parent.resolve()
-        for place, image in enumerate(record.images):
-            if isinstance(image, Path | str):
-                path = Path(image).resolve()
-            else:
-                folder = self.out.with_suffix(".images").resolve()
-                folder.mkdir(parents=True, exist_ok=True)
-                path = folder / (f"{number:06d}.png" if len(record.images) == 1 else f"{number:06d}-{place}.png")
-                image.save(path)
-            names.append(str(path.relative_to(home) if path.is_relative_to(home) else path))
-        return names
 
 
 def list_reward(task: str) -> Reward:

@@ -11,12 +11,10 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastrl.pictures import AnyPicture, open_picture
 from fastrl.run.checkpoint import write_atomically
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Tally = dict[str, Any]  # JSON values; what became of the records so far
 
@@ -69,7 +67,7 @@ def build_portions(
     return tally
 
 
-def image_names(images: Sequence[Path | Image], number: int, out: Path) -> list[str]:
+def image_names(images: Sequence[AnyPicture], number: int, out: Path) -> list[str]:
     """How a built file names record ``number``'s images; pictures that are no files are written to ``NAME.images``."""
     names = []
     home = out.parent.resolve()
@@ -80,7 +78,7 @@ def image_names(images: Sequence[Path | Image], number: int, out: Path) -> list[
             folder = out.with_suffix(".images").resolve()
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / (f"{number:06d}.png" if len(images) == 1 else f"{number:06d}-{place}.png")
-            image.save(path)
+            open_picture(image).save(path)
         names.append(str(path.relative_to(home) if path.is_relative_to(home) else path))
     return names
 

@@ -17,7 +17,8 @@ from typing import Any
 from fastrl.critics.base import Case, CriticError, Critique
 from fastrl.critics.model import critique_of
 from fastrl.critics.rubric import Verdict, parse_reply, rubric_prompt
-from fastrl.http import Passing, Refused, Stopped, Transport, check_url, data_url
+from fastrl.http import Passing, Refused, Stopped, Transport, check_url
+from fastrl.pictures import data_url
 from fastrl.run.checkpoint import write_atomically
 
 MAX_BYTES = 1 << 20  # of a response that are read

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import overload
 
 from fastrl.data.records import Record
+from fastrl.pictures import picture_size
 
 GREY = (127, 127, 127)
 
@@ -35,15 +35,7 @@ class BlankImages(Sequence[Record]):
 
 
 def blank_images(record: Record) -> Record:
-    """The record with grey pictures. Raises ``OSError`` for an image file that cannot be read."""
+    """The record with grey pictures. Raises ``PictureError`` for a file that cannot be read."""
     from PIL import Image
 
-    pictures = []
-    for image in record.images:
-        if isinstance(image, Path | str):
-            with Image.open(image) as opened:  # the header alone
-                size = opened.size
-        else:
-            size = image.size
-        pictures.append(Image.new("RGB", size, GREY))
-    return replace(record, images=tuple(pictures))
+    return replace(record, images=tuple(Image.new("RGB", picture_size(image), GREY) for image in record.images))

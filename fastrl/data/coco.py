@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from fastrl.data import rows
 from fastrl.data.records import Dataset, Record, question
-from fastrl.data.rows import Result, choice_option, collect, int_option, ordered, parse_json, read_text
+from fastrl.data.rows import Result, choice_option, collect, int_option, ordered, parse_json, read_text, reading
 from fastrl.data.validate import (
     DataError,
     ImageFolder,
@@ -29,6 +29,7 @@ from fastrl.data.validate import (
     nearest,
     short,
 )
+from fastrl.pictures import Picture
 
 KEYS = (*rows.KEYS, "task", "categories", "empty", "min_count", "max_count")
 
@@ -59,9 +60,9 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     if not folder.is_dir():
         raise fail(path, "missing file", f"images folder not found: {folder}")
     annotations, orphans = _by_image(data, path)
-    results = _records(images, annotations, categories, ImageFolder(folder), options, path)
-    dataset = collect(results, limit, path)
-    return Dataset(dataset.records, (*dataset.problems, *orphans), dataset.left_out)
+    pictures = ImageFolder(folder, reading(query, path))
+    dataset = collect(_records(images, annotations, categories, pictures, options, path), limit, path, pictures)
+    return Dataset(dataset.records, (*dataset.problems, *orphans), dataset.left_out, dataset.notes)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -181,7 +182,7 @@ def _instance(
 
 
 def _detection(
-    identity: str, file: Path, instances: list[_Instance], options: _Options, where: str
+    identity: str, file: Path | Picture, instances: list[_Instance], options: _Options, where: str
 ) -> Record | tuple[Problem]:
     if not instances and not options.keep_empty:
         return (Problem(where, "no instances", "no instance of the categories asked for"),)
@@ -197,7 +198,7 @@ def _detection(
 
 
 def _countings(
-    identity: str, file: Path, instances: list[_Instance], options: _Options, where: str
+    identity: str, file: Path | Picture, instances: list[_Instance], options: _Options, where: str
 ) -> Iterator[Record | tuple[Problem]]:
     crowded = {instance.label for instance in instances if instance.crowd}
     for name in options.names:

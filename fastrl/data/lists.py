@@ -27,6 +27,7 @@ from fastrl.data import rows
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import choice_option, load_rows
 from fastrl.data.validate import Row, is_number, short
+from fastrl.pictures import Picture
 
 KEYS = (*rows.KEYS, "rewards")
 MAX_ANSWERS = 1024  # of one list; the kernel's limit
@@ -108,7 +109,7 @@ def _record(row: Row, recompute: bool) -> Record | None:
     return Record(identity, task, paths, asked, {**target, "list": RankedList(answers, rewards, resized)})
 
 
-def record_images(row: Row) -> list[tuple[Path, tuple[int, int]]]:
+def record_images(row: Row) -> list[tuple[Path | Picture, tuple[int, int]]]:
     """Every image of the row with its (width, height)."""
     name, value = row.first(("images", "image"))
     names = [value] if name == "image" and name in row.fields else value

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastrl.data import rows
 from fastrl.data.records import Dataset, Record, question
-from fastrl.data.rows import IMAGE_FIELDS, collect, int_option, load_rows, ordered, read_text
+from fastrl.data.rows import IMAGE_FIELDS, collect, int_option, load_rows, ordered, read_text, reading
 from fastrl.data.validate import DataError, ImageFolder, Problem, Row, fail
 
 KEYS = rows.KEYS
@@ -28,7 +28,8 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
         raise fail(path, "bad option", "images is for row files; a folder of pages holds its images itself")
     limit, seed = int_option(query, "limit", path, 1), int_option(query, "seed", path)
     pages = sorted(p for p in Path(path).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    return collect(_pages(ordered(pages, seed), ImageFolder(Path(path))), limit, path)
+    images = ImageFolder(Path(path), reading(query, path))
+    return collect(_pages(ordered(pages, seed), images), limit, path, images)
 
 
 def _pages(pages: list[Path], images: ImageFolder) -> Iterator[Record | list[Problem]]:

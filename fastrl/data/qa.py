@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
 from fastrl.answers.choice import LETTERS
+from fastrl.data import rows
 from fastrl.data.clips import SAMPLING, frame_files, read_video, sample_frames, video_info
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import Rows, choice_option, int_option, load_rows, read_text
@@ -28,7 +29,7 @@ from fastrl.data.validate import Problem, Row, fail, short
 KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "nextqa": ("videos", "frames", "sample", "fps", "limit", "seed"),
-        "pope": ("images", "limit", "seed"),
+        "pope": rows.KEYS,
     }
 )
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")

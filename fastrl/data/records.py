@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from fastrl.answers import View
     from fastrl.data.validate import Problem
+    from fastrl.pictures import AnyPicture
 
 # Perception-R1's training prompts (the caption prompt is RePer's); "{}" takes the expression, label or category names.
 PROMPTS: Mapping[str, str] = {
@@ -66,7 +64,7 @@ class Record:
 
     id: str
     task: str
-    images: tuple[Path | Image, ...]
+    images: tuple[AnyPicture, ...]
     messages: tuple[Mapping[str, Any], ...]
     target: Mapping[str, Any]
     source: str = ""  # "file:line", for messages about this row
@@ -123,9 +121,14 @@ class Dataset(Sequence[Record]):
 
     @property
     def summary(self) -> str:
-        """One line on the rows that were skipped, empty where there are none."""
+        """A line on the rows that were skipped and one on each kind of note; empty where there are none."""
         reasons = ", ".join(f"{kind} {count}" for kind, count in self.reasons.items())
-        return f"skipped {self.skipped} of {self.skipped + len(self)} rows: {reasons}" if reasons else ""
+        lines = [f"skipped {self.skipped} of {self.skipped + len(self)} rows: {reasons}"] if reasons else []
+        first = {note.kind: note for note in reversed(self.notes)}
+        for kind, count in Counter(note.kind for note in self.notes).items():
+            more = f" (and {count - 1} more: {kind})" if count > 1 else ""
+            lines.append(f"note: {first[kind]}{more}")
+        return "\n".join(lines)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fastrl.data.records import Dataset, Record
-from fastrl.data.validate import ImageFolder, Problem, Row, fail, find_image_folder, short
+from fastrl.data.validate import ImageFolder, Problem, Reading, Row, fail, find_image_folder, short
+from fastrl.pictures import MAX_PIXELS
 
-KEYS = ("images", "limit", "seed")  # query keys every row adapter takes
+READING = ("orient", "max_image_pixels")  # query keys of every adapter that opens picture files
+KEYS = ("images", "limit", "seed", *READING)  # query keys every row adapter takes
 IMAGE_FIELDS = ("image", "image_path", "file_name")
 T = TypeVar("T")
 
@@ -47,6 +49,12 @@ def choice_option(query: Mapping[str, str], key: str, allowed: Sequence[str], wh
     if value not in allowed:
         raise fail(where, "bad option", f"{key} must be one of {', '.join(allowed)}, got {value!r}")
     return value
+
+
+def reading(query: Mapping[str, str], where: str) -> Reading:
+    """How ``orient`` and ``max_image_pixels`` want pictures to be read. Raises ``DataError``."""
+    turned = choice_option(query, "orient", ("stored", "exif"), where) == "exif"
+    return Reading(turned, int_option(query, "max_image_pixels", where, 1) or MAX_PIXELS)
 
 
 def ordered(items: Sequence[T], seed: int | None) -> list[T]:
@@ -119,8 +127,9 @@ def load_rows(path: str, query: Mapping[str, str], build: Build, given: Rows | N
     folder = Path(query["images"]) if "images" in query else find_image_folder(file, names)
     if not folder.is_dir():
         raise fail(path, "missing file", f"images folder not found: {folder}")
-    images = ImageFolder(folder)
-    return collect((_build(fields, where, number, images, build) for number, where, fields in rows), limit, path)
+    images = ImageFolder(folder, reading(query, path))
+    results = (_build(fields, where, number, images, build) for number, where, fields in rows)
+    return collect(results, limit, path, images)
 
 
 def _build(fields: Mapping[str, Any] | Problem, where: str, number: int, images: ImageFolder, build: Build) -> Result:
@@ -137,8 +146,11 @@ def _build(fields: Mapping[str, Any] | Problem, where: str, number: int, images:
     return replace(result, source=where)
 
 
-def collect(results: Iterator[Result], limit: int | None, path: str) -> Dataset:
-    """Records and problems of a stream of results, up to ``limit`` records. A second record of one id is a problem."""
+def collect(results: Iterator[Result], limit: int | None, path: str, images: ImageFolder) -> Dataset:
+    """Records and problems of a stream of results, up to ``limit`` records. A second record of one id is a problem.
+
+    What ``images`` came to know of pictures while the results were made is noted.
+    """
     records: list[Record] = []
     problems: list[Problem] = []
     left_out: list[Problem] = []
@@ -158,4 +170,16 @@ def collect(results: Iterator[Result], limit: int | None, path: str) -> Dataset:
                 break
     if not (records or problems or left_out):
         raise fail(path, "empty file", "holds no rows")
-    return Dataset(records, problems, left_out)
+    return Dataset(records, problems, left_out, _exif_note(images, path))
+
+
+def _exif_note(images: ImageFolder, path: str) -> list[Problem]:
+    if not images.unheeded:
+        return []
+    first, count = images.unheeded[0], len(set(images.unheeded))
+    others = f" and {count - 1} more have" if count > 1 else " has"
+    message = (
+        f"{first}{others} an EXIF tag that turns the picture, and the rows state no size: pixels and truth are taken "
+        "as stored (orient=exif reads them turned)"
+    )
+    return [Problem(path, "EXIF tag not followed", message)]

@@ -11,7 +11,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from fastrl.pictures import MAX_PIXELS, Header, Picture, PictureError, read_header
 
 SHOWN = 20  # problems listed in one error message
 TOLERANCE = 1.0  # pixels a box or point may lie outside its image: annotations are rounded and masks touch borders
@@ -43,6 +45,13 @@ class DataError(ValueError):
         if len(self.problems) > SHOWN:
             lines.append(f"… and {len(self.problems) - SHOWN} more")
         super().__init__("\n".join(lines))
+
+
+class Reading(NamedTuple):
+    """How a data set's pictures are read."""
+
+    turned: bool = False  # by their EXIF tags; else as their pixels are stored
+    max_pixels: int = MAX_PIXELS  # width x height above which one is refused
 
 
 def fail(where: str, kind: str, message: str) -> DataError:
@@ -82,36 +91,49 @@ def short(value: Any, limit: int = 80) -> str:
 
 
 class ImageFolder:
-    """Where a data set's image paths start, and the size of each image asked for (read from its header once)."""
+    """Where a data set's image paths start, and what is known of each image asked for (read from its header once).
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where relative paths start.
+        reading: how its pictures are to be read: turned by their EXIF tags or not, and the largest area.
+    """
+
+    def __init__(self, folder: Path, reading: Reading = Reading()) -> None:
         self.folder = folder
-        self._seen: dict[Path, tuple[int, int] | str] = {}
+        self.reading = reading
+        self.unheeded: list[Path] = []  # pictures with an EXIF tag that turns them, in rows that state no size
+        self._seen: dict[Path, Header | str] = {}
 
     def path(self, name: str) -> Path:
         """The file ``name`` means; absolute names stand for themselves."""
         return self.folder / name
 
-    def size(self, path: Path) -> tuple[int, int] | str:
-        """(width, height) in pixels, or what is wrong with the file."""
+    def picture(self, path: Path) -> Path | Picture:
+        """The file as records name it: how it is read goes with it where that is not the usual way."""
+        if self.reading == Reading():
+            return path
+        return Picture(path, turned=self.reading.turned, max_pixels=self.reading.max_pixels)
+
+    def header(self, path: Path) -> Header | str:
+        """What the file says of itself, or what is wrong with it."""
         if path not in self._seen:
             self._seen[path] = self._read(path)
         return self._seen[path]
 
-    @staticmethod
-    def _read(path: Path) -> tuple[int, int] | str:
-        from PIL import Image, UnidentifiedImageError
+    def size(self, path: Path) -> tuple[int, int] | str:
+        """(width, height) in pixels, or what is wrong with the file."""
+        found = self.header(path)
+        return found if isinstance(found, str) else found.size
 
-        if not path.is_file():
-            return f"image not found: {path}"
+    def _read(self, path: Path) -> Header | str:
         try:
-            with Image.open(path) as image:
-                width, height = image.size
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"image cannot be read: {path} ({type(error).__name__}: {error})"
+            header = read_header(self.picture(path))
+        except PictureError as error:
+            return str(error)
+        width, height = header.size
         if min(width, height) < 1 or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             return f"image of {width}x{height} pixels: sides may differ at most {MAX_ASPECT_RATIO} times ({path})"
-        return width, height
+        return header
 
 
 def find_image_folder(file: Path, names: Iterable[str], extra: Iterable[Path] = ()) -> Path:
@@ -163,7 +185,7 @@ class Row:
             return value.strip()
         return None
 
-    def image(self, *names: str) -> tuple[Path, tuple[int, int]] | None:
+    def image(self, *names: str) -> tuple[Path | Picture, tuple[int, int]] | None:
         """The row's image file and its (width, height); declared ``width`` and ``height`` must agree with the file."""
         name = self.text(*names)
         if name is None:
@@ -173,17 +195,35 @@ class Row:
             return None
         try:
             path = self.images.path(name)
-            size = self.images.size(path)
+            header = self.images.header(path)
         except (OSError, ValueError) as error:  # such as a null byte or a name too long for the file system
-            size, path = f"image not found: {short(name)} ({error})", Path()
-        if isinstance(size, str):
-            self.fail("missing image" if "not found" in size else "bad image", size)
+            header, path = f"image not found: {short(name)} ({error})", Path()
+        if isinstance(header, str):
+            self.fail("missing image" if "not found" in header else "bad image", header)
             return None
-        declared = (self.fields.get("width"), self.fields.get("height"))
-        if None not in declared and declared != size:
-            self.fail("wrong size", f"row says {declared[0]}x{declared[1]} pixels, {path} has {size[0]}x{size[1]}")
+        if not self._agrees(path, header):
             return None
-        return path, size
+        return self.images.picture(path), header.size
+
+    def _agrees(self, path: Path, header: Header) -> bool:
+        """Whether the size the row declares (if it does) is the picture's."""
+        declared, size = (self.fields.get("width"), self.fields.get("height")), header.size
+        if None in declared:
+            if header.swaps and not header.turned:
+                self.images.unheeded.append(path)
+            return True
+        if declared == size:
+            return True
+        message = f"row says {declared[0]}x{declared[1]} pixels, {path} has {size[0]}x{size[1]}"
+        if header.swaps and declared == size[::-1]:
+            how = (
+                "which orient=exif follows: leave that out"
+                if header.turned
+                else "which is not followed: pixels are taken as they are stored; add orient=exif to read it turned"
+            )
+            message += f" (its EXIF tag turns it by a quarter, {how})"
+        self.fail("wrong size", message)
+        return False
 
     def box(self, value: Any, size: tuple[int, int], name: str = "bbox") -> tuple[float, float, float, float] | None:
         """A box (x1, y1, x2, y2) of positive area inside an image of ``size`` pixels, clipped to it."""

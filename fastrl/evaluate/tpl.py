@@ -168,14 +168,14 @@ class _Clip:
 
 
 def _clip(policy: Policy, record: Record, samples: int, single: str, seed: int, curve: bool) -> _Clip:
-    from fastrl.models.vision import open_image
+    from fastrl.pictures import open_picture
 
     where = f"record {record.id!r}" + (f" ({record.source})" if record.source else "")
     if not record.images:
         raise ValueError(f"{where}: temporal perplexity needs frames, this record has no images")
     count = len(record.images)
     try:  # each subset reads them again
-        record = replace(record, images=tuple(open_image(image) for image in record.images))
+        record = replace(record, images=tuple(open_picture(image) for image in record.images))
     except OSError as error:
         raise ValueError(f"{where}: {error}") from error
     prompt, seen = policy.encode(record)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastrl.batch import ImageInput
 from fastrl.models.positions import image_tokens
+from fastrl.pictures import AnyPicture, opened_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,7 +41,7 @@ class ImagePreprocessor:
         self._pool: ThreadPoolExecutor | None = None
         self._started: dict[str | int, tuple[Any, Future]] = {}  # by path or identity; the picture, kept alive
 
-    def prefetch(self, images: Iterable[Path | str | Image], workers: int) -> None:
+    def prefetch(self, images: Iterable[AnyPicture], workers: int) -> None:
         """Begin to preprocess ``images`` in ``workers`` threads; each is handed out by the next call for it.
 
         What goes wrong with a picture is raised by that call.
@@ -57,18 +58,21 @@ class ImagePreprocessor:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool, self._started = None, {}
 
-    def __call__(self, image: Path | str | Image) -> tuple[ImageInput, tuple[int, int]]:
+    def __call__(self, image: AnyPicture) -> tuple[ImageInput, tuple[int, int]]:
         """The image as the model takes it, and its original (width, height) in pixels.
 
         Raises:
-            OSError: a file that is missing or is no image.
+            PictureError: a file that is missing, broken or too large (an ``OSError``).
             ValueError: a picture the processor refuses (one side over 200 times the other).
         """
         started = self._started.pop(_name(image), None)
         return started[1].result() if started is not None else self._preprocess(image)
 
-    def _preprocess(self, image: Path | str | Image) -> tuple[ImageInput, tuple[int, int]]:
-        picture = open_image(image)
+    def _preprocess(self, image: AnyPicture) -> tuple[ImageInput, tuple[int, int]]:
+        with opened_picture(image) as picture:  # of large pictures there is one at a time
+            return self._prepare(picture), picture.size
+
+    def _prepare(self, picture: Image) -> ImageInput:
         key = self.key(picture)
         with self._lock:
             found = self._cache.get(key)
@@ -80,7 +84,7 @@ class ImagePreprocessor:
             found = ImageInput(pixel_values=out["pixel_values"].float(), grid=(t, h, w), key=key)
             with self._lock:
                 self._keep(found)
-        return found, picture.size
+        return found
 
     def key(self, picture: Image) -> str:
         """Content key: pictures with equal pixels under equal processor limits have equal keys."""
@@ -116,18 +120,8 @@ class ImagePreprocessor:
             self._held -= _bytes(self._cache.popitem(last=False)[1])
 
 
-def _name(image: Path | str | Image) -> str | int:
+def _name(image: AnyPicture) -> str | int:
     return str(image) if isinstance(image, str | Path) else id(image)
-
-
-def open_image(image: Path | str | Image) -> Image:
-    """An RGB picture from a file or a PIL image, oriented as its pixels are stored (annotations refer to those)."""
-    if not isinstance(image, str | Path):
-        return image.convert("RGB")
-    from PIL import Image as pil
-
-    with pil.open(image) as opened:
-        return opened.convert("RGB")
 
 
 def unique_images(images: Iterable[ImageInput]) -> list[ImageInput]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastrl.answers import View, parse_boxes, resolve_frame, to_original
 from fastrl.data.records import Record
+from fastrl.pictures import open_picture, picture_size
 
 TRUTH, PREDICTED = "#1a9850", "#d73027"
 
@@ -36,11 +37,8 @@ def before_after(
 def draw_answer(axis: Any, record: Record, answer: str) -> None:
     """One picture with its true boxes and the boxes of an answer, in pixels of the original image."""
     from matplotlib.patches import Rectangle
-    from PIL import Image
 
-    image = record.images[0]
-    image = image if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
-    axis.imshow(image)
+    axis.imshow(open_picture(record.images[0]))
     axis.set_xticks([])
     axis.set_yticks([])
     truth = [record.target["box"]] if "box" in record.target else record.target.get("boxes") or []
@@ -58,14 +56,13 @@ def heat_maps(pictures: Sequence[tuple[Any, Sequence[Any]]], path: Path) -> None
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image
 
     columns = 1 + max(len(maps) for _, maps in pictures)
     figure = Figure(figsize=(2.2 * columns, 2.3 * len(pictures) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(pictures), columns, squeeze=False)
     for row, (source, maps) in zip(axes, pictures, strict=True):
-        image = source.convert("RGB") if isinstance(source, Image.Image) else Image.open(source).convert("RGB")
+        image = open_picture(source)
         most = max((float(m.max()) for m in maps), default=0.0)
         for axis in row:
             axis.axis("off")
@@ -86,8 +83,7 @@ def answer_boxes(record: Record, answer: str) -> list[tuple[float, ...]]:
     if record.views:
         view = record.views[0]
     else:
-        width, height = record.images[0].size  # type: ignore[union-attr]
-        view = View(width, height, width, height)
+        view = View.unresized(*picture_size(record.images[0]))
     frame = resolve_frame(parsed, record.frame)
     return [to_original(item.coords, frame, view) for item in parsed.items if len(item.coords) == 4]
 

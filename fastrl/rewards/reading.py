@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fastrl.answers import Item, Parsed, View, from_original, parse_boxes, parse_points, resolve_frame, to_original
 from fastrl.data.records import Record
+from fastrl.pictures import picture_size
 
 # Coordinates are clamped to this many pixels (of 0–1000 units for points): far outside any image, and products of two
 # of them stay exact enough for areas. A model may write 1e300.
@@ -54,13 +54,7 @@ def view_of(record: Record) -> View | None:
         return record.views[0]
     if not record.images:
         return None
-    image = record.images[0]
-    if isinstance(image, Path | str):
-        from PIL import Image
-
-        with Image.open(image) as opened:
-            return View.unresized(*opened.size)
-    return View.unresized(*image.size)
+    return View.unresized(*picture_size(record.images[0]))
 
 
 def clamp(coords: Sequence[float]) -> Coords:

@@ -1,0 +1,342 @@
+"""Pictures as the world writes them → RGB pixels. The one place where a picture is opened.
+
+What is read, what is refused and why: ``docs/data.md``. A file is decoded whole, never at a reduced size.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 64_000_000  # width x height of a picture that is opened, unless somebody says otherwise
+LARGE = 16_000_000  # pixels above which pictures are decoded and prepared one at a time
+WHITE = (255, 255, 255)
+_ORIENTATION = 0x0112  # the EXIF (and TIFF) tag
+_TURNED = (5, 6, 7, 8)  # its values that swap width and height
+_AS_IT_IS = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}  # formats that any server reads
+_large = threading.RLock()
+_header = threading.Lock()  # of PIL's own limit, which is one for the whole process
+
+
+class PictureError(OSError):
+    """A picture that is missing, broken, too large, or of a kind that has no pixels a model could see."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is not decoded yet, and how it is to be read: where a bare path does not say it all.
+
+    Args:
+        path: its file; or data: the bytes of one, and name: what messages call it.
+        turned: by its EXIF tag; else the pixels are taken as they are stored.
+        max_pixels: width x height above which it is refused.
+    """
+
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+    name: str = ""
+    turned: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    def __str__(self) -> str:
+        return self.name or str(self.path)
+
+
+AnyPicture: TypeAlias = "Path | str | Picture | Image"
+
+
+class Header(NamedTuple):
+    """What a picture says of itself before it is decoded."""
+
+    size: tuple[int, int]  # (width, height) in pixels, as it is read
+    orientation: int  # of its EXIF tag: 1 (none) to 8
+    turned: bool  # whether that tag is followed
+    kind: str  # PIL's name of the format; empty for a picture in memory
+    plain: bool  # 8-bit grey or RGB, opaque
+
+    @property
+    def swaps(self) -> bool:
+        """Whether the tag swaps width and height."""
+        return self.orientation in _TURNED
+
+
+def read_header(image: AnyPicture) -> Header:
+    """Size and kind of a picture, without decoding it. Raises ``PictureError``."""
+    source = as_picture(image)
+    if source is None:
+        assert not isinstance(image, Path | str | Picture)
+        _check_mode(image, _name(image))
+        return Header(image.size, 1, False, "", _is_plain(image))
+    with _opened(source) as raw:
+        return _header_of(raw, source)
+
+
+def open_picture(image: AnyPicture) -> Image:
+    """The RGB pixels of a file, of its bytes, or of a PIL image.
+
+    Transparent pictures lie on white; 16-bit grey is scaled by the range its file states; of an animation it is the
+    first frame. Raises ``PictureError``, which names the file.
+    """
+    with opened_picture(image) as picture:
+        return picture
+
+
+@contextmanager
+def opened_picture(image: AnyPicture) -> Iterator[Image]:
+    """:func:`open_picture` for the length of a block; while it is a large picture's, no other large one is opened."""
+    source = as_picture(image)
+    if source is None:
+        assert not isinstance(image, Path | str | Picture)
+        _check_mode(image, _name(image))
+        yield _to_rgb(image, _name(image))
+        return
+    with _opened(source) as raw:
+        header = _header_of(raw, source)
+        large = header.size[0] * header.size[1] > LARGE
+        if large:
+            _large.acquire()
+        try:
+            picture = _decode(raw, header, str(source))
+            raw.close()  # the compressed bytes and PIL's own copy are not needed any more
+            yield picture
+        finally:
+            if large:
+                _large.release()
+
+
+def picture_size(image: AnyPicture) -> tuple[int, int]:
+    """(width, height) in pixels. Raises ``PictureError``."""
+    return read_header(image).size
+
+
+def as_picture(image: AnyPicture) -> Picture | None:
+    """A file as a ``Picture``; None for a PIL image, whose pixels are there already."""
+    if isinstance(image, Picture):
+        return image
+    return Picture(Path(image)) if isinstance(image, Path | str) else None
+
+
+def data_url(image: AnyPicture) -> str:
+    """A picture as a data URL that a server sees as fastrl does: a file's own bytes where any reader gets the same
+    pixels from them, else PNG. Raises ``PictureError``."""
+    header, source = read_header(image), as_picture(image)
+    if source is not None and header.plain and header.orientation == 1 and header.kind in _AS_IT_IS:
+        assert source.path is not None or source.data is not None
+        data = source.data if source.path is None else source.path.read_bytes()
+        return _as_url(_AS_IT_IS[header.kind], data or b"")
+    buffer = io.BytesIO()
+    open_picture(image).save(buffer, "PNG")
+    return _as_url("png", buffer.getvalue())
+
+
+def _as_url(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# ---- opening
+
+
+@contextmanager
+def _opened(source: Picture) -> Iterator[Image]:
+    """The file opened by PIL, its header read and found sound."""
+    name = str(source)
+    if source.path is not None and not source.path.is_file():
+        raise PictureError(f"image not found: {name}")
+    raw = _read(source)
+    try:
+        width, height = raw.size
+        if width * height > source.max_pixels:
+            raise PictureError(
+                f"image of {width}x{height} pixels, more than the limit of {source.max_pixels:,} ({name}); "
+                f"raise it with data.max_image_pixels in a recipe, or ?max_image_pixels={width * height} in a spec"
+            )
+        _check_mode(raw, name)
+        yield raw
+    finally:
+        raw.close()
+
+
+def _read(source: Picture) -> Image:
+    from PIL import Image as pil
+
+    file = source.path if source.path is not None else io.BytesIO(source.data or b"")
+    with _header, _no_limit():
+        try:
+            return pil.open(file)
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL's readers raise anything on a damaged file
+            raise _unreadable(str(source), error) from error
+
+
+@contextmanager
+def _no_limit() -> Iterator[None]:
+    """PIL's own limit set aside: the caller's stands instead, and names the key that raises it."""
+    from PIL import Image as pil
+
+    usual, pil.MAX_IMAGE_PIXELS = pil.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        pil.MAX_IMAGE_PIXELS = usual
+
+
+def _unreadable(name: str, error: Exception) -> PictureError:
+    why = "it is no picture of a known format" if "cannot identify" in str(error) else error
+    return PictureError(f"image cannot be read: {name} ({type(error).__name__}: {why})")
+
+
+def _header_of(raw: Image, source: Picture) -> Header:
+    orientation = _orientation(raw)
+    width, height = raw.size
+    if raw.format == "TIFF":  # whose size may be the turned one already
+        width, height = (int(raw.tag_v2[tag]) for tag in (256, 257))  # type: ignore[attr-defined]
+    if source.turned and orientation in _TURNED:
+        width, height = height, width
+    return Header((width, height), orientation, source.turned, raw.format or "", _is_plain(raw))
+
+
+def _orientation(raw: Image) -> int:
+    from PIL import Image as pil
+
+    try:  # PNG's own getexif would decode the picture to look behind it
+        value = pil.Image.getexif(raw).get(_ORIENTATION, 1)
+    except Exception:  # a damaged tag turns nothing; the picture itself may be sound
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _decode(raw: Image, header: Header, name: str) -> Image:
+    levels = _levels(raw) if raw.mode.startswith("I") else None
+    try:
+        if raw.width * raw.height > LARGE:  # PIL may measure it once more
+            with _header, _no_limit():
+                raw.load()
+        else:
+            raw.load()
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    picture = _to_rgb(raw, name, levels)
+    if raw.format == "TIFF":  # PIL has turned it
+        return picture if header.turned else _turn(picture, _BACK.get(header.orientation, header.orientation))
+    return _turn(picture, header.orientation) if header.turned else picture
+
+
+_BACK = {6: 8, 8: 6}  # what undoes an orientation; the others undo themselves
+
+
+def _turn(picture: Image, orientation: int) -> Image:
+    from PIL.Image import Transpose
+
+    moves = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return picture.transpose(moves[orientation]) if orientation in moves else picture
+
+
+# ---- pixels
+
+
+def _name(image: Any) -> str:
+    return str(getattr(image, "filename", "") or "a picture in memory")
+
+
+def _is_plain(image: Image) -> bool:
+    return image.mode in ("L", "RGB") and not image.has_transparency_data
+
+
+def _check_mode(image: Image, name: str) -> None:
+    """Raise ``PictureError`` for pixels that nothing says how to see."""
+    if image.mode == "F":
+        raise PictureError(f"image of floating-point numbers: {name}; {_UNSEEN}")
+    if image.mode.startswith("I"):
+        levels = _levels(image)
+        if levels is None:
+            raise PictureError(f"image of 32-bit or signed numbers without a stated range: {name}; {_UNSEEN}")
+        if not 0 < levels.high - levels.low <= _MOST_LEVELS:
+            raise PictureError(f"image whose numbers go from {levels.low} to {levels.high}: {name}; {_UNSEEN}")
+
+
+class _Levels(NamedTuple):
+    low: int  # what is black
+    high: int  # what is white
+    inverted: bool  # the other way round
+
+
+_MOST_LEVELS = 1 << 20
+_UNSEEN = "what is white in it is not known: save it with 8 bits, or 16 from 0 to 65535"
+
+
+def _to_rgb(image: Image, name: str, levels: _Levels | None = None) -> Image:
+    from PIL import Image as pil
+
+    try:
+        if image.mode.startswith("I"):
+            return _grey(image, name, levels or _levels(image) or _Levels(0, 65535, False))
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        clear = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        white = pil.new("RGB", image.size, WHITE)
+        white.paste(clear, mask=clear.getchannel("A"))
+        return white
+    except (MemoryError, PictureError):
+        raise
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _levels(image: Image) -> _Levels | None:
+    """The range of a picture of integers; None where the file states none."""
+    if image.format != "TIFF":
+        return _Levels(0, 65535, False)  # PNG, PGM and JPEG 2000 come scaled to this, whatever depth they have
+    tags: Any = image.tag_v2  # type: ignore[attr-defined]
+    bits, signed = tags.get(258, (16,))[0], tags.get(339, (1,))[0] == 2
+    low, high = _first(tags, (340, 280)), _first(tags, (341, 281))  # SMinSampleValue, MinSampleValue; the same of Max
+    if signed or bits > 16:
+        return None if low is None or high is None else _Levels(low, high, tags.get(262) == 0)
+    most = 2**bits - 1
+    return _Levels(max(low or 0, 0), min(high or most, most), tags.get(262) == 0)
+
+
+def _first(tags: Any, names: tuple[int, ...]) -> int | None:
+    """The value of the first of these tags that a file has; of one for each channel, its first."""
+    for name in names:
+        value = tags.get(name)
+        value = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(value, int | float):
+            return int(value)
+    return None
+
+
+def _grey(image: Image, name: str, levels: _Levels) -> Image:
+    import numpy as np
+    from PIL import Image as pil
+
+    low, high, inverted = levels
+    values = np.asarray(image)
+    if image.format != "TIFF" and values.size and not (values.min() >= low and values.max() <= high):
+        raise PictureError(f"image of numbers outside {low} to {high}: {name}; {_UNSEEN}")
+    shades = np.rint(np.arange(high - low + 1) * 255.0 / (high - low)).astype(np.uint8)
+    index = values if low == 0 else values.astype(np.int64) - low
+    grey = (shades[::-1] if inverted else shades)[np.clip(index, 0, high - low)]
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return pil.fromarray(grey).convert("RGB")
