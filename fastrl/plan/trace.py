@@ -158,9 +158,8 @@ class _RowLocal:
     def __call__(self, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> Tensor:
         ops, per_row = torch.ops.fastrl, torch.empty(len(batch.targets), device=META)
         loss, _, _, *made = ops.linear_policy_loss(
-            hidden.detach(), weight.detach(), batch.targets, None, None, None, per_row, batch.completion_of_token,
-            per_row, None, None, self.into, 1.0, None, -100, 1.0, 0.2, 0.2, None, 0.0, "k3", "value", 1 << 30,
-            [True, weight.requires_grad, False],
+            hidden.detach(), weight.detach(), batch.targets, None, None, None, self.into, 1.0, None, -100, 1.0, 1 << 30,
+            [True, weight.requires_grad, False], per_row, batch.completion_of_token, per_row,
         )  # fmt: skip
         return ops.with_gradients(loss, hidden, weight, None, *made, 1.0)
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fastrl_kernels._triton import HAS_TRITON
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)  # of targets, ids, counts and labels
+
 
 class AotCase(NamedTuple):
     """One kernel at one shipped launch configuration, as the ahead-of-time gate compiles it (no GPU needed)."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels._common import AotCase, launch, use_triton
-from fastrl_kernels._numerics import expm1_tail
+from fastrl_kernels._numerics import expm1_tail, sigmoid
+from fastrl_kernels._policy_options import IMPORTANCE, KL_KINDS, LOSSES, PolicyOptions, PolicyTensors
 from fastrl_kernels._triton import tl, triton
 
 LOG_RATIO_LIMIT = 20.0  # verl clamps here too; exp(20) = 4.9e8 keeps sums finite in fp32
 PARTIALS = 8  # loss, kl, low, high, ratio sums; ratio maximum; row count; unused
-KL_KINDS = ("k1", "k2", "k3")
 _BLOCK = 256  # one warp per program: the seven sums need no barrier
 _SCAN = 1024
 _TOTALS = 128
@@ -31,33 +31,48 @@ class PolicyRows(NamedTuple):
     partials: Tensor  # [blocks, PARTIALS], for policy_totals
 
 
-class RowOptions(NamedTuple):
-    """The clip range as bounds of the ratio, and the rest as in ``policy_loss``."""
-
-    low: float
-    high: float
-    dual_clip: float | None
-    beta: float
-    kl: str
-    kl_gradient: str
-    ratio: str
-
-
 @triton.jit
-def _surrogate(log_ratio, advantage, low, high, dual, DUAL: tl.constexpr):
-    """The clipped objective of one row: loss, d loss / d log_ratio, ratio, clipped low, clipped high."""
+def _surrogate(
+    log_ratio, logp, advantage, low, high, dual, tau_positive, tau_negative, LOSS: tl.constexpr, DUAL: tl.constexpr
+):
+    """The objective of one row: loss, its slope, ratio, clipped low, clipped high. LOSS indexes LOSSES.
+
+    The slope is in log_ratio, under cispo (LOSS 1) in logp.
+    """
     # not minimum and maximum, which on a GPU give the operand that is not NaN: NaN stays NaN
     clamped = tl.where(log_ratio < -20.0, -20.0, tl.where(log_ratio > 20.0, 20.0, log_ratio))
     ratio = tl.exp(clamped)
     clip_low = (advantage < 0) & (ratio < low)
     clip_high = (advantage > 0) & (ratio > high)
-    used = tl.where(clip_low, low, tl.where(clip_high, high, ratio))
-    stopped = clip_low | clip_high | (clamped != log_ratio)
-    if DUAL:
-        beyond = (advantage < 0) & (used > dual)
-        used = tl.where(beyond, dual, used)
-        stopped = stopped | beyond
-    return -advantage * used, tl.where(stopped, 0.0, -advantage * ratio), ratio, clip_low, clip_high
+    if LOSS == 0:
+        used = tl.where(clip_low, low, tl.where(clip_high, high, ratio))
+        stopped = clip_low | clip_high | (clamped != log_ratio)
+        if DUAL:
+            beyond = (advantage < 0) & (used > dual)
+            used = tl.where(beyond, dual, used)
+            stopped = stopped | beyond
+        loss = -advantage * used
+        slope = tl.where(stopped, 0.0, -advantage * ratio)
+    elif LOSS == 1:
+        slope = -advantage * tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+        loss = slope * logp
+    else:
+        tau = tl.where(advantage > 0, tau_positive, tau_negative)
+        gate = sigmoid(tau * (ratio - 1.0))
+        loss = -advantage * gate * 4.0 / tau
+        slope = -advantage * 4.0 * gate * sigmoid(tau * (1.0 - ratio)) * ratio
+        slope = tl.where(clamped != log_ratio, 0.0, slope)
+        clip_low = clip_low & False
+        clip_high = clip_high & False
+    return loss, slope, ratio, clip_low, clip_high
+
+
+@triton.jit
+def _importance(log_weight, cap, IMPORTANCE: tl.constexpr):
+    """min(w, cap) (IMPORTANCE 1), or w up to cap and else 0 (2), of w = exp(log_weight); 1 for NaN (untold)."""
+    log_weight = tl.where(log_weight == log_weight, log_weight, 0.0)
+    weight = tl.exp(tl.minimum(tl.maximum(log_weight, -20.0), 20.0))
+    return tl.where(weight > cap, cap if IMPORTANCE == 1 else 0.0, weight)
 
 
 @triton.jit
@@ -90,7 +105,9 @@ def policy_rows_kernel(
     weight_ptr,  # [n], 0: the row is not looked at
     old_ptr,  # [n] or None: ratio 1
     ref_ptr,  # [n] or None: no KL
-    sequence_ptr,  # [2, n_completions] fp32 (mean log-ratio, weight per token) or None: token ratio
+    sampler_ptr,  # [n] or None: no importance weights, or those of sequences
+    sequence_ptr,  # [3, n_completions] fp32 of sequence_sums_kernel, or None: all is per token
+    numbers_ptr,  # [7] fp64 or None: the next numbers, where one of them is a tensor
     loss_ptr,  # [n] fp32 out
     dlogp_ptr,  # [n] fp32 out
     partials_ptr,  # [blocks, 8] fp32 out
@@ -100,13 +117,25 @@ def policy_rows_kernel(
     high,
     dual,
     beta,
+    cap,
+    tau_positive,
+    tau_negative,
     DUAL: tl.constexpr,
     KL: tl.constexpr,
     K2_GRADIENT: tl.constexpr,
+    LOSS: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
+    IMPORTANCE_SEQUENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if numbers_ptr is not None:
+        low, high = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+        dual, beta, cap = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
+        tau_positive, tau_negative = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
     low, high, dual = tl.cast(low, tl.float32), tl.cast(high, tl.float32), tl.cast(dual, tl.float32)
-    beta = tl.cast(beta, tl.float32)
+    beta, cap = tl.cast(beta, tl.float32), tl.cast(cap, tl.float32)
+    tau_positive, tau_negative = tl.cast(tau_positive, tl.float32), tl.cast(tau_negative, tl.float32)
     block = tl.program_id(0).to(tl.int64)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     inside = rows < n
@@ -116,17 +145,32 @@ def policy_rows_kernel(
     weight = tl.where(live, weight, 0.0)
     advantage = tl.load(advantage_ptr + completion, mask=live, other=0.0).to(tl.float32)
     logp = tl.load(logp_ptr + rows, mask=live, other=0.0).to(tl.float32)
-    if sequence_ptr is not None:
-        log_ratio = tl.load(sequence_ptr + completion, mask=live, other=0.0)
-        share = tl.load(sequence_ptr + n_completions + completion, mask=live, other=0.0)
+    old = logp
+    if old_ptr is not None:
+        old = tl.load(old_ptr + rows, mask=live, other=0.0).to(tl.float32)
+    if IMPORTANCE_SEQUENCE:
+        told = tl.load(sequence_ptr + 2 * n_completions + completion, mask=live, other=0.0)
+        share = weight * _importance(told, cap, IMPORTANCE)
+    elif IMPORTANCE > 0:
+        told = old - tl.load(sampler_ptr + rows, mask=live, other=0.0).to(tl.float32)
+        share = weight * _importance(told, cap, IMPORTANCE)
     else:
         share = weight
-        if old_ptr is not None:
-            log_ratio = logp - tl.load(old_ptr + rows, mask=live, other=0.0).to(tl.float32)
-        else:
-            log_ratio = tl.zeros([BLOCK], tl.float32)
-    pg, slope, ratio, clip_low, clip_high = _surrogate(log_ratio, advantage, low, high, dual, DUAL)  # type: ignore
-    loss, dlogp = weight * pg, share * slope
+    loss = share
+    if SEQUENCE:
+        log_ratio = tl.load(sequence_ptr + completion, mask=live, other=0.0)
+        if LOSS != 1:  # the gradient goes through the mean, to every row of the completion alike
+            share = tl.load(sequence_ptr + n_completions + completion, mask=live, other=0.0)
+            if IMPORTANCE_SEQUENCE:
+                share = share * _importance(told, cap, IMPORTANCE)
+    elif old_ptr is not None:
+        log_ratio = logp - old
+    else:
+        log_ratio = tl.zeros([BLOCK], tl.float32)
+    pg, slope, ratio, clip_low, clip_high = _surrogate(  # type: ignore
+        log_ratio, logp, advantage, low, high, dual, tau_positive, tau_negative, LOSS, DUAL
+    )
+    loss, dlogp = loss * pg, share * slope
     kl = tl.zeros([BLOCK], tl.float32)
     if ref_ptr is not None:
         ref = tl.load(ref_ptr + rows, mask=live, other=0.0).to(tl.float32)
@@ -174,13 +218,21 @@ def policy_totals_kernel(partials_ptr, loss_ptr, metrics_ptr, n_blocks, BLOCK: t
 
 
 @triton.jit
-def sequence_ratio_kernel(
-    logp_ptr, old_ptr, completion_ptr, weight_ptr, sequence_ptr, n, n_completions, BLOCK: tl.constexpr
-):
-    """One program per completion, rows in any order: mean log-ratio over its weighted rows, and its weight per row."""
+def sequence_sums_kernel(
+    logp_ptr, old_ptr, sampler_ptr, completion_ptr, weight_ptr, numbers_ptr,
+    sequence_ptr,  # [3, n_completions] fp32 out
+    n, n_completions, cap, IMPORTANCE: tl.constexpr, IMPORTANCE_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per completion, over its weighted rows in any order: what a row needs of the others.
+
+    Mean log-ratio; weight (importance weights of tokens included) per row; log importance weight of the sequence.
+    """
     this = tl.program_id(0)
+    if numbers_ptr is not None:
+        cap = tl.load(numbers_ptr + 4)
+    cap = tl.cast(cap, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    count, weights = total, total
+    count, weights, told = total, total, total
     for start in range(0, n, BLOCK):
         rows = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = rows < n
@@ -188,64 +240,85 @@ def sequence_ratio_kernel(
         weight = tl.load(weight_ptr + rows, mask=inside & (completion == this), other=0.0).to(tl.float32)
         live = weight != 0
         logp = tl.load(logp_ptr + rows, mask=live, other=0.0).to(tl.float32)
-        total += logp - tl.load(old_ptr + rows, mask=live, other=0.0).to(tl.float32)
+        old = logp
+        if old_ptr is not None:
+            old = tl.load(old_ptr + rows, mask=live, other=0.0).to(tl.float32)
+        total += logp - old
         count += live.to(tl.float32)
+        if IMPORTANCE > 0:
+            gap = old - tl.load(sampler_ptr + rows, mask=live, other=0.0).to(tl.float32)
+            if IMPORTANCE_SEQUENCE:
+                told += tl.where(gap == gap, gap, 0.0)
+            else:
+                weight = weight * _importance(gap, cap, IMPORTANCE)
         weights += weight
     rows_of_it = tl.maximum(tl.sum(count), 1.0)
     tl.store(sequence_ptr + this, tl.sum(total) / rows_of_it)
     tl.store(sequence_ptr + n_completions + this, tl.sum(weights) / rows_of_it)
+    tl.store(sequence_ptr + 2 * n_completions + this, tl.sum(told))
 
 
 def policy_row_terms(
-    logp: Tensor,
-    advantage: Tensor,
-    completion: Tensor,
-    weight: Tensor,
-    *,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    beta: float = 0.0,
-    kl: str = "k3",
-    kl_gradient: str = "value",
-    ratio: str = "token",
+    logp: Tensor, tensors: PolicyTensors, options: PolicyOptions, numbers: Tensor | None = None
 ) -> PolicyRows:
     """The loss's mathematics, row by row, without autograd: what ``policy_loss`` and chunked heads both call.
 
-    Shapes as ``policy_loss``; ``weight [N]`` is required. With ``ratio="token"`` rows are independent, so any chunk of
-    rows (with all of ``advantage [C]``) gives the same rows as the whole; concatenate the chunks' ``partials`` for
-    ``policy_totals``. ``ratio="sequence"`` needs all rows of its completions in one call. Arguments are not checked.
-    Results are fp32 (float64 for float64 ``logp``).
+    Where no option ``needs_sums``, rows are independent, so any chunk of rows (with all of ``advantage [C]``) gives the
+    same rows as the whole; concatenate the chunks' ``partials`` for ``policy_totals``. Else all rows of a completion
+    come in one call. ``numbers``: of ``options.split``. Arguments are not checked. Results are fp32 (float64 for
+    float64 ``logp``).
     """
-    if ratio == "sequence" and old_logp is None:
-        old_logp = logp
-    low, high = 1.0 - clip_low, 1.0 + clip_high
     if not use_triton(logp) or logp.dtype == torch.float64:
-        options = RowOptions(low, high, dual_clip, beta, kl, kl_gradient, ratio)
-        return rows_eager(logp, advantage, completion, weight, old_logp, ref_logp, options)
-    n, c = logp.shape[0], advantage.shape[0]
-    logp, advantage, completion, weight = (t.contiguous() for t in (logp, advantage, completion, weight))
-    old = None if old_logp is None else old_logp.contiguous()
-    ref = None if ref_logp is None else ref_logp.contiguous()
+        return rows_eager(logp, tensors, options, numbers)
+    n, c = logp.shape[0], tensors.advantage.shape[0]
+    logp, tensors = logp.contiguous(), tensors.rows(Tensor.contiguous)
+    advantage, completion, weight, old, ref, sampler = tensors
     blocks = -(-n // _BLOCK)
     loss, dlogp = (torch.empty(n, dtype=torch.float32, device=logp.device) for _ in range(2))
     partials = torch.empty(blocks, PARTIALS, dtype=torch.float32, device=logp.device)
     if n == 0:
         return PolicyRows(loss, dlogp, partials)
+    low, high, dual, beta, cap, *tau = options.bounds(numbers) if numbers is None else [0.0] * 7
+    importance = IMPORTANCE.index(options.importance)
+    whole = importance > 0 and options.importance_level == "sequence"
     sequence = None
-    if ratio == "sequence":
-        sequence = torch.empty(2, c, dtype=torch.float32, device=logp.device)
-        if c:
-            launch(sequence_ratio_kernel, c)(logp, old, completion, weight, sequence, n, c, BLOCK=_SCAN)
+    if options.needs_sums:
+        sequence = _sequence_sums(logp, tensors, numbers, cap, importance, whole)
     launch(policy_rows_kernel, blocks)(
-        logp, advantage, completion, weight, None if sequence is not None else old, ref, sequence,
-        loss, dlogp, partials, n, c, low, high, 0.0 if dual_clip is None else dual_clip, beta,
-        DUAL=dual_clip is not None, KL=KL_KINDS.index(kl) + 1, K2_GRADIENT=kl_gradient == "k2",
+        logp, advantage.contiguous(), completion, weight, old, ref, sampler, sequence, numbers,
+        loss, dlogp, partials, n, c, low, high, dual, beta, cap, *tau,
+        DUAL=options.dual_clip is not None, KL=KL_KINDS.index(options.kl) + 1,
+        K2_GRADIENT=options.kl_gradient == "k2", LOSS=LOSSES.index(options.loss),
+        SEQUENCE=options.ratio == "sequence", IMPORTANCE=importance, IMPORTANCE_SEQUENCE=whole,
         BLOCK=_BLOCK, num_warps=1,
     )  # fmt: skip
     return PolicyRows(loss, dlogp, partials)
+
+
+def _sequence_sums(
+    logp: Tensor, tensors: PolicyTensors, numbers: Tensor | None, cap: float, importance: int, whole: bool
+) -> Tensor:
+    """[3, C]: see ``sequence_sums_kernel``."""
+    c = tensors.advantage.shape[0]
+    sums = torch.empty(3, c, dtype=torch.float32, device=logp.device)
+    if c:
+        launch(sequence_sums_kernel, c)(
+            logp, tensors.old_logp, tensors.sampler_logp, tensors.completion, tensors.weight, numbers, sums,
+            logp.shape[0], c, cap, IMPORTANCE=importance, IMPORTANCE_SEQUENCE=whole, BLOCK=_SCAN,
+        )  # fmt: skip
+    return sums
+
+
+def sequence_importance(old: Tensor, sampler: Tensor, completion: Tensor, weight: Tensor, completions: int) -> Tensor:
+    """[N]: the log importance weight of each row's sequence, over its rows of non-zero weight; always in one order."""
+    index = completion.clamp(0, max(completions - 1, 0)).long()
+    if use_triton(old) and weight.dtype != torch.float64 and completions:
+        vectors = (old, completion, weight, sampler)
+        old, completion, weight, sampler = (t.contiguous() for t in vectors)
+        tensors = PolicyTensors(weight.new_empty(completions), completion, weight, old, None, sampler)
+        return _sequence_sums(old, tensors, None, 1.0, 1, True)[2][index]
+    told = torch.where((weight != 0) & ~sampler.isnan(), old.double() - sampler.double(), 0.0)
+    return told.new_zeros(max(completions, 1)).index_add_(0, index, told)[index].to(weight.dtype)
 
 
 def policy_totals(partials: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,49 +340,38 @@ def policy_totals(partials: Tensor) -> tuple[Tensor, Tensor]:
 
 def aot_cases() -> list[AotCase]:
     """Token and sequence ratio with every vector present, the on-policy case with none, and the two reductions."""
-    rows = dict.fromkeys(("logp_ptr", "advantage_ptr", "weight_ptr", "old_ptr", "ref_ptr"), "*fp32")
-    rows |= dict.fromkeys(("sequence_ptr", "loss_ptr", "dlogp_ptr", "partials_ptr"), "*fp32")
+    vectors = ("logp_ptr", "advantage_ptr", "weight_ptr", "old_ptr", "ref_ptr", "sampler_ptr", "sequence_ptr")
+    rows = dict.fromkeys((*vectors, "loss_ptr", "dlogp_ptr", "partials_ptr"), "*fp32") | {"numbers_ptr": "*fp64"}
     rows |= {"completion_ptr": "*i64", "n": "i32", "n_completions": "i32"}
-    rows |= dict.fromkeys(("low", "high", "dual", "beta"), "fp32")
+    rows |= dict.fromkeys(("low", "high", "dual", "beta", "cap", "tau_positive", "tau_negative"), "fp32")
+    everything = {"IMPORTANCE": 0, "IMPORTANCE_SEQUENCE": False, "LOSS": 0, "SEQUENCE": False, "DUAL": False, "KL": 3}
+    everything |= {"K2_GRADIENT": False, "BLOCK": _BLOCK}
+    none = ("sampler_ptr", "numbers_ptr")
     cases = []
-    for name, absent, dual, kl in (
-        ("token", ("sequence_ptr",), True, 3),
-        ("sequence", ("old_ptr",), False, 3),
-        ("on_policy", ("old_ptr", "ref_ptr", "sequence_ptr"), False, 3),
-        ("k2", ("sequence_ptr",), False, 2),
+    for name, absent, flags in (
+        ("token", ("sequence_ptr", *none), {"DUAL": True}),
+        ("sequence", none, {"SEQUENCE": True}),
+        ("on_policy", ("old_ptr", "ref_ptr", "sequence_ptr", *none), {}),
+        ("k2", ("sequence_ptr", *none), {"KL": 2}),
+        ("cispo", ("sequence_ptr", "numbers_ptr"), {"LOSS": 1, "IMPORTANCE": 1}),
+        ("sapo", ("sampler_ptr",), {"LOSS": 2, "SEQUENCE": True, "IMPORTANCE": 2, "IMPORTANCE_SEQUENCE": True}),
     ):
-        fixed = {"DUAL": dual, "KL": kl, "K2_GRADIENT": False, "BLOCK": _BLOCK} | dict.fromkeys(absent)
+        fixed = everything | flags | dict.fromkeys(absent)
         given = {key: kind for key, kind in rows.items() if key not in absent}
-        cases.append(
-            AotCase(
-                f"policy_rows_kernel/{name}",
-                policy_rows_kernel,
-                given,
-                fixed,
-                num_warps=1,
-                max_shared=0,
-                max_barriers=0,
-            )
-        )
+        case = AotCase(f"policy_rows_kernel/{name}", policy_rows_kernel, given, fixed, num_warps=1)
+        cases.append(case._replace(max_shared=0, max_barriers=0))
     totals = {"partials_ptr": "*fp32", "loss_ptr": "*fp32", "metrics_ptr": "*fp32", "n_blocks": "i32"}
     cases.append(AotCase("policy_totals_kernel", policy_totals_kernel, totals, {"BLOCK": _TOTALS}, num_warps=1))
-    scan = {key: rows[key] for key in ("logp_ptr", "old_ptr", "completion_ptr", "weight_ptr", "sequence_ptr", "n")}
-    scan["n_completions"] = "i32"
-    cases.append(AotCase("sequence_ratio_kernel", sequence_ratio_kernel, scan, {"BLOCK": _SCAN}))
+    scan = {key: kind for key, kind in rows.items() if key in sequence_sums_kernel.arg_names}
+    flags = {"IMPORTANCE": 1, "IMPORTANCE_SEQUENCE": False, "BLOCK": _SCAN}
+    cases.append(AotCase("sequence_sums_kernel", sequence_sums_kernel, scan, flags))
     return cases
 
 
-def rows_eager(
-    logp: Tensor,
-    advantage: Tensor,
-    completion: Tensor,
-    weight: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    options: RowOptions,
-) -> PolicyRows:
+def rows_eager(logp: Tensor, tensors: PolicyTensors, options: PolicyOptions, numbers: Tensor | None) -> PolicyRows:
     """The torch form of the rows: float64 inside, whatever comes in; float64 out for float64 ``logp``, else fp32."""
-    low, high, dual_clip, beta, kl, kl_gradient, ratio = options
+    advantage, completion, weight, old_logp, ref_logp, sampler_logp = tensors
+    low, high, dual, beta, cap, tau_positive, tau_negative = options.bounds(numbers)
     out = torch.float64 if logp.dtype == torch.float64 else torch.float32
     c = advantage.shape[0]
     live = (weight != 0) & (completion >= 0) & (completion < c)
@@ -317,30 +379,49 @@ def rows_eager(
     index = torch.where(live, completion, 0).long()
     a = torch.where(live, advantage.double()[index] if c else w, 0.0)
     p = torch.where(live, logp.double(), 0.0)
-    share = w
-    log_ratio = torch.zeros_like(p) if old_logp is None else p - torch.where(live, old_logp.double(), 0.0)
-    if ratio == "sequence":
-        count = (
-            torch.zeros(max(c, 1), dtype=p.dtype, device=p.device).index_add_(0, index, live.to(p.dtype)).clamp(min=1)
-        )
-        log_ratio = (torch.zeros_like(count).index_add_(0, index, log_ratio) / count)[index]
-        share = (torch.zeros_like(count).index_add_(0, index, w) / count)[index]
-        log_ratio, share = torch.where(live, log_ratio, 0.0), torch.where(live, share, 0.0)
+    old = p if old_logp is None else torch.where(live, old_logp.double(), 0.0)
+    log_ratio = torch.zeros_like(p) if old_logp is None else p - old
+    empty = torch.zeros(max(c, 1), dtype=p.dtype, device=p.device)
+    own = w  # of the row's objective; that of its KL stays w
+    if sampler_logp is not None:
+        told = torch.where(live & ~sampler_logp.isnan(), old - sampler_logp.double(), 0.0)
+        if options.importance_level == "sequence":
+            told = empty.index_add(0, index, told)[index]
+        factor = told.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        own = w * torch.where(factor > cap, cap if options.importance == "truncate" else 0.0, factor)
+    share = own
+    if options.ratio == "sequence":
+        count = empty.index_add(0, index, live.to(p.dtype)).clamp(min=1)
+        log_ratio = torch.where(live, (empty.index_add(0, index, log_ratio) / count)[index], 0.0)
+        if options.loss != "cispo":
+            share = torch.where(live, (empty.index_add(0, index, own) / count)[index], 0.0)
     clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     r = clamped.exp()
     clip_low, clip_high = (a < 0) & (r < low), (a > 0) & (r > high)
-    used = torch.where(clip_low, low, torch.where(clip_high, high, r))
-    stopped = clip_low | clip_high | (clamped != log_ratio)
-    if dual_clip is not None:
-        beyond = (a < 0) & (used > dual_clip)
-        used, stopped = torch.where(beyond, dual_clip, used), stopped | beyond
-    loss, dlogp = -w * a * used, torch.where(stopped, 0.0, -share * a * r)
-    value = torch.zeros_like(p)
+    stopped = clamped != log_ratio
+    if options.loss == "cispo":
+        slope = -a * torch.where(r < low, low, torch.where(r > high, high, r))
+        value = slope * p
+    elif options.loss == "sapo":
+        tau = torch.where(
+            a > 0, *(torch.as_tensor(x, dtype=a.dtype, device=a.device) for x in (tau_positive, tau_negative))
+        )
+        gate = torch.sigmoid(tau * (r - 1))
+        value, slope = -a * gate * 4 / tau, -a * 4 * gate * torch.sigmoid(tau * (1 - r)) * r
+        slope, clip_low, clip_high = torch.where(stopped, 0.0, slope), clip_low & False, clip_high & False
+    else:
+        used, stopped = torch.where(clip_low, low, torch.where(clip_high, high, r)), stopped | clip_low | clip_high
+        if options.dual_clip is not None:
+            beyond = (a < 0) & (used > dual)
+            used, stopped = torch.where(beyond, dual, used), stopped | beyond
+        value, slope = -a * used, torch.where(stopped, 0.0, -a * r)
+    loss, dlogp = own * value, share * slope
+    kl = torch.zeros_like(p)
     if ref_logp is not None:
-        value, slope = _kl_eager(torch.where(live, ref_logp.double(), 0.0) - p, kl, kl_gradient)
-        if beta != 0:
-            loss, dlogp = loss + w * beta * value, dlogp + w * beta * slope
-    columns = [loss, value, live & clip_low, live & clip_high, torch.where(live, r, 0.0), live]
+        kl, kl_slope = _kl_eager(torch.where(live, ref_logp.double(), 0.0) - p, options.kl, options.kl_gradient)
+        if numbers is not None or beta != 0:  # an infinite KL must not turn an unpenalised loss into NaN
+            loss, dlogp = loss + w * beta * kl, dlogp + w * beta * kl_slope
+    columns = [loss, kl, live & clip_low, live & clip_high, torch.where(live, r, 0.0), live]
     sums = [column.sum(dtype=p.dtype) for column in columns]
     largest = torch.where(live, r, 0.0).max() if r.numel() else sums[0]
     partials = torch.stack([*sums[:5], largest, sums[5], torch.zeros_like(largest)]).view(1, PARTIALS)

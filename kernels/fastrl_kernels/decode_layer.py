@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl_kernels._common import (
+    FLOATS,
     AotCase,
     check,
     check_dtype,
@@ -31,7 +32,6 @@ from fastrl_kernels._common import (
 )
 from fastrl_kernels._triton import tl, triton
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GATE_BLOCK = 1024
 
 
@@ -157,7 +157,7 @@ def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float)
     """
     check_shape("residual", residual, (None, None))
     check(residual.is_contiguous(), "residual: changed in place, so it has to be contiguous")
-    check_dtype("residual", residual, _FLOATS)
+    check_dtype("residual", residual, FLOATS)
     check_shape("weight", weight, (residual.shape[1],))
     check_dtype("weight", weight, (residual.dtype,))
     if x is not None:
@@ -221,7 +221,7 @@ def rope_append(
     check_shape("q", q, (None, None, None))
     rows, _, dim = q.shape
     check(dim % 2 == 0, f"q: heads of {dim} numbers do not split into halves")
-    check_dtype("q", q, _FLOATS)
+    check_dtype("q", q, FLOATS)
     check_shape("k", k, (rows, None, dim))
     check_shape("v", v, tuple(k.shape))
     check_shape("keys", keys, (rows, k.shape[1], None, dim))
@@ -230,7 +230,7 @@ def rope_append(
         check_dtype(name, x, (q.dtype,))
     for name, x in (("cos", cos), ("sin", sin)):
         check_shape(name, x, (rows, dim // 2))
-        check_dtype(name, x, _FLOATS)
+        check_dtype(name, x, FLOATS)
     check(
         keys.stride() == values.stride() and (keys.stride(-1) == 1 or dim == 1),
         f"keys, values: expected equal strides, the last one 1, got {keys.stride()} and {values.stride()}",
@@ -287,7 +287,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         ValueError, TypeError: where they differ.
     """
     check_shape("up", up, tuple(gate.shape))
-    check_dtype("gate", gate, _FLOATS)
+    check_dtype("gate", gate, FLOATS)
     check_dtype("up", up, (gate.dtype,))
     check_same_device(gate=gate, up=up)
     if not use_triton(gate) or gate.dtype == torch.float64:

@@ -25,6 +25,8 @@ from torch import Tensor
 from fastrl_kernels import _native
 from fastrl_kernels._box_overlap import load_boxes, pair_value
 from fastrl_kernels._common import (
+    FLOATS,
+    INTEGERS,
     AotCase,
     check,
     check_dtype,
@@ -50,8 +52,6 @@ from fastrl_kernels.pairwise_iou import pairwise_iou_reference
 MAX_ITEMS = 2048  # predictions, and truths, of an answer on a GPU
 METRICS = ("iou", "point")
 MATCHINGS = ("optimal", "sequence")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32)
 
 
 class DetectionReward(NamedTuple):
@@ -316,7 +316,7 @@ def _check_arguments(
     check_shape("pred", pred, (None, None, 4 if metric == "iou" else 2))
     problems, n, coords = pred.shape
     check_shape("gt", gt, (problems, None, coords))
-    check_dtype("pred", pred, _FLOATS)
+    check_dtype("pred", pred, FLOATS)
     check_dtype("gt", gt, (pred.dtype,))
     check((pred_label is None) == (gt_label is None), "pred_label, gt_label: give both or neither")
     wanted = {
@@ -328,7 +328,7 @@ def _check_arguments(
     for name, (tensor, shape) in wanted.items():
         if tensor is not None:
             check_shape(name, tensor, shape)
-            check_dtype(name, tensor, _INTEGERS)
+            check_dtype(name, tensor, INTEGERS)
     check_same_device(pred=pred, gt=gt, n_pred=n_pred, n_gt=n_gt, pred_label=pred_label, gt_label=gt_label)
     if pred.is_cuda:
         check(pred.dtype != torch.float64, "pred: float64 is scored on CPU only; pass pred.float() or pred.cpu()")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels._common import (
+    FLOATS,
     AotCase,
     check,
     check_dtype,
@@ -35,7 +36,6 @@ from fastrl_kernels._common import (
 from fastrl_kernels._triton import tl, triton
 from fastrl_kernels.token_weights import check_ids
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BLOCK = 256
 
 

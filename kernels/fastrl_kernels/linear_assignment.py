@@ -24,6 +24,8 @@ from torch import Tensor
 
 from fastrl_kernels import _native
 from fastrl_kernels._common import (
+    FLOATS,
+    INTEGERS,
     AotCase,
     check,
     check_dtype,
@@ -38,9 +40,6 @@ from fastrl_kernels._triton import tl, triton
 OK, INFEASIBLE, INVALID = 0, 1, 2  # status bits
 MAX_LANES = 4096  # longer side on a GPU; row and column numbers are packed in 14 bits each
 IN_TREE = tl.constexpr(-(1 << 31))  # sign bit of ``before``
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32)
 
 
 class Assignment(NamedTuple):
@@ -300,11 +299,11 @@ def linear_assignment(
 
 def _check_arguments(cost: Tensor, n_rows: Tensor | None, n_cols: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     check_shape("cost", cost, (None, None, None))
-    check_dtype("cost", cost, _FLOATS)
+    check_dtype("cost", cost, FLOATS)
     for name, counts in (("n_rows", n_rows), ("n_cols", n_cols)):
         if counts is not None:
             check_shape(name, counts, (cost.shape[0],))
-            check_dtype(name, counts, _INTEGERS)
+            check_dtype(name, counts, INTEGERS)
     check_same_device(cost=cost, n_rows=n_rows, n_cols=n_cols)
     if cost.is_cuda:
         check(cost.dtype != torch.float64, "cost: float64 is solved on CPU only; pass cost.float() or cost.cpu()")

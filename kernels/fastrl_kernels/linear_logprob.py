@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels import _linear_logprob_backward, _linear_logprob_driver
-from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
+from fastrl_kernels._common import FLOATS, check, check_dtype, check_number, check_same_device, check_shape
 from fastrl_kernels._linear_logprob_backward import Needs
 from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype
 from fastrl_kernels._linear_logprob_tiles import RowTerms
@@ -40,8 +40,6 @@ from fastrl_kernels.token_logprob import (
 )
 
 __all__ = ["LogProb", "linear_logprob", "linear_logprob_reference"]
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @torch.library.custom_op("fastrl::linear_logprob", mutates_args=())

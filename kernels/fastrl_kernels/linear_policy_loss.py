@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
+from fastrl_kernels._common import FLOATS, check, check_dtype, check_number, check_same_device, check_shape
 from fastrl_kernels._linear_logprob_driver import (
     EAGER_ROWS,
     Head,
@@ -40,15 +40,10 @@ from fastrl_kernels._linear_logprob_driver import (
     tile_dtype,
 )
 from fastrl_kernels._linear_logprob_tiles import RowTerms, differentiate_tile, eager_row_bytes, fold_tile, triton_path
-from fastrl_kernels.linear_logprob import FLOATS, autocast_pair, check_rows, linear_logprob_reference
-from fastrl_kernels.policy_loss import (
-    PARTIALS,
-    _check_options,
-    _check_tensors,
-    policy_loss_reference,
-    policy_row_terms,
-    policy_totals,
-)
+from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, options_schema
+from fastrl_kernels._policy_rows import PARTIALS, policy_row_terms, policy_totals, sequence_importance
+from fastrl_kernels.linear_logprob import autocast_pair, check_rows, linear_logprob_reference
+from fastrl_kernels.policy_loss import policy_loss_reference
 from fastrl_kernels.token_logprob import check_values, inverse_temperature, row_temperature
 from fastrl_kernels.token_weights import token_weights
 
@@ -56,26 +51,18 @@ __all__ = ["LinearPolicyLoss", "linear_policy_loss", "linear_policy_loss_referen
 
 
 class _Policy(NamedTuple):
-    """What the row function needs; per-row tensors of the live rows."""
+    """What the row function needs of the live rows."""
 
-    advantage: Tensor  # [C]
-    completion: Tensor  # [R]
-    weight: Tensor  # [R]
-    old_logp: Tensor | None
-    ref_logp: Tensor | None
-    options: dict[str, Any]
+    tensors: PolicyTensors
+    options: PolicyOptions
+    numbers: Tensor | None
 
     def select(self, index: Tensor) -> _Policy:
-        pick = [None if t is None else t.index_select(0, index) for t in self[1:5]]
-        return _Policy(self.advantage, *pick, self.options)  # type: ignore[arg-type]
+        return self._replace(tensors=self.tensors.rows(lambda t: t.index_select(0, index)))
 
     def terms(self, logp: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """(d loss / d logp, partial sums) of these rows."""
-        old = None if self.old_logp is None else self.old_logp[part]
-        ref = None if self.ref_logp is None else self.ref_logp[part]
-        rows = policy_row_terms(
-            logp, self.advantage, self.completion[part], self.weight[part], old_logp=old, ref_logp=ref, **self.options
-        )
+        rows = policy_row_terms(logp, self.tensors.rows(lambda t: t[part]), self.options, self.numbers)
         return rows.dlogp, rows.partials
 
 
@@ -142,7 +129,7 @@ def _run(
         part = slice(start, end)
         x = take_rows(hidden, index, start, end).to(dtype)
         if triton_path(hidden):  # what a row without weight holds (NaN, say) must not reach the weight's gradient
-            x = x.masked_fill((policy.weight[part] == 0)[:, None], 0)
+            x = x.masked_fill((policy.tensors.weight[part] == 0)[:, None], 0)
         tile = plan.view(buffer, end - start, vocabulary)
         for first, last in ranges(vocabulary, slab):
             torch.mm(x, head.slab(first, last, dtype).T, out=tile[:, first:last])
@@ -172,32 +159,28 @@ def _add_gradients(
         gradients.bias.add_(tile.sum(0, dtype=gradients.bias.dtype))
 
 
-@torch.library.custom_op("fastrl::linear_policy_loss", mutates_args=("head_grad",))
-def _forward_op(
+def _forward(
     hidden: Tensor,
     head_weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
     temperature: Tensor | None,
     rows: Tensor | None,
-    advantage: Tensor,
-    completion: Tensor,
-    weight: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
     head_grad: Tensor | None,
     temperature_value: float,
     softcap: float | None,
     ignore_index: int | None,
     grad_scale: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    beta: float,
-    kl: str,
-    kl_gradient: str,
     scratch_bytes: int,
     needs: list[bool],
+    advantage: Tensor,
+    completion: Tensor,
+    weight: Tensor,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    numbers: Tensor | None = None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss [], metrics [5], log-probs [N], and the gradients of hidden, head_weight and bias (empty: not needed)."""
     head = Head(head_weight, bias, None, None, 1.0, softcap, ignore_index, scratch_bytes)
@@ -207,11 +190,14 @@ def _forward_op(
         check_rows(rows, target)
     live = (weight != 0) & (target != head.options.ignore_index)
     live &= (completion >= 0) & (completion < advantage.shape[0])  # the rest is padding
-    policy = _Policy(
-        advantage, completion, weight.to(kind).masked_fill(~live, 0), old_logp, ref_logp,
-        {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "beta": beta, "kl": kl,
-         "kl_gradient": kl_gradient},
-    )  # fmt: skip
+    weight = weight.to(kind).masked_fill(~live, 0)
+    tensors = PolicyTensors(advantage, completion, weight, old_logp, ref_logp, sampler_logp)
+    policy = _Policy(tensors, PolicyOptions(*options), numbers)
+    if policy.options.needs_sums and old_logp is not None and sampler_logp is not None:
+        counted = weight if rows is None else torch.zeros_like(weight).index_copy_(0, rows, weight[rows])
+        told = sequence_importance(old_logp, sampler_logp, completion, counted, advantage.shape[0])
+        tensors = tensors._replace(sampler_logp=old_logp.to(kind) - told)  # the weight of the sequence, at each token
+        policy = _Policy(tensors, policy.options._replace(importance_level="token"), numbers)
     index = rows
     if hidden.device.type == "cpu" and not triton_path(hidden):
         index = live.nonzero()[:, 0] if rows is None else rows[live[rows]]
@@ -237,11 +223,25 @@ def _forward_op(
     return loss, metrics, logp.masked_fill_(~live, torch.inf), made.hidden, made.weight, made.bias
 
 
+_forward_op = torch.library.custom_op(
+    "fastrl::linear_policy_loss",
+    _forward,
+    mutates_args=("head_grad",),
+    schema="(Tensor hidden, Tensor head_weight, Tensor target, Tensor? bias, Tensor? temperature, Tensor? rows, "
+    "Tensor(a!)? head_grad, float temperature_value, float? softcap, int? ignore_index, float grad_scale, "
+    "int scratch_bytes, bool[] needs, Tensor advantage, Tensor completion, Tensor weight, Tensor? old_logp=None, "
+    f"Tensor? ref_logp=None, Tensor? sampler_logp=None, Tensor? numbers=None, {options_schema()}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
 @_forward_op.register_fake
 def _(
-    hidden: Tensor, head_weight: Tensor, target: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head_grad, needs, kind = rest[7], rest[-1], accumulator_dtype(hidden.dtype)
+    hidden: Tensor, head_weight: Tensor, target: Tensor, bias: Any, temperature: Any, rows: Any, head_grad: Any,
+    temperature_value: float, softcap: Any, ignore_index: Any, grad_scale: float, scratch_bytes: int,
+    needs: list[bool], *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kind = accumulator_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=kind),
         hidden.new_empty(5, dtype=kind),
@@ -254,10 +254,12 @@ def _(
 
 @register_flop_formula(torch.ops.fastrl.linear_policy_loss)
 def _(
-    hidden: Any, head_weight: Any, target: Any, bias: Any, temperature: Any, rows: Any, *rest: Any, **named: Any
-) -> int:
+    hidden: Any, head_weight: Any, target: Any, bias: Any, temperature: Any, rows: Any, head_grad: Any,
+    temperature_value: float, softcap: Any, ignore_index: Any, grad_scale: float, scratch_bytes: int,
+    needs: list[bool], *_: Any, **named: Any,
+) -> int:  # fmt: skip
     """Logits, and one product per needed gradient."""
-    count, needs = hidden[0] if rows is None else rows[0], rest[-1]
+    count = hidden[0] if rows is None else rows[0]
     return 2 * count * hidden[1] * head_weight[0] * (1 + needs[0] + needs[1])
 
 
@@ -311,16 +313,10 @@ def linear_policy_loss(
     *,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
     weight: Tensor | None = None,
     aggregate: str = "token",
     normalizer: float | Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    beta: float = 0.0,
-    kl: str = "k3",
-    kl_gradient: str = "value",
-    ratio: str = "token",
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -329,15 +325,17 @@ def linear_policy_loss(
     head_grad: Tensor | None = None,
     grad_scale: float = 1.0,
     scratch_bytes: int = 1 << 30,
+    **options: Any,
 ) -> LinearPolicyLoss:
     """``policy_loss(linear_logprob(hidden, head_weight, target), ...)`` with the gradients made in the forward.
 
     Differentiable in ``hidden``, ``head_weight`` and ``bias``; gradients that are not needed are not computed. First
-    derivatives only. Deterministic, no host synchronisation. The result holds the log-probs too. Loss arguments as
-    ``policy_loss``, head arguments as ``linear_logprob``; besides:
+    derivatives only. Deterministic, no host synchronisation. The result holds the log-probs too. Loss arguments and
+    options (``clip_low=0.2`` and so on) as ``policy_loss``, head arguments as ``linear_logprob``; besides:
 
     Args:
         ratio: only ``"token"``.
+        importance_level: ``"sequence"`` needs ``old_logp``.
         rows: [R] int64, distinct: the rows to evaluate at all; all others count as weight 0, in the metrics too.
         head_grad: [V, H] fp32 (fp64 for fp64 inputs), contiguous: the head's gradient is added here, in the forward,
             and autograd returns none for ``head_weight``. Nothing of its size is allocated then. The gradient added is
@@ -350,28 +348,32 @@ def linear_policy_loss(
         ValueError, TypeError: wrong shape, dtype, device or option, before any launch.
     """
     hidden, head_weight = autocast_pair(hidden, head_weight)
-    _check_arguments(
-        hidden, head_weight, target, advantage, completion, old_logp, ref_logp, weight, bias, rows, head_grad
-    )
+    chosen = PolicyOptions(**options)
+    like = hidden.new_empty(hidden.shape[:1], dtype=accumulator_dtype(hidden.dtype))  # checked where no weight is given
+    tensors = PolicyTensors(advantage, completion, like if weight is None else weight, old_logp, ref_logp, sampler_logp)
+    _check_arguments(hidden, head_weight, target, tensors, bias, rows, head_grad)
     check(
-        ratio == "token",
-        f"ratio: linear_policy_loss makes gradients row by row, which only ratio='token' allows, got {ratio!r}; "
-        "use policy_loss(linear_logprob(...))",
+        chosen.ratio == "token",
+        "ratio: linear_policy_loss makes gradients row by row, which only ratio='token' allows, got "
+        f"{chosen.ratio!r}; use policy_loss(linear_logprob(...))",
     )
-    _check_options(clip_low, clip_high, dual_clip, beta, kl, kl_gradient, ratio, ref_logp)
+    chosen.check(ref_logp, sampler_logp)
     check_number("grad_scale", grad_scale, 0 < abs(grad_scale) < math.inf, "a finite number other than 0")
     check_number("softcap", softcap, softcap is None or 0 < softcap < math.inf, "a finite number > 0")
     whole = isinstance(scratch_bytes, Integral) and scratch_bytes > 0
     check_number("scratch_bytes", scratch_bytes, whole, "a whole number > 0")
     per_row, value = row_temperature(temperature, target)
-    weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden.dtype)
+    weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden)
+    tensors = tensors._replace(weight=weight)
+    known = old_logp is not None or not chosen.needs_sums
+    check(known, "importance_level: 'sequence' needs old_logp here, where rows are finished in chunks")
+    plain, numbers = chosen.split(hidden)
     learning = torch.is_grad_enabled()
     needs = [learning and tensor is not None and tensor.requires_grad for tensor in (hidden, head_weight, bias)]
     fixed = [None if tensor is None else tensor.detach() for tensor in (hidden, head_weight, bias)]
     loss, metrics, logp, *gradients = _forward_op(
-        fixed[0], fixed[1], target, fixed[2], per_row, rows, advantage, completion, weight, old_logp, ref_logp,
-        head_grad, value, softcap, ignore_index, float(grad_scale), float(clip_low), float(clip_high),
-        None if dual_clip is None else float(dual_clip), float(beta), kl, kl_gradient, scratch_bytes, needs,
+        fixed[0], fixed[1], target, fixed[2], per_row, rows, head_grad, value, softcap, ignore_index,
+        float(grad_scale), scratch_bytes, needs, *tensors, numbers, *plain,
     )  # fmt: skip
     if any(needs):
         loss = _attach_op(loss, hidden, head_weight, bias, *gradients, float(grad_scale))
@@ -386,8 +388,6 @@ def linear_policy_loss_reference(
     advantage: Tensor,
     completion: Tensor,
     *,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
     weight: Tensor | None = None,
     aggregate: str = "token",
     normalizer: float | Tensor | None = None,
@@ -396,10 +396,10 @@ def linear_policy_loss_reference(
     softcap: float | None = None,
     ignore_index: int | None = -100,
     rows: Tensor | None = None,
-    **loss_options: Any,
+    **loss: Any,
 ) -> LinearPolicyLoss:
     """The composition of the two twins, with the whole logits; the truth in tests. Keeps float64."""
-    weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden.dtype)
+    weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden)
     weight = weight.masked_fill((completion < 0) | (completion >= advantage.shape[0]), 0)
     if ignore_index is not None:
         weight = weight.masked_fill(target == ignore_index, 0)
@@ -409,9 +409,7 @@ def linear_policy_loss_reference(
     logp = linear_logprob_reference(
         hidden, head_weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
     ).logp
-    result = policy_loss_reference(
-        logp, advantage, completion, old_logp=old_logp, ref_logp=ref_logp, weight=weight, **loss_options
-    )
+    result = policy_loss_reference(logp, advantage, completion, weight=weight, **loss)
     return LinearPolicyLoss(**result._asdict(), logp=logp.detach().masked_fill(weight == 0, torch.inf))
 
 
@@ -423,14 +421,14 @@ def _weight(
     aggregate: str,
     normalizer: float | Tensor | None,
     ignore_index: int | None,
-    dtype: torch.dtype,
+    hidden: Tensor,
 ) -> Tensor:
     if weight is not None:
         check(normalizer is None, "normalizer: only without weight (a given weight is already normalised)")
         return weight
     return token_weights(
         completion, aggregate=aggregate, normalizer=normalizer, n_completions=advantage.shape[0],
-        mask=None if ignore_index is None else target != ignore_index, dtype=accumulator_dtype(dtype),
+        mask=None if ignore_index is None else target != ignore_index, dtype=accumulator_dtype(hidden.dtype),
     )  # fmt: skip
 
 
@@ -438,11 +436,7 @@ def _check_arguments(
     hidden: Tensor,
     head_weight: Tensor,
     target: Tensor,
-    advantage: Tensor,
-    completion: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    weight: Tensor | None,
+    tensors: PolicyTensors,
     bias: Tensor | None,
     rows: Tensor | None,
     head_grad: Tensor | None,
@@ -455,11 +449,8 @@ def _check_arguments(
     check_shape("target", target, (hidden.shape[0],))
     check_dtype("target", target, (torch.int64,))
     like = hidden.new_empty(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
-    _check_tensors(like, advantage, completion, old_logp, ref_logp, weight)
-    check_same_device(
-        hidden=hidden, head_weight=head_weight, target=target, advantage=advantage, bias=bias, rows=rows,
-        head_grad=head_grad,
-    )  # fmt: skip
+    tensors.check(like)
+    check_same_device(hidden=hidden, head_weight=head_weight, target=target, bias=bias, rows=rows, head_grad=head_grad)
     if bias is not None:
         check_shape("bias", bias, (head_weight.shape[0],))
         check_dtype("bias", bias, FLOATS)

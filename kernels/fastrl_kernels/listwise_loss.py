@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrl_kernels._common import (
+    FLOATS,
     AotCase,
     check,
     check_dtype,
@@ -42,7 +43,6 @@ from fastrl_kernels._common import (
 from fastrl_kernels._numerics import sigmoid, softplus
 from fastrl_kernels._triton import tl, triton
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("perpo", "listmle")
 MAX_ITEMS = 1024
 _SMALLEST_GAP = 1e-30  # relative to the largest; keeps the logarithm finite

@@ -28,12 +28,20 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels._box_overlap import EMPTY, FARTHEST, load_boxes, pair_gradient, pair_value
-from fastrl_kernels._common import AotCase, check, check_dtype, check_same_device, check_shape, launch, use_triton
+from fastrl_kernels._common import (
+    FLOATS,
+    INTEGERS,
+    AotCase,
+    check,
+    check_dtype,
+    check_same_device,
+    check_shape,
+    launch,
+    use_triton,
+)
 from fastrl_kernels._triton import tl, triton
 
 KINDS = ("iou", "giou", "diou", "ciou")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32)
 _EPS = 1e-7
 _BLOCK_A, _BLOCK_B = 16, 32  # 4 pairs a thread: larger tiles spill in the backward
 
@@ -278,7 +286,7 @@ def _check_arguments(
         check(
             boxes.dim() >= 2 and boxes.shape[-1] == 4, f"{name}: expected shape [..., any, 4], got {list(boxes.shape)}"
         )
-        check_dtype(name, boxes, _FLOATS)
+        check_dtype(name, boxes, FLOATS)
     check_dtype("b", b, (a.dtype,))
     check(kind in KINDS, f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     check(reduce in (None, "max"), f"reduce: expected None or 'max', got {reduce!r}")
@@ -289,7 +297,7 @@ def _check_arguments(
     for name, counts in (("n_a", n_a), ("n_b", n_b)):
         if counts is not None:
             check_shape(name, counts, lead)
-            check_dtype(name, counts, _INTEGERS)
+            check_dtype(name, counts, INTEGERS)
     check_same_device(a=a, b=b, n_a=n_a, n_b=n_b)
 
 

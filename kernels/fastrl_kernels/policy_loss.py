@@ -1,4 +1,4 @@
-"""Clipped policy-gradient loss over packed tokens: GRPO, Dr. GRPO, DAPO, GSPO, RLOO and their KL penalties.
+"""Policy-gradient losses over packed tokens: GRPO, Dr. GRPO, DAPO, GSPO, RLOO, CISPO, SAPO and their KL penalties.
 
 With ``d = clamp(logp - old, -20, 20)``, ``r = exp(d)``, advantage ``A`` of the row's completion and weight ``w``:
 
@@ -12,6 +12,12 @@ where ``A < 0, r > dual_clip``, and where ``d`` was clamped. On a boundary itsel
 k3 ``exp(x) - x - 1`` (slope ``1 - exp(x)``; above ``x = 20`` it goes on along its tangent, so the slope stays finite
 and keeps pointing at the reference). A clipped row keeps its KL gradient.
 
+``loss="cispo"`` (MiniMax-M1, arXiv 2506.13585) is ``-sg(clip(r)) A logp``, gradient ``-clip(r) A``: a clipped
+token goes on learning. ``loss="sapo"`` (SAPO, arXiv 2511.20347) is ``-A (4 / tau) sigmoid(tau (r - 1))``, gradient
+``-4 A s (1 - s) r`` with ``s`` the sigmoid and ``tau`` by the sign of ``A``. Importance weights
+``exp(old - sampler)``, truncated or masked, make up for a sampler that computes other log-probs than the trainer;
+they multiply the objective and its gradient, not the KL, and carry none.
+
 Why it is fast: under 1 MB of data, so launches are the cost. One launch reads every vector once and writes
 ``dloss/dlogp`` and one row of partial sums per block; a second, of one program, adds the partials in a fixed order. No
 atomics, no host read, the same bits twice. The backward is one multiplication. GSPO adds one launch before, a program
@@ -20,36 +26,18 @@ per completion.
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
-from fastrl_kernels._policy_rows import (
-    KL_KINDS,
-    PARTIALS,
-    PolicyRows,
-    RowOptions,
-    policy_row_terms,
-    policy_totals,
-    rows_eager,
-)
-from fastrl_kernels.token_weights import check_ids, token_weights
+from fastrl_kernels._common import FLOATS, check, check_dtype, check_shape
+from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, options_schema
+from fastrl_kernels._policy_rows import LOG_RATIO_LIMIT, policy_row_terms, policy_totals
+from fastrl_kernels.token_weights import token_weights
 
-__all__ = [
-    "PARTIALS",
-    "PolicyLoss",
-    "PolicyRows",
-    "policy_loss",
-    "policy_loss_reference",
-    "policy_row_terms",
-    "policy_totals",
-]
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+__all__ = ["PolicyLoss", "policy_loss", "policy_loss_reference"]
 
 
 class PolicyLoss(NamedTuple):
@@ -63,46 +51,49 @@ class PolicyLoss(NamedTuple):
     ratio_max: Tensor
 
 
-@torch.library.custom_op("fastrl::policy_loss", mutates_args=())
-def _policy_loss_op(
+def _policy_loss(
     logp: Tensor,
     advantage: Tensor,
     completion: Tensor,
     weight: Tensor,
-    old_logp: Optional[Tensor],  # noqa: UP045 (the schema parser of older torch wants typing.Optional)
-    ref_logp: Optional[Tensor],  # noqa: UP045
-    clip_low: float,
-    clip_high: float,
-    dual_clip: Optional[float],  # noqa: UP045
-    beta: float,
-    kl: str,
-    kl_gradient: str,
-    ratio: str,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    numbers: Tensor | None = None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = policy_row_terms(
-        logp, advantage, completion, weight, old_logp=old_logp, ref_logp=ref_logp, clip_low=clip_low,
-        clip_high=clip_high, dual_clip=dual_clip, beta=beta, kl=kl, kl_gradient=kl_gradient, ratio=ratio,
-    )  # fmt: skip
+    tensors = PolicyTensors(advantage, completion, weight, old_logp, ref_logp, sampler_logp)
+    rows = policy_row_terms(logp, tensors, PolicyOptions(*options), numbers)
     return (*policy_totals(rows.partials), rows.dlogp)
 
 
+_policy_loss_op = torch.library.custom_op(
+    "fastrl::policy_loss",
+    _policy_loss,
+    mutates_args=(),
+    schema="(Tensor logp, Tensor advantage, Tensor completion, Tensor weight, Tensor? old_logp=None, "
+    f"Tensor? ref_logp=None, Tensor? sampler_logp=None, Tensor? numbers=None, {options_schema()}) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+
+
 @_policy_loss_op.register_fake
-def _(logp, advantage, completion, weight, old_logp, ref_logp, *options):
+def _(logp: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     return logp.new_empty((), dtype=dtype), logp.new_empty(5, dtype=dtype), logp.new_empty(logp.shape, dtype=dtype)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     _, metrics, dlogp = output
     ctx.mark_non_differentiable(metrics, dlogp)
     ctx.save_for_backward(dlogp)
-    ctx.logp_dtype = inputs[0].dtype
+    ctx.logp_dtype, ctx.count = inputs[0].dtype, len(inputs)
 
 
 @once_differentiable
-def _backward(ctx, grad_loss, grad_metrics, grad_dlogp):
+def _backward(ctx: Any, grad_loss: Tensor, grad_metrics: Any, grad_dlogp: Any) -> Any:
     (dlogp,) = ctx.saved_tensors
-    return ((dlogp * grad_loss).to(ctx.logp_dtype), *[None] * 12)
+    return ((dlogp * grad_loss).to(ctx.logp_dtype), *[None] * (ctx.count - 1))
 
 
 _policy_loss_op.register_autograd(_backward, setup_context=_setup)
@@ -115,50 +106,92 @@ def policy_loss(
     *,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
     weight: Tensor | None = None,
     aggregate: str = "token",
     normalizer: float | Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    beta: float = 0.0,
+    clip_low: float | Tensor = 0.2,
+    clip_high: float | Tensor = 0.2,
+    dual_clip: float | Tensor | None = None,
+    beta: float | Tensor = 0.0,
     kl: str = "k3",
     kl_gradient: str = "value",
     ratio: str = "token",
+    loss: str = "clip",
+    importance: str | None = None,
+    importance_level: str = "token",
+    importance_cap: float | Tensor = 2.0,
+    tau_positive: float | Tensor = 1.0,
+    tau_negative: float | Tensor = 1.05,
 ) -> PolicyLoss:
-    """Clipped policy-gradient loss with optional KL penalty; formula and gradient at the top of this file.
+    """Policy-gradient loss with optional KL penalty; formulas and gradients at the top of this file.
 
     Args:
         logp: ``[N]`` log-probs of the taken tokens (fp32, bf16, fp16; float64 runs eagerly). First derivatives only.
         advantage: ``[C]``, one per completion. Constant, as are all tensors below.
         completion: ``[N]`` int64 or int32, the completion of each row, any order. Negative: padding. ``>= C``: an error
             on CPU, padding on GPU (no host read).
-        old_logp: ``[N]`` of the policy that sampled. None: strictly on-policy, ratio 1, gradient ``-A w``.
+        old_logp: ``[N]`` of the policy before the update. None: strictly on-policy, ratio 1, gradient ``-A w``.
         ref_logp: ``[N]`` of the reference policy; needed if ``beta != 0``. With ``beta = 0``, KL is only measured.
+        sampler_logp: ``[N]`` as the sampler (an inference engine) told them; needs ``importance``. NaN: it did not,
+            importance weight 1.
         weight: ``[N]``, loss = sum of weight x row loss. Rows of weight 0 are never evaluated and may hold NaN.
             Default: ``token_weights(completion, aggregate=aggregate, normalizer=normalizer)``.
-        clip_low, clip_high: the clip range is ``[1 - clip_low, 1 + clip_high]``.
-        dual_clip: upper limit (> 1) of the ratio where the advantage is negative.
+        clip_low, clip_high: the clip range is ``[1 - clip_low, 1 + clip_high]``. This, ``dual_clip``, ``beta``,
+            ``importance_cap`` and the taus may be 0-d tensors: never read by the host, and nothing recompiles.
+        dual_clip: upper limit (> 1) of the ratio where the advantage is negative; of ``loss="clip"`` alone.
         kl: estimator ``"k1"``, ``"k2"`` or ``"k3"``.
         kl_gradient: ``"value"`` differentiates the estimator, ``"k2"`` takes k2's slope whatever the value.
         ratio: ``"token"``, or ``"sequence"`` (GSPO): every token of a completion carries the exponential of the mean
             log-ratio of its rows of non-zero weight, and the gradient goes through that mean.
+        loss: ``"clip"``, ``"cispo"`` or ``"sapo"`` (which clips nothing: its two fractions are 0).
+        importance: ``"truncate"`` limits the importance weight ``exp(old_logp - sampler_logp)`` to ``importance_cap``,
+            ``"mask"`` drops the objective (not the KL) of rows above it.
+        importance_level: of each ``"token"``, or of the ``"sequence"``: the product over its rows of non-zero weight.
+        tau_positive, tau_negative: SAPO's temperatures by the sign of the advantage (0 counts as negative).
 
     Returns:
         ``PolicyLoss``, fp32 (float64 in, float64 out). No live row: all zeros. A NaN in a live row gives a NaN loss,
-        where the loss depends on it (without ``old_logp`` and ``beta`` it does not depend on ``logp``).
+        where the loss depends on it (without ``old_logp`` and ``beta``, ``"clip"`` does not depend on ``logp``).
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or option, before any launch.
     """
-    _check_tensors(logp, advantage, completion, old_logp, ref_logp, weight)
-    _check_options(clip_low, clip_high, dual_clip, beta, kl, kl_gradient, ratio, ref_logp)
-    weight = _weight(logp, advantage, completion, weight, aggregate, normalizer)
-    loss, metrics, _ = _policy_loss_op(
-        logp, advantage, completion, weight, old_logp, ref_logp, float(clip_low), float(clip_high),
-        None if dual_clip is None else float(dual_clip), float(beta), kl, kl_gradient, ratio,
+    options = PolicyOptions(
+        clip_low, clip_high, dual_clip, beta, kl, kl_gradient, ratio, loss, importance, importance_level,
+        importance_cap, tau_positive, tau_negative,
     )  # fmt: skip
-    return PolicyLoss(loss, *metrics.unbind())
+    tensors = _tensors(logp, advantage, completion, old_logp, ref_logp, sampler_logp, weight, aggregate, normalizer)
+    options.check(ref_logp, sampler_logp)
+    plain, numbers = options.split(logp)
+    value, metrics, _ = _policy_loss_op(logp, *tensors, numbers, *plain)
+    return PolicyLoss(value, *metrics.unbind())
+
+
+def _tensors(
+    logp: Tensor,
+    advantage: Tensor,
+    completion: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sampler_logp: Tensor | None,
+    weight: Tensor | None,
+    aggregate: str,
+    normalizer: float | Tensor | None,
+) -> PolicyTensors:
+    """The checked constants, the weights made where none are given."""
+    check_shape("logp", logp, (None,))
+    check_dtype("logp", logp, FLOATS)
+    unset = logp if weight is None else weight  # what is checked instead of weights yet to be made
+    tensors = PolicyTensors(advantage, completion, unset.detach(), old_logp, ref_logp, sampler_logp)
+    tensors.check(logp)
+    if weight is not None:
+        check(normalizer is None, "normalizer: only without weight (a given weight is already normalised)")
+        return tensors
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    c = advantage.shape[0]
+    made = token_weights(completion, aggregate=aggregate, normalizer=normalizer, n_completions=c, dtype=dtype)
+    return tensors._replace(weight=made)
 
 
 def policy_loss_reference(
@@ -168,86 +201,70 @@ def policy_loss_reference(
     *,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
     weight: Tensor | None = None,
     aggregate: str = "token",
     normalizer: float | Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    beta: float = 0.0,
-    kl: str = "k3",
-    kl_gradient: str = "value",
-    ratio: str = "token",
+    **options: Any,
 ) -> PolicyLoss:
-    """``policy_loss`` in plain torch on any device: float64 inside, float64 out for float64 in. Same arguments."""
-    _check_tensors(logp, advantage, completion, old_logp, ref_logp, weight)
-    _check_options(clip_low, clip_high, dual_clip, beta, kl, kl_gradient, ratio, ref_logp)
-    weight = _weight(logp, advantage, completion, weight, aggregate, normalizer)
-    fixed = logp.detach()
-    old_logp = fixed if ratio == "sequence" and old_logp is None else old_logp
-    options = RowOptions(1.0 - clip_low, 1.0 + clip_high, dual_clip, beta, kl, kl_gradient, ratio)
-    rows = rows_eager(fixed, advantage, completion, weight, old_logp, ref_logp, options)
-    loss, metrics = policy_totals(rows.partials)
-    # The value from the rows, the gradient from dlogp: a linear term that is 0 at this point.
-    step = torch.where(rows.dlogp != 0, logp - fixed, 0.0).to(rows.dlogp.dtype)
-    return PolicyLoss(loss + (rows.dlogp * step).sum(), *metrics.unbind())
+    """``policy_loss`` as the textbooks write it, under autograd, on any device. Same arguments.
+
+    float64 inside, float64 out for float64 in. Shares no line with the CPU path. Derivatives of every order.
+    """
+    o = PolicyOptions(**options)
+    tensors = _tensors(logp, advantage, completion, old_logp, ref_logp, sampler_logp, weight, aggregate, normalizer)
+    o.check(ref_logp, sampler_logp)
+    c = advantage.shape[0]
+    live = (tensors.weight != 0) & (completion >= 0) & (completion < c)
+    index = completion.long().masked_fill(~live, c)  # what is not live goes to a completion past the last one
+
+    def rows(x: Tensor) -> Tensor:
+        return torch.where(live, x.double(), 0.0)
+
+    def total(x: Tensor) -> Tensor:
+        """Sum over the rows of the same completion, at each row."""
+        return torch.zeros(c + 1, dtype=x.dtype, device=x.device).index_add(0, index, x)[index]
+
+    lp, w = rows(logp), rows(tensors.weight)
+    a = torch.cat([advantage.double(), w.new_zeros(1)])[index]
+    old = lp.detach() if old_logp is None else rows(old_logp)
+    log_ratio = lp - old
+    if o.ratio == "sequence":
+        log_ratio = total(log_ratio) / total(live.double()).clamp(min=1)
+    r = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    numbers = (1 - o.clip_low, 1 + o.clip_high, o.tau_positive, o.tau_negative)
+    low, high, tau_positive, tau_negative = (torch.as_tensor(x, dtype=lp.dtype, device=lp.device) for x in numbers)
+    if o.loss == "cispo":
+        objective = r.clamp(low, high).detach() * a * lp
+    elif o.loss == "sapo":
+        tau = torch.where(a > 0, tau_positive, tau_negative)
+        objective = torch.sigmoid(tau * (r - 1)) * 4 / tau * a
+    else:
+        objective = torch.minimum(r * a, r.clamp(low, high) * a)
+        if o.dual_clip is not None:
+            objective = torch.where((a < 0) & (objective < o.dual_clip * a), o.dual_clip * a, objective)
+    if sampler_logp is not None:
+        told = torch.where(sampler_logp.isnan(), 0.0, old.detach() - rows(sampler_logp)).where(live, 0.0)
+        factor = (total(told) if o.importance_level == "sequence" else told).clamp(max=LOG_RATIO_LIMIT).exp()
+        above = o.importance_cap if o.importance == "truncate" else 0.0
+        objective = objective * torch.where(factor > o.importance_cap, above, factor)
+    kl = torch.zeros_like(lp) if ref_logp is None else _kl_textbook(rows(ref_logp) - lp, o.kl, o.kl_gradient)
+    loss = -(w * objective).sum()
+    if isinstance(o.beta, Tensor) or o.beta != 0:
+        loss = loss + o.beta * (w * kl).sum()
+    count, r = live.sum().clamp(min=1).double(), torch.where(live, r, 0.0).detach()
+    clipped = (live & (a < 0) & (r < low)), (live & (a > 0) & (r > high))
+    fractions = [x.sum() / count if o.loss != "sapo" else torch.zeros_like(loss) for x in clipped]
+    largest = r.max() if r.numel() else torch.zeros_like(loss)
+    out = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    values = (loss, kl.detach().where(live, 0.0).sum() / count, *fractions, r.sum() / count, largest)
+    return PolicyLoss(*[x.to(out) for x in values])
 
 
-def _weight(
-    logp: Tensor,
-    advantage: Tensor,
-    completion: Tensor,
-    weight: Tensor | None,
-    aggregate: str,
-    normalizer: float | Tensor | None,
-) -> Tensor:
-    if weight is not None:
-        check(normalizer is None, "normalizer: only without weight (a given weight is already normalised)")
-        return weight
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    return token_weights(
-        completion, aggregate=aggregate, normalizer=normalizer, n_completions=advantage.shape[0], dtype=dtype
-    )
-
-
-def _check_tensors(
-    logp: Tensor,
-    advantage: Tensor,
-    completion: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    weight: Tensor | None,
-) -> None:
-    check_shape("logp", logp, (None,))
-    check_shape("advantage", advantage, (None,))
-    per_row = {"completion": completion, "old_logp": old_logp, "ref_logp": ref_logp, "weight": weight}
-    for name, tensor in per_row.items():
-        if tensor is not None:
-            check_shape(name, tensor, (logp.shape[0],))
-    floats = {"logp": logp, "advantage": advantage, "old_logp": old_logp, "ref_logp": ref_logp, "weight": weight}
-    for name, tensor in floats.items():
-        if tensor is not None:
-            check_dtype(name, tensor, FLOATS)
-    check_dtype("completion", completion, (torch.int64, torch.int32))
-    check_same_device(**floats, completion=completion)
-    check_ids("completion", completion, advantage.shape[0])
-
-
-def _check_options(
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    beta: float,
-    kl: str,
-    kl_gradient: str,
-    ratio: str,
-    ref_logp: Tensor | None,
-) -> None:
-    check_number("clip_low", clip_low, clip_low >= 0, ">= 0")
-    check_number("clip_high", clip_high, clip_high >= 0, ">= 0")
-    check_number("dual_clip", dual_clip, dual_clip is None or dual_clip > 1, "> 1 or None")
-    check_number("beta", beta, 0 <= beta < math.inf, "a finite number >= 0")
-    check(kl in KL_KINDS, f"kl: expected one of {', '.join(KL_KINDS)}, got {kl!r}")
-    check(kl_gradient in ("value", "k2"), f"kl_gradient: expected value or k2, got {kl_gradient!r}")
-    check(ratio in ("token", "sequence"), f"ratio: expected token or sequence, got {ratio!r}")
-    check(beta == 0 or ref_logp is not None, "ref_logp: needed because beta is not 0, got None")
+def _kl_textbook(x: Tensor, kl: str, gradient: str) -> Tensor:
+    """The estimator at ``x = ref - logp``; k3 goes on along its tangent above the limit."""
+    k2 = x * x / 2
+    capped = x.clamp(max=LOG_RATIO_LIMIT)
+    k3 = torch.expm1(capped) - capped + torch.expm1(capped.detach()) * (x - capped)
+    value = {"k1": -x, "k2": k2, "k3": k3}[kl]
+    return value.detach() + k2 - k2.detach() if gradient == "k2" else value

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape
+from fastrl_kernels._common import FLOATS, check, check_dtype, check_number, check_same_device, check_shape
 from fastrl_kernels._linear_logprob_driver import accumulator_dtype, ranges
 from fastrl_kernels._linear_logprob_tiles import (
     NO_IGNORE,
@@ -31,7 +31,6 @@ from fastrl_kernels._linear_logprob_tiles import (
 
 __all__ = ["LogProb", "token_logprob", "token_logprob_reference"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _EAGER_BYTES = 16 << 20  # the torch path works on copies of a few rows at a time
 
 
@@ -254,7 +253,7 @@ def token_logprob(
     """
     check_shape("logits", logits, (None, None))
     check(logits.shape[1] > 0, "logits: expected at least one column (vocabulary entry), got 0")
-    check_dtype("logits", logits, _FLOATS)
+    check_dtype("logits", logits, FLOATS)
     check_shape("target", target, (logits.shape[0],))
     check_dtype("target", target, (torch.int64,))
     check_same_device(logits=logits, target=target)
@@ -293,7 +292,7 @@ def row_temperature(temperature: float | Tensor, target: Tensor) -> tuple[Tensor
     """Split a temperature argument into ([N] tensor or None, number), checked."""
     if isinstance(temperature, Tensor) and temperature.ndim:
         check_shape("temperature", temperature, (target.shape[0],))
-        check_dtype("temperature", temperature, _FLOATS)
+        check_dtype("temperature", temperature, FLOATS)
         check_same_device(target=target, temperature=temperature)
         return temperature.detach(), 1.0
     if isinstance(temperature, Tensor):

@@ -13,10 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import check, check_dtype, check_number, check_same_device, check_shape, readable
+from fastrl_kernels._common import INTEGERS, check, check_dtype, check_number, check_same_device, check_shape, readable
 
 AGGREGATES = ("sequence", "token", "constant")
-_INTEGERS = (torch.int64, torch.int32)
 _MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -103,7 +102,7 @@ def _check_arguments(
 ) -> None:
     check(aggregate in AGGREGATES, f"aggregate: expected one of {', '.join(AGGREGATES)}, got {aggregate!r}")
     check_shape("completion", completion, (None,))
-    check_dtype("completion", completion, _INTEGERS)
+    check_dtype("completion", completion, INTEGERS)
     if mask is not None:
         check_shape("mask", mask, (completion.shape[0],))
         check_dtype("mask", mask, _MASKS)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastrl_kernels._common import (
+    FLOATS,
     AotCase,
     check_dtype,
     check_number,
@@ -38,7 +39,6 @@ from fastrl_kernels._common import (
 from fastrl_kernels._numerics import expm1_tail, log1p_unit
 from fastrl_kernels._triton import tl, triton
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_P = 1.0 - 1e-6
 MAX_LOGP = math.log1p(-1e-6)
 MAX_SLOPE = MAX_P / 1e-6

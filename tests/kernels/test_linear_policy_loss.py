@@ -7,12 +7,27 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastrl_kernels._policy_options import PolicyOptions
 from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from fastrl_kernels.policy_loss import policy_loss
 
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 5e-6), torch.bfloat16: (1e-5, 6e-3)}
-VARIANTS = ["on_policy", "ratio", "dual_clip", "k1", "k2", "k3", "sequence", "constant", "weight", "head"]
+VARIANTS = [
+    "on_policy",
+    "ratio",
+    "dual_clip",
+    "k1",
+    "k2",
+    "k3",
+    "sequence",
+    "constant",
+    "weight",
+    "head",
+    "cispo",
+    "sapo",
+]
+BOUNDED = {"importance": "truncate", "importance_cap": 1.3}
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -39,6 +54,9 @@ def case(n: int, h: int, v: int, c: int, dtype: torch.dtype, variant: str) -> tu
     kwargs |= {"dual_clip": {"dual_clip": 1.1}, "sequence": {"aggregate": "sequence"}}.get(variant, {})
     if variant == "constant":
         kwargs |= {"aggregate": "constant", "normalizer": 100.0, "clip_low": 0.1, "clip_high": 0.3}
+    if variant in ("cispo", "sapo"):
+        level = "sequence" if variant == "sapo" else "token"
+        kwargs |= {"loss": variant, "sampler_logp": near + torch.randn(n) * 0.4, "importance_level": level} | BOUNDED
     if variant == "weight":
         kwargs["weight"] = torch.rand(n) * (torch.rand(n) > 0.3)
     leaves = [hidden, weight]
@@ -227,9 +245,9 @@ def test_opcheck() -> None:
     for head_grad in (None, torch.zeros(70, 8)):
         torch.library.opcheck(
             torch.ops.fastrl.linear_policy_loss.default,
-            (fixed[0], fixed[1], target, fixed[2], kwargs["temperature"], kwargs["rows"], advantage, completion, weight,
-             kwargs["old_logp"], kwargs["ref_logp"], head_grad, 1.0, 3.0, -100, 1.0, 0.2, 0.2, None, 0.1, "k3", "value",
-             1 << 20, [True, True, True]),
+            (fixed[0], fixed[1], target, fixed[2], kwargs["temperature"], kwargs["rows"], head_grad, 1.0, 3.0, -100,
+             1.0, 1 << 20, [True, True, True], advantage, completion, weight, kwargs["old_logp"], kwargs["ref_logp"],
+             None, None, *PolicyOptions(beta=0.1)),
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
         )  # fmt: skip
     torch.library.opcheck(
@@ -274,7 +292,7 @@ def test_bad_input_is_named(change: dict, error: type[Exception], message: str) 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["on_policy", "k3", "head"])
+@pytest.mark.parametrize("variant", ["on_policy", "k3", "head", "sapo"])
 def test_through_the_kernels(variant: str, dtype: torch.dtype) -> None:
     leaves, rest, kwargs = case(9, 8, 131, 3, torch.float32, variant)
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]

@@ -46,7 +46,8 @@ class Batch:
             options["old_logp"] = self.old[self.rows]
         if options.get("beta", 0) or options.pop("ref", False):
             options["ref_logp"] = self.ref[self.rows]
-        return policy_loss(self.logp[self.rows], self.advantage, self.ids, clip_low=LOW, clip_high=HIGH, **options)
+        options = {"clip_low": LOW, "clip_high": HIGH} | options
+        return policy_loss(self.logp[self.rows], self.advantage, self.ids, **options)
 
     def same(self, got: Tensor, want: Tensor, *, value: bool = True) -> None:
         """Equal gradients in the padded log-probs, and equal values."""
@@ -143,20 +144,17 @@ def test_trl_two_sided_clip(batch):
     batch.same(batch.ours(dual_clip=1.4, **AGGREGATES["grpo"]).loss, want)
 
 
-def test_trl_cispo_gradient_is_a_detached_weight(batch):
-    want, _ = _trl(batch, loss_type="cispo", epsilon_high=1.2)
-    ratio = (batch.logp - batch.old).exp().detach()[batch.rows]
-    weight = _weight(batch, aggregate="token", normalizer=100) * ratio.clamp(max=1.2)
-    batch.same(batch.ours(old=False, weight=weight).loss, want, value=False)
+def test_trl_cispo(batch):
+    want, _ = _trl(batch, loss_type="cispo", epsilon_high=1.2, beta=0.04)  # its bound is the ratio's, and no lower one
+    got = batch.ours(loss="cispo", clip_low=1, clip_high=0.2, beta=0.04, aggregate="token", normalizer=100)
+    batch.same(got.loss, want)
 
 
-def test_trl_sapo_gradient_is_a_detached_weight(batch):
-    want, _ = _trl(batch, loss_type="sapo")
-    ratio = (batch.logp - batch.old).exp().detach()[batch.rows]
-    temperature = torch.where(batch.advantage > 0, 1.0, 1.05)[batch.ids]
-    gate = torch.sigmoid(temperature * (ratio - 1))
-    weight = _weight(batch, **AGGREGATES["grpo"]) * 4 * gate * (1 - gate) * ratio
-    batch.same(batch.ours(old=False, weight=weight).loss, want, value=False)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_trl_sapo(batch, level):
+    want, _ = _trl(batch, loss_type="sapo", beta=0.04, level=level)
+    rounded = torch.tensor(1.05).item()  # as its torch.where of two numbers makes it
+    batch.same(batch.ours(loss="sapo", ratio=level, beta=0.04, tau_negative=rounded, **AGGREGATES["grpo"]).loss, want)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -240,18 +238,27 @@ def test_liger_luspo(batch):
     batch.same(batch.ours(ratio="sequence", aggregate="constant", normalizer=B).loss, want)
 
 
-def test_liger_rollout_correction_is_a_weight(batch):
-    correction = torch.rand(B, T, dtype=torch.float64) + 0.5
-    want, _ = _liger(batch, loss_type="dapo", beta=0.0, vllm_is_ratio=correction)
-    weight = _weight(batch, aggregate="token", normalizer=100) * correction[batch.rows]
-    batch.same(batch.ours(weight=weight).loss, want)
-
-
-def test_liger_cispo_gradient_is_a_detached_weight(batch):
-    want, _ = _liger(batch, loss_type="cispo", epsilon_high=1.2, beta=0.0)
-    ratio = (batch.logp - batch.old).exp().detach()[batch.rows]
-    weight = _weight(batch, aggregate="token", normalizer=100) * ratio.clamp(max=1.2)
-    batch.same(batch.ours(old=False, weight=weight).loss, want, value=False)
+@pytest.mark.parametrize("loss", ["clip", "cispo", "sapo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("importance", ["truncate", "mask"])
+def test_liger_rollout_correction(batch, loss, level, importance):
+    """TRL hands Liger its importance weights: exp of the log-ratio (summed over a sequence), limited or masked."""
+    sampler = batch.old - 0.2 * torch.randn(B, T, dtype=torch.float64)
+    gap = (batch.old - sampler) * batch.mask
+    weight = (gap.sum(1, keepdim=True) if level == "sequence" else gap).exp()
+    weight = weight.clamp(max=1.1) if importance == "truncate" else weight.masked_fill(weight > 1.1, 0)
+    bounds = {"clip_low": 1, "clip_high": 0.25} if loss == "cispo" else {}
+    want, _ = _liger(
+        batch,
+        loss_type={"clip": "dapo"}.get(loss, loss),
+        beta=0.04,
+        vllm_is_ratio=weight,
+        epsilon_high=1.25 if bounds else HIGH,
+    )
+    aggregate = AGGREGATES["grpo" if loss == "sapo" else "dapo"]
+    told = {"sampler_logp": sampler[batch.rows], "importance": importance, "importance_cap": 1.1}
+    got = batch.ours(loss=loss, beta=0.04, importance_level=level, **told, **bounds, **aggregate)
+    batch.same(got.loss, want)
 
 
 def test_liger_from_hidden_states(batch):
@@ -337,6 +344,32 @@ def test_verl_gspo(batch):
     per_sequence = (matrix * batch.mask).sum(1) / length
     want = per_sequence.sum() / (batch.mask.sum(1) > 0).sum()
     batch.same(batch.ours(ratio="sequence", aggregate="sequence").loss, want)
+
+
+def _verl_row_loss(name: str, log_ratio: Tensor, logp: Tensor, a: Tensor) -> Tensor:
+    ratio = log_ratio.clamp(-20, 20).exp()
+    if name == "cispo":
+        return -ratio.clamp(1 - LOW, 1 + HIGH).detach() * a * logp
+    tau = torch.where(a > 0, torch.ones_like(a), torch.full_like(a, 1.05))
+    return -a * torch.sigmoid(tau * (ratio - 1)) * (4 / tau)
+
+
+@pytest.mark.parametrize("name", ["sapo", "cispo"])
+def test_verl_sapo_and_cispo(batch, name):
+    row = _verl_row_loss(name, batch.logp - batch.old, batch.logp, batch.advantage.unsqueeze(1))
+    batch.same(batch.ours(loss=name, aggregate="token").loss, _verl_aggregate(row, batch.mask, "token-mean"))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("name", ["sapo", "cispo"])
+def test_verl_rollout_importance(batch, name, level):
+    rollout = batch.old - 0.2 * torch.randn(B, T, dtype=torch.float64)
+    gap = (batch.old - rollout) * batch.mask
+    weight = (gap.sum(1, keepdim=True) if level == "sequence" else gap).clamp(-20, 20).exp().clamp(max=1.1)
+    row = _verl_row_loss(name, batch.logp - batch.old, batch.logp, batch.advantage.unsqueeze(1)) * weight
+    told = {"sampler_logp": rollout[batch.rows], "importance": "truncate", "importance_cap": 1.1}
+    got = batch.ours(loss=name, aggregate="token", importance_level=level, **told)
+    batch.same(got.loss, _verl_aggregate(row, batch.mask, "token-mean"))
 
 
 def test_verl_gpg_gradient_is_the_on_policy_loss(batch):
