@@ -148,9 +148,11 @@ def policy_rows_kernel(
     old = logp
     if old_ptr is not None:
         old = tl.load(old_ptr + rows, mask=live, other=0.0).to(tl.float32)
+    of_sequence = 1.0
     if IMPORTANCE_SEQUENCE:
         told = tl.load(sequence_ptr + 2 * n_completions + completion, mask=live, other=0.0)
-        share = weight * _importance(told, cap, IMPORTANCE)
+        of_sequence = _importance(told, cap, IMPORTANCE)
+        share = weight * of_sequence
     elif IMPORTANCE > 0:
         told = old - tl.load(sampler_ptr + rows, mask=live, other=0.0).to(tl.float32)
         share = weight * _importance(told, cap, IMPORTANCE)
@@ -160,9 +162,7 @@ def policy_rows_kernel(
     if SEQUENCE:
         log_ratio = tl.load(sequence_ptr + completion, mask=live, other=0.0)
         if LOSS != 1:  # the gradient goes through the mean, to every row of the completion alike
-            share = tl.load(sequence_ptr + n_completions + completion, mask=live, other=0.0)
-            if IMPORTANCE_SEQUENCE:
-                share = share * _importance(told, cap, IMPORTANCE)
+            share = tl.load(sequence_ptr + n_completions + completion, mask=live, other=0.0) * of_sequence
     elif old_ptr is not None:
         log_ratio = logp - old
     else:

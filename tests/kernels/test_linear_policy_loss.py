@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -282,7 +284,7 @@ def test_compiles_without_graph_break() -> None:
     ],
 )
 def test_bad_input_is_named(change: dict, error: type[Exception], message: str) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "hidden": torch.zeros(4, 8), "head_weight": torch.zeros(9, 8), "target": torch.zeros(4).long(),
         "advantage": torch.ones(2), "completion": torch.zeros(4).long(),
     } | change  # fmt: skip

@@ -46,7 +46,8 @@ class Batch:
             options["old_logp"] = self.old[self.rows]
         if options.get("beta", 0) or options.pop("ref", False):
             options["ref_logp"] = self.ref[self.rows]
-        options = {"clip_low": LOW, "clip_high": HIGH} | options
+        options.setdefault("clip_low", LOW)
+        options.setdefault("clip_high", HIGH)
         return policy_loss(self.logp[self.rows], self.advantage, self.ids, **options)
 
     def same(self, got: Tensor, want: Tensor, *, value: bool = True) -> None:
