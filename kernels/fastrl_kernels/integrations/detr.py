@@ -67,12 +67,7 @@ class HungarianMatcher(nn.Module):
         cost = self.class_cost * self._class_cost(logits, gather)
         cost = cost + self.bbox_cost * torch.cdist(boxes, wanted.to(boxes.dtype), p=1)
         overlap = pairwise_iou(_corners(boxes), _corners(wanted.to(boxes.dtype)), kind="giou")
-        cost = _last_resort(cost - self.giou_cost * overlap, counts)
-        match = linear_assignment(cost, n_cols=counts).match
-        queries = (match < 0).to(torch.uint8).argsort(dim=1, stable=True)  # matched queries first, in order
-        chosen = match.gather(1, queries)
-        taken = [min(size, logits.shape[1]) for size in sizes]
-        return [(queries[b, :k], chosen[b, :k]) for b, k in enumerate(taken)]
+        return _match(cost - self.giou_cost * overlap, counts, sizes)
 
     def _class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cost of each query for each target's class: ``[B, Q, T]`` from labels expanded to that shape."""
@@ -108,6 +103,84 @@ class RTDetrHungarianMatcher(DeformableDetrHungarianMatcher):
         if self.use_focal_loss:
             return super()._class_cost(logits, labels)
         return HungarianMatcher._class_cost(self, logits, labels)
+
+
+class Mask2FormerHungarianMatcher(nn.Module):
+    """Replaces ``transformers.models.mask2former.modeling_mask2former.Mask2FormerHungarianMatcher``: masks at points.
+
+    The same points are drawn from torch's generator as there. EoMT, VideoMT and OneFormer match by the same cost under
+    names of their own.
+
+    Args:
+        cost_class, cost_mask, cost_dice: weights of minus the target's class probability, of the masks' binary
+            cross-entropy and of their Dice loss. Not all 0.
+        num_points: points of an image at which masks are compared.
+
+    Raises:
+        ValueError: all weights are 0.
+    """
+
+    def __init__(
+        self, cost_class: float = 1.0, cost_mask: float = 1.0, cost_dice: float = 1.0, num_points: int = 12544
+    ) -> None:
+        super().__init__()
+        if cost_class == 0 and cost_mask == 0 and cost_dice == 0:
+            raise ValueError("cost_class, cost_mask, cost_dice: at least one must not be 0")
+        self.cost_class, self.cost_mask, self.cost_dice = cost_class, cost_mask, cost_dice
+        self.num_points = num_points
+
+    @torch.no_grad()
+    def forward(
+        self,
+        masks_queries_logits: Tensor,
+        class_queries_logits: Tensor,
+        mask_labels: list[Tensor],
+        class_labels: list[Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Match queries to targets, image by image.
+
+        Args:
+            masks_queries_logits: ``[B, Q, h, w]``.
+            class_queries_logits: ``[B, Q, classes + 1]``.
+            mask_labels: per image ``[T, H, W]`` of zeros and ones, of any dtype and size.
+            class_labels: per image ``[T]`` int64.
+
+        Returns:
+            Per image (queries, targets), int64 of length min(Q, T), queries ascending.
+        """
+        images, device, kind = len(mask_labels), masks_queries_logits.device, masks_queries_logits.dtype
+        draws = [torch.rand(1, self.num_points, 2, device=device) for _ in range(images)]  # one by one, as there
+        points = torch.cat(draws).to(kind) if draws else torch.empty(0, self.num_points, 2, device=device, dtype=kind)
+        masks = _at_points(masks_queries_logits, points)  # [B, Q, P]
+        wanted = pad_sequence(
+            [_at_points(m.to(masks)[None], points[b : b + 1])[0] for b, m in enumerate(mask_labels)], batch_first=True
+        )  # [B, T, P]
+        counts = pad_sequence([torch.ones_like(c) for c in class_labels], batch_first=True).sum(1)
+        labels = pad_sequence(list(class_labels), batch_first=True)
+        labels = labels[:, None, :].expand(-1, masks.shape[1], -1)
+        cost = -self.cost_class * class_queries_logits.softmax(-1).gather(2, labels)
+        # cross-entropy of x with y in {0, 1} (or between): softplus(x) - x y
+        there, share = wanted.transpose(1, 2), 1 / self.num_points
+        cost = cost + self.cost_mask * (nn.functional.softplus(masks).sum(2, keepdim=True) - masks @ there) * share
+        inside = masks.sigmoid()
+        sizes = inside.sum(2)[:, :, None] + wanted.sum(2)[:, None, :]
+        cost = cost + self.cost_dice * (1 - (2 * inside @ there + 1) / (sizes + 1))
+        return _match(cost, counts, [len(c) for c in class_labels])
+
+
+def _at_points(masks: Tensor, points: Tensor) -> Tensor:
+    """``masks`` [B, M, h, w] interpolated at ``points`` [B, P, 2] in [0, 1]: [B, M, P]."""
+    grid = 2 * points[:, None] - 1
+    return nn.functional.grid_sample(masks, grid, align_corners=False)[:, :, 0]
+
+
+def _match(cost: Tensor, counts: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """(queries, targets) of each image from costs [B, Q, T], of which ``counts`` [B] columns are real."""
+    match = linear_assignment(_last_resort(cost, counts), n_cols=counts).match
+    queries = (match < 0).to(torch.uint8).argsort(dim=1, stable=True)  # matched queries first, in order
+    chosen = match.gather(1, queries)
+    taken = [min(size, cost.shape[1]) for size in sizes]
+    return [(queries[b, :k], chosen[b, :k]) for b, k in enumerate(taken)]
 
 
 def _corners(boxes: Tensor) -> Tensor:

@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrl_kernels.integrations.detr import DeformableDetrHungarianMatcher, HungarianMatcher, RTDetrHungarianMatcher
+from fastrl_kernels.integrations.detr import (
+    DeformableDetrHungarianMatcher,
+    HungarianMatcher,
+    Mask2FormerHungarianMatcher,
+    RTDetrHungarianMatcher,
+)
 
 detr_loss = pytest.importorskip("transformers.loss.loss_for_object_detection")
 deformable_loss = pytest.importorskip("transformers.loss.loss_deformable_detr")
@@ -80,9 +85,46 @@ def test_queries_that_are_not_finite_are_a_last_resort() -> None:
     assert {8, 9} <= set(queries.tolist())
 
 
+MASK_MATCHERS = {
+    "mask2former": "Mask2FormerHungarianMatcher",
+    "eomt": "EomtHungarianMatcher",
+    "oneformer": "OneFormerHungarianMatcher",
+}
+
+
+@pytest.mark.parametrize("family", MASK_MATCHERS)
+@pytest.mark.parametrize("weights", [(2.0, 5.0, 5.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize("sizes", [[3, 1, 11], [30, 2], [5]])
+def test_masks_at_points_equal_transformers(family: str, weights: tuple[float, ...], sizes: list[int]) -> None:
+    module = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
+    theirs = getattr(module, MASK_MATCHERS[family])(*weights, num_points=50)
+    ours = Mask2FormerHungarianMatcher(*weights, num_points=50)
+    masks, classes = 4 * torch.randn(len(sizes), 12, 9, 7), torch.randn(len(sizes), 12, 6)
+    labels = [torch.randint(5, (k,)) for k in sizes]
+    wanted = [(torch.rand(k, 20 + i, 30) > 0.6).float() for i, k in enumerate(sizes)]  # of the images' own sizes
+    state = torch.get_rng_state()
+    expected = theirs(masks, classes, wanted, labels)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    found = ours(masks, classes, wanted, labels)
+    assert torch.equal(torch.get_rng_state(), after)  # what is drawn next is the same, too
+    assert_same(found, expected)
+
+
+def test_an_image_without_masks_matches_nothing() -> None:
+    masks, classes = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 3)
+    wanted = [torch.zeros(0, 8, 8), torch.ones(2, 8, 8)]
+    found = Mask2FormerHungarianMatcher(num_points=10)(
+        masks, classes, wanted, [torch.zeros(0, dtype=torch.int64), torch.tensor([1, 0])]
+    )
+    assert [len(queries) for queries, _ in found] == [0, 2]
+
+
 def test_all_costs_zero_is_refused_as_there() -> None:
     with pytest.raises(ValueError, match="at least one must not be 0"):
         HungarianMatcher(0, 0, 0)
+    with pytest.raises(ValueError, match="at least one must not be 0"):
+        Mask2FormerHungarianMatcher(0, 0, 0)
 
 
 def tiny_detr() -> Any:

@@ -1,0 +1,173 @@
+"""verl with these kernels: policy losses in its registry, and its log-prob functions on the fused head.
+
+Call :func:`register` once in every process that trains. verl imports what ``actor_rollout_ref.model.external_lib`` (or
+the variable ``VERL_USE_EXTERNAL_MODULES``) names, so a file of two lines does it::
+
+    from fastrl_kernels.integrations.verl import register
+
+    register()
+
+and ``actor_rollout_ref.actor.policy_loss.loss_mode=fastrl`` chooses the loss. Values, gradients and metrics are those
+of verl's ``vanilla`` and ``gspo`` to rounding; how a loss is normalised is asked of verl's own ``agg_loss``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels.linear_logprob import linear_logprob
+from fastrl_kernels.policy_loss import policy_loss
+from fastrl_kernels.token_logprob import token_logprob
+
+_RATIO_LIMIT = 20.0  # of a log-ratio, in verl as in policy_loss
+_SEQUENCE_LIMIT = 10.0  # of verl's GSPO
+
+
+def register(*, replace: bool = False, heads: bool = True) -> None:
+    """Make verl use these kernels, in this process.
+
+    Args:
+        replace: also under verl's own names (``vanilla``, ``gspo``), so that no config need change. Without it only
+            ``fastrl`` and ``fastrl_gspo`` are added.
+        heads: also replace what verl computes log-probs with: ``linear_cross_entropy`` and ``FusedLinearForPPO``
+            (``model.use_fused_kernels``, both backends), and ``logprobs_from_logits``.
+    """
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY  # type: ignore[import-not-found]
+
+    for name, loss in (("vanilla", vanilla_loss), ("gspo", gspo_loss)):
+        POLICY_LOSS_REGISTRY["fastrl" if name == "vanilla" else f"fastrl_{name}"] = loss
+        if replace:
+            POLICY_LOSS_REGISTRY[name] = loss
+    if heads:
+        from verl.utils import torch_functional  # type: ignore[import-not-found]
+        from verl.utils.experimental.torch_functional import FusedLinearForPPO  # type: ignore[import-not-found]
+        from verl.utils.kernel import linear_cross_entropy as kernel  # type: ignore[import-not-found]
+
+        kernel.linear_cross_entropy = linear_cross_entropy  # looked up on each call
+        FusedLinearForPPO.forward = _fused_linear
+        # what logprobs_from_logits, imported by name in many places, calls
+        torch_functional.logprobs_from_logits_flash_attn = logprobs_from_logits
+        torch_functional.logprobs_from_logits_v2 = lambda logits, labels: logprobs_from_logits(logits, labels, False)
+
+
+def vanilla_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """verl's ``vanilla``: PPO's clip with a dual clip. All tensors [B, T]; returns (loss, metrics)."""
+    low, high, dual = *_clip_range(config), config.get("clip_ratio_c", 3.0)
+    weight = _weights(response_mask, loss_agg_mode, config, rollout_is_weights)
+    loss = _loss(log_prob, old_log_prob, advantages, weight, clip_low=low, clip_high=high, dual_clip=dual)
+    with torch.no_grad():
+        log_ratio = (log_prob - old_log_prob).clamp(-_RATIO_LIMIT, _RATIO_LIMIT)
+        ratio = log_ratio.exp()
+        clipped = _clipped(ratio, advantages, low, high)
+        beyond = (ratio > dual) & (advantages < 0)
+        return loss, _metrics(response_mask, clipped, log_ratio, beyond)
+
+
+def gspo_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "seq-mean-token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """verl's ``gspo``: one ratio a sequence, whose gradient reaches each token by that token's own log-prob.
+
+    Where a sequence's mean log-ratio is beyond 10, verl stops its gradient; here it flows.
+    """
+    low, high = _clip_range(config)
+    weight = _weights(response_mask, loss_agg_mode, config, rollout_is_weights)
+    with torch.no_grad():
+        log_ratio = log_prob - old_log_prob
+        mean = (log_ratio * response_mask).sum(-1) / response_mask.sum(-1).clamp(min=1)
+        mean = mean.clamp(max=_SEQUENCE_LIMIT)[:, None].expand_as(log_prob)
+        old = log_prob - mean  # so that every token's ratio is its sequence's
+        clipped = _clipped(mean.exp(), advantages, low, high)
+    loss = _loss(log_prob, old, advantages, weight, clip_low=low, clip_high=high)
+    with torch.no_grad():
+        return loss, _metrics(response_mask, clipped, log_ratio, torch.zeros_like(clipped))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """verl's ``linear_cross_entropy``: (log-probs, entropy) of hidden [..., H] under weight [V, H], flat [N].
+
+    Raises:
+        ValueError: another ``reduction`` than none, sum, mean; a group of more than one process.
+    """
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction: expected none, sum or mean, got {reduction!r}")
+    if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
+        raise ValueError("dist_process_group: a vocabulary split over processes; pass the weight as a DTensor instead")
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    out = linear_logprob(flat, weight, labels.reshape(-1), temperature=temperature, return_entropy=True)
+    assert out.entropy is not None
+    logp = out.logp if reduction == "none" else getattr(out.logp, reduction)()
+    return logp, out.entropy
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """verl's ``logprobs_from_logits``: log-probs of labels [...] under logits [..., V], fp32."""
+    out = token_logprob(logits.flatten(0, -2), labels.flatten(), ignore_index=-100, inplace_backward=inplace_backward)
+    return out.logp.view(labels.shape)
+
+
+def _fused_linear(
+    self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``FusedLinearForPPO.forward``: as ``linear_cross_entropy``, of the ids' shape."""
+    logp, entropy = linear_cross_entropy(hidden_states, vocab_weights, input_ids.long(), temperature)
+    return logp.view(input_ids.shape), entropy.view(input_ids.shape)
+
+
+def _clip_range(config: Any) -> tuple[float, float]:
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    return (config.clip_ratio if low is None else low), (config.clip_ratio if high is None else high)
+
+
+def _weights(mask: Tensor, mode: str, config: Any, rollout_is_weights: Tensor | None) -> Tensor:
+    """[B, T]: what each token's loss counts in verl's ``agg_loss``, which is linear in it: its gradient."""
+    from verl.trainer.ppo.core_algos import agg_loss  # type: ignore[import-not-found]
+
+    with torch.enable_grad():
+        rows = torch.zeros(mask.shape, device=mask.device, requires_grad=True)
+        total = agg_loss(loss_mat=rows, loss_mask=mask, loss_agg_mode=mode, **config.global_batch_info)
+        (weight,) = torch.autograd.grad(total, rows)
+    return weight if rollout_is_weights is None else weight * rollout_is_weights.detach()
+
+
+def _loss(log_prob: Tensor, old: Tensor, advantages: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    """``policy_loss`` with an advantage a token: every token is a completion of its own."""
+    each = torch.arange(log_prob.numel(), device=log_prob.device)
+    flat = [tensor.reshape(-1) for tensor in (log_prob, advantages, old, weight)]
+    return policy_loss(flat[0], flat[1], each, old_logp=flat[2], weight=flat[3], **options).loss
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    return ((advantages < 0) & (ratio < 1 - low)) | ((advantages > 0) & (ratio > 1 + high))
+
+
+def _metrics(mask: Tensor, clipped: Tensor, log_ratio: Tensor, beyond: Tensor) -> dict[str, float]:
+    """verl's three, its masked means, in one copy to the host."""
+    rows = torch.stack([clipped.to(log_ratio.dtype), -log_ratio, beyond.to(log_ratio.dtype)])
+    means = (rows.where(mask.bool(), 0) * mask).sum((1, 2)) / (mask.sum() + 1e-8)
+    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+    return dict(zip(names, means.tolist(), strict=True))
