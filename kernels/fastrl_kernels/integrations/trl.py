@@ -40,7 +40,9 @@ from fastrl_kernels.integrations._head import (
 from fastrl_kernels.policy_loss import policy_loss
 from fastrl_kernels.token_weights import token_weights
 
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # of PPO's clipped ratio; they differ in what normalises them
+LOSSES = (*CLIPPED, "cispo", "sapo")
+_OF_ALL_TOKENS = ("dapo", "cispo")  # normalised over the whole optimizer step
 
 
 def fuse_head(model: Any, *, temperature: float, float32: bool = False, return_entropy: bool = True) -> None:
@@ -118,7 +120,7 @@ class FusedGRPOMixin:
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         loss, kl = self._fused_loss(logp, entropy, mask, inputs)
         self._fused_metrics(logp.detach(), entropy.detach(), mask, kl, inputs)
-        if self.loss_type != "dapo" and self.model.training:
+        if self.loss_type not in _OF_ALL_TOKENS and self.model.training:
             loss = loss / self.current_gradient_accumulation_steps
         return loss
 
@@ -153,10 +155,8 @@ class FusedGRPOMixin:
             ref_logp=ref if together else None,
             beta=self.beta if together else 0.0,
             weight=weight if factor is None else weight * factor.expand_as(mask).flatten(),
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
-            dual_clip=self.args.delta,
             ratio=self.importance_sampling_level,
+            **self._objective(),
         )
         if ref is None or together:
             return out.loss, out.kl if together else None
@@ -169,6 +169,15 @@ class FusedGRPOMixin:
         )
         return out.loss + kl.loss, kl.kl
 
+    def _objective(self) -> dict[str, Any]:
+        """TRL's loss type as options of ``policy_loss``."""
+        if self.loss_type == "sapo":
+            tau = {"tau_positive": self.args.sapo_temperature_pos, "tau_negative": self.args.sapo_temperature_neg}
+            return {"loss": "sapo", **tau}
+        if self.loss_type == "cispo":  # its epsilon_high is the cap of the ratio itself, and nothing caps it from below
+            return {"loss": "cispo", "clip_low": 1.0, "clip_high": self.epsilon_high - 1}
+        return {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high, "dual_clip": self.args.delta}
+
     def _corrected_kl(self, logp: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """[B, T]: the KL estimate times the ratio, which makes it unbiased off-policy (DeepSeek-V3.2, section 3.1)."""
         x = inputs["ref_per_token_logps"] - logp
@@ -177,13 +186,13 @@ class FusedGRPOMixin:
     def _token_weights(self, completion: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """[B * T]: what TRL's normalisation gives each token, before gradient accumulation."""
         rows, aggregate, normalizer = mask.shape[0], "token", None
-        if self.loss_type == "grpo":
+        if self.loss_type in ("grpo", "sapo"):
             aggregate, normalizer = "sequence", rows
         elif self.loss_type == "dr_grpo":
             aggregate, normalizer = "constant", rows * self.max_completion_length
         elif self.loss_type == "luspo":
             aggregate, normalizer = "constant", rows
-        elif self.loss_type == "dapo":  # of the whole generation batch: rescaled to one window of accumulation
+        elif self.loss_type in _OF_ALL_TOKENS:  # of the whole generation batch: rescaled to one window of accumulation
             normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             if self.model.training:
                 normalizer = normalizer * self.current_gradient_accumulation_steps / self.args.steps_per_generation
@@ -219,16 +228,17 @@ class FusedGRPOMixin:
         self, logp: Tensor, entropy: Tensor, mask: Tensor, kl: Tensor | None, inputs: dict[str, Any]
     ) -> None:
         """TRL's metrics, their sums over all processes in one reduction."""
+        tokens = mask.sum()
+        sums = {"entropy": ((entropy * mask).sum(), tokens)}
         low, high = self._clipped(logp, mask, inputs)
         counted = mask if low.shape == mask.shape else torch.ones_like(low)  # one ratio a sequence counts once
-        tokens, ratios = mask.sum(), counted.sum()
-        lows, highs = (low * counted).sum(), (high * counted).sum()
-        sums = {
-            "entropy": ((entropy * mask).sum(), tokens),
-            "clip_ratio/low_mean": (lows, ratios),
-            "clip_ratio/high_mean": (highs, ratios),
-            "clip_ratio/region_mean": (lows + highs, ratios),
-        }
+        lows, highs, ratios = (low * counted).sum(), (high * counted).sum(), counted.sum()
+        if self.loss_type in CLIPPED:
+            sums["clip_ratio/low_mean"] = (lows, ratios)
+            sums["clip_ratio/high_mean"] = (highs, ratios)
+            sums["clip_ratio/region_mean"] = (lows + highs, ratios)
+        elif self.loss_type == "cispo":
+            sums["cispo_clip_ratio"] = (highs, ratios)
         if kl is not None:
             sums["kl"] = (kl * tokens, tokens)
         local = torch.stack([torch.stack([total.float(), count.float()]) for total, count in sums.values()])
@@ -236,6 +246,8 @@ class FusedGRPOMixin:
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, mean in zip(sums, (total / count.clamp(min=1)).tolist(), strict=True):
             metrics[name].append(mean)
+        if self.loss_type not in CLIPPED:
+            return
         rows = torch.stack([(low * counted).sum(1), (high * counted).sum(1)]) / counted.sum(1)  # NaN: nothing counts
         rows = self.accelerator.gather(rows.T.contiguous())
         metrics["clip_ratio/low_min"].append(nanmin(rows[:, 0]).item())
@@ -245,7 +257,7 @@ class FusedGRPOMixin:
         """Which ratios lie beyond the clip range on the side their advantage rewards, 0 or 1: [B, T] or [B, 1]."""
         ratio, advantage = self._log_ratio(logp, mask, inputs).exp(), inputs["advantages"].unsqueeze(1)
         low = (ratio < 1 - self.epsilon_low) & (advantage < 0)
-        high = (ratio > 1 + self.epsilon_high) & (advantage > 0)
+        high = (ratio > (self.epsilon_high if self.loss_type == "cispo" else 1 + self.epsilon_high)) & (advantage > 0)
         return low.float(), high.float()
 
     def _log_ratio(self, logp: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -268,7 +280,9 @@ def loss_stays(trainer: Any, inputs: dict[str, Any]) -> str | None:
         return "an entropy bonus"
     if trainer.aux_loss_enabled:
         return "a router loss"
-    if args.delta is not None and args.delta <= max(1.0, 1 + trainer.epsilon_high):
+    if trainer.loss_type == "cispo" and trainer.epsilon_high < 1:
+        return "a cap of cispo's ratio below 1"
+    if trainer.loss_type in CLIPPED and args.delta is not None and args.delta <= max(1.0, 1 + trainer.epsilon_high):
         return "delta within the clip range"
     masked = trainer.use_vllm and trainer.vllm_importance_sampling_correction
     masked = masked and trainer.vllm_importance_sampling_mode == "token_mask"

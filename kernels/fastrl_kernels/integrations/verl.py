@@ -8,7 +8,8 @@ the variable ``VERL_USE_EXTERNAL_MODULES``) names, so a file of two lines does i
     register()
 
 and ``actor_rollout_ref.actor.policy_loss.loss_mode=fastrl`` chooses the loss. Values, gradients and metrics are those
-of verl's ``vanilla`` and ``gspo`` to rounding; how a loss is normalised is asked of verl's own ``agg_loss``.
+of verl's ``vanilla``, ``gspo``, ``cispo`` and ``sapo`` to rounding; how a loss is normalised is asked of verl's own
+``agg_loss``.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ def register(*, replace: bool = False, heads: bool = True) -> None:
     """Make verl use these kernels, in this process.
 
     Args:
-        replace: also under verl's own names (``vanilla``, ``gspo``), so that no config need change. Without it only
-            ``fastrl`` and ``fastrl_gspo`` are added.
+        replace: also under verl's own names (``vanilla``, ``gspo``, ``cispo``, ``sapo``), so that no config need
+            change. Without it only ``fastrl``, ``fastrl_gspo``, ``fastrl_cispo`` and ``fastrl_sapo`` are added.
         heads: also replace what verl computes log-probs with: ``linear_cross_entropy`` and ``FusedLinearForPPO``
             (``model.use_fused_kernels``, both backends), and ``logprobs_from_logits``.
     """
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY  # type: ignore[import-not-found]
 
-    for name, loss in (("vanilla", vanilla_loss), ("gspo", gspo_loss)):
+    for name, loss in LOSSES.items():
         POLICY_LOSS_REGISTRY["fastrl" if name == "vanilla" else f"fastrl_{name}"] = loss
         if replace:
             POLICY_LOSS_REGISTRY[name] = loss
@@ -67,11 +68,9 @@ def vanilla_loss(
     weight = _weights(response_mask, loss_agg_mode, config, rollout_is_weights)
     loss = _loss(log_prob, old_log_prob, advantages, weight, clip_low=low, clip_high=high, dual_clip=dual)
     with torch.no_grad():
-        log_ratio = (log_prob - old_log_prob).clamp(-_RATIO_LIMIT, _RATIO_LIMIT)
-        ratio = log_ratio.exp()
-        clipped = _clipped(ratio, advantages, low, high)
-        beyond = (ratio > dual) & (advantages < 0)
-        return loss, _metrics(response_mask, clipped, log_ratio, beyond)
+        log_ratio = _log_ratio(log_prob, old_log_prob)
+        beyond = (log_ratio.exp() > dual) & (advantages < 0)
+        return loss, _metrics(response_mask, log_ratio, _clipped(log_ratio.exp(), advantages, low, high), beyond)
 
 
 def gspo_loss(
@@ -97,7 +96,45 @@ def gspo_loss(
         clipped = _clipped(mean.exp(), advantages, low, high)
     loss = _loss(log_prob, old, advantages, weight, clip_low=low, clip_high=high)
     with torch.no_grad():
-        return loss, _metrics(response_mask, clipped, log_ratio, torch.zeros_like(clipped))
+        return loss, _metrics(response_mask, log_ratio, clipped)
+
+
+def cispo_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """verl's ``cispo``: the clipped ratio is a constant factor of the log-prob's gradient."""
+    low, high = _clip_range(config)
+    weight = _weights(response_mask, loss_agg_mode, config, rollout_is_weights)
+    loss = _loss(log_prob, old_log_prob, advantages, weight, clip_low=low, clip_high=high, loss="cispo")
+    with torch.no_grad():
+        log_ratio = _log_ratio(log_prob, old_log_prob)
+        ratio = log_ratio.exp()
+        return loss, _metrics(response_mask, log_ratio, (ratio < 1 - low) | (ratio > 1 + high))
+
+
+def sapo_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "seq-mean-token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """verl's ``sapo``: a smooth gate in place of the clip; always a mean of sequence means, whatever the mode says."""
+    weight = _weights(response_mask, "seq-mean-token-mean", config, rollout_is_weights)
+    tau = {"tau_positive": float(config.tau_pos), "tau_negative": float(config.tau_neg)}
+    loss = _loss(log_prob, old_log_prob, advantages, weight, loss="sapo", **tau)
+    return loss, _metrics(response_mask, _log_ratio(log_prob.detach(), old_log_prob))
+
+
+LOSSES = {"vanilla": vanilla_loss, "gspo": gspo_loss, "cispo": cispo_loss, "sapo": sapo_loss}
 
 
 def linear_cross_entropy(
@@ -165,9 +202,14 @@ def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tens
     return ((advantages < 0) & (ratio < 1 - low)) | ((advantages > 0) & (ratio > 1 + high))
 
 
-def _metrics(mask: Tensor, clipped: Tensor, log_ratio: Tensor, beyond: Tensor) -> dict[str, float]:
-    """verl's three, its masked means, in one copy to the host."""
-    rows = torch.stack([clipped.to(log_ratio.dtype), -log_ratio, beyond.to(log_ratio.dtype)])
+def _log_ratio(log_prob: Tensor, old: Tensor) -> Tensor:
+    return (log_prob - old).clamp(-_RATIO_LIMIT, _RATIO_LIMIT)
+
+
+def _metrics(mask: Tensor, log_ratio: Tensor, *shares: Tensor) -> dict[str, float]:
+    """verl's three masked means, in one copy to the host. ``shares``: where it clipped, where the dual clip did."""
+    given = [*shares, *[torch.zeros_like(log_ratio)] * (2 - len(shares))]
+    rows = torch.stack([-log_ratio, *[share.to(log_ratio.dtype) for share in given]])
     means = (rows.where(mask.bool(), 0) * mask).sum((1, 2)) / (mask.sum() + 1e-8)
-    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+    names = ("actor/ppo_kl", "actor/pg_clipfrac", "actor/pg_clipfrac_lower")
     return dict(zip(names, means.tolist(), strict=True))
