@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastrl.http import check_url
 from fastrl.methods import METHODS, MethodOptions
+from fastrl.pictures import MAX_PIXELS
 
 SHIPPED = Path(__file__).parent / "recipes"
 # What other trainers call our keys, for whoever comes from there: the nearest spelling would mislead.
@@ -81,7 +82,9 @@ class DataRecipe(Section):
     prompts_per_step: int = Field(8, ge=1)  # on each rank
     order: Literal["shuffle", "file"] = "shuffle"  # shuffled anew each epoch, or as the data lists them (easy to hard)
     seed: int | None = Field(None, ge=0, lt=2**63)  # of the shuffle; none: the run's
-    skip_bad: bool = False  # count and skip bad rows instead of refusing the data
+    # Count and skip bad rows instead of refusing the data, and records whose pictures cannot be decoded as they come
+    skip_bad: bool = False
+    max_image_pixels: int = Field(MAX_PIXELS, ge=1)  # width x height of a picture file; a larger one is a bad row
     # Of clips: how many frames the model is shown, and which (uniform, first or random); none: as the spec has it
     frames: int | None = Field(None, ge=1)
     sample: Literal["uniform", "first", "random"] | None = None
@@ -252,10 +255,16 @@ class Recipe(Section):
 
     @property
     def data_spec(self) -> str:
-        """``data.spec`` with the frames that ``data.frames`` and ``data.sample`` choose. Raises ``DataError``."""
+        """``data.spec`` with what ``data.frames``, ``sample`` and ``max_image_pixels`` say. Raises ``DataError``."""
         from fastrl.data import with_options
 
-        return with_options(self.data.spec, frames=self.data.frames, sample=self.data.sample)
+        most = self.data.max_image_pixels
+        return with_options(
+            self.data.spec,
+            frames=self.data.frames,
+            sample=self.data.sample,
+            max_image_pixels=most if most != MAX_PIXELS else None,
+        )
 
     def dump(self) -> str:
         """The resolved recipe as YAML, every key written out."""

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.data.blank import BlankImages
+from fastrl.data.sound_stream import SoundStream
 from fastrl.data.stream import RecordStream
 from fastrl.engine.local import Engine, NonFiniteError, StepInfo, make_engine
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
+from fastrl.pictures import PictureError
 from fastrl.recipe import Recipe
 from fastrl.run import checkpoint
 from fastrl.run.checkpoint import RunState
@@ -38,7 +40,14 @@ from fastrl.run.signals import stop_signals
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
+    from fastrl.data.validate import Problem
     from fastrl.models.load import Policy
+
+
+BROKEN = (
+    "Nothing of this step was kept: go on from the last checkpoint with --resume --skip-bad, which passes over such "
+    "records, or mend the file; fastrl data SPEC --deep finds them all beforehand"
+)
 
 
 class TrainingError(RuntimeError):
@@ -116,6 +125,8 @@ def train(
             done += 1
             row, table = run.step(done)
             traced()
+            for problem in run.broken_pictures():
+                progress.note(f"passed over {problem}")
             log.write(row)
             progress.step(row)
             if table:
@@ -156,7 +167,8 @@ class Run:
         if self.policy.device.type == "cuda":  # whose events, random state and memory are read from here on
             torch.cuda.set_device(self.policy.device)
         self.engine: Engine = make_engine(self.policy.model, recipe.optim, recipe.engine)
-        self.stream = RecordStream(
+        make_stream = SoundStream if recipe.data.skip_bad else RecordStream
+        self.stream = make_stream(
             data,
             seed=recipe.seed if recipe.data.seed is None else recipe.data.seed,
             order=recipe.data.order,
@@ -198,6 +210,10 @@ class Run:
         except FloatingPointError as error:  # the sampler met logits that are not finite
             names = ", ".join(record.id for record in records[:20])
             raise TrainingError(f"step {number}: {error}. Records of the step: {names}") from None
+        except ValueError as error:
+            if not isinstance(error.__cause__, PictureError):
+                raise
+            raise TrainingError(f"step {number}: {error}. {BROKEN}") from None
         with self.clock.phase("pack"):
             batches = self._pack(prepared, records)
             self._drop_features(batches)
@@ -218,6 +234,13 @@ class Run:
         table = sample_table(prepared.sampled, recipe.log.samples) if every and (number - 1) % every == 0 else []
         row |= work_metrics(prepared.sampled, self.clock.read())
         return over_ranks(self.engine.gather(row)), table
+
+    def broken_pictures(self) -> list[Problem]:
+        """What was passed over since the last call because its pictures cannot be decoded."""
+        if not isinstance(self.stream, SoundStream):
+            return []
+        said, self.stream.said = self.stream.said, []
+        return said
 
     def check_weights(self, number: int) -> None:
         """Raise ``TrainingError`` where a trained weight is not finite: no good checkpoint may be replaced by it."""
@@ -358,6 +381,7 @@ class Run:
             "update/tokens": float(sum(b.packed.input_ids.shape[1] for b in batches)),
             "data/consumed": self.stream.consumed,
             "data/epoch": self.stream.epochs,
+            **({"data/broken": float(self.stream.broken)} if isinstance(self.stream, SoundStream) else {}),
         }
 
 

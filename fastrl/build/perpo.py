@@ -147,7 +147,7 @@ def build_lists(
     chunk, size, found = resume(out, asdict(options))
     tally = Tally() if found is None else Tally.of(found, out)
     if records is None:
-        records = load_data(options.data, skip_bad=options.skip_bad)
+        records = load_data(options.data, skip_bad=options.skip_bad, deep=options.skip_bad)
     records = records[: options.limit] if options.limit is not None else records
     for record in records:
         if record.task != options.task:

@@ -93,7 +93,7 @@ def build_dialogues(
         ValueError: ``out`` is not this build's; records of another task. DataError: bad data.
         CriticError: the critic failed; what is built so far stays, and the build goes on when called again.
     """
-    records = load_data(options.data, skip_bad=options.skip_bad) if records is None else records
+    records = load_data(options.data, skip_bad=options.skip_bad, deep=options.skip_bad) if records is None else records
     records = records[: options.limit] if options.limit is not None else records
     for record in records:
         if record.task != "caption":

@@ -94,7 +94,7 @@ def build_dialogues(
     Raises:
         ValueError: ``out`` is not this build's; data without tracked clips. DataError: bad data.
     """
-    data = load_data(options.data, skip_bad=options.skip_bad)
+    data = load_data(options.data, skip_bad=options.skip_bad, deep=options.skip_bad)
     notes = getattr(data, "notes", ())
     for line in (getattr(data, "summary", ""), *(str(note) for note in notes[:SHOWN])):
         if line:

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from urllib.parse import quote, unquote
 
 from fastrl.data.records import PROMPTS, Dataset, Record, question
+from fastrl.data.sound import decoded
 from fastrl.data.validate import DataError, Problem, fail, nearest
 
 __all__ = [
@@ -93,10 +94,17 @@ def with_options(spec: str, **options: str | int | None) -> str:
     return f"{adapter}:{path}" + (f"?{options_text}" if query else "")
 
 
-def load_data(spec: str, *, skip_bad: bool = False, misfit: Callable[[Record], str | None] | None = None) -> Dataset:
+def load_data(
+    spec: str,
+    *,
+    skip_bad: bool = False,
+    deep: bool = False,
+    misfit: Callable[[Record], str | None] | None = None,
+) -> Dataset:
     """Load the data set that ``spec`` names, every row checked.
 
     ``misfit`` says why a sound record is of no use to whoever asks (None: it is of use); such a row is a bad one too.
+    With ``deep`` every picture file is decoded, not only its header read; a record with a broken one is a bad row.
     With ``skip_bad`` bad rows are left out (``Dataset.skipped`` counts them, ``Dataset.reasons`` says why, and
     ``Dataset.problems`` where); without, a ``DataError`` reports them all. Also raises ``DataError`` for an unknown
     adapter or option (with the nearest valid name), an unreadable file, and when no record is left.
@@ -114,6 +122,8 @@ def load_data(spec: str, *, skip_bad: bool = False, misfit: Callable[[Record], s
     dataset = loaded if isinstance(loaded, Dataset) else Dataset(loaded)
     if misfit is not None:
         dataset = dataset.fitting(misfit)
+    if deep:
+        dataset = decoded(dataset)
     if dataset.problems and not skip_bad:
         raise DataError(dataset.problems)
     if len(dataset) == 0:

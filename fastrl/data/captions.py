@@ -19,6 +19,7 @@ from typing import Any
 from fastrl.data import rows
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import IMAGE_FIELDS, LeftOut, load_rows, read_text
+from fastrl.data.truth import read_truth
 from fastrl.data.validate import Row, fail, short
 
 KEYS = (*rows.KEYS, "instances", "prompt")
@@ -37,12 +38,13 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
 def _record(row: Row, prompt: str | None, pictures: bool) -> Record | LeftOut | None:
     identity = row.id()
     name, value = row.first(REFERENCES)
+    value = read_truth(value)
     image = row.image(*IMAGE_FIELDS) if pictures else None
     if name not in row.fields:
         row.fail("missing field", f"no {' or '.join(REFERENCES)}")
     elif not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
         row.fail("wrong type", f"{name} must be a list of captions, got {short(value)}")
-    objects = row.fields.get("objects", [])
+    objects = row.truth("objects", [])
     if not isinstance(objects, list) or not all(isinstance(o, str) for o in objects):
         row.fail("wrong type", f"objects must be a list of names, got {short(objects)}")
     if row.problems or (pictures and image is None):

@@ -92,13 +92,13 @@ def row_clip(row: Row) -> Clip | None:
 
 
 def _row_pictures(row: Row) -> tuple[tuple[Path, ...], Path | None, tuple[int, ...]]:
-    frames, video = row.fields.get("frames"), row.fields.get("video")
+    frames, video = row.truth("frames"), row.fields.get("video")
     if frames is not None:
         if isinstance(frames, list) and frames and all(isinstance(f, str) and f and "\0" not in f for f in frames):
             return tuple(row.images.path(frame) for frame in frames), None, ()
         row.fail("wrong type", f"frames must be a list of file names, got {short(frames)}")
     elif video is not None:
-        numbers = row.fields.get("video_frames")
+        numbers = row.truth("video_frames")
         sound = isinstance(numbers, list) and all(isinstance(n, int) and n >= 0 for n in numbers)
         if isinstance(video, str) and "\0" not in video and isinstance(numbers, list) and numbers and sound:
             return (), row.images.path(video), tuple(numbers)
@@ -107,7 +107,7 @@ def _row_pictures(row: Row) -> tuple[tuple[Path, ...], Path | None, tuple[int, .
 
 
 def _row_seconds(row: Row, pictures: int) -> tuple[float, ...] | None:
-    seconds, fps = row.fields.get("seconds"), row.fields.get("fps")
+    seconds, fps = row.truth("seconds"), row.truth("fps")
     if seconds is None and pictures:
         if fps is not None and not (is_number(fps) and fps > 0):
             row.fail("wrong type", f"fps must be a positive number, got {short(fps)}")

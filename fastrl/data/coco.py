@@ -26,6 +26,7 @@ from fastrl.data.validate import (
     corners,
     fail,
     find_image_folder,
+    is_number,
     nearest,
     short,
 )
@@ -53,7 +54,7 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     """Read an instance file. Raises ``DataError`` for an unreadable file or option."""
     limit, seed = int_option(query, "limit", path, 1), int_option(query, "seed", path)
     data = _read(path)
-    categories = _categories(data, path)
+    categories, groups = _categories(data, path)
     options = _options(query, categories, path)
     images = ordered(data["images"], seed)
     folder = Path(query["images"]) if "images" in query else _find_folder(path, images)
@@ -62,7 +63,7 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     annotations, orphans = _by_image(data, path)
     pictures = ImageFolder(folder, reading(query, path))
     dataset = collect(_records(images, annotations, categories, pictures, options, path), limit, path, pictures)
-    return Dataset(dataset.records, (*dataset.problems, *orphans), dataset.left_out, dataset.notes)
+    return Dataset(dataset.records, (*dataset.problems, *orphans), (*dataset.left_out, *groups), dataset.notes)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -75,16 +76,31 @@ def _read(path: str) -> dict[str, Any]:
     return data
 
 
-def _categories(data: Mapping[str, Any], path: str) -> dict[Any, str]:
+def _categories(data: Mapping[str, Any], path: str) -> tuple[dict[Any, str], list[Problem]]:
+    """Names by id, and the categories that are left out: those that only name a group of others and have no instance
+    (exports of annotation tools list such)."""
     categories: dict[Any, str] = {}
     for i, category in enumerate(data["categories"]):
         name = category.get("name") if isinstance(category, dict) else None
-        if not isinstance(name, str) or not name.strip() or not isinstance(category.get("id"), int | str):
+        if not isinstance(name, str) or not name.strip() or not _is_id(category.get("id")):
             raise fail(f"{path}:category {i}", "wrong type", f"needs an id and a name, got {short(category)}")
         if category["id"] in categories or name in categories.values():
             raise fail(f"{path}:category {i}", "duplicate id", f"id or name twice: {short(category)}")
         categories[category["id"]] = name
-    return categories
+    above = {str(c.get("supercategory")) for c in data["categories"] if c.get("supercategory") != c["name"]}
+    used = {str(a.get("category_id")) for a in data["annotations"] if isinstance(a, dict)}
+    groups = {identity: name for identity, name in categories.items() if name in above and str(identity) not in used}
+    left_out = [
+        Problem(
+            f"{path}:category {identity}", "supercategory", f"{name} only groups other categories; no instance has it"
+        )
+        for identity, name in groups.items()
+    ]
+    return {identity: name for identity, name in categories.items() if identity not in groups}, left_out
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def _options(query: Mapping[str, str], categories: Mapping[Any, str], path: str) -> _Options:
@@ -115,17 +131,38 @@ def _by_image(data: Mapping[str, Any], path: str) -> tuple[dict[Any, list[tuple[
     """Annotations (with their place in the file) of each image id, and those that belong to none."""
     by_image: dict[Any, list[tuple[int, dict]]] = {}
     for image in data["images"]:
-        if isinstance(image, dict) and isinstance(image.get("id"), int | str):
+        if isinstance(image, dict) and _is_id(image.get("id")):
             by_image[image["id"]] = []
     orphans = []
     for i, annotation in enumerate(data["annotations"]):
         owner = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if isinstance(annotation, dict) and isinstance(owner, int | str) and owner in by_image:
+        if isinstance(annotation, dict) and _is_id(owner) and owner in by_image:
             by_image[owner].append((i, annotation))
         else:
             where = _where(path, i, annotation)
             orphans.append(Problem(where, "unknown image", f"image_id {short(owner)} is no image of the file"))
     return by_image, orphans
+
+
+class _Once:
+    """Notices an annotation that comes again: by its id, or with all that it says."""
+
+    def __init__(self) -> None:
+        self._ids: dict[Any, int] = {}
+        self._said: dict[str, int] = {}
+
+    def check(self, row: Row, annotation: Mapping[str, Any], index: int) -> None:
+        identity = annotation.get("id")
+        if identity is not None and not _is_id(identity):
+            row.fail("wrong type", f"id must be an integer or a string, got {short(identity)}")
+        elif identity is not None and self._ids.setdefault(identity, index) != index:
+            row.fail("repeated annotation", f"id {short(identity)} is already that of number {self._ids[identity]}")
+            return
+        said = repr([annotation.get(key) for key in ("image_id", "category_id", "bbox", "iscrowd", "segmentation")])
+        if self._said.setdefault(said, index) != index:
+            row.fail(
+                "repeated annotation", f"says all that number {self._said[said]} says: one object cannot be there twice"
+            )
 
 
 def _where(path: str, index: int, annotation: Any) -> str:
@@ -141,6 +178,7 @@ def _records(
     options: _Options,
     path: str,
 ) -> Iterator[Result]:
+    once = _Once()
     for i, image in enumerate(images):
         if not isinstance(image, dict):
             yield [Problem(f"{path}:image number {i}", "wrong type", f"must be an object, got {short(image)}")]
@@ -156,6 +194,7 @@ def _records(
         instances = []
         for index, annotation in annotations[image["id"]]:
             row.where = _where(path, index, annotation)
+            once.check(row, annotation, index)
             instances.append(_instance(row, annotation, categories, file[1]))
         if row.problems:
             yield row.problems
@@ -171,10 +210,13 @@ def _instance(
     row: Row, annotation: Mapping[str, Any], categories: Mapping[Any, str], size: tuple[int, int]
 ) -> _Instance | None:
     category = annotation.get("category_id")
-    label = categories.get(category) if isinstance(category, int | str) else None
+    label = categories.get(category) if _is_id(category) else None
     if label is None:
         row.fail("unknown category", f"category_id {short(category)} is no category of the file")
     sound = row.box(corners(annotation.get("bbox")), size, "bbox (as x1, y1, x2, y2)")
+    area = annotation.get("area")
+    if area is not None and not (is_number(area) and area >= 0):
+        row.fail("wrong type", f"area must be a number of at least 0, got {short(area)}")
     crowd = annotation.get("iscrowd", 0)
     if crowd not in (0, 1):
         row.fail("wrong type", f"iscrowd must be 0 or 1, got {short(crowd)}")

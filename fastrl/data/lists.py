@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from fastrl.data import rows
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import choice_option, load_rows
+from fastrl.data.truth import read_truth
 from fastrl.data.validate import Row, is_number, short
 from fastrl.pictures import Picture
 
@@ -97,7 +98,7 @@ def _record(row: Row, recompute: bool) -> Record | None:
     answers = _answers(row)
     target, task = _target(row, images[0][1] if images else None)
     resized = _resized(row, len(images))
-    given = None if recompute else row.fields.get("rewards")
+    given = None if recompute else row.truth("rewards")
     rewards = _rewards(row, given, answers) if given is not None else None
     if given is None and not any(_TASK_OF_TARGET[key] == task for key in _TASK_OF_TARGET if key in target):
         why = "rewards=target was asked for" if recompute else "there are no rewards"
@@ -112,6 +113,7 @@ def _record(row: Row, recompute: bool) -> Record | None:
 def record_images(row: Row) -> list[tuple[Path | Picture, tuple[int, int]]]:
     """Every image of the row with its (width, height)."""
     name, value = row.first(("images", "image"))
+    value = read_truth(value)
     names = [value] if name == "image" and name in row.fields else value
     if not isinstance(names, list) or not names:
         row.fail("missing image", f"images must be a list of one or more files, got {short(value)}")
@@ -127,7 +129,7 @@ def record_images(row: Row) -> list[tuple[Path | Picture, tuple[int, int]]]:
 
 
 def _answers(row: Row) -> tuple[str, ...]:
-    value = row.fields.get("answers")
+    value = row.truth("answers")
     if not isinstance(value, list) or not all(isinstance(a, str) for a in value):
         row.fail("wrong type", f"answers must be a list of strings, got {short(value)}")
     elif not value:
@@ -154,7 +156,7 @@ def _rewards(row: Row, value: Any, answers: Sequence[str]) -> tuple[float, ...]:
 
 
 def _resized(row: Row, images: int) -> tuple[tuple[int, int], ...] | None:
-    value = row.fields.get("resized")
+    value = row.truth("resized")
     if value is None:
         return None
     sizes: list[Any] = value if isinstance(value, list) else [None]
@@ -166,7 +168,7 @@ def _resized(row: Row, images: int) -> tuple[tuple[int, int], ...] | None:
 
 def _target(row: Row, size: tuple[int, int] | None) -> tuple[dict[str, Any], str]:
     """The row's truth with its box checked, and the task."""
-    value = row.fields.get("target", {})
+    value = row.truth("target", {})
     if not isinstance(value, Mapping):
         row.fail("wrong type", f"target must be an object, got {short(value)}")
         value = {}

@@ -9,24 +9,30 @@ Layouts (told apart by the row's own fields):
 A null box says that no such object is there: the row is left out and counted, since grounding has nothing to answer.
 
 Query keys: ``images`` (folder the image paths start from), ``limit``, ``seed``, ``box`` (``xyxy`` or ``xywh``: how
-boxes are written), ``prompt`` (``paper``: Perception-R1's; ``row``: the row's own ``problem``).
+boxes are written), ``frame`` (what their numbers are: ``original``, pixels; ``unit``, 0 to 1; ``thousand``), ``prompt``
+(``paper``: Perception-R1's; ``row``: the row's own ``problem``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastrl.answers import View, to_original
 from fastrl.data import rows
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import IMAGE_FIELDS, LeftOut, choice_option, load_rows
-from fastrl.data.validate import Row, corners
+from fastrl.data.truth import read_truth
+from fastrl.data.validate import SIDES, Row, corners, fail, short
 
-KEYS = (*rows.KEYS, "box", "prompt")
+KEYS = (*rows.KEYS, "box", "frame", "prompt")
 EXPRESSION_FIELDS = ("expression", "normal_caption", "caption", "problem", "question")
 BOX_FIELDS = ("bbox", "solution", "box", "normalized_solution")
+_INSTRUCTION = re.compile(
+    r"\?$|\b(please|bounding box(es)?|bbox|coordinates?|json|output|locate|detect|find|point (at|to)|identify|"
+    r"provide|ground|(in|of) (the|this) (image|picture))\b",
+    re.I,
+)
 _QUESTIONS = (
     re.compile(
         r"please provide the bounding box coordinates? of the region this sentence describes:\s*+(.+)", re.I | re.S
@@ -38,8 +44,23 @@ _QUESTIONS = (
 def load(path: str, query: Mapping[str, str]) -> Dataset:
     """Read a file of referring expressions. Raises ``DataError`` for an unreadable file or option."""
     written = choice_option(query, "box", ("xyxy", "xywh"), path)
+    frame = choice_option(query, "frame", tuple(SIDES), path)
     prompt = choice_option(query, "prompt", ("paper", "row"), path)
-    return load_rows(path, query, lambda row: _record(row, written, prompt))
+    data = load_rows(path, query, lambda row: _record(row, written, frame, prompt))
+    check_expressions(data, path)
+    return data
+
+
+def check_expressions(data: Sequence[Record], path: str) -> None:
+    """Raise ``DataError`` where every row's expression is one and the same instruction: another column has what it is
+    about."""
+    said = {record.target["expression"] for record in data}
+    if len(data) > 1 and len(said) == 1 and _INSTRUCTION.search(text := said.pop()):
+        message = (
+            f"the expression is {short(text)} in all {len(data)} rows: that is an instruction, not what to find. It is "
+            f"read from the first of the columns {', '.join(EXPRESSION_FIELDS)}: put what each box shows in expression"
+        )
+        raise fail(path, "one instruction in every row", message)
 
 
 def bare_expression(text: str) -> str:
@@ -52,7 +73,7 @@ def bare_expression(text: str) -> str:
     return text.strip().rstrip(".").strip()
 
 
-def _record(row: Row, written: str, prompt: str) -> Record | LeftOut | None:
+def _record(row: Row, written: str, frame: str, prompt: str) -> Record | LeftOut | None:
     identity = row.id()
     image = row.image(*IMAGE_FIELDS)
     text = row.text(*EXPRESSION_FIELDS)
@@ -64,9 +85,10 @@ def _record(row: Row, written: str, prompt: str) -> Record | LeftOut | None:
     if name not in row.fields:
         row.fail("missing field", f"no box: one of {', '.join(BOX_FIELDS)} is needed")
         return None
+    value = read_truth(value)
     if value is None:
         return LeftOut("no such object", f"{name} is null: the expression names nothing in the image")
-    box = _box(row, name, value, written, image[1]) if image else None
+    box = _box(row, name, value, (written, frame), image[1]) if image else None
     if image is None or box is None or not expression:
         return None
     # "the {}" is part of the prompt already.
@@ -75,10 +97,10 @@ def _record(row: Row, written: str, prompt: str) -> Record | LeftOut | None:
     return Record(identity, "grounding", (image[0],), messages, {"box": box, "expression": expression})
 
 
-def _box(row: Row, name: str, value: Any, written: str, size: tuple[int, int]) -> tuple[float, ...] | None:
+def _box(row: Row, name: str, value: Any, how: tuple[str, str], size: tuple[int, int]) -> tuple[float, ...] | None:
+    written, frame = how
     if name == "normalized_solution":
-        sound = row.box(value, (1000, 1000), name)
-        return to_original(sound, "thousand", View.unresized(*size)) if sound else None
+        return row.box(value, size, name, "thousand")
     if written == "xywh" and name in ("bbox", "box"):
         value = corners(value)
-    return row.box(value, size, name)
+    return row.box(value, size, name, frame)

@@ -96,7 +96,7 @@ def _record(row: Row) -> Record | None:
     paths = tuple(path for path, _ in record_images(row))
     turns = _turns(row, "turns", MAX_TURNS, feedback=True)
     candidates = _turns(row, "candidates", MAX_ANSWERS, feedback=False) if "candidates" in row.fields else turns
-    truth = row.fields.get("target", {})
+    truth = row.truth("target", {})
     if not isinstance(truth, Mapping):
         row.fail("wrong type", f"target must be an object, got {short(truth)}")
     if row.problems or asked is None:
@@ -107,7 +107,7 @@ def _record(row: Row) -> Record | None:
 
 
 def _turns(row: Row, name: str, limit: int, *, feedback: bool) -> tuple[SpokenTurn, ...]:
-    value = row.fields.get(name)
+    value = row.truth(name)
     if not isinstance(value, list) or not 1 <= len(value) <= limit:
         row.fail("wrong type", f"{name} must be a list of 1 to {limit} answers, got {short(value)}")
         return ()

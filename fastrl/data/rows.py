@@ -179,7 +179,7 @@ def _exif_note(images: ImageFolder, path: str) -> list[Problem]:
     first, count = images.unheeded[0], len(set(images.unheeded))
     others = f" and {count - 1} more have" if count > 1 else " has"
     message = (
-        f"{first}{others} an EXIF tag that turns the picture, and the rows state no size: pixels and truth are taken "
-        "as stored (orient=exif reads them turned)"
+        f"{first}{others} an EXIF tag that turns the picture, and the rows do not show whether boxes heed it: pixels "
+        "and truth are taken as stored (orient=exif reads them turned)"
     )
     return [Problem(path, "EXIF tag not followed", message)]

@@ -100,7 +100,7 @@ def _least_tpl(query: Mapping[str, str], path: str) -> float | None:
 def _dialogue(row: Row) -> Dialogue | None:
     clip = row_clip(row)
     asked, answer = row.text("question"), row.text("answer")
-    tpl = row.fields.get("tpl")
+    tpl = row.truth("tpl")
     if tpl is not None and not is_number(tpl):
         row.fail("not a number", f"tpl must be a finite number, got {short(tpl)}")
     if clip is None or row.problems or asked is None or answer is None:
@@ -119,7 +119,7 @@ def _dialogue(row: Row) -> Dialogue | None:
 
 
 def _query(row: Row, clip: Clip) -> Query | None:
-    value = row.fields.get("query")
+    value = row.truth("query")
     if not isinstance(value, Mapping):
         row.fail("bad query", f"query must be an object with kind and attribute, got {short(value)}")
         return None

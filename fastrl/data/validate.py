@@ -11,11 +11,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from fastrl.data.truth import read_truth, whole_number
 from fastrl.pictures import MAX_PIXELS, Header, Picture, PictureError, read_header
 
 SHOWN = 20  # problems listed in one error message
+HUNDREDS = 100  # pixels of a picture's longer side from which a box within 0 to 1 cannot be meant in pixels
+SIDES: Mapping[str, float | None] = MappingProxyType({"original": None, "unit": 1.0, "thousand": 1000.0})
 TOLERANCE = 1.0  # pixels a box or point may lie outside its image: annotations are rounded and masks touch borders
 MAX_ASPECT_RATIO = 200  # the Qwen-VL image processors refuse more
 
@@ -33,18 +37,24 @@ class Problem:
 
 
 class DataError(ValueError):
-    """Everything that is wrong with a data set; ``problems`` has all of it, the message the first ``SHOWN``."""
+    """Everything that is wrong with a data set; ``problems`` has all of it, the message the first ``SHOWN`` kinds of
+    it: what is said of several rows in the same words comes once, with their number."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        lines = [str(problem) for problem in self.problems[:SHOWN]]
+        said: dict[str, list[str]] = {}
+        for problem in self.problems:
+            said.setdefault(problem.message, []).append(problem.where)
+        lines = [_line(message, places) for message, places in said.items()]
         if len(self.problems) > 1:
-            lines.insert(
-                0, f"{len(self.problems)} problems in the data (--skip-bad leaves bad rows out and counts them):"
-            )
-        if len(self.problems) > SHOWN:
-            lines.append(f"… and {len(self.problems) - SHOWN} more")
+            heading = f"{len(self.problems)} problems in the data (--skip-bad leaves bad rows out and counts them):"
+            lines = [heading, *lines[:SHOWN], *([f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])]
         super().__init__("\n".join(lines))
+
+
+def _line(message: str, places: Sequence[str]) -> str:
+    others = f" (and {len(places) - 1} more rows)" if len(places) > 1 else ""
+    return f"{places[0]}: {message}{others}"
 
 
 class Reading(NamedTuple):
@@ -79,6 +89,7 @@ def is_number(value: Any) -> bool:
 
 def corners(xywh: Any) -> Any:
     """[x, y, width, height] → [x1, y1, x2, y2]; what is not four numbers comes back as it is."""
+    xywh = read_truth(xywh)
     if isinstance(xywh, list | tuple) and len(xywh) == 4 and all(is_number(v) for v in xywh):
         return [xywh[0], xywh[1], xywh[0] + xywh[2], xywh[1] + xywh[3]]
     return xywh
@@ -101,7 +112,7 @@ class ImageFolder:
     def __init__(self, folder: Path, reading: Reading = Reading()) -> None:
         self.folder = folder
         self.reading = reading
-        self.unheeded: list[Path] = []  # pictures with an EXIF tag that turns them, in rows that state no size
+        self.unheeded: list[Path] = []  # pictures whose EXIF tag turns them, in rows that do not show whether it counts
         self._seen: dict[Path, Header | str] = {}
 
     def path(self, name: str) -> Path:
@@ -208,11 +219,10 @@ class Row:
     def _agrees(self, path: Path, header: Header) -> bool:
         """Whether the size the row declares (if it does) is the picture's."""
         declared, size = (self.fields.get("width"), self.fields.get("height")), header.size
-        if None in declared:
-            if header.swaps and not header.turned:
+        if None in declared or declared == size:
+            told = None not in declared and header.swaps  # then the size says how the row sees the picture
+            if header.orientation != 1 and not header.turned and not told:
                 self.images.unheeded.append(path)
-            return True
-        if declared == size:
             return True
         message = f"row says {declared[0]}x{declared[1]} pixels, {path} has {size[0]}x{size[1]}"
         if header.swaps and declared == size[::-1]:
@@ -225,8 +235,28 @@ class Row:
         self.fail("wrong size", message)
         return False
 
-    def box(self, value: Any, size: tuple[int, int], name: str = "bbox") -> tuple[float, float, float, float] | None:
-        """A box (x1, y1, x2, y2) of positive area inside an image of ``size`` pixels, clipped to it."""
+    def truth(self, name: str, usual: Any = None) -> Any:
+        """The value of a truth column, however it is written (see ``truth.read_truth``)."""
+        return read_truth(self.fields.get(name, usual))
+
+    def count(self, name: str) -> int | None:
+        """A whole number of at least 0; 2.0 and "2" are 2."""
+        value = self.fields.get(name)
+        number = whole_number(value)
+        if number is None or number < 0:
+            self.fail("wrong type", f"{name} must be a whole number of at least 0, got {short(value)}")
+            return None
+        return number
+
+    def box(
+        self, value: Any, size: tuple[int, int], name: str = "bbox", frame: str = "original"
+    ) -> tuple[float, float, float, float] | None:
+        """A box (x1, y1, x2, y2) of positive area inside an image of ``size`` pixels, clipped to it.
+
+        ``frame`` says what its numbers are: pixels (``original``), or parts of the sides (``unit``: 1, ``thousand``:
+        1000). What comes back is pixels.
+        """
+        value = read_truth(value)
         if not isinstance(value, list | tuple) or len(value) != 4:
             self.fail("wrong type", f"{name} must be four numbers [x1, y1, x2, y2], got {short(value)}")
             return None
@@ -238,26 +268,82 @@ class Row:
             kind = "inverted box" if x2 < x1 or y2 < y1 else "box without area"
             self.fail(kind, f"{name} {short(value)}: {kind}; needs x1 < x2 and y1 < y2")
             return None
-        if not (self._inside((x1, y1), size) and self._inside((x2, y2), size)):
-            self.fail("box outside", f"{name} {short(value)} lies outside the image of {size[0]}x{size[1]} pixels")
+        if frame == "original" and max(size) >= HUNDREDS and all(0 <= v <= 1 for v in value):
+            self.fail("box in 0 to 1", f"{name} {short(value)} {_fractions(size)}")
             return None
-        x1, x2 = (min(max(v, 0.0), float(size[0])) for v in (x1, x2))
-        y1, y2 = (min(max(v, 0.0), float(size[1])) for v in (y1, y2))
-        if x2 <= x1 or y2 <= y1:
-            self.fail("box outside", f"{name} {short(value)} lies outside the image of {size[0]}x{size[1]} pixels")
+        scale = _scale(frame, size)
+        first, second = self._clip((x1, y1), size, scale), self._clip((x2, y2), size, scale)
+        if first is None or second is None or second[0] <= first[0] or second[1] <= first[1]:
+            self.fail("box outside", f"{name} {short(value)} lies outside {_frame_name(frame, size)}")
             return None
-        return x1, y1, x2, y2
+        return *first, *second
 
-    def point(self, x: Any, y: Any, size: tuple[int, int]) -> tuple[float, float] | None:
-        """A point inside an image of ``size`` pixels, clipped to it."""
+    def points(
+        self, value: Any, size: tuple[int, int], name: str = "points", frame: str = "original"
+    ) -> list[tuple[float, float]] | None:
+        """Points (x, y) in pixels inside an image of ``size``, clipped to it; numbers as ``frame`` says (see ``box``).
+
+        Written as ``{"x": [...], "y": [...]}``, as a list of ``{"x": ..., "y": ...}``, or as a list of pairs.
+        """
+        value = read_truth(value)
+        if isinstance(value, Mapping):
+            xs, ys = value.get("x"), value.get("y")
+            if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
+                self.fail("wrong type", f"{name} must have lists x and y of one length, got {short(value)}")
+                return None
+            pairs = list(zip(xs, ys, strict=True))
+        elif isinstance(value, list) and all(isinstance(p, Mapping) for p in value):
+            pairs = [(p.get("x"), p.get("y")) for p in value]
+        elif isinstance(value, list) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value):
+            pairs = [tuple(p) for p in value]
+        else:
+            self.fail(
+                "wrong type",
+                f"{name} must be {{x: [...], y: [...]}}, or a list of {{x, y}} or [x, y]; got {short(value)}",
+            )
+            return None
+        sound = all(is_number(v) for pair in pairs for v in pair)
+        far = [v for pair in pairs for v in pair if sound and not 0 <= v <= 1]
+        if frame == "original" and sound and pairs and not far and max(size) >= HUNDREDS:
+            self.fail("points in 0 to 1", f"{name} {short(value)} {_fractions(size)}")
+            return None
+        found = [self._point(x, y, size, frame) for x, y in pairs]
+        return None if None in found else [point for point in found if point is not None]
+
+    def _point(self, x: Any, y: Any, size: tuple[int, int], frame: str) -> tuple[float, float] | None:
         if not (is_number(x) and is_number(y)):
             self.fail("not a number", f"a point must be two finite numbers, got {short((x, y))}")
-        elif not self._inside((float(x), float(y)), size):
-            self.fail("point outside", f"point ({x}, {y}) lies outside the image of {size[0]}x{size[1]} pixels")
-        else:
-            return min(max(float(x), 0.0), float(size[0])), min(max(float(y), 0.0), float(size[1]))
-        return None
+            return None
+        point = self._clip((float(x), float(y)), size, _scale(frame, size))
+        if point is None:
+            self.fail("point outside", f"point ({x}, {y}) lies outside {_frame_name(frame, size)}")
+        return point
 
     @staticmethod
-    def _inside(point: tuple[float, float], size: tuple[int, int]) -> bool:
-        return all(-TOLERANCE <= v <= side + TOLERANCE for v, side in zip(point, size, strict=True))
+    def _clip(
+        point: tuple[float, float], size: tuple[int, int], scale: tuple[float, float]
+    ) -> tuple[float, float] | None:
+        """The point in pixels, clipped to the image; None where it lies farther outside than ``TOLERANCE``."""
+        x, y = (v * factor for v, factor in zip(point, scale, strict=True))
+        if not all(-TOLERANCE <= v <= side + TOLERANCE for v, side in zip((x, y), size, strict=True)):
+            return None
+        return min(max(x, 0.0), float(size[0])), min(max(y, 0.0), float(size[1]))
+
+
+def _scale(frame: str, size: tuple[int, int]) -> tuple[float, float]:
+    """Pixels for one unit of a frame."""
+    whole = SIDES[frame]
+    return (1.0, 1.0) if whole is None else (size[0] / whole, size[1] / whole)
+
+
+def _frame_name(frame: str, size: tuple[int, int]) -> str:
+    whole = SIDES[frame]
+    image = f"the image of {size[0]}x{size[1]} pixels"
+    return image if whole is None else f"0 to {whole:g} of {image}"
+
+
+def _fractions(size: tuple[int, int]) -> str:
+    return (
+        f"lies within 0 to 1 on a picture of {size[0]}x{size[1]} pixels: are these parts of its sides (frame unit)? "
+        "Pixels are expected; frame=unit reads parts, where the adapter takes it"
+    )

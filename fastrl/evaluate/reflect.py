@@ -257,7 +257,7 @@ def evaluate_reflection(
     from fastrl.evaluate.run import MAX_NEW_TOKENS, caption_similarity
     from fastrl.models.open import open_policy
 
-    data = load_data(spec, skip_bad=skip_bad)
+    data = load_data(spec, skip_bad=skip_bad, deep=skip_bad)
     records = data if limit is None else data[:limit]
     wrong = next((record for record in records if record.task != "caption"), None)
     if wrong is not None:

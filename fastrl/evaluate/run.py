@@ -89,7 +89,7 @@ def run_evaluation(
         raise ValueError(
             "--min-pixels and --max-pixels go with --frame resized: they say at which size pictures were seen"
         )
-    data = load_data(spec, skip_bad=skip_bad)
+    data = load_data(spec, skip_bad=skip_bad, deep=skip_bad and model is not None)
     if data.summary:
         say(data.summary)
     records: Sequence[Record] = data if limit is None else data[:limit]

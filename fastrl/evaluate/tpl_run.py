@@ -80,7 +80,7 @@ def run_tpl(
     if options.keep_top is not None and out is None:
         raise ValueError("--keep-top needs --out: the file for the rows that are kept")
     adapter, path, _ = parse_spec(options.spec)
-    data = load_data(options.spec, skip_bad=options.skip_bad)
+    data = load_data(options.spec, skip_bad=options.skip_bad, deep=options.skip_bad)
     records = data if options.limit is None else data[: options.limit]
     rows = _rows(Path(path), adapter, records, out) if out is not None else {}
     policy = open_policy(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)

@@ -45,6 +45,8 @@ def _check_same_run(recipe: Recipe, stored: Path) -> None:
         "rollout.shared",
         "optim.token_budget",
         "data.workers",
+        "data.skip_bad",
+        "data.max_image_pixels",
     )
     changed = {k: v for k, v in differences(old, recipe).items() if not k.startswith(free)}
     if changed:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastrl.data import DataError, load_data, parse_spec
 from fastrl.data.validate import SHOWN
+from fastrl.pictures import open_picture
 from fastrl.rewards import reward_for
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -46,9 +47,10 @@ BAD = [
     ("refexp", {"bbox": [-5, 2, 10, 20]}, "box outside"),
     ("refexp", {"bbox": [40.2, 2, 40.8, 20]}, "box outside"),  # within the tolerance, but nothing of it is inside
     ("pixmo", {"label": ""}, "empty label"),
-    ("pixmo", {"count": "2"}, "wrong type"),
+    ("pixmo", {"count": "two"}, "wrong type"),
     ("pixmo", {"count": True}, "wrong type"),
-    ("pixmo", {"count": 2.0}, "wrong type"),
+    ("pixmo", {"count": 2.5}, "wrong type"),
+    ("pixmo", {"count": float("inf")}, "wrong type"),
     ("pixmo", {"count": -1}, "wrong type"),
     ("pixmo", {"count": 3}, "count and points differ"),
     ("pixmo", {"points": {"x": [1, 2], "y": [3]}}, "wrong type"),
@@ -56,6 +58,11 @@ BAD = [
     ("pixmo", {"points": {"x": [1, float("nan")], "y": [3, 4]}}, "not a number"),
     ("pixmo", {"points": {"x": [1, 99], "y": [3, 4]}}, "point outside"),
     ("pixmo", {"points": "many"}, "wrong type"),
+    ("pixmo", {"image": "wide.png", "points": {"x": [0.2, 0.4], "y": [0.3, 1]}}, "points in 0 to 1"),
+    ("refexp", {"image": "wide.png", "bbox": [0.1, 0.2, 0.5, 0.75]}, "box in 0 to 1"),
+    ("refexp", {"image": "wide.png", "solution": "<answer>[0, 0, 1, 1]</answer>", "bbox": None}, "box in 0 to 1"),
+    ("refexp", {"bbox": "[1, 2, 30"}, "wrong type"),
+    ("refexp", {"bbox": "[" * 10**5}, "wrong type"),
     ("ocr", {"text": "  "}, "empty text"),
     ("ocr", {"text": 5}, "wrong type"),
     ("ocr", {"text": None}, "missing field"),
@@ -67,6 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
     Image.new("RGB", (40, 30)).save(folder / "a.png")
     Image.new("RGB", (2010, 10)).save(folder / "thin.png")
+    Image.new("RGB", (640, 480)).save(folder / "wide.png")
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     return folder
 
@@ -122,16 +130,17 @@ def test_image_token_mismatch_fails_at_data_load_with_the_offending_row(folder: 
     assert "row says 80x60 pixels" in str(error.value)
 
 
-def test_all_problems_of_a_row_and_of_a_file_come_together(folder: Path) -> None:
+def test_all_problems_of_a_row_and_of_a_file_come_together_and_the_same_words_once(folder: Path) -> None:
     bad = {"image": "gone.png", "label": "", "count": None}
-    file = write(folder, *[bad] * 30)
+    file = write(folder, *[bad] * 30, *({**GOOD["ocr"], "image": f"{i}.png", "count": 1} for i in range(25)))
     with pytest.raises(DataError) as error:
         load_data(f"pixmo:{file}")
-    assert len(error.value.problems) == 90
-    text = str(error.value)
-    assert text.startswith("90 problems")
-    assert text.count("\n") == SHOWN + 1
-    assert "and 70 more" in text
+    assert len(error.value.problems) == 90 + 2 * 25
+    lines = str(error.value).split("\n")
+    assert lines[0].startswith("140 problems")
+    assert lines[1] == f"{file}:1: label is empty (and 29 more rows)"
+    assert len(lines) == SHOWN + 2
+    assert lines[-1] == "… and 9 more"  # three of the first kind, one for all missing labels, 25 missing pictures
 
 
 def test_nothing_left_is_an_error_even_when_skipping(folder: Path) -> None:
@@ -182,6 +191,120 @@ def test_images_option_and_default_folder(folder: Path, tmp_path: Path) -> None:
         load_data(f"ocr:{file}?images={tmp_path}/none")
 
 
+TRUTHS: list[tuple[str, str, Any, Any]] = [
+    # adapter, column, its value as a list or number, what the target then has
+    ("refexp", "bbox", [1, 2, 30, 20], {"box": (1, 2, 30, 20)}),
+    ("refexp", "solution", [1, 2, 30, 20], {"box": (1, 2, 30, 20)}),
+    ("refexp", "normalized_solution", [250, 500, 750, 1000], {"box": (10, 15, 30, 30)}),
+    ("pixmo", "count", 2, {"count": 2}),
+    ("pixmo", "points", [[1, 3], [2, 4]], {"points": [(1, 3), (2, 4)]}),
+    ("pixmo", "points", {"x": [1, 2], "y": [3, 4]}, {"points": [(1, 3), (2, 4)]}),
+    ("pixmo", "points", [{"x": 1, "y": 3}, {"x": 2, "y": 4}], {"points": [(1, 3), (2, 4)]}),
+]
+
+
+@pytest.mark.parametrize(("adapter", "column", "value", "want"), TRUTHS)
+@pytest.mark.parametrize("form", ["{}", " {} ", "<answer>{}</answer>", " <Answer>\n{}\n</ANSWER>\n"])
+def test_json_text_means_the_same_in_every_truth_column(
+    folder: Path, adapter: str, column: str, value: Any, want: dict[str, Any], form: str
+) -> None:
+    row = {k: v for k, v in GOOD[adapter].items() if k != "bbox"}
+    file = write(folder, {**row, column: value}, {**row, column: form.format(json.dumps(value))})
+    plain, text = load_data(f"{adapter}:{file}")
+    assert plain.target == text.target
+    assert {key: plain.target[key] for key in want} == want
+
+
+def test_counts_and_points_as_pixmo_writes_them(folder: Path) -> None:
+    rows = [{**GOOD["pixmo"], "count": count} for count in (2, 2.0, "2", "2.0")]
+    unknown = [None, [], {"x": [], "y": []}, "null", "[]"]
+    rows += [{**GOOD["pixmo"], "points": points} for points in unknown]
+    rows += [{**GOOD["pixmo"], "count": 0, "points": []}]
+    data = load_data(f"pixmo:{write(folder, *rows)}")
+    assert [r.target["count"] for r in data] == [2] * 9 + [0]
+    assert [r.target["points"] for r in data] == [[(1, 3), (2, 4)]] * 4 + [None] * 5 + [[]]
+
+
+@pytest.mark.parametrize(("frame", "whole"), [("unit", 1), ("thousand", 1000)])
+def test_frames_of_boxes_and_points_are_read_when_said(folder: Path, frame: str, whole: int) -> None:
+    box = [0.25 * whole, 0.5 * whole, 0.5 * whole, whole]
+    file = write(folder, {**GOOD["refexp"], "image": "wide.png", "bbox": box})
+    assert load_data(f"refexp:{file}?frame={frame}")[0].target["box"] == pytest.approx((160, 240, 320, 480))
+    points = [[0.25 * whole, 0.5 * whole], [whole, 0]]
+    file = write(folder, {**GOOD["pixmo"], "image": "wide.png", "points": points})
+    assert load_data(f"pixmo:{file}?frame={frame}")[0].target["points"] == [(160, 240), (640, 0)]
+    file = write(folder, {**GOOD["refexp"], "image": "wide.png", "bbox": [0, 0, whole, 1.1 * whole]})
+    with pytest.raises(DataError, match=f"outside 0 to {whole} of the image of 640x480"):
+        load_data(f"refexp:{file}?frame={frame}")
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "refused"),
+    [
+        ("problem", "Please provide the bounding box of the main object.", True),
+        ("expression", "Locate the object", True),
+        ("expression", "What is in the picture?", True),
+        ("expression", "person", False),  # a data set of one class asks the same of every picture
+        ("expression", "the red car", False),
+    ],
+)
+def test_one_instruction_in_every_row_is_no_expression(folder: Path, column: str, text: str, refused: bool) -> None:
+    row = {"image": "a.png", "bbox": [1, 2, 30, 20], column: text}
+    file = write(folder, row, {**row, "bbox": [5, 5, 9, 9]}, row)
+    if not refused:
+        assert len(load_data(f"refexp:{file}")) == 3
+        return
+    with pytest.raises(DataError, match=r"the expression is .* in all 3 rows.*the columns expression, normal_caption"):
+        load_data(f"refexp:{file}", skip_bad=True)
+    file = write(folder, row, {**row, column: "the red car"})
+    assert len(load_data(f"refexp:{file}")) == 2
+
+
+# ---- how pictures are read
+
+
+def turned(folder: Path, orientation: int = 6) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(folder / "turned.jpg", exif=exif)
+
+
+def test_exif_is_named_where_sizes_disagree_warned_of_once_where_none_are_given_and_read_when_asked(
+    folder: Path,
+) -> None:
+    turned(folder)
+    row = {"image": "turned.jpg", "text": "hello"}
+    stored, seen = {**row, "width": 40, "height": 30}, {**row, "width": 30, "height": 40}
+    file = write(folder, stored)
+    assert load_data(f"ocr:{file}").summary == ""
+    with pytest.raises(DataError, match=r"turned\.jpg has 30x40 .*its EXIF tag .* orient=exif follows"):
+        load_data(f"ocr:{file}?orient=exif")
+    file = write(folder, seen)
+    with pytest.raises(DataError, match=r"row says 30x40 pixels, .*turned\.jpg has 40x30 .*EXIF.*add orient=exif"):
+        load_data(f"ocr:{file}")
+    record = load_data(f"ocr:{file}?orient=exif")[0]
+    assert open_picture(record.images[0]).size == (30, 40)
+    file = write(folder, row, {**row, "text": "again"}, GOOD["ocr"])
+    data = load_data(f"ocr:{file}")
+    assert len(data.notes) == 1
+    assert data.summary.count("EXIF") == 1
+    assert "orient=exif" in data.summary
+    assert load_data(f"ocr:{file}?orient=exif").notes == ()
+    turned(folder, orientation=3)  # upside down: the size stays
+    assert load_data(f"ocr:{write(folder, row)}").notes
+
+
+def test_an_over_large_picture_is_a_bad_row_that_names_limit_and_key(folder: Path) -> None:
+    file = write(folder, GOOD["ocr"], {**GOOD["ocr"], "image": "wide.png"})
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: image of 640x480.*300,000.*data\.max_image_pixels"):
+        load_data(f"ocr:{file}?max_image_pixels=300000")
+    assert len(load_data(f"ocr:{file}?max_image_pixels=307200")) == 2
+    with pytest.raises(DataError, match="max_image_pixels must be an integer of at least 1"):
+        load_data(f"ocr:{file}?max_image_pixels=0")
+    data = load_data(f"ocr:{file}?max_image_pixels=300000", skip_bad=True)
+    assert data.reasons == {"bad image": 1}
+
+
 # ---- COCO
 
 
@@ -208,16 +331,46 @@ def instances(**change: Any) -> dict[str, Any]:
         ({"category_id": [1]}, "unknown category"),
         ({"image_id": 9}, "unknown image"),
         ({"iscrowd": 2}, "wrong type"),
+        ({"category_id": True}, "unknown category"),
+        ({"image_id": True}, "unknown image"),
+        ({"area": -4}, "wrong type"),
+        ({"area": "12"}, "wrong type"),
+        ({"id": 10}, "repeated annotation"),
+        ({"id": [1]}, "wrong type"),
     ],
 )
 def test_a_bad_coco_annotation_is_named_and_skips_its_image(folder: Path, change: dict, kind: str) -> None:
     file = write(folder, instances(**change), name="instances.json")
-    with pytest.raises(DataError, match=r"instances\.json:annotation 11 \(number 1\)") as error:
+    with pytest.raises(DataError, match=r"instances\.json:annotation .* \(number 1\)") as error:
         load_data(f"coco:{file}")
     assert [problem.kind for problem in error.value.problems] == [kind]
     data = load_data(f"coco:{file}", skip_bad=True)
     assert [record.id for record in data] == (["5", "6"] if kind == "unknown image" else ["5"])
     assert data.reasons == {kind: 1}
+
+
+def test_coco_annotations_that_say_the_same_again_are_named(folder: Path) -> None:
+    content = instances()
+    content["annotations"].append({**content["annotations"][0], "id": 12})
+    with pytest.raises(DataError, match=r"annotation 12 \(number 2\): says all that number 0 says"):
+        load_data(f"coco:{write(folder, content, name='instances.json')}")
+
+
+def test_a_supercategory_without_instances_is_left_out_and_counted(folder: Path) -> None:
+    content = instances()
+    content["categories"] = [
+        {"id": 0, "name": "animals", "supercategory": "none"},  # as annotation tools export
+        {"id": 1, "name": "cat", "supercategory": "animals"},
+        {"id": 3, "name": "dog", "supercategory": "dog"},
+        {"id": 4, "name": "emu", "supercategory": "animals"},  # without an instance, but no one's group
+    ]
+    data = load_data(f"coco:{write(folder, content, name='instances.json')}")
+    assert data[0].target["categories"] == ["cat", "dog", "emu"]
+    assert data.reasons == {"supercategory": 1}
+    content["annotations"][1]["category_id"] = 0
+    data = load_data(f"coco:{write(folder, content, name='instances.json')}")
+    assert data[0].target["categories"] == ["animals", "cat", "dog", "emu"]
+    assert data.reasons == {}
 
 
 @pytest.mark.parametrize(
