@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PARALLEL := -n auto --dist worksteal
-CHECKED := fastrl kernels tests benchmarks setup.py
+CHECKED := fastrl kernels tests benchmarks examples setup.py
 
 .PHONY: demo test gate lint docs bench versus verify clean
 
