@@ -33,7 +33,7 @@ _OP = re.compile(r"\btorch\.ops\.fastrl\.")
 _EXTENSION = re.compile(r'"fastrl_kernels(\._C)"')
 _FUTURE = "from __future__ import annotations\n"
 
-OPS = '''"""The operators of this build under a namespace of its own: versions that share a process share no operator."""
+OPS = '''"""The operators of this build, in a namespace of its own: versions that share a process share none."""
 
 import torch
 
@@ -73,9 +73,9 @@ license: apache-2.0
 
 # {name}
 
-Kernels for reinforcement-learning post-training of perception MLLMs: log-probs and entropy of a linear head without its
-logits, policy, listwise and unlikelihood losses, IoU, linear assignment and detection rewards in batches, decoding over a
-shared prefix. Triton on a GPU; on a CPU the same functions in eager torch.
+Kernels for reinforcement-learning post-training of perception MLLMs: log-probs and entropy of a linear head without
+its logits, policy, listwise and unlikelihood losses, IoU, linear assignment and detection rewards in batches, decoding
+over a shared prefix. Triton on a GPU; on a CPU the same functions in eager torch.
 
 ```python
 from kernels import get_kernel
@@ -84,8 +84,8 @@ kernels = get_kernel("{repo_id}", version={version})
 out = kernels.linear_logprob(hidden, lm_head.weight, target, return_entropy=True)  # [N, H], [V, H], [N]
 ```
 
-Functions: {functions}. Each has an eager twin in `reference` and a docstring with shapes, dtypes and the paper it is from.
-Needs torch 2.11 and Triton 3.6 or newer.
+Functions: {functions}. Each has an eager twin in `reference` and a docstring with shapes, dtypes and the paper it is
+from. Needs torch 2.11 and Triton 3.6 or newer.
 """
 
 
@@ -131,7 +131,8 @@ def _check(tree: ast.Module, file: str) -> None:
         elif isinstance(node, ast.Attribute) and node.attr == "fastrl":
             found = "torch.ops.fastrl"
         if found is not None:
-            raise ValueError(f"{file}, line {node.lineno}: {found!r} names the installed package or its operators")
+            line = getattr(node, "lineno", 0)
+            raise ValueError(f"{file}, line {line}: {found!r} names the installed package or its operators")
 
 
 def sources() -> dict[str, str]:
