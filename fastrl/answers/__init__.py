@@ -11,7 +11,16 @@ from fastrl.answers.frames import (
     to_original,
 )
 from fastrl.answers.parse import MAX_ITEMS, Item, Parsed, parse_boxes, parse_points
-from fastrl.answers.text import answer_region, collapse_whitespace, plain_answer, strip_fence, strip_special_tokens
+from fastrl.answers.text import (
+    answer_region,
+    canonical,
+    collapse_whitespace,
+    plain_answer,
+    strip_fence,
+    strip_special_tokens,
+    thought_tags,
+    unfinished_thought,
+)
 from fastrl.answers.tracks import ParsedTracks, Track, format_tracks, matches_tracks, parse_tracks
 from fastrl.answers.write import (
     STYLES,
@@ -38,6 +47,7 @@ __all__ = [
     "View",
     "answer_region",
     "as_track",
+    "canonical",
     "check_frame",
     "check_style",
     "collapse_whitespace",
@@ -57,5 +67,7 @@ __all__ = [
     "round_coords",
     "strip_fence",
     "strip_special_tokens",
+    "thought_tags",
     "to_original",
+    "unfinished_thought",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fastrl.answers.text import plain_answer
+from fastrl.answers.text import canonical, plain_answer
 
 MAX_READ = 4096  # characters of an answer, without the thought before it, that are looked at, and of each option
 MAX_TEXT = 1 << 21  # characters of a reply in which its answer is looked for
@@ -98,7 +98,7 @@ def _plain(text: str) -> str:
 
 def _words(text: str) -> str:
     """Words without case and punctuation, a blank between them."""
-    return " ".join(_WORD.findall(text.casefold()))
+    return " ".join(_WORD.findall(canonical(text).casefold()))
 
 
 def _index(letter: str, limit: int) -> int | None:

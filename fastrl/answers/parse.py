@@ -1,65 +1,89 @@
 """Model text → boxes and points. Model output is untrusted: nothing here raises, and time is linear in the text.
 
-How that is kept: number tokens are bounded in length; every pattern is possessive and holds its opening bracket only at
-its start, so no character is looked at more than a constant number of times; JSON is read by one scanner with a
-bounded stack instead of a recursive decoder; an unterminated string ends the scan.
+One rule for each way of writing, tried in this order (the bare ones in the order of Perception-R1's released parser):
 
-Spellings, in the order they are tried (the bare three in the order of Perception-R1's released parser):
+1. entries named as coordinates, JSON or what is left of it (``objects.py``): Qwen2.5-VL, Qwen3-VL, Gemma
+2. ``<|box_start|>…<|box_end|>`` (Qwen2-VL) and ``<box>…</box>`` (InternVL), with the reference text before them
+3. ``<point x="…" y="…">`` (Molmo), ``<loc0001>`` (PaliGemma)
+4. ``[x1,y1,x2,y2]``   5. ``(x1,y1,x2,y2)``   6. ``[[x1,y1],[x2,y2]]``   7. ``(x1,y1),(x2,y2)``
 
-1. JSON objects with ``bbox_2d`` (Qwen2.5-VL), alone, in a list, fenced, or cut short: complete objects count
-2. ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>`` (Qwen2-VL), the reference text before it being its label
-3. ``[x1,y1,x2,y2]``   4. ``(x1,y1,x2,y2)``   5. ``(x1,y1),(x2,y2)``
+docs/answers.md has the whole table.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import overload
 
+from fastrl.answers.objects import Found, Value, read_objects
+from fastrl.answers.scan import NUMBER, Scanner, clean_label, number
 from fastrl.answers.text import answer_region, strip_fence, strip_special_tokens
 
 MAX_ITEMS = 1000  # far above what fits a real answer; bounds the matching that follows
-MAX_LABEL = 1000  # characters
-BOX_KEYS = ("bbox_2d", "bbox", "box")
-POINT_KEYS = ("point_2d", "point")
-LABEL_KEYS = ("label", "name", "category")
-SCORE_KEYS = ("score", "confidence")
 
-# Longer digit runs match nothing, which rejects them: no real coordinate needs them.
-_NUMBER = r"[-+]?+(?:[0-9]{1,24}+(?:\.[0-9]{0,40}+)?+|\.[0-9]{1,40}+)(?:[eE][-+]?+[0-9]{1,6}+)?+"
+# Names of entries, without case, blanks, "_" and "-"; of several in one object the first of these that can be read.
+Y_FIRST = "box2d"  # Gemma and Gemini write y before x under this name, in 0-1000
+_ANY = ("coordinates", "coordinate", "coords", "position", "location")
+BOX_KEYS = (
+    "bbox2d",
+    Y_FIRST,
+    "bbox",
+    "box",
+    "bboxes",
+    "boxes",
+    "boundingbox",
+    "boundingboxes",
+    "bndbox",
+    "rect",
+    *_ANY,
+)
+POINT_KEYS = ("point2d", "point", "points", "points2d", "center", "centre", "keypoint", *_ANY)
+LABEL_KEYS = (
+    *("label", "name", "category", "class", "labels", "classname", "categoryname", "labelname", "object"),
+    *("objectname", "objectclass", "objecttype", "objectlabel", "type", "cls", "tag", "ref", "phrase", "entity"),
+    *("text", "textcontent", "title", "caption", "description", "desc", "expression", "subject", "item", "kind"),
+)
+SCORE_KEYS = ("score", "confidence", "confidencescore", "conf", "probability", "prob", "certainty")
+_CORNERS = (
+    ("x0", "y0", "x1", "y1"),  # first: its x1 is another's second corner
+    ("x1", "y1", "x2", "y2"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("left", "top", "right", "bottom"),
+)
+_CORNER_KEYS = frozenset(names[0] for names in _CORNERS)
+
 _GAP = r"\s*+,\s*+"
-_PAIR = rf"\(\s*+({_NUMBER}){_GAP}({_NUMBER})\s*+\)"
-_FOUR = _GAP.join([f"({_NUMBER})"] * 4)
-_BARE_BOXES = (
-    ("brackets", re.compile(rf"\[\s*+{_FOUR}\s*+\]")),
-    ("parens", re.compile(rf"\(\s*+{_FOUR}\s*+\)")),
-    ("pairs", re.compile(rf"{_PAIR}\s*+,\s*+{_PAIR}")),
+_PAIR = rf"\(\s*+({NUMBER}){_GAP}({NUMBER})\s*+(?:\)|\Z)"
+_CORNER = rf"\[\s*+({NUMBER}){_GAP}({NUMBER})\s*+\]"
+FOUR = _GAP.join([f"({NUMBER})"] * 4)
+_REST = r"\s*+,?+\s*+"
+_BOXES = (
+    ("brackets", re.compile(rf"\[\s*+{FOUR}{_REST}(?:\]|\Z)")),
+    ("parens", re.compile(rf"\(\s*+{FOUR}{_REST}(?:\)|\Z)")),
+    ("corners", re.compile(rf"\[\s*+{_CORNER}{_GAP}{_CORNER}{_REST}\]")),
 )
-_BARE_POINTS = (
-    ("brackets", re.compile(rf"\[\s*+({_NUMBER}){_GAP}({_NUMBER})\s*+\]")),
-    ("parens", re.compile(_PAIR)),
+_BRACKET_POINT = re.compile(_CORNER)
+_ONE_PAIR = re.compile(_PAIR)
+_GROUP = re.compile(r"\([^()\[\]{}<>]{1,200}+\)?+")  # a pair, or what a damaged one has left
+_GROUPS = re.compile(rf"{_GROUP.pattern}(?:(?:\s*+,\s*+|(?<=,)){_GROUP.pattern})*+")
+_MARK = re.compile(
+    r"<\|(?P<qwen>object_ref_start|object_ref_end|box_start|box_end)\|>|<(?P<intern>/?(?:ref|box))>", re.IGNORECASE
 )
-_STRING = r""""(?:[^"\\]++|\\.)*+"|'(?:[^'\\]++|\\.)*+'"""
-_NUMBERS = rf"\[\s*+{_NUMBER}(?:{_GAP}{_NUMBER}){{1,7}}+\s*+\]"
-_TOKEN = re.compile(
-    rf"(?P<open>\{{(?:\s*+\{{)*+)|(?P<close>\}}(?:\s*+\}})*+)"
-    rf"|(?P<key>{_STRING})\s*+:\s*+(?:(?P<numbers>{_NUMBERS})|(?P<text>{_STRING})|(?P<number>{_NUMBER}(?=[\s,}}]))|)"
-    rf"|(?P<string>{_STRING})|(?P<broken>[\"'])",
-    re.DOTALL,
-)
-_QWEN2_TOKEN = re.compile(r"<\|(object_ref_start|object_ref_end|box_start|box_end)\|>")
-_MAX_DEPTH = 32
+_OPENS = {"object_ref_start": "ref", "ref": "ref", "box_start": "box", "box": "box"}
+_POINT_TAG = re.compile(r"<points?+\b(?P<inside>[^<>]*+)>?+(?P<text>[^<]*+)", re.IGNORECASE)
+_POINT_NUMBER = re.compile(rf"\b([xy])([0-9]{{0,6}}+)\s*+=\s*+[\"'“”]?+\s*+({NUMBER})", re.IGNORECASE)
+_ALT = re.compile(r"\balt\s*+=\s*+(?:\"([^\"]*+)|'([^']*+))", re.IGNORECASE)
+_LOCS = re.compile(r"(?P<locs>(?:<loc[0-9]{4}>\s*+)++)(?P<label>[^<;]*+)", re.IGNORECASE)
+_LOC = re.compile(r"[0-9]{4}")
+_SAYS_Y_FIRST = re.compile(r"(?<![a-z])box[_ -]?2d", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One parsed box or point, in the text's own numbers (all finite; corners as written, not sorted)."""
+    """One parsed box or point, in the text's own numbers (all finite; x before y; corners as written, not sorted)."""
 
     coords: tuple[float, ...]  # (x1, y1, x2, y2) or (x, y)
     label: str | None = None
@@ -89,7 +113,8 @@ class Parsed(Sequence[Item]):
     """What a text holds: a sequence of ``Item`` plus how it was written."""
 
     items: tuple[Item, ...] = ()
-    format: str | None = None  # json | qwen2 | brackets | parens | pairs; None: nothing recognised
+    # json | gemma | qwen2 | internvl | glm | molmo | paligemma | brackets | parens | corners | pairs; None: nothing
+    format: str | None = None
     decimal: bool = False  # at least one coordinate is written with a decimal point
     dropped: int = 0  # items that looked like boxes and were malformed
     truncated: bool = False  # more than max_items were found
@@ -99,6 +124,11 @@ class Parsed(Sequence[Item]):
     def parsable(self) -> bool:
         """The text holds at least one item, or says properly that there is none."""
         return bool(self.items) or self.empty
+
+    @property
+    def unlabelled(self) -> int:
+        """Items without a label that could be read."""
+        return sum(item.label is None for item in self.items)
 
     @overload
     def __getitem__(self, index: int) -> Item: ...
@@ -117,170 +147,270 @@ def parse_boxes(text: str, max_items: int = MAX_ITEMS) -> Parsed:
     Malformed items (non-finite or huge numbers, strings or booleans as coordinates, wrong length) are left out and
     counted in ``dropped``; those before and after them stay. Inverted corners are returned as written.
     """
-    return _parse(text, max_items, points=False)
+    return parse_scanned(Scanner(answer_region(text)), max_items, points=False)
 
 
 def parse_points(text: str, max_items: int = MAX_ITEMS) -> Parsed:
     """Points of a model's answer (``item.point``), as ``parse_boxes``; a box stands for its centre.
 
-    Where both readings are possible, as in ``(1,2),(3,4)``, the box is taken: that is how counting answers are written.
+    Where both readings are possible, as in ``(1,2),(3,4)``, the boxes are taken if all of them are boxes: that is how
+    counting answers are written. ``(1,2),(3,4),(5,6)`` is three points.
     """
-    return _parse(text, max_items, points=True)
+    return parse_scanned(Scanner(answer_region(text)), max_items, points=True)
 
 
-def _parse(text: str, max_items: int, points: bool) -> Parsed:
-    text = answer_region(text)
-    parsed = _from_json(text, max_items, points)
-    if parsed.items:
-        return parsed
-    if "<|box_start|>" in text:
-        return _from_qwen2(text, max_items, points)
-    bare = _from_bare(text, max_items, points)
-    if bare.items:
-        return bare
-    empty = strip_fence(strip_special_tokens(text)).strip()
+def parse_scanned(scan: Scanner, max_items: int, *, points: bool) -> Parsed:
+    """``parse_boxes`` or ``parse_points`` of an answer region; ``scan.visited`` says how much work it was."""
+    dropped, keyed = 0, False
+    for read in (_from_objects, _from_marks, _from_point_tags, _from_locations, _from_bare):
+        scan.position = 0
+        parsed = read(scan, max_items, points)
+        dropped += parsed.dropped
+        keyed = keyed or (read is _from_objects and parsed.dropped > 0)
+        if parsed.items or parsed.format in ("qwen2", "internvl"):
+            return _special(scan.text, replace(parsed, dropped=dropped))
+    empty = strip_fence(strip_special_tokens(scan.text)).strip()
     is_empty = len(empty) <= 64 and re.fullmatch(r"\[\s*+\]", empty) is not None
-    return Parsed(
-        format="json" if is_empty or parsed.dropped else None, dropped=parsed.dropped + bare.dropped, empty=is_empty
-    )
+    return Parsed(format="json" if is_empty or keyed else None, dropped=dropped, empty=is_empty)
 
 
-def _tokens_for(max_items: int) -> int:
-    """Tokens worth reading: an item takes about six, the rest is room for objects without coordinates."""
-    return 32 * max_items + 1000
+def _special(text: str, parsed: Parsed) -> Parsed:
+    """Bare lists between GLM's answer tokens are its own format; those said to be ``box_2d`` have y first."""
+    if parsed.format in ("brackets", "parens", "corners", "pairs"):
+        if _SAYS_Y_FIRST.search(text) is not None:
+            return replace(parsed, format="gemma", items=tuple(replace(i, coords=_swapped(i.coords)) for i in parsed))
+        if "<|begin_of_box|>" in text:
+            return replace(parsed, format="glm")
+    return parsed
 
 
-def _coords(raw: Sequence[str]) -> tuple[float, ...] | None:
-    values = tuple(float(v.strip()) for v in raw)  # \s spans \x1c to \x1f, which float() does not skip
-    return values if all(math.isfinite(v) for v in values) else None
+def _swapped(coords: tuple[float, ...]) -> tuple[float, ...]:
+    """y, x, … → x, y, …"""
+    return tuple(coords[i ^ 1] for i in range(len(coords)))
 
 
-def _from_bare(text: str, max_items: int, points: bool) -> Parsed:
-    patterns = _BARE_BOXES + _BARE_POINTS if points else _BARE_BOXES
-    dropped = 0
-    for name, pattern in patterns:
-        items: list[Item] = []
-        decimal = False
-        for match in pattern.finditer(text):
-            coords = _coords(match.groups())
-            if coords is None:
-                dropped += 1
-                continue
-            if len(items) == max_items:
-                return Parsed(tuple(items), name, decimal, dropped, truncated=True)
-            items.append(Item(coords))
-            decimal = decimal or "." in match.group()
-        if items:
-            return Parsed(tuple(items), name, decimal, dropped)
-    return Parsed(dropped=dropped)
+class _Items:
+    """Items as they are found, up to a bound."""
+
+    def __init__(self, max_items: int) -> None:
+        self.items: list[Item] = []
+        self.max_items, self.dropped, self.truncated, self.decimal = max_items, 0, False, False
+
+    def add(
+        self, coords: tuple[float, ...] | None, raw: str = "", label: str | None = None, score: float | None = None
+    ) -> None:
+        """Keep an item, or count one that is malformed (None)."""
+        if coords is None:
+            self.dropped += 1
+        elif len(self.items) == self.max_items:
+            self.truncated = True
+        else:
+            self.items.append(Item(coords, label, score))
+            self.decimal = self.decimal or "." in raw
+
+    def parsed(self, format: str) -> Parsed:
+        items = tuple(self.items)
+        return Parsed(items, format if items else None, self.decimal, self.dropped, self.truncated)
 
 
-def _from_qwen2(text: str, max_items: int, points: bool) -> Parsed:
-    """Boxes between box tokens; the reference text before them is their label."""
-    items: list[Item] = []
-    decimal, dropped, label = False, 0, None
-    found_tokens = islice(_QWEN2_TOKEN.finditer(text), _tokens_for(max_items))
-    tokens = [(m.group(1), m.start(), m.end()) for m in found_tokens]
-    for i, (kind, _, start) in enumerate(tokens):
-        end = tokens[i + 1][1] if i + 1 < len(tokens) else len(text)
-        if kind == "object_ref_start":
-            label = _clean_label(text[start:end])
-        elif kind == "box_start":
-            found = _from_bare(text[start:end], max_items - len(items) + 1, points)
-            dropped += found.dropped + (not found.items)
-            decimal = decimal or found.decimal
-            items += [Item(item.coords, label) for item in found.items]
-            if len(items) > max_items:
-                return Parsed(tuple(items[:max_items]), "qwen2", decimal, dropped, truncated=True)
-    if items:
-        return Parsed(tuple(items), "qwen2", decimal, dropped)
-    # Tokens present but the numbers lie elsewhere: the tokens still say which frame the model writes in.
-    bare = _from_bare(text, max_items, points)
-    return Parsed(bare.items, "qwen2", bare.decimal, dropped + bare.dropped, bare.truncated)
+# 1. Entries named as coordinates
 
 
-def _from_json(text: str, max_items: int, points: bool) -> Parsed:
-    items: list[Item] = []
-    decimal, dropped = False, 0
-    for fields in _objects(text, max_tokens=_tokens_for(max_items)):
-        item, raw = _item(fields, points)
-        if raw is None:
-            continue
-        if item is None:
-            dropped += 1
-            continue
-        if len(items) == max_items:
-            return Parsed(tuple(items), "json", decimal, dropped, truncated=True)
-        items.append(item)
-        decimal = decimal or "." in raw
-    return Parsed(tuple(items), "json" if items else None, decimal, dropped)
+def _from_objects(scan: Scanner, max_items: int, points: bool) -> Parsed:
+    keys = {**dict.fromkeys(BOX_KEYS, 4), **({key: 2 for key in POINT_KEYS if key not in BOX_KEYS} if points else {})}
+    wanted = {*keys, *_CORNER_KEYS, *(("x",) if points else ())}
+    found, stopped = read_objects(scan, wanted, max_items)
+    result = _Items(max_items)
+    y_first = None
+    for entry in found:
+        coords, value, key = _coordinates(entry, keys, points)
+        if y_first is None and any(c is not None for c in coords):
+            y_first = key == Y_FIRST
+        for each in coords:
+            if each is not None and key == Y_FIRST:
+                each = _swapped(each)
+            result.add(each, "." if value.decimal else "", _label(entry), _score(entry))
+    parsed = result.parsed("gemma" if y_first else "json")
+    return replace(parsed, truncated=parsed.truncated or (stopped and bool(parsed.items)))
 
 
-def _item(fields: dict[str, str], points: bool) -> tuple[Item | None, str | None]:
-    """The item of one JSON object and its coordinates' text; text None: no coordinates; item None: malformed ones."""
-    keys = [(k, 4) for k in BOX_KEYS] + [(k, 2) for k in POINT_KEYS if points]
-    raw = None
-    for key, length in keys:
-        if key not in fields:
-            continue
-        raw = fields[key]
-        numbers = raw[1:-1].split(",") if raw.startswith("[") else []
-        coords = _coords(numbers) if len(numbers) == length else None
-        if coords is not None:
-            label = next((_unquote(fields[k]) for k in LABEL_KEYS if fields.get(k, "")[:1] in ('"', "'")), None)
-            return Item(coords, label, _score(fields)), raw
-    return None, raw
+def _coordinates(entry: Found, keys: dict[str, int], points: bool) -> tuple[list[tuple[float, ...] | None], Value, str]:
+    """Boxes or points of one object (None: a malformed one), the value they were read from, and its name."""
+    values = entry.values
+    for key, length in keys.items():
+        if key in values:
+            lists = _fitting(values[key].lists, key, length, points)
+            if any(each is not None for each in lists):
+                return lists, values[key], key
+    named = [*_CORNERS, *((("x", "y"),) if points else ())]
+    for names in named:
+        scalars = [values[name].scalar for name in names if name in values]
+        if len(scalars) == len(names) and None not in scalars:
+            coords = tuple(value for value in scalars if value is not None)
+            return [coords], Value(decimal=any(values[name].decimal for name in names)), names[0]
+    return [None], Value(), ""
 
 
-def _score(fields: dict[str, str]) -> float | None:
+def _fitting(
+    lists: Sequence[tuple[float, ...] | None], key: str, length: int, points: bool
+) -> list[tuple[float, ...] | None]:
+    """Lists of the right length; two corners are one box, and a name that fits both means points where they fit."""
+    lengths = {length} if key not in _ANY else {4, 2} if points else {4}
+    if length == 4 and not (points and key in _ANY) and len(lists) == 2 and all(n and len(n) == 2 for n in lists):
+        first, second = lists
+        return [(*(first or ()), *(second or ()))]
+    return [each if each is not None and len(each) in lengths else None for each in lists]
+
+
+def _label(entry: Found) -> str | None:
+    return next((entry.values[k].text for k in LABEL_KEYS if k in entry.values and entry.values[k].text), None)
+
+
+def _score(entry: Found) -> float | None:
     for key in SCORE_KEYS:
-        raw = fields.get(key, "")
-        if raw[:1].isdigit() or raw[:1] in ("-", "+", "."):
-            value = float(raw)
-            return value if math.isfinite(value) else None
+        if key in entry.values:
+            value = entry.values[key]
+            return value.scalar if value.text is None else number(value.text)
     return None
 
 
-def _objects(text: str, max_tokens: int) -> Iterator[dict[str, str]]:
-    """Each complete JSON object, innermost first, as key → raw text of its value ("" for values of no interest here).
-
-    Outside an object only ``{`` means anything, so an apostrophe in prose does no harm. A string that never ends ends
-    the scan: what follows it cannot be told from its inside, and trying again from each quote would be quadratic.
-    """
-    stack: list[dict[str, str]] = []
-    position = 0
-    for _ in range(max_tokens):
-        if not stack:
-            position = text.find("{", position)
-            if position < 0:
-                return
-        match = _TOKEN.search(text, position)
-        if match is None or match.lastgroup == "broken":
-            return
-        position = match.end()
-        if match["open"] is not None:
-            if len(stack) == _MAX_DEPTH:
-                del stack[0]
-            stack.append({})  # "{{" is never JSON: a run of openings is one
-        elif match["close"] is not None:
-            for _ in range(min(match["close"].count("}"), len(stack))):
-                yield stack.pop()
-        elif match["key"] is not None and stack:
-            stack[-1][_unquote(match["key"]) or ""] = match["numbers"] or match["text"] or match["number"] or ""
+# 2. and 3. Marks around coordinates
 
 
-def _unquote(quoted: str) -> str | None:
-    inside = quoted[1:-1][:MAX_LABEL]
-    if "\\" in inside:
-        body = inside.replace("\\'", "'")
-        if quoted[0] == "'":
-            body = body.replace('\\"', '"').replace('"', '\\"')
-        with contextlib.suppress(ValueError):  # a broken escape: the characters stay as they stand
-            inside = json.loads(f'"{body}"', strict=False)
-    return _clean_label(inside)
+def _from_marks(scan: Scanner, max_items: int, points: bool) -> Parsed:
+    """Boxes between box tokens or tags; the reference text before them is their label."""
+    result = _Items(max_items)
+    format: str | None = None
+    label: str | None = None
+    marks = _marks(scan, 32 * max_items + 1000)
+    for i, (kind, style, start, _) in enumerate(marks):
+        end = marks[i + 1][3] if i + 1 < len(marks) else len(scan.text)
+        if kind == "ref":
+            label = clean_label(scan.text[start:end])
+        elif kind == "box":
+            format = format or style
+            inside = Scanner(scan.text[start:end])
+            found = _from_bare(inside, max_items - len(result.items) + 1, points, marked=True)
+            scan.visited += inside.visited
+            result.dropped += found.dropped + (not found.items and not found.dropped)
+            result.decimal = result.decimal or found.decimal
+            for item in found.items:
+                result.add(item.coords, label=label)
+            if result.truncated:
+                break
+    if result.items or format is None:
+        return result.parsed(format or "")
+    # Marks present but the numbers lie elsewhere: the marks still say which frame the model writes in.
+    scan.position = 0
+    bare = _from_bare(scan, max_items, points)
+    return replace(bare, format=format, dropped=result.dropped + bare.dropped)
 
 
-def _clean_label(label: str) -> str | None:
-    """Printable, bounded, stripped. Lone surrogates (which no file or terminal can take) become question marks."""
-    label = label[:MAX_LABEL].encode("utf-8", "replace").decode("utf-8").strip()
-    return label or None
+def _marks(scan: Scanner, limit: int) -> list[tuple[str, str, int, int]]:
+    """(ref, box or a closing, style, end, start) of the first marks of a text."""
+    marks: list[tuple[str, str, int, int]] = []
+    for match in scan.each(_MARK):
+        name = (match["qwen"] or match["intern"]).lower()
+        marks.append((_OPENS.get(name, ""), "qwen2" if match["qwen"] else "internvl", match.end(), match.start()))
+        if len(marks) == limit:
+            break
+    return marks
+
+
+def _from_point_tags(scan: Scanner, max_items: int, points: bool) -> Parsed:
+    """Molmo's ``<point x= y= alt=>`` and ``<points x1= y1= x2= …>``: per cent of each side, given as 0-1."""
+    result = _Items(max_items)
+    for tag in scan.each(_POINT_TAG) if points else ():
+        alt = _ALT.search(scan.text, tag.start("inside"), tag.end("inside"))
+        text = scan.text[tag.start("text") : tag.end("text")] if alt is None else alt[1] or alt[2] or ""
+        axes: dict[str, dict[str, str]] = {"x": {}, "y": {}}
+        for match in _POINT_NUMBER.finditer(scan.plain, tag.start("inside"), tag.end("inside")):
+            axes[match[1].lower()].setdefault(match[2], match[3])
+        scan.visited += 2 * (tag.end("inside") - tag.start("inside"))
+        for name in dict.fromkeys([*axes["x"], *axes["y"]]):
+            pair = [number(axes[axis].get(name, "")) for axis in "xy"]
+            coords = tuple(value / 100 for value in pair if value is not None)
+            result.add(coords if len(coords) == 2 else None, ".", clean_label(text))
+        if result.truncated:
+            break
+    return result.parsed("molmo")
+
+
+def _from_locations(scan: Scanner, max_items: int, points: bool) -> Parsed:
+    """PaliGemma's ``<locY1><locX1><locY2><locX2> label``: 1024 steps of each side, y first; given as 0-1, x first."""
+    result = _Items(max_items)
+    for match in scan.each(_LOCS):
+        steps = [int(step) / 1024 for step in _LOC.findall(match["locs"])]
+        scan.visited += len(match["locs"])
+        label = clean_label(scan.text[match.start("label") : match.end("label")])
+        result.add(_swapped(tuple(steps)) if len(steps) == 4 else None, ".", label)
+        if result.truncated:
+            break
+    return result.parsed("paligemma")
+
+
+# 4. to 7. Numbers alone
+
+
+def _from_bare(scan: Scanner, max_items: int, points: bool, marked: bool = False) -> Parsed:
+    """The first way of writing that finds anything. ``marked``: the text lies between box marks."""
+    dropped = 0
+    for read in _bare_readings(points, marked):
+        scan.position = 0
+        result = read(scan, max_items)
+        dropped += result.dropped
+        if result.items:
+            return replace(result, dropped=dropped)
+    return Parsed(dropped=dropped)
+
+
+def _bare_readings(points: bool, marked: bool) -> Iterator[Callable[[Scanner, int], Parsed]]:
+    for name, pattern in _BOXES:
+        if name != "corners" or not points or marked:
+            yield lambda scan, n, name=name, pattern=pattern: _each(scan, n, pattern, name)
+    yield lambda scan, n: _from_pairs(scan, n, points, marked)
+    if points:
+        yield lambda scan, n: _each(scan, n, _BRACKET_POINT, "brackets")
+        yield lambda scan, n: _each(scan, n, _ONE_PAIR, "parens")
+
+
+def _each(scan: Scanner, max_items: int, pattern: re.Pattern[str], format: str) -> Parsed:
+    result = _Items(max_items)
+    for match in scan.each(pattern):
+        result.add(_finite(match.groups()), match.group())
+        if result.truncated:
+            break
+    return result.parsed(format)
+
+
+def _from_pairs(scan: Scanner, max_items: int, points: bool, marked: bool) -> Parsed:
+    """Boxes as two pairs each. A run of pairs that are not all boxes is points (two between marks are always a box)."""
+    result = _Items(max_items)
+    for run in scan.each(_GROUPS):
+        scan.visited += len(run.group())
+        groups = islice(_GROUP.finditer(run.group()), 2 * max_items + 2)  # what follows is not looked at
+        pairs = [_pair(group.group()) for group in groups]
+        if not any(pairs):  # prose in parentheses
+            continue
+        boxes = [None if a is None or b is None else (*a, *b) for a, b in zip(pairs[::2], pairs[1::2], strict=False)]
+        odd = run.group().count("(") % 2
+        certain = len(pairs) == 2 and (marked or not points)
+        if not certain and (odd or any(box is not None and Item(box).inverted for box in boxes)):
+            if points:
+                return Parsed()  # in one answer all are points
+            boxes = [] if all(pairs) else [None]
+        for box in boxes:
+            result.add(box, run.group())
+        if result.truncated:
+            break
+    return result.parsed("pairs")
+
+
+def _pair(group: str) -> tuple[float, ...] | None:
+    match = _ONE_PAIR.match(group)
+    return None if match is None else _finite(match.groups())
+
+
+def _finite(raw: Sequence[str]) -> tuple[float, ...] | None:
+    values = [number(v) for v in raw]
+    return None if None in values else tuple(v for v in values if v is not None)

@@ -1,4 +1,4 @@
-"""Text clean-up shared by several tasks: special tokens, answer tags, Markdown fences, white space.
+"""Text clean-up shared by several tasks: thoughts, answer tags, special tokens, Markdown fences, white space.
 
 Everything here runs in linear time on any text: plain ``find`` calls and patterns without backtracking.
 """
@@ -6,9 +6,17 @@ Everything here runs in linear time on any text: plain ``find`` calls and patter
 from __future__ import annotations
 
 import re
+import unicodedata
+
+MAX_MARKS = 64  # combining marks in a row; no writing has as many, and putting them in order takes their square
 
 _SPECIAL = re.compile(r"<\|[A-Za-z0-9_]{1,40}+\|>")
 _FENCE_OPEN = re.compile(r"```[A-Za-z0-9_+-]{0,20}+[ \t]*+\r?+\n?+")
+_THOUGHT = re.compile(
+    r"<\s{0,8}+(?P<end>/?+)\s{0,8}+(?:think|thinking|thought|reasoning)\s{0,8}+>|◁(?P<stop>/?+)think▷", re.IGNORECASE
+)
+_ANSWER = re.compile(r"<\s{0,8}+answer\s{0,8}+>", re.IGNORECASE)
+_ANSWER_END = re.compile(r"<\s{0,8}+/\s{0,8}+answer\s{0,8}+>", re.IGNORECASE)
 
 
 def strip_special_tokens(text: str) -> str:
@@ -16,25 +24,60 @@ def strip_special_tokens(text: str) -> str:
     return _SPECIAL.sub("", text)
 
 
+def canonical(text: str) -> str:
+    """The text in Unicode's composed form (NFC), in which canonically equal texts are equal.
+
+    A text with more than ``MAX_MARKS`` combining marks in a row is none that anyone reads, and stays as it is.
+    """
+    if text.isascii():
+        return text
+    marks = 0
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > MAX_MARKS:
+            return text
+    return unicodedata.normalize("NFC", text)
+
+
 def collapse_whitespace(text: str) -> str:
     """Each run of white space becomes one blank; none at the ends."""
     return " ".join(text.split())
 
 
-def answer_region(text: str) -> str:
-    """The part of a reply that is the answer: after a closing ``</think>``, inside ``<answer>`` tags where present.
+def thought_tags(text: str) -> list[str]:
+    """The tags of a text that open or close a thought, in its order and in lower case."""
+    return [match.group().lower() for match in _THOUGHT.finditer(text)]
 
-    An ``<answer>`` that is never closed (a reply cut short) reaches to the end.
+
+def unfinished_thought(text: str) -> bool:
+    """A thought is opened and never closed: nothing behind the tag is an answer."""
+    return _without_thought(text)[1]
+
+
+def _without_thought(text: str) -> tuple[str, bool]:
+    """What stands behind the last closing tag and before an opening one, and whether there was such an opening one."""
+    start, end, open_ = 0, len(text), False
+    for match in _THOUGHT.finditer(text):
+        if match["end"] or match["stop"]:
+            start, end, open_ = match.end(), len(text), False
+        elif not open_:
+            end, open_ = match.start(), True
+    return text[start:end], open_
+
+
+def answer_region(text: str) -> str:
+    """The part of a reply that is the answer: outside of thoughts, and inside ``<answer>`` tags where present.
+
+    Tags count in any case. A thought (``<think>``, ``<thinking>``, ``<thought>``, ``<reasoning>``) ends at the last
+    closing tag; one that is never closed reaches to the end, and nothing in it is an answer. An ``<answer>`` that is
+    never closed (a reply cut short) reaches to the end too.
     """
-    end_of_thought = text.rfind("</think>")
-    if end_of_thought >= 0:
-        text = text[end_of_thought + len("</think>") :]
-    start = text.find("<answer>")
-    if start >= 0:
-        start += len("<answer>")
-        end = text.find("</answer>", start)
-        text = text[start:] if end < 0 else text[start:end]
-    return text
+    text = _without_thought(text)[0]
+    start = _ANSWER.search(text)
+    if start is None:
+        return text
+    end = _ANSWER_END.search(text, start.end())
+    return text[start.end() :] if end is None else text[start.end() : end.start()]
 
 
 def strip_fence(text: str) -> str:

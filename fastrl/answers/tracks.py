@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from fastrl.answers.frames import View, from_original
-from fastrl.answers.parse import _FOUR, _clean_label
+from fastrl.answers.parse import FOUR
+from fastrl.answers.scan import clean_label
 from fastrl.answers.text import answer_region
 
 MAX_TRACKS = 256
 MAX_FRAMES = 4096  # boxes of one track
 
 _OPEN = re.compile(r"<id([0-9]{1,9}+)>", re.IGNORECASE)
-_FRAME = re.compile(rf"frame[ \t]{{0,8}}+([0-9]{{1,9}}+)\s*+:\s*+\[\s*+{_FOUR}\s*+\]", re.IGNORECASE)
+_FRAME = re.compile(rf"frame[ \t]{{0,8}}+([0-9]{{1,9}}+)\s*+:\s*+\[\s*+{FOUR}\s*+\]", re.IGNORECASE)
 _HEADING = re.compile(r"track[ \t]{0,8}+[0-9]{0,9}+\s{0,8}+:", re.IGNORECASE)
 _SAID_WINDOW = 4096  # characters after a track that are kept of what is said about it
 _NUMBER = r"-?[0-9]{1,9}+(?:\.[0-9]{1,9}+)?+"
@@ -124,7 +125,7 @@ def _name(text: str, start: int, end: int) -> str:
         window = window[headings[-1].end() :]
     else:  # prose may precede: the name is what follows the last mark that no name holds
         window = re.split(r"[<>;:\n\r.]", window)[-1]
-    return _clean_label(window) or ""
+    return clean_label(window) or ""
 
 
 def matches_tracks(text: str) -> bool:
@@ -167,7 +168,7 @@ def format_tracks(tracks: Iterable[Track], view: View | None = None) -> str:
 
 
 def _is_writable(name: str) -> bool:
-    clean = bool(name) and name == _clean_label(name)
+    clean = bool(name) and name == clean_label(name)
     return clean and len(name) <= _NAME_WINDOW // 2 and not any(c in name for c in _NOT_IN_NAME)
 
 

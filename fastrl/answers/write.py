@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastrl.answers.frames import STYLE_FRAME, View, from_original
-from fastrl.answers.parse import _coords, parse_boxes
+from fastrl.answers.parse import parse_boxes
+from fastrl.answers.scan import number
 from fastrl.answers.text import strip_fence
 from fastrl.answers.tracks import Track, format_tracks, matches_tracks
 
@@ -195,6 +196,6 @@ def _is_json_box(item: Any, points: bool, label: bool) -> bool:
     if label and not (isinstance(name, str) and name.strip()):
         return False
     try:
-        return _coords([str(v) for v in coords]) is not None
+        return all(number(str(v)) is not None for v in coords)
     except ValueError:  # an integer too long to print
         return False

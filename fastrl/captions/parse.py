@@ -65,7 +65,7 @@ class Thing:
 
 def words_of(text: str) -> list[str]:
     """Lower-case words and punctuation marks of a caption."""
-    return _WORD.findall(text[:MAX_CHARACTERS].lower())
+    return _WORD.findall(answer_region(text[:MAX_CHARACTERS]).lower())
 
 
 def phrase_at(words: list[str], at: int) -> tuple[int, str | None] | None:

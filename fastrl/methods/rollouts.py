@@ -61,6 +61,8 @@ class RecipeRewards:
             options: dict[str, Any] = {"weights": self._section.weights} if self._section.weights else {}
             if self._without_format and task in REWARDS and "format" in REWARDS[task].parts:
                 options["format"] = "none"
+                if "format" not in self._section.options:
+                    options["weights"] = {k: w for k, w in self._section.weights.items() if k != "format"}
             try:
                 self._rewards[task] = reward_for(task, **{**options, **self._section.options})
             except ValueError as error:

@@ -4,6 +4,9 @@ Both hand over loose values (dataset columns, a ground truth, extra info) where 
 :func:`record_from` is the one place that turns the former into the latter. An error about the *truth* is raised and
 names the column; nothing in an *answer* ever raises.
 
+A truth may be a list, an array, or JSON text (also in ``<answer>`` tags): all mean the same. Under TRL a row of another
+task gives None, which TRL leaves out of the sum.
+
 Coordinates: when the row gives the image's size (``width``/``height``, or a PIL image in ``image``/``images``), the
 truth is in pixels of that image and the answer's frame is read as everywhere in fastrl (``frame``,
 ``resized_width``/``resized_height``). Without a size, answer and truth are compared number by number.
@@ -11,7 +14,6 @@ truth is in pixels of that image and the answer's frame is read as everywhere in
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from typing import Any
 
 from fastrl.answers import View
 from fastrl.data.records import Record
+from fastrl.data.truth import plain, read_truth, whole_number
 from fastrl.rewards.base import Reward, unknown
 
 # What a column may be called, by the field of the target that it fills. The first name is fastrl's own.
@@ -33,6 +36,17 @@ _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ocr": {"text": ("text",)},
     "trajectory": {"tracks": ("tracks",), "frames": ("frames",), "size": ("size",)},
+}
+_TEXTS = ("expression", "label", "text")  # fields of the target that are text: what looks like JSON is none there
+# Columns that only rows of one task have. (``boxes`` and ``label`` are of two.)
+_OWN: dict[str, tuple[str, ...]] = {
+    "grounding": _ALIASES["grounding"]["box"],
+    "counting": ("count", "points"),
+    "detection": ("labels", "names", "bboxes"),
+    "ocr": ("text",),
+    "trajectory": ("tracks",),
+    "caption": ("references",),
+    "qa": ("answer", "choices"),
 }
 _WHOLE = ("target", "ground_truth")  # columns that may hold the whole truth as a mapping or as its JSON text
 
@@ -51,20 +65,9 @@ def answer_text(completion: Any) -> str:
     raise TypeError(f"completion: expected a string or a list of chat messages, got {type(completion).__name__}")
 
 
-def _plain(value: Any) -> Any:
-    """Arrays (numpy, torch) inside a row as nested lists; tables read from Parquet are full of them."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
 def _numbers(value: Any, count: int, what: str) -> tuple[float, ...]:
     try:
-        numbers = tuple(float(v) for v in value)
+        numbers = tuple(float(v) for v in read_truth(value))
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != count or not all(math.isfinite(v) for v in numbers):
@@ -124,9 +127,10 @@ def _check_target(task: str, target: Mapping[str, Any], where: str) -> dict[str,
         if places is None:
             raise ValueError(f"{where}: the counting reward needs 'points', 'boxes' or 'count'; has {sorted(target)}")
         count = len(places)
-    if isinstance(count, bool) or not isinstance(count, int | float) or count != count // 1 or count < 0:
+    number = whole_number(count)
+    if number is None or number < 0:
         raise ValueError(f"{where}: 'count' must be a whole number, got {count!r:.80}")
-    return {"label": target.get("label") or "", "count": int(count), "points": points, "boxes": boxes}
+    return {"label": target.get("label") or "", "count": number, "points": points, "boxes": boxes}
 
 
 def _track(track: Any, where: str) -> dict[str, Any]:
@@ -165,13 +169,12 @@ def record_from(task: str, row: Mapping[str, Any], where: str = "row") -> Record
     """
     if task not in _ALIASES:
         raise ValueError(f"{where}: " + unknown("task", task, _ALIASES))
-    row = {key: value if key in ("image", "images") else _plain(value) for key, value in row.items()}
+    row = {key: value if key in ("image", "images") else plain(value) for key, value in row.items()}
     truth = next((row[name] for name in _WHOLE if row.get(name) is not None), None)
     if isinstance(truth, str) and task != "ocr":
-        try:
-            truth = json.loads(truth)
-        except ValueError as error:
-            raise ValueError(f"{where}: ground truth is no JSON: {truth[:60]!r} ({error})") from None
+        truth = read_truth(truth)
+        if isinstance(truth, str):
+            raise ValueError(f"{where}: ground truth is no JSON: {truth[:60]!r}")
     if truth is not None and not isinstance(truth, Mapping):
         truth = {next(iter(_ALIASES[task])): truth}  # a bare box, count or text
     fields = {**row, **(truth or {})}
@@ -179,7 +182,7 @@ def record_from(task: str, row: Mapping[str, Any], where: str = "row") -> Record
     for name, aliases in _ALIASES[task].items():
         found = next((fields[alias] for alias in aliases if fields.get(alias) is not None), None)
         if found is not None:
-            target[name] = found
+            target[name] = found if name in _TEXTS else read_truth(found)
     view = _size(row)
     return Record(
         id=str(row.get("id", where)),
@@ -193,6 +196,24 @@ def record_from(task: str, row: Mapping[str, Any], where: str = "row") -> Record
     )
 
 
+def is_of_another_task(task: str, row: Mapping[str, Any]) -> bool:
+    """Whether a row of a mixed data set belongs to another task.
+
+    Its ``task`` column says so; without one, it has columns of another task and none of this one's. A row with no truth
+    at all is not meant: that is an error.
+    """
+    named = row.get("task")
+    if isinstance(named, str) and named in _OWN:
+        return named != task
+    given = {name for name, value in row.items() if value is not None}
+    if any(row.get(name) is not None for name in _WHOLE) or given & set(_OWN[task]):
+        return False
+    others = {other for other, columns in _OWN.items() if other != task and given & set(columns)}
+    if task == "counting" and "boxes" in given and "detection" not in others:
+        return False
+    return bool(others)
+
+
 def trl_rewards(
     reward: Reward,
     *,
@@ -200,20 +221,29 @@ def trl_rewards(
     prompts: Sequence[Any] | None = None,
     log_metric: Callable[[str, float], None] | None = None,
     **columns: Any,
-) -> list[float]:
+) -> list[float | None]:
     """The weighted sum per completion, called as TRL calls a reward function (all rows of a step at once).
 
     ``columns`` are the dataset's columns, one value per completion; values that are no list of that length (the
-    trainer's state, callbacks) are ignored. Each component's mean goes to ``log_metric`` when TRL passes it.
+    trainer's state, callbacks) are ignored. Rows of another task (see :func:`is_of_another_task`) give None. Each
+    component's mean, and the means of the counts that explain a ``class`` of 0, go to ``log_metric`` when TRL passes
+    it.
     """
     n = len(completions)
     rows = {name: values for name, values in columns.items() if isinstance(values, list | tuple) and len(values) == n}
-    records = [record_from(reward.task, {k: v[i] for k, v in rows.items()}, f"row {i}") for i in range(n)]
-    components = reward.score([answer_text(c) for c in completions], records)
-    if log_metric is not None and n:
-        for name, values in components.items():
-            log_metric(f"{reward.task}/{name}", math.fsum(values) / n)
-    return reward.total(components)
+    each = [{name: values[i] for name, values in rows.items()} for i in range(n)]
+    own = [i for i in range(n) if not is_of_another_task(reward.task, each[i])]
+    records = [record_from(reward.task, each[i], f"row {i}") for i in own]
+    answers = [answer_text(completions[i]) for i in own]
+    components = reward.score(answers, records)
+    if log_metric is not None and own:
+        labels = {k: v for k, v in reward.diagnose(answers, records).items() if k in ("unlabelled", "unknown_label")}
+        for name, values in [*components.items(), *labels.items()]:
+            log_metric(f"{reward.task}/{name}", math.fsum(values) / len(own))
+    result: list[float | None] = [None] * n
+    for i, value in zip(own, reward.total(components), strict=True):
+        result[i] = value
+    return result
 
 
 def verl_score(

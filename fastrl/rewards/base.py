@@ -74,6 +74,11 @@ class Reward:
         for name, weight in self.weights.items():
             if name not in self.parts:
                 raise ValueError(f"{self.task} reward: " + unknown("component in 'weights':", name, self.parts))
+            if name in self.absent:
+                raise ValueError(
+                    f"{self.task} reward: 'weights' names {name!r}, which does not occur with {self.absent[name]}; "
+                    "take the weight out or change the option"
+                )
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise ValueError(f"{self.task} reward: weight of {name!r} must be a finite number, got {weight!r}")
         if self.max_items < 1:
@@ -98,6 +103,11 @@ class Reward:
         """Names of the options ``reward_for`` takes for this task."""
         return tuple(f.name for f in fields(cls))
 
+    @property
+    def absent(self) -> dict[str, str]:
+        """Components of ``parts`` that do not occur with these options → the option that leaves them out."""
+        return {"format": "format='none'"} if getattr(self, "format", None) == "none" else {}
+
     def misfit(self, record: Record) -> str | None:
         """Why answers to a record cannot be scored, whatever they say; None: they can."""
         return None
@@ -110,9 +120,16 @@ class Reward:
         """Whether each answer could be read as an answer to this task at all (an explicit empty list can)."""
         raise NotImplementedError
 
+    def diagnose(self, answers: Sequence[str], records: Sequence[Record]) -> dict[str, list[int]]:
+        """What explains a low reward and is no part of it: name → a count for each answer.
+
+        ``unparsable`` is 1 for an answer in which nothing could be read; tasks with labels or coordinates add more.
+        """
+        return {"unparsable": [int(not sound) for sound in self.readable(answers, records)]}
+
     def total(self, components: Mapping[str, Sequence[float]]) -> list[float]:
-        """Weighted sum of the components under this reward's ``weights`` (those of absent components do nothing)."""
-        return total(components, {name: w for name, w in self.weights.items() if name in components})
+        """Weighted sum of the components under this reward's ``weights``."""
+        return total(components, self.weights)
 
     def __call__(self, answers: Sequence[str] | None = None, record: Record | None = None, /, **call: Any) -> Any:
         """Score answers; three call conventions, told apart by their arguments.

@@ -71,6 +71,10 @@ class CountingReward(Reward):
     exact_bonus: float = 0.0
     format: Literal["strict", "none"] = "strict"
 
+    @property
+    def absent(self) -> dict[str, str]:
+        return super().absent | ({} if self.exact_bonus else {"count": "exact_bonus=0"})
+
     def misfit(self, record: Record) -> str | None:
         if self.score_by == "count" or true_points(record) is not None:
             return None
@@ -92,6 +96,11 @@ class CountingReward(Reward):
 
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
         return [read_points(answer, self.max_items).parsable for answer in answers]
+
+    def diagnose(self, answers: Sequence[str], records: Sequence[Record]) -> dict[str, list[int]]:
+        """``unparsable``, and ``dropped``: malformed items."""
+        read = [read_points(answer, self.max_items) for answer in answers]
+        return {"unparsable": [int(not p.parsable) for p in read], "dropped": [p.dropped for p in read]}
 
     def _points(self, read: Sequence[Parsed], records: Sequence[Record]) -> list[float]:
         predicted, truth = [], []

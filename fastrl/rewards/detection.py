@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastrl.answers import Parsed, canonical
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
 from fastrl.rewards.format import format_scores
@@ -19,8 +20,15 @@ Labelled = tuple[list[Coords], list[str]]  # boxes in one unit, and a normalised
 
 
 def label_key(label: str | None) -> str:
-    """Labels are compared without regard to case and white space at the ends."""
-    return "" if label is None else label.strip().casefold()
+    """Labels are compared without regard to case, white space at the ends and Unicode's ways of composing letters."""
+    return "" if label is None else canonical(label).strip().casefold()
+
+
+def label_counts(parsed: Parsed, target: Any) -> tuple[int, int]:
+    """Boxes without a label that could be read, and boxes whose label is none of the record's categories."""
+    known = {label_key(name) for name in (*(target.get("categories") or ()), *target["labels"])}
+    keys = [label_key(item.label) for item in parsed if item.label is not None]
+    return parsed.unlabelled, sum(key not in known for key in keys)
 
 
 def true_boxes(target: Any) -> Labelled:
@@ -75,6 +83,18 @@ class DetectionReward(Reward):
 
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
         return [read_boxes(answer, 1).parsable for answer in answers]
+
+    def diagnose(self, answers: Sequence[str], records: Sequence[Record]) -> dict[str, list[int]]:
+        """``unparsable``, ``dropped`` (malformed items), and of the boxes that were read ``unlabelled`` and
+        ``unknown_label`` (a label that is none of the record's categories): they earn nothing of ``class``."""
+        read = [read_boxes(answer, self.max_items) for answer in answers]
+        labels = [label_counts(parsed, record.target) for parsed, record in zip(read, records, strict=True)]
+        return {
+            "unparsable": [int(not parsed.parsable) for parsed in read],
+            "dropped": [parsed.dropped for parsed in read],
+            "unlabelled": [missing for missing, _ in labels],
+            "unknown_label": [wrong for _, wrong in labels],
+        }
 
     def _match(self, predicted: Sequence[Labelled], truth: Sequence[Labelled]) -> Components:
         result: Components = {name: [0.0] * len(predicted) for name in ("location", "class", "f1", "missing")}

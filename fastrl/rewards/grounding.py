@@ -64,6 +64,11 @@ class GroundingReward(Reward):
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
         return [bool(read_boxes(answer, 1).items) for answer in answers]
 
+    def diagnose(self, answers: Sequence[str], records: Sequence[Record]) -> dict[str, list[int]]:
+        """``unparsable``, and ``dropped``: malformed items before the one that counts."""
+        read = [read_boxes(answer, 1) for answer in answers]
+        return {"unparsable": [int(not p.items) for p in read], "dropped": [p.dropped for p in read]}
+
     def _box(self, parsed: Parsed, record: Record) -> Coords | None:
         if not parsed.items or parsed.items[0].inverted:
             return None

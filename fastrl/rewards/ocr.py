@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from fastrl.answers import collapse_whitespace, plain_answer
+from fastrl.answers import canonical, collapse_whitespace, plain_answer, thought_tags, unfinished_thought
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
+
+Normalise = Literal["nfc", "none"]
 
 # Edit-distance cells (characters × characters) computed for one answer: 64 of them are one machine-word step, so this
 # is about a tenth of a second. Two texts of 65,536 characters each are still exact.
@@ -35,18 +37,31 @@ def edit_distance(a: str, b: str, max_cells: int = MAX_CELLS) -> int:
     return head + max(len(a) - cut_a, len(b) - cut_b, 0)
 
 
-def text_similarity(answer: str, truth: str) -> float:
+def text_similarity(answer: str, truth: str, normalise: Normalise = "nfc") -> float:
     """``max(0, 1 − lev(answer, truth) / max(len(answer), len(truth)))`` after collapsing whitespace, in [0, 1].
 
-    Answer tags, special tokens and a code fence around the answer do not count, unless the page has them too: of the
-    answer as it is and without them, the one nearer to the truth is taken. Two empty texts are equal: 1.
+    The answer is read as :func:`answer_readings` says; of several readings the one nearest to the truth counts. Two
+    empty texts are equal: 1, but a thought that never ends is no text: 0. ``normalise="none"`` compares the texts as
+    they are (white space apart), the form that was published.
     """
-    return max(_similarity(reading, truth) for reading in answer_readings(answer))
+    if normalise == "none":
+        return _similarity(answer, truth)
+    if unfinished_thought(answer) and not unfinished_thought(truth):
+        return 0.0
+    return max(_similarity(reading, canonical(truth)) for reading in answer_readings(answer, truth))
 
 
-def answer_readings(answer: str) -> list[str]:
-    """An answer without what may stand around it, and as it is where that is another text."""
-    return list(dict.fromkeys((plain_answer(answer), answer.strip())))
+def answer_readings(answer: str, truth: str) -> list[str]:
+    """What an answer may be taken to say of a page with the text ``truth``, in Unicode's composed form.
+
+    First the answer without what may stand around it: thoughts, answer tags, special tokens, a code fence. Where the
+    page has such marks itself, also the answer as it is, provided that it has the page's own thought tags and no more:
+    what a model thinks is never read.
+    """
+    readings = [plain_answer(answer)]
+    if plain_answer(truth) != truth.strip() and thought_tags(answer) == thought_tags(truth):
+        readings.append(answer.strip())
+    return list(dict.fromkeys(map(canonical, readings)))
 
 
 def _similarity(answer: str, truth: str) -> float:
@@ -57,14 +72,21 @@ def _similarity(answer: str, truth: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class OcrReward(Reward):
-    """Component ``text`` in [0, 1]: :func:`text_similarity` of answer and ``record.target["text"]``. No format part."""
+    """Component ``text`` in [0, 1]: :func:`text_similarity` of answer and ``record.target["text"]``. No format part.
+
+    Args:
+        normalise: ``nfc`` (canonically equal texts are equal; tags, fences and thoughts do not count) or ``none`` (the
+            texts as they are).
+    """
 
     task: ClassVar[str] = "ocr"
     parts: ClassVar[tuple[str, ...]] = ("text",)
 
+    normalise: Normalise = "nfc"
+
     def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
         pairs = zip(answers, records, strict=True)
-        return {"text": [text_similarity(answer, record.target["text"]) for answer, record in pairs]}
+        return {"text": [text_similarity(answer, record.target["text"], self.normalise) for answer, record in pairs]}
 
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
-        return [bool(plain_answer(answer)) for answer in answers]
+        return [bool(answer.strip() if self.normalise == "none" else plain_answer(answer)) for answer in answers]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.answers import View, parse_tracks, resolve_frame, to_original
+from fastrl.answers import View, canonical, parse_tracks, resolve_frame, to_original
 from fastrl.answers.tracks import MAX_TRACKS
 from fastrl.data.dialogues import parse_actions
 from fastrl.data.records import Record
@@ -34,7 +34,7 @@ class Tracks(NamedTuple):
 
 def name_key(name: str) -> str:
     """Names and actions are compared without regard to case and white space."""
-    return " ".join(name.split()).casefold()
+    return canonical(" ".join(name.split())).casefold()
 
 
 def true_tracks(target: Mapping[str, Any]) -> Tracks:

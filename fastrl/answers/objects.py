@@ -1,0 +1,184 @@
+"""JSON-like objects of a model's text, read so that damage stays where it is.
+
+A model forgets a brace, puts a quote into a label or stops in the middle. A JSON decoder then loses the whole text, and
+a reader that pairs quotes misreads everything behind. This one anchors on *keys*: a short quoted name with a colon
+behind it. From a key it reads one value, then expects another key, a brace or a bracket; where it finds anything else
+it gives up on structure and looks for the next key, which stands within the same object or at the head of the next.
+
+A string ends at a quote with the end of an entry behind it (``,`` ``}`` ``]``, another key), so a quote inside a label
+is part of it; a string without such an end reaches to the next key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Set
+from dataclasses import dataclass, field
+
+from fastrl.answers.scan import MAX_LABEL, NUMBER, Scanner, clean_label, numbers
+
+MAX_DEPTH = 32
+_KEYS_PER_OBJECT = 32  # read for each object asked for, and 1000 more: room for objects without coordinates
+
+_QUOTED = r"\\?+[\"'“‘](?P<key>[^\"'“”‘’\\\n{}\[\]():,]{1,60}+)\\?+[\"'”’]"
+_BARE = r"(?P<bare>[A-Za-z_][A-Za-z0-9_]{0,60}+)"
+_COLON = r"\s*+[:=]"
+_FORGOTTEN = r"\s*+(?=\[)"  # a list at once: the colon is missing
+_KEY = rf"(?:{_QUOTED}(?:{_COLON}|{_FORGOTTEN})|{_BARE}{_COLON})"
+
+
+def _again(pattern: str) -> str:
+    """The pattern without names, to stand beside itself."""
+    return re.sub(r"\(\?P<\w+>", "(?:", pattern)
+
+
+_ALONE = _QUOTED.replace("<key>", "<alone>")
+_HALF = r"(?<![A-Za-z0-9_])(?P<half>[A-Za-z][A-Za-z0-9_]{0,60}+)"  # a quote is missing or something else is there
+_START = re.compile(
+    rf"(?P<brace>\{{)\s*+{_KEY}|{_ALONE}(?:{_COLON}|{_FORGOTTEN})"
+    rf"|{_HALF}(?:(?<=2d)[^\w\[\]]{{0,8}}+|\\?+[\"'“”‘’](?:{_COLON})?+\s*+)(?=\[)",
+    re.IGNORECASE,
+)
+_NEXT = re.compile(rf"[\s,;\]]*+(?:(?P<close>\}})|(?P<open>\{{)|{_KEY}|)")
+_RUN = re.compile(rf"(?:{NUMBER}|[\[\](),\s])*+")
+_WORD = re.compile(r"[^,;\[\]{}\"'“‘:\n]{0,200}+")
+_NO_TEXT = ("", "null", "none", "true", "false")
+_LIST = re.compile(r"[^\[\]()]+")
+_SOUND = r"(?P<sound>\s*+(?=[,;\]}]|\Z))?+"
+_STRINGS = {  # by the opening quote: a whole string, and where a damaged one ends
+    opening: (
+        re.compile(rf"{opening}(?P<body>{body})(?:(?P<end>{closing}){_SOUND}|)", re.DOTALL),
+        re.compile(
+            rf"(?P<end>{closing})\s*+(?=[\]}}]|\Z|[,;]?+\s*+(?:{_again(_KEY)})|[,;]\s*+[\[{{])"
+            rf"|\{{\s*+(?:{_again(_KEY)})|[,;]\s*+(?:{_again(_KEY)})"
+        ),
+    )
+    for opening, closing, body in (
+        ('"', '"', r'(?:[^"\\]++|\\.)*+'),
+        ("'", "'", r"(?:[^'\\]++|\\.)*+"),
+        ("“", "”", "[^“”]*+"),
+        ("‘", "’", "[^‘’]*+"),
+    )
+}
+
+
+@dataclass(slots=True)
+class Value:
+    """One value: a text, or lists of numbers (a list that is malformed is None), or neither."""
+
+    text: str | None = None
+    lists: tuple[tuple[float, ...] | None, ...] = ()
+    scalar: float | None = None
+    decimal: bool = False  # a number is written with a decimal point
+
+
+@dataclass(slots=True, eq=False)
+class Found:
+    """The entries of one object; by their names' letters and digits without case."""
+
+    values: dict[str, Value] = field(default_factory=dict)
+    wanted: bool = False
+
+
+def key_name(key: str) -> str:
+    """``BBox_2D`` → ``bbox2d``."""
+    return "".join(c for c in key.casefold() if c.isalnum())
+
+
+def read_objects(scan: Scanner, wanted: Set[str], limit: int) -> tuple[list[Found], bool]:
+    """Objects with an entry named in ``wanted``, in the order of those entries, at most ``limit`` and one more.
+
+    Second, whether reading stopped before the end of the text.
+    """
+    found: list[Found] = []
+    stack: list[Found] = []
+    budget = _KEYS_PER_OBJECT * limit + 1000
+    while (start := scan.seek(_START)) is not None:
+        if start["brace"] is not None or not stack:
+            _push(stack, Found())
+        key = start["key"] or start["bare"] or start["alone"] or start["half"]
+        while key is not None:
+            budget -= 1
+            if len(found) > limit or budget < 0:
+                return found, True
+            key = _entry(scan, stack, found, key_name(key), wanted)
+    return found, False
+
+
+def _entry(scan: Scanner, stack: list[Found], found: list[Found], name: str, wanted: Set[str]) -> str | None:
+    """Read the value of an entry and what stands behind it; the next key, or None where structure ends."""
+    top = stack[-1]
+    if name in top.values and top.wanted:  # an object says one thing once: a brace is missing
+        top = stack[-1] = Found()
+    if name in wanted and not top.wanted:
+        top.wanted = True
+        found.append(top)
+    value = _value(scan)
+    top.values[name] = value
+    inside = value == Value() and name in wanted  # {"bbox": {"x1": …}}: entries of the object itself
+    while True:
+        step = scan.at(_NEXT)
+        if step["open"] is not None:
+            _push(stack, top if inside else Found())
+        elif step["close"] is not None:
+            stack.pop()
+            if not stack:
+                return None
+        else:
+            return step["key"] or step["bare"]
+        inside = False
+
+
+def _push(stack: list[Found], item: Found) -> None:
+    if len(stack) == MAX_DEPTH:
+        del stack[0]
+    stack.append(item)
+
+
+def _value(scan: Scanner) -> Value:
+    run = scan.at(_RUN).group()
+    digits, following = run.strip(), scan.plain[scan.position : scan.position + 1]
+    if digits in ("", "[") and following in _STRINGS:
+        return Value(text=_string(scan, following))
+    if not digits:
+        word = "" if following == "{" else scan.at(_WORD).group().strip()
+        return (
+            Value(text=clean_label(word)) if word.casefold() not in ("", "null", "none", "true", "false") else Value()
+        )
+    if digits[0] in ",])":  # nothing stands before the comma
+        return Value(lists=(None,))
+    lists = [numbers(piece.strip().removeprefix(",")) for piece in _LIST.findall(run) if piece.strip(", \t\r\n")]
+    if lists and run[-1].isdigit() and (following.isalnum() or following == "_"):
+        lists[-1] = None  # a number that runs on as something else
+    single = lists[0] if len(lists) == 1 else None
+    scalar = single[0] if single is not None and len(single) == 1 and "[" not in run else None
+    return Value(lists=tuple(lists) or (None,), scalar=scalar, decimal="." in run)
+
+
+def _string(scan: Scanner, opening: str) -> str | None:
+    """The text of a string that begins at the position; None for one that is cut off by the end of the text."""
+    whole, damaged = _STRINGS[opening]
+    start = scan.position
+    match = scan.at(whole)
+    if match["end"] is not None and match["sound"] is not None:
+        return _unescape(scan.text[match.start("body") : match.end("body")], opening)
+    scan.position = start + 1
+    stop = scan.seek(damaged)
+    if stop is None:
+        return None
+    if stop["end"] is None:
+        scan.position = stop.start()
+    return clean_label(scan.text[start + 1 : stop.start()][:MAX_LABEL].strip(" \t\r\n\"'“”‘’\\,;[]{}"))
+
+
+def _unescape(inside: str, quote: str) -> str | None:
+    inside = inside[:MAX_LABEL]
+    if "\\" in inside:
+        body = inside.replace("\\'", "'")
+        if quote == "'":
+            body = body.replace('\\"', '"').replace('"', '\\"')
+        with contextlib.suppress(ValueError):  # a broken escape: the characters stay as they stand
+            inside = json.loads(f'"{body}"', strict=False)
+    return clean_label(inside)
