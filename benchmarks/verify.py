@@ -60,7 +60,8 @@ def table(results: list[dict[str, Any]]) -> str:
     """One line per run, and per demo the mean over seeds with the standard deviation of each change.
 
     The score is the one the demo reports (sampled answers where it samples), then the same for greedy answers. A demo
-    that compares several models adds a line for each, with means over seeds.
+    that compares several models adds a line for each, with means over seeds; one that counts, a line for the share of
+    answers with the exact number.
     """
     scores = f"{'before':>7} {'after':>7} {'change':>15}"
     lines = [f"{'demo':25} {'metric':9} {'seed':>5} {scores} | greedy {scores} {'seconds':>8}"]
@@ -69,12 +70,14 @@ def table(results: list[dict[str, Any]]) -> str:
         for row in rows:
             lines.append(_line(name, row["metric"], str(row["seed"]), [row]))
         lines.append(_line(name, rows[0]["metric"], "mean", rows))
+        if "exact_before" in rows[0]:
+            lines.append(_line(name, "exact", "mean", rows, "exact_"))
         lines += _compared(rows)
     return "\n".join(lines)
 
 
-def _line(name: str, metric: str, seed: str, rows: list[dict[str, Any]]) -> str:
-    cells = [_scores(rows, ""), _scores(rows, "greedy_")]
+def _line(name: str, metric: str, seed: str, rows: list[dict[str, Any]], key: str = "") -> str:
+    cells = [_scores(rows, key), _scores(rows, f"greedy_{key}")]
     return f"{name:25} {metric:9} {seed:>5} {cells[0]} |        {cells[1]} {mean(r['seconds'] for r in rows):8.0f}"
 
 

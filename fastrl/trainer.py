@@ -21,6 +21,7 @@ from fastrl.engine.local import Engine, NonFiniteError, StepInfo, make_engine
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
 from fastrl.pictures import PictureError
 from fastrl.recipe import Recipe
+from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
 from fastrl.run.checkpoint import RunState
 from fastrl.run.folder import open_run_folder
@@ -207,6 +208,8 @@ class Run:
             self._prefetch(records, more=number < recipe.optim.steps)
         try:
             prepared = method.prepare(records)
+        except RewardError as error:
+            raise TrainingError(f"step {number}: {error}") from error
         except FloatingPointError as error:  # the sampler met logits that are not finite
             names = ", ".join(record.id for record in records[:20])
             raise TrainingError(f"step {number}: {error}. Records of the step: {names}") from None

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from fastrl.answers.text import answer_region
 from fastrl.captions.coco import LONGEST, PHRASES
 from fastrl.captions.lexicon import (
     ADJECTIVE_ENDINGS,
@@ -64,8 +65,8 @@ class Thing:
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words and punctuation marks of a caption."""
-    return _WORD.findall(answer_region(text[:MAX_CHARACTERS]).lower())
+    """Lower-case words and punctuation marks of a caption; what a model thinks before it is none of it."""
+    return _WORD.findall(answer_region(text)[:MAX_CHARACTERS].lower())
 
 
 def phrase_at(words: list[str], at: int) -> tuple[int, str | None] | None:

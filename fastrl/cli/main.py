@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,6 +102,7 @@ def evaluate(
     critic: Annotated[str, typer.Option(metavar="SPEC", help="With --reflect: rule, model:DIR or http:URL")] = "rule",
     attention: Annotated[Path | None, typer.Option(metavar="DIR", help="With --reflect: where answers look.")] = None,
     soft: Annotated[str | None, typer.Option(metavar="DIR", help="Captions: sentence-embedding model.")] = None,
+    normalise: Annotated[str | None, typer.Option(help="OCR: nfc, or none (the texts as they are) [nfc].")] = None,
     out: Annotated[Path | None, typer.Option(help="Write answers and metrics to this JSONL file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -141,6 +143,7 @@ def evaluate(
         skip_bad=skip_bad,
         blank_images=blank_images,
         soft=soft,
+        normalise=normalise,
         out=out,
         say=say,
     )
@@ -353,13 +356,14 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def _print_metrics(metrics: dict[str, float], as_json: bool) -> None:
+def _print_metrics(metrics: Mapping[str, float | None], as_json: bool) -> None:
     if as_json:
-        print_json(metrics)
+        print_json(dict(metrics))
         return
     width = max(14, *(len(name) for name in metrics))
     for name, value in metrics.items():
-        print(f"{name:>{width}}  {value:.4f}" if isinstance(value, float) else f"{name:>{width}}  {value}")
+        shown = "not defined" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        print(f"{name:>{width}}  {shown}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fastrl.captions import Similarity
 from fastrl.data.records import Record
@@ -18,8 +18,11 @@ from fastrl.evaluate.qa import evaluate_qa
 from fastrl.evaluate.refcoco import evaluate_grounding
 from fastrl.evaluate.trajectory import evaluate_trajectory
 from fastrl.rewards.base import unknown
+from fastrl.rewards.ocr import Normalise
 
-EVALUATIONS: dict[str, Callable[[Sequence[Record], Sequence[str]], dict[str, float]]] = {
+Metrics = Mapping[str, float | None]  # None: not defined for these records
+
+EVALUATIONS: dict[str, Callable[[Sequence[Record], Sequence[str]], Metrics]] = {
     "grounding": evaluate_grounding,
     "counting": evaluate_counting,
     "detection": evaluate_detection,
@@ -31,16 +34,23 @@ EVALUATIONS: dict[str, Callable[[Sequence[Record], Sequence[str]], dict[str, flo
 
 
 def evaluate(
-    task: str, records: Sequence[Record], answers: Sequence[str], *, similarity: Similarity | None = None
-) -> dict[str, float]:
+    task: str,
+    records: Sequence[Record],
+    answers: Sequence[str],
+    *,
+    similarity: Similarity | None = None,
+    normalise: Normalise = "nfc",
+) -> Metrics:
     """Metrics of ``answers[i]`` as an answer to ``records[i]``; all but the counts are shares or means in [0, 1].
 
     - grounding: ``acc@0.5 acc@0.75 acc@0.95 mean_iou``
     - counting: ``accuracy``
-    - detection: ``AP AP50 AP75`` (−1 where the data holds no object, as pycocotools says it)
+    - detection: ``AP AP50 AP75`` (None where the data holds no object: it is not defined then), and
+      ``dropped unlabelled unknown_label``, boxes that are not scored (``evaluate_detection``)
     - caption: ``score capture``, ``object_precision … relation_f1``, ``false_facts false_captions chair_i chair_s``
       (see ``evaluate_caption``, which ``similarity`` is for)
     - ocr: ``edit_distance`` (lower is better) ``f1 precision recall bleu meteor``
+      (``normalise``: see ``evaluate_ocr``)
     - trajectory: ``mean_iou recall@0.5 identity_accuracy``, with py-motmetrics ``mota idf1`` (``evaluate_trajectory``)
     - qa: ``accuracy``, ``accuracy_TYPE``, of yes/no questions ``precision recall f1 yes_rate``
 
@@ -61,7 +71,9 @@ def evaluate(
             raise ValueError(f"{record.source or record.id}: a {record.task} record cannot be evaluated as {task}")
     if task == "caption":
         return evaluate_caption(records, answers, similarity)
+    if task == "ocr":
+        return evaluate_ocr(records, answers, normalise=normalise)
     return EVALUATIONS[task](records, answers)
 
 
-__all__ = ["EVALUATIONS", "PredictionError", "Predictions", "evaluate", "load_predictions"]
+__all__ = ["EVALUATIONS", "Metrics", "PredictionError", "Predictions", "evaluate", "load_predictions"]

@@ -54,19 +54,21 @@ def category_names(records: Sequence[Record]) -> Mapping[int | str, str]:
     return dict(COCO_2017)
 
 
-def evaluate_detection(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
-    """``AP`` (mean over IoU 0.5 to 0.95), ``AP50``, ``AP75``, ``n`` and ``unparsable``.
+def evaluate_detection(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float | None]:
+    """``AP`` (mean over IoU 0.5 to 0.95), ``AP50``, ``AP75``, ``n``, ``unparsable``, and what explains a low AP.
 
-    Boxes are brought to pixels of the original image. Labels outside the records' categories are dropped; labels are
-    compared without regard to case. Boxes of equal score rank by image id, then as the answer lists them, so the order
-    of the records changes nothing. Crowd regions are ignored as in COCO.
+    AP is None where the data holds no object: it is not defined then. Boxes are brought to pixels of the original
+    image. Labels are compared without regard to case. Of the boxes of all answers, ``dropped`` are malformed,
+    ``unlabelled`` have no label that could be read, and ``unknown_label`` have one outside the records' categories:
+    none of these is scored, and none counts against the answer. Boxes of equal score rank by image id, then as the
+    answer lists them, so the order of the records changes nothing. Crowd regions are ignored as in COCO.
     """
     names = sorted({label_key(name) for record in records for name in record.target["categories"]})
     category_of = {name: i for i, name in enumerate(names, 1)}
     image_ids = _image_ids(records)
     truths: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
-    unparsable = 0
+    counts = dict.fromkeys(("unparsable", "dropped", "unlabelled", "unknown_label"), 0)
     for image_id, record, answer in zip(image_ids, records, answers, strict=True):
         target = record.target
         crowd = target.get("crowd") or [False] * len(target["boxes"])
@@ -74,14 +76,18 @@ def evaluate_detection(records: Sequence[Record], answers: Sequence[str]) -> dic
             row = _row(len(truths) + 1, image_id, category_of[label_key(label)], box)
             truths.append({**row, "iscrowd": int(is_crowd)})
         parsed = read_boxes(answer, MAX_BOXES)
-        unparsable += not parsed.parsable
+        counts["unparsable"] += not parsed.parsable
+        counts["dropped"] += parsed.dropped
         for item, box in zip(parsed.items, to_pixels(parsed, record), strict=True):
             category = category_of.get(label_key(item.label))
-            if category is not None:
+            if category is None:
+                counts["unlabelled" if item.label is None else "unknown_label"] += 1
+            else:
                 row = _row(len(found) + 1, image_id, category, box)
                 found.append({**row, "iscrowd": 0, "score": 1.0 if item.score is None else item.score})
     stats = _average_precision(image_ids, sorted(category_of.values()), truths, found)
-    return {"AP": stats[0], "AP50": stats[1], "AP75": stats[2], "n": len(answers), "unparsable": unparsable}
+    defined = [None if value < 0 else value for value in stats]  # pycocotools says -1
+    return {"AP": defined[0], "AP50": defined[1], "AP75": defined[2], "n": len(answers), **counts}
 
 
 def _image_ids(records: Sequence[Record]) -> list[int]:

@@ -6,9 +6,9 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 
-from fastrl.answers import plain_answer
+from fastrl.answers import canonical
 from fastrl.data.records import Record
-from fastrl.rewards.ocr import answer_readings, edit_distance
+from fastrl.rewards.ocr import Normalise, answer_readings, edit_distance
 from fastrl.rewards.reading import MAX_CHARACTERS
 
 MAX_WORDS = 10_000  # BLEU and METEOR look at this many words of a text; a dense page has about a thousand
@@ -90,21 +90,31 @@ def meteor(answer: Sequence[str], truth: Sequence[str]) -> float:
 
 
 def evaluate_ocr(
-    records: Sequence[Record], answers: Sequence[str], *, segment: Segmenter | None = None
+    records: Sequence[Record],
+    answers: Sequence[str],
+    *,
+    segment: Segmenter | None = None,
+    normalise: Normalise = "nfc",
 ) -> dict[str, float]:
     """Means over pages of ``edit_distance f1 precision recall bleu meteor``; an empty answer counts as unparsable.
 
-    Answer tags, special tokens and a code fence around the answer do not count, unless the page has them too (of both
-    readings, the one nearer to the page is taken), nor does white space at the ends. Inside, texts are compared as they
-    are: the reward collapses white space, the published metric does not.
+    Answers are read as the reward reads them (``rewards.ocr.answer_readings``); of two readings, the one nearer to the
+    page is taken. White space at the ends does not count. Inside, texts are compared as they are: the reward collapses
+    white space, the published metric does not. ``normalise="none"`` compares answer and page as they are, the form that
+    was published: no tags and fences removed, no Unicode normalisation, ends included.
     """
     rows: list[tuple[float, ...]] = []
+    unparsable = 0
     for record, given in zip(records, answers, strict=True):
-        truth = record.target["text"].strip()
-        readings = {reading: normalised_edit_distance(reading, truth) for reading in answer_readings(given)}
+        if normalise == "none":
+            truth, texts = record.target["text"], [given]
+        else:
+            truth, texts = canonical(record.target["text"].strip()), answer_readings(given, record.target["text"])
+        unparsable += not any(text.strip() for text in texts)
+        readings = {text: normalised_edit_distance(text, truth) for text in texts}
         answer = min(readings, key=readings.__getitem__)
         a, b = words(answer, segment), words(truth, segment)
         rows.append((readings[answer], *word_set_scores(a, b), bleu(a, b), meteor(a, b)))
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     result = dict(zip(("edit_distance", "f1", "precision", "recall", "bleu", "meteor"), means, strict=True))
-    return {**result, "n": len(rows), "unparsable": sum(not plain_answer(answer) for answer in answers)}
+    return {**result, "n": len(rows), "unparsable": unparsable}

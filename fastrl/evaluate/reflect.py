@@ -277,7 +277,7 @@ def evaluate_reflection(
     failed = next((reflection.error for reflection in found if reflection.error), "")
     if failed:
         raise CriticError(f"{failed}; {len(found)} of {len(records)} dialogues" + (f" are in {out}" if out else ""))
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
     for number in range(turns):
         answers = [reflection.turns[number].answer for reflection in found]
         of_turn = evaluate("caption", records, answers, similarity=similarity)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
@@ -13,10 +13,11 @@ from fastrl.answers import check_frame
 from fastrl.data import load_data
 from fastrl.data.blank import BlankImages
 from fastrl.data.records import Record
-from fastrl.evaluate import EVALUATIONS, evaluate, load_predictions
+from fastrl.evaluate import EVALUATIONS, Metrics, evaluate, load_predictions
 from fastrl.evaluate.predictions import RESIZE, row_of
 from fastrl.models.open import open_policy
 from fastrl.rewards.base import unknown
+from fastrl.rewards.ocr import Normalise
 
 if TYPE_CHECKING:
     from fastrl.batch import Completion
@@ -66,14 +67,16 @@ def run_evaluation(
     skip_bad: bool = False,
     blank_images: bool = False,
     soft: str | None = None,
+    normalise: str | None = None,
     out: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, float]:
+) -> Metrics:
     """Metrics of a model (greedy answers) or of a predictions file on the data named by ``spec``.
 
     ``frame`` and ``pixels`` (least and most; None: the usual) say what a file's coordinates mean, see
     :func:`load_predictions`. With ``blank_images`` the model sees grey pictures of the same size: what it scores then
-    it knows from the text. ``soft`` is a sentence-embedding model for the soft matching of captions.
+    it knows from the text. ``soft`` is a sentence-embedding model for the soft matching of captions, and ``normalise``
+    says how pages are compared (see ``evaluate_ocr``; None: ``nfc``).
 
     Raises:
         ValueError: an unknown task, not exactly one of ``model`` and ``predictions``, bad data or other records.
@@ -83,6 +86,10 @@ def run_evaluation(
     if (model is None) == (predictions is None):
         raise ValueError("give either --model or --predictions")
     check_frame(frame)
+    if normalise is not None and task != "ocr":
+        raise ValueError(f"--normalise says how texts of pages are compared: it goes with eval ocr, not eval {task}")
+    if normalise not in (None, *get_args(Normalise)):
+        raise ValueError(unknown("value of --normalise", normalise, get_args(Normalise)))
     if model is not None and frame != "auto":
         raise ValueError("--frame says what the coordinates of --predictions mean; those of a model are its own")
     if pixels != (None, None) and frame != "resized":
@@ -109,7 +116,13 @@ def run_evaluation(
     else:
         assert model is not None
         seen, answers = _model_answers(task, model, records, max_new_tokens)
-    metrics = evaluate(task, seen, answers, similarity=caption_similarity(task, soft))
+    metrics = evaluate(
+        task,
+        seen,
+        answers,
+        similarity=caption_similarity(task, soft),
+        normalise="none" if normalise == "none" else "nfc",
+    )
     if out is not None:
         _write(out, seen, answers, metrics)
     return metrics
@@ -145,7 +158,7 @@ def _model_answers(
     return [record for record, _ in answered], [completions[0].text for _, completions in answered]
 
 
-def _write(out: Path, records: Sequence[Record], answers: Sequence[str], metrics: dict[str, float]) -> None:
+def _write(out: Path, records: Sequence[Record], answers: Sequence[str], metrics: Metrics) -> None:
     with out.open("w", encoding="utf-8") as file:
         for record, answer in zip(records, answers, strict=True):
             file.write(json.dumps(row_of(record, answer)) + "\n")

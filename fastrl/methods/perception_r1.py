@@ -11,6 +11,7 @@ per rollout, so that ρ = 1 and the clip never acts; both are covered here.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from fastrl.batch import PackedBatch, PromptGroup
 from fastrl.methods.base import Context, MethodOptions, Prepared, set_token_weights
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
+from fastrl.rewards.checked import checked_scores
 from fastrl_kernels.group_advantage import group_advantage
 from fastrl_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
@@ -69,6 +71,7 @@ class PerceptionR1:
         self.temperature = context.rollout.temperature
         self.needs_reference = options.beta > 0
         self._rewards = RecipeRewards(context.reward)
+        self._counts: dict[str, list[int]] = {}  # of the step's answers, what explains a low reward
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """Sample, score and compare G answers to each record; the groups that carry gradient, with their token weights.
@@ -81,6 +84,7 @@ class PerceptionR1:
         sampled: list[PromptGroup] = []
         kept: list[PromptGroup] = []
         wanted, constant_groups, rounds = len(records), 0, 0
+        self._counts = {}
         while True:
             groups = self._sample(records)
             constant = self._compare(groups)
@@ -98,6 +102,7 @@ class PerceptionR1:
             "groups/zero_variance": float(constant_groups),
             "groups/kept": float(len(kept)),
             "groups/resample_rounds": float(rounds),
+            **{name: statistics.fmean(counts) for name, counts in self._counts.items()},
         }
         return Prepared(groups=[g for g in kept if self._carries_gradient(g)], sampled=sampled, metrics=metrics)
 
@@ -145,10 +150,13 @@ class PerceptionR1:
         for task, members in by_task.items():
             answers = [(c, g.record) for g in members for c in g.completions]
             reward = self._rewards.of(task)
-            components = reward.score([c.text for c, _ in answers], [r for _, r in answers if r is not None])
-            for i, ((completion, _), value) in enumerate(zip(answers, reward.total(components), strict=True)):
-                completion.rewards = {name: values[i] for name, values in components.items()}
+            texts, records = [c.text for c, _ in answers], [r for _, r in answers if r is not None]
+            components, totals = checked_scores(reward, texts, records)
+            for i, ((completion, _), value) in enumerate(zip(answers, totals, strict=True)):
+                completion.rewards = {name: v[i] for name, v in components.items() if v[i] is not None}
                 completion.scalars["reward"] = value
+            for name, counts in reward.diagnose(texts, records).items():
+                self._counts.setdefault(f"answers/{name}", []).extend(counts)
 
     def _compare(self, groups: Sequence[PromptGroup]) -> list[bool]:
         """Advantages within each group; which groups have none."""

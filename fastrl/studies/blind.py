@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastrl.data import load_data
 from fastrl.data.blank import BlankImages
-from fastrl.evaluate import EVALUATIONS, evaluate
+from fastrl.evaluate import EVALUATIONS, Metrics, evaluate
 from fastrl.evaluate.run import MAX_NEW_TOKENS, sample_records
 from fastrl.recipe import Recipe, build_recipe
 from fastrl.rewards.base import unknown
@@ -74,8 +74,8 @@ def run_study(
     out = out if out is not None else Path("runs") / f"study-{recipe.name}"
     if any((out / _folder(blank)).exists() for blank in ROWS.values()):
         raise CheckpointError(f"{out} already holds a study: choose another --out")
-    metrics: dict[str, dict[str, dict[str, float]]] = {}
-    before: dict[str, dict[str, float]] | None = None
+    metrics: dict[str, dict[str, Metrics]] = {}
+    before: dict[str, Metrics] | None = None
     for name, blank in ROWS.items():
         values = recipe.model_dump(mode="json")
         values["data"]["blank_images"] = blank
@@ -85,6 +85,8 @@ def run_study(
         if before is None:
             say(f"measuring {len(records)} held-out records before training …")
             before = _measure(policy, records, task, length)
+        if before["seen"][SHOWN[task]] is None:
+            raise ValueError(f"{held_out}: holds no object, so {SHOWN[task]} is not defined")
         say(f"training {name}: {run.optim.steps} steps …")
         train(run, policy=policy)
         say("measuring again …")
@@ -128,7 +130,7 @@ def _folder(blank: bool) -> str:
     return "without-image" if blank else "with-image"
 
 
-def _measure(policy: Policy, records: Sequence[Record], task: str, length: int) -> dict[str, dict[str, float]]:
+def _measure(policy: Policy, records: Sequence[Record], task: str, length: int) -> dict[str, Metrics]:
     """Metrics of greedy answers, on the pictures and on grey ones."""
     from fastrl.rollout import Sampling
 

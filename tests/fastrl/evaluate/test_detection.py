@@ -21,6 +21,7 @@ from fastrl.evaluate import evaluate, load_predictions
 from fastrl.evaluate.coco import COCO_2017
 
 NAMES = ["cat", "dog", "hot dog"]
+CLEAN = dict.fromkeys(("unparsable", "dropped", "unlabelled", "unknown_label"), 0)
 
 
 def record(name: str, boxes: Sequence[Sequence[float]], labels: Sequence[str], **fields: Any) -> Record:
@@ -45,7 +46,7 @@ def test_truth_as_prediction_scores_one_on_real_coco_with_crowds(real: list[Reco
         for r in records
         for names in [[n for n, c in zip(r.target["labels"], r.target["crowd"], strict=True) if not c]]
     ]
-    perfect = {"AP": 1.0, "AP50": 1.0, "AP75": 1.0, "n": len(real), "unparsable": 0}
+    perfect = {"AP": 1.0, "AP50": 1.0, "AP75": 1.0, "n": len(real), **CLEAN}
     assert evaluate("detection", records, without_crowd) == pytest.approx(perfect)
     with_crowd = [answer(r.target["boxes"], r.target["labels"]) for r in records]
     assert evaluate("detection", records, with_crowd) == pytest.approx(
@@ -124,7 +125,9 @@ def test_labels_outside_the_set_are_dropped_not_counted_against() -> None:
     row = record("1", [[0, 0, 10, 10]], ["cat"])
     extra = answer([[0, 0, 10, 10], [50, 50, 60, 60]], ["unicorn", "Cat "])
     only = answer([[50, 50, 60, 60]], ["cat"])
-    assert evaluate("detection", [row], [extra]) == evaluate("detection", [row], [only])
+    got = evaluate("detection", [row], [extra])
+    assert {**got, "unknown_label": 0} == evaluate("detection", [row], [only])
+    assert got["unknown_label"] == 1
     assert evaluate("detection", [row], [answer([[0, 0, 10, 10]] * 2, ["unicorn", "CAT"])])["AP"] == pytest.approx(1.0)
 
 
@@ -144,7 +147,29 @@ def test_unparsable_and_inverted_answers_find_nothing() -> None:
     assert (got["n"], got["unparsable"]) == (4, 1)
     assert 0.0 < got["AP"] < 0.3
     nothing = evaluate("detection", rows[:1], ["x"])
-    assert nothing == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0, "n": 1, "unparsable": 1}
+    assert nothing == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0, "n": 1, **CLEAN, "unparsable": 1}
+
+
+def test_an_ap_of_nothing_explains_itself() -> None:
+    row = record("1", [[0, 0, 10, 10]], ["cat"])
+    items = [{"bbox_2d": [0, 0, 10, 10], "class_id": 3}, {"bbox_2d": [0, 0, 10, 10], "class": "unicorn"}]
+    got = evaluate("detection", [row], [json.dumps([*items, {"bbox_2d": [1, 2]}])])
+    assert got == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0, "n": 1, "unparsable": 0, "dropped": 1, "unlabelled": 1,
+                   "unknown_label": 1}  # fmt: skip
+    read = json.dumps([{"BBox": [0, 0, 10, 10], "Class_Name": "Cat", "Confidence": 0.5}])
+    assert evaluate("detection", [row], [read])["AP"] == pytest.approx(1.0)
+
+
+def test_ap_is_not_defined_without_objects() -> None:
+    got = evaluate("detection", [record("1", [], [])], ["[]"])
+    assert (got["AP"], got["AP50"], got["AP75"]) == (None, None, None)
+    assert json.loads(json.dumps(got))["AP"] is None
+
+
+def test_canonically_equal_labels_are_equal() -> None:
+    row = replace(record("1", [[0, 0, 10, 10]], ["caf\u00e9"]), target={"boxes": [[0, 0, 10, 10]],
+                  "labels": ["caf\u00e9"], "crowd": [False], "categories": ["caf\u00e9"]})  # fmt: skip
+    assert evaluate("detection", [row], [answer([[0, 0, 10, 10]], ["cafe\u0301"])])["AP"] == pytest.approx(1.0)
 
 
 def test_duplicate_records_are_refused() -> None:

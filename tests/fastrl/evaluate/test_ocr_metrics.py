@@ -25,6 +25,14 @@ def test_a_page_that_holds_markup_itself_can_be_read_exactly() -> None:
     assert evaluate_ocr([record("print(1)")], [page])["edit_distance"] == 0.0  # a fence of the answer's own
 
 
+def test_pages_are_compared_in_composed_form_or_as_they_are() -> None:
+    rows, answers = [record("caf\u00e9")] * 2, ["cafe\u0301", "```\ncaf\u00e9\n```"]
+    assert evaluate("ocr", rows, answers)["edit_distance"] == 0.0
+    assert evaluate("ocr", rows, answers)["f1"] == 1.0
+    raw = evaluate("ocr", rows, answers, normalise="none")
+    assert raw["edit_distance"] == pytest.approx((2 / 5 + 8 / 12) / 2)
+
+
 def test_edit_distance_is_over_the_longer_text() -> None:
     assert normalised_edit_distance("kitten", "sitting") == pytest.approx(3 / 7)
     assert normalised_edit_distance("", "abcd") == 1.0

@@ -119,6 +119,85 @@ def test_columns_of_known_layouts_are_understood() -> None:
     assert sized.views[0].resized_height == 48
 
 
+@pytest.mark.parametrize("wrap", ["{}", " {} ", "<answer>{}</answer>", "<ANSWER>\n{}\n</ANSWER>"])
+@pytest.mark.parametrize(
+    ("task", "row", "plain"),
+    [
+        ("grounding", {"solution": "[1, 2, 30, 40]"}, {"solution": [1, 2, 30, 40]}),
+        ("grounding", {"bbox": "[1, 2, 30, 40]"}, {"bbox": [1, 2, 30, 40]}),
+        ("grounding", {"ground_truth": '{"box": [1, 2, 30, 40]}'}, {"box": [1, 2, 30, 40]}),
+        ("counting", {"count": "3"}, {"count": 3}),
+        ("counting", {"points": "[[1, 2], [3, 4]]"}, {"points": [[1, 2], [3, 4]]}),
+        ("counting", {"points": '{"x": [1, 3], "y": [2, 4]}'}, {"points": [[1, 2], [3, 4]]}),
+        ("detection", {"boxes": "[[1, 2, 3, 4]]", "labels": '["a"]'}, {"boxes": [[1, 2, 3, 4]], "labels": ["a"]}),
+        ("trajectory", {"tracks": '[{"boxes": {"1": [1, 2, 3, 4]}}]'}, {"tracks": [{"boxes": {1: [1, 2, 3, 4]}}]}),
+    ],
+)
+def test_json_text_means_the_same_in_every_truth_column(
+    task: str, row: dict[str, Any], plain: dict[str, Any], wrap: str
+) -> None:
+    written = {name: wrap.format(value) for name, value in row.items()}
+    assert record_from(task, written).target == record_from(task, plain).target
+
+
+def test_text_that_looks_like_json_stays_text_where_text_is_meant() -> None:
+    assert record_from("ocr", {"text": "[1]"}).target == {"text": "[1]"}
+    assert record_from("grounding", {"box": [1, 2, 3, 4], "expression": "[7]"}).target["expression"] == "[7]"
+
+
+def test_a_count_written_as_a_float_is_a_count() -> None:
+    assert record_from("counting", {"count": 2.0}).target["count"] == 2
+    assert record_from("counting", {"count": "2.0"}).target["count"] == 2
+
+
+def test_rows_of_another_task_give_none_under_trl() -> None:
+    logged: dict[str, float] = {}
+    columns: dict[str, Any] = {
+        "box": [[0, 0, 10, 10], None, None, None],
+        "count": [None, 2, None, None],
+        "text": [None, None, "page", None],
+        "labels": [None, None, None, ["dog"]],
+        "boxes": [None, None, None, [[0, 0, 10, 10]]],
+    }
+    answers = [GOOD, "[]", "page", '[{"bbox_2d": [0, 0, 10, 10], "label": "dog"}]']
+    got = {
+        task: reward_for(task, **({} if task == "ocr" else {"format": "none"}))(completions=answers, **columns)
+        for task in ("grounding", "ocr", "detection")
+    }
+    assert got == {
+        "grounding": [1.0, None, None, None],
+        "ocr": [None, None, 1.0, None],
+        "detection": [None, None, None, 4.0 - 1.0],
+    }
+    counting = reward_for("counting", score_by="count", format="none")
+    assert counting(completions=answers, log_metric=logged.__setitem__, **columns) == [None, 0.0, None, None]
+    assert logged == {"counting/points": 0.0}
+    named = grounding_reward(completions=[GOOD] * 2, box=[[0, 0, 10, 10]] * 2, task=["counting", "grounding"])
+    assert named == [None, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "message"),
+    [
+        ("grounding", {"box": [[1, 2, 3]], "count": [None]}, "row 0: 'box': expected 4 finite numbers"),
+        ("grounding", {"label": ["x"]}, "row 0: the grounding reward needs the truth"),
+        ("detection", {"boxes": [[[1, 2, 3, 4]]], "labels": [5]}, "'labels': expected a list of strings"),
+        ("counting", {"count": ["two"]}, "'count' must be a whole number"),
+        ("grounding", {"task": ["grounding"], "text": ["x"]}, "needs the truth in 'box'"),
+    ],
+)
+def test_malformed_truth_of_this_task_still_raises_under_trl(task: str, columns: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reward_for(task)(completions=["x"], **columns)
+
+
+def test_trl_is_told_of_labels_that_were_not_read() -> None:
+    logged: dict[str, float] = {}
+    text = '[{"bbox_2d": [0, 0, 10, 10], "class_id": 1}, {"bbox_2d": [0, 0, 10, 10], "class": "cow"}]'
+    detection_reward(completions=[text], boxes=[[[0, 0, 10, 10]]], labels=[["dog"]], log_metric=logged.__setitem__)
+    assert (logged["detection/unlabelled"], logged["detection/unknown_label"]) == (1.0, 1.0)
+
+
 def test_answer_text_of_odd_completions() -> None:
     assert answer_text([]) == ""
     assert answer_text([{"role": "assistant", "content": None}]) == ""

@@ -52,6 +52,33 @@ def test_a_page_that_holds_markup_itself_can_be_read_exactly(page: str) -> None:
     assert text_similarity(f" {page}\n", page) == 1.0
 
 
+def test_canonically_equal_texts_are_equal() -> None:
+    assert text_similarity("cafe\u0301", "caf\u00e9") == text_similarity("caf\u00e9", "cafe\u0301") == 1.0
+    assert text_similarity("\u2460", "1") == 0.0  # compatible is not canonical: no NFKC
+    marks = "a" + "\u0327\u0301" * 100_000
+    assert text_similarity(marks, "a") < 0.01  # not put in order, which would take hours
+
+
+def test_normalise_none_compares_the_text_as_it_is() -> None:
+    reward = reward_for("ocr", normalise="none")
+    answers = ["kitten", "```\nkitten\n```", "<answer>kitten</answer>", "kitten<|im_end|>"]
+    got = reward(answers, record("kitten"))["text"]
+    assert got == pytest.approx([1.0, 6 / 14, 6 / 23, 6 / 16])
+    assert reward(["cafe\u0301"], record("caf\u00e9"))["text"] == pytest.approx([0.6])
+    with pytest.raises(ValueError, match="known: nfc, none"):
+        reward_for("ocr", normalise="nfkc")
+
+
+@pytest.mark.parametrize("answer", ["<think>hello world", "<THINK>hello world</think>", "<think>hello world</think> "])
+def test_a_thought_about_the_page_is_not_paid(answer: str) -> None:
+    assert text_similarity(answer, "hello world") == 0.0
+    assert reward_for("ocr").readable([answer], [record("hello world")]) == [False]
+    assert text_similarity("<think>one</think> hello world", "hello world") == 1.0
+    assert text_similarity("<think>", "") == 0.0
+    page = "one </think> two"
+    assert text_similarity(f"<think>{page}</think>", page) < 1.0
+
+
 def test_white_space_is_collapsed_on_both_sides() -> None:
     assert text_similarity("a\n\n b\tc ", "a b  c") == 1.0
     assert text_similarity("ab c", "a b c") == pytest.approx(0.8)

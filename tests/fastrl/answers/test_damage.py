@@ -1,0 +1,184 @@
+"""Damaged, cut and oddly spelled answers: one item's damage is its own, and the work grows with the text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastrl.answers import Parsed, parse_boxes, parse_points
+from fastrl.answers.parse import parse_scanned
+from fastrl.answers.scan import Scanner
+from tests.helpers.answers import FORMS, hostile_texts, list_of_boxes
+
+LABELS = ["b 27", "a dog's", 'a "big" cat', "x: [1, 2]", "狗，大", "b"]
+
+
+def labelled(parsed: Parsed) -> list[tuple[tuple[float, ...], str | None]]:
+    return [(item.box, item.label) for item in parsed]
+
+
+# ---- one damaged item
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ('"label": "b"', '"label": "b" 27"'),
+        ('"label": "b"', '"label": "b'),
+        ('"label": "b"', '"label": b"'),
+        ('"label": "b"}', '"label": "b"'),
+        ('{"bbox_2d"', '"bbox_2d"'),
+        ("[5, 6, 7, 8]", "[5, 6, 7, 8"),
+        ("[5, 6, 7, 8]", "[5, 6, x, 8]"),
+        ("[5, 6, 7, 8]", '[5, 6, "7, 8]'),
+        ("[5, 6, 7, 8]", "[5, 6, {7, 8]"),
+        ('"bbox_2d":', '"bbox_2d'),
+        (", ", ' "" , '),
+    ],
+    ids=lambda pair: pair[1],
+)
+def test_one_damaged_item_leaves_its_neighbours_alone(damage: tuple[str, str], place: int) -> None:
+    items = ['{"bbox_2d": [1, 2, 3, 4], "label": "a"}', '{"bbox_2d": [9, 10, 11, 12], "label": "c"}']
+    items.insert(place, '{"bbox_2d": [5, 6, 7, 8], "label": "b"}'.replace(*damage))
+    parsed = parse_boxes(f"[{', '.join(items)}]")
+    left = [found for found in labelled(parsed) if found[0] != (5, 6, 7, 8)]
+    assert left == [((1, 2, 3, 4), "a"), ((9, 10, 11, 12), "c")]
+    assert len(parsed) - 2 + parsed.dropped == 1  # the damaged one is an item, or counted
+
+
+@settings(max_examples=300)
+@given(data=st.data(), form=st.sampled_from(FORMS), n=st.integers(2, 5))
+def test_n_minus_one_items_survive_any_damage_to_one(data: st.DataObject, form: Any, n: int) -> None:
+    """Characters of one item of a list are deleted, replaced or put in; the others keep boxes and labels."""
+    boxes = [(10.0 + i, 20.0 + i, 300.0 + i, 400.0 + i) for i in range(n)]
+    names = [f"{data.draw(st.sampled_from(LABELS))} {i}" for i in range(n)]
+    items = [form.item(box, name) for box, name in zip(boxes, names, strict=True)]
+    hit = data.draw(st.integers(0, n - 1))
+    at = data.draw(st.integers(0, len(items[hit])))
+    cut = data.draw(st.integers(0, 3))
+    put = data.draw(st.text(form.damage, max_size=2))
+    items[hit] = items[hit][:at] + put + items[hit][at + cut :]
+    found = iter(labelled(parse_boxes(form.join(items))))
+    want = [
+        (box, name if form.labels else None) for i, (box, name) in enumerate(zip(boxes, names, strict=True)) if i != hit
+    ]
+    missing = [pair for pair in want if pair not in found]
+    assert not missing, form.join(items)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_a_cut_reply_keeps_each_item_whose_numbers_are_complete(form: Any) -> None:
+    boxes = [(11, 21, 31, 41), (12, 22, 32, 42), (13, 23, 33, 43)]
+    text = form.join([form.item(box, f"cat {i}") for i, box in enumerate(boxes)])
+    ends = [text.index(str(box[3])) + 2 for box in boxes]
+    for cut in range(len(text) + 1):
+        found = [item.box for item in parse_boxes(text[:cut])]
+        complete = sum(end <= cut for end in ends)
+        assert found[:complete] == [tuple(map(float, box)) for box in boxes[:complete]]
+        assert len(found) <= complete + 1  # at most the item that is being written
+
+
+# ---- keys, labels and punctuation
+
+
+@pytest.mark.parametrize("key", ["bbox_2d", "BBox_2D", "bbox", "Box", "bounding_box", "bbox2d", "BBOX"])
+@pytest.mark.parametrize("name", ["label", "Label", "class", "class_name", "category_name", "Name", "categoryName"])
+def test_keys_count_in_any_case_and_labels_under_their_usual_names(key: str, name: str) -> None:
+    (item,) = parse_boxes(json.dumps([{key: [1, 2, 3, 4], name: "dog", "Confidence": 0.5}]))
+    assert (item.box, item.label, item.score) == ((1, 2, 3, 4), "dog", 0.5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[12, 34, 56, 78,]",
+        "[[12,34],[56,78]]",
+        '{"x1": 12, "y1": 34, "x2": 56, "y2": 78}',
+        '{"X1": 12, "Y1": 34, "X2": 56, "Y2": 78}',
+        '{"xmin": 12, "ymin": 34, "xmax": 56, "ymax": 78}',
+        '{"x0": 12, "y0": 34, "x1": 56, "y1": 78}',
+        '{"bbox_2d"：[12，34，56，78]}',
+        "［12，34，56，78］",
+        "（12，34，56，78）",
+        '{"bbox_2d": [[12, 34], [56, 78]]}',
+        '{"bbox_2d": [[12, 34, 56, 78]]}',
+        '{"bbox": {"x1": 12, "y1": 34, "x2": 56, "y2": 78}}',
+        "{'bbox_2d': [12, 34, 56, 78],}",
+        "{bbox_2d: [12, 34, 56, 78]}",
+        "bbox_2d: [12, 34, 56, 78]",
+        "“bbox_2d”: [12, 34, 56, 78]",
+        "<ANSWER>[12, 34, 56, 78]</Answer>",
+    ],
+)
+def test_every_spelling_of_one_box(text: str) -> None:
+    assert [item.box for item in parse_boxes(text)] == [(12, 34, 56, 78)]
+
+
+def test_a_label_is_counted_where_it_cannot_be_read() -> None:
+    parsed = parse_boxes('[{"bbox_2d": [1, 2, 3, 4], "class_id": 3}, {"bbox_2d": [1, 2, 3, 4], "label": "dog"}]')
+    assert parsed.unlabelled == 1
+
+
+def test_several_boxes_of_one_entry_share_its_label() -> None:
+    parsed = parse_boxes('{"bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "label": "dog"}')
+    assert labelled(parsed) == [((1, 2, 3, 4), "dog"), ((5, 6, 7, 8), "dog")]
+
+
+def test_a_label_may_speak_of_coordinates() -> None:
+    text = json.dumps([{"label": 'the {"bbox_2d": [5, 6, 7, 8]} sign', "bbox_2d": [1, 2, 3, 4]}])
+    assert labelled(parse_boxes(text)) == [((1, 2, 3, 4), 'the {"bbox_2d": [5, 6, 7, 8]} sign')]
+
+
+# ---- points as pairs
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        ("(1, 2), (3, 4), (5, 6)", [(1, 2), (3, 4), (5, 6)]),
+        ("(9, 2), (3, 4), (5, 6), (7, 8)", [(9, 2), (3, 4), (5, 6), (7, 8)]),
+        ("(4, 3), (2, 1)", [(4, 3), (2, 1)]),
+        ("(0, 0), (4, 2), (10, 10), (14, 12)", [(2, 1), (12, 11)]),  # all of them boxes
+        ("(1, 2), (3, 4)\n(5, 6), (7, 8), (9, 9)", [(1, 2), (3, 4), (5, 6), (7, 8), (9, 9)]),
+    ],
+)
+def test_a_run_of_pairs_that_are_not_all_boxes_is_points(text: str, points: list[tuple]) -> None:
+    assert [item.point for item in parse_points(text)] == points
+
+
+def test_three_points_are_no_box() -> None:
+    assert not parse_boxes("(1, 2), (3, 4), (5, 6)").items
+
+
+# ---- thoughts
+
+
+@pytest.mark.parametrize("tag", ["think", "THINK", "Thinking", "thought", "reasoning"])
+def test_nothing_inside_a_thought_is_read(tag: str) -> None:
+    for text in (f"<{tag}>Looking at [1, 2, 30, 40] it seems", f"<{tag}>[1, 2, 30, 40]</{tag}> none"):
+        assert not parse_boxes(text).parsable
+        assert not parse_points(text).parsable
+    assert parse_boxes(f"<{tag}>[9, 9, 9, 9]</{tag}>[1, 2, 30, 40]")[0].box == (1, 2, 30, 40)
+    assert parse_boxes(f"[1, 2, 30, 40] <{tag}> or [9, 9, 9, 9]")[0].box == (1, 2, 30, 40)
+    assert not parse_boxes(f"<{tag}> so <answer>[1, 2, 30, 40]</answer>").parsable
+
+
+# ---- work
+
+
+@pytest.mark.parametrize("points", [False, True])
+def test_work_grows_with_the_text(points: bool) -> None:
+    """Characters looked at, for texts of n, 4n and 16n: the same number for each character."""
+    for name, make in {**hostile_texts(), "boxes": list_of_boxes}.items():
+        looked = []
+        for n in (500, 2000, 8000):
+            scan = Scanner(make(n))
+            parse_scanned(scan, 10**6, points=points)
+            looked.append(scan.visited / len(scan.text))
+        assert max(looked) < 16, name
+        assert looked[2] <= 1.1 * looked[0] + 0.1, (name, looked)
