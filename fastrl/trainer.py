@@ -17,7 +17,8 @@ from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.data.blank import BlankImages
 from fastrl.data.sound_stream import SoundStream
 from fastrl.data.stream import RecordStream
-from fastrl.engine.local import Engine, NonFiniteError, StepInfo, make_engine
+from fastrl.engine import make_engine
+from fastrl.engine.base import Engine, NonFiniteError, StepInfo
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
 from fastrl.pictures import PictureError
 from fastrl.recipe import Recipe
@@ -191,9 +192,10 @@ class Run:
             features=None if _trains_vision(self.policy) else {},
         )
         self.method: Method = method_for(recipe.method)(recipe.method, self.context)
-        if recipe.optim.row_local_head and not hasattr(self.method, "row_local_loss"):
+        if recipe.optim.row_local_head and self.method.row_local_loss is None:
             raise ValueError(f"optim.row_local_head: method {recipe.method.kind} has no row-local loss")
-        if self.method.needs_reference and recipe.model.lora is None:
+        self.reads_reference = self.method.reads_reference(recipe.method)
+        if self.reads_reference and recipe.model.lora is None:
             self.policy.make_reference()
         base = checkpoint.fingerprint(self.policy.core)
         self.state = RunState(self.policy, self.engine, self.stream, rng, self.method, base)
@@ -220,7 +222,7 @@ class Run:
         with self.clock.phase("pack"):
             batches = self._pack(prepared, records)
             self._drop_features(batches)
-        if method.needs_reference:
+        if self.reads_reference:
             with self.clock.phase("reference"):
                 self._score_reference(batches)
         info, losses = None, []
@@ -361,7 +363,8 @@ class Run:
         if self.recipe.optim.row_local_head:
             hidden, weight = self.policy.hidden(packed, features=features), self.policy.head_weight
             head = {"head_grad": self.engine.gradient_of(weight), "grad_scale": batch.scale}
-            return self.method.row_local_loss(hidden, weight, packed, rows, **head)  # type: ignore[attr-defined]
+            assert self.method.row_local_loss is not None  # __init__ saw to it
+            return self.method.row_local_loss(hidden, weight, packed, rows, **head)
         result = self.policy.logprob(
             packed,
             temperature=self.method.temperature,

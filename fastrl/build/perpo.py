@@ -21,12 +21,12 @@ import torch
 from fastrl.batch import PromptGroup
 from fastrl.build.portions import image_names, resume
 from fastrl.data import load_data
+from fastrl.data.files import write_atomically
 from fastrl.data.lists import list_row
 from fastrl.methods.ranking import Ranking, rank_answers
 from fastrl.models.open import open_policy
 from fastrl.rewards import reward_for
 from fastrl.rewards.base import Reward, unknown
-from fastrl.run.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

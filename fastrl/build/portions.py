@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastrl.pictures import AnyPicture, open_picture
-from fastrl.run.checkpoint import write_atomically
+from fastrl.data.files import write_atomically
 
 Tally = dict[str, Any]  # JSON values; what became of the records so far
 
@@ -65,22 +64,6 @@ def build_portions(
             write_atomically(out.with_suffix(".summary.json"), json.dumps(state, indent=1) + "\n")
             after(portion, tally)
     return tally
-
-
-def image_names(images: Sequence[AnyPicture], number: int, out: Path) -> list[str]:
-    """How a built file names record ``number``'s images; pictures that are no files are written to ``NAME.images``."""
-    names = []
-    home = out.parent.resolve()
-    for place, image in enumerate(images):
-        if isinstance(image, Path | str):
-            path = Path(image).resolve()
-        else:
-            folder = out.with_suffix(".images").resolve()
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / (f"{number:06d}.png" if len(images) == 1 else f"{number:06d}-{place}.png")
-            open_picture(image).save(path)
-        names.append(str(path.relative_to(home) if path.is_relative_to(home) else path))
-    return names
 
 
 def resume(out: Path, options: Mapping[str, Any]) -> tuple[int, int, Any]:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastrl.build.portions import Tally, build_portions, image_names
+from fastrl.build.portions import Tally, build_portions
 from fastrl.critics import Case, Critic, Critique, open_critic
 from fastrl.critics.feedback import request, rng_for
 from fastrl.data import load_data
+from fastrl.data.files import image_names
+from fastrl.data.records import question_of
 from fastrl.data.reflection import SpokenTurn, dialogue_row
 from fastrl.models.open import open_policy
-from fastrl.run.metrics import question_of
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

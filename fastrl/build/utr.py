@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastrl.build.portions import Tally, build_portions, image_names
+from fastrl.build.portions import Tally, build_portions
 from fastrl.data import Dataset, load_data
 from fastrl.data.clips import SAMPLING, Clip, ClipRecords, Span, Subject, sample_frames
 from fastrl.data.dialogues import (
@@ -28,6 +28,7 @@ from fastrl.data.dialogues import (
     pick_query,
     sound_action,
 )
+from fastrl.data.files import image_names
 from fastrl.data.scenes import Scenes
 from fastrl.data.utr import dialogue_row
 from fastrl.data.validate import SHOWN, nearest

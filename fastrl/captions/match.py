@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastrl.captions.coco import PHRASES
 from fastrl.captions.parse import Facts, parse_caption
-
-if TYPE_CHECKING:
-    from fastrl.data.records import Record
 
 TYPES = ("objects", "attributes", "relations")
 REPER_WEIGHTS: Mapping[str, float] = MappingProxyType({"objects": 5.0, "attributes": 2.0, "relations": 2.0})
@@ -60,13 +57,12 @@ class Match:
     missing: tuple[Any, ...] = ()
 
 
-def truth_of(record: Record) -> Truth:
-    """The truth of a caption record: its own facts where it has them, else those read from its references.
+def truth_of(target: Mapping[str, Any], where: str) -> Truth:
+    """The truth of a caption record's ``target``: its own facts where it has them, else those read from its references.
 
     Raises:
-        ValueError: it has neither.
+        ValueError: it has neither; ``where`` (file and line) begins the message.
     """
-    target = record.target
     if all(kind in target for kind in TYPES):
         listed = {kind: target[kind] for kind in TYPES}
         facts = Facts(
@@ -77,7 +73,6 @@ def truth_of(record: Record) -> Truth:
         return Truth((facts,), exact=True)
     references = target.get("references")
     if not references:
-        where = record.source or record.id
         raise ValueError(f"{where}: rule scores need references, or objects, attributes and relations, in the target")
     return Truth(tuple(parse_caption(text) for text in references), exact=False)
 

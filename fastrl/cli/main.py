@@ -109,6 +109,7 @@ def evaluate(
     """Evaluate a model, or answers from a file, with the papers' protocols."""
     if reflect is not None:
         from fastrl.evaluate.reflect import evaluate_reflection
+        from fastrl.report.figures import heat_maps
 
         if task != "caption" or model is None or predictions is not None or blank_images:
             raise ValueError("--reflect goes with eval caption --model DIR, and neither predictions nor blank images")
@@ -123,6 +124,7 @@ def evaluate(
             soft=soft,
             out=out,
             attention=attention,
+            draw=heat_maps,
             say=say,
         )
         _print_metrics(metrics, as_json)
@@ -222,6 +224,7 @@ def tpl_command(
 ) -> None:
     """Temporal perplexity: how much each answer needs the whole clip, and a filter by it (Video-UTR)."""
     from fastrl.evaluate.tpl_run import TplOptions, run_tpl
+    from fastrl.report.tpl import draw_tpl
 
     options = TplOptions(
         model=model,
@@ -237,7 +240,7 @@ def tpl_command(
         min_pixels=min_pixels,
         max_pixels=max_pixels,
     )
-    result = run_tpl(options, out=out, plot=plot, say=say)
+    result = run_tpl(options, out=out, plot=plot, draw=draw_tpl, say=say)
     if as_json:
         print_json(result)
         return
@@ -266,6 +269,7 @@ def reflect_command(
 ) -> None:
     """Let a model answer, a critic score and explain, and the model answer again (RePer)."""
     from fastrl.evaluate.reflect import reflect_on_image
+    from fastrl.report.figures import heat_maps
 
     result = reflect_on_image(
         image,
@@ -277,6 +281,7 @@ def reflect_command(
         max_new_tokens=max_new_tokens,
         stop_at=stop_at,
         attention=attention,
+        draw=heat_maps,
         say=say if as_json else print,
     )
     if as_json:

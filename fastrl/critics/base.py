@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from fastrl.run.metrics import question_of
-
-if TYPE_CHECKING:
-    from fastrl.data.records import Record
+from fastrl.data.records import Record, question_of
 
 
 class CriticError(RuntimeError):

@@ -34,7 +34,8 @@ class RuleCritic:
         return [self._score(case) for case in cases]
 
     def _score(self, case: Case) -> Critique:
-        matches = compare(parse_caption(case.answer), truth_of(case.record), self.similarity)
+        truth = truth_of(case.record.target, case.record.source or case.record.id)
+        matches = compare(parse_caption(case.answer), truth, self.similarity)
         score = weighted_f1(matches)
         rng = rng_for(case.record.id, len(case.history), case.answer)
         if self.feedback == "request":

@@ -40,6 +40,20 @@ def question(
     return ({"role": "user", "content": [*content, {"type": "text", "text": words}]},)
 
 
+def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Text of the last user turn; not the labels right before its images."""
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            content = message.get("content", "")
+            if isinstance(content, str):
+                return content
+            kinds = [part.get("type") for part in content] + ["end"]
+            labels = [after == "image" for after in kinds[1:]]
+            parts = zip(content, labels, strict=True)
+            return " ".join(part["text"] for part, label in parts if part.get("type") == "text" and not label)
+    return ""
+
+
 def frame_label(number: int, seconds: float) -> str:
     """What stands before a frame in a prompt: its number (from 1) and its time to the hundredth of a second."""
     return f"Frame{number} {round(seconds, 2):g}s:"

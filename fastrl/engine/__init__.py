@@ -1,1 +1,22 @@
-"""Engines: what turns a loss into an update, on one process or several."""
+"""Engines: what turns a loss into an update, on one process (``local``) or several (``deepspeed``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastrl.config.sections import EngineRecipe, OptimRecipe
+    from fastrl.engine.base import Engine
+
+
+def make_engine(model: nn.Module, optim: OptimRecipe, engine: EngineRecipe) -> Engine:
+    """The engine a recipe names, over the trainable parameters of ``model``."""
+    if engine.kind == "deepspeed":
+        from fastrl.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, optim, engine)
+    from fastrl.engine.local import LocalEngine
+
+    return LocalEngine(model, optim)

@@ -7,6 +7,7 @@ ZeRO 2 or LoRA is what a model of this size wants.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -16,12 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastrl.engine.local import NonFiniteError, StepInfo, deepspeed_available, lr_scale, parameter_groups
+from fastrl.engine.base import NonFiniteError, StepInfo, lr_scale, parameter_groups
 
 if TYPE_CHECKING:
-    from fastrl.recipe import EngineRecipe, OptimRecipe
+    from fastrl.config.sections import EngineRecipe, OptimRecipe
 
 _TAG = "engine"
+
+
+def deepspeed_available() -> bool:
+    """Whether DeepSpeed is installed (it is only imported when used)."""
+    return importlib.util.find_spec("deepspeed") is not None
 
 
 def deepspeed_config(

@@ -41,7 +41,7 @@ def evaluate_caption(
     listed = [0, 0, 0]  # objects, those not there, captions with one: of records that list their facts
     free: list[int] = []
     for i, (record, answer) in enumerate(zip(records, answers, strict=True)):
-        facts, truth = parse_caption(answer), truth_of(record)
+        facts, truth = parse_caption(answer), truth_of(record.target, record.source or record.id)
         matches = compare(facts, truth, similarity)
         unparsable += not facts.objects
         scores["score"].append(weighted_f1(matches))

@@ -22,6 +22,7 @@ from fastrl.data.reflection import SpokenTurn, dialogue_messages
 if TYPE_CHECKING:
     import torch
 
+    from fastrl.models.attention.readout import HeatMaps
     from fastrl.models.load import Policy
     from fastrl.rollout import Session
 
@@ -168,6 +169,7 @@ def reflect_on_image(
     max_new_tokens: int = 512,
     stop_at: float | None = None,
     attention: Path | None = None,
+    draw: HeatMaps | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """``fastrl reflect``: one picture, printed turn by turn.
@@ -177,7 +179,7 @@ def reflect_on_image(
         model, critic: a model folder or ``tiny:NAME``, and a critic's spec.
         references: true captions of the picture; the rule critic needs one at least.
         turns, max_new_tokens, stop_at: see :func:`reflect`.
-        attention: folder for where each answer looked (see :func:`write_attention`).
+        attention: folder for where each answer looked; draw: draws it (see :func:`write_attention`).
 
     Raises:
         ValueError, FileNotFoundError: what was asked for cannot be used.
@@ -207,14 +209,17 @@ def reflect_on_image(
         say(f"{result.error}\nbest answer so far: {result.answer}")
     row = result.row()
     if attention is not None:
-        row["attention"] = write_attention(policy, [result], attention)["mean_mass"]
+        row["attention"] = write_attention(policy, [result], attention, draw)["mean_mass"]
         shown = ", ".join(f"{mass:.3f}" for mass in row["attention"])
-        say(f"attention on the image by turn: {shown}; {attention / 'attention.png'}")
+        say(f"attention on the image by turn: {shown}; {attention}")
     return row
 
 
-def write_attention(policy: Policy, reflections: Sequence[Reflection], folder: Path) -> dict[str, Any]:
-    """Read where the answers of finished reflections looked, and write ``attention.json`` and ``attention.png``.
+def write_attention(
+    policy: Policy, reflections: Sequence[Reflection], folder: Path, draw: HeatMaps | None = None
+) -> dict[str, Any]:
+    """Read where the answers of finished reflections looked, and write ``attention.json`` and, where ``draw`` is given
+    (``fastrl.report.figures.heat_maps``), ``attention.png``.
 
     Returns:
         The summary of ``fastrl.models.attention.readout.save_attention``; ``mean_mass`` is the share of
@@ -223,7 +228,7 @@ def write_attention(policy: Policy, reflections: Sequence[Reflection], folder: P
     from fastrl.models.attention.readout import read_attention, save_attention
 
     read = [(r.record, read_attention(policy, _spoken(r))) for r in reflections]
-    return save_attention(read, folder)
+    return save_attention(read, folder, draw=draw)
 
 
 def evaluate_reflection(
@@ -238,6 +243,7 @@ def evaluate_reflection(
     soft: str | None = None,
     out: Path | None = None,
     attention: Path | None = None,
+    draw: HeatMaps | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """``fastrl eval caption --reflect N``: caption metrics of each turn, as ``turn1/score`` and so on.
@@ -248,6 +254,7 @@ def evaluate_reflection(
         limit, skip_bad: of the data; soft: sentence-embedding model for soft matching in the metrics.
         out: write the dialogues to this JSONL file.
         attention: folder for where answers looked; the mean by turn is a metric, too (``turn1/image_attention``).
+        draw: draws it (see :func:`write_attention`).
 
     Raises:
         ValueError: records of another task or without truth. CriticError: the critic failed.
@@ -283,6 +290,6 @@ def evaluate_reflection(
         of_turn = evaluate("caption", records, answers, similarity=similarity)
         metrics |= {f"turn{number + 1}/{name}": value for name, value in of_turn.items()}
     if attention is not None:
-        for number, mass in enumerate(write_attention(policy, found, attention)["mean_mass"], start=1):
+        for number, mass in enumerate(write_attention(policy, found, attention, draw)["mean_mass"], start=1):
             metrics[f"turn{number}/image_attention"] = mass
     return metrics

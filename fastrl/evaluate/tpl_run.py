@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastrl.build.portions import image_names
 from fastrl.data import load_data, parse_spec
+from fastrl.data.files import image_names, write_atomically
 from fastrl.data.records import Record
 from fastrl.data.rows import read_rows
 from fastrl.data.validate import find_image_folder
 from fastrl.evaluate.tpl import TemporalPerplexity, check_choices, temporal_perplexity
 from fastrl.models.open import open_policy
-from fastrl.run.checkpoint import write_atomically
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ def run_tpl(
     *,
     out: Path | None = None,
     plot: Path | None = None,
+    draw: Callable[..., None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Temporal perplexity of all records of a data set.
@@ -65,6 +65,7 @@ def run_tpl(
         options: see :class:`TplOptions`.
         out: write the kept rows of the data file here, in their order, each with its ``tpl``.
         plot: PNG of the distribution; default beside ``out``, else ``runs/tpl-NAME.png``.
+        draw: draws it, as ``fastrl.report.tpl.draw_tpl`` does; None: no figure.
         say: called with a line now and then.
 
     Returns:
@@ -101,6 +102,7 @@ def run_tpl(
         lines = [_line(rows[i], records[i], i, results[i], Path(path), out) for i in kept]
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, "".join(lines))
+    filtered = len(kept) < len(results)
     plot = plot or (out.with_suffix(".png") if out is not None else Path("runs") / f"tpl-{Path(path).stem}.png")
     return {
         **summary(results),
@@ -110,7 +112,7 @@ def run_tpl(
         "kept": len(kept),
         "threshold": threshold,
         "out": None if out is None else str(out),
-        "plot": _draw(results, plot, options.form, threshold if len(kept) < len(results) else None, say),
+        "plot": _figure(draw, results, plot, say, form=options.form, threshold=threshold if filtered else None),
         "seconds": time.perf_counter() - started,
         "values": [plain(result) for result in results],
     }
@@ -179,13 +181,18 @@ def _line(
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _draw(
-    results: Sequence[TemporalPerplexity], plot: Path, form: str, threshold: float | None, say: Callable[[str], None]
+def _figure(
+    draw: Callable[..., None] | None,
+    results: Sequence[TemporalPerplexity],
+    plot: Path,
+    say: Callable[[str], None],
+    **shown: Any,
 ) -> str | None:
-    from fastrl.report.tpl import draw_tpl
-
+    """Draw ``plot``; None where nothing was drawn."""
+    if draw is None:
+        return None
     try:
-        draw_tpl(results, plot, form=form, threshold=threshold)
+        draw(results, plot, **shown)
     except ModuleNotFoundError as error:
         say(f"no figure: {error.name} is not installed")
         return None

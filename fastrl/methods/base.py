@@ -1,34 +1,35 @@
-"""What a training method is: the protocol the trainer calls, what it is handed, and what it hands back."""
+"""What a training method is: the class the trainer calls, what it is handed, and what it hands back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fastrl.clock import Clock
+from fastrl.config.sections import Section
 from fastrl_kernels.token_weights import token_weights
 
 if TYPE_CHECKING:
     from fastrl.batch import PackedBatch, PromptGroup
+    from fastrl.config.sections import RewardRecipe, RolloutRecipe
     from fastrl.data.records import Record
     from fastrl.data.stream import RecordStream
     from fastrl.models.load import Policy
-    from fastrl.recipe import RewardRecipe, RolloutRecipe
     from fastrl.rollout import Generator
     from fastrl.rollout.vllm import VllmGenerator
 
 
-class MethodOptions(BaseModel):
-    """Base of every method's options: a subclass adds ``kind: Literal[...]`` and its own keys."""
+class MethodOptions(Section):
+    """Base of every method's options: a subclass narrows ``kind`` to a ``Literal`` and adds its own keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    kind: str
 
 
 def _one_rank(value: float) -> float:
@@ -101,34 +102,67 @@ class Prepared:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-class Method(Protocol):
-    """One training method: the trainer's loop calls these and nothing else."""
+class Method(ABC):
+    """One training method: the trainer's loop calls these and nothing else, and what is optional has its default here.
+
+    A subclass names its ``Options`` and implements :meth:`prepare` and :meth:`loss`; helpers of its own begin with an
+    underscore, so that a misspelt hook is an error at registration (``fastrl.methods.register``).
+    """
 
     Options: ClassVar[type[MethodOptions]]
-    temperature: float  # of the log-probs the loss is made of
-    needs_reference: bool  # the loss reads batch.per_token["ref_logp"]
-    needs_entropy: bool
+    samples: ClassVar[bool] = False  # unless the data brings answers, samples groups of them, which the reward scores
+    least_group: ClassVar[int] = 1  # answers to a prompt that it can learn from
+    needs_entropy: ClassVar[bool] = False  # the loss is handed the entropy of the predicted rows
+    temperature: float = 1.0  # of the log-probs the loss is made of
+    # (hidden [N, H], head weight [V, H], batch, rows, **head) → loss, metrics, log-probs: :meth:`loss` from hidden
+    # states, gradients made in the forward (optim.row_local_head); None: the method has no such form
+    row_local_loss: Callable[..., tuple[Tensor, dict[str, Tensor], Tensor]] | None = None
 
-    def __init__(self, options: Any, context: Context) -> None: ...
+    def __init__(self, options: Any, context: Context) -> None:
+        self.options = options
+        self.context = context
 
+    @classmethod
+    def reads_reference(cls, options: Any) -> bool:
+        """Whether the loss reads ``batch.per_token["ref_logp"]``."""
+        return False
+
+    @classmethod
+    def steps_at_once(cls, options: Any) -> int:
+        """Steps that one sampling serves."""
+        return 1
+
+    @classmethod
+    def answers_used(cls, options: Any, given: int) -> int:
+        """How many of the ``given`` answers to a prompt the loss reads."""
+        return given
+
+    @abstractmethod
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """Rollouts, rewards and advantages, or ready-made lists and dialogues, as groups with their coefficients."""
-        ...
 
-    def rows(self, batch: PackedBatch) -> Tensor | None:
-        """Indices of predicted rows whose coefficient is not zero (None: all); the rest skip the head's backward.
-
-        ``batch`` is on the host, so looking at its values waits for nothing.
-        """
-        ...
-
+    @abstractmethod
     def loss(self, logp: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Pure: the loss of one micro-batch and scalar metrics.
 
         Losses of the micro-batches of a step add up to the step's loss: coefficients are normalised over the whole
         step. A metric ending in ``max`` is reduced by maximum, every other one by its mean over predicted tokens.
         """
-        ...
+
+    def rows(self, batch: PackedBatch) -> Tensor | None:
+        """Indices of predicted rows whose coefficient is not zero (None: all); the rest skip the head's backward.
+
+        ``batch`` is on the host, so looking at its values waits for nothing.
+        """
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold for the next step beside model, optimizer and data position: JSON values."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state` that was not empty."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no state")
 
 
 def set_token_weights(

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastrl.batch import PackedBatch, PromptGroup
-from fastrl.methods.base import Context, MethodOptions, Prepared, set_token_weights
+from fastrl.methods.base import Context, Method, MethodOptions, Prepared, set_token_weights
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
 from fastrl.rewards.checked import checked_scores
 from fastrl_kernels.group_advantage import group_advantage
@@ -59,19 +59,24 @@ class PerceptionR1Options(MethodOptions):
         return self
 
 
-class PerceptionR1:
+class PerceptionR1(Method):
     """GRPO on rule rewards."""
 
     Options: ClassVar[type[MethodOptions]] = PerceptionR1Options
+    samples = True
+    least_group = 2
     needs_entropy = True  # logged
 
     def __init__(self, options: PerceptionR1Options, context: Context) -> None:
-        self.options = options
-        self.context = context
+        super().__init__(options, context)
         self.temperature = context.rollout.temperature
-        self.needs_reference = options.beta > 0
         self._rewards = RecipeRewards(context.reward)
         self._counts: dict[str, list[int]] = {}  # of the step's answers, what explains a low reward
+
+    @classmethod
+    def reads_reference(cls, options: PerceptionR1Options) -> bool:
+        """Where there is a KL term."""
+        return options.beta > 0
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """Sample, score and compare G answers to each record; the groups that carry gradient, with their token weights.

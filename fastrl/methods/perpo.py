@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastrl.batch import Completion, PackedBatch, PromptGroup
 from fastrl.data.lists import ranked_list
-from fastrl.methods.base import Context, MethodOptions, Prepared, likelihood_loss, set_token_weights
+from fastrl.methods.base import Context, Method, MethodOptions, Prepared, likelihood_loss, set_token_weights
 from fastrl.methods.ranking import rank_answers
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
 from fastrl_kernels.listwise_loss import listwise_loss
@@ -48,20 +48,33 @@ class PerPOOptions(MethodOptions):
     online_every: int = Field(1, ge=1)  # online: steps one sampling serves, so lists are at most that - 1 updates old
 
 
-class PerPO:
+class PerPO(Method):
     """Preference learning from ranked lists."""
 
     Options: ClassVar[type[MethodOptions]] = PerPOOptions
-    needs_entropy = False
+    samples = True
     temperature = 1.0  # of the model itself, whatever the lists were sampled at
 
     def __init__(self, options: PerPOOptions, context: Context) -> None:
-        self.options = options
-        self.context = context
-        self.needs_reference = options.kind != "sft"
+        super().__init__(options, context)
         self._rewards = RecipeRewards(context.reward, without_format=True)  # the paper's reward is the overlap alone
         self._lists: dict[str, list[Completion]] = {}  # online: ranked answers by record id
         self._steps_left = 0  # that they still serve
+
+    @classmethod
+    def reads_reference(cls, options: PerPOOptions) -> bool:
+        """All but supervised fine-tuning."""
+        return options.kind != "sft"
+
+    @classmethod
+    def steps_at_once(cls, options: PerPOOptions) -> int:
+        """``online_every``."""
+        return options.online_every
+
+    @classmethod
+    def answers_used(cls, options: PerPOOptions, given: int) -> int:
+        """The best and the worst, the best alone, or the whole list."""
+        return min(given, {"dpo": 2, "sft": 1}.get(options.kind, given))
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """One group per record with its ranked answers; those that teach an order carry gradient, the rest counts."""
@@ -84,10 +97,6 @@ class PerPO:
         self._weigh(groups, used)
         answered = [group for group in groups if group.completions]
         return Prepared(groups=used, sampled=answered, metrics=metrics | self._counts(groups, chosen))
-
-    def rows(self, batch: PackedBatch) -> Tensor | None:
-        """All: which pairs pull is known only on the device."""
-        return None
 
     def loss(self, logp: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch (see :func:`preference_loss`)."""

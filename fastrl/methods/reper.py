@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastrl.batch import PackedBatch, PromptGroup
 from fastrl.data.reflection import SpokenTurn, dialogue_messages, dialogue_of
-from fastrl.methods.base import Context, MethodOptions, Prepared
+from fastrl.methods.base import Method, MethodOptions, Prepared
 from fastrl_kernels.unlikelihood_loss import unlikelihood_loss
 
 if TYPE_CHECKING:
@@ -49,17 +49,10 @@ class RePerOptions(MethodOptions):
     turns: Literal["all", "last"] = "all"  # last: earlier answers are context only
 
 
-class RePer:
+class RePer(Method):
     """Reflective unlikelihood on ready-made dialogues."""
 
     Options: ClassVar[type[MethodOptions]] = RePerOptions
-    needs_reference = False
-    needs_entropy = False
-    temperature = 1.0
-
-    def __init__(self, options: RePerOptions, context: Context) -> None:
-        self.options = options
-        self.context = context
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """One group per record: its question as the prompt, everything said after as one branch."""

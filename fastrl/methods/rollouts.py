@@ -9,8 +9,8 @@ from fastrl.batch import PromptGroup
 from fastrl.methods.base import Context
 
 if TYPE_CHECKING:
+    from fastrl.config.sections import RewardRecipe
     from fastrl.data.records import Record
-    from fastrl.recipe import RewardRecipe
     from fastrl.rewards import Reward
 
 

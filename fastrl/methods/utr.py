@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor
 
 from fastrl.batch import Completion, PackedBatch, PromptGroup
-from fastrl.methods.base import Context, MethodOptions, Prepared, likelihood_loss, set_token_weights
+from fastrl.methods.base import Method, MethodOptions, Prepared, likelihood_loss, set_token_weights
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
@@ -33,17 +33,10 @@ class UTROptions(MethodOptions):
     min_tpl: float | None = None  # answers below carry no gradient
 
 
-class UTR:
+class UTR(Method):
     """Supervised fine-tuning on ready-made dialogues, by temporal perplexity where asked."""
 
     Options: ClassVar[type[MethodOptions]] = UTROptions
-    needs_reference = False
-    needs_entropy = False
-    temperature = 1.0
-
-    def __init__(self, options: UTROptions, context: Context) -> None:
-        self.options = options
-        self.context = context
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """One group per record: frames and question, and its answer. Raises ``ValueError``: a record without what the
@@ -59,10 +52,6 @@ class UTR:
         if measured:
             metrics["dialogue/tpl"] = sum(measured) / len(measured)
         return Prepared(groups=used, sampled=groups, metrics=metrics)
-
-    def rows(self, batch: PackedBatch) -> Tensor | None:
-        """All: every token of an answer is learned."""
-        return None
 
     def loss(self, logp: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch, and ``prob/answer``: the mean probability of its answer tokens. Pure."""

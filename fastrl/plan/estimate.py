@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastrl.batch import PackedBatch
+from fastrl.methods import method_for
 from fastrl.models.flops import segment_attention_flops
 from fastrl.plan.configs import config_of, image_limit
 from fastrl.plan.hardware import Gpu
@@ -138,7 +139,7 @@ def make_plan(
             core,
             batch,
             gpu=True,
-            entropy=recipe.method.kind == "perception-r1",
+            entropy=method_for(recipe.method).needs_entropy,
             row_local=recipe.optim.row_local_head,
             accumulates=work.micro_batches > 1 and recipe.optim.states != "offload",
             release=releases(recipe, work),
@@ -188,8 +189,7 @@ def count_model(core: Any) -> Model:
 
 def reads_reference(recipe: Recipe) -> bool:
     """Whether the loss reads log-probs of a reference."""
-    kind = recipe.method.kind
-    return recipe.method.beta > 0 if kind == "perception-r1" else kind in ("perpo", "lipo", "listmle", "dpo")
+    return method_for(recipe.method).reads_reference(recipe.method)
 
 
 def needs_copy(recipe: Recipe) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastrl.batch import Completion, ImageInput, PackedBatch, Prompt, PromptGroup, pack_row
+from fastrl.methods import method_for
 from fastrl.models.positions import image_tokens, mrope_positions
 from fastrl.recipe import Recipe
 
@@ -140,13 +141,13 @@ def workload_of(
         )
     unit = int(vision["patch_size"]) * int(vision["spatial_merge_size"])
     side = max(1, math.isqrt(image_pixels or most) // unit) * int(vision["spatial_merge_size"])
-    kind = recipe.method.kind
+    method = method_for(recipe.method)
     dialogues = recipe.data.spec.startswith("reflection:")
     made = dialogues or recipe.data.spec.startswith("lists:")  # the data brings the answers
     grouped = recipe.scores_groups
     group = recipe.rollout.group_size if grouped else 1
     if made:  # and some baselines learn from one or two of them
-        group = min(group, {"sft": 1, "dpo": 2}.get(kind, group))
+        group = method.answers_used(recipe.method, group)
     return Workload(
         prompts=recipe.data.prompts_per_step,
         group=group,
@@ -158,6 +159,6 @@ def workload_of(
         merge=int(vision["spatial_merge_size"]),
         token_budget=recipe.optim.token_budget,
         samples=grouped and not made and recipe.rollout.backend == "local",
-        steps_at_once=getattr(recipe.method, "online_every", 1),
+        steps_at_once=method.steps_at_once(recipe.method),
         sorts=recipe.rollout.top_p < 1 and recipe.rollout.top_k == 0,
     )

@@ -32,7 +32,8 @@ import torch
 
 if TYPE_CHECKING:
     from fastrl.data.stream import RecordStream
-    from fastrl.engine.local import Engine
+    from fastrl.engine.base import Engine
+    from fastrl.methods import Method
     from fastrl.models.load import Policy
 
 VERSION = 1
@@ -52,7 +53,7 @@ class RunState:
     engine: Engine
     stream: RecordStream
     rng: torch.Generator
-    method: Any = None  # one with ``state()`` and ``load(state)`` keeps something between steps
+    method: Method | None = None
     base: str = ""  # fingerprint of the weights the run began with: those of its reference, or under its adapters
 
 
@@ -143,16 +144,6 @@ def latest_checkpoint(out: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def truncate_rows(path: Path, step: int) -> int:
     """Cut a JSONL log after its last row of a step up to ``step``; returns how many rows were cut.
 
@@ -222,8 +213,9 @@ def _save_rank(folder: Path, run: RunState) -> None:
         "python": [version, list(words), gauss],
         "numpy": [name, array.tolist(), *rest],
     }
-    if hasattr(run.method, "state"):
-        state["method"] = run.method.state()
+    kept = run.method.state() if run.method is not None else {}
+    if kept:
+        state["method"] = kept
     (folder / f"rank-{rank}.json").write_text(json.dumps(state))
     tensors = {"torch": torch.get_rng_state(), "sampler": run.rng.get_state()}
     if torch.cuda.is_available():
@@ -242,7 +234,7 @@ def _load_rank(folder: Path, run: RunState) -> None:
             "of the beginning (what was trained since is in the checkpoint)"
         )
     run.stream.load(state["stream"])
-    if "method" in state:
+    if "method" in state and run.method is not None:
         run.method.load(state["method"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastrl.recipe import Recipe, build_recipe, differences
+from fastrl.data.files import write_atomically
+from fastrl.recipe import Recipe, differences, load_recipe
 from fastrl.run import checkpoint
 from fastrl.run.checkpoint import CheckpointError
 
@@ -21,7 +22,7 @@ def open_run_folder(recipe: Recipe, resume: bool, writes: bool) -> Path | None:
         raise CheckpointError(f"{out} already holds a run: go on with --resume, or choose another --out")
     if resume and found is not None and stored.is_file():
         _check_same_run(recipe, stored)
-    checkpoint.write_atomically(stored, recipe.dump())
+    write_atomically(stored, recipe.dump())
     step = checkpoint.step_of(found) if found is not None else 0
     for name in ("metrics.jsonl", "samples.jsonl"):
         checkpoint.truncate_rows(out / name, step)
@@ -30,9 +31,7 @@ def open_run_folder(recipe: Recipe, resume: bool, writes: bool) -> Path | None:
 
 def _check_same_run(recipe: Recipe, stored: Path) -> None:
     """A resumed run may be longer and log otherwise; whatever else changes makes it another run."""
-    import yaml
-
-    old = build_recipe(yaml.safe_load(stored.read_text(encoding="utf-8")), source=str(stored))
+    old = load_recipe(stored)
     free = (
         "optim.steps",
         "checkpoint.",

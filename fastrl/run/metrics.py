@@ -18,6 +18,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from fastrl.batch import Completion, PackedBatch, PromptGroup
+from fastrl.data.records import question_of
 
 # Rows of two runs of one recipe are equal but for keys that begin with these.
 VOLATILE = ("time/", "speed/", "memory/")
@@ -184,20 +185,6 @@ def sample_table(groups: Sequence[PromptGroup], n: int) -> list[dict[str, Any]]:
                 }
             )
     return rows[:n]
-
-
-def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Text of the last user turn; not the labels right before its images."""
-    for message in reversed(messages):
-        if message.get("role") == "user":
-            content = message.get("content", "")
-            if isinstance(content, str):
-                return content
-            kinds = [part.get("type") for part in content] + ["end"]
-            labels = [after == "image" for after in kinds[1:]]
-            parts = zip(content, labels, strict=True)
-            return " ".join(part["text"] for part, label in parts if part.get("type") == "text" and not label)
-    return ""
 
 
 class MetricsLog:

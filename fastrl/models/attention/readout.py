@@ -13,7 +13,7 @@ which adds its mask to the scores: a boolean mask would be added as 0 and 1 and 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 ATTENTION = "fastrl_eager"
 SHOWN = 8  # pictures drawn at most
+
+# Draws (picture, its maps by turn) into a file: fastrl.report.figures.heat_maps
+HeatMaps = Callable[[Sequence[tuple[Any, Sequence[Tensor]]], Path], None]
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,17 @@ def read_attention(policy: Policy, record: Record) -> list[TurnAttention]:
 
 
 def save_attention(
-    dialogues: Sequence[tuple[Record, Sequence[TurnAttention]]], folder: Path, *, shown: int = SHOWN
+    dialogues: Sequence[tuple[Record, Sequence[TurnAttention]]],
+    folder: Path,
+    *,
+    draw: HeatMaps | None = None,
+    shown: int = SHOWN,
 ) -> dict[str, Any]:
-    """Write ``attention.json`` (the mean mass of each turn, and every dialogue's numbers) and the heat maps of the
-    first ``shown`` records, ``attention.png``. Returns ``{"turns": …, "mean_mass": [per turn], "dialogues": n}``.
+    """Write ``attention.json`` (the mean mass of each turn, and every dialogue's numbers) and, where ``draw`` is given,
+    the heat maps of the first ``shown`` records, ``attention.png``.
+
+    Returns:
+        ``{"turns": …, "mean_mass": [per turn], "dialogues": n}``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     most = max((len(turns) for _, turns in dialogues), default=0)
@@ -81,15 +91,13 @@ def save_attention(
     rows = [{"id": record.id, "turns": [turn.row() for turn in turns]} for record, turns in dialogues]
     text = json.dumps({**summary, "records": rows}, ensure_ascii=False)
     (folder / "attention.json").write_text(text, encoding="utf-8")
-    if dialogues:
-        from fastrl.report.figures import heat_maps
-
+    if dialogues and draw is not None:
         pictures = [
             (record.images[n], [turn.maps[n] for turn in turns])
             for record, turns in dialogues[:shown]
             for n in range(len(record.images))
         ]
-        heat_maps(pictures, folder / "attention.png")
+        draw(pictures, folder / "attention.png")
     return summary
 
 

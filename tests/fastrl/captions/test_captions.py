@@ -36,7 +36,7 @@ from fastrl.evaluate.run import caption_similarity
 @pytest.mark.parametrize("difficulty", [1, 2, 4])
 def test_every_true_scene_caption_scores_one(difficulty: int) -> None:
     for record in load_data(f"scenes:caption?n=150&seed=8&difficulty={difficulty}"):
-        truth = truth_of(record)
+        truth = truth_of(record.target, record.id)
         matches = compare(parse_caption(record.target["references"][0]), truth)
         assert weighted_f1(matches) == 1.0, record.target["references"][0]
         assert not any(m.wrong or m.missing for m in matches.values())
@@ -178,7 +178,7 @@ def test_capture_weights_are_normalised() -> None:
 
 def test_a_record_without_truth_is_an_error_that_names_it() -> None:
     with pytest.raises(ValueError, match=r"r7.*references"):
-        truth_of(Record("r7", "caption", (), question("caption"), {}))
+        truth_of({}, "r7")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastrl.engine.local import LocalEngine, deepspeed_available
+from fastrl.engine.deepspeed import deepspeed_available
+from fastrl.engine.local import LocalEngine
 from fastrl.recipe import OptimRecipe
 from fastrl.run.metrics import read_rows
 
@@ -26,7 +27,8 @@ pytestmark = pytest.mark.skipif(not deepspeed_available(), reason="DeepSpeed is 
 UPDATES = """
 import json, sys, torch
 from torch import nn
-from fastrl.engine.local import NonFiniteError, make_engine
+from fastrl.engine import make_engine
+from fastrl.engine.base import NonFiniteError
 from fastrl.recipe import EngineRecipe, OptimRecipe
 
 torch.manual_seed(0)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastrl.engine.local import LocalEngine, NonFiniteError, lr_scale, make_engine, parameter_groups
+from fastrl.engine import make_engine
+from fastrl.engine.base import NonFiniteError, lr_scale, parameter_groups
+from fastrl.engine.local import LocalEngine
 from fastrl.recipe import EngineRecipe, OptimRecipe
 
 

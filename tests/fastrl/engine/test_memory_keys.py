@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.batch import Completion, PackedBatch, Prompt, PromptGroup, pack_row
-from fastrl.engine.local import LocalEngine, NonFiniteError
+from fastrl.engine.base import NonFiniteError
+from fastrl.engine.local import LocalEngine
 from fastrl.engine.optimizers import BLOCK, AdamW8bit, decode, encode
 from fastrl.models import load_policy, offload
 from fastrl.recipe import OptimRecipe, RecipeError

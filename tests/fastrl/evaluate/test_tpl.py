@@ -18,7 +18,7 @@ from fastrl.data.records import Record, question
 from fastrl.evaluate.tpl import TemporalPerplexity, frame_subset, temporal_perplexity
 from fastrl.evaluate.tpl_run import TplOptions, keep_top, run_tpl
 from fastrl.models import Policy, load_policy
-from fastrl.report.tpl import mean_curve
+from fastrl.report.tpl import draw_tpl, mean_curve
 
 
 def picture(seed: int, size: int = 56) -> Image.Image:
@@ -195,7 +195,7 @@ def test_the_filter_keeps_the_rows_that_need_the_clip(
     rows = [json.loads(line) for line in dialogues.read_text().splitlines()]
     out = tmp_path / "elsewhere" / "kept.jsonl"
     options = TplOptions(str(tiny_folder("qwen2_5")), str(dialogues), samples=2, keep_top=0.5)
-    result = run_tpl(options, out=out)
+    result = run_tpl(options, out=out, draw=draw_tpl)
     values = {value["id"]: value["tpl"] for value in result["values"]}
     assert result["n"] == len(rows) == len(values)
     assert result["mean_tpl"] == pytest.approx(sum(values.values()) / len(rows))
@@ -237,6 +237,7 @@ def test_any_records_can_be_measured(tiny_folder: Callable[[str], Path], tmp_pat
     result = run_tpl(
         TplOptions(str(tiny_folder("qwen2_5")), "scenes:shown?n=2&size=56&frames=2", single="best"),
         plot=tmp_path / "p.png",
+        draw=draw_tpl,
     )
     assert result["n"] == 2
     assert result["out"] is None

@@ -19,7 +19,7 @@ from fastrl.data import load_data
 from fastrl.data.lists import RankedList
 from fastrl.data.records import Record
 from fastrl.data.stream import RecordStream
-from fastrl.engine.local import parameter_groups
+from fastrl.engine.base import parameter_groups
 from fastrl.methods import Context, method_for
 from fastrl.methods.perpo import PerPO, PerPOOptions, preference_loss
 from fastrl.models.load import Policy, load_policy

@@ -21,6 +21,7 @@ from fastrl.data.reflection import SpokenTurn, dialogue_messages
 from fastrl.evaluate.reflect import evaluate_reflection, reflect_on_image
 from fastrl.models.attention.readout import TurnAttention, read_attention, save_attention
 from fastrl.models.load import Policy, load_policy
+from fastrl.report.figures import heat_maps
 
 TURNS = (SpokenTurn("A red circle.", 0.2, "Better?"), SpokenTurn("A square.", 0.5, "Again?"), SpokenTurn("Blue.", 0.9))
 
@@ -110,7 +111,7 @@ def test_means_are_over_the_dialogues_that_reach_a_turn(tmp_path: Path) -> None:
         return TurnAttention(mass, (mass,), (torch.full((2, 2), mass / 4),))
 
     long, short = [turn(0.2), turn(0.6)], [turn(0.4)]
-    summary = save_attention([(dialogue(), long), (dialogue(), short)], tmp_path)
+    summary = save_attention([(dialogue(), long), (dialogue(), short)], tmp_path, draw=heat_maps)
     assert summary["mean_mass"] == pytest.approx([0.3, 0.6])
     written = json.loads((tmp_path / "attention.json").read_text())
     assert written["records"][0]["turns"][1]["maps"] == [[[pytest.approx(0.15)] * 2] * 2]
@@ -124,7 +125,7 @@ def test_from_the_commands(tiny_folder: Callable[[str], Path], tmp_path: Path) -
     model, said = str(tiny_folder("qwen2_5")), list[str]()
     row = reflect_on_image(
         tmp_path / "a.png", "Describe.", model=model, critic="rule", turns=2, references=["A red square."],
-        max_new_tokens=4, attention=tmp_path / "one", say=said.append,
+        max_new_tokens=4, attention=tmp_path / "one", draw=heat_maps, say=said.append,
     )  # fmt: skip
     assert len(row["attention"]) == 2
     assert said[-1].startswith("attention on the image by turn: 0.")

@@ -1,0 +1,5 @@
+"""Limits that recipes and the code that keeps them share."""
+
+from __future__ import annotations
+
+MAX_IMAGE_PIXELS = 64_000_000  # width x height of a picture that is opened, unless somebody says otherwise

@@ -1,0 +1,157 @@
+"""The sections of a recipe: every key with its type, default and range. ``Recipe`` puts them together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fastrl.config.limits import MAX_IMAGE_PIXELS
+from fastrl.http import check_url
+
+
+class Section(BaseModel):
+    """Base of all recipe sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraRecipe(Section):
+    """Low-rank adapters; only they are trained."""
+
+    rank: int = Field(16, ge=1, le=8192)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | str | None = (
+        None  # names of linear layers, or one regular expression; none: all language linears
+    )
+    also_train: list[str] = []  # modules trained whole beside the adapters (visual.merger: the projector)
+
+    def spec(self) -> dict[str, Any]:
+        """The mapping ``load_policy(lora=…)`` takes."""
+        return self.model_dump(exclude_none=True)
+
+
+class ModelRecipe(Section):
+    path: str  # a Hugging Face folder, or tiny:NAME for a shipped one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    device: str | None = None
+    lora: LoraRecipe | None = None
+    freeze: list[str] = []  # parameter-name patterns
+    gradient_checkpointing: bool = False
+    offload_activations: bool = False  # what checkpointing keeps lies on the host until the backward
+    liger: bool = False  # RMSNorm, SwiGLU and rotary embedding by liger-kernel; needs a GPU
+    min_pixels: int | None = Field(None, ge=1)  # area of a resized image
+    max_pixels: int | None = Field(None, ge=1)
+
+
+class DataRecipe(Section):
+    spec: str = Field(min_length=1)  # adapter:path[?key=value&…]
+    prompts_per_step: int = Field(8, ge=1)  # on each rank
+    order: Literal["shuffle", "file"] = "shuffle"  # shuffled anew each epoch, or as the data lists them (easy to hard)
+    seed: int | None = Field(None, ge=0, lt=2**63)  # of the shuffle; none: the run's
+    # Count and skip bad rows instead of refusing the data, and records whose pictures cannot be decoded as they come
+    skip_bad: bool = False
+    max_image_pixels: int = Field(MAX_IMAGE_PIXELS, ge=1)  # width x height of a picture file; a larger one is a bad row
+    # Of clips: how many frames the model is shown, and which (uniform, first or random); none: as the spec has it
+    frames: int | None = Field(None, ge=1)
+    sample: Literal["uniform", "first", "random"] | None = None
+    workers: int = Field(2, ge=0)  # threads that preprocess the next step's images meanwhile; 0: none
+    blank_images: bool = False  # grey pictures of the same size: what is then learned is learned from the text
+
+
+class RolloutRecipe(Section):
+    group_size: int = Field(8, ge=1)
+    max_new_tokens: int = Field(256, ge=1, le=2**20)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)  # 0: off
+    allow_truncated_sampling: bool = False
+    decode: Literal["auto", "eager", "static", "graph"] = "auto"  # auto: CUDA graphs on a GPU, eager steps on a CPU
+    backend: Literal["local", "vllm"] = "local"  # vllm: on a server that is given the weights (docs/vllm.md)
+    server: str | None = None  # of vllm: http://localhost:8000
+    shared: str | None = None  # of vllm: folder, by the same path on the server, for weights; none: OUT/rollout
+    server_timeout: float = Field(600.0, gt=0)  # of vllm: seconds one prompt's answers, or new weights, may take
+
+    @model_validator(mode="after")
+    def _unbiased(self) -> RolloutRecipe:
+        if (self.top_p < 1 or self.top_k > 0) and not self.allow_truncated_sampling:
+            raise ValueError(
+                "top_p < 1 or top_k > 0 samples from another distribution than the one whose log-probs are trained; "
+                "set allow_truncated_sampling: true to accept that bias"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _served(self) -> RolloutRecipe:
+        if self.backend == "local" and (self.server is not None or self.shared is not None):
+            raise ValueError("server and shared are of backend: vllm, this one is local")
+        if self.backend == "vllm":
+            if self.server is None:
+                raise ValueError("backend: vllm needs server: the address of a running vLLM, http://localhost:8000")
+            check_url(self.server, "server", "http://localhost:8000")
+        return self
+
+
+class RewardRecipe(Section):
+    options: dict[str, Any] = {}  # of the task's reward
+    weights: dict[str, float] = {}  # by component name; a component not named weighs 1
+
+
+class ParameterGroup(Section):
+    match: str = Field(min_length=1)  # a glob over parameter names, or a run of whole parts of them (visual.merger)
+    lr: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(None, ge=0)
+
+
+class OptimRecipe(Section):
+    steps: int = Field(ge=1)  # rollout batches; each makes updates_per_batch optimizer updates
+    lr: float = Field(1e-6, ge=0, le=100)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)  # on matrices only
+    warmup: float = Field(0, ge=0)  # below 1: a fraction of all updates, else their number
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)  # where the cosine ends
+    clip_norm: float | None = Field(1.0, gt=0)
+    updates_per_batch: int = Field(1, ge=1)  # 1: strictly on-policy
+    token_budget: int = Field(8192, ge=1)  # tokens of one micro-batch; a group is never split
+    # AdamW's states: fp32 beside the weights; 8bit: quarter the bytes; offload: on the host, which then updates
+    states: Literal["fp32", "8bit", "offload"] = "fp32"
+    gradient_release: bool = (
+        False  # update each parameter within the backward and free its gradient; needs no clip_norm
+    )
+    # Gradients of head and loss made in the forward: 3 matmuls over the vocabulary, not 4; entropy is not measured then
+    row_local_head: bool = False
+    groups: list[ParameterGroup] = []  # the first that matches a parameter sets its lr and weight decay
+
+    @model_validator(mode="after")
+    def _momenta(self) -> OptimRecipe:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        if self.row_local_head and self.updates_per_batch > 1:
+            raise ValueError("row_local_head leaves out log-probs that later updates need: set updates_per_batch: 1")
+        if self.gradient_release and self.clip_norm is not None:
+            raise ValueError("gradient_release updates before the norm of all gradients is known: set clip_norm: null")
+        if self.gradient_release and self.states == "offload":
+            raise ValueError("gradient_release frees nothing with states: offload, where gradients leave the device")
+        return self
+
+
+class CheckpointRecipe(Section):
+    every: int = Field(100, ge=0)  # steps; 0: only at the end
+    keep: int = Field(2, ge=1)
+    final: bool = True
+
+
+class LogRecipe(Section):
+    every: int = Field(1, ge=1)  # steps between console lines (metrics.jsonl has every step)
+    samples_every: int = Field(20, ge=0)  # steps between tables of sample answers; 0: never
+    samples: int = Field(4, ge=1)
+    tensorboard: bool = True
+
+
+class EngineRecipe(Section):
+    kind: Literal["local", "deepspeed"] = "local"
+    zero_stage: Literal[0, 1, 2] = 2
+    offload_optimizer: bool = False

@@ -1,0 +1,35 @@
+"""Files that are written: small ones whole or not at all, and the pictures that rows of a written file name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastrl.pictures import AnyPicture, open_picture
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def image_names(images: Sequence[AnyPicture], number: int, out: Path) -> list[str]:
+    """How a built file names record ``number``'s images; pictures that are no files are written to ``NAME.images``."""
+    names = []
+    home = out.parent.resolve()
+    for place, image in enumerate(images):
+        if isinstance(image, Path | str):
+            path = Path(image).resolve()
+        else:
+            folder = out.with_suffix(".images").resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / (f"{number:06d}.png" if len(images) == 1 else f"{number:06d}-{place}.png")
+            open_picture(image).save(path)
+        names.append(str(path.relative_to(home) if path.is_relative_to(home) else path))
+    return names

@@ -1,0 +1,116 @@
+"""What the trainer needs of an engine (backward · step · save · load), and what all engines share: the learning-rate
+schedule and the parameter groups."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastrl.config.sections import OptimRecipe
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not a finite number."""
+
+
+class StepInfo(NamedTuple):
+    """One optimizer update: the gradient's norm before clipping, and the learning rate of the first group."""
+
+    grad_norm: float
+    lr: float
+
+
+class Engine(Protocol):
+    """What the trainer needs of an engine. ``rank`` and ``world_size`` count data-parallel processes, ``updates`` the
+    updates made."""
+
+    rank: int
+    world_size: int
+    updates: int
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the gradient of ``loss``; ``last``: the next call is :meth:`step`."""
+        ...
+
+    def step(self) -> StepInfo:
+        """Clip, update, clear. A gradient that is not finite raises ``NonFiniteError`` and leaves the weights alone."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def gradient_of(self, parameter: Tensor) -> Tensor | None:
+        """The float32 gradient :meth:`step` will read, zeros where there is none yet; None: this engine shows none."""
+        ...
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside: the head's weight is whole (it always is up to ZeRO 2)."""
+        ...
+
+    def average(self, value: float) -> float: ...
+
+    def maximum(self, value: float) -> float: ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gives here, in the order of ranks."""
+        ...
+
+    def barrier(self) -> None: ...
+
+    def close(self) -> None:
+        """At the end of a run that ended well, on every rank."""
+        ...
+
+
+def lr_scale(update: int, optim: OptimRecipe) -> float:
+    """Factor on the learning rate of update number ``update`` (from 0): linear warm-up, then constant or cosine."""
+    total = optim.steps * optim.updates_per_batch
+    warmup = math.ceil(optim.warmup * total) if optim.warmup < 1 else int(optim.warmup)
+    if update < warmup:
+        return (update + 1) / warmup
+    if optim.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (update - warmup) / max(1, total - warmup))
+    return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names a parameter: a glob over its full name, or a run of whole parts of it."""
+    return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def parameter_groups(model: nn.Module, optim: OptimRecipe) -> list[dict[str, Any]]:
+    """Trainable parameters by learning rate and weight decay, with their names, in the order the model lists them.
+
+    Raises:
+        ValueError: nothing is trainable, or a pattern of ``optim.groups`` names no trainable parameter.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("nothing to train: every parameter is frozen (model.freeze, model.lora)")
+    for number, group in enumerate(optim.groups):
+        if not any(matches(group.match, name) for name, _ in trainable):
+            parts = sorted({part for name, _ in trainable for part in name.split(".") if not part.isdigit()})
+            raise ValueError(
+                f"optim.groups.{number}.match: {group.match!r} names no trainable parameter; "
+                f"parts of names: {', '.join(parts)}"
+            )
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in trainable:
+        chosen = next((g for g in optim.groups if matches(g.match, name)), None)
+        lr = chosen.lr if chosen is not None and chosen.lr is not None else optim.lr
+        decay = chosen.weight_decay if chosen is not None and chosen.weight_decay is not None else optim.weight_decay
+        decay = decay if parameter.ndim >= 2 else 0.0
+        group = groups.setdefault(
+            (lr, decay), {"params": [], "names": [], "lr": lr, "weight_decay": decay, "base_lr": lr}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
