@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.data.blank import BlankImages
+from fastrl.data.pictures import PictureError
 from fastrl.data.sound_stream import SoundStream
 from fastrl.data.stream import RecordStream
 from fastrl.engine import make_engine
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
-from fastrl.pictures import PictureError
 from fastrl.recipe import Recipe
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint

@@ -18,8 +18,8 @@ from fastrl.critics.base import Case, CriticError, Critique
 from fastrl.critics.model import critique_of
 from fastrl.critics.rubric import Verdict, parse_reply, rubric_prompt
 from fastrl.data.files import write_atomically
+from fastrl.data.pictures import data_url
 from fastrl.http import Passing, Refused, Stopped, Transport, check_url
-from fastrl.pictures import data_url
 
 MAX_BYTES = 1 << 20  # of a response that are read
 GIVE_UP = 3  # cases in a row that the server could not answer, after all retries: it is gone

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import overload
 
+from fastrl.data.pictures import picture_size
 from fastrl.data.records import Record
-from fastrl.pictures import picture_size
 
 GREY = (127, 127, 127)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrl.data import rows
+from fastrl.data.pictures import Picture
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import Result, choice_option, collect, int_option, ordered, parse_json, read_text, reading
 from fastrl.data.validate import (
@@ -30,7 +31,6 @@ from fastrl.data.validate import (
     nearest,
     short,
 )
-from fastrl.pictures import Picture
 
 KEYS = (*rows.KEYS, "task", "categories", "empty", "min_count", "max_count")
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastrl.pictures import AnyPicture, open_picture
+from fastrl.data.pictures import AnyPicture, open_picture
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrl.data import rows
+from fastrl.data.pictures import Picture
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import choice_option, load_rows
 from fastrl.data.truth import read_truth
 from fastrl.data.validate import Row, is_number, short
-from fastrl.pictures import Picture
 
 KEYS = (*rows.KEYS, "rewards")
 MAX_ANSWERS = 1024  # of one list; the kernel's limit

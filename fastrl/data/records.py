@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from fastrl.answers import View
+    from fastrl.data.pictures import AnyPicture
     from fastrl.data.validate import Problem
-    from fastrl.pictures import AnyPicture
 
 # Perception-R1's training prompts (the caption prompt is RePer's); "{}" takes the expression, label or category names.
 PROMPTS: Mapping[str, str] = {

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from fastrl.data.pictures import MAX_PIXELS
 from fastrl.data.records import Dataset, Record
 from fastrl.data.validate import ImageFolder, Problem, Reading, Row, fail, find_image_folder, short
-from fastrl.pictures import MAX_PIXELS
 
 READING = ("orient", "max_image_pixels")  # query keys of every adapter that opens picture files
 KEYS = ("images", "limit", "seed", *READING)  # query keys every row adapter takes

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from fastrl.data.pictures import PictureError, opened_picture
 from fastrl.data.records import Dataset, Record
 from fastrl.data.validate import Problem
-from fastrl.pictures import PictureError, opened_picture
 
 
 def broken_picture(record: Record) -> Problem | None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from fastrl.data.pictures import MAX_PIXELS, Header, Picture, PictureError, read_header
 from fastrl.data.truth import read_truth, whole_number
-from fastrl.pictures import MAX_PIXELS, Header, Picture, PictureError, read_header
 
 SHOWN = 20  # problems listed in one error message
 HUNDREDS = 100  # pixels of a picture's longer side from which a box within 0 to 1 cannot be meant in pixels

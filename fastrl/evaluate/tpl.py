@@ -168,7 +168,7 @@ class _Clip:
 
 
 def _clip(policy: Policy, record: Record, samples: int, single: str, seed: int, curve: bool) -> _Clip:
-    from fastrl.pictures import open_picture
+    from fastrl.data.pictures import open_picture
 
     where = f"record {record.id!r}" + (f" ({record.source})" if record.source else "")
     if not record.images:

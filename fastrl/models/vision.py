@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrl.batch import ImageInput
+from fastrl.data.pictures import AnyPicture, opened_picture
 from fastrl.models.positions import image_tokens
-from fastrl.pictures import AnyPicture, opened_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.answers import View, parse_boxes, resolve_frame, to_original
+from fastrl.data.pictures import open_picture, picture_size
 from fastrl.data.records import Record
-from fastrl.pictures import open_picture, picture_size
 
 TRUTH, PREDICTED = "#1a9850", "#d73027"
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastrl.answers import Item, Parsed, View, from_original, parse_boxes, parse_points, resolve_frame, to_original
+from fastrl.data.pictures import picture_size
 from fastrl.data.records import Record
-from fastrl.pictures import picture_size
 
 # Coordinates are clamped to this many pixels (of 0–1000 units for points): far outside any image, and products of two
 # of them stay exact enough for areas. A model may write 1e300.

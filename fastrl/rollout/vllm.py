@@ -21,8 +21,8 @@ import torch
 
 from fastrl.batch import Completion, Prompt
 from fastrl.clock import Clock
+from fastrl.data.pictures import data_url
 from fastrl.http import Late, Passing, Refused, Stopped, Transport, check_url
-from fastrl.pictures import data_url
 from fastrl.rollout.generator import copy_completion, rows_per_prompt
 from fastrl.rollout.sampler import Sampling
 from fastrl.rollout.vllm_weights import RolloutError, ServerWeights

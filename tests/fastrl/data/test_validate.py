@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from fastrl.data import DataError, load_data, parse_spec
+from fastrl.data.pictures import open_picture
 from fastrl.data.validate import SHOWN
-from fastrl.pictures import open_picture
 from fastrl.rewards import reward_for
 
 GOOD: dict[str, dict[str, Any]] = {

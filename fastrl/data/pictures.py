@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from fastrl.config.limits import MAX_IMAGE_PIXELS
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = 64_000_000  # width x height of a picture that is opened, unless somebody says otherwise
+MAX_PIXELS = MAX_IMAGE_PIXELS  # width x height of a picture that is opened, unless somebody says otherwise
 LARGE = 16_000_000  # pixels above which pictures are decoded and prepared one at a time
 WHITE = (255, 255, 255)
 _ORIENTATION = 0x0112  # the EXIF (and TIFF) tag

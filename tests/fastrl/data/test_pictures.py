@@ -14,8 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from fastrl import pictures
-from fastrl.pictures import Picture, PictureError, data_url, open_picture, opened_picture, picture_size, read_header
+from fastrl.data import pictures
+from fastrl.data.pictures import (
+    Picture,
+    PictureError,
+    data_url,
+    open_picture,
+    opened_picture,
+    picture_size,
+    read_header,
+)
 
 GREYS = np.array([[0, 257, 4096], [32896, 65278, 65535]], dtype=np.uint16)  # 65535 / 255 = 257
 
