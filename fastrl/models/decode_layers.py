@@ -7,12 +7,20 @@ position for all three axes of the multimodal rotary embedding, so that it is th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastrl.rollout.cache import RowCache
 from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
+
+
+class StepCache(Protocol):
+    """Where a decode step keeps keys and values, and attends to them (see ``fastrl.rollout.cache.RowCache``)."""
+
+    at: Tensor  # [1] int64: the slot of the new token
+
+    def own(self, layer: int) -> tuple[Tensor, Tensor]: ...
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor: ...
 
 
 class DecodeLayers:
@@ -25,7 +33,7 @@ class DecodeLayers:
     def __init__(self, core: Any) -> None:
         self.embed, self.model = core.get_input_embeddings(), core.model.language_model
 
-    def __call__(self, token: Tensor, position: Tensor, cache: RowCache) -> Tensor:
+    def __call__(self, token: Tensor, position: Tensor, cache: StepCache) -> Tensor:
         """Hidden states [R, H] for ``token`` [R] at ``position`` [R], whose keys and values go into ``cache``."""
         residual = self.embed(token)
         cos, sin = self._rotation(residual, position)
@@ -47,7 +55,7 @@ class DecodeLayers:
         return cos[:, 0, :half].contiguous(), sin[:, 0, :half].contiguous()
 
     def _attention(
-        self, attention: Any, index: int, normed: Tensor, cos: Tensor, sin: Tensor, cache: RowCache
+        self, attention: Any, index: int, normed: Tensor, cos: Tensor, sin: Tensor, cache: StepCache
     ) -> Tensor:
         q, k, v = (
             project(normed).view(len(normed), -1, attention.head_dim)
