@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastrl.batch import PromptGroup
-from fastrl.build.portions import image_names, resume
+from fastrl.build.portions import resume
 from fastrl.data import load_data
-from fastrl.data.files import write_atomically
+from fastrl.data.files import image_names, write_atomically
 from fastrl.data.lists import list_row
 from fastrl.methods.ranking import Ranking, rank_answers
 from fastrl.models.open import open_policy
