@@ -259,6 +259,9 @@ def test_pain_15_every_component_is_logged_and_rewards_see_the_whole_record(
         def total(self, components: dict[str, list[float]]) -> list[float]:
             return [a + 2 * b for a, b in zip(components["length"], components["flag"], strict=True)]
 
+        def diagnose(self, answers: list[str], records: list[Any]) -> dict[str, list[int]]:
+            return {}
+
     monkeypatch.setattr(fastrl.rewards, "reward_for", lambda task, **options: Mine())
     row, _ = Run(make_recipe(tiny_folder("qwen2_5"), tmp_path), records=make_records()).step(1)
     assert len(calls) == 1  # one batched call for the 12 answers
