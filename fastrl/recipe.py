@@ -27,7 +27,7 @@ from fastrl.config.sections import (
     RolloutRecipe,
     Section,
 )
-from fastrl.data import with_options
+from fastrl.data import own_spec, with_options
 from fastrl.methods import METHODS, MethodOptions, method_for
 
 __all__ = [
@@ -134,7 +134,7 @@ class Recipe(Section):
         """``data.spec`` with what ``data.frames``, ``sample`` and ``max_image_pixels`` say. Raises ``DataError``."""
         most = self.data.max_image_pixels
         return with_options(
-            self.data.spec,
+            own_spec(self.data.adapter, self.data.spec),
             frames=self.data.frames,
             sample=self.data.sample,
             max_image_pixels=most if most != MAX_IMAGE_PIXELS else None,

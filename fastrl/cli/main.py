@@ -18,6 +18,7 @@ if importlib.util.find_spec("typer") is None:  # the kernel library alone is ins
 import typer  # noqa: E402
 
 from fastrl.cli.build import app as build_app  # noqa: E402
+from fastrl.cli.data import data as data_command  # noqa: E402
 from fastrl.cli.terminal import Json, SkipBad, print_json, say  # noqa: E402
 from fastrl.data.records import PROMPTS  # noqa: E402
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 tiny_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The small models that ship with fastrl.")
 app.add_typer(build_app, name="build")
 app.add_typer(tiny_app, name="tiny")
+app.command(name="data")(data_command)
 
 Data = Annotated[str | None, typer.Option("--data", metavar="SPEC", help="adapter:path[?key=value&…]")]
 Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Hugging Face folder, or tiny:NAME.")]

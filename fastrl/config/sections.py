@@ -47,6 +47,7 @@ class ModelRecipe(Section):
 
 class DataRecipe(Section):
     spec: str = Field(min_length=1)  # adapter:path[?key=value&…]
+    adapter: str | None = None  # my_data.py:rows, called as rows(path, **query) with spec's path; yields Records
     prompts_per_step: int = Field(8, ge=1)  # on each rank
     order: Literal["shuffle", "file"] = "shuffle"  # shuffled anew each epoch, or as the data lists them (easy to hard)
     seed: int | None = Field(None, ge=0, lt=2**63)  # of the shuffle; none: the run's

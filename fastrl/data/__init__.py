@@ -1,7 +1,10 @@
 """Data: ``load_data("adapter:path?key=value")`` → records, checked before anything is trained on them.
 
+The adapter may be a function of a user's own, ``my_data.py:rows:path`` (see ``user``).
+
 Adapters, each in its own module with a ``load(path, query)`` (a new format is one more module and one more line here):
 
+- ``rows``: rows of EasyR1, verl, ms-swift, TRL, VLM-R1, LLaVA, Perception-R1, recognised by their columns
 - ``coco``: instance JSON → detection or counting     - ``refexp``: referring expressions → grounding
 - ``pixmo``: counts with points → counting            - ``ocr``: lines, words, pages → OCR
 - ``mot``, ``sav``, ``tracks``: tracked clips → trajectory   - ``scenes``: made-up pictures, every task
@@ -14,6 +17,7 @@ Adapters, each in its own module with a ``load(path, query)`` (a new format is o
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from urllib.parse import quote, unquote
@@ -30,14 +34,17 @@ __all__ = [
     "Problem",
     "Record",
     "load_data",
+    "own_spec",
     "parse_spec",
     "question",
+    "read_data",
     "with_options",
 ]
 
 # name → (module, function), imported when asked for. The module's KEYS are its query keys; else it checks them.
 ADAPTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
+        "rows": ("fastrl.data.any_rows", "load"),
         "coco": ("fastrl.data.coco", "load"),
         "refexp": ("fastrl.data.refexp", "load"),
         "pixmo": ("fastrl.data.pixmo", "load"),
@@ -56,15 +63,29 @@ ADAPTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 
 
+_OWN = re.compile(r"((?:[^?:]*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*):")  # a user's function
+
+
+def own_spec(adapter: str | None, spec: str) -> str:
+    """``spec`` read by a function of the user's (``my_data.py:rows``), or as it is where there is none."""
+    if adapter is None:
+        return spec
+    head, _, rest = spec.partition(":")
+    return f"{adapter}:{rest if head in ADAPTERS else spec}"
+
+
 def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     """``adapter:path?key=value&key=value`` → (adapter, path, query). Values may be percent-encoded; ``+`` is a plus.
 
     Raises ``DataError`` for an unknown adapter, a part that is not ``key=value``, or a key given twice.
     """
     adapter, colon, rest = spec.partition(":")
+    own = _OWN.match(spec)
+    if own is not None and adapter not in ADAPTERS:
+        adapter, colon, rest = own.group(1), ":", spec[own.end() :]
     if not colon:
         raise fail(spec, "bad spec", f"names no adapter: a spec is adapter:path?key=value ({', '.join(ADAPTERS)})")
-    if adapter not in ADAPTERS:
+    if adapter not in ADAPTERS and own is None:
         message = f"unknown data adapter {adapter!r}{nearest(adapter, ADAPTERS)}; a spec is adapter:path?key=value"
         raise fail(spec, "bad spec", message)
     path, _, options = rest.partition("?")
@@ -109,7 +130,25 @@ def load_data(
     ``Dataset.problems`` where); without, a ``DataError`` reports them all. Also raises ``DataError`` for an unknown
     adapter or option (with the nearest valid name), an unreadable file, and when no record is left.
     """
+    dataset = read_data(spec)
+    if deep:
+        dataset = decoded(dataset)
+    if misfit is not None:
+        dataset = dataset.fitting(misfit)
+    if dataset.problems and not skip_bad:
+        raise DataError(dataset.problems, _other_adapter(spec, dataset))
+    if len(dataset) == 0:
+        raise DataError(dataset.problems or dataset.left_out or [Problem(spec, "empty", "holds no records")])
+    return dataset
+
+
+def read_data(spec: str) -> Dataset:
+    """What ``spec`` names, good and bad rows. Raises ``DataError`` as :func:`load_data` does, but not for bad rows."""
     adapter, path, query = parse_spec(spec)
+    if adapter not in ADAPTERS:
+        from fastrl.data.user import load
+
+        return load(adapter, path, query)
     module_name, function = ADAPTERS[adapter]
     module = importlib.import_module(module_name)
     keys = getattr(module, "KEYS", None)
@@ -119,13 +158,18 @@ def load_data(
         if keys is not None and key not in keys:
             raise fail(spec, "bad option", f"unknown option {key!r} of {adapter}{nearest(key, keys)}")
     loaded = getattr(module, function)(path, query)
-    dataset = loaded if isinstance(loaded, Dataset) else Dataset(loaded)
-    if misfit is not None:
-        dataset = dataset.fitting(misfit)
-    if deep:
-        dataset = decoded(dataset)
-    if dataset.problems and not skip_bad:
-        raise DataError(dataset.problems)
-    if len(dataset) == 0:
-        raise DataError(dataset.problems or dataset.left_out or [Problem(spec, "empty", "holds no records")])
-    return dataset
+    return loaded if isinstance(loaded, Dataset) else Dataset(loaded)
+
+
+def _other_adapter(spec: str, dataset: Dataset) -> str:
+    """A hint where most rows lack a column and are of another layout than the adapter's; else nothing."""
+    lacking = sum(problem.kind == "missing field" for problem in dataset.problems)
+    adapter, path, query = parse_spec(spec)
+    if 2 * lacking < len(dataset) + len(dataset.problems) or adapter not in ("refexp", "pixmo", "ocr", "rows"):
+        return ""
+    from fastrl.data.any_rows import layout_of
+
+    columns, found = layout_of(path, query.get("split"))
+    if found in (None, adapter):
+        return ""
+    return f"The rows have columns {', '.join(columns)}: is this {found}:{path}?"

@@ -20,14 +20,11 @@ Query keys: ``images`` (folder the image paths start from; default the file's ow
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrl.data import rows
-from fastrl.data.pictures import Picture
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import choice_option, load_rows
-from fastrl.data.truth import read_truth
 from fastrl.data.validate import Row, is_number, short
 
 KEYS = (*rows.KEYS, "rewards")
@@ -94,7 +91,7 @@ def _prompt_text(record: Record) -> str:
 
 def _record(row: Row, recompute: bool) -> Record | None:
     identity, prompt = row.id(), row.text("prompt")
-    images = record_images(row)
+    images = row.pictures()
     answers = _answers(row)
     target, task = _target(row, images[0][1] if images else None)
     resized = _resized(row, len(images))
@@ -108,24 +105,6 @@ def _record(row: Row, recompute: bool) -> Record | None:
     asked = question(task, images=len(images), prompt=prompt)
     paths = tuple(path for path, _ in images)
     return Record(identity, task, paths, asked, {**target, "list": RankedList(answers, rewards, resized)})
-
-
-def record_images(row: Row) -> list[tuple[Path | Picture, tuple[int, int]]]:
-    """Every image of the row with its (width, height)."""
-    name, value = row.first(("images", "image"))
-    value = read_truth(value)
-    names = [value] if name == "image" and name in row.fields else value
-    if not isinstance(names, list) or not names:
-        row.fail("missing image", f"images must be a list of one or more files, got {short(value)}")
-        return []
-    found = []
-    for each in names:
-        one = Row({"image": each}, row.where, row.number, row.images)
-        sound = one.image("image")
-        row.problems += one.problems
-        if sound:
-            found.append(sound)
-    return found
 
 
 def _answers(row: Row) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from fastrl.data import rows
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import IMAGE_FIELDS, collect, int_option, load_rows, ordered, read_text, reading
+from fastrl.data.tables import is_table
 from fastrl.data.validate import DataError, ImageFolder, Problem, Row, fail
 
 KEYS = rows.KEYS
@@ -22,7 +23,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 
 def load(path: str, query: Mapping[str, str]) -> Dataset:
     """Read a row file or a folder of pages. Raises ``DataError`` for an unreadable file or option."""
-    if not Path(path).is_dir():
+    if not Path(path).is_dir() or is_table(Path(path)):
         return load_rows(path, query, _record)
     if "images" in query:
         raise fail(path, "bad option", "images is for row files; a folder of pages holds its images itself")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,19 +38,30 @@ class Picture:
     """A picture that is not decoded yet, and how it is to be read: where a bare path does not say it all.
 
     Args:
-        path: its file; or data: the bytes of one, and name: what messages call it.
+        path: its file; or, with ``data``, the file that holds it among others, if any.
+        data: the bytes of a picture file, or what gives them; name: what messages call it.
         turned: by its EXIF tag; else the pixels are taken as they are stored.
         max_pixels: width x height above which it is refused.
     """
 
     path: Path | None = None
-    data: bytes | None = field(default=None, repr=False)
+    data: bytes | Callable[[], bytes] | None = field(default=None, repr=False)
     name: str = ""
     turned: bool = False
     max_pixels: int = MAX_PIXELS
 
     def __str__(self) -> str:
         return self.name or str(self.path)
+
+    def read(self) -> bytes:
+        """The picture's file, byte for byte. Raises ``PictureError``: it is not there."""
+        if callable(self.data):
+            return self.data()
+        if self.data is not None:
+            return self.data
+        if self.path is None or not self.path.is_file():
+            raise PictureError(f"image not found: {self}")
+        return self.path.read_bytes()
 
 
 AnyPicture: TypeAlias = "Path | str | Picture | Image"
@@ -132,9 +143,7 @@ def data_url(image: AnyPicture) -> str:
     pixels from them, else PNG. Raises ``PictureError``."""
     header, source = read_header(image), as_picture(image)
     if source is not None and header.plain and header.orientation == 1 and header.kind in _AS_IT_IS:
-        assert source.path is not None or source.data is not None
-        data = source.data if source.path is None else source.path.read_bytes()
-        return _as_url(_AS_IT_IS[header.kind], data or b"")
+        return _as_url(_AS_IT_IS[header.kind], source.read())
     buffer = io.BytesIO()
     open_picture(image).save(buffer, "PNG")
     return _as_url("png", buffer.getvalue())
@@ -151,7 +160,7 @@ def _as_url(kind: str, data: bytes) -> str:
 def _opened(source: Picture) -> Iterator[Image]:
     """The file opened by PIL, its header read and found sound."""
     name = str(source)
-    if source.path is not None and not source.path.is_file():
+    if source.data is None and (source.path is None or not source.path.is_file()):
         raise PictureError(f"image not found: {name}")
     raw = _read(source)
     try:
@@ -170,7 +179,8 @@ def _opened(source: Picture) -> Iterator[Image]:
 def _read(source: Picture) -> Image:
     from PIL import Image as pil
 
-    file = source.path if source.path is not None else io.BytesIO(source.data or b"")
+    file = source.path if source.data is None else io.BytesIO(source.read())
+    assert file is not None
     with _header, _no_limit():
         try:
             return pil.open(file)

@@ -26,10 +26,11 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     low = int_option(query, "min_count", path) or 0
     high = int_option(query, "max_count", path)
     frame = choice_option(query, "frame", tuple(SIDES), path)
-    return load_rows(path, query, lambda row: _record(row, frame, low, high))
+    return load_rows(path, query, lambda row: record(row, frame, low, high))
 
 
-def _record(row: Row, frame: str, low: int, high: int | None) -> Record | LeftOut | None:
+def record(row: Row, frame: str, low: int, high: int | None) -> Record | LeftOut | None:
+    """One row as a record; None where ``row.problems`` says why not."""
     identity, label = row.id(), row.text("label")
     image = row.image(*IMAGE_FIELDS, "image_url")
     count = row.count("count")

@@ -82,6 +82,8 @@ class Record:
     messages: tuple[Mapping[str, Any], ...]
     target: Mapping[str, Any]
     source: str = ""  # "file:line", for messages about this row
+    # The row's own columns but for its pictures, as they were read; for rewards of a user's own
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     views: tuple[View, ...] = field(default=())  # original and resized size of each image, once a processor is known
     frame: str = "auto"  # what a model's coordinates mean: auto | resized | thousand | original | unit
 

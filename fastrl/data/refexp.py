@@ -46,7 +46,7 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     written = choice_option(query, "box", ("xyxy", "xywh"), path)
     frame = choice_option(query, "frame", tuple(SIDES), path)
     prompt = choice_option(query, "prompt", ("paper", "row"), path)
-    data = load_rows(path, query, lambda row: _record(row, written, frame, prompt))
+    data = load_rows(path, query, lambda row: record(row, written, frame, prompt))
     check_expressions(data, path)
     return data
 
@@ -73,7 +73,8 @@ def bare_expression(text: str) -> str:
     return text.strip().rstrip(".").strip()
 
 
-def _record(row: Row, written: str, frame: str, prompt: str) -> Record | LeftOut | None:
+def record(row: Row, written: str, frame: str, prompt: str) -> Record | LeftOut | None:
+    """One row as a record; None where ``row.problems`` says why not."""
     identity = row.id()
     image = row.image(*IMAGE_FIELDS)
     text = row.text(*EXPRESSION_FIELDS)

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastrl.data import rows
-from fastrl.data.lists import MAX_ANSWERS, RankedList, record_images
+from fastrl.data.lists import MAX_ANSWERS, RankedList
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import load_rows
 from fastrl.data.validate import Row, is_number, short
@@ -93,9 +93,11 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 def _record(row: Row) -> Record | None:
     identity, asked = row.id(), row.text("question")
-    paths = tuple(path for path, _ in record_images(row))
+    paths = tuple(path for path, _ in row.pictures())
     turns = _turns(row, "turns", MAX_TURNS, feedback=True)
-    candidates = _turns(row, "candidates", MAX_ANSWERS, feedback=False) if "candidates" in row.fields else turns
+    candidates = (
+        _turns(row, "candidates", MAX_ANSWERS, feedback=False) if row.fields.get("candidates") is not None else turns
+    )
     truth = row.truth("target", {})
     if not isinstance(truth, Mapping):
         row.fail("wrong type", f"target must be an object, got {short(truth)}")

@@ -1,4 +1,7 @@
-"""Row files (JSONL, or a JSON list of objects) → records: reading, ordering, limiting, shared by all such adapters."""
+"""Row files → records: reading, ordering, limiting, shared by all adapters of rows.
+
+A row file is JSONL, a JSON list of objects, or a table (Parquet, Arrow, a folder of the ``datasets`` library).
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,20 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fastrl.data.pictures import MAX_PIXELS
 from fastrl.data.records import Dataset, Record
+from fastrl.data.tables import is_table, table_rows
 from fastrl.data.validate import ImageFolder, Problem, Reading, Row, fail, find_image_folder, short
 
 READING = ("orient", "max_image_pixels")  # query keys of every adapter that opens picture files
-KEYS = ("images", "limit", "seed", *READING)  # query keys every row adapter takes
+KEYS = ("images", "split", "limit", "seed", *READING)  # query keys every row adapter takes
 IMAGE_FIELDS = ("image", "image_path", "file_name")
+PICTURES = ("image", "images")  # columns that may hold pictures, not only names of files
+LOOKED_AT = 64  # rows of a table whose image names tell which folder they start from
 T = TypeVar("T")
 
 
@@ -92,8 +99,16 @@ def parse_json(text: str, where: str) -> Any:
         return Problem(where, "unreadable JSON", f"unreadable JSON: {error}")
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, str, Mapping[str, Any] | Problem]]:
-    """(line from 0, ``file:line`` from 1, fields or what is wrong) of each row; blank lines are no rows."""
+def read_rows(path: Path, split: str | None = None) -> Iterator[tuple[int, str, Mapping[str, Any] | Problem]]:
+    """(line from 0, ``file:line`` from 1, fields or what is wrong) of each row; blank lines are no rows.
+
+    ``split`` chooses among those of a table.
+    """
+    if is_table(path):
+        yield from table_rows(path, split)
+        return
+    if split is not None:
+        raise fail(str(path), "bad option", "split is for tables (Parquet, Arrow, folders of the datasets library)")
     text = read_text(path)
     if path.suffix == ".json" and text.lstrip().startswith("["):
         values = parse_json(text, str(path))
@@ -121,18 +136,23 @@ def load_rows(path: str, query: Mapping[str, str], build: Build, given: Rows | N
     stops after that many records, and rows behind it are not looked at.
     """
     file = Path(path)
-    limit, seed = int_option(query, "limit", path, 1), int_option(query, "seed", path)
-    rows = ordered(list(read_rows(file)) if given is None else given, seed)
-    names = (row.get(name, "") for _, _, row in rows if isinstance(row, Mapping) for name in IMAGE_FIELDS)
+    limit, seed, split = int_option(query, "limit", path, 1), int_option(query, "seed", path), query.get("split")
+    table = given is None and is_table(file)
+    known = given if given is not None else list(islice(read_rows(file, split), LOOKED_AT if table else None))
+    names = (row.get(name, "") for _, _, row in known if isinstance(row, Mapping) for name in IMAGE_FIELDS)
     folder = Path(query["images"]) if "images" in query else find_image_folder(file, names)
     if not folder.is_dir():
         raise fail(path, "missing file", f"images folder not found: {folder}")
     images = ImageFolder(folder, reading(query, path))
-    results = (_build(fields, where, number, images, build) for number, where, fields in rows)
-    return collect(results, limit, path, images)
+    if not table:
+        return collect((_build(*row, images, build) for row in ordered(known, seed)), limit, path, images)
+    # A table is read in order, its pictures with it, and shuffled afterwards.
+    results = (_build(*row, images, build) for row in read_rows(file, split))
+    whole = collect(results, limit if seed is None else None, path, images)
+    return Dataset(ordered(whole.records, seed)[:limit], whole.problems, whole.left_out, whole.notes)
 
 
-def _build(fields: Mapping[str, Any] | Problem, where: str, number: int, images: ImageFolder, build: Build) -> Result:
+def _build(number: int, where: str, fields: Mapping[str, Any] | Problem, images: ImageFolder, build: Build) -> Result:
     if isinstance(fields, Problem):
         return [fields]
     row = Row(fields, where, number, images)
@@ -143,7 +163,8 @@ def _build(fields: Mapping[str, Any] | Problem, where: str, number: int, images:
         return (Problem(where, *result),)  # a tuple: left out, not wrong
     if result is None:
         raise AssertionError(f"adapter gave neither a record nor a reason for {where}")
-    return replace(result, source=where)
+    kept = {name: value for name, value in fields.items() if name not in PICTURES}
+    return replace(result, source=where, columns=kept)
 
 
 def collect(results: Iterator[Result], limit: int | None, path: str, images: ImageFolder) -> Dataset:

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_CHARACTERS = 1 << 24  # of text that is looked at as JSON
-_ANSWER = re.compile(r"\s*<answer>(.*)</answer>\s*", re.I | re.S)
+_ANSWER = re.compile(r"\s*(?:<think>.*</think>)?\s*<answer>(.*)</answer>\s*", re.I | re.S)
+_FENCE = re.compile(r"\s*```(?:json)?\s(.*)```\s*", re.I | re.S)
 
 
 def unwrapped(text: str) -> str:
-    """The text inside ``<answer>`` tags, or the text itself."""
+    """The text inside ``<answer>`` tags (a thought may stand before them), or the text itself."""
     match = _ANSWER.fullmatch(text)
     return match.group(1).strip() if match else text
 
@@ -25,11 +26,14 @@ def unwrapped(text: str) -> str:
 def read_truth(value: Any) -> Any:
     """The value that a truth column holds.
 
-    JSON text of a list, an object, a number or null (also inside ``<answer>`` tags) gives that value, arrays (numpy,
-    torch) give lists; any other text, broken JSON among it, comes back as it is, for a check to name.
+    JSON text of a list, an object, a number or null (also inside ``<answer>`` tags or a ``json`` fence) gives that
+    value, arrays (numpy, torch) give lists; any other text, broken JSON among it, comes back as it is, for a check to
+    name.
     """
     if isinstance(value, str):
         text = unwrapped(value).strip()
+        fenced = _FENCE.fullmatch(text)
+        text = fenced.group(1).strip() if fenced else text
         if len(text) > MAX_CHARACTERS or not (text[:1] in ("[", "{", "-") or text[:1].isdigit() or text == "null"):
             return value
         try:

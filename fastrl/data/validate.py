@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from fastrl.data.pictures import MAX_PIXELS, Header, Picture, PictureError, read_header
+from fastrl.data.pictures import MAX_PIXELS, AnyPicture, Header, Picture, PictureError, read_header
 from fastrl.data.truth import read_truth, whole_number
 
 SHOWN = 20  # problems listed in one error message
@@ -38,9 +38,9 @@ class Problem:
 
 class DataError(ValueError):
     """Everything that is wrong with a data set; ``problems`` has all of it, the message the first ``SHOWN`` kinds of
-    it: what is said of several rows in the same words comes once, with their number."""
+    it: what is said of several rows in the same words comes once, with their number. ``hint``: a line at its end."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], hint: str = "") -> None:
         self.problems = tuple(problems)
         said: dict[str, list[str]] = {}
         for problem in self.problems:
@@ -49,7 +49,7 @@ class DataError(ValueError):
         if len(self.problems) > 1:
             heading = f"{len(self.problems)} problems in the data (--skip-bad leaves bad rows out and counts them):"
             lines = [heading, *lines[:SHOWN], *([f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])]
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join([*lines, *([hint] if hint else [])]))
 
 
 def _line(message: str, places: Sequence[str]) -> str:
@@ -112,7 +112,7 @@ class ImageFolder:
     def __init__(self, folder: Path, reading: Reading = Reading()) -> None:
         self.folder = folder
         self.reading = reading
-        self.unheeded: list[Path] = []  # pictures whose EXIF tag turns them, in rows that do not show whether it counts
+        self.unheeded: list[str] = []  # pictures whose EXIF tag turns them, in rows that do not show whether it counts
         self._seen: dict[Path, Header | str] = {}
 
     def path(self, name: str) -> Path:
@@ -128,7 +128,7 @@ class ImageFolder:
     def header(self, path: Path) -> Header | str:
         """What the file says of itself, or what is wrong with it."""
         if path not in self._seen:
-            self._seen[path] = self._read(path)
+            self._seen[path] = self.check(self.picture(path), str(path))
         return self._seen[path]
 
     def size(self, path: Path) -> tuple[int, int] | str:
@@ -136,14 +136,19 @@ class ImageFolder:
         found = self.header(path)
         return found if isinstance(found, str) else found.size
 
-    def _read(self, path: Path) -> Header | str:
+    def embedded(self, data: bytes | Callable[[], bytes], name: str, file: Path | None) -> Picture:
+        """A picture that lies inside another file, such as a table."""
+        return Picture(file, data, name, turned=self.reading.turned, max_pixels=self.reading.max_pixels)
+
+    def check(self, picture: AnyPicture, name: str) -> Header | str:
+        """What a picture says of itself, or what is wrong with it."""
         try:
-            header = read_header(self.picture(path))
+            header = read_header(picture)
         except PictureError as error:
             return str(error)
         width, height = header.size
         if min(width, height) < 1 or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            return f"image of {width}x{height} pixels: sides may differ at most {MAX_ASPECT_RATIO} times ({path})"
+            return f"image of {width}x{height} pixels: sides may differ at most {MAX_ASPECT_RATIO} times ({name})"
         return header
 
 
@@ -173,12 +178,16 @@ class Row:
         self.problems.append(Problem(self.where, kind, message))
 
     def first(self, names: Sequence[str]) -> tuple[str, Any]:
-        """The first of ``names`` that the row has, with its value; (first name, None) if it has none."""
-        return next(((name, self.fields[name]) for name in names if name in self.fields), (names[0], None))
+        """The first of ``names`` that the row has, with its value, one that is not null before one that is (tables
+        have every column in every row); (first name, None) if it has none."""
+        had = [name for name in names if name in self.fields]
+        name = next((name for name in had if self.fields[name] is not None), had[0] if had else names[0])
+        return name, self.fields.get(name)
 
     def id(self) -> str:
         """The row's own ``id``, or its line number from 0."""
-        value = self.fields.get("id", self.number)
+        value = self.fields.get("id")
+        value = self.number if value is None else value
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             self.fail("wrong type", f"id must be a non-empty string or an integer, got {short(value)}")
         return str(value)
@@ -186,7 +195,7 @@ class Row:
     def text(self, *names: str) -> str | None:
         """A non-empty string, stripped."""
         name, value = self.first(names)
-        if name not in self.fields:
+        if value is None and name not in self.fields:
             self.fail("missing field", f"no {' or '.join(names)}")
         elif not isinstance(value, str):
             self.fail("wrong type", f"{name} must be a string, got {short(value)}")
@@ -196,10 +205,59 @@ class Row:
             return value.strip()
         return None
 
-    def image(self, *names: str) -> tuple[Path | Picture, tuple[int, int]] | None:
-        """The row's image file and its (width, height); declared ``width`` and ``height`` must agree with the file."""
-        name = self.text(*names)
-        if name is None:
+    def image(self, *names: str) -> tuple[AnyPicture, tuple[int, int]] | None:
+        """The row's image and its (width, height); declared ``width`` and ``height`` must agree with it.
+
+        It is a file's name, the bytes of a file (in a table also as ``{"bytes", "path"}``), or a PIL image.
+        """
+        name, value = self.first(names)
+        if name not in self.fields:
+            self.fail("missing field", f"no {' or '.join(names)}")
+            return None
+        return self._picture(name, value)
+
+    def pictures(self) -> list[tuple[AnyPicture, tuple[int, int]]]:
+        """Every image of the row, of its list ``images`` or its one ``image``, each as :meth:`image` gives it."""
+        name, value = self.first(("images", "image"))
+        value = read_truth(value) if isinstance(value, str) and name == "images" else value
+        if isinstance(value, list | tuple) and value:
+            found = [self._picture(name, each, place) for place, each in enumerate(value)]
+            return [each for each in found if each is not None]
+        if value is None or isinstance(value, list | tuple):
+            self.fail("missing image", f"images must be a list of one or more files, got {short(value)}")
+            return []
+        found = self._picture(name, value)
+        return [found] if found is not None else []
+
+    def _picture(self, name: str, value: Any, place: int | None = None) -> tuple[AnyPicture, tuple[int, int]] | None:
+        where = f"{name}[{place}]" if place is not None else name
+        if isinstance(value, Mapping) and ("bytes" in value or "path" in value):  # as the datasets library keeps them
+            value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+        picture: AnyPicture
+        if isinstance(value, str):
+            return self._file(where, value.strip())
+        if isinstance(value, bytes):
+            cell = getattr(self.fields, "cell", None)
+            again = cell(name, place) if cell is not None else value  # a table gives the bytes again: none are kept
+            called = f"{self.where}, {where}"
+            picture = held = self.images.embedded(again, called, getattr(self.fields, "file", None))
+            header = self.images.check(replace(held, data=value), called)
+        elif hasattr(value, "getexif"):
+            picture, called = value, where  # type: ignore[assignment]
+            header = self.images.check(picture, where)
+        else:
+            self.fail(
+                "wrong type", f"{where} must be a file's name, the bytes of one or a PIL image, got {short(value)}"
+            )
+            return None
+        if isinstance(header, str):
+            self.fail("bad image", header)
+            return None
+        return (picture, header.size) if self._agrees(called, header) else None
+
+    def _file(self, where: str, name: str) -> tuple[AnyPicture, tuple[int, int]] | None:
+        if not name:
+            self.fail(f"empty {where}", f"{where} is empty")
             return None
         if "://" in name:
             self.fail("missing image", f"image is an address, not a file: {short(name)}; download it and name the file")
@@ -212,11 +270,9 @@ class Row:
         if isinstance(header, str):
             self.fail("missing image" if "not found" in header else "bad image", header)
             return None
-        if not self._agrees(path, header):
-            return None
-        return self.images.picture(path), header.size
+        return (self.images.picture(path), header.size) if self._agrees(str(path), header) else None
 
-    def _agrees(self, path: Path, header: Header) -> bool:
+    def _agrees(self, path: str, header: Header) -> bool:
         """Whether the size the row declares (if it does) is the picture's."""
         declared, size = (self.fields.get("width"), self.fields.get("height")), header.size
         if None in declared or declared == size:
@@ -237,7 +293,8 @@ class Row:
 
     def truth(self, name: str, usual: Any = None) -> Any:
         """The value of a truth column, however it is written (see ``truth.read_truth``)."""
-        return read_truth(self.fields.get(name, usual))
+        value = self.fields.get(name)
+        return usual if value is None else read_truth(value)
 
     def count(self, name: str) -> int | None:
         """A whole number of at least 0; 2.0 and "2" are 2."""

@@ -66,5 +66,8 @@ class RecipeRewards:
             try:
                 self._rewards[task] = reward_for(task, **{**options, **self._section.options})
             except ValueError as error:
-                raise ValueError(f"the recipe's reward does not fit the data, which is {task}: {error}") from None
+                raise ValueError(
+                    f"the recipe's reward does not fit the data, which is {task}: {error}. Take a {task} recipe, or "
+                    f"data of the recipe's task"
+                ) from None
         return self._rewards[task]

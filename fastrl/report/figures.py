@@ -34,6 +34,24 @@ def before_after(
     figure.savefig(path, dpi=120)
 
 
+def truths(records: Sequence[Record], path: Path) -> None:
+    """Draw each record's first picture with its true boxes and points."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * max(1, len(records)), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(1, len(records)), squeeze=False)[0]
+    for axis, record in zip(axes, records, strict=False):
+        if record.images:
+            draw_answer(axis, record, "")
+            points = record.target.get("points") or []
+            axis.plot([x for x, _ in points], [y for _, y in points], "o", color=TRUTH, markersize=4)
+        axis.set_title(_title(record), fontsize=7, wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def draw_answer(axis: Any, record: Record, answer: str) -> None:
     """One picture with its true boxes and the boxes of an answer, in pixels of the original image."""
     from matplotlib.patches import Rectangle

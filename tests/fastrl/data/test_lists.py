@@ -76,7 +76,7 @@ def test_a_row_needs_no_target_where_rewards_are_given(tmp_path: Path) -> None:
         ({"answers": ["a"] * 1025, "rewards": [0.0] * 1025}, "at most 1024"),
         ({"images": ["missing.png"]}, "image not found"),
         ({"images": []}, "one or more files"),
-        ({"images": ["a.png", 4]}, "image must be a string"),
+        ({"images": ["a.png", 4]}, "must be a file's name"),
         ({"prompt": " "}, "prompt is empty"),
         ({"target": {"box": [5, 5, 3, 9]}}, "inverted box"),
         ({"target": {"box": [5, 5, 300, 9]}}, "outside the image"),

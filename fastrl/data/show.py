@@ -1,0 +1,108 @@
+"""What a data set holds, for a person or a program to look at."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastrl.data import read_data
+from fastrl.data.pictures import Picture
+from fastrl.data.records import Dataset, Record
+from fastrl.data.sound import decoded
+from fastrl.data.validate import DataError
+
+SHOWN = 3  # records
+LINES = 20  # of what is wrong
+
+
+def contents(spec: str, *, deep: bool = False) -> Dataset:
+    """The data of a spec, whatever is wrong with its rows. Raises ``DataError``: there is nothing to look at."""
+    dataset = read_data(spec)
+    return decoded(dataset) if deep else dataset
+
+
+def drawn(dataset: Sequence[Record], seed: int = 0) -> list[Record]:
+    """Three records drawn at random, in their order."""
+    places = sorted(random.Random(seed).sample(range(len(dataset)), min(SHOWN, len(dataset))))
+    return [dataset[place] for place in places]
+
+
+def shown(dataset: Dataset, records: Sequence[Record]) -> dict[str, Any]:
+    """``{n, bad, tasks, records}``: numbers of good and of bad rows, of records by task, and a few of them."""
+    return {
+        "n": len(dataset),
+        "bad": len({problem.where for problem in dataset.problems}),
+        "tasks": tasks(dataset),
+        "records": [_plain_record(record) for record in records],
+    }
+
+
+def tasks(dataset: Dataset) -> dict[str, int]:
+    """How many records there are of each task, the most frequent first."""
+    return dict(Counter(record.task for record in _light(dataset)).most_common())
+
+
+def contents_text(dataset: Dataset, records: Sequence[Record]) -> str:
+    """The same, and what is wrong with bad rows, as lines."""
+    values = shown(dataset, records)
+    counts = ", ".join(f"{task} {count}" for task, count in values["tasks"].items())
+    lines = [f"{len(dataset)} records" + (f": {counts}" if counts else "")]
+    if dataset.summary:
+        lines.append(dataset.summary)
+    if dataset.problems:
+        lines += str(DataError(dataset.problems)).split("\n")[:LINES]
+    for record in values["records"]:
+        lines += ["", f"{record['id']} ({record['task']})"]
+        lines += [f"  {message['role']}: {_words(message)}" for message in record["messages"]]
+        lines += [f"  images: {', '.join(record['images'])}"] if record["images"] else []
+        lines += [f"  {key}: {_short(value)}" for key, value in record["target"].items()]
+    return "\n".join(lines)
+
+
+def _light(dataset: Dataset) -> Sequence[Record]:
+    """Records to count by task; of those made on demand, which are all of one, a single one stands for all."""
+    if isinstance(dataset.records, list) or not len(dataset):
+        return dataset
+    return [dataset[0]] * len(dataset)
+
+
+def _plain_record(record: Record) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "task": record.task,
+        "messages": [_plain(message) for message in record.messages],
+        "images": [_image_name(image) for image in record.images],
+        "target": _plain(record.target),
+    }
+
+
+def _image_name(image: Any) -> str:
+    if isinstance(image, Path | str | Picture):
+        return str(image)
+    return f"{image.width}x{image.height} pixels in memory"
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; named tuples as mappings, and what JSON has no word for as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())  # type: ignore[attr-defined]
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _words(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in content)
+
+
+def _short(value: Any, limit: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
