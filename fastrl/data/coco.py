@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrl.data import rows
-from fastrl.data.pictures import Picture
+from fastrl.data.pictures import AnyPicture
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import Result, choice_option, collect, int_option, ordered, parse_json, read_text, reading
 from fastrl.data.validate import (
@@ -224,7 +224,7 @@ def _instance(
 
 
 def _detection(
-    identity: str, file: Path | Picture, instances: list[_Instance], options: _Options, where: str
+    identity: str, file: AnyPicture, instances: list[_Instance], options: _Options, where: str
 ) -> Record | tuple[Problem]:
     if not instances and not options.keep_empty:
         return (Problem(where, "no instances", "no instance of the categories asked for"),)
@@ -240,7 +240,7 @@ def _detection(
 
 
 def _countings(
-    identity: str, file: Path | Picture, instances: list[_Instance], options: _Options, where: str
+    identity: str, file: AnyPicture, instances: list[_Instance], options: _Options, where: str
 ) -> Iterator[Record | tuple[Problem]]:
     crowded = {instance.label for instance in instances if instance.crowd}
     for name in options.names:
