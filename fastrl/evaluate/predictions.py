@@ -169,10 +169,13 @@ def _from_coco(
     names = dict(categories) if categories is not None else category_names(records)
     found: dict[str, list[dict[str, Any]]] = {record.id: [] for record in records}
     problems: list[Problem] = []
+    place: dict[str, int] = {}
     for index, row in enumerate(rows):
         if isinstance(row, dict) and str(row.get("image_id")) not in found and str(row.get("image_id")) in known:
             continue
         problem = _coco_problem(row, found, names)
+        if problem is None and (first := place.setdefault(json.dumps(row, sort_keys=True), index)) != index:
+            problem = "repeated result", f"says all that entry {first + 1} says: one detection, there twice"
         if problem is not None:
             problems.append(Problem(f"{path}:entry {index + 1}", *problem))
             continue
@@ -191,12 +194,16 @@ def _coco_problem(row: Any, images: Mapping[str, object], names: Mapping[int | s
     if not isinstance(row, dict):
         return "wrong type", f"expected an object with image_id, category_id, bbox and score, got {short(row)}"
     image, category, box = row.get("image_id"), row.get("category_id"), row.get("bbox")
+    if isinstance(image, bool) or not isinstance(image, int | str):
+        return "wrong type", f"image_id must be an integer or a string, got {short(image)}"
     if str(image) not in images:
         return "unknown id", f"image_id {short(image)} is not in the data"
-    if not isinstance(category, int | str) or category not in names:
+    if isinstance(category, bool) or not isinstance(category, int | str) or category not in names:
         return "unknown category", f"category_id {short(category)} is no category of the data"
     if not isinstance(box, list) or len(box) != 4 or not all(is_number(v) for v in box):
         return "wrong type", f"'bbox' must be four finite numbers x, y, width, height, got {short(box)}"
+    if min(box[2:]) < 0:
+        return "inverted box", f"'bbox' is x, y, width, height, and neither of the last two below 0; got {short(box)}"
     if not is_number(row.get("score", 1.0)):
         return "wrong type", f"'score' must be a finite number, got {short(row.get('score'))}"
     return None
