@@ -2,7 +2,6 @@
 
 from fastrl.answers.frames import (
     FRAMES,
-    STYLE_FRAME,
     TASK_FRAME,
     View,
     check_frame,
@@ -11,6 +10,16 @@ from fastrl.answers.frames import (
     to_original,
 )
 from fastrl.answers.parse import MAX_ITEMS, Item, Parsed, parse_boxes, parse_points
+from fastrl.answers.styles import (
+    FAMILIES,
+    STYLE_FRAME,
+    STYLES,
+    Style,
+    matches_json_boxes,
+    matches_qwen2_boxes,
+    style_named,
+    style_of,
+)
 from fastrl.answers.text import (
     answer_region,
     canonical,
@@ -23,18 +32,16 @@ from fastrl.answers.text import (
 )
 from fastrl.answers.tracks import ParsedTracks, Track, format_tracks, matches_tracks, parse_tracks
 from fastrl.answers.write import (
-    STYLES,
     as_track,
     check_style,
     format_answer,
     matches_format,
     matches_grounding_format,
-    matches_json_boxes,
-    matches_qwen2_boxes,
     round_coords,
 )
 
 __all__ = [
+    "FAMILIES",
     "FRAMES",
     "MAX_ITEMS",
     "STYLES",
@@ -43,6 +50,7 @@ __all__ = [
     "Item",
     "Parsed",
     "ParsedTracks",
+    "Style",
     "Track",
     "View",
     "answer_region",
@@ -67,6 +75,8 @@ __all__ = [
     "round_coords",
     "strip_fence",
     "strip_special_tokens",
+    "style_named",
+    "style_of",
     "thought_tags",
     "to_original",
     "unfinished_thought",

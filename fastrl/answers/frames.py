@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 Frame = Literal["auto", "resized", "thousand", "original", "unit", "padded_unit"]
 FRAMES: tuple[str, ...] = ("auto", "resized", "thousand", "original", "unit", "padded_unit")
 SEEN = ("resized", "padded_unit")  # frames across what the model sees; the others lie across the image itself
-STYLE_FRAME = {"qwen2_5": "resized", "qwen2": "thousand"}  # the frame each model family answers in
+IN_THOUSAND = ("qwen2", "internvl", "glm", "gemma", "tracks")  # forms (``Parsed.format``) of one frame alone
+IN_UNIT = ("molmo", "paligemma")
 TASK_FRAME = {"trajectory": "thousand"}  # tasks whose answers are in one frame whatever the family
 
 
@@ -142,13 +143,17 @@ def from_original(coords: Sequence[float], frame: str, view: View) -> tuple[floa
 def resolve_frame(parsed: Parsed | ParsedTracks, frame: str) -> str:
     """``frame`` itself, or for ``auto`` the frame an answer is most likely written in.
 
-    Qwen2-VL box tokens and trajectory text → ``thousand``; no value beyond 1 and at least one written with a decimal
-    point → ``unit``; anything else → ``resized``.
+    A form that only one frame is written in says it: Qwen2-VL's and GLM's box tokens, InternVL's tags, Gemma's
+    ``box_2d`` and trajectory text → ``thousand``. No value beyond 1 and at least one written with a decimal point →
+    ``unit``; anything else → ``resized``. Molmo's and PaliGemma's numbers are parts of the sides whatever ``frame``
+    says: the parser makes them that.
     """
     check_frame(frame)
+    if parsed.format in IN_UNIT:
+        return "unit"
     if frame != "auto":
         return frame
-    if parsed.format in ("qwen2", "tracks"):
+    if parsed.format in IN_THOUSAND:
         return "thousand"
     if parsed.decimal and all(abs(v) <= 1.0 for item in parsed for v in item.coords):
         return "unit"

@@ -76,7 +76,7 @@ _OPENS = {"object_ref_start": "ref", "ref": "ref", "box_start": "box", "box": "b
 _POINT_TAG = re.compile(r"<points?+\b(?P<inside>[^<>]*+)>?+(?P<text>[^<]*+)", re.IGNORECASE)
 _POINT_NUMBER = re.compile(rf"\b([xy])([0-9]{{0,6}}+)\s*+=\s*+[\"'“”]?+\s*+({NUMBER})", re.IGNORECASE)
 _ALT = re.compile(r"\balt\s*+=\s*+(?:\"([^\"]*+)|'([^']*+))", re.IGNORECASE)
-_LOCS = re.compile(r"(?P<locs>(?:<loc[0-9]{4}>\s*+)++)(?P<label>[^<;]*+)", re.IGNORECASE)
+_LOCS = re.compile(r"(?P<locs>(?:<loc[0-9]{4}>\s*+)++)(?:<seg[0-9]{3}>\s*+)*+(?P<label>[^<;]*+)", re.IGNORECASE)
 _LOC = re.compile(r"[0-9]{4}")
 _SAYS_Y_FIRST = re.compile(r"(?<![a-z])box[_ -]?2d", re.IGNORECASE)
 

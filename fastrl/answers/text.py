@@ -11,6 +11,7 @@ import unicodedata
 MAX_MARKS = 64  # combining marks in a row; no writing has as many, and putting them in order takes their square
 
 _SPECIAL = re.compile(r"<\|[A-Za-z0-9_]{1,40}+\|>")
+_BOXED, _BOXED_END = "<|begin_of_box|>", "<|end_of_box|>"
 _FENCE_OPEN = re.compile(r"```[A-Za-z0-9_+-]{0,20}+[ \t]*+\r?+\n?+")
 _THOUGHT = re.compile(
     r"<\s{0,8}+(?P<end>/?+)\s{0,8}+(?:think|thinking|thought|reasoning)\s{0,8}+>|◁(?P<stop>/?+)think▷", re.IGNORECASE
@@ -90,8 +91,15 @@ def strip_fence(text: str) -> str:
 
 
 def plain_answer(text: str) -> str:
-    """A reply as plain text: its answer region without special tokens or a fence around the whole, ends stripped."""
-    plain = strip_special_tokens(answer_region(text)).strip()
+    """A reply as plain text: its answer region without special tokens or a fence around the whole, ends stripped.
+
+    Where the region has GLM's ``<|begin_of_box|>…<|end_of_box|>``, the answer is what is inside.
+    """
+    region = answer_region(text)
+    start = region.rfind(_BOXED)
+    if start >= 0:
+        region = region[start + len(_BOXED) :].partition(_BOXED_END)[0]
+    plain = strip_special_tokens(region).strip()
     if plain.startswith("```"):
         plain = strip_fence(plain).strip()
     return plain

@@ -85,7 +85,8 @@ class Record:
     # The row's own columns but for its pictures, as they were read; for rewards of a user's own
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     views: tuple[View, ...] = field(default=())  # original and resized size of each image, once a processor is known
-    frame: str = "auto"  # what a model's coordinates mean: auto | resized | thousand | original | unit
+    frame: str = "auto"  # what a model's coordinates mean (``fastrl.answers.FRAMES``)
+    style: str = ""  # how the model writes answers (``fastrl.answers.STYLES``), once it is known
 
 
 class Dataset(Sequence[Record]):

@@ -11,26 +11,34 @@ from fastrl.rewards.reading import MAX_CHARACTERS
 
 FormatCheck = Literal["strict", "loose", "none"]
 
-_STYLES = {"resized": ("qwen2_5",), "thousand": ("qwen2",)}
+# Where the style is not known: of a frame, the family that was first to write in it.
+_STYLES = {"resized": ("qwen2_5",), "thousand": ("qwen2",), "padded_unit": ("llava1_5",)}
 
 
-def well_formed(task: str, answer: str, frame: str, check: FormatCheck = "strict") -> bool:
-    """Whether ``answer`` is written the way a model that answers in ``frame`` writes answers to ``task``.
+def well_formed(task: str, answer: str, frame: str, check: FormatCheck = "strict", style: str = "") -> bool:
+    """Whether ``answer`` is written in ``style``; without one, the way a model that answers in ``frame`` writes.
 
-    ``resized`` asks for Qwen2.5-VL's JSON list, ``thousand`` for Qwen2-VL's box tokens; any other frame takes either.
-    ``loose`` replicates the released code's unescaped pattern (for grounding only): nearly any text starting with ``<``
-    passes. A text longer than is read for coordinates is not well formed.
+    ``resized`` asks for Qwen2.5-VL's JSON list, ``thousand`` for Qwen2-VL's box tokens, ``padded_unit`` for LLaVA-1.5's
+    lists; any other frame takes either of the first two. ``loose`` replicates the released code's unescaped pattern
+    (for grounding only): nearly any text starting with ``<`` passes. A text longer than is read for coordinates is not
+    well formed.
     """
     if check == "loose":
         return matches_grounding_format(answer, loose=True)
     if len(answer) > MAX_CHARACTERS:
         return False
-    return any(matches_format(task, answer, style) for style in _STYLES.get(frame, ("qwen2_5", "qwen2")))
+    styles = (style,) if style else _STYLES.get(frame, ("qwen2_5", "qwen2"))
+    return any(matches_format(task, answer, name) for name in styles)
 
 
 def format_scores(
-    task: str, answers: Sequence[str], records: Sequence[Record], frame: str | None, check: FormatCheck
+    task: str, answers: Sequence[str], records: Sequence[Record], frame: str | None, check: FormatCheck, style: str = ""
 ) -> list[float]:
-    """:func:`well_formed` as 1.0 or 0.0 per answer; ``frame`` overrides the records' own."""
+    """:func:`well_formed` as 1.0 or 0.0 per answer; ``frame`` and ``style`` override the records' own."""
     pairs = zip(answers, records, strict=True)
-    return [float(well_formed(task, answer, frame or record.frame, check)) for answer, record in pairs]
+    return [float(well_formed(task, a, frame or r.frame, check, style or _style(r, frame))) for a, r in pairs]
+
+
+def _style(record: Record, frame: str | None) -> str:
+    """The record's style, unless its frame is overridden: then the frame says what is asked for."""
+    return record.style if frame is None or frame == record.frame else ""
