@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from itertools import islice
 from typing import overload
 
@@ -328,12 +329,17 @@ def _from_point_tags(scan: Scanner, max_items: int, points: bool) -> Parsed:
             axes[match[1].lower()].setdefault(match[2], match[3])
         scan.visited += 2 * (tag.end("inside") - tag.start("inside"))
         for name in dict.fromkeys([*axes["x"], *axes["y"]]):
-            pair = [number(axes[axis].get(name, "")) for axis in "xy"]
-            coords = tuple(value / 100 for value in pair if value is not None)
+            pair = [_per_cent(axes[axis].get(name, "")) for axis in "xy"]
+            coords = tuple(value for value in pair if value is not None)
             result.add(coords if len(coords) == 2 else None, ".", clean_label(text))
         if result.truncated:
             break
     return result.parsed("molmo")
+
+
+def _per_cent(text: str) -> float | None:
+    """63.5 → 0.635, as exact as 0.635 can be."""
+    return None if number(text) is None else number(str(Decimal(text).scaleb(-2)))
 
 
 def _from_locations(scan: Scanner, max_items: int, points: bool) -> Parsed:

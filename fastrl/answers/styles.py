@@ -1,11 +1,11 @@
 """How each model family writes boxes and points: its frame, its text, and what has exactly its form.
 
 One object for each way of writing, found by name (``STYLES``) or by the ``model_type`` of a model's config
-(``style_of``). Reading needs no style: ``parse.py`` reads them all. A style says which frame the numbers are in, which no
-text can say for itself.
+(``style_of``). Reading needs no style: ``parse.py`` reads them all. A style says which frame the numbers are in, which
+no text can say for itself.
 
-Where a family has no form of its own for a task, it is given the nearest one it can be taught: JSON for labelled boxes of
-LLaVA, a box without extent for a point of a family that only has boxes.
+Where a family has no form of its own for a task, it is given the nearest one it can be taught: JSON for labelled boxes
+of LLaVA, a box without extent for a point of a family that only has boxes.
 """
 
 from __future__ import annotations
@@ -146,14 +146,15 @@ class InternStyle(Style):
 
 @dataclass(frozen=True)
 class GlmStyle(Style):
-    """``<|begin_of_box|>[[x1,y1,x2,y2]]<|end_of_box|>``; labelled boxes as a JSON list between the same tokens (GLM)."""
+    """``<|begin_of_box|>[[x1,y1,x2,y2]]<|end_of_box|>``; labelled boxes as a JSON list between these tokens (GLM)."""
 
     points: ClassVar[bool] = True
 
     def write(self, task: str, items: Sequence[tuple[tuple[float, ...], str]], labels: bool) -> str:
         if task == "detection":
             return f"{_GLM}{_JSON_1000.write(task, items, labels)}{_GLM_END}"
-        return f"{_GLM}[{', '.join(f'[{_joined(coords, ",")}]' for coords, _ in items)}]{_GLM_END}"
+        lists = ", ".join(f"[{_joined(coords, ',')}]" for coords, _ in items)
+        return f"{_GLM}[{lists}]{_GLM_END}"
 
     def matches(self, task: str, text: str) -> bool:
         text = text.strip()

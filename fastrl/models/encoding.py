@@ -37,7 +37,8 @@ class Encoder:
         end_of_turn: the token text that closes an assistant turn.
         control_tokens: token texts that message text must not smuggle in (placeholders, turn markers); they become a
             space.
-        frame: what coordinates mean in this model's answers (``resized`` or ``thousand``).
+        frame: what coordinates mean in this model's answers (``fastrl.answers.FRAMES``).
+        style: how this model writes answers (``fastrl.answers.STYLES``).
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class Encoder:
         end_of_turn: str,
         control_tokens: Sequence[str],
         frame: str,
+        style: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.preprocessor = preprocessor
         self.image_token_id = image_token_id
         self.end_of_turn = end_of_turn
-        self.frame = frame
+        self.frame, self.style = frame, style
         self._control = re.compile("|".join(re.escape(text) for text in control_tokens))
 
     def encode(self, record: Record, *, max_prompt_tokens: int | None = None) -> tuple[Prompt, Record]:
@@ -62,7 +64,8 @@ class Encoder:
         assistant's.
 
         Returns:
-            The prompt, and the record with ``views`` (original and resized size of each image) and ``frame`` filled in.
+            The prompt, and the record with ``views`` (original and resized size of each image), ``frame`` and ``style``
+            filled in.
 
         Raises:
             EncodeError: images and placeholders that do not match, an unreadable image, no message, or a prompt longer
@@ -138,7 +141,8 @@ class Encoder:
             patch = self.preprocessor.patch
             views.append(View(width, height, image.grid[2] * patch, image.grid[1] * patch))
             images.append(image)
-        return images, replace(record, views=tuple(views), frame=TASK_FRAME.get(record.task, self.frame))
+        frame = TASK_FRAME.get(record.task, self.frame)
+        return images, replace(record, views=tuple(views), frame=frame, style=self.style)
 
     def _pieces(self, record: Record, generate: bool) -> list[tuple[str, bool]]:
         """The rendered dialogue, cut into (text, is an assistant's answer with its end of turn)."""

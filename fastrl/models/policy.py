@@ -66,6 +66,7 @@ class Policy:
             end_of_turn=tokenizer.convert_ids_to_tokens(self.end_of_turn_id),
             control_tokens=tokenizer.convert_ids_to_tokens([*self.suppressed_token_ids, *self.eos_token_ids]),
             frame=self.frame,
+            style=self.style,
         )
         self.peft: Any = add_lora(core, lora) if lora is not None else None
         self._reference_core: Any = None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl.answers import Item, Parsed, View, from_original, parse_boxes, parse_points, resolve_frame, to_original
+from fastrl.answers import Parsed, View, from_original, parse_boxes, parse_points, resolve_frame, to_original
 from fastrl.data.pictures import picture_size
 from fastrl.data.records import Record
 
@@ -62,24 +62,19 @@ def clamp(coords: Sequence[float]) -> Coords:
     return tuple(min(max(float(v), -LIMIT), LIMIT) for v in coords)
 
 
-def _bounded(items: Sequence[Item], boxes: bool) -> list[Coords]:
-    return [clamp(item.box if boxes else item.point) for item in items]
-
-
 def to_pixels(parsed: Parsed, record: Record, frame: str | None = None, *, boxes: bool = True) -> list[Coords]:
     """Boxes (or, with ``boxes=False``, centres) in pixels of the record's original image, in the answer's order.
 
     ``frame`` overrides the record's own; ``auto`` goes by the answer's format. A record without any image size leaves
     the numbers as they are. Every coordinate is finite and within ±``LIMIT``.
     """
-    coords = _bounded(parsed.items, boxes)
+    coords = [clamp(item.box) for item in parsed]
     resolved = resolve_frame(parsed, frame or record.frame)
-    if resolved == "original" or (resolved == "resized" and not record.views) or not coords:
-        return coords
-    view = view_of(record)
-    if view is None:
-        return coords
-    return [clamp(to_original(c, resolved, view)) for c in coords]
+    known = resolved != "original" and not (resolved == "resized" and not record.views) and bool(coords)
+    view = view_of(record) if known else None
+    if view is not None:
+        coords = [clamp(to_original(c, resolved, view)) for c in coords]
+    return coords if boxes else [(0.5 * (c[0] + c[2]), 0.5 * (c[1] + c[3])) for c in coords]
 
 
 def to_thousand(coords: Sequence[Coords], view: View | None) -> list[Coords]:
