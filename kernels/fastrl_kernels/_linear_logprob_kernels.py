@@ -106,6 +106,7 @@ def linear_logprob_fold_kernel(
     state += row
     m0 = tl.load(state, mask=seen, other=-1.0e30)
     r0 = tl.load(state + state_stride, mask=seen, other=0.0)
+    z0 = tl.load(state + 3 * state_stride, mask=seen, other=float("nan"))  # here: the sums' barriers lie between
     here_top = tl.max(m, 0)
     top = tl.maximum(here_top, m0)
     a = tl.exp2(m - top)
@@ -121,7 +122,7 @@ def linear_logprob_fold_kernel(
         z += tl.load(bias + column, mask=here, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         z = softcap * _tanh(z / softcap)
-    z_target = tl.where(here, z * scale, tl.load(state + 3 * state_stride, mask=seen, other=float("nan")))
+    z_target = tl.where(here, z * scale, z0)
     if HAS_ENTROPY:
         w0 = tl.load(state + 2 * state_stride, mask=seen, other=0.0)
         weighted = tl.sum(a * (w + (m - top) * (r + 1.0)), 0) + a0 * (w0 + (m0 - top) * (r0 + 1.0))
