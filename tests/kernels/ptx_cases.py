@@ -1,0 +1,346 @@
+"""Calls of the whole public API at small sizes, to be run through compiled kernels and through their float64 twins.
+
+A case computes with ``k.<function>`` (the library's, or the twin) on tensors made by ``real`` (in the case's dtype, or
+the same numbers in float64) and returns every tensor that has to agree, gradients and tensors written in place too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastrl_kernels
+from fastrl_kernels import reference
+
+Outputs = list[Tensor]
+
+
+class Case(NamedTuple):
+    """One call; ``kernels`` are the compiled functions that it launches."""
+
+    name: str
+    run: Callable[[Any, Callable[[Tensor], Tensor]], Outputs]
+    dtype: torch.dtype
+    kernels: frozenset[str]
+    dot: bool = False  # has a matrix product: interpreted from its sm_80 code only
+    fast: bool = False  # part of make test
+
+
+class Twins:
+    """The reference functions under the library's names."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reference, f"{name}_reference")
+
+
+def outcomes(case: Case) -> tuple[Outputs, Callable[[], Outputs]]:
+    """The twin's results in float64, and the call that gives the library's."""
+    torch.manual_seed(0)
+    want = case.run(Twins(), lambda x: x.to(case.dtype).double())
+
+    def ours() -> Outputs:
+        torch.manual_seed(0)
+        return case.run(fastrl_kernels, lambda x: x.to(case.dtype))
+
+    return want, ours
+
+
+def cases() -> Iterator[Case]:
+    yield from _boxes()
+    yield from _assignments()
+    yield from _detections()
+    yield from _losses()
+    yield from _lists()
+    yield from _heads()
+    yield from _decoding()
+
+
+def _box(*shape: int) -> Tensor:
+    corner = torch.rand(*shape, 2) * 80
+    return torch.cat([corner, corner + 1 + torch.rand(*shape, 2) * 60], -1)
+
+
+def _grads(loss: Tensor, *inputs: Tensor) -> Outputs:
+    return list(torch.autograd.grad(loss, inputs))
+
+
+# ---- boxes -----------------------------------------------------------------------------------------------------------
+
+
+def _boxes() -> Iterator[Case]:
+    for kind in ("iou", "giou", "diou", "ciou"):
+        for n, m in ((37, 19), (32, 80)):
+
+            def table(k: Any, real: Any, kind: str = kind, n: int = n, m: int = m) -> Outputs:
+                a, b = real(_box(2, n)).requires_grad_(), real(_box(2, m)).requires_grad_()
+                counts = {"n_a": torch.tensor([n, n - 5]), "n_b": torch.tensor([m - 3, m])}
+                out = k.pairwise_iou(a, b, kind=kind, **counts)
+                return [out, *_grads((out * real(torch.randn(out.shape))).sum(), a, b)]
+
+            def top(k: Any, real: Any, kind: str = kind, n: int = n, m: int = m) -> Outputs:
+                a, b = real(_box(n)).requires_grad_(), real(_box(m)).requires_grad_()
+                out = k.pairwise_iou(a, b, kind=kind, reduce="max")
+                return [out, *_grads((out * real(torch.randn(out.shape))).sum(), a, b)]
+
+            fast = (kind, n) == ("ciou", 37)
+            names = frozenset(["_iou_kernel", "_iou_backward_kernel"])
+            yield Case(f"pairwise_iou/{kind}/{n}x{m}", table, torch.float32, names, fast=fast)
+            names = frozenset(["_iou_max_kernel", "_iou_backward_kernel"])
+            yield Case(f"pairwise_iou/{kind}/max/{n}x{m}", top, torch.float32, names, fast=fast)
+    yield Case("pairwise_iou/bf16", _plain_table, torch.bfloat16, frozenset(["_iou_kernel"]))
+
+
+def _plain_table(k: Any, real: Any) -> Outputs:
+    return [k.pairwise_iou(real(_box(3, 17)), real(_box(3, 40)), kind="giou")]
+
+
+# ---- assignment and detection ----------------------------------------------------------------------------------------
+
+
+def _assignments() -> Iterator[Case]:
+    names = frozenset(["_assignment_kernel"])
+    sizes = [(3, 5, 7), (4, 33, 21), (3, 16, 64), (2, 90, 128), (1, 300, 40), (1, 700, 12), (1, 9, 1500), (1, 3000, 6)]
+    for problems, n, m in sizes:
+
+        def solve(k: Any, real: Any, problems: int = problems, n: int = n, m: int = m) -> Outputs:
+            out = k.linear_assignment(real(torch.rand(problems, n, m)))
+            return list(out)
+
+        def ragged(k: Any, real: Any, problems: int = problems, n: int = n, m: int = m) -> Outputs:
+            cost = real(torch.rand(problems, m, n)).transpose(1, 2)
+            cost[0, 0] = -torch.inf  # forbidden
+            rows, cols = torch.randint(1, n + 1, (problems,)), torch.randint(0, m + 1, (problems,))
+            return list(k.linear_assignment(cost, n_rows=rows, n_cols=cols, maximize=True))
+
+        fast = (n, m) == (33, 21)
+        yield Case(f"linear_assignment/{problems}x{n}x{m}", solve, torch.float32, names, fast=fast)
+        if n * m < 20000:
+            yield Case(f"linear_assignment/{problems}x{n}x{m}/ragged", ragged, torch.float32, names, fast=fast)
+
+
+def _detections() -> Iterator[Case]:
+    names = frozenset(["_detection_kernel"])
+    for metric in ("iou", "point"):
+        for matching in ("optimal", "sequence"):
+            for problems, n, m in ((5, 7, 9), (4, 33, 16), (2, 130, 40), (1, 300, 9), (1, 1100, 5), (1, 2000, 3)):
+
+                def score(
+                    k: Any, real: Any, metric: str = metric, matching: str = matching, shape: Any = (problems, n, m)
+                ) -> Outputs:
+                    problems, n, m = shape
+                    gt = _box(problems, m)
+                    pred = _box(problems, n)
+                    near = min(n, m) - 1
+                    pred[:, :near] = gt[:, :near] + torch.randn(problems, near, 4)
+                    width = 4 if metric == "iou" else 2
+                    counts = [torch.randint(0, x + 1, (problems,)) for x in (n, m)]
+                    counts[0][0], counts[1][0] = n, m
+                    labels = [torch.randint(0, 2, (problems, x)) for x in (n, m)]
+                    items = [real(x[..., :width].contiguous()) for x in (pred, gt)]
+                    named = {"metric": metric, "matching": matching, "scale": 1.0 if metric == "iou" else 90.0}
+                    if problems % 2:
+                        named |= {"pred_label": labels[0], "gt_label": labels[1]}
+                    out = k.detection_reward(*items, *counts, **named)
+                    inside = torch.arange(n) < counts[0][:, None]
+                    return [out.match, torch.where(inside, out.quality, 0.0), *out[2:]]
+
+                fast = (metric, matching, n) == ("iou", "optimal", 33)
+                name = f"detection_reward/{metric}/{matching}/{problems}x{n}x{m}"
+                yield Case(name, score, torch.float32, names, fast=fast)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def _policy_inputs(real: Any, n: int, c: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    logp = -3 * torch.rand(n)
+    old, ref = logp + 0.3 * torch.randn(n), logp + 0.3 * torch.randn(n)
+    ids, advantage = torch.randint(-1, c, (n,)), torch.randn(c)
+    weight = torch.rand(n) * (torch.arange(n) % 3 > 0) / n
+    named = {"old_logp": real(old), "ref_logp": real(ref), "weight": weight.to(real(weight).dtype)}
+    return real(logp).requires_grad_(), real(advantage), ids, named
+
+
+def _losses() -> Iterator[Case]:
+    rows, totals = "policy_rows_kernel", "policy_totals_kernel"
+    for name, options in {
+        "plain": {},
+        "k3": {"beta": 0.04},
+        "k1+dual": {"beta": 0.1, "kl": "k1", "dual_clip": 1.5},
+        "k2": {"beta": 0.1, "kl": "k2"},
+        "k1+k2 slope": {"beta": 0.1, "kl": "k1", "kl_gradient": "k2"},
+        "sequence": {"ratio": "sequence", "beta": 0.04},
+        "cispo": {"loss": "cispo", "beta": 0.04},
+        "sapo": {"loss": "sapo", "kl": "k2"},
+        "truncate": {"importance": "truncate", "importance_cap": 1.1},
+        "sequence mask": {"importance": "mask", "importance_level": "sequence", "importance_cap": 1.02},
+    }.items():
+        for n, c in ((300, 7), (512, 16), (1, 1)):
+
+            def policy(k: Any, real: Any, options: Any = options, n: int = n, c: int = c) -> Outputs:
+                logp, advantage, ids, named = _policy_inputs(real, n, c)
+                if not options:
+                    named.pop("ref_logp")
+                if "importance" in options:
+                    named["sampler_logp"] = named["old_logp"] + real(0.1 * torch.randn(n))
+                out = k.policy_loss(logp, advantage, ids, **named, **options)
+                return [*out, *_grads(out.loss * 1.7, logp)]
+
+            used = frozenset({rows, totals} | ({"sequence_sums_kernel"} if "sequence" in name else set()))
+            fast = (name, n) in (("k3", 300), ("sequence", 300))
+            yield Case(f"policy_loss/{name}/{n}", policy, torch.float32, used, fast=fast)
+    for n in (1, 300, 512):
+
+        def unlikelihood(k: Any, real: Any, n: int = n) -> Outputs:
+            logp, weight = real(-(torch.rand(n) ** 3) * 4).requires_grad_(), torch.rand(n) / n
+            loss = k.unlikelihood_loss(logp, real(torch.rand(n)), weight=weight.to(logp.dtype))
+            return [loss, *_grads(loss * 0.7, logp)]
+
+        names = frozenset(["unlikelihood_kernel"])
+        yield Case(f"unlikelihood_loss/{n}", unlikelihood, torch.float32, names, fast=n == 300)
+    names = frozenset(["group_advantage_kernel"])
+    for baseline in ("mean", "leave_one_out"):
+        for scale in ("std", "none"):
+
+            def equal(k: Any, real: Any, baseline: str = baseline, scale: str = scale) -> Outputs:
+                rewards = real(torch.randint(0, 5, (24 * 3,)) / 4)
+                out = k.group_advantage(rewards, 3, baseline=baseline, scale=scale)
+                return [x.double() for x in out]
+
+            def by_id(k: Any, real: Any, baseline: str = baseline, scale: str = scale) -> Outputs:
+                rewards, ids = real(torch.randint(0, 5, (301, 2)) / 4), torch.randint(-1, 9, (301,))
+                weights = real(torch.tensor([1.0, 0.5]))
+                out = k.group_advantage(rewards, ids, n_groups=10, weights=weights, baseline=baseline, scale=scale)
+                return [x.double() for x in out]
+
+            fast = (baseline, scale) == ("leave_one_out", "std")
+            yield Case(f"group_advantage/equal/{baseline}/{scale}", equal, torch.float32, names, fast=fast)
+            yield Case(f"group_advantage/ids/{baseline}/{scale}", by_id, torch.float32, names, fast=fast)
+
+
+def _lists() -> Iterator[Case]:
+    names = frozenset(["listwise_kernel"])
+    for kind in ("perpo", "listmle"):
+        for items in (2, 5, 20, 64, 200, 700, 1024):
+
+            def lists(k: Any, real: Any, kind: str = kind, items: int = items) -> Outputs:
+                score = real(torch.randn(3, items) * 5).requires_grad_()
+                reward = real(torch.randint(0, 9, (3, items)) / 8)
+                mask = torch.rand(3, items) > 0.2 if items > 2 else None
+                loss = k.listwise_loss(score, reward, kind=kind, mask=mask)
+                return [loss, *_grads((loss * torch.tensor([1.0, -2.0, 0.5])).sum(), score)]
+
+            yield Case(f"listwise_loss/{kind}/{items}", lists, torch.float32, names, fast=items == 20)
+
+
+# ---- the head --------------------------------------------------------------------------------------------------------
+
+
+def _heads() -> Iterator[Case]:
+    names = frozenset(["linear_logprob_fold_kernel", "linear_logprob_gradient_kernel"])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for width in (1, 100, 257, 1031, 2048, 4096 + 9, 8192):
+
+            def tokens(k: Any, real: Any, width: int = width) -> Outputs:
+                logits, target = real(torch.randn(4, width) * 3).requires_grad_(), torch.randint(width, (4,))
+                target[1] = -100
+                out = k.token_logprob(logits, target, temperature=0.8, return_entropy=True)
+                loss = (out.logp * torch.tensor([1.0, 2.0, 0.0, -1.0])).sum() + 0.1 * out.entropy[:2].sum()
+                return [out.logp, out.entropy, *_grads(loss, logits)]
+
+            fast = (dtype, width) == (torch.bfloat16, 1031)
+            yield Case(f"token_logprob/{str(dtype)[6:]}/{width}", tokens, dtype, names, fast=fast)
+    for options in ({}, {"softcap": 5.0}, {"bias": True}, {"softcap": 5.0, "bias": True, "entropy": True}):
+
+        def head(k: Any, real: Any, options: Any = options) -> Outputs:
+            hidden, weight = real(torch.randn(5, 16)).requires_grad_(), real(torch.randn(1100, 16) / 2).requires_grad_()
+            target = torch.randint(1100, (5,))
+            target[2] = -100
+            named: dict[str, Any] = {"bias": real(torch.randn(1100))} if "bias" in options else {}
+            if "softcap" in options:
+                named["softcap"] = options["softcap"]
+            out = k.linear_logprob(
+                hidden, weight, target, return_entropy="entropy" in options, scratch_bytes=20000, **named
+            )
+            loss = (out.logp * torch.arange(5)).sum() + (0 if out.entropy is None else out.entropy.sum())
+            return [*(x for x in out if x is not None), *_grads(loss, hidden, weight)]
+
+        yield Case(f"linear_logprob/{'+'.join(options) or 'plain'}", head, torch.float32, names, fast=len(options) == 3)
+
+    def fused(k: Any, real: Any) -> Outputs:
+        hidden, weight = real(torch.randn(40, 16)).requires_grad_(), real(torch.randn(300, 16) / 2).requires_grad_()
+        _, advantage, ids, named = _policy_inputs(real, 40, 3)
+        target = torch.randint(300, (40,))
+        named["ref_logp"], named["old_logp"] = named["ref_logp"] - 4, named["old_logp"] - 4
+        out = k.linear_policy_loss(hidden, weight, target, advantage, ids, beta=0.04, **named)
+        return [out.loss, out.kl, out.logp, *_grads(out.loss, hidden, weight)]
+
+    names = names | {"policy_rows_kernel", "policy_totals_kernel"}
+    yield Case("linear_policy_loss", fused, torch.float32, names)
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _decoding() -> Iterator[Case]:
+    names = frozenset(["_decode_split_kernel", "_decode_merge_kernel"])
+    for dtype, heads, group, width in (
+        (torch.float32, 2, 1, 32),
+        (torch.float32, 2, 2, 256),
+        (torch.float32, 1, 8, 128),
+        (torch.bfloat16, 2, 7, 128),
+        (torch.bfloat16, 1, 4, 256),
+        (torch.bfloat16, 2, 1, 80),
+        (torch.float16, 1, 6, 64),
+    ):
+
+        def attend(k: Any, real: Any, heads: int = heads, group: int = group, width: int = width) -> Outputs:
+            rows, prompts, prompt, own = 7, 2, 150, 70
+            q = real(torch.randn(rows, heads * group, width))
+            pk, pv = (real(torch.randn(prompts, heads, prompt, width)) for _ in range(2))
+            ok, ov = (real(torch.randn(rows, heads, own, width)) for _ in range(2))
+            named = {
+                "row_offsets": torch.tensor([0, 4, 6], dtype=torch.int32),
+                "prefix_len": torch.tensor([prompt, 131], dtype=torch.int32),
+                "own_len": torch.randint(0, own + 1, (rows,), dtype=torch.int32),
+            }
+            return [k.decode_attention(q, pk, pv, ok, ov, **named)]
+
+        name = f"decode_attention/{str(dtype)[6:]}/{heads}x{group}x{width}"
+        yield Case(name, attend, dtype, names, dot=True, fast=name.endswith("bfloat16/2x1x80"))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for width in (24, 100, 1536):
+
+            def norm(k: Any, real: Any, width: int = width) -> Outputs:
+                residual, x, weight = real(torch.randn(5, width)), real(torch.randn(5, width)), real(torch.randn(width))
+                first = k.add_rms_norm(residual, None, weight, 1e-6)
+                return [first, k.add_rms_norm(residual, x, weight, 1e-6), residual]
+
+            fast = (dtype, width) == (torch.bfloat16, 100)
+            names = frozenset(["_add_rms_norm_kernel"])
+            yield Case(f"add_rms_norm/{str(dtype)[6:]}/{width}", norm, dtype, names, fast=fast)
+
+        for width in (12, 128):
+
+            def rope(k: Any, real: Any, width: int = width) -> Outputs:
+                q, key, v = (real(torch.randn(3, h, width)) for h in (4, 2, 2))
+                angle = torch.randn(3, width // 2)
+                keys, values = (real(torch.zeros(3, 2, 5, width)) for _ in range(2))
+                out = k.rope_append(q, key, v, real(angle.cos()), real(angle.sin()), keys, values, torch.tensor([3]))
+                return [out, keys, values]
+
+            names = frozenset(["_rope_append_kernel"])
+            yield Case(f"rope_append/{str(dtype)[6:]}/{width}", rope, dtype, names, fast=fast_rope(dtype, width))
+
+        def gate(k: Any, real: Any) -> Outputs:
+            return [k.silu_mul(real(torch.randn(7, 211)), real(torch.randn(7, 211)))]
+
+        names = frozenset(["_silu_mul_kernel"])
+        yield Case(f"silu_mul/{str(dtype)[6:]}", gate, dtype, names, fast=dtype == torch.float16)
+
+
+def fast_rope(dtype: torch.dtype, width: int) -> bool:
+    return (dtype, width) == (torch.bfloat16, 12)
