@@ -17,8 +17,10 @@ from torch import Tensor
 from benchmarks.case import Case, Inputs, Run, dtype_for
 from fastrl.batch import ImageInput, Prompt
 from fastrl.models.attention.prefix import use_prefix_attention
+from fastrl.models.attention.switch import attention
+from fastrl.models.families import VisionFeatures, family_of
+from fastrl.models.policy import keyed_features
 from fastrl.models.positions import mrope_positions
-from fastrl.models.vision import unique_images, use_linear_patches, vision_features
 from fastrl.plan.configs import config_of
 from fastrl.rollout import Generator, Sampling
 
@@ -88,9 +90,8 @@ class RandomPolicy:
     def __init__(self, core: Any) -> None:
         self.core, self.device = core, core.lm_head.weight.device
 
-    def features(self, images: list[ImageInput]) -> dict[str, Tensor]:
-        unique = unique_images(images)
-        return {image.key: x for image, x in zip(unique, vision_features(self.core, unique), strict=True)}
+    def features(self, images: list[ImageInput]) -> dict[str, VisionFeatures]:
+        return keyed_features(self.core, images)
 
     def decode(self, ids: Tensor) -> str:
         return ""
@@ -138,8 +139,9 @@ def build(size: Size, device: torch.device, dtype: torch.dtype) -> RandomPolicy:
         core = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
     core.eval().requires_grad_(False)
     core.generation_config.eos_token_id = None
-    use_prefix_attention(core)
-    use_linear_patches(core)
+    family = family_of(core.config)
+    use_prefix_attention(family, core)
+    family.prepare(core)
     return RandomPolicy(core)
 
 
@@ -159,15 +161,10 @@ def make_prompts(size: Size) -> list[Prompt]:
 @contextmanager
 def plain(core: Any) -> Iterator[None]:
     """Inside, the model attends as transformers does by default."""
-    configs = [core.model.language_model.config, core.model.visual.config]
-    ours = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = "sdpa"
     try:
-        yield
+        with attention(family_of(core.config), core, language="sdpa", vision="sdpa"):
+            yield
     finally:
-        for config, name in zip(configs, ours, strict=True):
-            config._attn_implementation = name
         core.model.rope_deltas = None
 
 
@@ -181,7 +178,7 @@ def given(x: Inputs, ids: Tensor | None = None) -> dict[str, Tensor]:
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == IMAGE).int(),
         "pixel_values": torch.cat([p.images[0].pixel_values for p in prompts]).to(device, policy.core.dtype),
-        "image_grid_thw": torch.tensor([p.images[0].grid for p in prompts], device=device),
+        "image_grid_thw": torch.tensor([p.images[0].shape for p in prompts], device=device),
     }
 
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 class ImageInput:
     """One preprocessed image."""
 
-    pixel_values: Tensor  # [t*h*w, channels * temporal_patch * patch * patch] float32
-    grid: tuple[int, int, int]  # (t, h, w) in patches
-    key: str  # content key: images with one key go through the vision tower once per batch
+    pixel_values: Tensor  # float32, as the family's vision tower takes them; one picture's alone
+    shape: tuple[int, ...]  # what the family must know of it beside: patches (t, h, w), or tiles, or the size it had
+    key: str  # images with one key have the same features, and go through the vision tower once per batch
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class Prompt:
     """An encoded prompt: image placeholders expanded, positions explicit."""
 
     token_ids: Tensor  # [P] int64
-    positions: Tensor  # [3, P] int64, multimodal RoPE (time, height, width)
+    positions: Tensor  # [axes, P] int64: one axis, or three of multimodal RoPE (time, height, width)
     images: tuple[ImageInput, ...] = ()
-    image_slots: tuple[tuple[int, int], ...] = ()  # (start, length) of each image's placeholder run in token_ids
+    # (start, length) of each run of placeholders in token_ids, in order: the images' tokens fill them one after another
+    image_slots: tuple[tuple[int, int], ...] = ()
     # As the chat template saw them, cleaned of control tokens, with {"type": "image"} where an image stands: what a
     # server is sent that takes no ids for a prompt with images. Empty where a prompt was not encoded from a record.
     messages: tuple[Mapping[str, Any], ...] = ()
@@ -86,11 +87,11 @@ class PackedBatch:
     """Several groups as one row of L tokens, with C completions and N predicted tokens, in the order of the groups."""
 
     input_ids: Tensor  # [1, L] int64
-    positions: Tensor  # [3, 1, L] int64
+    positions: Tensor  # [axes, 1, L] int64
     segments: Segments  # which rows attend to which
     images: tuple[ImageInput, ...]  # unique by key
-    image_of_slot: tuple[int, ...]  # index into images of each run of image tokens, in row order
-    image_rows: Tensor  # [image tokens] int64: the rows those runs cover
+    image_of_slot: tuple[int, ...]  # index into images of each picture of each prompt, in row order
+    image_rows: Tensor  # [image tokens] int64, ascending: the rows their tokens take
     predict_rows: Tensor  # [N] int64: the row whose hidden state predicts each token
     targets: Tensor  # [N] int64
     completion_of_token: Tensor  # [N] int64
@@ -183,7 +184,8 @@ def pack_row(groups: Sequence[PromptGroup]) -> PackedBatch:
         for completion in group.completions:
             length = len(completion.token_ids)
             ids.append(completion.token_ids)
-            positions.append(torch.arange(prompt.next_position, prompt.next_position + length).expand(3, length))
+            after = torch.arange(prompt.next_position, prompt.next_position + length)
+            positions.append(after.expand(len(prompt.positions), length))
             predict.append(torch.tensor([last, *range(at, at + length - 1)] if length else [], dtype=torch.int64))
             at += length
     completions = tuple(c for group in groups for c in group.completions)
@@ -209,12 +211,12 @@ def _images(groups: Sequence[PromptGroup], starts: Sequence[int]) -> dict:
     of_slot: list[int] = []
     rows = [torch.empty(0, dtype=torch.int64)]
     for group, start in zip(groups, starts, strict=True):
-        for image, (slot, length) in zip(group.prompt.images, group.prompt.image_slots, strict=True):
+        for image in group.prompt.images:
             if image.key not in index:
                 index[image.key] = len(images)
                 images.append(image)
             of_slot.append(index[image.key])
-            rows.append(torch.arange(start + slot, start + slot + length))
+        rows += [torch.arange(start + slot, start + slot + length) for slot, length in group.prompt.image_slots]
     return {"images": tuple(images), "image_of_slot": tuple(of_slot), "image_rows": torch.cat(rows)}
 
 

@@ -43,6 +43,7 @@ from fastrl.run.signals import stop_signals
 if TYPE_CHECKING:
     from fastrl.data.records import Record
     from fastrl.data.validate import Problem
+    from fastrl.models.families import VisionFeatures
     from fastrl.models.load import Policy
 
 
@@ -168,7 +169,9 @@ class Run:
         self.policy = policy if policy is not None else load_model(recipe)
         if self.policy.device.type == "cuda":  # whose events, random state and memory are read from here on
             torch.cuda.set_device(self.policy.device)
-        self.engine: Engine = make_engine(self.policy.model, recipe.optim, recipe.engine)
+        self.engine: Engine = make_engine(
+            self.policy.model, recipe.optim, recipe.engine, alias=self.policy.family.alias
+        )
         make_stream = SoundStream if recipe.data.skip_bad else RecordStream
         self.stream = make_stream(
             data,
@@ -189,7 +192,7 @@ class Run:
             average=self.engine.average,
             updates=lambda: self.engine.updates,
             folder=recipe.folder,
-            features=None if _trains_vision(self.policy) else {},
+            features=None if self.policy.trains_vision else {},
         )
         self.method: Method = method_for(recipe.method)(recipe.method, self.context)
         if recipe.optim.row_local_head and self.method.row_local_loss is None:
@@ -267,8 +270,8 @@ class Run:
         if more:
             with suppress(OSError, ValueError):  # raised again, with its place, when the record's turn comes
                 coming = self.stream.peek(data.prompts_per_step)
-        images = [image for record in (*records, *coming) for image in record.images]
-        self.policy.preprocessor.prefetch(images, data.workers)
+        for record in (*records, *coming):
+            self.policy.preprocessor.prefetch(record.images, data.workers, among=len(record.images))
 
     def _pack(self, prepared: Prepared, records: Sequence[Record]) -> list[_Batch]:
         """Groups as micro-batches; every rank gets the same number, the surplus with weight 0."""
@@ -306,7 +309,7 @@ class Run:
                     result = self.policy.logprob(packed, temperature=self.method.temperature, features=features)
                     batch.packed.per_token["ref_logp"] = result.logp
 
-    def _vision(self, packed: PackedBatch) -> dict[str, Tensor] | None:
+    def _vision(self, packed: PackedBatch) -> dict[str, VisionFeatures] | None:
         """Vision features that the step's passes share, the rollout among them; None: each pass computes its own."""
         features = self.context.features
         if features is None or not packed.images:
@@ -398,10 +401,6 @@ class _Batch:
     packed: PackedBatch
     groups: list[PromptGroup] = field(default_factory=list)
     scale: float = 1.0  # 0: only here to keep ranks in step
-
-
-def _trains_vision(policy: Policy) -> bool:
-    return any(p.requires_grad for n, p in policy.core.named_parameters() if ".visual." in f".{n}.")
 
 
 def load_model(recipe: Recipe) -> Policy:

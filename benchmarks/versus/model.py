@@ -30,7 +30,8 @@ class StillProcessor(Qwen2_5_VLProcessor):
 
 def load_processor(folder: Path) -> StillProcessor:
     """The folder's processor, padding prompts on the left as TRL's generation needs."""
-    from fastrl.models.load import load_image_processor, load_tokenizer
+    from fastrl.models.families.qwen2_vl import load_image_processor
+    from fastrl.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     tokenizer.padding_side = "left"
@@ -41,7 +42,7 @@ def build_folder(size: str, folder: Path, device: torch.device) -> Path:
     """Write a model of one of ``SIZES`` with weights of seed 0; a folder that has one already is left as it is."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from fastrl.models.load import load_image_processor
+    from fastrl.models.families.qwen2_vl import load_image_processor
     from fastrl.models.open import resolve_model
     from fastrl.models.policy import quiet_progress
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from fastrl.engine.names import unchanged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -11,12 +14,14 @@ if TYPE_CHECKING:
     from fastrl.engine.base import Engine
 
 
-def make_engine(model: nn.Module, optim: OptimRecipe, engine: EngineRecipe) -> Engine:
-    """The engine a recipe names, over the trainable parameters of ``model``."""
+def make_engine(
+    model: nn.Module, optim: OptimRecipe, engine: EngineRecipe, *, alias: Callable[[str], str] = unchanged
+) -> Engine:
+    """The engine a recipe names, over the trainable parameters of ``model`` (``alias``: see ``parameter_groups``)."""
     if engine.kind == "deepspeed":
         from fastrl.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, optim, engine)
+        return DeepSpeedEngine(model, optim, engine, alias=alias)
     from fastrl.engine.local import LocalEngine
 
-    return LocalEngine(model, optim)
+    return LocalEngine(model, optim, alias=alias)

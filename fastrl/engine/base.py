@@ -3,13 +3,15 @@ schedule and the parameter groups."""
 
 from __future__ import annotations
 
-import fnmatch
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+from fastrl.engine.names import matches, unchanged
 
 if TYPE_CHECKING:
     from fastrl.config.sections import OptimRecipe
@@ -81,13 +83,12 @@ def lr_scale(update: int, optim: OptimRecipe) -> float:
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names a parameter: a glob over its full name, or a run of whole parts of it."""
-    return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
-
-
-def parameter_groups(model: nn.Module, optim: OptimRecipe) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, optim: OptimRecipe, alias: Callable[[str], str] = unchanged
+) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay, with their names, in the order the model lists them.
+
+    ``alias`` gives a name with the common word for its part of the model (see ``fastrl.engine.names.matches``).
 
     Raises:
         ValueError: nothing is trainable, or a pattern of ``optim.groups`` names no trainable parameter.
@@ -96,7 +97,7 @@ def parameter_groups(model: nn.Module, optim: OptimRecipe) -> list[dict[str, Any
     if not trainable:
         raise ValueError("nothing to train: every parameter is frozen (model.freeze, model.lora)")
     for number, group in enumerate(optim.groups):
-        if not any(matches(group.match, name) for name, _ in trainable):
+        if not any(matches(group.match, name, alias) for name, _ in trainable):
             parts = sorted({part for name, _ in trainable for part in name.split(".") if not part.isdigit()})
             raise ValueError(
                 f"optim.groups.{number}.match: {group.match!r} names no trainable parameter; "
@@ -104,7 +105,7 @@ def parameter_groups(model: nn.Module, optim: OptimRecipe) -> list[dict[str, Any
             )
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trainable:
-        chosen = next((g for g in optim.groups if matches(g.match, name)), None)
+        chosen = next((g for g in optim.groups if matches(g.match, name, alias)), None)
         lr = chosen.lr if chosen is not None and chosen.lr is not None else optim.lr
         decay = chosen.weight_decay if chosen is not None and chosen.weight_decay is not None else optim.weight_decay
         decay = decay if parameter.ndim >= 2 else 0.0

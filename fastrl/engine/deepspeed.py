@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.engine.base import NonFiniteError, StepInfo, lr_scale, parameter_groups
+from fastrl.engine.names import unchanged
 
 if TYPE_CHECKING:
     from fastrl.config.sections import EngineRecipe, OptimRecipe
@@ -64,7 +66,14 @@ def deepspeed_config(
 class DeepSpeedEngine:
     """Data-parallel training through ``deepspeed.initialize``. Gradients are averaged over ranks."""
 
-    def __init__(self, model: nn.Module, optim: OptimRecipe, engine: EngineRecipe) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: OptimRecipe,
+        engine: EngineRecipe,
+        *,
+        alias: Callable[[str], str] = unchanged,
+    ) -> None:
         if not deepspeed_available():
             raise ValueError(
                 "engine.kind: deepspeed needs DeepSpeed, which is not installed (pip install 'fastrl[distributed]'); "
@@ -79,7 +88,7 @@ class DeepSpeedEngine:
 
         self.optim = optim
         self.updates = 0
-        groups = parameter_groups(model, optim)
+        groups = parameter_groups(model, optim, alias)
         self._base_lrs = [group.pop("base_lr") for group in groups]
         for group in groups:
             del group["names"]

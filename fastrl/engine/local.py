@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.engine.base import NonFiniteError, StepInfo, lr_scale, parameter_groups
+from fastrl.engine.names import unchanged
 
 if TYPE_CHECKING:
     from fastrl.config.sections import OptimRecipe
@@ -36,14 +37,14 @@ class LocalEngine:
     rank = 0
     world_size = 1
 
-    def __init__(self, model: nn.Module, optim: OptimRecipe) -> None:
+    def __init__(self, model: nn.Module, optim: OptimRecipe, *, alias: Callable[[str], str] = unchanged) -> None:
         self.optim = optim
         self.updates = 0
         self._parameters: dict[str, nn.Parameter] = {}
         self._masters: dict[str, Tensor] = {}  # what the optimizer steps: the parameter itself, or its float32 copy
         self._last = False  # the backward under way is the last before the update
         self._released: list[Tensor] = []  # norms of gradients that were used within the backward
-        groups = parameter_groups(model, optim)
+        groups = parameter_groups(model, optim, alias)
         for group in groups:
             named = dict(zip(group.pop("names"), group["params"], strict=True))
             masters = {name: self._master(parameter) for name, parameter in named.items()}

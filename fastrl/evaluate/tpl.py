@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastrl.answers import format_answer
 from fastrl.batch import Completion, ImageInput, PromptGroup, pack
@@ -34,6 +33,7 @@ from fastrl.data.records import Record
 from fastrl.rewards.base import unknown
 
 if TYPE_CHECKING:
+    from fastrl.models.families import VisionFeatures
     from fastrl.models.policy import Policy
 
 SINGLES = ("random", "first", "middle", "last", "best")
@@ -163,8 +163,8 @@ class _Clip:
         return sum(group.tokens for group in self.groups)
 
     @property
-    def images(self) -> tuple[ImageInput, ...]:
-        return self.groups[0].prompt.images  # with all frames
+    def images(self) -> list[ImageInput]:
+        return [image for group in self.groups for image in group.prompt.images]
 
 
 def _clip(policy: Policy, record: Record, samples: int, single: str, seed: int, curve: bool) -> _Clip:
@@ -204,7 +204,7 @@ class _Scorer:
 
     def __init__(self, policy: Policy, token_budget: int) -> None:
         self.policy, self.token_budget = policy, token_budget
-        self._features: dict[str, Tensor] = {}
+        self._features: dict[str, VisionFeatures] = {}
 
     def score(self, clips: Iterable[_Clip]) -> Iterator[tuple[_Clip, list[float]]]:
         """Each clip with ℓ of its groups, in order."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastrl.config.sections import RewardRecipe, RolloutRecipe
     from fastrl.data.records import Record
     from fastrl.data.stream import RecordStream
+    from fastrl.models.families import VisionFeatures
     from fastrl.models.load import Policy
     from fastrl.rollout import Generator
     from fastrl.rollout.vllm import VllmGenerator
@@ -60,7 +61,7 @@ class Context:
     average: Callable[[float], float] = _one_rank
     updates: Callable[[], int] = _no_updates
     folder: Path = Path()
-    features: dict[str, Tensor] | None = None
+    features: dict[str, VisionFeatures] | None = None
 
     @cached_property
     def generator(self) -> Generator | VllmGenerator:

@@ -2,16 +2,25 @@
 
 The projections are the trainer's modules, adapters and all. What lies between them (norms, rotary embedding with cache,
 gate) is one launch each here, where the layers' own code takes about thirty; the text behind a prompt has one
-position for all three axes of the multimodal rotary embedding, so that it is the plain one.
+position for all axes of a multimodal rotary embedding, so that it is the plain one.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
+
+if TYPE_CHECKING:
+    from fastrl.models.families import Parts
+
+# Children of a text layer and of what it holds. Whatever else a layer has, this step would leave out.
+LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+UNSEEN = {"rotary_emb"}  # kept by attention modules of older releases of transformers; the model's own is used
 
 
 class StepCache(Protocol):
@@ -24,31 +33,41 @@ class StepCache(Protocol):
 
 
 class DecodeLayers:
-    """What a decode step computes of a Qwen2-VL or Qwen2.5-VL model.
+    """What a decode step computes of layers like Llama's: RMSNorms, rotary attention, gated SiLU.
 
     Args:
-        core: the model; its modules are called as they are at each step.
+        parts: of the model; its modules are called as they are at each step.
+        axes: rows of positions that its rotary embedding takes (1: none of their own).
     """
 
-    def __init__(self, core: Any) -> None:
-        self.embed, self.model = core.get_input_embeddings(), core.model.language_model
+    def __init__(self, parts: Parts, axes: int) -> None:
+        self.embed, self.model, self.axes = parts.embedding, parts.language, axes
+
+    @classmethod
+    def of(cls, parts: Parts, axes: int) -> DecodeLayers | None:
+        """The step of a model whose layers are made of known modules alone, else None."""
+        language: Any = parts.language
+        return cls(parts, axes) if all(_known(layer) for layer in language.layers) else None
 
     def __call__(self, token: Tensor, position: Tensor, cache: StepCache) -> Tensor:
         """Hidden states [R, H] for ``token`` [R] at ``position`` [R], whose keys and values go into ``cache``."""
+        language: Any = self.model
         residual = self.embed(token)
         cos, sin = self._rotation(residual, position)
         new = None
-        for index, layer in enumerate(self.model.layers):
+        for index, layer in enumerate(language.layers):
             normed = _add_norm(residual, new, layer.input_layernorm)
             new = self._attention(layer.self_attn, index, normed, cos, sin, cache)
             normed = _add_norm(residual, new, layer.post_attention_layernorm)
             mlp = layer.mlp
             new = mlp.down_proj(silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed)))
-        return _add_norm(residual, new, self.model.norm)
+        return _add_norm(residual, new, language.norm)
 
     def _rotation(self, like: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [R, D/2], in the model's dtype as the layers' own code has them."""
-        cos, sin = self.model.rotary_emb(like, position[None, :, None].expand(3, -1, 1))
+        language: Any = self.model
+        place = position[:, None] if self.axes == 1 else position[None, :, None].expand(self.axes, -1, 1)
+        cos, sin = language.rotary_emb(like, place)
         if cos.dim() == 4:  # [3, R, 1, D] in older releases of transformers: the axes, all equal here, apart
             cos, sin = cos[0], sin[0]
         half = cos.shape[-1] // 2
@@ -63,6 +82,20 @@ class DecodeLayers:
         )
         q = rope_append(q, k, v, cos, sin, *cache.own(index), cache.at)
         return attention.o_proj(cache.attend(index, q, attention.scaling).view(len(normed), -1))
+
+
+def _known(layer: nn.Module) -> bool:
+    named: dict[str, Any] = dict(layer.named_children())
+    if set(named) != LAYER:
+        return False
+    attention, mlp = (dict(named[name].named_children()) for name in ("self_attn", "mlp"))
+    norms = (named["input_layernorm"], named["post_attention_layernorm"])
+    return (
+        set(attention) - UNSEEN == ATTENTION
+        and set(mlp) == MLP
+        and type(mlp["act_fn"]).__name__ in ("SiLU", "SiLUActivation")
+        and all(hasattr(norm, "variance_epsilon") for norm in norms)
+    )
 
 
 def _add_norm(residual: Tensor, new: Tensor | None, norm: Any) -> Tensor:

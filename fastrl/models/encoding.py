@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastrl.answers import TASK_FRAME, View
+from fastrl.answers import TASK_FRAME
 from fastrl.batch import Completion, ImageInput, Prompt
-from fastrl.models.positions import mrope_positions
+from fastrl.models.families import Family
 from fastrl.models.vision import ImagePreprocessor
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ class Encoder:
     """Turns records into prompts for one model family.
 
     Args:
+        family: knows the templates' ways and lays pictures out.
         tokenizer: with a chat template that writes one image token per image.
         preprocessor: the model's image preprocessing.
-        image_token_id: id of the image placeholder.
         end_of_turn: the token text that closes an assistant turn.
         control_tokens: token texts that message text must not smuggle in (placeholders, turn markers); they become a
             space.
@@ -43,18 +43,18 @@ class Encoder:
 
     def __init__(
         self,
+        family: Family,
         tokenizer: Any,
         preprocessor: ImagePreprocessor,
         *,
-        image_token_id: int,
         end_of_turn: str,
         control_tokens: Sequence[str],
         frame: str,
         style: str = "",
     ) -> None:
+        self.family = family
         self.tokenizer = tokenizer
         self.preprocessor = preprocessor
-        self.image_token_id = image_token_id
         self.end_of_turn = end_of_turn
         self.frame, self.style = frame, style
         self._control = re.compile("|".join(re.escape(text) for text in control_tokens))
@@ -74,8 +74,9 @@ class Encoder:
         """
         images, record = self._images(record)
         generate = not record.messages or record.messages[-1]["role"] != "assistant"
-        ids = torch.cat([self._tokens(text) for text, _ in self._pieces(record, generate)])
-        messages = _plain([self._clean(record, message) for message in record.messages])
+        (head, _), *rest = self._pieces(record, generate)
+        ids = torch.cat([self._tokens(head, first=True), *(self._tokens(text) for text, _ in rest)])
+        messages = self.family.template_messages([self._clean(record, message) for message in record.messages])
         prompt = replace(self._prompt(record, ids, images), messages=tuple(messages))
         self._check_length(record, prompt, max_prompt_tokens)
         return prompt, record
@@ -97,7 +98,7 @@ class Encoder:
         if not record.messages or record.messages[-1]["role"] != "assistant":
             raise EncodeError(f"{_name(record)}: a dialogue must end with an assistant turn")
         (head, _), *rest = self._pieces(record, generate=False)
-        prompt = self._prompt(record, self._tokens(head), images)
+        prompt = self._prompt(record, self._tokens(head, first=True), images)
         self._check_length(record, prompt, max_prompt_tokens)
         while not rest[-1][1]:
             rest.pop()
@@ -129,17 +130,16 @@ class Encoder:
 
     def encode_answer(self, text: str) -> Tensor:
         """Ids [T] int64 of one assistant turn's text with its end of turn."""
-        return self._tokens(self._control.sub(" ", text) + self.end_of_turn)
+        return self._tokens(self.family.turn(self._control.sub(" ", text), self.end_of_turn))
 
     def _images(self, record: Record) -> tuple[list[ImageInput], Record]:
         images, views = [], []
         for n, source in enumerate(record.images):
             try:
-                image, (width, height) = self.preprocessor(source)
+                image, view = self.preprocessor(source, len(record.images))
             except (OSError, ValueError) as error:
                 raise EncodeError(f"{_name(record)}: image {n}: {error}") from error
-            patch = self.preprocessor.patch
-            views.append(View(width, height, image.grid[2] * patch, image.grid[1] * patch))
+            views.append(view)
             images.append(image)
         frame = TASK_FRAME.get(record.task, self.frame)
         return images, replace(record, views=tuple(views), frame=frame, style=self.style)
@@ -155,7 +155,7 @@ class Encoder:
             if message["role"] != "assistant":
                 continue
             start = self._render(record, messages[:n], True)
-            answer = "".join(part["text"] for part in message["content"]) + self.end_of_turn
+            answer = self.family.turn("".join(part["text"] for part in message["content"]), self.end_of_turn)
             if not full.startswith(start) or not full.startswith(answer, len(start)):
                 raise EncodeError(f"{_name(record)}: the chat template does not render turn {n} as it was generated")
             pieces += [(full[at : len(start)], False), (answer, True)]
@@ -178,30 +178,19 @@ class Encoder:
         return {"role": message["role"], "content": clean}
 
     def _render(self, record: Record, messages: list[dict[str, Any]], generate: bool) -> str:
-        return self.tokenizer.apply_chat_template(_plain(messages), tokenize=False, add_generation_prompt=generate)
+        plain = self.family.template_messages(messages)
+        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
 
-    def _tokens(self, text: str) -> Tensor:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int64)
+    def _tokens(self, text: str, *, first: bool = False) -> Tensor:
+        return torch.tensor(self.family.token_ids(self.tokenizer, text, first=first), dtype=torch.int64)
 
     def _prompt(self, record: Record, ids: Tensor, images: list[ImageInput]) -> Prompt:
         """Expand each image placeholder to its image's number of tokens and lay out the positions."""
-        places = (ids == self.image_token_id).nonzero()[:, 0].tolist()
-        if len(places) != len(images):
-            raise EncodeError(
-                f"{_name(record)}: {len(images)} images, but the messages have {len(places)} image places"
-            )
-        pieces, slots, at, length = [], [], 0, 0
-        for place, image in zip(places, images, strict=True):
-            run = self.preprocessor.tokens(image)
-            pieces += [ids[at:place], ids[place].expand(run)]
-            length += place - at
-            slots.append((length, run))
-            length += run
-            at = place + 1
-        ids = torch.cat([*pieces, ids[at:]])
-        positions = mrope_positions(len(ids), slots, [image.grid for image in images], self.preprocessor.merge)
-        return Prompt(token_ids=ids, positions=positions, images=tuple(images), image_slots=tuple(slots))
+        try:
+            ids, slots, positions = self.family.lay_out(ids, images)
+        except ValueError as error:
+            raise EncodeError(f"{_name(record)}: {error}") from None
+        return Prompt(token_ids=ids, positions=positions, images=tuple(images), image_slots=slots)
 
     def _check_length(self, record: Record, prompt: Prompt, limit: int | None) -> None:
         length = len(prompt.token_ids)
@@ -211,17 +200,6 @@ class Encoder:
                 f"{_name(record)}: the prompt has {length} tokens ({of_images} of images), over the limit of {limit}; "
                 "prompts are never truncated: raise the limit, lower max_pixels or skip the record"
             )
-
-
-def _plain(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates take them: those of text-only models know no part lists, and where a message is all text,
-    a string means the same to all."""
-    return [
-        m
-        if any(p["type"] == "image" for p in m["content"])
-        else m | {"content": "".join(p["text"] for p in m["content"])}
-        for m in messages
-    ]
 
 
 def _name(record: Record) -> str:

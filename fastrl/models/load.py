@@ -1,21 +1,21 @@
-"""A Hugging Face folder of Qwen2.5-VL or Qwen2-VL → ``Policy``."""
+"""A Hugging Face folder of any known family → ``Policy``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastrl.models.families import family_of
 from fastrl.models.liger import use_liger
 from fastrl.models.lora import Lora
 from fastrl.models.lora import freeze as freeze_parameters
 from fastrl.models.offload import offload_checkpoints
-from fastrl.models.policy import STYLES, Policy
-from fastrl.models.weights import read_weights
+from fastrl.models.policy import Policy
+from fastrl.models.weights import reading
 
 
 def load_policy(
@@ -52,14 +52,14 @@ def load_policy(
         ImportError: ``liger`` without liger-kernel.
     """
     folder = Path(folder)
-    model_type = _model_type(folder)
+    family = family_of(read_config(folder), folder)
     device = _device(device)
     dtype = dtype if dtype is not None else torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = load_tokenizer(folder)
-    image_processor = load_image_processor(folder, min_pixels=min_pixels, max_pixels=max_pixels)
-    core = read_weights(model_class(model_type), folder, dtype=dtype)
-    policy = Policy(core.to(device), tokenizer, image_processor, lora=lora)
-    freeze_parameters(policy.core, freeze)
+    preprocessor = family.preprocessor(folder, min_pixels=min_pixels, max_pixels=max_pixels)
+    core = family.load(folder, dtype)
+    policy = Policy(core.to(device), tokenizer, preprocessor, lora=lora)
+    freeze_parameters(policy.core, freeze, policy.family.alias)
     if liger:
         use_liger(policy.core)
     if gradient_checkpointing:
@@ -82,7 +82,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(folder)
-    with _named(folder, "tokenizer"):
+    with reading(folder, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for template in (tokenizer.chat_template, *_processor_templates(folder)):
         if isinstance(template, str) and "image" in template:
@@ -91,42 +91,21 @@ def load_tokenizer(folder: str | Path) -> Any:
     raise ValueError(f"{folder}: no chat template that places images (tokenizer_config.json, chat_template.jinja)")
 
 
-def load_image_processor(folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
-    """The folder's image processor, always through PIL: pixels are then the same with and without torchvision."""
-    try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
-    except ImportError:  # before transformers split its image processors by backend
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Processor
-    if not any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise FileNotFoundError(f"{folder}: no preprocessor_config.json (image size limits and normalisation)")
-    with _named(Path(folder), "image processor"):
-        processor = Processor.from_pretrained(folder, local_files_only=True)
-    size = processor.size
-    low = min_pixels if min_pixels is not None else size["shortest_edge"]
-    high = max_pixels if max_pixels is not None else size["longest_edge"]
-    side = int(processor.patch_size) * int(processor.merge_size)
-    if not 0 < low <= high or high < side * side:
-        raise ValueError(
-            f"model.min_pixels {low}, model.max_pixels {high}: need 0 < min_pixels <= max_pixels, and max_pixels of at "
-            f"least one image token, {side * side}"
-        )
-    processor.size = {"shortest_edge": low, "longest_edge": high}
-    return processor
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The values of a model folder's ``config.json``.
 
-
-def _model_type(folder: Path) -> str:
+    Raises:
+        FileNotFoundError: no such folder, or one without a config.
+        ValueError: a config that cannot be read.
+    """
+    folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"model folder not found: {folder}")
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is not a Hugging Face model folder: no config.json")
-    with _named(folder, "config.json"):
-        model_type = dict(json.loads(config.read_text(encoding="utf-8"))).get("model_type")
-    if model_type not in STYLES:
-        raise ValueError(
-            f"{folder}: model type {model_type!r} is not supported; supported: {', '.join(sorted(STYLES))}"
-        )
-    return model_type
+    with reading(folder, "config.json"):
+        return dict(json.loads(config.read_text(encoding="utf-8")))
 
 
 def _device(asked: str | torch.device | None) -> torch.device:
@@ -138,26 +117,6 @@ def _device(asked: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"model.device: {device} is not here ({torch.cuda.device_count()} CUDA devices)")
     return device
-
-
-@contextmanager
-def _named(folder: Path, what: str) -> Iterator[None]:
-    """Inside: something of a model's folder is read. Whatever a library says about it gets the folder's name."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{folder}: its {what} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def model_class(model_type: str) -> Any:
-    """The transformers class of a supported model type."""
-    if model_type == "qwen2_5_vl":
-        from transformers import Qwen2_5_VLForConditionalGeneration
-
-        return Qwen2_5_VLForConditionalGeneration
-    from transformers import Qwen2VLForConditionalGeneration
-
-    return Qwen2VLForConditionalGeneration
 
 
 def _processor_templates(folder: Path) -> list[str]:

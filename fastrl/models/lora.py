@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
+
+from fastrl.engine.names import matches
+from fastrl.models.families import PARTS, Family
 
 LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -19,9 +21,10 @@ LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pro
 class Lora:
     """Low-rank adapters (arXiv:2106.09685): W + (alpha / rank) · B A on chosen linear layers.
 
-    ``targets``: names of linear layers of the language model, or one regular expression over full module names.
-    ``also_train``: modules, by the last parts of their names (``visual.merger``, the projector), that are trained whole
-    beside the adapters; the reference then still computes with their first weights.
+    ``targets``: names of linear layers of the language model, words for all linear layers of a part (``vision``,
+    ``projector``, ``language``), or one regular expression over full module names.
+    ``also_train``: parts (``projector``), or modules by the last parts of their names, that are trained whole beside
+    the adapters; the reference then still computes with their first weights.
     """
 
     rank: int = 16
@@ -47,39 +50,63 @@ class Lora:
         return cls(**values)
 
 
-def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any]) -> Any:
+def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any], family: Family) -> Any:
     """Wrap ``core`` in a peft model that trains only new adapters. The layers of ``core`` are changed in place."""
     from peft import LoraConfig, get_peft_model
 
     lora = Lora.of(spec)
-    names = "|".join(lora.targets) if not isinstance(lora.targets, str) else ""
-    targets = lora.targets if isinstance(lora.targets, str) else rf".*language_model\..*\.({names})"
-    modules = [name for name, _ in core.named_modules()]
+    targets = lora.targets if isinstance(lora.targets, str) else _chosen(core, lora.targets, family)
+    options: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
     linears = [name for name, module in core.named_modules() if isinstance(module, nn.Linear)]
     try:
         matched = any(re.fullmatch(targets, name) for name in linears)
     except re.error as error:
         raise ValueError(f"lora.targets: {targets!r} is not a regular expression: {error}") from None
     if not matched:
-        last = sorted({name.rpartition(".")[2] for name in linears if ".language_model." in f".{name}"})
+        last = sorted({name.rpartition(".")[2] for name in linears if family.part_of(name) == "language"})
         raise ValueError(f"lora.targets: {lora.targets!r} matches no linear layer; there are {', '.join(last)}")
-    for wanted in lora.also_train:
-        if not any(f".{name}".endswith(f".{wanted}") for name in modules):
-            near = difflib.get_close_matches(wanted, modules, n=3, cutoff=0.4)
-            raise ValueError(f"lora.also_train: no module is called {wanted!r}; near: {', '.join(near) or 'none'}")
-    options: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
     if lora.also_train:
-        options["modules_to_save"] = list(lora.also_train)
+        options["modules_to_save"] = [name for wanted in lora.also_train for name in _whole(core, wanted, family)]
     with warnings.catch_warnings():  # peft asks for a property that newer transformers have renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
 
 
-def freeze(core: nn.Module, patterns: Iterable[str]) -> list[str]:
+def _chosen(core: nn.Module, targets: Iterable[str], family: Family) -> str:
+    """A regular expression over full names: layers of the text model by their last names, parts by all they hold."""
+    names = [target for target in targets if target not in PARTS]
+    text, head = re.escape(family.part_names["language"][0]), family.parts(core).head
+    patterns = [rf".*{text}\..*\.({'|'.join(names)})"] if names else []
+    for part in (target for target in targets if target in PARTS):
+        within = [n for n, m in core.named_modules() if isinstance(m, nn.Linear) and family.part_of(n) == part]
+        patterns += [re.escape(name) for name in within if core.get_submodule(name) is not head]
+    return "|".join(patterns)
+
+
+def _whole(core: nn.Module, wanted: str, family: Family) -> list[str]:
+    """Names of the modules that train all of a part, or the module that is called so."""
+    modules = dict(core.named_modules())
+    if wanted not in PARTS:
+        if not any(f".{name}".endswith(f".{wanted}") for name in modules):
+            near = difflib.get_close_matches(wanted, [*PARTS, *modules], n=3, cutoff=0.4)
+            raise ValueError(f"lora.also_train: no module is called {wanted!r}; near: {', '.join(near) or 'none'}")
+        return [wanted]
+    found: list[str] = []
+    for name, module in modules.items():  # outer modules come before those within them
+        inside = [f"{name}.{inner}" for inner, _ in module.named_modules() if inner]
+        pure = family.part_of(name) == wanted and all(family.part_of(inner) == wanted for inner in inside)
+        held = any(name.startswith(f"{outer}.") for outer in found)
+        if pure and not held and not isinstance(module, nn.ModuleList | nn.ModuleDict) and list(module.parameters()):
+            found.append(name)
+    return found
+
+
+def freeze(core: nn.Module, patterns: Iterable[str], alias: Callable[[str], str]) -> list[str]:
     """Turn off the gradient of every parameter a pattern names, and return their names.
 
-    A pattern is a glob over full parameter names (``model.visual.*``), or a run of whole parts of them (``visual``,
-    ``layers.0``).
+    A pattern is a part (``vision``, ``projector``, ``language``) or something within one (``vision.blocks.0``), a glob
+    over full parameter names (``model.visual.*``), or a run of whole parts of them (``layers.0``); ``alias``: see
+    ``fastrl.models.families.Family.alias``.
 
     Raises:
         ValueError: a pattern that matches nothing; the message has the nearest parts.
@@ -87,9 +114,9 @@ def freeze(core: nn.Module, patterns: Iterable[str]) -> list[str]:
     named = dict(core.named_parameters())
     frozen: list[str] = []
     for pattern in patterns:
-        found = [name for name in named if fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."]
+        found = [name for name in named if matches(pattern, name, alias)]
         if not found:
-            parts = sorted({part for name in named for part in name.split(".") if not part.isdigit()})
+            parts = sorted({part for name in named for part in (*PARTS, *name.split(".")) if not part.isdigit()})
             near = difflib.get_close_matches(pattern, [*parts, *named], n=3, cutoff=0.4)
             raise ValueError(f"freeze: {pattern!r} matches no parameter; near: {', '.join(near) or ', '.join(parts)}")
         for name in found:

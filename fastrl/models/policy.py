@@ -15,81 +15,92 @@ from fastrl.answers import STYLE_FRAME
 from fastrl.batch import Completion, ImageInput, PackedBatch, Prompt
 from fastrl.models.attention.prefix import use_prefix_attention
 from fastrl.models.encoding import Encoder
+from fastrl.models.families import Parts, Placed, VisionFeatures, family_of
 from fastrl.models.lora import Lora, add_lora, merged_state_dict
-from fastrl.models.vision import ImagePreprocessor, unique_images, use_linear_patches, vision_features
+from fastrl.models.vision import ImagePreprocessor, unique_images
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
     from fastrl_kernels.linear_logprob import LogProb
 
-STYLES = {"qwen2_5_vl": "qwen2_5", "qwen2_vl": "qwen2"}
-# Never sampled and never taken from a message's text, beside the ids the config names.
-CONTROL_TOKENS = (
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|im_start|>",
-)
-END_OF_TURN = "<|im_end|>"
-
 
 class Policy:
-    """A Qwen2.5-VL or Qwen2-VL model with its tokenizer and image processor.
+    """A model of one family with its tokenizer and image preprocessing.
 
     Attributes:
         core: the transformers ``…ForConditionalGeneration`` model, whatever wraps it.
         model: what holds the parameters: ``core``, or the peft model around it.
-        style: how the family writes answers, ``"qwen2_5"`` or ``"qwen2"``; ``frame``: ``"resized"`` or ``"thousand"``.
+        family: what is special to its kind of models (see ``fastrl.models.families``).
+        style: how the family writes answers; ``frame``: what its coordinates mean (see ``fastrl.answers``).
         eos_token_ids: ids that end an answer; ``suppressed_token_ids``: ids that are never sampled (image and video
             placeholders, vision start and end, turn markers other than EOS).
     """
 
     def __init__(
-        self, core: Any, tokenizer: Any, image_processor: Any, *, lora: Lora | Mapping[str, Any] | None = None
+        self,
+        core: Any,
+        tokenizer: Any,
+        preprocessor: ImagePreprocessor,
+        *,
+        lora: Lora | Mapping[str, Any] | None = None,
     ):
         self.core = core
+        self.family = family_of(core.config)
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.style = STYLES[core.config.model_type]
+        self.preprocessor = preprocessor
+        self.style = self.family.style
         self.frame = STYLE_FRAME[self.style]
-        self.preprocessor = ImagePreprocessor(image_processor)
         self.eos_token_ids = _eos_ids(core, tokenizer)
-        self.suppressed_token_ids = _suppressed_ids(core, tokenizer, self.eos_token_ids)
-        end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        controls = self.family.control_ids(tokenizer)
+        self.suppressed_token_ids = tuple(sorted(controls - set(self.eos_token_ids)))
+        end = tokenizer.convert_tokens_to_ids(self.family.end_of_turn)
         self.end_of_turn_id = int(end if end in self.eos_token_ids else self.eos_token_ids[0])
         self.encoder = Encoder(
+            self.family,
             tokenizer,
-            self.preprocessor,
-            image_token_id=core.config.image_token_id,
+            preprocessor,
             end_of_turn=tokenizer.convert_ids_to_tokens(self.end_of_turn_id),
             control_tokens=tokenizer.convert_ids_to_tokens([*self.suppressed_token_ids, *self.eos_token_ids]),
             frame=self.frame,
             style=self.style,
         )
-        self.peft: Any = add_lora(core, lora) if lora is not None else None
+        self.peft: Any = add_lora(core, lora, self.family) if lora is not None else None
         self._reference_core: Any = None
         core.eval()  # new adapters come in training mode, which `hidden` would not see
-        use_prefix_attention(core)
-        use_linear_patches(core)
+        use_prefix_attention(self.family, core)
+        self.family.prepare(core)
 
     @property
     def model(self) -> Any:
         return self.peft if self.peft is not None else self.core
 
     @property
+    def image_processor(self) -> Any:
+        """transformers' own, as the folder configures it."""
+        return self.preprocessor.processor
+
+    @property
+    def parts(self) -> Parts:
+        """The modules of the model that computes at the moment (inside ``reference``, maybe those of a copy)."""
+        return self.family.parts(self.core)
+
+    @property
     def device(self) -> torch.device:
-        return self.core.lm_head.weight.device
+        return self.head_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.core.lm_head.weight.dtype
+        return self.head_weight.dtype
 
     @property
     def head_weight(self) -> Tensor:
         """The language model's head, [vocabulary, hidden]."""
-        return self.core.lm_head.weight
+        return self.core.get_output_embeddings().weight
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether an update may change what pictures look like to the language model."""
+        return self.family.trains_vision(self.core)
 
     # Text and images in, ids and positions out
 
@@ -119,11 +130,11 @@ class Policy:
 
     # The model
 
-    def features(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
-        """Vision features [tokens, hidden] by image key; each key goes through the tower once."""
+    def features(self, images: Sequence[ImageInput]) -> dict[str, VisionFeatures]:
+        """Vision features by image key; each key goes through the tower once."""
         return keyed_features(self.core, images)
 
-    def hidden(self, batch: PackedBatch, *, features: Mapping[str, Tensor] | None = None) -> Tensor:
+    def hidden(self, batch: PackedBatch, *, features: Mapping[str, VisionFeatures] | None = None) -> Tensor:
         """Hidden states [N, hidden] at the batch's prediction rows.
 
         Args:
@@ -140,7 +151,7 @@ class Policy:
         temperature: float = 1.0,
         return_entropy: bool = False,
         rows: Tensor | None = None,
-        features: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, VisionFeatures] | None = None,
     ) -> LogProb:
         """Log-probs [N] float32 (and entropies) of the batch's completion tokens.
 
@@ -207,35 +218,35 @@ class Policy:
         with quiet_progress():
             self.core.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        self.preprocessor.save(folder)
 
 
-def keyed_features(core: Any, images: Sequence[ImageInput]) -> dict[str, Tensor]:
-    """Vision features [tokens, hidden] of ``core`` by image key; each key goes through the tower once."""
+def keyed_features(core: Any, images: Sequence[ImageInput]) -> dict[str, VisionFeatures]:
+    """Vision features of ``core`` by image key; each key goes through the tower once."""
     unique = unique_images(images)
-    features = vision_features(core, unique)
+    features = family_of(core.config).features(core, unique)
     return {image.key: feature for image, feature in zip(unique, features, strict=True)}
 
 
-def predicted_states(core: Any, batch: PackedBatch, features: Mapping[str, Tensor] | None = None) -> Tensor:
+def packed_states(
+    core: Any, batch: PackedBatch, features: Mapping[str, VisionFeatures] | None = None, **attention: Any
+) -> Tensor:
+    """Hidden states [1, L, hidden] of ``core`` over a packed row, with what its attention function is handed."""
+    placed = None
+    if batch.images:
+        found = features if features is not None else keyed_features(core, batch.images)
+        placed = Placed(batch.image_rows, tuple(found[batch.images[i].key] for i in batch.image_of_slot))
+    embeds = core.get_input_embeddings()(batch.input_ids)
+    return family_of(core.config).hidden(core, embeds, batch.positions, placed, **attention)
+
+
+def predicted_states(core: Any, batch: PackedBatch, features: Mapping[str, VisionFeatures] | None = None) -> Tensor:
     """Hidden states [N, hidden] of ``core`` at the batch's prediction rows (see ``Policy.hidden``)."""
     # Dropout and checkpointing belong to the pass that takes a gradient; old and reference log-probs have neither.
     if core.training != torch.is_grad_enabled():
         core.train(torch.is_grad_enabled())
-    embeds = core.get_input_embeddings()(batch.input_ids[0])
-    if batch.images:
-        found = features if features is not None else keyed_features(core, batch.images)
-        rows = torch.cat([found[batch.images[i].key] for i in batch.image_of_slot])
-        # By position: an image id inside a completion is text like any other.
-        embeds = embeds.index_copy(0, batch.image_rows, rows.to(embeds.dtype))
-    out = core.model.language_model(
-        inputs_embeds=embeds[None],
-        position_ids=batch.positions,
-        attention_mask={"full_attention": None, "sliding_attention": None},
-        use_cache=False,
-        fastrl_segments=batch.segments,
-    )
-    return out.last_hidden_state[0].index_select(0, batch.predict_rows)
+    hidden = packed_states(core, batch, features, fastrl_segments=batch.segments)
+    return hidden[0].index_select(0, batch.predict_rows)
 
 
 @contextmanager
@@ -259,11 +270,3 @@ def _eos_ids(core: Any, tokenizer: Any) -> tuple[int, ...]:
         if ids is not None:
             return tuple(int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]))
     raise ValueError("this model names no end-of-sequence token: set eos_token_id in generation_config.json")
-
-
-def _suppressed_ids(core: Any, tokenizer: Any, eos: tuple[int, ...]) -> tuple[int, ...]:
-    config = core.config
-    ids = {getattr(config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision_end")}
-    vocabulary = tokenizer.get_vocab()
-    ids |= {vocabulary.get(token) for token in (*CONTROL_TOKENS, END_OF_TURN, "<|endoftext|>")}
-    return tuple(sorted(i for i in ids if i is not None and i not in eos))

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 
-def image_tokens(grid: tuple[int, int, int], merge: int) -> int:
+def image_tokens(grid: Sequence[int], merge: int) -> int:
     """Number of tokens of an image of ``grid`` (t, h, w) patches, ``merge`` x ``merge`` patches to a token."""
     t, h, w = grid
     return t * (h // merge) * (w // merge)
 
 
 def mrope_positions(
-    length: int, slots: Sequence[tuple[int, int]], grids: Sequence[tuple[int, int, int]], merge: int, start: int = 0
+    length: int, slots: Sequence[tuple[int, int]], grids: Sequence[Sequence[int]], merge: int, start: int = 0
 ) -> Tensor:
     """Positions [3, length] int64 (time, height, width) of a token row with images.
 

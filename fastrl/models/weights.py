@@ -13,6 +13,15 @@ import torch
 SHOWN = 5  # names in one message
 
 
+@contextmanager
+def reading(folder: Path, what: str) -> Iterator[None]:
+    """Inside: something of a model's folder is read. Whatever a library says about it gets the folder's name."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{folder}: its {what} cannot be read ({type(error).__name__}: {error})") from error
+
+
 def read_weights(model: Any, folder: Path, *, dtype: torch.dtype) -> Any:
     """``model.from_pretrained(folder)`` of a transformers class, with every parameter from the folder's files.
 

@@ -15,6 +15,7 @@ import torch
 
 from fastrl.batch import PackedBatch
 from fastrl.methods import method_for
+from fastrl.models.families import family_of
 from fastrl.models.flops import segment_attention_flops
 from fastrl.plan.configs import config_of, image_limit
 from fastrl.plan.hardware import Gpu
@@ -128,10 +129,9 @@ def make_plan(
     """
     if gpus < 1 or not 0 < efficiency <= 1:
         raise ValueError(f"need at least one GPU and an efficiency in (0, 1], got {gpus} and {efficiency}")
-    config = config_of(recipe.model.path)
-    core = meta_model(config, recipe.model, dtype_of(recipe))
-    vision = core.config.vision_config.to_dict()
-    work = workload_of(recipe, vision, image_limit=image_limit(recipe.model.path), **(sizes or {}))
+    core = meta_model(config_of(recipe.model.path), recipe.model, dtype_of(recipe))
+    family = family_of(core.config)
+    work = workload_of(recipe, family, image_limit=image_limit(recipe.model.path, family), **(sizes or {}))
     model = count_model(core)
 
     def trace(batch: PackedBatch) -> Trace:
@@ -164,10 +164,11 @@ def count_model(core: Any) -> Model:
     """Sizes of a model (on any device)."""
     parameters = list(core.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    text = core.config.text_config
-    embedding = core.get_input_embeddings().weight
-    tied = core.lm_head.weight is embedding
-    language = sum(p.numel() for p in core.model.language_model.parameters()) - (0 if tied else embedding.numel())
+    text, family = core.config.get_text_config(), family_of(core.config)
+    parts = family.parts(core)
+    embedding, head = parts.embedding.weight, parts.head.weight
+    tied = head is embedding
+    language = sum(p.numel() for p in parts.language.parameters()) - (0 if tied else embedding.numel())
     return Model(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in trained),
@@ -175,15 +176,15 @@ def count_model(core: Any) -> Model:
         largest=max((p.numel() for p in trained), default=0),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         trained_bytes=sum(p.numel() * p.element_size() for p in trained),
-        language=language + (0 if tied else core.lm_head.weight.numel()),
+        language=language + (0 if tied else head.numel()),
         layers=text.num_hidden_layers,
         kv_heads=text.num_key_value_heads,
         heads=text.num_attention_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        hidden=core.lm_head.weight.shape[1],
-        vocabulary=core.lm_head.weight.shape[0],
+        hidden=head.shape[1],
+        vocabulary=head.shape[0],
         itemsize=embedding.element_size(),
-        trains_vision=any(p.requires_grad for p in core.model.visual.parameters()),
+        trains_vision=family.trains_vision(core),
     )
 
 

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrl.models.attention import prefix as prefix_attention
+from fastrl.models.attention.switch import attention, register
+from fastrl.models.families import family_of
 from fastrl.models.flops import flop_counter, segment_attention_flops
 from fastrl_kernels._linear_logprob_driver import EAGER_ROWS, plan_tiles
 from fastrl_kernels._linear_logprob_tiles import eager_block_bytes, eager_row_bytes
@@ -171,12 +173,9 @@ def _(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, flops: int, **_: An
 
 @cache
 def _register() -> None:
-    from transformers import AttentionInterface
-
-    for name, function in zip(GPU, (_language_attention, _vision_attention), strict=True):
-        AttentionInterface.register(name, function)
-    for name, real in zip(CPU, (prefix_attention.LANGUAGE, prefix_attention.VISION), strict=True):
-        AttentionInterface.register(name, _on_cpu(AttentionInterface()[real]))
+    register(**dict(zip(GPU, (_language_attention, _vision_attention), strict=True)))
+    real = prefix_attention.language_attention, prefix_attention.vision_attention
+    register(**{name: _on_cpu(function) for name, function in zip(CPU, real, strict=True)})
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,7 +209,12 @@ def _language_attention(
 def _vision_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    cu = kwargs["cu_seq_lens_q"]
+    cu = kwargs.get("cu_seq_lens_q")
+    if cu is None:  # equal images: [B, H, L, D]
+        batch, heads, length, dim = query.shape
+        flops = segment_attention_flops([(length, length)] * batch, heads, dim)
+        q, k, v = (x.transpose(1, 2).reshape(-1, heads, dim) for x in (query, key, value))
+        return _planned_attention(q, k, v, flops)[0].view(batch, length, heads, dim), None
     flops = segment_attention_flops([(n, n) for n in (cu[1:] - cu[:-1]).tolist()], query.shape[1], query.shape[3])
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return _planned_attention(q, k, v, flops)[0][None], None
@@ -237,12 +241,6 @@ class CpuAttention(TorchFunctionMode):
 def planned_attention(core: Any, *, gpu: bool) -> Iterator[None]:
     """Inside, a meta model's attention is counted as a GPU's (variable-length) or as a CPU's."""
     _register()
-    configs = (core.model.language_model.config, core.model.visual.config)
-    before = [config._attn_implementation for config in configs]
-    for config, name in zip(configs, GPU if gpu else CPU, strict=True):
-        config._attn_implementation = name
-    try:
+    language, vision = GPU if gpu else CPU
+    with attention(family_of(core.config), core, language=language, vision=vision):
         yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fastrl.batch import PackedBatch
 from fastrl.engine.optimizers import CHUNK
 from fastrl.models.attention.prefix import use_prefix_attention
-from fastrl.models.load import model_class, use_checkpointing
+from fastrl.models.families import family_of
+from fastrl.models.load import use_checkpointing
 from fastrl.models.lora import add_lora, freeze
 from fastrl.models.policy import keyed_features, predicted_states
-from fastrl.models.vision import use_linear_patches
 from fastrl.plan.ledger import Ledger, planned_attention
 from fastrl.recipe import ModelRecipe
 
@@ -38,17 +38,16 @@ class Trace:
 
 def meta_model(config: dict[str, Any], recipe: ModelRecipe, dtype: torch.dtype) -> Any:
     """The model a recipe trains, as ``load_policy`` would make it, without any data behind its tensors."""
-    cls = model_class(config["model_type"])
-    values = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "transformers_version")}
+    family = family_of(config)
     with META:
-        core = cls(cls.config_class(**values)).to(dtype)
+        core = family.empty().to(dtype)
         if recipe.lora is not None:
-            add_lora(core, recipe.lora.spec())
-    freeze(core, recipe.freeze)
+            add_lora(core, recipe.lora.spec(), family)
+    freeze(core, recipe.freeze, family.alias)
     if recipe.gradient_checkpointing:
         use_checkpointing(core, offload=recipe.offload_activations)
-    use_prefix_attention(core)
-    use_linear_patches(core)
+    use_prefix_attention(family, core)
+    family.prepare(core)
     return core
 
 
@@ -75,7 +74,7 @@ def trace_batch(
         release: each gradient is used and dropped as soon as it is complete.
         scratch_bytes: the head's budget.
     """
-    batch = _on_meta(core, batch)
+    batch = _on_meta(batch)
     ledger = Ledger(_known(core, batch), gpu=gpu, scratch_bytes=scratch_bytes)
     gradients: dict[nn.Parameter, Tensor] = {}
     hooks = [_collect(p, gradients, ledger, release) for p in core.parameters() if p.requires_grad]
@@ -107,7 +106,7 @@ def trace_batch(
 def trace_prompts(core: Any, batch: PackedBatch, *, gpu: bool) -> tuple[int, int]:
     """Peak bytes of the vision tower over the batch's images, and then of one forward over its prompts, both without
     gradients or a cache."""
-    batch = _on_meta(core, batch)
+    batch = _on_meta(batch)
     ledger = Ledger(_known(core, batch), gpu=gpu)
     with planned_attention(core, gpu=gpu), torch.no_grad(), ledger:
         features = keyed_features(core, batch.images)
@@ -128,7 +127,7 @@ def _pass(core: Any, batch: PackedBatch, head: _LogProb | _RowLocal, ledger: Led
     vision = ledger.flops
     hidden = predicted_states(core, batch, features)
     del features
-    result = head(hidden, core.lm_head.weight, batch)
+    result = head(hidden, core.get_output_embeddings().weight, batch)
     del hidden
     forward, kept = ledger.flops, ledger.live
     result.backward(torch.ones_like(result))
@@ -166,7 +165,7 @@ class _RowLocal:
 
 def _head_gradient(core: Any, gradients: dict[nn.Parameter, Tensor]) -> Tensor | None:
     """The float32 sum that the engine keeps of the head's gradient; None where the head is not trained."""
-    weight = core.lm_head.weight
+    weight = core.get_output_embeddings().weight
     if not weight.requires_grad:
         return None
     if weight not in gradients:
@@ -199,10 +198,6 @@ def adamw_scratch(largest: int, *, gpu: bool, states: str = "fp32") -> int:
     return 0 if gpu else 8 * largest
 
 
-def _on_meta(core: Any, batch: PackedBatch) -> PackedBatch:
-    vision = core.config.vision_config
-    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    images = tuple(
-        replace(image, pixel_values=torch.empty(len(image.pixel_values), values, device=META)) for image in batch.images
-    )
+def _on_meta(batch: PackedBatch) -> PackedBatch:
+    images = tuple(replace(image, pixel_values=image.pixel_values.to(META)) for image in batch.images)
     return replace(batch.to(META), images=images)

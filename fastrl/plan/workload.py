@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastrl.batch import Completion, ImageInput, PackedBatch, Prompt, PromptGroup, pack_row
 from fastrl.methods import method_for
-from fastrl.models.positions import image_tokens, mrope_positions
+from fastrl.models.families import Family
 from fastrl.recipe import Recipe
 
 TEXT_TOKENS = 128  # of a prompt beside its images: system turn, question, markers
@@ -27,8 +28,8 @@ class Workload:
     answer_tokens: int
     text_tokens: int
     images: int  # a prompt
-    grid: tuple[int, int, int]  # of each, in patches
-    merge: int
+    family: Family
+    image: ImageInput  # each of them, without data
     token_budget: int
     samples: bool  # whether answers are sampled here (by a server: elsewhere)
     steps_at_once: int = 1  # whose prompts one rollout serves
@@ -36,7 +37,7 @@ class Workload:
 
     @property
     def image_tokens(self) -> int:
-        return image_tokens(self.grid, self.merge)
+        return self.family.tokens(self.image)
 
     @property
     def prompt_tokens(self) -> int:
@@ -67,11 +68,11 @@ class Workload:
         left = self.token_budget - self.groups_per_batch * self.group_tokens - self.prompt_tokens
         if left >= self.group and self.groups_per_batch < self.prompts:
             sizes.append((min(left // self.group, self.answer_tokens),) * self.group)
-        return packed(self.text_tokens, self.images, self.grid, self.merge, sizes)
+        return packed(self.family, self.text_tokens, [self.image] * self.images, sizes)
 
     def full_batch(self) -> PackedBatch:
         """The micro-batch of as many full groups as the budget allows and nothing else: a step is whole ones of it."""
-        return packed(self.text_tokens, self.images, self.grid, self.merge, self._full_groups)
+        return packed(self.family, self.text_tokens, [self.image] * self.images, self._full_groups)
 
     @property
     def _full_groups(self) -> list[tuple[int, ...]]:
@@ -80,36 +81,32 @@ class Workload:
     def prefill_batch(self) -> PackedBatch:
         """The prompts of one prefill call of the rollout, each with one more token."""
         count = max(1, min(self.prompts, PREFILL_TOKENS // self.prompt_tokens))
-        return packed(self.text_tokens, self.images, self.grid, self.merge, [(1,)] * count)
+        return packed(self.family, self.text_tokens, [self.image] * self.images, [(1,)] * count)
 
 
-def packed(
-    text: int, images: int, grid: tuple[int, int, int], merge: int, answers: list[tuple[int, ...]]
-) -> PackedBatch:
-    """A batch of these sizes with nothing in it: pixels on the meta device, token ids 0.
+def packed(family: Family, text: int, images: Sequence[ImageInput], answers: list[tuple[int, ...]]) -> PackedBatch:
+    """A batch of these sizes with nothing in it: pixels on the meta device, token ids that mean nothing.
 
     Args:
+        family: lays the pictures out.
         text: tokens of a prompt beside its images.
-        images: pictures of each prompt, all different.
-        grid: patches (t, h, w) of each; merge: patches to a token along one side.
+        images: pictures of each prompt, without data; in the batch all are different.
         answers: for each group, the tokens of its answers.
     """
-    run = image_tokens(grid, merge)
-    slots = tuple((i * run, run) for i in range(images))
-    length = text + images * run
-    positions = mrope_positions(length, slots, [grid] * images, merge)
-    patch = torch.empty(math.prod(grid), 0, device="meta")
+    token = family.image_token
+    ids = torch.tensor([token] * len(images) + [int(token == 0)] * text, dtype=torch.int64)
+    ids, slots, positions = family.lay_out(ids, images)
     groups = []
     for number, lengths in enumerate(answers):
-        pictures = tuple(ImageInput(patch, grid, f"{number}/{i}") for i in range(images))
-        prompt = Prompt(torch.zeros(length, dtype=torch.int64), positions, pictures, slots)
+        pictures = tuple(replace(image, key=f"{number}/{i}") for i, image in enumerate(images))
+        prompt = Prompt(ids, positions, pictures, slots)
         groups.append(PromptGroup(prompt, [Completion(torch.zeros(n, dtype=torch.int64)) for n in lengths]))
     return pack_row(groups)
 
 
 def workload_of(
     recipe: Recipe,
-    vision: dict,
+    family: Family,
     *,
     image_limit: int | None,
     images: int | None = None,
@@ -121,7 +118,7 @@ def workload_of(
 
     Args:
         recipe: read for sizes of rollout, data and micro-batch.
-        vision: the model's vision config; image_limit: area in pixels that the model's own preprocessor allows.
+        family: of the model; image_limit: area in pixels that the model's own preprocessor allows.
         images: pictures a prompt (default: the recipe's ``data.frames``, or one).
         image_pixels: area of each after resizing (default: the recipe's largest, else the model's own largest, but at
             most a megapixel).
@@ -139,8 +136,6 @@ def workload_of(
         raise ValueError(
             f"image pixels: {image_pixels} is over the recipe's model.max_pixels {recipe.model.max_pixels}"
         )
-    unit = int(vision["patch_size"]) * int(vision["spatial_merge_size"])
-    side = max(1, math.isqrt(image_pixels or most) // unit) * int(vision["spatial_merge_size"])
     method = method_for(recipe.method)
     dialogues = recipe.data.spec.startswith("reflection:")
     made = dialogues or recipe.data.spec.startswith("lists:")  # the data brings the answers
@@ -155,8 +150,8 @@ def workload_of(
         or (recipe.rollout.max_new_tokens if grouped and not dialogues else DIALOGUE_TOKENS),
         text_tokens=text_tokens,
         images=(recipe.data.frames or 1) if images is None else images,
-        grid=(1, side, side),
-        merge=int(vision["spatial_merge_size"]),
+        family=family,
+        image=family.blank(image_pixels or most),
         token_budget=recipe.optim.token_budget,
         samples=grouped and not made and recipe.rollout.backend == "local",
         steps_at_once=method.steps_at_once(recipe.method),

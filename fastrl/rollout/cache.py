@@ -1,6 +1,6 @@
 """Keys and values of a rollout: each prompt's once, each row's own apart, and the attention that writes and reads them.
 
-Prompts are read by transformers' own language model. Its attention is switched, for the length of a call, to a function
+Prompts are read by the family's own forward. Its attention is switched, for the length of a call, to a function
 that hands the layer's keys and values to the object the call names in ``fastrl_cache``; positions are always explicit.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastrl.models.attention.switch import attention, register
+from fastrl.models.families import Family, family_of
 from fastrl_kernels.decode_attention import decode_attention
 
 ATTENTION = "fastrl_rollout"
@@ -176,43 +177,45 @@ class RowCache:
                 buffers[layer] = old[live]
 
 
+class RowStep:
+    """One decode step of all rows through the model's own layers: what ``fastrl_cache`` is then."""
+
+    def __init__(self, cache: RowCache) -> None:
+        self.cache = cache
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Query [R, Hq, 1, D], key and value [R, Hkv, 1, D] of the new tokens → [R, 1, Hq, D]."""
+        for buffer, new in zip(self.cache.own(layer), (key, value), strict=True):
+            buffer.index_copy_(2, self.cache.at, new)
+        return self.cache.attend(layer, query[:, :, 0], scale)[:, None]
+
+
+class ModelLayers:
+    """A decode step through ``Family.hidden``: for layers that ``DecodeLayers`` does not know."""
+
+    def __init__(self, family: Family, core: Any) -> None:
+        self.family, self.core, self.embed = family, core, core.get_input_embeddings()
+
+    def __call__(self, token: Tensor, position: Tensor, cache: RowCache) -> Tensor:
+        """Hidden states [R, H] for ``token`` [R] at ``position`` [R], whose keys and values go into ``cache``."""
+        positions = position[None, :, None].expand(self.family.position_axes, -1, 1)
+        embeds = self.embed(token)[:, None]
+        return self.family.hidden(self.core, embeds, positions, fastrl_cache=RowStep(cache))[:, 0]
+
+
 @contextmanager
 def rollout_mode(core: Any) -> Iterator[None]:
     """Inside: no gradient, no dropout, no checkpointing, attention through ``fastrl_cache``. All is put back after."""
-    _register()
-    config = core.model.language_model.config
-    if getattr(core.model.language_model, "has_sliding_layers", False):
-        raise NotImplementedError("rollout: sliding-window attention is not supported; set use_sliding_window to false")
-    attention, training = config._attn_implementation, [module for module in core.modules() if module.training]
+    register(**{ATTENTION: _attention})
+    training = [module for module in core.modules() if module.training]
     for module in training:
         module.training = False
-    config._attn_implementation = ATTENTION
     try:
-        with torch.no_grad():
+        with attention(family_of(core.config), core, language=ATTENTION), torch.no_grad():
             yield
     finally:
-        config._attn_implementation = attention
         for module in training:
             module.training = True
-
-
-def forward(core: Any, embeds: Tensor, positions: Tensor, append: _Append) -> Tensor:
-    """Hidden states [X, L, H] of the language model for embeddings [X, L, H] at ``positions`` [3, X, L]."""
-    out = core.model.language_model(
-        inputs_embeds=embeds,
-        position_ids=positions,
-        attention_mask={"full_attention": None},  # a mapping: transformers then builds no mask of its own
-        use_cache=False,
-        fastrl_cache=append,
-    )
-    return out.last_hidden_state
-
-
-@cache
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _attention)
 
 
 def _attention(

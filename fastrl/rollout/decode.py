@@ -10,6 +10,7 @@ Three ways of running one and the same step:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl.models.decode_layers import DecodeLayers
-from fastrl.rollout.cache import PromptCache, RowCache
+from fastrl.models.families import family_of
+from fastrl.rollout.cache import ModelLayers, PromptCache, RowCache
 from fastrl.rollout.graphs import GraphRunner
 from fastrl.rollout.sampler import Sampling, sample
 
 WAYS = ("auto", "eager", "static", "graph")
 CHECK_EVERY = 8  # steps between host reads of "how many rows are alive", where a read makes a GPU wait
 SMALLEST_BUCKET = 32  # with fewer rows a step is no faster: it reads all weights
+
+
+# (token [R], position [R], cache) → hidden states [R, H]
+Layers = Callable[[Tensor, Tensor, RowCache], Tensor]
 
 
 @dataclass
@@ -69,8 +74,9 @@ class Decode:
     ) -> None:
         device, n, steps = start.logits.device, sampling.n, sampling.max_new_tokens
         size = len(start.logits) * n
-        self.core, self.sampling, self.eos, self.suppressed = core, sampling, eos, suppressed
-        self.layers = DecodeLayers(core)
+        family = family_of(core.config)
+        self.head, self.sampling, self.eos, self.suppressed = family.parts(core).head, sampling, eos, suppressed
+        self.layers: Layers = family.decode_layers(core) or ModelLayers(family, core)
         self.static = way != "eager"
         self.cache = RowCache(start.cache, n, max(steps - 1, 1), static=self.static)
         # One line more than there are rows: rows that only fill a bucket read and write there.
@@ -118,7 +124,7 @@ class Decode:
         """Feed each row's last token, sample its next one. Fixed shapes if static, in place, no host reads."""
         hidden = self.layers(self.token, self.position + self.cache.at, self.cache)
         self.cache.advance()
-        self._record(self.core.lm_head(hidden))
+        self._record(self.head(hidden))
 
     def _record(self, logits: Tensor) -> None:
         column = self.at.expand_as(self.rows)

@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastrl.batch import Completion, ImageInput, Prompt
 from fastrl.clock import Clock
-from fastrl.rollout.cache import PromptCache, forward, rollout_mode
+from fastrl.models.families import Placed, VisionFeatures, family_of
+from fastrl.rollout.cache import PromptCache, rollout_mode
 from fastrl.rollout.decode import Decode, Start, way_for
 from fastrl.rollout.sampler import Sampling
 
@@ -46,7 +47,7 @@ class Generator:
         vision_patches: int = 65536,
         decode: str = "auto",
         clock: Clock | None = None,
-        features: dict[str, Tensor] | None = None,
+        features: dict[str, VisionFeatures] | None = None,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
             if value < 1:
@@ -97,17 +98,18 @@ class Generator:
         """
         return self._session([prompts] if isinstance(prompts, Prompt) else list(prompts), {})
 
-    def _session(self, prompts: list[Prompt], features: dict[str, Tensor]) -> Session:
+    def _session(self, prompts: list[Prompt], features: dict[str, VisionFeatures]) -> Session:
         features.update(self._features([image for p in prompts for image in p.images if image.key not in features]))
         return Session(self, prompts, features)
 
-    def _features(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
+    def _features(self, images: Sequence[ImageInput]) -> dict[str, VisionFeatures]:
         """Vision features by key; each key once, in calls of about ``vision_patches``."""
-        found: dict[str, Tensor] = {}
+        found: dict[str, VisionFeatures] = {}
+        patches = family_of(self.policy.core.config).patches
         with self.phase("vision"), rollout_mode(self.policy.core):
             call: list[ImageInput] = []
             for image in {image.key: image for image in images}.values():
-                if call and sum(len(i.pixel_values) for i in [*call, image]) > self.vision_patches:
+                if call and sum(patches(i) for i in [*call, image]) > self.vision_patches:
                     found.update(self.policy.features(call))
                     call = []
                 call.append(image)
@@ -119,9 +121,10 @@ class Generator:
 class Session:
     """B dialogues whose images and history are computed once. Made by ``Generator.session``."""
 
-    def __init__(self, generator: Generator, prompts: Sequence[Prompt], features: Mapping[str, Tensor]) -> None:
+    def __init__(self, generator: Generator, prompts: Sequence[Prompt], features: Mapping[str, VisionFeatures]) -> None:
         self._generator, self._policy = generator, generator.policy
         device = self._policy.device
+        self._family = family_of(self._policy.core.config)
         for i, prompt in enumerate(prompts):
             if not len(prompt.token_ids):
                 raise ValueError(f"prompts[{i}]: no tokens")
@@ -134,11 +137,8 @@ class Session:
             for rows in self._calls([len(p.token_ids) for p in prompts]):
                 ids = pad_sequence([prompts[i].token_ids for i in rows], batch_first=True).to(device)
                 positions = pad_sequence([prompts[i].positions.T for i in rows]).permute(2, 1, 0).to(device)
-                embeds = embed(ids)
-                for row, i in enumerate(rows):
-                    for image, (start, length) in zip(prompts[i].images, prompts[i].image_slots, strict=True):
-                        embeds[row, start : start + length] = features[image.key].to(embeds.dtype)
-                self._append(rows, [len(prompts[i].token_ids) for i in rows], embeds, positions)
+                placed = _placed([prompts[i] for i in rows], features, ids.shape[1], device)
+                self._append(rows, [len(prompts[i].token_ids) for i in rows], embed(ids), positions, placed)
 
     def extend(self, token_ids: Tensor | Sequence[Tensor]) -> None:
         """Append text to each dialogue, such as a chosen completion and the next turn of the other side.
@@ -157,7 +157,9 @@ class Session:
                 rows = [some[i] for i in call]
                 ids = pad_sequence([added[i] for i in rows], batch_first=True).to(device)
                 first = torch.tensor([self.next_position[i] for i in rows], device=device)
-                positions = (first[:, None] + torch.arange(ids.shape[1], device=device)).expand(3, -1, -1)
+                positions = (first[:, None] + torch.arange(ids.shape[1], device=device)).expand(
+                    self._family.position_axes, -1, -1
+                )
                 embeds = self._policy.core.get_input_embeddings()(ids)
                 self._append(rows, [len(added[i]) for i in rows], embeds, positions)
                 for i in rows:
@@ -179,7 +181,7 @@ class Session:
         with self._generator.phase("decode"), rollout_mode(policy.core):
             start = Start(
                 self._cache,
-                policy.core.lm_head(torch.stack(self._hidden)),
+                self._family.parts(policy.core).head(torch.stack(self._hidden)),
                 torch.tensor(self.next_position, device=device),
             )
             decode = Decode(
@@ -209,12 +211,26 @@ class Session:
         if call:
             yield call
 
-    def _append(self, rows: list[int], lengths: list[int], embeds: Tensor, positions: Tensor) -> None:
+    def _append(
+        self, rows: list[int], lengths: list[int], embeds: Tensor, positions: Tensor, placed: Placed | None = None
+    ) -> None:
         append = self._cache.append(rows, lengths)
-        hidden = forward(self._policy.core, embeds, positions, append)
+        hidden = self._family.hidden(self._policy.core, embeds, positions, placed, fastrl_cache=append)
         append.commit()
-        for row, i in enumerate(rows):
-            self._hidden[i] = hidden[row, lengths[row] - 1].clone()  # a view would keep the whole call's alive
+        last = torch.tensor([row * hidden.shape[1] + n - 1 for row, n in enumerate(lengths)], device=hidden.device)
+        for i, ends in zip(rows, hidden.flatten(0, 1).index_select(0, last), strict=True):
+            self._hidden[i] = ends
+
+
+def _placed(
+    prompts: Sequence[Prompt], features: Mapping[str, VisionFeatures], width: int, device: torch.device
+) -> Placed | None:
+    """The pictures of prompts that lie padded to ``width`` one under another."""
+    slots = [(row * width + start, length) for row, p in enumerate(prompts) for start, length in p.image_slots]
+    if not slots:
+        return None
+    rows = torch.tensor([row for start, length in slots for row in range(start, start + length)], device=device)
+    return Placed(rows, tuple(features[image.key] for p in prompts for image in p.images))
 
 
 def rows_per_prompt(sampling: Sampling) -> int:

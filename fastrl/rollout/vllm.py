@@ -265,7 +265,7 @@ class VllmGenerator:
         self._probed.add(drawn)
 
     def _misread(self, read: list[int], prompt: Prompt) -> str:
-        ours, image = prompt.token_ids.tolist(), self.policy.core.config.image_token_id
+        ours, image = prompt.token_ids.tolist(), self.policy.family.image_token
         at = next((i for i, (a, b) in enumerate(zip(read, ours, strict=False)) if a != b), min(len(read), len(ours)))
 
         def shown(ids: list[int]) -> str:

@@ -44,7 +44,7 @@ class ServerWeights:
         updates: Callable[[], int],
     ) -> None:
         if policy.peft is not None:
-            _check_adapter(policy.peft)
+            _check_adapter(policy)
         self.policy, self.url, self._call = policy, url, call
         self.folder, self._updates = folder.absolute(), updates
         self.model = ""  # what the server calls its base model; known after the first sync
@@ -142,12 +142,12 @@ class ServerWeights:
         self.model = names[0]
 
 
-def _check_adapter(peft: Any) -> None:
+def _check_adapter(policy: Any) -> None:
     """vLLM applies adapters to the language model's layers, and knows no modules that are trained whole."""
-    names = [name for name, _ in peft.named_parameters()]
+    names = [name for name, _ in policy.peft.named_parameters()]
     if any(".modules_to_save." in name for name in names):
         raise ValueError("rollout.backend vllm: adapters alone can be served; leave model.lora.also_train empty")
-    towers = [name for name in names if ".lora_" in name and ".visual." in name]
+    towers = [name for name in names if ".lora_" in name and policy.family.part_of(name) != "language"]
     if towers:
         raise ValueError(
             f"rollout.backend vllm: adapters of the language model alone can be served, {towers[0]} is one of the "

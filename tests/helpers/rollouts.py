@@ -50,7 +50,7 @@ def reference_generate(policy, prompt: Prompt, steps: int) -> Tensor:
     if prompt.images:
         given = {
             "pixel_values": torch.cat([image.pixel_values for image in prompt.images]).to(policy.device),
-            "image_grid_thw": torch.tensor([image.grid for image in prompt.images], device=policy.device),
+            "image_grid_thw": torch.tensor([image.shape for image in prompt.images], device=policy.device),
             "mm_token_type_ids": (ids == policy.core.config.image_token_id).int(),
         }
     out = policy.core.eval().generate(

@@ -9,47 +9,40 @@ sees across groups. Two paths with one meaning:
 
 ``fastrl.models.attention.varlen`` says which path a call takes, and why.
 
-Calls without segments (a model's own ``generate``) fall through to transformers' attention. The vision tower makes one
-call per layer over the images' or windows' lengths; transformers makes that single call only for a name that contains
-"flash".
+Calls without segments (a model's own forward, computed again by checkpointing) fall through to transformers' attention.
+A vision tower of ragged images makes one call per layer over the images' or windows' lengths; transformers makes that
+single call only for a name that contains "flash". One of equal images attends within each.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl.models.attention import varlen
+from fastrl.models.attention.switch import register, set_attention
 from fastrl.models.attention.varlen import VarlenCall
 from fastrl.segments import CompletionBlock, Segments, Span, VarlenTables
+
+if TYPE_CHECKING:
+    from fastrl.models.families import Family
 
 LANGUAGE = "fastrl_prefix"
 VISION = "fastrl_flash_vision"
 
 
-def use_prefix_attention(core: Any) -> None:
+def use_prefix_attention(family: Family, core: Any) -> None:
     """Switch a model's language and vision attention to the two functions of this file."""
-    _register()
-    core.model.language_model.config._attn_implementation = LANGUAGE
-    core.model.visual.config._attn_implementation = VISION
+    register(**{LANGUAGE: language_attention, VISION: vision_attention})
+    set_attention(family, core, language=LANGUAGE, vision=VISION)
 
 
-@cache
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(LANGUAGE, _language_attention)
-    AttentionInterface.register(VISION, _vision_attention)
-    AttentionMaskInterface.register(LANGUAGE, sdpa_mask)
-
-
-def _language_attention(
+def language_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, Hq, L, D], key and value [1, Hkv, L, D] → [1, L, Hq, D]."""
@@ -67,15 +60,20 @@ def _language_attention(
     return varlen_prefix_attention(query, key, value, segments.varlen, call, scale=scale), None
 
 
-def _vision_attention(
+def vision_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: [1, H, L, D] each, segments ``cu_seq_lens_q`` → [1, L, H, D], not causal."""
-    cu, longest, scale = kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs.get("scaling")
+    """transformers' attention function, not causal: ragged, [1, H, L, D] each with segments ``cu_seq_lens_q``, or equal
+    images, [B, H, L, D] each and maybe a mask → [B, L, H, D]."""
+    cu, scale = kwargs.get("cu_seq_lens_q"), kwargs.get("scaling")
+    if cu is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
+        return out.transpose(1, 2), None
     call = varlen.choose(query.device, query.dtype, query.shape[-1]).call
     if call is None:
         return segment_attention(query, key, value, tuple((cu[1:] - cu[:-1]).tolist()), scale=scale), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    longest = kwargs["max_length_q"]
     return call(q, k, v, cu, cu, longest, longest, scale=scale, causal=False)[None], None
 
 

@@ -16,17 +16,19 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastrl.batch import PackedBatch, PromptGroup, pack_row
+from fastrl.batch import ImageInput, PromptGroup, pack_row
+from fastrl.models.attention.switch import attention, register
+from fastrl.models.policy import packed_states
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
+    from fastrl.models.families import Family
     from fastrl.models.policy import Policy
 
 ATTENTION = "fastrl_eager"
@@ -65,10 +67,10 @@ def read_attention(policy: Policy, record: Record) -> list[TurnAttention]:
     turn = batch.per_token["turn"]
     probe = _Probe(columns=batch.image_rows, rows=[batch.predict_rows[turn == n] for n in range(int(turn.max()) + 1)])
     with _eager(policy), torch.no_grad():
-        _forward(policy, batch, probe)
-    merge = policy.preprocessor.merge
-    shapes = [(image.grid[0] * image.grid[1] // merge, image.grid[2] // merge) for image in prompt.images]
-    return [_summed(torch.stack(layers).cpu(), shapes) for layers in zip(*probe.found, strict=True)]
+        packed_states(policy.core, batch, fastrl_probe=probe)
+    family, images = policy.family, prompt.images
+    lengths = [family.tokens(image) for image in images]
+    return [_summed(torch.stack(layers).cpu(), lengths, images, family) for layers in zip(*probe.found, strict=True)]
 
 
 def save_attention(
@@ -109,59 +111,37 @@ class _Probe:
     rows: list[Tensor]  # of each turn
     found: list[list[Tensor]] = field(default_factory=list)  # by layer, by turn: [image tokens] float32
 
+    def mask(self, query: Tensor) -> Tensor:
+        """What causal attention adds to the scores [1, 1, L, L] of ``query`` [1, heads, L, D]."""
+        length = query.shape[2]
+        hidden = torch.full((length, length), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
+        return hidden.triu(1)[None, None]
+
     def add(self, weights: Tensor) -> None:
         """Note one layer's probabilities [1, heads, L, L]."""
         seen = weights[0].float().mean(0)[:, self.columns]
         self.found.append([seen[rows].mean(0) for rows in self.rows])
 
 
-def _summed(layers: Tensor, shapes: Sequence[tuple[int, int]]) -> TurnAttention:
+def _summed(layers: Tensor, lengths: list[int], images: Sequence[ImageInput], family: Family) -> TurnAttention:
     """[layers, image tokens] → numbers and one map per image."""
-    parts = layers.mean(0).split([rows * columns for rows, columns in shapes])
-    maps = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    parts = layers.mean(0).split(lengths)
+    maps = tuple(family.heat(image, part) for image, part in zip(images, parts, strict=True))
     by_layer = layers.sum(1)
     return TurnAttention(float(by_layer.mean()), tuple(by_layer.tolist()), maps)
-
-
-def _forward(policy: Policy, batch: PackedBatch, probe: _Probe) -> Tensor:
-    """Hidden states [1, L, H] of one dialogue; every layer shows its probabilities to ``probe``."""
-    core, length = policy.core, batch.input_ids.shape[1]
-    features = policy.features(batch.images)
-    embeds = core.get_input_embeddings()(batch.input_ids[0])
-    seen = torch.cat([features[batch.images[i].key] for i in batch.image_of_slot])
-    embeds = embeds.index_copy(0, batch.image_rows, seen.to(embeds.dtype))
-    hidden = torch.full((length, length), torch.finfo(embeds.dtype).min, dtype=embeds.dtype, device=embeds.device)
-    return core.model.language_model(
-        inputs_embeds=embeds[None],
-        position_ids=batch.positions,
-        attention_mask={"full_attention": hidden.triu(1)[None, None]},
-        use_cache=False,
-        fastrl_probe=probe,
-    ).last_hidden_state
 
 
 @contextmanager
 def _eager(policy: Policy) -> Iterator[None]:
     """Inside: the language model attends through ``fastrl_eager``, without dropout."""
-    _register()
-    config, training = policy.core.model.language_model.config, policy.core.training
-    if getattr(policy.core.model.language_model, "has_sliding_layers", False):
-        raise NotImplementedError("attention: sliding windows are not supported; set use_sliding_window to false")
-    attention = config._attn_implementation
+    register(**{ATTENTION: _attention})
+    training = policy.core.training
     policy.core.eval()
-    config._attn_implementation = ATTENTION
     try:
-        yield
+        with attention(policy.family, policy.core, language=ATTENTION):
+            yield
     finally:
-        config._attn_implementation = attention
         policy.core.train(training)
-
-
-@cache
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _attention)
 
 
 def _attention(
@@ -169,8 +149,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forward
 
-    if attention_mask is None or not attention_mask.is_floating_point():
-        raise ValueError("eager attention needs an additive mask")
-    out, weights = eager_attention_forward(module, query, key, value, attention_mask, scaling=kwargs["scaling"])
-    kwargs["fastrl_probe"].add(weights)
+    probe: _Probe = kwargs["fastrl_probe"]
+    mask = probe.mask(query)
+    out, weights = eager_attention_forward(module, query, key, value, mask, scaling=kwargs["scaling"])
+    probe.add(weights)
     return out, None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,13 @@ import torch
 from torch import Tensor
 
 from fastrl.answers import View, format_answer
+from fastrl.batch import ImageInput
 from fastrl.data.records import Record
 from fastrl.data.scenes import tasks
 from fastrl.data.scenes.world import LEVELS
+from fastrl.models.families import Family, Placed, family_of
+from fastrl.models.families.qwen2_vl import CONFIG_TOKENS, IMAGE, Qwen2_5VL, QwenPreprocessor
+from fastrl.models.vision import ImagePreprocessor
 from fastrl.toy.teach.clip_lessons import frame_of_step
 from fastrl.toy.teach.curriculum import CURRICULA, Row, RowMaker
 from fastrl.toy.teach.optim import make_optimizers, schedule
@@ -51,23 +55,17 @@ def model_config(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {
+    vision = IMAGE | {
         "depth": vision_layers,
         "hidden_size": vision_hidden,
         "intermediate_size": vision_hidden * 2,
         "num_heads": vision_hidden // 32,
         "out_hidden_size": hidden,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
         "window_size": 112,
         "fullatt_block_indexes": [vision_layers // 2 - 1, vision_layers - 1],
     }
-    ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in _SPECIAL_IDS.items()}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in CONFIG_TOKENS.items()}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
-
-
-_SPECIAL_IDS = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
 
 
 def corpus(answer: Callable[[Record], str], seed: int, clips: bool = False) -> Iterator[str]:
@@ -92,15 +90,17 @@ def corpus(answer: Callable[[Record], str], seed: int, clips: bool = False) -> I
     yield from ["You are a helpful assistant.", "system\n", "user\n", "assistant\n"] * 50
 
 
-def collate(rows: list[Row], start_positions: Tensor, pad_id: int) -> dict[str, Tensor]:
-    """Pad rows to one length. Positions of every branch continue from the shared start; it sees that and itself."""
+def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
+    """Pad rows of equal starts to one length. Positions of every branch continue from the start; it sees that and
+    itself."""
     length = max(len(r.ids) for r in rows)
-    shared = start_positions.shape[1]
+    start = rows[0].start
+    axes, shared = start.shape
     ids = torch.full((len(rows), length), pad_id)
     branch = torch.full((len(rows), length), -1)
     answer = torch.zeros(len(rows), length, dtype=torch.bool)
-    positions = torch.zeros(3, len(rows), length, dtype=torch.long)
-    base = int(start_positions.max()) + 1
+    positions = torch.zeros(axes, len(rows), length, dtype=torch.long)
+    base = int(start.max()) + 1
     for i, row in enumerate(rows):
         n = len(row.ids)
         ids[i, :n], branch[i, :n], answer[i, :n] = (
@@ -108,9 +108,9 @@ def collate(rows: list[Row], start_positions: Tensor, pad_id: int) -> dict[str, 
             torch.tensor(row.branch),
             torch.tensor(row.answer),
         )
-        positions[:, i, :shared] = start_positions
-        for start, end in zip(row.position, [*row.position[1:], n], strict=True):
-            positions[:, i, start:end] = base + torch.arange(end - start)
+        positions[:, i, :shared] = start
+        for first, end in zip(row.position, [*row.position[1:], n], strict=True):
+            positions[:, i, first:end] = base + torch.arange(end - first)
     sees = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
     mask = sees & torch.ones(length, length, dtype=torch.bool).tril() & (branch[:, None, :] >= 0)
     mask |= torch.eye(length, dtype=torch.bool)  # padding sees itself, so that no row of the softmax is empty
@@ -119,38 +119,18 @@ def collate(rows: list[Row], start_positions: Tensor, pad_id: int) -> dict[str, 
         "answer": answer,
         "positions": positions,
         "mask": mask[:, None],
-        "pixels": torch.cat([r.pixels for r in rows]),
     }
 
 
-def supervised_loss(
-    model: Qwen2_5_VLForConditionalGeneration, batch: dict[str, Tensor], grid: Tensor, image_id: int
-) -> Tensor:
+def supervised_loss(model: Any, family: Family, batch: dict[str, Tensor], images: Sequence[ImageInput]) -> Tensor:
     """Mean negative log-likelihood of the answer tokens."""
-    inner = model.model
-    features = inner.visual(batch["pixels"], grid_thw=grid, return_dict=True).pooler_output
-    embeds = inner.get_input_embeddings()(batch["ids"])
-    embeds = embeds.masked_scatter((batch["ids"] == image_id)[..., None], features.to(embeds.dtype))
-    hidden = inner.language_model(
-        inputs_embeds=embeds, position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
-    ).last_hidden_state
+    rows = (batch["ids"].flatten() == family.image_token).nonzero()[:, 0]
+    placed = Placed(rows, tuple(family.features(model, images)))
+    embeds = model.get_input_embeddings()(batch["ids"])
+    hidden = family.hidden(model, embeds, batch["positions"], placed, attention_mask=batch["mask"])
     predicted = batch["answer"][:, 1:]
-    logits = model.lm_head(hidden[:, :-1][predicted])
+    logits = model.get_output_embeddings()(hidden[:, :-1][predicted])
     return torch.nn.functional.cross_entropy(logits.float(), batch["ids"][:, 1:][predicted])
-
-
-def start_positions(start_ids: list[int], image_id: int, side: int) -> Tensor:
-    """Multimodal RoPE positions [3, S] of the shared start, whose image runs are ``side`` × ``side`` cells."""
-    columns: list[list[int]] = []
-    index, text = 0, 0
-    while index < len(start_ids):
-        if start_ids[index] == image_id:
-            columns += [[text, text + r, text + c] for r in range(side) for c in range(side)]
-            index, text = index + side * side, text + side
-        else:
-            columns.append([text] * 3)
-            index, text = index + 1, text + 1
-    return torch.tensor(columns).T
 
 
 def train(
@@ -166,8 +146,6 @@ def train(
     save: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Teach ``model`` for ``steps`` steps of ``rows`` scenes each: AdamW, short warm-up, cosine to a tenth, in fp32."""
-    tokenizer = make_row.tokenizer
-    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     frames = make_row.curriculum.frames
     optimizers = make_optimizers(model, lr)
     began, running = time.perf_counter(), 0.0
@@ -176,11 +154,8 @@ def train(
         alone = frame_of_step(step, steps, frames, random.Random(f"{seed}/{step}")) if frames > 1 else None
         count = rows if alone is None else 2 * rows  # single frames are shorter
         made = [make_row(random.Random(f"{seed}/{step}/{i}"), alone) for i in range(count)]
-        shared = made[0].branch.count(0)
-        starts = start_positions(made[0].ids[:shared], image_id, make_row.curriculum.size // 28)
-        batch = collate(made, starts, tokenizer.pad_token_id)
-        grid = torch.tensor([make_row.grid] * (count * (frames if alone is None else 1)))
-        loss = supervised_loss(model, batch, grid, image_id)
+        batch = collate(made, make_row.tokenizer.pad_token_id)
+        loss = supervised_loss(model, make_row.family, batch, [image for row in made for image in row.images])
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -198,13 +173,13 @@ def train(
 
 
 def save_folder(
-    model: Any, tokenizer: Any, image_processor: Any, out: Path, dtype: torch.dtype = torch.bfloat16
+    model: Any, tokenizer: Any, preprocessor: ImagePreprocessor, out: Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Write an ordinary Hugging Face folder: weights in ``dtype``, tokenizer with chat template, image processor."""
     out.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).to(dtype).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    image_processor.save_pretrained(out)
+    preprocessor.save(out)
 
 
 def scene_answer(record: Record) -> str:
@@ -213,7 +188,7 @@ def scene_answer(record: Record) -> str:
         return record.target["answer"]
     width, height = record.images[0].size  # type: ignore[union-attr]
     view = View(width, height, width, height)
-    return format_answer(record.task, record.target, "qwen2_5", view, labels=record.task == "detection")
+    return format_answer(record.task, record.target, Qwen2_5VL.style, view, labels=record.task == "detection")
 
 
 def build(
@@ -245,7 +220,7 @@ def build(
     else:
         tokenizer = load_tokenizer(start)
     # Larger pictures are brought down to the size it was taught at: it reads nothing in others.
-    image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=CURRICULA[kind].size ** 2)
+    preprocessor = QwenPreprocessor(Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=CURRICULA[kind].size ** 2))
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))
     if start is not None:
@@ -253,10 +228,10 @@ def build(
         old_tokenizer = load_tokenizer(start)
         twins = coordinate_twins(tokenizer, old_tokenizer, CURRICULA[kind].size) if retokenize else {}
         take_over(model, tokenizer, old, old_tokenizer, twins)
-    make_row = RowMaker(CURRICULA[kind], tokenizer, image_processor, scene_answer)
+    make_row = RowMaker(CURRICULA[kind], family_of(model.config), tokenizer, preprocessor, scene_answer)
 
     def save(step: int) -> None:
-        save_folder(model, tokenizer, image_processor, out)
+        save_folder(model, tokenizer, preprocessor, out)
 
     train(model, make_row, steps=steps, rows=rows, seed=seed, lr=lr, log=log, save=save)
     save(steps)

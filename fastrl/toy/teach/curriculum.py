@@ -11,12 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastrl.batch import ImageInput
 from fastrl.data.records import Record
 from fastrl.data.reflection import SpokenTurn, dialogue_messages
 from fastrl.data.scenes import tasks
 from fastrl.data.scenes.world import sample_scene
+from fastrl.models.families import Family
+from fastrl.models.vision import ImagePreprocessor
 from fastrl.toy.teach.clip_lessons import clip_questions
 from fastrl.toy.teach.dialogues import dialogue_record
 
@@ -78,24 +82,23 @@ class Row:
     branch: list[int]  # 0: shared start; 1, 2, …: a question with its answer
     position: list[int]  # text position of tokens after the image
     answer: list[bool]  # token is predicted in the loss
-    pixels: Tensor
+    start: Tensor  # [axes, shared] int64: positions of the shared start
+    images: list[ImageInput]
 
 
 class RowMaker:
     """Turns scenes into rows: encodes the shared start once, questions and answers as branches."""
 
     def __init__(
-        self, curriculum: Curriculum, tokenizer: Any, image_processor: Any, answer: Callable[[Record], str]
+        self,
+        curriculum: Curriculum,
+        family: Family,
+        tokenizer: Any,
+        preprocessor: ImagePreprocessor,
+        answer: Callable[[Record], str],
     ) -> None:
-        self.curriculum, self.tokenizer, self.image_processor, self.answer = (
-            curriculum,
-            tokenizer,
-            image_processor,
-            answer,
-        )
-        side = curriculum.size // 28
-        self.grid = (1, side * 2, side * 2)
-        self.cells = side * side
+        self.curriculum, self.family, self.answer = curriculum, family, answer
+        self.tokenizer, self.preprocessor = tokenizer, preprocessor
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -119,18 +122,20 @@ class RowMaker:
     def __call__(self, rng: random.Random, alone: int | None = None) -> Row:
         """A row of one scene; ``alone`` is the only frame of a clip that is shown (None: all)."""
         records = scene_questions(self.curriculum, rng, alone)
-        image = self.image_processor(images=list(records[0].images), return_tensors="pt")
-        pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        shown = records[0].images
+        images = [self.preprocessor(image, len(shown))[0] for image in shown]
+        start = torch.empty(0)
         ids: list[int] = []
         branch: list[int] = []
         answer: list[bool] = []
         starts: list[int] = []
         for number, record in enumerate(records, start=1):
             (first, *more), told = self._spoken(record), self._told(record)
-            cut = first.rindex("<|vision_end|>") + len("<|vision_end|>")
+            cut = first.rindex(_asked(record))
             if not ids:
-                for token in self._encode(first[:cut]):
-                    ids += [token] * (self.cells if token == pad else 1)
+                laid_out = self.family.lay_out(torch.tensor(self._encode(first[:cut])), images)
+                start = laid_out.positions
+                ids += laid_out.ids.tolist()
                 branch += [0] * len(ids)
                 answer += [False] * len(ids)
             starts.append(len(ids))
@@ -139,4 +144,11 @@ class RowMaker:
                 ids += question + reply
                 answer += [False] * len(question) + [taught] * len(reply)
             branch += [number] * (len(ids) - len(branch))
-        return Row(ids, branch, starts, answer, image["pixel_values"])
+        return Row(ids, branch, starts, answer, start, images)
+
+
+def _asked(record: Record) -> str:
+    """What a record's first message says behind its last picture."""
+    parts = record.messages[0]["content"]
+    last = max(n for n, part in enumerate(parts) if part["type"] == "image")
+    return "".join(part["text"] for part in parts[last + 1 :])

@@ -10,11 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-_NAMES = """
-    endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end
-    vision_start vision_end vision_pad image_pad video_pad
-"""
-SPECIAL = tuple(f"<|{name}|>" for name in _NAMES.split())
+from fastrl.models.families.qwen2_vl import CHAT_TEMPLATE, SPECIAL_TOKENS, Qwen2_5VL
 
 # Checked in order at each place: JSON scaffolding, track scaffolding, coordinates, words, the rest.
 _PIECES = "|".join(
@@ -27,20 +23,6 @@ _PIECES = "|".join(
         r"""\s+""",
         r"""[^\s\p{L}\d]""",
     )
-)
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' or 'image' in part %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -59,16 +41,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL),
+        eos_token=Qwen2_5VL.end_of_turn,
+        pad_token=SPECIAL_TOKENS[0],
+        additional_special_tokens=list(SPECIAL_TOKENS),
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE

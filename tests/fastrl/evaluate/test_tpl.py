@@ -64,7 +64,7 @@ def test_scores_are_transformers_own_on_each_subset(policy: Policy, tiny_folder:
                 input_ids=ids,
                 mm_token_type_ids=(ids == model.config.image_token_id).long(),
                 pixel_values=torch.cat([image.pixel_values for image in images]),
-                image_grid_thw=torch.tensor([image.grid for image in images]),
+                image_grid_thw=torch.tensor([image.shape for image in images]),
                 use_cache=False,
             ).logits[0]
         logp = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, answer[:, None])

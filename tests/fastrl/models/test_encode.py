@@ -60,14 +60,15 @@ def test_files_and_pictures_of_other_modes(policy: Policy, tmp_path: Path) -> No
     sources = (tmp_path / "a.png", noise(60, 60), noise(60, 60).convert("RGBA"))
     prompt, _ = policy.encode(record(("user", [IMAGE, IMAGE, IMAGE]), images=sources))
     assert len({image.key for image in prompt.images}) == 1
-    assert policy.encode(record(("user", [IMAGE]), images=(noise(60, 60).convert("L"),)))[0].images[0].grid == (1, 4, 4)
+    grey, _ = policy.encode(record(("user", [IMAGE]), images=(noise(60, 60).convert("L"),)))
+    assert grey.images[0].shape == (1, 4, 4)
 
 
 def test_equal_pictures_are_preprocessed_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     policy.encode(record(("user", [IMAGE]), images=(noise(64, 64, seed=9),)))
     monkeypatch.setattr(policy.preprocessor, "processor", _Refusing(policy.image_processor))
     again, _ = policy.encode(record(("user", [IMAGE]), images=(noise(64, 64, seed=9),)))
-    assert again.images[0].grid == (1, 4, 4)
+    assert again.images[0].shape == (1, 4, 4)
     with pytest.raises(AssertionError, match="preprocessed"):
         policy.encode(record(("user", [IMAGE]), images=(noise(64, 64, seed=10),)))
 
@@ -81,10 +82,10 @@ class _Refusing:
 
 
 def test_the_pixel_cache_is_bounded(policy: Policy) -> None:
-    from fastrl.models.vision import ImagePreprocessor
+    from fastrl.models.families.qwen2_vl import QwenPreprocessor
 
     one_image = 16 * 1176 * 4
-    preprocess = ImagePreprocessor(policy.image_processor, cache_bytes=3 * one_image)
+    preprocess = QwenPreprocessor(policy.image_processor, cache_bytes=3 * one_image)
     for seed in range(6):
         preprocess(noise(56, 56, seed))
     assert len(preprocess._cache) == 3

@@ -51,7 +51,7 @@ def repeated_flops(model: torch.nn.Module, group: PromptGroup) -> int:
         kinds[:, start : start + length] = 1
     if prompt.images:
         inputs["pixel_values"] = torch.cat([image.pixel_values for image in prompt.images])
-        inputs["image_grid_thw"] = torch.tensor([image.grid for image in prompt.images])
+        inputs["image_grid_thw"] = torch.tensor([image.shape for image in prompt.images])
     with flop_counter() as counter:
         for completion in group.completions:
             ids = torch.cat([prompt.token_ids, completion.token_ids])[None]

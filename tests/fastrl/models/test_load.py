@@ -151,7 +151,7 @@ def test_pixel_limits_bound_the_resized_image(tiny_folder: Folder) -> None:
     image = Image.new("RGB", (300, 200))
     for limit in (56 * 56, 140 * 140):
         policy = load_policy(tiny_folder("qwen2"), device="cpu", min_pixels=28 * 28, max_pixels=limit)
-        (_, h, w) = policy.preprocessor(image)[0].grid
+        (_, h, w) = policy.preprocessor(image)[0].shape
         assert limit / 4 < h * w * 14 * 14 <= limit
     with pytest.raises(ValueError, match="min_pixels"):
         load_policy(tiny_folder("qwen2"), min_pixels=200, max_pixels=100)
@@ -208,6 +208,19 @@ def test_a_saved_folder_is_an_ordinary_one_and_answers_the_same(
     assert plain.config._attn_implementation == "sdpa"
 
 
+def test_layers_without_a_shared_form_are_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("qwen2_5"), tmp_path / "windows"))
+    config = json.loads((folder / "config.json").read_text())
+    for changes in (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": ["linear_attention"] * 2},
+    ):
+        config["text_config"] |= changes
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"windows: .*{changes['layer_types'][1]}.*supported: full_attention"):
+            load_policy(folder, device="cpu")
+
+
 def test_unknown_lora_fields_and_freeze_patterns_are_errors(tiny_folder: Folder) -> None:
     with pytest.raises(
         ValueError, match="unknown fields \\['r'\\]; allowed: \\['alpha', 'also_train', 'dropout', 'rank', 'targets'\\]"
@@ -217,11 +230,11 @@ def test_unknown_lora_fields_and_freeze_patterns_are_errors(tiny_folder: Folder)
         load_policy(tiny_folder("qwen2"), device="cpu", freeze=["visul"])
 
 
-@pytest.mark.parametrize("patterns", [["visual"], ["model.visual.*"]])
+@pytest.mark.parametrize("patterns", [["visual"], ["model.visual.*"], ["vision", "projector"]])
 def test_a_frozen_vision_tower_takes_no_gradient_and_keeps_no_graph(patterns: list[str], tiny_folder: Folder) -> None:
     policy = load_policy(tiny_folder("qwen2_5"), device="cpu", freeze=patterns)
     features = policy.features(batch_of(policy).images)
-    assert not any(f.requires_grad for f in features.values())
+    assert not any(f.tokens.requires_grad for f in features.values())
     policy.logprob(batch_of(policy)).logp.sum().backward()
     for name, parameter in policy.core.named_parameters():
         assert (parameter.grad is None) == ("visual" in name), name
@@ -268,7 +281,7 @@ def test_transformers_generate_still_works_and_keeps_its_own_attention(tiny_fold
         "input_ids": ids,
         "mm_token_type_ids": (ids == policy.core.config.image_token_id).int(),
         "pixel_values": prompt.images[0].pixel_values,
-        "image_grid_thw": torch.tensor([prompt.images[0].grid]),
+        "image_grid_thw": torch.tensor([prompt.images[0].shape]),
     }
     got, want = (m.generate(**inputs, max_new_tokens=8, do_sample=False) for m in (policy.core.eval(), plain.eval()))
     assert torch.equal(got, want)

@@ -13,30 +13,29 @@ import torch
 from PIL import Image
 
 from fastrl.data.stream import RecordStream
-from fastrl.models.load import load_image_processor
-from fastrl.models.vision import ImagePreprocessor
+from fastrl.models.families.qwen2_vl import QwenPreprocessor, load_image_processor
 from fastrl.trainer import train
 from tests.helpers.training import make_recipe, make_records, steady_rows
 
 
 @pytest.fixture
-def preprocessor(tiny_folder: Callable[[str], Path]) -> ImagePreprocessor:
-    return ImagePreprocessor(load_image_processor(tiny_folder("qwen2_5")))
+def preprocessor(tiny_folder: Callable[[str], Path]) -> QwenPreprocessor:
+    return QwenPreprocessor(load_image_processor(tiny_folder("qwen2_5")))
 
 
 def test_the_same_pixels_from_threads_in_any_order(
-    preprocessor: ImagePreprocessor, tiny_folder: Callable[[str], Path], tmp_path: Path
+    preprocessor: QwenPreprocessor, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     pictures: list[Any] = [Image.new("RGB", (60 + i, 70), (i, 2 * i, 9)) for i in range(6)]
     pictures[0].save(tmp_path / "a.png")
     pictures.append(tmp_path / "a.png")
-    plain = ImagePreprocessor(load_image_processor(tiny_folder("qwen2_5")))
+    plain = QwenPreprocessor(load_image_processor(tiny_folder("qwen2_5")))
     threads: set[str] = set()
     real = preprocessor._preprocess
 
-    def noted(image: Any) -> Any:
+    def noted(image: Any, among: int) -> Any:
         threads.add(threading.current_thread().name)
-        return real(image)
+        return real(image, among)
 
     preprocessor._preprocess = noted  # type: ignore[method-assign]
     preprocessor.prefetch(pictures, 2)
@@ -44,12 +43,12 @@ def test_the_same_pixels_from_threads_in_any_order(
     for picture in reversed(pictures):
         (ours, size), (theirs, expected) = preprocessor(picture), plain(picture)
         assert torch.equal(ours.pixel_values, theirs.pixel_values)
-        assert (ours.key, ours.grid, size) == (theirs.key, theirs.grid, expected)
+        assert (ours.key, ours.shape, size) == (theirs.key, theirs.shape, expected)
     assert all(name.startswith("images") for name in threads)
     preprocessor.close()
 
 
-def test_a_bad_picture_is_reported_when_it_is_asked_for(preprocessor: ImagePreprocessor, tmp_path: Path) -> None:
+def test_a_bad_picture_is_reported_when_it_is_asked_for(preprocessor: QwenPreprocessor, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     preprocessor.prefetch([tmp_path / "bad.png", tmp_path / "none.png"], 1)
     for name in ("bad.png", "none.png"):

@@ -70,7 +70,7 @@ def oracle_logps(model: torch.nn.Module, one: PromptGroup) -> list[Tensor]:
         inputs = {}
         if prompt.images:
             inputs["pixel_values"] = torch.cat([image.pixel_values for image in prompt.images])
-            inputs["image_grid_thw"] = torch.tensor([image.grid for image in prompt.images])
+            inputs["image_grid_thw"] = torch.tensor([image.shape for image in prompt.images])
         model.model.rope_deltas = None  # type: ignore[union-attr]
         logits = model(input_ids=ids, mm_token_type_ids=kinds, use_cache=False, **inputs).logits[0]
         logp = logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
@@ -177,7 +177,7 @@ def test_pain_3_mixed_multi_image_batches_slice_images_by_their_own_grid(policy:
     patches: list[int] = []
     policy.core.model.visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
     policy.logprob(batch)
-    assert patches == [sum(t * h * w for t, h, w in (image.grid for image in batch.images))]
+    assert patches == [sum(t * h * w for t, h, w in (image.shape for image in batch.images))]
 
 
 def each(policy: Policy, groups: Sequence[PromptGroup]) -> list[Tensor]:
@@ -199,7 +199,7 @@ def test_pain_4_an_answer_holding_image_tokens_neither_breaks_nor_counts_as_imag
     with torch.no_grad():
         embeds = model.get_input_embeddings()(torch.cat([prompt.token_ids, ids]))
         start, length = prompt.image_slots[0]
-        embeds[start : start + length] = policy.features(prompt.images)[prompt.images[0].key]
+        embeds[start : start + length] = policy.features(prompt.images)[prompt.images[0].key].tokens
         steps = torch.arange(len(ids)) + prompt.next_position
         positions = torch.cat([prompt.positions, steps.expand(3, -1)], dim=1)[:, None]
         hidden = model.model.language_model(inputs_embeds=embeds[None], position_ids=positions, use_cache=False)

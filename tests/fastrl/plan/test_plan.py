@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from fastrl.cli.main import main
+from fastrl.models.families import family_of, published
 from fastrl.plan import advise, gpu_named, make_plan, plan_text, plan_values
-from fastrl.plan.configs import PUBLISHED, config_of
+from fastrl.plan.configs import config_of
 from fastrl.plan.hardware import GIB, Gpu
 from fastrl.plan.trace import meta_model
 from fastrl.plan.workload import workload_of
@@ -29,7 +30,7 @@ STATED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", published())
 def test_published_sizes_make_models_of_the_stated_size(name: str) -> None:
     core = meta_model(config_of(name), ModelRecipe(path=name), torch.bfloat16)  # type: ignore[call-arg]
     assert sum(p.numel() for p in core.parameters()) / 1e9 == pytest.approx(STATED[name], abs=0.006)
@@ -41,7 +42,7 @@ def test_every_shipped_recipe_names_a_model_that_can_be_planned(name: str) -> No
     assert config_of(load_recipe(name).model.path)["text_config"]["hidden_size"]
 
 
-VISION = {"patch_size": 14, "spatial_merge_size": 2}
+FAMILY = family_of(config_of("Qwen/Qwen2.5-VL-3B-Instruct"))
 
 
 def small(*changes: str) -> Any:
@@ -109,16 +110,16 @@ def test_ready_answers_are_not_sampled_and_baselines_learn_from_few() -> None:
     for spec in ("lists:l.jsonl", "reflection:d.jsonl"):
         for kind, group in (("perpo", 5), ("dpo", 2), ("sft", 1)):
             recipe = load_recipe("perpo-ocr-tiny", [f"data.spec={spec}", f"method.kind={kind}", "rollout.group_size=5"])
-            work = workload_of(recipe, VISION, image_limit=None, **sizes)
+            work = workload_of(recipe, FAMILY, image_limit=None, **sizes)
             assert (work.group, work.samples) == (group, False)
     online = load_recipe("perpo-ocr-tiny", ["data.spec=scenes:ocr", "method.kind=sft", "rollout.group_size=5"])
-    assert workload_of(online, VISION, image_limit=None, **sizes).samples
+    assert workload_of(online, FAMILY, image_limit=None, **sizes).samples
 
 
 def test_frames_of_a_recipe_are_images_of_a_prompt() -> None:
     recipe = load_recipe("utr-7b")
-    assert workload_of(recipe, VISION, image_limit=None).images == 32
-    assert workload_of(recipe, VISION, image_limit=None, images=1).images == 1
+    assert workload_of(recipe, FAMILY, image_limit=None).images == 32
+    assert workload_of(recipe, FAMILY, image_limit=None, images=1).images == 1
 
 
 def test_a_row_local_head_saves_a_product_over_the_vocabulary() -> None:

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from fastrl.batch import ImageInput, PackedBatch, Prompt
+from fastrl.batch import PackedBatch, Prompt
 from fastrl.engine.local import LocalEngine
 from fastrl.models import load_policy
+from fastrl.models.families import family_of
 from fastrl.models.flops import flop_counter
-from fastrl.models.positions import mrope_positions
 from fastrl.plan.estimate import count_model, memory_of, rollout_bytes
 from fastrl.plan.trace import Trace, adamw_scratch, meta_model, trace_batch, trace_prompts
 from fastrl.plan.workload import Workload, packed
 from fastrl.recipe import LoraRecipe, ModelRecipe, OptimRecipe, load_recipe
 from fastrl.rollout import Generator, Sampling
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
-from tests.fastrl.conftest import build_folder
+from tests.fastrl.conftest import build_config, build_folder, build_tokenizer
 
 WITHIN = 0.10
 
@@ -58,9 +58,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+FAMILY = family_of(build_config("qwen2_5", build_tokenizer()))
+
+
 def filled(text: int, side: int, answers: list[tuple[int, ...]]) -> PackedBatch:
     """The batch ``packed`` describes, with pixels: one image of side x side patches in each prompt."""
-    batch = packed(text, int(side > 0), (1, side, side), 2, answers)
+    batch = packed(FAMILY, text, [FAMILY.blank((14 * side) ** 2)] * int(side > 0), answers)
     pixels = [replace(image, pixel_values=torch.rand(side * side, 3 * 2 * 14 * 14)) for image in batch.images]
     return replace(batch, images=tuple(pixels))
 
@@ -176,8 +179,8 @@ WORK = Workload(
     answer_tokens=120,
     text_tokens=60,
     images=1,
-    grid=(1, 16, 16),
-    merge=2,
+    family=FAMILY,
+    image=FAMILY.blank(224 * 224),
     token_budget=4096,
     samples=True,
 )
@@ -187,14 +190,12 @@ WORK = Workload(
     ("side", "answer_tokens"), [(16, 12), (4, 90)], ids=["prompts are the most", "answers are the most"]
 )
 def test_a_rollout(folders: Callable[[str], Path], side: int, answer_tokens: int) -> None:
-    folder, work = folders("qwen2_5"), replace(WORK, grid=(1, side, side), answer_tokens=answer_tokens)
+    folder, work = folders("qwen2_5"), replace(WORK, image=FAMILY.blank((14 * side) ** 2), answer_tokens=answer_tokens)
     policy = load_policy(folder, device="cpu")
     policy.eos_token_ids = (10**6,)  # no answer ends early
-    run = work.image_tokens
-    positions = mrope_positions(work.prompt_tokens, [(0, run)], [work.grid], 2)
-    ids = torch.zeros(work.prompt_tokens, dtype=torch.int64)
-    images = [ImageInput(torch.rand(side * side, 1176), work.grid, str(i)) for i in range(work.prompts)]
-    prompts = [Prompt(ids, positions, (image,), ((0, run),)) for image in images]
+    ids, slots, positions = FAMILY.lay_out(torch.tensor([FAMILY.image_token, *[0] * work.text_tokens]), [work.image])
+    images = [replace(work.image, pixel_values=torch.rand(side * side, 1176), key=str(i)) for i in range(work.prompts)]
+    prompts = [Prompt(ids, positions, (image,), slots) for image in images]
     sampling = Sampling(n=work.group, max_new_tokens=answer_tokens, temperature=1.0)
     counted = counted_peak(lambda: Generator(policy).generate(prompts, sampling, torch.Generator()))
     recipe = ModelRecipe(path=str(folder))  # type: ignore[call-arg]

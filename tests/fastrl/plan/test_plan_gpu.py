@@ -38,7 +38,7 @@ def test_a_training_step(folder: Path, checkpointing: bool, lora: bool) -> None:
     options = {"lora": spec.spec() if spec else None, "gradient_checkpointing": checkpointing}
     policy = load_policy(folder, device="cuda", dtype=torch.bfloat16, **options)  # type: ignore[arg-type]
     engine = LocalEngine(policy.model, OptimRecipe(steps=9, lr=1e-4))  # type: ignore[call-arg]
-    empty = packed(64, 1, (1, 40, 40), 2, [(256,) * 8] * 2)
+    empty = packed(policy.family, 64, [policy.family.blank(560 * 560)], [(256,) * 8] * 2)
     pixels = [replace(image, pixel_values=torch.rand(1600, 1176)) for image in empty.images]
     batch = replace(empty, images=tuple(pixels)).to("cuda")
 

@@ -275,9 +275,3 @@ def test_edges(qwen2_5) -> None:
     with pytest.raises(FloatingPointError, match="logits are not finite"):
         generator.generate([prompt], Sampling(1, 2), rng())
     hook.remove()
-
-
-def test_sliding_window_is_refused(qwen2_5) -> None:
-    qwen2_5.core.model.language_model.has_sliding_layers = True
-    with pytest.raises(NotImplementedError, match="sliding-window attention"):
-        Generator(qwen2_5).generate(encode(qwen2_5)[:1], Sampling(1, 1), rng())

@@ -14,7 +14,7 @@ from fastrl.data.reflection import dialogue_messages, dialogue_of
 from fastrl.data.scenes import MAKERS, scene_record
 from fastrl.models.load import load_policy
 from fastrl.models.open import WEIGHTS, resolve_model
-from fastrl.toy.teach.build import build, collate, corpus, scene_answer, start_positions
+from fastrl.toy.teach.build import build, collate, corpus, scene_answer
 from fastrl.toy.teach.curriculum import CURRICULA, Curriculum, RowMaker, scene_questions
 from fastrl.toy.teach.optim import orthogonalize
 from fastrl.toy.teach.tokenizer import train_tokenizer
@@ -65,24 +65,22 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
 
 def test_branches_see_the_start_and_themselves_only() -> None:
     policy = load_policy(resolve_model("tiny:perception"))
-    make = RowMaker(CURRICULA["perception"], policy.tokenizer, policy.image_processor, scene_answer)
+    make = RowMaker(CURRICULA["perception"], policy.family, policy.tokenizer, policy.preprocessor, scene_answer)
     rows = [make(random.Random(i)) for i in range(2)]
     shared = rows[0].branch.count(0)
-    image = policy.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    starts = start_positions(rows[0].ids[:shared], image, 4)
-    batch = collate(rows, starts, 0)
+    batch = collate(rows, 0)
     for i, row in enumerate(rows):
         for q in range(0, len(row.ids), 7):
             seen = {k for k in range(len(row.ids)) if batch["mask"][i, 0, q, k]}
             assert seen == {k for k in range(q + 1) if row.branch[k] in (0, row.branch[q])}
     prompt, _ = policy.encode(scene_record("grounding", 0, seed=0))
-    assert torch.equal(starts, prompt.positions[:, :shared])
+    assert torch.equal(batch["positions"][:, 0, :shared], prompt.positions[:, :shared])
 
 
 def test_a_dialogue_is_one_branch_spelled_as_the_policy_spells_it_and_only_true_captions_are_taught() -> None:
     policy = load_policy(resolve_model("tiny:language"))
     curriculum = Curriculum({"dialogue": 1}, levels=(2,))
-    make = RowMaker(curriculum, policy.tokenizer, policy.image_processor, scene_answer)
+    make = RowMaker(curriculum, policy.family, policy.tokenizer, policy.preprocessor, scene_answer)
     taught = []
     for seed in range(30):
         row, (record,) = make(random.Random(seed)), scene_questions(curriculum, random.Random(seed))
@@ -110,7 +108,7 @@ def test_lessons_about_clips_show_all_frames_or_one(alone: int | None) -> None:
     curriculum = CURRICULA["video"]
     tokenizer = train_tokenizer(corpus(scene_answer, 0, clips=True))
     policy = load_policy(resolve_model("tiny:perception"))
-    make = RowMaker(curriculum, tokenizer, policy.image_processor, scene_answer)
+    make = RowMaker(curriculum, policy.family, tokenizer, policy.preprocessor, scene_answer)
     row = make(random.Random(5), alone)
     shown = tokenizer.decode([t for t, b in zip(row.ids, row.branch, strict=True) if b == 0])
     answers = tokenizer.decode([t for t, told in zip(row.ids, row.answer, strict=True) if told])
@@ -119,7 +117,7 @@ def test_lessons_about_clips_show_all_frames_or_one(alone: int | None) -> None:
     assert {int(t) for t in re.findall(r"Frame(\d):", answers)} == set(frames)
     assert ("It " in answers) is (alone is None)  # no actions in a single frame
     assert "The clip shows" in answers
-    assert row.pixels.shape[0] == len(frames) * 36
+    assert sum(len(image.pixel_values) for image in row.images) == len(frames) * 36
 
 
 def test_a_model_begins_with_what_another_has_learned(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fastrl.data.reflection import SpokenTurn, dialogue_messages
 from fastrl.evaluate.reflect import evaluate_reflection, reflect_on_image
 from fastrl.models.attention.readout import TurnAttention, read_attention, save_attention
 from fastrl.models.load import Policy, load_policy
+from fastrl.models.policy import packed_states
 from fastrl.report.figures import heat_maps
 
 TURNS = (SpokenTurn("A red circle.", 0.2, "Better?"), SpokenTurn("A square.", 0.5, "Again?"), SpokenTurn("Blue.", 0.9))
@@ -49,7 +50,9 @@ def by_hand(query: Tensor, key: Tensor, row: int, columns: list[int]) -> list[fl
     return total
 
 
-def test_mass_and_maps_are_the_probabilities_worked_out_by_hand(policy: Policy) -> None:
+def test_mass_and_maps_are_the_probabilities_worked_out_by_hand(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record, kept = dialogue(2), []
     attend = readout._attention
 
@@ -57,14 +60,8 @@ def test_mass_and_maps_are_the_probabilities_worked_out_by_hand(policy: Policy) 
         kept.append((query[0].clone(), key[0].clone()))
         return attend(module, query, key, *rest, **kwargs)
 
-    from transformers import AttentionInterface
-
-    readout._register()
-    AttentionInterface.register(readout.ATTENTION, keep)
-    try:
-        found = read_attention(policy, record)
-    finally:
-        AttentionInterface.register(readout.ATTENTION, attend)
+    monkeypatch.setattr(readout, "_attention", keep)
+    found = read_attention(policy, record)
     prompt, completion, _ = policy.encode_dialogue(record)
     columns = [start + n for start, length in prompt.image_slots for n in range(length)]
     turn = completion.per_token["turn"].tolist()
@@ -91,15 +88,14 @@ def test_the_eager_pass_computes_what_the_model_computes(policy: Policy) -> None
     batch = pack_row([PromptGroup(prompt, [completion])])
     before = policy.core.model.language_model.config._attn_implementation
     with torch.no_grad(), readout._eager(policy):
-        eager = readout._forward(policy, batch, readout._Probe(batch.image_rows, [batch.predict_rows]))
+        probe = readout._Probe(batch.image_rows, [batch.predict_rows])
+        eager = packed_states(policy.core, batch, fastrl_probe=probe)
     assert policy.core.model.language_model.config._attn_implementation == before
     with torch.no_grad():
         torch.testing.assert_close(eager[0, batch.predict_rows], policy.hidden(batch), rtol=1e-4, atol=1e-5)
 
 
-def test_a_boolean_mask_and_a_record_without_pictures_are_refused(policy: Policy) -> None:
-    with pytest.raises(ValueError, match="additive"):
-        readout._attention(None, *[torch.zeros(1)] * 3, torch.ones(1, dtype=torch.bool))
+def test_a_record_without_pictures_or_an_answer_is_refused(policy: Policy) -> None:
     with pytest.raises(ValueError, match="no image"):
         read_attention(policy, dialogue(0))
     with pytest.raises(ValueError, match="assistant"):

@@ -1,0 +1,73 @@
+"""The families of models, by ``config.model_type``: one file each. ``register`` adds one from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastrl.models.families.base import PARTS, Family, Layout, Parts, Placed, Size, VisionFeatures
+from fastrl.models.families.qwen2_vl import Qwen2_5VL, Qwen2VL
+
+__all__ = [
+    "PARTS",
+    "Family",
+    "Layout",
+    "Parts",
+    "Placed",
+    "Size",
+    "VisionFeatures",
+    "families",
+    "family_of",
+    "published",
+    "register",
+]
+
+_FAMILIES: dict[str, type[Family]] = {}
+
+
+def register(family: type[Family]) -> type[Family]:
+    """Let a family be found by its ``model_type``; may stand as a decorator.
+
+    Raises:
+        ValueError: the name is taken by another family.
+    """
+    taken = _FAMILIES.setdefault(family.model_type, family)
+    if taken is not family:
+        raise ValueError(f"model type {family.model_type!r} is already {taken.__module__}.{taken.__qualname__}")
+    return family
+
+
+def families() -> dict[str, type[Family]]:
+    """All registered families by ``model_type``."""
+    return dict(sorted(_FAMILIES.items()))
+
+
+def family_of(config: Any, where: object = "") -> Family:
+    """The family of a transformers config or of a ``config.json``'s values.
+
+    Args:
+        config: the config.
+        where: what it was read from, for messages.
+
+    Raises:
+        ValueError: no family of that ``model_type``, or text layers that the family has no shared form for.
+    """
+    kind = config.get("model_type") if isinstance(config, Mapping) else config.model_type
+    prefix = f"{where}: " if where else ""
+    if kind not in _FAMILIES:
+        raise ValueError(f"{prefix}model type {kind!r} is not supported; supported: {', '.join(sorted(_FAMILIES))}")
+    family = _FAMILIES[kind](config)
+    try:
+        family.check()
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+    return family
+
+
+def published() -> dict[str, Mapping[str, Any]]:
+    """Configs as they are published, of all families, by hub name."""
+    return {name: config for family in families().values() for name, config in family.published.items()}
+
+
+for _family in (Qwen2VL, Qwen2_5VL):
+    register(_family)

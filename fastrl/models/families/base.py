@@ -1,0 +1,313 @@
+"""``Family``: all that fastrl knows of one kind of model, in one file each. What is the same for most stands here.
+
+A family is found by its config's ``model_type``. It keeps nothing but the config: the model itself (``core``, the
+transformers ``…ForConditionalGeneration``) is handed in, as the policy, its reference and a plan's empty model have one
+each. A hook that a family does not override does what its docstring says here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrl.batch import ImageInput
+from fastrl.models.decode_layers import DecodeLayers
+from fastrl.models.vision import ImagePreprocessor
+from fastrl.models.weights import read_weights
+
+PARTS = ("language", "vision", "projector")  # what recipes call the parts of every family
+_NOT_SIZES = ("model_type", "architectures", "transformers_version")
+
+
+class VisionFeatures(NamedTuple):
+    """What the language model reads of pictures."""
+
+    tokens: Tensor  # [n, hidden], put in place of the placeholders
+    deep: tuple[Tensor, ...] = ()  # [n, hidden] each, added to the same rows after layer 0, 1, …
+
+
+class Placed(NamedTuple):
+    """Features of the pictures of a call, and where they go."""
+
+    rows: Tensor  # [n] int64, ascending: rows of [B * L]
+    features: tuple[VisionFeatures, ...]  # of each picture, of n rows together
+
+
+class Layout(NamedTuple):
+    """A prompt's ids with room for its pictures."""
+
+    ids: Tensor  # [P] int64
+    slots: tuple[tuple[int, int], ...]  # (start, length) of each run that pictures fill, one after another
+    positions: Tensor  # [position_axes, P] int64
+
+
+class Parts(NamedTuple):
+    """Modules of a model (each an ``nn.Module``). ``vision`` may hold the projector within it."""
+
+    language: Any  # the text model: layers and last norm
+    vision: Any
+    projector: Any
+    embedding: Any
+    head: Any
+
+
+class Size(NamedTuple):
+    """Of one picture: tokens of the language model, and rows of the vision tower (patches)."""
+
+    tokens: int
+    patches: int
+
+
+class Family:
+    """One family of models.
+
+    Attributes:
+        model_type: of the config, by which the family is found.
+        style: how it writes answers (see ``fastrl.answers``).
+        end_of_turn: text of the token that ends an assistant's turn.
+        control_tokens: texts of tokens that are never sampled, and never taken from a message's text.
+        position_axes: rows of a prompt's positions: 3 for multimodal rotary embedding, else 1.
+        part_names: for each of ``PARTS`` the full names of its modules (or parameters). Of names within one another
+            the longest holds: a projector inside the tower is none of ``vision``. The first of ``language`` is the
+            text model.
+        shared_layers: kinds of text layers (``layer_types``) for which prompts are rightly shared. Others are refused.
+        published: configs as they are published, by hub name: for ``fastrl plan``.
+    """
+
+    model_type: ClassVar[str]
+    style: ClassVar[str]
+    end_of_turn: ClassVar[str]
+    control_tokens: ClassVar[tuple[str, ...]] = ()
+    position_axes: ClassVar[int] = 1
+    part_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "language": ("model.language_model", "lm_head"),
+        "vision": ("model.vision_tower",),
+        "projector": ("model.multi_modal_projector",),
+    }
+    shared_layers: ClassVar[frozenset[str]] = frozenset({"full_attention"})
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __init__(self, config: Any) -> None:
+        """``config``: the transformers config, or its values (of a ``config.json``)."""
+        if isinstance(config, Mapping):
+            values = {k: v for k, v in config.items() if k not in _NOT_SIZES}
+            config = self.model_class().config_class(**values)
+        self.config = config
+
+    # The model
+
+    @classmethod
+    def model_class(cls) -> Any:
+        """The transformers class; imported here, so that a family costs nothing before it is used."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Refuse, with a ``ValueError`` that says why, a config whose layers have no shared form."""
+        text = self.config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or ())
+        if not kinds and getattr(text, "sliding_window", None):
+            kinds = {"sliding_attention"}
+        if unknown := sorted(kinds - self.shared_layers):
+            raise ValueError(
+                f"model type {self.model_type!r} with text layers of kind {', '.join(unknown)}: prompts cannot be "
+                f"computed once for all their answers there; supported: {', '.join(sorted(self.shared_layers))}"
+            )
+
+    def load(self, folder: Path, dtype: torch.dtype) -> Any:
+        """The model of an ordinary Hugging Face folder, every weight from its files."""
+        return read_weights(self.model_class(), folder, dtype=dtype)
+
+    def empty(self) -> Any:
+        """The model that the config describes, weights drawn anew (or on the meta device, within it)."""
+        return self.model_class()(self.config)
+
+    def prepare(self, core: Any) -> None:
+        """Change a loaded model, once, to compute the same faster. Nothing here."""
+
+    # Its parts
+
+    def parts(self, core: Any) -> Parts:
+        """The modules of ``core``."""
+        found = [core.get_submodule(self.part_names[part][0]) for part in PARTS]
+        return Parts(*found, embedding=core.get_input_embeddings(), head=core.get_output_embeddings())
+
+    def alias(self, name: str) -> str:
+        """A module's or parameter's full name with the part's word for where the part is: ``vision.blocks.0.…``,
+        ``language.lm_head.weight``. Whatever wraps the model may stand before it; a name of no part stays as it is."""
+        part, prefix = self._place(name)
+        if part is None:
+            return name
+        rest = f".{name}.".partition(f".{prefix}.")[2].rstrip(".")
+        own = () if "." in prefix else (prefix,)  # a module beside the others keeps its name
+        return ".".join((part, *own, *((rest,) if rest else ())))
+
+    def part_of(self, name: str) -> str | None:
+        """Which of ``PARTS`` a module or parameter of this full name belongs to."""
+        return self._place(name)[0]
+
+    def _place(self, name: str) -> tuple[str | None, str]:
+        named = [(prefix, part) for part, prefixes in self.part_names.items() for prefix in prefixes]
+        found = [(prefix, part) for prefix, part in named if f".{prefix}." in f".{name}."]
+        prefix, part = max(found, key=lambda x: len(x[0]), default=("", None))
+        return part, prefix
+
+    def trains_vision(self, core: Any) -> bool:
+        """Whether an update may change the features of pictures."""
+        named = core.named_parameters()
+        return any(p.requires_grad and self.part_of(name) in ("vision", "projector") for name, p in named)
+
+    # Text
+
+    @property
+    def image_token(self) -> int:
+        """Id of the placeholder that the chat template writes for a picture."""
+        return self.config.image_token_id
+
+    def control_ids(self, tokenizer: Any) -> set[int]:
+        """Ids that are never sampled, but for those that end an answer."""
+        vocabulary = tokenizer.get_vocab()
+        found = {vocabulary.get(token) for token in (*self.control_tokens, self.end_of_turn)}
+        return {token for token in (*found, self.image_token) if token is not None}
+
+    def template_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages of part lists as the family's chat template takes them: where all is text, as a string."""
+        return [
+            {**m}
+            if any(p["type"] == "image" for p in m["content"])
+            else {**m, "content": "".join(p["text"] for p in m["content"])}
+            for m in messages
+        ]
+
+    def turn(self, text: str, end: str) -> str:
+        """An assistant's turn as the template renders it behind the generation prompt; ``end``: the token closing it
+        (``end_of_turn``, unless the model's folder names another)."""
+        return text + end
+
+    def token_ids(self, tokenizer: Any, text: str, *, first: bool) -> list[int]:
+        """Ids of a piece of rendered text. ``first``: it begins the prompt (where some have a token of their own)."""
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    # Pictures
+
+    def preprocessor(
+        self, folder: Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> ImagePreprocessor:
+        """Picture → (``ImageInput``, ``View``). The limits are of a resized picture's area; default the folder's."""
+        raise NotImplementedError
+
+    def image_limit(self, folder: Path) -> int | None:
+        """Largest area in pixels that the folder's own preprocessor allows; None where it says none."""
+        return None
+
+    def tokens(self, image: ImageInput) -> int:
+        """Rows of features that a picture has."""
+        raise NotImplementedError
+
+    def blank(self, pixels: int, *, key: str = "") -> ImageInput:
+        """A picture of this area after resizing, as the tower takes it, without data (on the meta device)."""
+        raise NotImplementedError
+
+    def sizes(self, pixels: int) -> Size:
+        """Of a picture of this area."""
+        image = self.blank(pixels)
+        return Size(self.tokens(image), self.patches(image))
+
+    def patches(self, image: ImageInput) -> int:
+        """Rows of the vision tower that a picture has: what bounds a call of it."""
+        return len(image.pixel_values)
+
+    def heat(self, image: ImageInput, values: Tensor) -> Tensor:
+        """One number per token of a picture [tokens] → a map of it [rows, columns]; the sum stays. A row of all."""
+        return values[None]
+
+    # Layout
+
+    def expansion(self, image: ImageInput) -> list[int]:
+        """Ids that take the place of a picture's one placeholder: as many placeholders as it has tokens, and whatever
+        markers the family writes between them."""
+        return [self.image_token] * self.tokens(image)
+
+    def positions(
+        self, length: int, slots: Sequence[tuple[int, int]], images: Sequence[ImageInput], start: int = 0
+    ) -> Tensor:
+        """Positions [position_axes, length] int64 of a row with pictures in its slots: one after another."""
+        return torch.arange(start, start + length).expand(self.position_axes, length)
+
+    def lay_out(self, ids: Tensor, images: Sequence[ImageInput]) -> Layout:
+        """Make room for a prompt's pictures: each placeholder in ``ids`` [T] is one of them, in order.
+
+        Raises:
+            ValueError: not as many placeholders as pictures.
+        """
+        places = (ids == self.image_token).nonzero()[:, 0].tolist()
+        if len(places) != len(images):
+            raise ValueError(f"{len(images)} images, but the messages have {len(places)} image places")
+        pieces, slots, at, length = [], [], 0, 0
+        for place, image in zip(places, images, strict=True):
+            piece = torch.tensor(self.expansion(image), dtype=torch.int64)
+            length += place - at
+            slots += [(length + start, run) for start, run in _runs(piece == self.image_token)]
+            pieces += [ids[at:place], piece]
+            length += len(piece)
+            at = place + 1
+        ids = torch.cat([*pieces, ids[at:]])
+        return Layout(ids, tuple(slots), self.positions(len(ids), slots, images))
+
+    # Computing
+
+    def features(self, core: Any, images: Sequence[ImageInput]) -> list[VisionFeatures]:
+        """The vision tower and the projector over different pictures, in as few calls as may be."""
+        raise NotImplementedError
+
+    def hidden(
+        self, core: Any, embeds: Tensor, positions: Tensor, placed: Placed | None = None, **attention: Any
+    ) -> Tensor:
+        """The one forward of the language model: training, prefill, reference, read-out, and decoding in general.
+
+        Args:
+            core: the model.
+            embeds: [B, L, hidden] of the tokens; it may be written into.
+            positions: [position_axes, B, L] int64.
+            placed: the pictures among them.
+            attention: what the attention function of the moment is handed (``fastrl_segments``, …).
+
+        Returns:
+            [B, L, hidden], after the last norm.
+        """
+        if placed is not None:
+            embeds = place(embeds, placed)
+        options = {"attention_mask": None, "use_cache": False, **self.deep_options(embeds, placed), **attention}
+        ids = positions if self.position_axes > 1 else positions[0]
+        return self.parts(core).language(inputs_embeds=embeds, position_ids=ids, **options).last_hidden_state
+
+    def deep_options(self, embeds: Tensor, placed: Placed | None) -> dict[str, Any]:
+        """Keywords by which the text model is handed the ``deep`` features. None here: the family has none."""
+        return {}
+
+    def decode_layers(self, core: Any) -> DecodeLayers | None:
+        """A decode step through the layers' own projections; None: through ``hidden``, which suits every family."""
+        return DecodeLayers.of(self.parts(core), self.position_axes)
+
+
+def place(embeds: Tensor, placed: Placed) -> Tensor:
+    """``embeds`` [B, L, hidden] with the features' tokens in their rows. By row: an image id inside a completion is
+    text like any other."""
+    tokens = [picture.tokens.to(embeds.dtype) for picture in placed.features]
+    if len(embeds) == 1:  # a packed row; with gradients a copy, as engines may hold on to what a layer gave
+        put = embeds.index_copy if torch.is_grad_enabled() else embeds.index_copy_
+        return put(1, placed.rows, torch.cat(tokens)[None])
+    rows = embeds.view(-1, embeds.shape[-1])
+    for where, picture in zip(placed.rows.split([len(t) for t in tokens]), tokens, strict=True):
+        rows.index_copy_(0, where, picture)
+    return embeds
+
+
+def _runs(inside: Tensor) -> list[tuple[int, int]]:
+    """(start, length) of each run of True in [n] bool."""
+    edges = torch.diff(inside.int(), prepend=torch.zeros(1), append=torch.zeros(1))
+    starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
+    return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
