@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastrl.data.stream import RecordStream
 from fastrl.models.families.qwen2_vl import QwenPreprocessor, load_image_processor
-from fastrl.trainer import train
+from fastrl.trainer import TrainingError, train
 from tests.helpers.training import make_recipe, make_records, steady_rows
 
 
@@ -96,6 +96,6 @@ def test_a_bad_image_of_a_coming_step_stops_that_step_and_names_its_record(
     recipe = make_recipe(
         tiny_folder("qwen2_5"), tmp_path / "run", data__prompts_per_step=2, data__order="file", optim__steps=2
     )
-    with pytest.raises(ValueError, match=r"record 'r2'.*gone\.png"):
+    with pytest.raises(TrainingError, match=r"record 'r2'.*gone\.png"):
         train(recipe, records=records, show=False)
     assert [row["step"] for row in steady_rows(tmp_path / "run")] == [1]
