@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Children of a text layer and of what it holds. Whatever else a layer has, this step would leave out.
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+HEAD_NORMS = {"q_norm", "k_norm"}  # of each head's queries and keys, before they are rotated
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 UNSEEN = {"rotary_emb"}  # kept by attention modules of older releases of transformers; the model's own is used
 
@@ -80,6 +81,8 @@ class DecodeLayers:
             project(normed).view(len(normed), -1, attention.head_dim)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        if hasattr(attention, "q_norm"):
+            q, k = _head_norm(q, attention.q_norm), _head_norm(k, attention.k_norm)
         q = rope_append(q, k, v, cos, sin, *cache.own(index), cache.at)
         return attention.o_proj(cache.attend(index, q, attention.scaling).view(len(normed), -1))
 
@@ -91,11 +94,17 @@ def _known(layer: nn.Module) -> bool:
     attention, mlp = (dict(named[name].named_children()) for name in ("self_attn", "mlp"))
     norms = (named["input_layernorm"], named["post_attention_layernorm"])
     return (
-        set(attention) - UNSEEN == ATTENTION
+        set(attention) - UNSEEN in (ATTENTION, ATTENTION | HEAD_NORMS)
+        and all(hasattr(attention[norm], "variance_epsilon") for norm in HEAD_NORMS & set(attention))
         and set(mlp) == MLP
         and type(mlp["act_fn"]).__name__ in ("SiLU", "SiLUActivation")
         and all(hasattr(norm, "variance_epsilon") for norm in norms)
     )
+
+
+def _head_norm(heads: Tensor, norm: Any) -> Tensor:
+    """[R, heads, D], each head normed."""
+    return _add_norm(heads.reshape(-1, heads.shape[-1]), None, norm).view(heads.shape)
 
 
 def _add_norm(residual: Tensor, new: Tensor | None, norm: Any) -> Tensor:

@@ -178,7 +178,7 @@ class Qwen2VL(Family):
         # A frozen tower needs no graph: nothing below the embeddings takes a gradient.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
         with torch.set_grad_enabled(trained):
-            out = visual(pixels, grid_thw=grids.to(device), **_vision_tables(visual, grids, device)).pooler_output
+            out = visual(pixels, grid_thw=grids.to(device), **vision_tables(visual, grids, device)).pooler_output
         return [VisionFeatures(tokens) for tokens in out.split([self.tokens(image) for image in images])]
 
 
@@ -254,7 +254,7 @@ def _embed_patches(self: nn.Module, hidden_states: Tensor) -> Tensor:
     return F.linear(hidden_states.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
 
 
-def _vision_tables(visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
+def vision_tables(visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
     """What the tower derives from the grids, made on the host: on the device each piece costs a synchronisation."""
     try:
         from transformers import vision_utils
