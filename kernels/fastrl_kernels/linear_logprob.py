@@ -28,6 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels import _linear_logprob_backward, _linear_logprob_driver
 from fastrl_kernels._common import FLOATS, check, check_dtype, check_number, check_same_device, check_shape
+from fastrl_kernels._dtensor import is_dtensor
 from fastrl_kernels._linear_logprob_backward import Needs
 from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype
 from fastrl_kernels._linear_logprob_tiles import RowTerms
@@ -186,6 +187,8 @@ def linear_logprob(
 ) -> LogProb:
     """Log-probability of each row's target under a linear head, without the logits.
 
+    DTensors are taken: see ``fastrl_kernels.sharding``.
+
     Differentiable in ``hidden``, ``weight``, ``bias`` and the LoRA matrices; only the gradients that are needed are
     computed. Deterministic. Never synchronises a GPU, except in float64, or in the backward with ``skip_zero_rows``.
 
@@ -212,6 +215,14 @@ def linear_logprob(
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or value; a budget too small for the smallest tile.
     """
+    if is_dtensor(hidden) or is_dtensor(weight):
+        from fastrl_kernels.sharding import sharded_linear_logprob
+
+        return sharded_linear_logprob(
+            hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+            return_entropy=return_entropy, rows=rows, lora=lora, skip_zero_rows=skip_zero_rows,
+            scratch_bytes=scratch_bytes,
+        )  # fmt: skip
     hidden, weight = autocast_pair(hidden, weight)
     lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else lora
     _check_arguments(hidden, weight, target, bias, rows, lora_a, lora_b, softcap, scratch_bytes)

@@ -147,15 +147,22 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """verl's ``linear_cross_entropy``: (log-probs, entropy) of hidden [..., H] under weight [V, H], flat [N].
 
+    With a group of W processes ``weight`` is this one's slice [V / W, H] and labels are of the whole vocabulary; the
+    gradient of ``hidden`` is this slice's part, which Megatron's layers sum.
+
     Raises:
-        ValueError: another ``reduction`` than none, sum, mean; a group of more than one process.
+        ValueError: another ``reduction`` than none, sum, mean.
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction: expected none, sum or mean, got {reduction!r}")
+    flat, options = hidden.reshape(-1, hidden.shape[-1]), {"temperature": temperature, "return_entropy": True}
     if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
-        raise ValueError("dist_process_group: a vocabulary split over processes; pass the weight as a DTensor instead")
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    out = linear_logprob(flat, weight, labels.reshape(-1), temperature=temperature, return_entropy=True)
+        from fastrl_kernels.sharding import vocab_parallel_logprob
+
+        options |= {"group": dist_process_group, "reduce_hidden": False}
+        out = vocab_parallel_logprob(flat, weight, labels.reshape(-1), **options)
+    else:
+        out = linear_logprob(flat, weight, labels.reshape(-1), **options)
     assert out.entropy is not None
     logp = out.logp if reduction == "none" else getattr(out.logp, reduction)()
     return logp, out.entropy

@@ -1,0 +1,333 @@
+"""Heads whose weight is split over processes: FSDP2's and tensor parallelism's, as DTensors or by hand.
+
+``linear_logprob`` takes DTensors and comes here. What it does depends on what the hidden states are:
+
+- **Plain hidden states, DTensor weight** (an FSDP2 parameter outside its module's forward): the rows are this rank's
+  own. The weight is gathered for the call; its gradient is the mean over the ranks, as FSDP2 has it for every other
+  parameter (and so right, too, where all ranks hold the same rows).
+- **DTensor hidden states**: values and gradients are those of the global tensors. Rows may be sharded (the weight's
+  gradient is then a sum over ranks). A weight sharded over the vocabulary along a mesh dimension that does not shard
+  the rows stays where it is: each rank computes the statistics of its slice, and one all-gather of three numbers a row
+  makes the result. Any other placement is changed to one of these by DTensor's own rules.
+
+With the log-sum-exp ``l_r``, entropy ``H_r`` and target log-prob of shard r alone, ``l = log sum_r exp(l_r)`` and
+``p_r = exp(l_r - l)``:
+
+    logp = logp_r + (l_r - l)  (r: the target's shard),      H = sum_r p_r (H_r - log p_r)
+
+The gradient of a shard needs ``l`` and ``H`` only, and is computed by the unsharded backward; that of the hidden states
+is the sum over shards (an all-reduce of [N, H] in the backward, as in every tensor-parallel layer).
+
+``vocab_parallel_logprob`` is the same for plain shards and a process group (Megatron). Importing this module also
+registers sharding rules for the library's other row-wise operators.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+from fastrl_kernels._common import check, check_shape
+from fastrl_kernels._linear_logprob_driver import accumulator_dtype
+from fastrl_kernels.linear_logprob import autocast_pair, linear_logprob
+from fastrl_kernels.token_logprob import LogProb, row_temperature
+
+__all__ = ["sharded_linear_logprob", "vocab_parallel_logprob"]
+
+_IGNORED = -100  # of local targets, whatever the caller's ignore_index is
+_OTHERS_TARGET = 0  # in the forward, of a row whose target another shard holds: what comes of it is not looked at
+
+
+class _VocabParallel(torch.autograd.Function):
+    """(logp, entropy) of all shards' vocabulary from this rank's; ``options``: after the tensors, as the operator's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        local: Tensor,  # [N] row of the target in this shard, -1 where another holds it, _IGNORED
+        temperature: Tensor | None,
+        rows: Tensor | None,
+        group: Any,
+        reduce_hidden: bool,
+        options: tuple[float, float, float | None, bool, bool, int],
+    ) -> tuple[Tensor, Tensor]:
+        value, lora_scale, softcap, return_entropy, skip_zero_rows, scratch = options
+        kind = accumulator_dtype(hidden.dtype)
+        mine = torch.full((3, len(local)), -math.inf, dtype=kind, device=hidden.device)  # lse, entropy, logp
+        mine[1:] = 0
+        if weight.shape[0]:
+            at = local.masked_fill(local == -1, _OTHERS_TARGET)
+            logp, entropy, lse = torch.ops.fastrl.linear_logprob(
+                hidden, weight, at, bias, temperature, lora_a, lora_b, None, value, lora_scale, softcap, _IGNORED,
+                return_entropy, skip_zero_rows, scratch,
+            )  # fmt: skip
+            mine[0], mine[2] = lse, logp
+            if return_entropy:
+                mine[1] = entropy
+        mine[2].masked_fill_(local == -1, math.nan)
+        if not weight.shape[0]:
+            mine[2].fill_(math.nan)
+        logp, entropy, lse = _merge(_all_gather(mine, group), local == _IGNORED)
+        if not return_entropy:
+            entropy = entropy.new_zeros(0)
+        ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, local, temperature, rows, logp, entropy, lse)
+        ctx.group, ctx.reduce_hidden, ctx.options = group, reduce_hidden, options
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> Any:  # type: ignore[override]
+        hidden, weight, bias, lora_a, lora_b, local, temperature, rows, logp, entropy, lse = ctx.saved_tensors
+        value, lora_scale, softcap, return_entropy, skip_zero_rows, scratch = ctx.options
+        needs = list(ctx.needs_input_grad[:5])
+        grads: list[Tensor | None] = [None] * 5
+        if not return_entropy:
+            grad_entropy = None
+        if grad_logp is not None or grad_entropy is not None:
+            if weight.shape[0]:
+                elsewhere = weight.shape[0]  # a row that no column of this shard is
+                found = torch.ops.fastrl.linear_logprob_backward(
+                    grad_logp, grad_entropy, hidden, weight, local.masked_fill(local == -1, elsewhere), bias,
+                    temperature, lora_a, lora_b, rows, logp, entropy if return_entropy else None, lse, value,
+                    lora_scale, softcap, _IGNORED, skip_zero_rows, scratch, needs,
+                )  # fmt: skip
+            else:
+                sources = (hidden, weight, bias, lora_a, lora_b)
+                found = [None if source is None else torch.zeros_like(source) for source in sources]
+            grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
+            if ctx.reduce_hidden:
+                for grad in (grads[0], grads[3]):  # what every shard has a part of
+                    if grad is not None:
+                        dist.all_reduce(grad, group=ctx.group)
+        return *grads, *[None] * 6
+
+
+def _all_gather(mine: Tensor, group: Any) -> Tensor:
+    """[W, ...] from [...] of each rank."""
+    out = mine.new_empty((dist.get_world_size(group), *mine.shape))
+    dist.all_gather(list(out.unbind()), mine.contiguous(), group=group)
+    return out
+
+
+def _merge(shards: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, entropy, lse) [N] of the whole from each shard's lse, entropy and logp (NaN: no target here) [W, 3, N]."""
+    lse, entropy, logp = shards.unbind(1)
+    top, best = lse.max(0)
+    behind = (lse - top).exp()
+    rest = behind.scatter(0, best[None], 0).sum(0)  # the others' mass against the largest's
+    total = top + rest.log1p()
+    # l_r - l: exact where a shard holds nearly all mass
+    share = torch.where(torch.arange(len(lse), device=lse.device)[:, None] == best, 0.0, lse - top) - rest.log1p()
+    held = ~logp.isnan()
+    chosen = torch.where(held, logp + share, 0.0).sum(0)
+    chosen = torch.where(held.any(0), chosen, math.nan)  # a target in no shard, or NaN itself
+    mass = share.exp()
+    mixed = torch.where(mass > 0, mass * (entropy - share), 0.0).sum(0)
+    return tuple(x.masked_fill(ignored, 0) for x in (chosen, mixed, total))  # type: ignore[return-value]
+
+
+def vocab_parallel_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    group: Any = None,
+    first: int | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    return_entropy: bool = False,
+    rows: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    reduce_hidden: bool = True,
+    skip_zero_rows: bool = False,
+    scratch_bytes: int = 1 << 30,
+) -> LogProb:
+    """``linear_logprob`` of a head whose vocabulary is split over the processes of ``group``, in order of their ranks.
+
+    All processes of the group call it with the same rows. One all-gather of three numbers a row in the forward.
+
+    Args:
+        hidden: [N, H], the same on every process.
+        weight: [V / W, H], this process's slice of the head. It may be empty.
+        target: [N] int64, of the whole vocabulary. One that no slice holds (and is not ``ignore_index``) raises on a
+            CPU and gives NaN on a GPU.
+        group: the process group; None: the default one.
+        first: the token that the slice's first row is. Default: slices are equally long.
+        bias, lora: this process's slice of the bias, and of LoRA's B; LoRA's A is whole.
+        reduce_hidden: sum the gradients of ``hidden`` and LoRA's A over the group, so that they are whole on each
+            process. False: each has its slice's part, for whoever sums later (Megatron's own layers).
+        temperature, softcap, ignore_index, return_entropy, rows, skip_zero_rows, scratch_bytes: as ``linear_logprob``.
+
+    Returns:
+        ``LogProb(logp [N], entropy [N] | None)``, the same on every process.
+    """
+    hidden, weight = autocast_pair(hidden, weight)
+    check_shape("hidden", hidden, (None, None))
+    check_shape("weight", weight, (None, hidden.shape[1]))
+    check_shape("target", target, (hidden.shape[0],))
+    check(weight.dtype == hidden.dtype, f"weight: expected {hidden.dtype} as hidden, got {weight.dtype}")
+    held = weight.shape[0]
+    start = dist.get_rank(group) * held if first is None else first
+    local = torch.where((target >= start) & (target < start + held), target - start, -1)
+    if ignore_index is not None:
+        local = local.masked_fill(target == ignore_index, _IGNORED)
+    per_row, value = row_temperature(temperature, target)
+    lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else lora
+    options = (value, float(lora_scale), None if softcap is None else float(softcap))
+    logp, entropy = _VocabParallel.apply(
+        hidden, weight, bias, lora_a, lora_b, local, per_row, rows, group, reduce_hidden,
+        (*options, return_entropy, skip_zero_rows, scratch_bytes),
+    )  # fmt: skip
+    if target.device.type == "cpu":
+        lost = torch.zeros_like(local)
+        lost[local != -1] = 1
+        dist.all_reduce(lost, group=group)
+        if bool((lost == 0).any()):
+            row = int((lost == 0).nonzero()[0])
+            raise ValueError(f"target: row {row} is {int(target[row])}, which no slice of the vocabulary holds")
+    return LogProb(logp, entropy if return_entropy else None)
+
+
+def sharded_linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> LogProb:
+    """``linear_logprob`` where ``hidden`` or ``weight`` is a DTensor; see the top of this file.
+
+    Returns:
+        Plain tensors for plain ``hidden``; DTensors with its placement of rows for a DTensor.
+
+    Raises:
+        ValueError: tensors of two meshes; ``rows`` together with sharded rows.
+    """
+    if not isinstance(hidden, DTensor):
+        given = {name: _gathered(value) for name, value in (("weight", weight), ("bias", options.pop("bias", None)))}
+        lora = options.pop("lora", None)
+        if lora is not None:
+            lora = (_gathered(lora[0]), _gathered(lora[1]), lora[2])
+        return linear_logprob(hidden, given["weight"], target, bias=given["bias"], lora=lora, **options)
+    return _Global(hidden, weight).call(target, **options)
+
+
+class _Global:
+    """A call on global tensors: which placements its tensors take, and the call of local ones."""
+
+    def __init__(self, hidden: DTensor, weight: Tensor) -> None:
+        self.mesh, self.hidden, self.weight = hidden.device_mesh, hidden, weight
+        placements = weight.placements if isinstance(weight, DTensor) else (Replicate(),) * self.mesh.ndim
+        check(not isinstance(weight, DTensor) or weight.device_mesh == self.mesh, "weight: another mesh than hidden's")
+        # of each mesh dimension: the rows it shards stay sharded
+        self.rows: list[Placement] = [Shard(0) if p.is_shard(0) else Replicate() for p in hidden.placements]
+        split = [d for d, p in enumerate(placements) if p.is_shard(0) and not self.rows[d].is_shard()]
+        self.split = split[-1] if split else None  # the dimension over which the vocabulary stays split
+        self.whole: list[Placement] = [Replicate()] * self.mesh.ndim
+        self.vocabulary = list(self.whole)
+        if self.split is not None:
+            self.vocabulary[self.split] = Shard(0)
+
+    def call(
+        self,
+        target: Tensor,
+        *,
+        bias: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        rows: Tensor | None = None,
+        lora: tuple[Tensor, Tensor, float] | None = None,
+        **options: Any,
+    ) -> LogProb:
+        check_shape("target", target, (self.hidden.shape[0],))
+        shards_rows = any(p.is_shard() for p in self.rows)
+        check(rows is None or not shards_rows, "rows: cannot be told where the rows are sharded over processes")
+        if lora is not None:
+            lora = (self._local(lora[0], self.whole, "a"), self._local(lora[1], self.vocabulary, "v"), lora[2])
+        if isinstance(temperature, Tensor):
+            temperature = self._local(temperature, self.rows if temperature.ndim else self.whole, "rows")
+        tensors = (
+            self._local(self.hidden, self.rows, "hidden"),
+            self._local(self.weight, self.vocabulary, "v"),
+            self._local(target, self.rows, "rows"),
+        )
+        options |= {"bias": self._local(bias, self.vocabulary, "v"), "lora": lora, "temperature": temperature}
+        options["rows"] = self._local(rows, self.whole, "rows")
+        if self.split is None:
+            out = linear_logprob(*tensors, **options)
+        else:
+            group, rank = self.mesh.get_group(self.split), self.mesh.get_local_rank(self.split)
+            first = min(rank * -(-self.weight.shape[0] // self.mesh.size(self.split)), self.weight.shape[0])
+            out = vocab_parallel_logprob(*tensors, group=group, first=first, reduce_hidden=False, **options)
+        made = [None if x is None else DTensor.from_local(x, self.mesh, self.rows, run_check=False) for x in out]
+        return LogProb(*made)  # type: ignore[arg-type]
+
+    def _local(self, tensor: Tensor | None, placements: list[Placement], kind: str) -> Any:
+        """This rank's part of a tensor placed so; a plain one is taken to be the same on all ranks.
+
+        Its gradient comes as parts to be summed along the dimensions that ``kind`` says: hidden states have a part from
+        every slice of the vocabulary, a slice of the vocabulary from every shard of the rows, LoRA's A from both.
+        """
+        if tensor is None:
+            return None
+        if not isinstance(tensor, DTensor):
+            tensor = DTensor.from_local(tensor, self.mesh, self.whole, run_check=False)
+        check(tensor.device_mesh == self.mesh, "DTensors of two meshes in one call")
+        summed = set()
+        if kind in ("hidden", "a") and self.split is not None:
+            summed.add(self.split)
+        if kind in ("v", "a"):
+            summed |= {d for d, p in enumerate(self.rows) if p.is_shard()}
+        grads = [Partial() if d in summed else p for d, p in enumerate(placements)]
+        return tensor.redistribute(self.mesh, placements).to_local(grad_placements=grads)
+
+
+class _Gather(torch.autograd.Function):
+    """A DTensor as one plain tensor; the gradient is the mean over the mesh, in the DTensor's placement."""
+
+    @staticmethod
+    def forward(ctx: Any, sharded: DTensor) -> Tensor:
+        ctx.mesh, ctx.placements = sharded.device_mesh, sharded.placements
+        return sharded.full_tensor()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        parts = DTensor.from_local(grad / ctx.mesh.size(), ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
+        return parts.redistribute(ctx.mesh, ctx.placements)
+
+
+def _gathered(tensor: Tensor | None) -> Any:
+    return _Gather.apply(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def _register(name: str, *, rows: bool) -> None:
+    """Sharding rules of an operator: everything replicated, and with ``rows`` every tensor sharded in dimension 0."""
+    operator = getattr(torch.ops.fastrl, name).default
+
+    @register_sharding(operator)
+    def _(*args: Any, **kwargs: Any) -> list[Any]:
+        results = len(operator._schema.returns)
+        kinds: list[type[Placement]] = [Replicate, Shard] if rows else [Replicate]
+        found = []
+        for kind in kinds:
+            placed = Shard(0) if kind is Shard else Replicate()
+            given = [placed if hasattr(arg, "tensor_meta") else None for arg in args]
+            found.append(([placed] * results, given))
+        return found
+
+
+for _name, _rows in (
+    ("token_logprob", True),
+    ("token_logprob_backward", True),
+    ("policy_loss", False),
+    ("unlikelihood_loss", False),
+    ("listwise_loss", True),
+    ("group_advantage", False),
+):
+    _register(_name, rows=_rows)
