@@ -306,9 +306,8 @@ def _gathered(tensor: Tensor | None) -> Any:
     return _Gather.apply(tensor) if isinstance(tensor, DTensor) else tensor
 
 
-def _register(name: str, *, rows: bool) -> None:
+def _register(operator: Any, *, rows: bool) -> None:
     """Sharding rules of an operator: everything replicated, and with ``rows`` every tensor sharded in dimension 0."""
-    operator = getattr(torch.ops.fastrl, name).default
 
     @register_sharding(operator)
     def _(*args: Any, **kwargs: Any) -> list[Any]:
@@ -322,12 +321,9 @@ def _register(name: str, *, rows: bool) -> None:
         return found
 
 
-for _name, _rows in (
-    ("token_logprob", True),
-    ("token_logprob_backward", True),
-    ("policy_loss", False),
-    ("unlikelihood_loss", False),
-    ("listwise_loss", True),
-    ("group_advantage", False),
-):
-    _register(_name, rows=_rows)
+_register(torch.ops.fastrl.token_logprob.default, rows=True)
+_register(torch.ops.fastrl.token_logprob_backward.default, rows=True)
+_register(torch.ops.fastrl.listwise_loss.default, rows=True)
+_register(torch.ops.fastrl.policy_loss.default, rows=False)
+_register(torch.ops.fastrl.unlikelihood_loss.default, rows=False)
+_register(torch.ops.fastrl.group_advantage.default, rows=False)

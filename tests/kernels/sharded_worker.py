@@ -20,7 +20,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from fastrl_kernels import linear_logprob, policy_loss, token_logprob
+from fastrl_kernels import (
+    group_advantage,
+    linear_logprob,
+    listwise_loss,
+    policy_loss,
+    token_logprob,
+    unlikelihood_loss,
+)
 from fastrl_kernels.sharding import vocab_parallel_logprob
 
 ROWS, SIZE = 10, 6
@@ -269,6 +276,23 @@ def other_operators_have_rules(mesh: DeviceMesh) -> None:
     found.loss.backward()
     expected.loss.backward()
     compare({"loss": found.loss, "grad": logp.grad}, {"loss": expected.loss, "grad": plain.grad})
+
+
+@check
+def lists_unlikelihood_and_groups(mesh: DeviceMesh) -> None:
+    rng = torch.Generator().manual_seed(4)
+    score, reward = torch.randn(6, 5, generator=rng), torch.randn(6, 5, generator=rng)
+    for function, args in (
+        (listwise_loss, (score, reward)),
+        (unlikelihood_loss, (-score.flatten().abs() - 0.1, reward.flatten().sigmoid())),
+    ):
+        leaves = [args[0].clone().requires_grad_(), distribute_tensor(args[0], mesh, [Shard(0)]).requires_grad_()]
+        out = [function(leaves[0], args[1]), function(leaves[1], distribute_tensor(args[1], mesh, [Shard(0)]))]
+        for loss in out:
+            loss.sum().backward()
+        compare({"loss": out[1], "grad": leaves[1].grad}, {"loss": out[0], "grad": leaves[0].grad})
+    sharded = distribute_tensor(reward.flatten()[:8], mesh, [Shard(0)])
+    compare(group_advantage(sharded, 4)._asdict(), group_advantage(reward.flatten()[:8], 4)._asdict())
 
 
 @check
