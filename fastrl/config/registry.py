@@ -31,7 +31,7 @@ class Registry(Mapping[str, T], Generic[T]):
             raise ValueError(f"a {self.noun} needs a name, got {name!r}")
         held = self._entries.get(name, entry)
         if held is not entry and held != entry:
-            raise ValueError(f"the {self.noun} {name!r} is {_called(held)} already, it cannot be {_called(entry)} too")
+            raise ValueError(f"the {self.noun} {name!r} is {called(held)} already, it cannot be {called(entry)} too")
 
     def __getitem__(self, name: str) -> T:
         return self._entries[name]
@@ -48,7 +48,7 @@ def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.4) -> str |
     return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)), None)
 
 
-def _called(entry: object) -> str:
-    """How a message names an entry: where it was defined, else what it is."""
+def called(entry: object) -> str:
+    """How a message names a class or function: where it was defined; anything else, what it is."""
     name = getattr(entry, "__qualname__", None)
-    return f"{entry.__module__}.{name}" if isinstance(name, str) else repr(entry)
+    return f"{entry.__module__}.{name}" if isinstance(name, str) else str(entry)

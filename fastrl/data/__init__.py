@@ -17,11 +17,13 @@ Adapters, each in its own module with a ``load(path, query)`` (a new format is o
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 from urllib.parse import quote, unquote
 
+from fastrl.config.registry import Registry, called
 from fastrl.data.records import PROMPTS, Dataset, Record, question
 from fastrl.data.sound import decoded
 from fastrl.data.validate import DataError, Problem, fail, nearest
@@ -38,29 +40,88 @@ __all__ = [
     "parse_spec",
     "question",
     "read_data",
+    "register",
     "with_options",
 ]
 
-# name → (module, function), imported when asked for. The module's KEYS are its query keys; else it checks them.
-ADAPTERS: Mapping[str, tuple[str, str]] = MappingProxyType(
+Load = Callable[[str, dict[str, str]], Iterable[Record]]  # (path, query) → records, or a Dataset of them
+
+
+class Adapter(NamedTuple):
+    """How data of one format is read; ``keys`` of its query, None: ``load`` checks them itself."""
+
+    load: Load
+    keys: Collection[str] | None = None
+
+    def __str__(self) -> str:
+        return called(self.load)
+
+
+class Shipped(NamedTuple):
+    """An adapter of this package, imported when it is asked for."""
+
+    module: str
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.function}"
+
+    def open(self, name: str) -> Adapter:
+        """Import it. The module's ``KEYS`` are its query keys, or a mapping to those of each of its adapters."""
+        module = importlib.import_module(self.module)
+        keys = vars(module).get("KEYS")
+        return Adapter(getattr(module, self.function), keys[name] if isinstance(keys, Mapping) else keys)
+
+
+ADAPTERS: Registry[Adapter | Shipped] = Registry(
+    "data adapter",
     {
-        "rows": ("fastrl.data.any_rows", "load"),
-        "coco": ("fastrl.data.coco", "load"),
-        "refexp": ("fastrl.data.refexp", "load"),
-        "pixmo": ("fastrl.data.pixmo", "load"),
-        "ocr": ("fastrl.data.page_ocr", "load"),
-        "scenes": ("fastrl.data.scenes", "load"),
-        "mot": ("fastrl.data.tracks", "load_mot"),
-        "sav": ("fastrl.data.tracks", "load_sav"),
-        "tracks": ("fastrl.data.tracks", "load_jsonl"),
-        "lists": ("fastrl.data.lists", "load"),
-        "captions": ("fastrl.data.captions", "load"),
-        "reflection": ("fastrl.data.reflection", "load"),
-        "utr": ("fastrl.data.utr", "load"),
-        "nextqa": ("fastrl.data.qa", "load_nextqa"),
-        "pope": ("fastrl.data.qa", "load_pope"),
-    }
+        name: Shipped(*place)
+        for name, place in {
+            "rows": ("fastrl.data.any_rows", "load"),
+            "coco": ("fastrl.data.coco", "load"),
+            "refexp": ("fastrl.data.refexp", "load"),
+            "pixmo": ("fastrl.data.pixmo", "load"),
+            "ocr": ("fastrl.data.page_ocr", "load"),
+            "scenes": ("fastrl.data.scenes", "load"),
+            "mot": ("fastrl.data.tracks", "load_mot"),
+            "sav": ("fastrl.data.tracks", "load_sav"),
+            "tracks": ("fastrl.data.tracks", "load_jsonl"),
+            "lists": ("fastrl.data.lists", "load"),
+            "captions": ("fastrl.data.captions", "load"),
+            "reflection": ("fastrl.data.reflection", "load"),
+            "utr": ("fastrl.data.utr", "load"),
+            "nextqa": ("fastrl.data.qa", "load_nextqa"),
+            "pope": ("fastrl.data.qa", "load_pope"),
+        }.items()
+    },
 )
+
+
+def register(name: str, load: Load, *, keys: Collection[str] | None = None) -> Load:
+    """Make a data format known: ``name:path?key=value`` is then a valid spec.
+
+    Args:
+        name: of the adapter; none of ``: ? & = /`` in it.
+        load: ``load(path, query)`` gives records, which are checked as a user's function's are (see ``user``); or a
+            ``Dataset``, or a sequence of its own class that makes records when asked, which are taken as they are.
+        keys: what the query may hold beside ``orient`` and ``max_image_pixels``, which every spec may; others are
+            refused. None: ``load`` checks them.
+
+    Raises:
+        TypeError: ``load`` cannot be called with a path and a query.
+        ValueError: another adapter has the name, or it is none.
+    """
+    try:
+        inspect.signature(load).bind("path", {})
+    except TypeError as error:
+        raise TypeError(f"data adapter {name!r}: load has to be a function of (path, query): {error}") from None
+    if isinstance(name, str) and set(name) & set(":?&=/"):
+        raise ValueError(f"data adapter {name!r}: a name has none of : ? & = /")
+    from fastrl.data.rows import READING
+
+    ADAPTERS.add(name, Adapter(load, None if keys is None else (*keys, *READING)))
+    return load
 
 
 _OWN = re.compile(r"((?:[^?:]*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*):")  # a user's function
@@ -149,16 +210,19 @@ def read_data(spec: str) -> Dataset:
         from fastrl.data.user import load
 
         return load(adapter, path, query)
-    module_name, function = ADAPTERS[adapter]
-    module = importlib.import_module(module_name)
-    keys = getattr(module, "KEYS", None)
-    if isinstance(keys, Mapping):
-        keys = keys[adapter]
+    entry = ADAPTERS[adapter]
+    load, keys = entry.open(adapter) if isinstance(entry, Shipped) else entry
     for key in query:
         if keys is not None and key not in keys:
             raise fail(spec, "bad option", f"unknown option {key!r} of {adapter}{nearest(key, keys)}")
-    loaded = getattr(module, function)(path, query)
-    return loaded if isinstance(loaded, Dataset) else Dataset(loaded)
+    if isinstance(entry, Adapter):
+        from fastrl.data.user import load_registered
+
+        return load_registered(load, adapter, path, query)
+    loaded = load(path, query)
+    if isinstance(loaded, Dataset):
+        return loaded
+    return Dataset(loaded if isinstance(loaded, Sequence) else list(loaded))
 
 
 def _other_adapter(spec: str, dataset: Dataset) -> str:

@@ -1,12 +1,14 @@
-"""Records from a function of a user's own: ``my_data.py:rows`` or ``package.module:rows``.
+"""Records from a function of a user's own: ``my_data.py:rows`` or ``package.module:rows``, or one that is registered.
 
-It is called as ``rows(path, **query)`` and yields ``Record`` objects, which are checked as those of the adapters are:
-each is a record, no id comes twice, picture files are there and not too large, and the messages have a place for each.
+It is called as ``rows(path, **query)`` (a registered one as ``load(path, query)``) and yields ``Record`` objects, which
+are checked as those of the adapters are: each is a record, no id comes twice, picture files are there and not too
+large, and the messages have a place for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +25,42 @@ def load(name: str, path: str, query: Mapping[str, str]) -> Dataset:
         function = load_function(name)
     except UserCodeError as error:
         raise fail(name, "bad adapter", str(error)) from None
-    images = ImageFolder(Path(), reading(query, path))
     own = {key: value for key, value in query.items() if key not in READING}
-    return collect(_checked(_called(function, name, path, own), name, images), None, path, images)
+    return _collected(_called(lambda: function(path, **own), name), name, path, query)
 
 
-def _called(function: Callable[..., Any], name: str, path: str, query: Mapping[str, str]) -> Iterator[Any]:
-    try:
-        found = function(path, **query)
+def load_registered(
+    function: Callable[[str, dict[str, str]], Iterable[Record]], name: str, path: str, query: Mapping[str, str]
+) -> Dataset:
+    """The records of a registered adapter. Raises ``DataError``, also for what it raises."""
+    own = {key: value for key, value in query.items() if key not in READING}
+    with _located(name):
+        found = function(path, own)
+    if isinstance(found, Dataset):
+        return found
+    if isinstance(found, Sequence) and not isinstance(found, list | tuple | str):
+        return Dataset(found)  # makes its records when they are asked for: looking at them would make them all
+    return _collected(_called(lambda: found, name), name, path, query)
+
+
+def _collected(found: Iterator[Any], name: str, path: str, query: Mapping[str, str]) -> Dataset:
+    images = ImageFolder(Path(), reading(query, path))
+    return collect(_checked(found, name, images), None, path, images)
+
+
+def _called(call: Callable[[], Any], name: str) -> Iterator[Any]:
+    with _located(name):
+        found = call()
         if not isinstance(found, Iterable):
             raise fail(name, "bad adapter", f"must yield records, gave {short(found)}")
         yield from found
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
+
+
+@contextmanager
+def _located(name: str) -> Iterator[None]:
+    """Inside: what a user's code raises becomes a ``DataError`` that says where; one of our own stays as it is."""
+    try:
+        yield
     except Exception as error:
         if type(error).__module__.startswith("fastrl."):
             raise

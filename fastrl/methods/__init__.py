@@ -5,10 +5,10 @@ One of your own is such a class in a file of yours, made known by :func:`registe
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
-from fastrl.config.registry import Registry, nearest
+from fastrl.config.contract import faults
+from fastrl.config.registry import Registry
 from fastrl.methods.base import Clock, Context, Method, MethodOptions, Prepared
 from fastrl.methods.perception_r1 import PerceptionR1
 from fastrl.methods.perpo import PerPO
@@ -43,10 +43,9 @@ def register(method: M) -> M:
         TypeError: no subclass of ``Method``, or one with a part missing, misspelt or of the wrong kind.
         ValueError: a kind that another method has.
     """
-    if not (isinstance(method, type) and issubclass(method, Method)):
-        raise TypeError(f"a method is a subclass of fastrl.methods.Method, got {method!r}")
-    for fault in _faults(method):
-        raise TypeError(f"{method.__qualname__}: {fault}")
+    found = _faults(method)
+    if found:
+        raise TypeError(f"{method!r}: " + "; ".join(found))
     for kind in kinds(method):
         METHODS.check(kind, method)
     for kind in kinds(method):
@@ -68,37 +67,17 @@ def method_for(options: MethodOptions) -> type[Method]:
 
 def _faults(method: type[Method]) -> list[str]:
     """What keeps a class from being a method."""
+    found = faults(method, Method)
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        return found
     options = getattr(method, "Options", None)
     if not (isinstance(options, type) and issubclass(options, MethodOptions)):
-        return ["Options has to be a subclass of MethodOptions"]
-    if not kinds(method) or not all(isinstance(kind, str) for kind in kinds(method)):
-        return [f"{options.__qualname__}.kind has to be a Literal of the names recipes use"]
-    contract = {name for name in dir(Method) if not name.startswith("_")} | {"Options"}
-    faults = []
-    for name in dict.fromkeys(name for cls in method.__mro__ if cls not in Method.__mro__ for name in vars(cls)):
-        if name.startswith("_"):
-            continue
-        if name not in contract:
-            near = nearest(name, contract, cutoff=0.6)
-            hint = f"; did you mean {near}?" if near else ""
-            faults.append(f"{name} is no part of a method{hint} (a helper of its own begins with an underscore)")
-        else:
-            faults += _misfits(name, getattr(method, name))
+        found.append("Options has to be a subclass of fastrl.methods.MethodOptions")
+    elif not kinds(method) or not all(isinstance(kind, str) for kind in kinds(method)):
+        found.append(f"{options.__qualname__}.kind has to be a Literal of the names that recipes use")
     if (method.state is Method.state) != (method.load is Method.load):
-        faults.append("state and load go together")
-    missing = sorted(method.__abstractmethods__)
-    return faults + [f"{name} is missing" for name in missing]
-
-
-def _misfits(name: str, given: Any) -> list[str]:
-    """Whether what a class has under a hook's name can be called as the hook is."""
-    declared = getattr(Method, name, None)
-    if not inspect.isroutine(declared):
-        return []
-    if not callable(given):
-        return [f"{name} has to be a function, got {given!r}"]
-    wanted, found = (list(inspect.signature(function).parameters) for function in (declared, given))
-    return [] if wanted == found else [f"{name} takes {', '.join(found)}; it is called with {', '.join(wanted)}"]
+        found.append("state and load go together")
+    return found
 
 
 for _method in (PerceptionR1, PerPO, RePer, UTR):

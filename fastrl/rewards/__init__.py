@@ -8,8 +8,10 @@ TRL's ``GRPOTrainer(reward_funcs=reward)`` and called as verl calls ``compute_sc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+from fastrl.config.contract import faults
+from fastrl.config.registry import Registry
 from fastrl.rewards.base import Components, Reward, total, unknown
 from fastrl.rewards.counting import CountingReward
 from fastrl.rewards.detection import DetectionReward
@@ -17,13 +19,55 @@ from fastrl.rewards.grounding import GroundingReward
 from fastrl.rewards.ocr import OcrReward
 from fastrl.rewards.trajectory import TrajectoryReward
 
-REWARDS: dict[str, type[Reward]] = {
-    cls.task: cls for cls in (GroundingReward, CountingReward, DetectionReward, OcrReward, TrajectoryReward)
-}
+REWARDS: Registry[type[Reward]] = Registry("reward of task")
+R = TypeVar("R", bound=type[Reward])
+
+
+def register(task: str, reward: R) -> R:
+    """Make the reward of ``task`` known: records of that task are then scored by it.
+
+    Args:
+        task: as ``Record.task`` has it.
+        reward: a subclass of ``Reward``, a frozen dataclass whose fields are its options. Where it names no ``task`` of
+            its own, it is given this one.
+
+    Raises:
+        TypeError: no such class, or one with a part missing, misspelt or of the wrong kind.
+        ValueError: another reward has that task.
+    """
+    found = _faults(reward)
+    if found:
+        raise TypeError(f"{reward!r}: " + "; ".join(found))
+    REWARDS.add(task, reward)
+    if not reward.task:
+        reward.task = task
+    return reward
+
+
+def _faults(reward: type[Reward]) -> list[str]:
+    """What keeps a class from being a reward."""
+    if not (isinstance(reward, type) and issubclass(reward, Reward)):
+        return faults(reward, Reward)
+    found = faults(reward, Reward, own=reward.options())
+    undeclared = [name for name in vars(reward).get("__annotations__", ()) if name not in reward.options()]
+    undeclared = [name for name in undeclared if name not in Reward.__annotations__]
+    if undeclared:
+        found.append(f"{', '.join(undeclared)}: options need @dataclass(frozen=True, kw_only=True) on the class")
+    if reward.score is Reward.score:
+        found.append("score is missing")
+    if not reward.parts:
+        found.append("parts has to name the components that score returns")
+    return found
+
+
+for _reward in (GroundingReward, CountingReward, DetectionReward, OcrReward, TrajectoryReward):
+    register(_reward.task, _reward)
 
 
 def reward_for(task: str, **options: Any) -> Reward:
-    """The reward of ``task`` (grounding, counting, detection, ocr, trajectory) with ``options`` (its class's fields).
+    """The reward of ``task`` (grounding, counting, detection, ocr, trajectory, or one that was registered).
+
+    ``options`` are fields of its class.
 
     Raises:
         ValueError: an unknown task, option or value of an option; the message names the nearest valid one.
@@ -37,7 +81,7 @@ def reward_for(task: str, **options: Any) -> Reward:
     return cls(**options)
 
 
-grounding_reward, counting_reward, detection_reward, ocr_reward, trajectory_reward = map(reward_for, REWARDS)
+grounding_reward, counting_reward, detection_reward, ocr_reward, trajectory_reward = map(reward_for, list(REWARDS))
 
 __all__ = [
     "REWARDS",
@@ -52,6 +96,7 @@ __all__ = [
     "detection_reward",
     "grounding_reward",
     "ocr_reward",
+    "register",
     "reward_for",
     "total",
     "trajectory_reward",

@@ -49,7 +49,7 @@ def total(components: Mapping[str, Sequence[float]], weights: Mapping[str, float
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """Base of all rewards; a subclass names its task and components and implements ``score`` and ``readable``.
+    """Base of all rewards; a subclass names its task and components and implements ``score``.
 
     Args:
         weights: component → weight, used by :meth:`total`; a component not named weighs 1.
@@ -118,7 +118,7 @@ class Reward:
 
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
         """Whether each answer could be read as an answer to this task at all (an explicit empty list can)."""
-        raise NotImplementedError
+        return [True] * len(answers)
 
     def diagnose(self, answers: Sequence[str], records: Sequence[Record]) -> dict[str, list[int]]:
         """What explains a low reward and is no part of it: name → a count for each answer.
