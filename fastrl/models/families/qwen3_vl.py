@@ -1,8 +1,8 @@
 """Qwen3-VL (arXiv:2511.21631), dense and mixture of experts: Qwen2.5-VL's pictures and positions, with DeepStack.
 
 Features of several depths of the tower reach the language model: the last ones take the placeholders' rows, those of
-``deepstack_visual_indexes`` are added to the same rows after its first layers. Queries and keys are normed per head. The
-experts' router has a balancing loss in pre-training; here it is off, as no loss of ours asks for it.
+``deepstack_visual_indexes`` are added to the same rows after its first layers. Queries and keys are normed per head.
+The experts' router has a balancing loss in pre-training; here it is off, as no loss of ours asks for it.
 """
 
 from __future__ import annotations
