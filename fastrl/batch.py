@@ -30,6 +30,7 @@ class ImageInput:
     pixel_values: Tensor  # float32, as the family's vision tower takes them; one picture's alone
     shape: tuple[int, ...]  # what the family must know of it beside: patches (t, h, w), or tiles, or the size it had
     key: str  # images with one key have the same features, and go through the vision tower once per batch
+    original: Tensor | None = None  # [height, width, 3] uint8, where the pixels do not give the picture back
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,7 @@ class Encoder:
         return {"role": message["role"], "content": clean}
 
     def _render(self, record: Record, messages: list[dict[str, Any]], generate: bool) -> str:
-        plain = self.family.template_messages(messages)
-        return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
+        return self.family.render(self.tokenizer, messages, generate, self.end_of_turn)
 
     def _tokens(self, text: str, *, first: bool = False) -> Tensor:
         return torch.tensor(self.family.token_ids(self.tokenizer, text, first=first), dtype=torch.int64)

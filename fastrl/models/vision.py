@@ -143,4 +143,5 @@ def picture_of(pixels: Tensor, processor: Any) -> Image:
 
 
 def _bytes(image: ImageInput) -> int:
-    return image.pixel_values.numel() * image.pixel_values.element_size()
+    held = image.pixel_values.numel() * image.pixel_values.element_size()
+    return held + (0 if image.original is None else image.original.numel())

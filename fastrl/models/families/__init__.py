@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastrl.models.families.base import PARTS, Family, Layout, Parts, Placed, Size, VisionFeatures
+from fastrl.models.families.llava import Llava
+from fastrl.models.families.llava_next import LlavaNext, LlavaNextVideo, LlavaOnevision
 from fastrl.models.families.qwen2_vl import Qwen2_5VL, Qwen2VL
 from fastrl.models.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 
@@ -70,5 +72,5 @@ def published() -> dict[str, Mapping[str, Any]]:
     return {name: config for family in families().values() for name, config in family.published.items()}
 
 
-for _family in (Qwen2VL, Qwen2_5VL, Qwen3VL, Qwen3VLMoe):
+for _family in (Qwen2VL, Qwen2_5VL, Qwen3VL, Qwen3VLMoe, Llava, LlavaNext, LlavaNextVideo, LlavaOnevision):
     register(_family)

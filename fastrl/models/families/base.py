@@ -182,6 +182,12 @@ class Family:
             for m in messages
         ]
 
+    def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], generate: bool, end: str) -> str:
+        """Messages of part lists as text, with a generation prompt if asked; ``end``: as for :meth:`turn`."""
+        return tokenizer.apply_chat_template(
+            self.template_messages(messages), tokenize=False, add_generation_prompt=generate
+        )
+
     def turn(self, text: str, end: str) -> str:
         """An assistant's turn as the template renders it behind the generation prompt; ``end``: the token closing it
         (``end_of_turn``, unless the model's folder names another)."""
