@@ -18,6 +18,7 @@ from fastrl.data.blank import BlankImages
 from fastrl.data.pictures import PictureError
 from fastrl.data.sound_stream import SoundStream
 from fastrl.data.stream import RecordStream
+from fastrl.disk import require_space
 from fastrl.engine import make_engine
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
@@ -25,7 +26,9 @@ from fastrl.recipe import Recipe
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
 from fastrl.run.checkpoint import RunState
-from fastrl.run.folder import open_run_folder
+from fastrl.run.folder import begin_run, offer_earlier, open_run_folder
+from fastrl.run.integrity import Damaged
+from fastrl.run.keeping import watch_rewards
 from fastrl.run.metrics import (
     Meter,
     MetricsLog,
@@ -78,6 +81,8 @@ def train(
     recipe: Recipe,
     *,
     resume: bool = False,
+    from_step: int | None = None,
+    accept_changed_data: bool = False,
     records: Sequence[Record] | None = None,
     policy: Policy | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
@@ -89,6 +94,8 @@ def train(
     Args:
         recipe: the whole run.
         resume: go on from the last checkpoint in the recipe's folder (from the beginning where there is none yet).
+        from_step: with ``resume``, go on from the checkpoint of that step; later ones are set aside.
+        accept_changed_data: with ``resume``, go on though the data is not what the run began with.
         records: the data, where it is not to be loaded from ``recipe.data.spec``.
         policy: the model, where it is not to be loaded from ``recipe.model``; it is trained in place.
         on_step: called with each step's row of metrics, after it is written.
@@ -96,37 +103,47 @@ def train(
         profile: write ``trace.json`` of a few steps into the recipe's folder (see ``fastrl.run.profiling``).
 
     Raises:
-        CheckpointError: the folder holds a run and ``resume`` is off, or another process trains in it.
+        CheckpointError: the folder holds a run and ``resume`` is off, another process trains in it, a checkpoint is
+            damaged, or could not be written.
         TrainingError: a loss or gradient that is not finite; the message has the step and the records.
         ValueError: recipe, data and model do not fit each other.
     """
     start = time.monotonic()
     out = recipe.folder
+    if not resume and (from_step is not None or accept_changed_data):
+        raise ValueError("from_step and accept_changed_data (--from-step, --accept-changed-data) go with resume")
     writes = _is_first_rank(recipe)  # the other ranks of a distributed run write nothing but their part of checkpoints
     with ExitStack() as stack:
         if writes:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(checkpoint.lock_run(out))
-        saved = open_run_folder(recipe, resume, writes)
+        saved, notes = open_run_folder(recipe, resume=resume, writes=writes, from_step=from_step)
         run = Run(recipe, records=records, policy=policy)
         stack.callback(run.policy.preprocessor.close)
         stack.callback(run.context.close)
-        done = checkpoint.load_checkpoint(saved, run.state) if saved is not None else 0
+        done = 0
+        if saved is not None:
+            done, more = run.load(saved, accept_changed_data)
+            notes += more
+        run.check_space()
+        if writes:  # only now: whatever is wrong was said, and the folder is as it was
+            notes += begin_run(recipe, done)
         log = MetricsLog(out, tensorboard=recipe.log.tensorboard, after=done) if writes else NoLog()
         stack.callback(log.close)
         steps, every = recipe.optim.steps, recipe.log.every
         progress = stack.enter_context(Progress(steps, done=done, every=every, show=show and writes))
-        if run.skipped:
-            progress.note(run.skipped)
-        if resume:
-            progress.note(f"resuming after step {done}" if done else "no checkpoint yet: starting from the beginning")
+        for text in (run.skipped, *notes):
+            if text:
+                progress.note(text)
+                log.note(done, text)
         stop = stack.enter_context(stop_signals(progress.note))
         traced = stack.enter_context(profiled(out, steps=steps - done, enabled=profile and writes))
         row: dict[str, Any] = {}
-        stopping = False
+        stopping = equal = False
         while done < steps and not stopping:
             done += 1
             row, table = run.step(done)
+            equal |= row.get("reward/group_std") == 0.0  # no group has anything to learn from
             traced()
             for problem in run.broken_pictures():
                 progress.note(f"passed over {problem}")
@@ -144,7 +161,11 @@ def train(
                 run.check_weights(done)
                 log.sync()
                 with run.clock.phase("checkpoint"):
+                    if writes and (said := watch_rewards(out, equal)):
+                        progress.note(said)
+                        log.note(done, said)
                     saved = checkpoint.save_checkpoint(out, done, run.state, keep=recipe.checkpoint.keep)
+                equal = False
         interrupted = stopping and done < steps
         if interrupted:
             progress.note(f"stopped after step {done}; go on with --resume")
@@ -179,6 +200,7 @@ class Run:
             order=recipe.data.order,
             rank=self.engine.rank,
             world_size=self.engine.world_size,
+            pictures=recipe.data.identity,
         )
         _seed(recipe.seed + self.engine.rank)  # the steps draw the same numbers however much loading drew
         rng = torch.Generator().manual_seed(recipe.seed + self.engine.rank)
@@ -202,6 +224,23 @@ class Run:
             self.policy.make_reference()
         base = checkpoint.fingerprint(self.policy.core)
         self.state = RunState(self.policy, self.engine, self.stream, rng, self.method, base)
+
+    def load(self, saved: Path, accept_changed_data: bool) -> checkpoint.Loaded:
+        """Go to where a checkpoint was written."""
+        try:
+            return checkpoint.load_checkpoint(
+                saved,
+                self.state,
+                accept_changed_data=accept_changed_data,
+                accept_gone_rows=self.recipe.data.skip_bad,
+            )
+        except Damaged as error:
+            raise offer_earlier(self.recipe.folder, saved, error) from None
+
+    def check_space(self) -> None:
+        """Raise ``OSError`` where the disk has no room for the first checkpoint: no step is done in vain."""
+        if self.recipe.checkpoint.every or self.recipe.checkpoint.final:
+            require_space(self.recipe.folder / "checkpoints", checkpoint.bytes_needed(self.state))
 
     def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One rollout batch and its updates. Returns the row of metrics and, when one is due, a table of samples."""

@@ -62,6 +62,12 @@ def train(
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [runs/NAME].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    from_step: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --resume: from the checkpoint of step N.")
+    ] = None,
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="With --resume: go on though the data changed.")
+    ] = False,
     skip_bad: SkipBad = False,
     blank_images: Blank = False,
     profile: Annotated[bool, typer.Option("--profile", help="Write trace.json of a few steps to the folder.")] = False,
@@ -77,7 +83,13 @@ def train(
     if blank_images:
         changes["data.blank_images"] = True
     named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
-    summary = run(load_recipe(recipe, [*named, *(overrides or [])]), resume=resume, profile=profile)
+    summary = run(
+        load_recipe(recipe, [*named, *(overrides or [])]),
+        resume=resume,
+        from_step=from_step,
+        accept_changed_data=accept_changed_data,
+        profile=profile,
+    )
     say(f"step {summary.steps}, {summary.seconds:.0f} s, {summary.out / 'metrics.jsonl'}")
     if summary.model is not None:
         say(f"model: {summary.model}")

@@ -54,6 +54,8 @@ class DataRecipe(Section):
     # Count and skip bad rows instead of refusing the data, and records whose pictures cannot be decoded as they come
     skip_bad: bool = False
     max_image_pixels: int = Field(MAX_IMAGE_PIXELS, ge=1)  # width x height of a picture file; a larger one is a bad row
+    # How --resume sees that a picture file changed. stat: its size and time of last change; bytes: reads them all
+    identity: Literal["stat", "bytes"] = "stat"
     # Of clips: how many frames the model is shown, and which (uniform, first or random); none: as the spec has it
     frames: int | None = Field(None, ge=1)
     sample: Literal["uniform", "first", "random"] | None = None

@@ -129,7 +129,10 @@ def clip_subject(subject: Subject) -> dict[str, Any]:
 
 
 class HasRecord(Protocol):
-    """What can be made a record."""
+    """What can be made a record; ``id`` is the record's."""
+
+    @property
+    def id(self) -> str: ...
 
     def record(self) -> Record: ...
 

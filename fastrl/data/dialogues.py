@@ -57,6 +57,11 @@ class Dialogue:
     answer: str
     tpl: float | None = None  # temporal perplexity of the answer, where it was measured
 
+    @property
+    def id(self) -> str:
+        """The clip's."""
+        return self.clip.id
+
     def record(self) -> Record:
         """As one user turn of frames with their times, then the question. Frames of a video file are decoded now."""
         clip = self.clip

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastrl.data.pictures import AnyPicture, open_picture
+from fastrl.disk import replace_file
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Replace a small text file, whole or not at all. Raises ``OSError`` with the path and the bytes needed."""
+    replace_file(path, text.encode())
 
 
 def image_names(images: Sequence[AnyPicture], number: int, out: Path) -> list[str]:

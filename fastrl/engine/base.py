@@ -46,7 +46,13 @@ class Engine(Protocol):
 
     def save(self, folder: Path) -> None: ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Go on from what :meth:`save` wrote. Raises ``ValueError``, with the file, where it is not of this engine."""
+        ...
+
+    def saved_bytes(self) -> int:
+        """About how many bytes :meth:`save` writes, of all ranks together."""
+        ...
 
     def gradient_of(self, parameter: Tensor) -> Tensor | None:
         """The float32 gradient :meth:`step` will read, zeros where there is none yet; None: this engine shows none."""

@@ -148,6 +148,10 @@ class DeepSpeedEngine:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
         self.updates = int(client["updates"])
 
+    def saved_bytes(self) -> int:
+        """The trained weights, in their type and in float32, and two moments."""
+        return sum(p.numel() * (p.element_size() + 12) for p in self._parameters)
+
     def gradient_of(self, parameter: Tensor) -> None:
         """DeepSpeed keeps gradients in buffers of its own."""
         return None

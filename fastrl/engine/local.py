@@ -155,44 +155,75 @@ class LocalEngine:
 
         tensors = {key: tensor.detach().contiguous() for key, tensor in self._state()}
         save_file(tensors, folder / "optimizer.safetensors")
-        (folder / "optimizer.json").write_text(json.dumps({"updates": self.updates}))
+        moments = [name for name, master in self._masters.items() if self._optimizer_of[name].state.get(master)]
+        (folder / "optimizer.json").write_text(json.dumps({"updates": self.updates, "moments": moments}))
+
+    def saved_bytes(self) -> int:
+        """Weights in float32 and two moments."""
+        per_weight = 4 + (2 + 8 / 256 if self.optim.states == "8bit" else 8)
+        return int(sum(master.numel() for master in self._masters.values()) * per_weight)
 
     def load(self, folder: Path) -> None:
-        """Restore weights and moments. Raises ``ValueError`` where names, shapes or states are not this engine's."""
-        from safetensors.torch import load_file
-
-        saved = load_file(folder / "optimizer.safetensors")
+        """Restore weights and moments. Raises ``ValueError`` where names, shapes or states are not this engine's; the
+        engine is then as it was."""
+        path = folder / "optimizer.safetensors"
+        updates, with_moments = _read_counts(folder / "optimizer.json")
+        saved = _read_tensors(path)
         found = {key.removeprefix("weight.") for key in saved if key.startswith("weight.")}
         if found != set(self._masters):
             odd = sorted(found ^ set(self._masters))
-            raise ValueError(f"{folder}: saved for other trainable parameters; {len(odd)} differ, the first: {odd[0]}")
+            raise ValueError(f"{path}: saved for other trainable parameters; {len(odd)} differ, the first: {odd[0]}")
+        for name, master in self._masters.items():
+            _check_like(path, name, saved[f"weight.{name}"], master)
+        states = self._check_states(path, saved, updates, with_moments)
         with torch.no_grad():
             for name, master in self._masters.items():
-                weight = saved[f"weight.{name}"]
-                if weight.shape != master.shape:
-                    raise ValueError(
-                        f"{folder}: {name} was saved with shape {list(weight.shape)}, is {list(master.shape)}"
-                    )
-                master.copy_(weight)
-        self._load_states(folder, saved)
+                master.copy_(saved[f"weight.{name}"])
+        for name, state in states.items():
+            master, optimizer = self._masters[name], self._optimizer_of[name]
+            fused = optimizer.defaults.get("fused")  # keeps its step count beside the weights, the others on the CPU
+            optimizer.state[master] = {
+                key: value.to(master.device) if fused or key != "step" else value for key, value in state.items()
+            }
         self._write_back(self._parameters)
-        self.updates = int(json.loads((folder / "optimizer.json").read_text())["updates"])
+        self.updates = updates
 
-    def _load_states(self, folder: Path, saved: dict[str, Tensor]) -> None:
+    def _check_states(
+        self, path: Path, saved: dict[str, Tensor], updates: int, with_moments: list[str] | None
+    ) -> dict[str, dict[str, Tensor]]:
+        """The saved state of each parameter that has one, every part there and of the right shape."""
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, value in saved.items():
             kind, _, rest = key.partition(".")
             if kind == "state":
                 entry, _, name = rest.partition(".")
                 by_name.setdefault(name, {})[entry] = value
+        # A parameter that never had a gradient has no moments. Older files do not say which; all had none before the
+        # first update.
+        missing = [] if with_moments is None else [name for name in with_moments if name not in by_name]
+        if missing or (with_moments is None and updates and not by_name):
+            names = missing or list(self._masters)
+            raise ValueError(f"{path}: the moments of {len(names)} parameters are missing, the first: {names[0]}")
         for name, state in by_name.items():
+            if name not in self._masters:
+                raise ValueError(f"{path}: holds moments of {name}, which is not trained")
             if ("exp_avg_scale" in state) != (self.optim.states == "8bit"):
-                raise ValueError(f"{folder}: saved with other optimizer states than optim.states: {self.optim.states}")
-            master, optimizer = self._masters[name], self._optimizer_of[name]
-            fused = optimizer.defaults.get("fused")  # keeps its step count beside the weights, the others on the CPU
-            optimizer.state[master] = {
-                key: value.to(master.device) if fused or key != "step" else value for key, value in state.items()
-            }
+                raise ValueError(f"{path}: saved with other optimizer states than optim.states: {self.optim.states}")
+            expected = self._empty_state(self._masters[name])
+            if odd := sorted(state.keys() ^ expected.keys()):
+                raise ValueError(f"{path}: the moments of {name} lack or have one too many: {', '.join(odd)}")
+            for key, value in state.items():
+                _check_like(path, f"{key} of {name}", value, expected[key])
+        return by_name
+
+    def _empty_state(self, master: Tensor) -> dict[str, Tensor]:
+        """Tensors like those the optimizer keeps of a parameter, without memory."""
+        like = torch.empty_like(master, device="meta")
+        if self.optim.states == "8bit":
+            from fastrl.engine.optimizers import empty_state
+
+            return empty_state(like)
+        return {"step": torch.zeros((), device="meta"), "exp_avg": like, "exp_avg_sq": like}
 
     def gathered(self) -> AbstractContextManager[None]:
         """Nothing is sharded here."""
@@ -243,3 +274,36 @@ class LocalEngine:
             yield f"weight.{name}", master
             for key, value in self._optimizer_of[name].state.get(master, {}).items():
                 yield f"state.{key}.{name}", value
+
+
+def _check_like(path: Path, what: str, saved: Tensor, expected: Tensor) -> None:
+    for name, there, here in (
+        ("shape", list(saved.shape), list(expected.shape)),
+        ("type", saved.dtype, expected.dtype),
+    ):
+        if there != here:
+            raise ValueError(f"{path}: {what} was saved with {name} {there}, is {here}")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+
+
+def _read_counts(path: Path) -> tuple[int, list[str] | None]:
+    """Updates made, and which parameters have moments (None: the file is older than that list)."""
+    try:
+        value = json.loads(path.read_text())
+        updates, moments = value["updates"], value.get("moments")
+        good = isinstance(updates, int) and not isinstance(updates, bool) and updates >= 0
+        good &= moments is None or all(isinstance(name, str) for name in moments)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    if not good:
+        raise ValueError(f"{path}: updates or moments are of the wrong type")
+    return updates, moments

@@ -60,7 +60,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
         state = self.state[parameter]
         if not state:
-            state.update(_empty_state(parameter))
+            state.update(empty_state(parameter))
         state["step"] += 1
         step = int(state["step"])
         rng = torch.Generator(parameter.device).manual_seed((step * 1_000_003 + place) % 2**63)
@@ -73,7 +73,8 @@ class AdamW8bit(torch.optim.Optimizer):
             _update_chunk(weights[numbers], gradient[numbers], state, blocks, group, step, rng)
 
 
-def _empty_state(parameter: Tensor) -> dict[str, Tensor]:
+def empty_state(parameter: Tensor) -> dict[str, Tensor]:
+    """State of a parameter before its first update."""
     blocks = -(-parameter.numel() // BLOCK)
     made = parameter.new_zeros
     return {

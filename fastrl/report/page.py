@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.answers import View
-from fastrl.run.metrics import read_rows
+from fastrl.run.logs import read_rows
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

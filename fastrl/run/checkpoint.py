@@ -5,12 +5,13 @@ OUT/checkpoints/step-00000020/
     model/                  an ordinary Hugging Face folder
     optimizer.safetensors   weights as the optimizer holds them, and its moments (or DeepSpeed's own files)
     rank-0.json, rank-0.safetensors   data position and random states of each rank
-    state.json              step, versions
+    data.json               what the data was (fastrl.data.identity)
+    state.json              step, versions, the checksum of every other file
 OUT/model -> checkpoints/step-…/model
 ```
 
 A checkpoint is written under a temporary name, flushed to the disk, and renamed: a process killed at any moment leaves
-the last complete one. What the log says about later steps is cut off on resume, so no step is logged twice.
+the last complete one. Which ones stay: ``keeping``; whether one is whole: ``integrity``.
 """
 
 from __future__ import annotations
@@ -20,29 +21,27 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fastrl.data.identity import Change, read_identity
+from fastrl.data.stream import DataChanged, RecordStream
+from fastrl.disk import require_space, sizes
+from fastrl.run.integrity import STATE, VERSION, CheckpointError, Damaged, checksums, read_header, read_json
+from fastrl.run.keeping import TEMPORARY, link, list_checkpoints, rotate, step_of
+
 if TYPE_CHECKING:
-    from fastrl.data.stream import RecordStream
     from fastrl.engine.base import Engine
     from fastrl.methods import Method
     from fastrl.models.load import Policy
 
-VERSION = 1
-_NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY = ".writing-"
-
-
-class CheckpointError(RuntimeError):
-    """A run folder or checkpoint that cannot be used."""
+DATA = "data.json"
 
 
 @dataclass
@@ -57,56 +56,93 @@ class RunState:
     base: str = ""  # fingerprint of the weights the run began with: those of its reference, or under its adapters
 
 
+class Loaded(NamedTuple):
+    """What was loaded: the checkpoint's step, and what a user should know about it."""
+
+    step: int
+    notes: list[str]
+
+
 def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
-    """Write the checkpoint of ``step``, drop all but the last ``keep``, return its folder. Every rank calls this."""
+    """Write the checkpoint of ``step``, drop those that are not kept, return its folder. Every rank calls this.
+
+    Raises:
+        CheckpointError: it does not fit on the disk (seen before anything is written), or cannot be written; earlier
+            checkpoints stay, and nothing of this one is left.
+    """
     root = out / "checkpoints"
-    folder, temporary = root / f"step-{step:08d}", root / f"{_TEMPORARY}{step:08d}"
+    folder, temporary = root / f"step-{step:08d}", root / f"{TEMPORARY}{step:08d}"
     if folder.exists():
         return folder  # complete, by the way it got its name, and a step is the same however often it is reached
     first = run.engine.rank == 0
-    run.engine.barrier()
-    if first:
+    needed = bytes_needed(run)
+
+    def begin() -> None:
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
+        require_space(folder, needed)
         temporary.mkdir()
         with _no_progress_bars():
             run.policy.save(temporary / "model")
-    run.engine.barrier()
-    _save_rank(temporary, run)
-    if first or run.engine.world_size > 1:
-        run.engine.save(temporary)
-    run.engine.barrier()
-    if first:
+        (temporary / DATA).write_text(json.dumps(run.stream.identity().plain()))
+
+    def finish() -> None:
         state = {"version": VERSION, "step": step, "world_size": run.engine.world_size, "torch": str(torch.__version__)}
-        (temporary / "state.json").write_text(json.dumps(state))
+        (temporary / STATE).write_text(json.dumps({**state, "files": checksums(temporary)}))
         _flush(temporary)
         os.rename(temporary, folder)
         _flush_directory(root)
-        _link(out / "model", Path("checkpoints") / folder.name / "model")
-        for old in list_checkpoints(out)[:-keep]:
-            dropped = old.with_name(f"{_TEMPORARY}dropped-{old.name}")
-            os.rename(old, dropped)  # a kill now leaves no half-deleted folder that looks complete
-            shutil.rmtree(dropped)
-    run.engine.barrier()
+        link(out / "model", Path("checkpoints") / folder.name / "model")
+
+    try:
+        _on_all_ranks(run.engine, begin if first else None)
+        _on_all_ranks(run.engine, lambda: _save_rank(temporary, run))
+        _on_all_ranks(run.engine, lambda: run.engine.save(temporary) if first or run.engine.world_size > 1 else None)
+        _on_all_ranks(run.engine, finish if first else None)
+    except _WriteError as error:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        earlier = list_checkpoints(out)
+        stays = f"the last checkpoint, {earlier[-1].name}, stays" if earlier else "there is no earlier checkpoint"
+        raise CheckpointError(f"{folder}: not written: {error}; {sizes(folder, needed)}; {stays}") from error
+    try:
+        _on_all_ranks(run.engine, (lambda: rotate(out, keep)) if first else None)
+    except _WriteError as error:
+        raise CheckpointError(f"{folder}: written, but no older checkpoint could be removed: {error}") from error
     return folder
 
 
-def load_checkpoint(folder: Path, run: RunState) -> int:
-    """Put a run back to where the checkpoint was written; returns its step.
+def bytes_needed(run: RunState) -> int:
+    """About how many bytes a checkpoint takes on the disk."""
+    return sum(p.numel() * p.element_size() for p in run.policy.core.parameters()) + run.engine.saved_bytes()
+
+
+def load_checkpoint(
+    folder: Path, run: RunState, *, accept_changed_data: bool = False, accept_gone_rows: bool = False
+) -> Loaded:
+    """Put a run back to where the checkpoint was written.
+
+    Args:
+        folder: of a checkpoint whose files were checked (``fastrl.run.integrity.inspect``).
+        run: of the same recipe.
+        accept_changed_data: go on with other data; accept_gone_rows: where rows are gone and nothing else differs.
 
     Raises:
         CheckpointError: not a complete checkpoint, another version, another number of ranks, or of a run that began
             with other weights.
         ValueError: other parameters or other data than those it was written with.
     """
-    state = _read_json(folder / "state.json")
-    if state.get("version") != VERSION:
-        raise CheckpointError(f"{folder}: checkpoint version {state.get('version')!r}, this fastrl reads {VERSION}")
-    if state["world_size"] != run.engine.world_size:
-        raise CheckpointError(f"{folder}: written by {state['world_size']} ranks, this run has {run.engine.world_size}")
+    header = read_header(folder, step_of(folder))
+    if header.world_size != run.engine.world_size:
+        raise CheckpointError(f"{folder}: written by {header.world_size} ranks, this run has {run.engine.world_size}")
+    notes = [] if header.checked else [f"{folder} is older than checksums: its files were not compared with any"]
+    state = _read_rank(folder, run)
+    change = _load_position(folder, state, run, accept_changed_data, accept_gone_rows)
+    if change:
+        notes.append(f"going on with other data than before: {change}")
     run.engine.load(folder)
-    _load_rank(folder, run)
-    return int(state["step"])
+    _load_rank(folder, state, run)
+    return Loaded(header.step, notes)
 
 
 def fingerprint(core: torch.nn.Module) -> str:
@@ -119,54 +155,6 @@ def fingerprint(core: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def list_checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    root = out / "checkpoints"
-    if not root.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def step_of(folder: Path) -> int:
-    """The step a checkpoint folder's name says."""
-    match = _NAME.fullmatch(folder.name)
-    if match is None:
-        raise CheckpointError(f"{folder}: not a checkpoint's name (step-00000020)")
-    return int(match[1])
-
-
-def latest_checkpoint(out: Path) -> Path | None:
-    """The last complete checkpoint of a run, if there is one; what a killed process left half-written is removed."""
-    for path in (out / "checkpoints").glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
-    found = list_checkpoints(out)
-    return found[-1] if found else None
-
-
-def truncate_rows(path: Path, step: int) -> int:
-    """Cut a JSONL log after its last row of a step up to ``step``; returns how many rows were cut.
-
-    A half-written last line goes as well.
-    """
-    if not path.is_file():
-        return 0
-    end, position, cut = 0, 0, 0
-    with path.open("rb") as file:
-        for line in file:
-            position += len(line)
-            try:
-                row = json.loads(line)
-                good = line.endswith(b"\n") and int(row["step"]) <= step
-            except (ValueError, KeyError, TypeError):
-                good = False
-            if good and cut == 0:
-                end = position
-            else:
-                cut += 1
-    if cut:
-        os.truncate(path, end)
-    return cut
 
 
 @contextlib.contextmanager
@@ -223,46 +211,91 @@ def _save_rank(folder: Path, run: RunState) -> None:
     save_file(tensors, folder / f"rank-{rank}.safetensors")
 
 
-def _load_rank(folder: Path, run: RunState) -> None:
-    from safetensors.torch import load_file
-
-    rank = run.engine.rank
-    state = _read_json(folder / f"rank-{rank}.json")
+def _read_rank(folder: Path, run: RunState) -> dict[str, Any]:
+    """A rank's JSON, its parts of the right types."""
+    path = folder / f"rank-{run.engine.rank}.json"
+    state = read_json(path)
+    for name, kind in (("stream", dict), ("python", list), ("numpy", list)):
+        if not isinstance(state.get(name), kind):
+            raise Damaged(f"{path}: {name} is missing or of the wrong type")
     if state.get("base", run.base) != run.base:
         raise CheckpointError(
             f"{folder}: the run began with other weights than the model it would go on with: model.path has to be that "
             "of the beginning (what was trained since is in the checkpoint)"
         )
-    run.stream.load(state["stream"])
-    if "method" in state and run.method is not None:
-        run.method.load(state["method"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, array, *rest = state["numpy"]
-    np.random.set_state((name, np.array(array, dtype=np.uint32), *rest))
-    tensors = load_file(folder / f"rank-{rank}.safetensors")
-    torch.set_rng_state(tensors["torch"])
-    run.rng.set_state(tensors["sampler"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    return state
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _load_position(
+    folder: Path, state: dict[str, Any], run: RunState, accept: bool, accept_gone: bool
+) -> Change | None:
+    path = folder / DATA
+    before = None
+    if path.is_file():
+        try:
+            before = read_identity(read_json(path))
+        except ValueError as error:
+            raise Damaged(f"{path}: {error}") from None
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as a checkpoint's file: {error}") from None
+        return run.stream.load(state["stream"], before, accept=accept, accept_gone=accept_gone)
+    except DataChanged as error:
+        raise DataChanged(f"{error}. Restore it, or go on with it by --accept-changed-data") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / f'rank-{run.engine.rank}.json'}: {error}") from None
 
 
-def _link(link: Path, target: Path) -> None:
-    """Point ``link`` at the newest model; where links are not allowed there is none."""
-    if link.exists() and not link.is_symlink():
-        return
-    temporary = link.with_name(f".{link.name}.link")
-    with contextlib.suppress(OSError, NotImplementedError):
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target, target_is_directory=True)
-        os.replace(temporary, link)
+def _load_rank(folder: Path, state: dict[str, Any], run: RunState) -> None:
+    from safetensors.torch import load_file
+
+    path = folder / f"rank-{run.engine.rank}.json"
+    if "method" in state and run.method is not None:
+        with _usable(path, "what the method kept"):
+            run.method.load(state["method"])
+    with _usable(path, "the random state of Python"):
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+    with _usable(path, "the random state of NumPy"):
+        name, array, *rest = state["numpy"]
+        np.random.set_state((name, np.array(array, dtype=np.uint32), *rest))
+    path = path.with_suffix(".safetensors")
+    with _usable(path, "the random state of torch"):
+        tensors = load_file(path)
+        torch.set_rng_state(tensors["torch"])
+        run.rng.set_state(tensors["sampler"])
+        if "cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["cuda"])
+
+
+@contextlib.contextmanager
+def _usable(path: Path, what: str) -> Iterator[None]:
+    """Inside: values of a file are put to use; whatever is wrong with them is one line with the file."""
+    from safetensors import SafetensorError
+
+    wrong = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, SafetensorError)
+    try:
+        yield
+    except wrong as error:
+        raise Damaged(f"{path}: {what} cannot be used ({type(error).__name__}: {error})") from None
+
+
+class _WriteError(RuntimeError):
+    """Something could not be written, here or on another rank."""
+
+
+def _on_all_ranks(engine: Engine, work: Callable[[], object] | None) -> None:
+    """Do the work and wait for the others'. Where it fails on one rank it fails on all."""
+    from safetensors import SafetensorError
+
+    failed: Exception | None = None
+    if work is not None:
+        try:
+            work()
+        except (OSError, SafetensorError, RuntimeError) as error:  # as which libraries report a disk that is full
+            failed = error
+    if engine.maximum(float(failed is not None)) > 0:
+        if isinstance(failed, OSError) and failed.strerror:
+            raise _WriteError(failed.strerror if failed.filename is None else f"{failed.filename}: {failed.strerror}")
+        raise _WriteError(str(failed) if failed is not None else "another rank could not write its part") from failed
 
 
 def _flush(folder: Path) -> None:

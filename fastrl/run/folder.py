@@ -1,53 +1,130 @@
-"""A run's folder: refused where it holds another run, else made ready to begin or to go on."""
+"""A run's folder: refused where it holds another run or what it holds is damaged, else made ready to begin or go on."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import NamedTuple
 
-from fastrl.data.files import write_atomically
+from fastrl.disk import replace_file
 from fastrl.recipe import Recipe, differences, load_recipe
-from fastrl.run import checkpoint
-from fastrl.run.checkpoint import CheckpointError
+from fastrl.run.integrity import CheckpointError, Damaged, inspect
+from fastrl.run.keeping import clear_unfinished, kept, list_checkpoints, set_aside, step_of
+from fastrl.run.logs import cut_rows, has_rows
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+# A resumed run may be longer, log otherwise and lie elsewhere; whatever else changes makes it another run.
+FREE = (
+    "optim.steps",
+    "checkpoint.",
+    "log.",
+    "out",
+    "name",
+    "model.path",
+    "model.device",
+    "rollout.server",
+    "rollout.shared",
+    "optim.token_budget",
+    "data.workers",
+    "data.skip_bad",
+    "data.max_image_pixels",
+    "data.identity",
+    "engine.timeout",
+)
 
 
-def open_run_folder(recipe: Recipe, resume: bool, writes: bool) -> Path | None:
-    """Check the run folder, write the resolved recipe, cut logs back; the checkpoint to resume from, if any."""
+class Opened(NamedTuple):
+    """A run's folder that may be used: the checkpoint to go on from, if any, and what a user should know."""
+
+    checkpoint: Path | None
+    notes: list[str]
+
+
+def open_run_folder(recipe: Recipe, *, resume: bool, writes: bool, from_step: int | None = None) -> Opened:
+    """Check the folder and choose the checkpoint to resume from; nothing in it is changed.
+
+    Args:
+        recipe: its ``folder``.
+        resume: go on with the run in the folder.
+        writes: this is the rank that writes: it checks; the others choose the same checkpoint.
+        from_step: go on from the checkpoint of this step instead of the newest.
+
+    Raises:
+        CheckpointError: the folder holds a run and ``resume`` is off; the run began with other settings; the checkpoint
+            is damaged (the message names the file and the last sound one), missing, or was once there.
+    """
     out = recipe.folder
-    stored = out / "recipe.yaml"
-    found = checkpoint.latest_checkpoint(out) if resume or writes else None
+    found = list_checkpoints(out)
+    if not resume:
+        if writes and (found or has_rows(out / LOGS[0])):
+            raise CheckpointError(f"{out} already holds a run: go on with --resume, or choose another --out")
+        return Opened(None, [])
+    chosen = _choose(out, found, from_step)
     if not writes:
-        return found
-    log = out / "metrics.jsonl"
-    if not resume and (found is not None or (log.exists() and log.stat().st_size > 0)):
-        raise CheckpointError(f"{out} already holds a run: go on with --resume, or choose another --out")
-    if resume and found is not None and stored.is_file():
-        _check_same_run(recipe, stored)
-    write_atomically(stored, recipe.dump())
-    step = checkpoint.step_of(found) if found is not None else 0
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        checkpoint.truncate_rows(out / name, step)
-    return found
+        return Opened(chosen, [])
+    if chosen is None:
+        _check_nothing_vanished(out)
+        return Opened(None, ["no checkpoint yet: starting from the beginning"])
+    notes = _check_same_run(recipe, out / "recipe.yaml")
+    kept(out)
+    try:
+        inspect(chosen, step_of(chosen))
+    except Damaged as error:
+        raise offer_earlier(out, chosen, error) from None
+    return Opened(chosen, [f"resuming after step {step_of(chosen)}", *notes])
 
 
-def _check_same_run(recipe: Recipe, stored: Path) -> None:
-    """A resumed run may be longer and log otherwise; whatever else changes makes it another run."""
-    old = load_recipe(stored)
-    free = (
-        "optim.steps",
-        "checkpoint.",
-        "log.",
-        "out",
-        "name",
-        "model.path",
-        "model.device",
-        "rollout.server",
-        "rollout.shared",
-        "optim.token_budget",
-        "data.workers",
-        "data.skip_bad",
-        "data.max_image_pixels",
-    )
-    changed = {k: v for k, v in differences(old, recipe).items() if not k.startswith(free)}
+def begin_run(recipe: Recipe, done: int) -> list[str]:
+    """Make the folder ready to go on after step ``done``: the resolved recipe, logs cut back, checkpoints of later
+    steps set aside. Returns what a user should know."""
+    out = recipe.folder
+    clear_unfinished(out)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    notes = [f"set aside, as its step will be done again: {path}" for path in set_aside(out, done)]
+    notes += [str(cut) for cut in (cut_rows(out / name, done) for name in LOGS) if str(cut)]
+    replace_file(out / "recipe.yaml", recipe.dump().encode())
+    return notes
+
+
+def offer_earlier(out: Path, damaged: Path, error: Exception) -> CheckpointError:
+    """The error of a damaged checkpoint, with the last sound one before it."""
+    for path in reversed([p for p in list_checkpoints(out) if step_of(p) < step_of(damaged)]):
+        try:
+            inspect(path, step_of(path))
+        except CheckpointError:
+            continue
+        step = step_of(path)
+        return CheckpointError(f"{error}; the last sound checkpoint is of step {step}: --resume --from-step {step}")
+    return CheckpointError(f"{error}; no earlier checkpoint is sound: restore the file, or begin anew in another --out")
+
+
+def _choose(out: Path, found: list[Path], from_step: int | None) -> Path | None:
+    if from_step is None:
+        return found[-1] if found else None
+    for path in found:
+        if step_of(path) == from_step:
+            return path
+    there = ", ".join(str(step_of(path)) for path in found) or "none"
+    raise CheckpointError(f"{out}: no checkpoint of step {from_step}; there is: {there}")
+
+
+def _check_nothing_vanished(out: Path) -> None:
+    """A run makes the folder ``checkpoints`` when it begins, and the link ``model`` with its first checkpoint."""
+    if not any(has_rows(out / name) for name in LOGS):
+        return
+    if not (out / "checkpoints").is_dir() or os.path.islink(out / "model"):
+        raise CheckpointError(
+            f"{out / 'checkpoints'}: gone, though {out / LOGS[0]} is of a run that has been here: restore it, or begin "
+            "anew in another --out"
+        )
+
+
+def _check_same_run(recipe: Recipe, stored: Path) -> list[str]:
+    if not stored.exists():
+        return [f"{stored} is gone: whether the settings are those the run began with was not checked"]
+    changes = differences(load_recipe(stored), recipe)
+    changed = {key: values for key, values in changes.items() if not key.startswith(FREE)}
     if changed:
         listed = "\n".join(f"  {key}: was {was!r}, is {now!r}" for key, (was, now) in changed.items())
         raise CheckpointError(f"{stored.parent}: cannot resume with other settings than the run began with:\n{listed}")
+    return []

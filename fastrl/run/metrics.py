@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import resource
 import statistics
 import sys
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from fastrl.run.logs import Appended
 
 if TYPE_CHECKING:
     from fastrl.batch import Completion, PackedBatch, PromptGroup
@@ -188,7 +189,10 @@ def sample_table(groups: Sequence[PromptGroup], n: int) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """``OUT/metrics.jsonl`` (one row a step), ``OUT/samples.jsonl``, and TensorBoard events where it is installed.
+    """``OUT/metrics.jsonl`` (one row a step), ``OUT/samples.jsonl``, ``OUT/notes.jsonl`` (what the run was told or
+    found, as a resume from other data), and TensorBoard events where it is installed.
+
+    A row is there whole or not at all. Where one cannot be written, an ``OSError`` names the file.
 
     Args:
         out: the run's folder.
@@ -197,14 +201,14 @@ class MetricsLog:
     """
 
     def __init__(self, out: Path, *, tensorboard: bool = True, after: int = 0) -> None:
-        self._rows = (out / "metrics.jsonl").open("a", encoding="utf-8")
-        self._samples = out / "samples.jsonl"
+        self._rows = Appended(out / "metrics.jsonl")
+        self._samples = Appended(out / "samples.jsonl")
+        self._notes = Appended(out / "notes.jsonl")
         self._board = _summary_writer(out / "tensorboard", after) if tensorboard else None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One row; numbers that are not finite become null, as JSON has no word for them."""
         self._rows.write(_json_line(row))
-        self._rows.flush()
         if self._board is not None:
             for key, value in row.items():
                 if key != "step" and isinstance(value, int | float) and math.isfinite(value):
@@ -212,18 +216,22 @@ class MetricsLog:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Sample answers of a step."""
-        with self._samples.open("a", encoding="utf-8") as file:
-            file.writelines(_json_line({"step": step, **row}) for row in rows)
+        self._samples.write("".join(_json_line({"step": step, **row}) for row in rows))
+
+    def note(self, step: int, text: str) -> None:
+        """Something about the run, found after ``step``."""
+        self._notes.write(_json_line({"step": step, "note": text}))
 
     def sync(self) -> None:
         """Flush to the disk (before a checkpoint, so that it never knows of a step the log does not)."""
-        self._rows.flush()
-        os.fsync(self._rows.fileno())
+        for file in (self._rows, self._samples, self._notes):
+            file.sync()
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
-        self._rows.close()
+        for file in (self._rows, self._samples, self._notes):
+            file.close()
         if self._board is not None:
             self._board.close()
 
@@ -235,25 +243,11 @@ class NoLog:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
+    def note(self, step: int, text: str) -> None: ...
+
     def sync(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line that a run is still writing is no row. Raises ``ValueError``: other lines."""
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
-                rows.append(row)
-            elif line.endswith("\n"):
-                raise ValueError(f"{path}:{number}: not a row of a run's log: {line[:60]!r}")
-    return rows
 
 
 def _rewarded(group: PromptGroup) -> bool:

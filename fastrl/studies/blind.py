@@ -18,7 +18,7 @@ from fastrl.evaluate import EVALUATIONS, Metrics, evaluate
 from fastrl.evaluate.run import MAX_NEW_TOKENS, sample_records
 from fastrl.recipe import Recipe, build_recipe
 from fastrl.rewards.base import unknown
-from fastrl.run.checkpoint import CheckpointError
+from fastrl.run.integrity import CheckpointError
 from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from PIL import Image
 
 from fastrl.data.records import Record
 from fastrl.recipe import Recipe, build_recipe
-from fastrl.run.metrics import VOLATILE, read_rows
+from fastrl.run.logs import read_rows
+from fastrl.run.metrics import VOLATILE
 
 TEXT = "the quick brown fox jumps over the lazy dog 0123456789 (),.:;-"
 

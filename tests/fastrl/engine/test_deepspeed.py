@@ -20,7 +20,7 @@ from torch import nn
 from fastrl.engine.deepspeed import deepspeed_available
 from fastrl.engine.local import LocalEngine
 from fastrl.recipe import OptimRecipe
-from fastrl.run.metrics import read_rows
+from fastrl.run.logs import read_rows
 
 pytestmark = pytest.mark.skipif(not deepspeed_available(), reason="DeepSpeed is not installed")
 

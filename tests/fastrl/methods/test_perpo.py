@@ -24,7 +24,7 @@ from fastrl.methods import Context, method_for
 from fastrl.methods.perpo import PerPO, PerPOOptions, preference_loss
 from fastrl.models.load import Policy, load_policy
 from fastrl.recipe import RewardRecipe, RolloutRecipe, load_recipe
-from fastrl.run import checkpoint
+from fastrl.run import keeping
 from fastrl.trainer import Run, train
 from tests.helpers.training import TEXT, make_recipe, make_records, steady_rows
 
@@ -350,7 +350,7 @@ def test_an_online_run_goes_on_where_it_stopped(tiny_folder: Folder, tmp_path: P
         train(parts, records=make_records(24), policy=brief_policy(folder), on_step=stop, show=False)
     train(parts, records=make_records(24), policy=brief_policy(folder), resume=True, show=False)
     assert steady_rows(tmp_path / "whole") == steady_rows(tmp_path / "parts")
-    ends = [checkpoint.latest_checkpoint(tmp_path / name) for name in ("whole", "parts")]
+    ends = [keeping.latest_checkpoint(tmp_path / name) for name in ("whole", "parts")]
     states = [json.loads((end / "rank-0.json").read_text()) for end in ends if end is not None]
     assert states[0]["method"]["lists"]
     assert states[0] == states[1]

@@ -14,7 +14,7 @@ from fastrl.batch import Completion, PromptGroup, pack_row
 from fastrl.data import load_data
 from fastrl.recipe import load_recipe
 from fastrl.rollout import Generator
-from fastrl.run.metrics import read_rows
+from fastrl.run.logs import read_rows
 from fastrl.trainer import train
 from tests.helpers.training import make_recipe
 

@@ -14,7 +14,7 @@ import torch
 from fastrl.models.load import load_policy
 from fastrl.recipe import RecipeError
 from fastrl.rollout import Generator, RolloutError, Sampling, VllmGenerator
-from fastrl.run.metrics import read_rows
+from fastrl.run.logs import read_rows
 from fastrl.trainer import train
 from tests.helpers.rollouts import encode, make_records, rng, same, teacher_forced
 from tests.helpers.training import make_recipe, steady_rows

@@ -1,31 +1,40 @@
-"""Checkpoints: whole or not at all, the last few kept, logs cut back, one process per folder."""
+"""Checkpoints: whole or not at all, the last few kept, every file checked, one process per folder."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import re
+import resource
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fastrl.data.records import Record
 from fastrl.data.stream import RecordStream
 from fastrl.engine.local import LocalEngine
 from fastrl.recipe import OptimRecipe
-from fastrl.run import checkpoint
-from fastrl.run.checkpoint import CheckpointError, RunState
+from fastrl.run import checkpoint, keeping
+from fastrl.run.checkpoint import RunState
+from fastrl.run.integrity import CheckpointError, Damaged, inspect
 
 
 class SmallPolicy:
     def __init__(self) -> None:
-        self.model = nn.Linear(2, 2)
+        self.model = self.core = nn.Linear(2, 2)
 
     def save(self, folder: Path) -> None:
         folder.mkdir()
+        (folder / "config.json").write_text("{}")
         save_file(self.model.state_dict(), folder / "model.safetensors")
 
 
@@ -54,7 +63,7 @@ def test_everything_goes_on_where_it_was(tmp_path: Path) -> None:
     random.seed(99)
     np.random.seed(99)
     other = run_state(seed=5)
-    assert checkpoint.load_checkpoint(folder, other) == 1
+    assert checkpoint.load_checkpoint(folder, other) == (1, [])
     assert [advance(other) for _ in range(3)] == expected
 
 
@@ -63,7 +72,7 @@ def test_last_few_are_kept_and_the_newest_model_is_linked(tmp_path: Path) -> Non
     for step in (1, 2, 9, 10):
         advance(run)
         checkpoint.save_checkpoint(tmp_path, step, run, keep=2)
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
+    assert [p.name for p in keeping.list_checkpoints(tmp_path)] == ["step-00000009", "step-00000010"]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000009", "step-00000010"]
     weight = load_file(tmp_path / "model" / "model.safetensors")["weight"]
     assert torch.equal(weight, run.policy.model.weight)
@@ -81,7 +90,7 @@ def test_death_while_writing_leaves_the_last_complete_one(tmp_path: Path, monkey
         checkpoint.save_checkpoint(tmp_path, 2, run, keep=1)
     monkeypatch.undo()
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-    latest = checkpoint.latest_checkpoint(tmp_path)
+    latest = keeping.latest_checkpoint(tmp_path)
     assert latest is not None
     assert latest.name == "step-00000001"
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1  # the half-written one is gone
@@ -102,13 +111,13 @@ def test_death_while_dropping_an_old_one_leaves_none_that_looks_complete(
     with pytest.raises(SystemExit):
         checkpoint.save_checkpoint(tmp_path, 2, run, keep=1)
     monkeypatch.undo()
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000002"]
-    assert checkpoint.latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+    assert [p.name for p in keeping.list_checkpoints(tmp_path)] == ["step-00000002"]
+    assert keeping.latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
-    assert checkpoint.latest_checkpoint(tmp_path) is None
+    assert keeping.latest_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -116,7 +125,13 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
     [
         ('{"version": 99, "step": 1, "world_size": 1}', "version 99"),
         ('{"version": 1, "step": 1, "world_size": 4}', "4 ranks"),
-        ("{", "not readable"),
+        ('{"version": 1, "step": 2, "world_size": 1}', "state.json: says step 2, its folder step-00000001"),
+        ('{"version": 1, "step": "1", "world_size": 1}', "state.json: step is '1', not a count"),
+        ('{"version": 1, "step": 1, "world_size": true}', "state.json: world_size is True, not a count"),
+        ("[1, 2]", "state.json: holds a list where an object is needed"),
+        ("null", "state.json: holds null"),
+        ("{", "state.json: not readable as JSON"),
+        ("[" * 100_000, "state.json: not readable as JSON"),
     ],
 )
 def test_unusable_checkpoint_says_why(tmp_path: Path, state: str, message: str) -> None:
@@ -126,23 +141,170 @@ def test_unusable_checkpoint_says_why(tmp_path: Path, state: str, message: str) 
         checkpoint.load_checkpoint(folder, run_state())
 
 
+def edit_json(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        value = json.loads((folder / name).read_text())
+        changed = change(value)
+        (folder / name).write_text(json.dumps(value if changed is None else changed))
+
+    return edit
+
+
+def edit_tensors(name: str, change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        change(tensors)
+        save_file(tensors, folder / name)
+
+    return edit
+
+
+OPTIMIZER = "optimizer.safetensors"
+
+
+def drop(*keys: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: [tensors.pop(key) for key in keys]
+
+
 @pytest.mark.parametrize(
-    ("text", "kept"),
+    ("edit", "said"),
     [
-        ('{"step": 1}\n{"step": 2}\n{"step": 3}\n', 2),
-        ('{"step": 1}\n{"step": 2}\n{"st', 2),
-        ('{"step": 1}\n{"step": 2}', 1),
-        ("", 0),
-        ('{"step": 5}\n', 0),
-        ('{"step": 1}\nnot json\n{"step": 2}\n', 1),
+        (edit_tensors(OPTIMIZER, drop("state.exp_avg.weight")), "moments of weight lack .*: exp_avg"),
+        (
+            edit_tensors(OPTIMIZER, drop(*(f"state.{k}.weight" for k in ("step", "exp_avg", "exp_avg_sq")))),
+            "the moments of 1 parameters are missing, the first: weight",
+        ),
+        (edit_tensors(OPTIMIZER, lambda t: t.update({"state.exp_avg.bias": torch.ones(3)})), r"bias .*shape \[3\]"),
+        (edit_tensors(OPTIMIZER, lambda t: t.update({"weight.bias": torch.ones(2, 2)})), r"bias .*shape \[2, 2\]"),
+        (edit_tensors(OPTIMIZER, lambda t: t.update({"weight.bias": torch.ones(2).half()})), "float16, is .*float32"),
+        (edit_tensors(OPTIMIZER, drop("weight.bias")), "other trainable parameters; 1 differ, the first: bias"),
+        (lambda folder: (folder / OPTIMIZER).write_bytes(b"x" * 50), "optimizer.safetensors: cannot be read"),
+        (lambda folder: (folder / OPTIMIZER).unlink(), "optimizer.safetensors: cannot be read"),
+        (edit_json("optimizer.json", lambda v: [v]), "optimizer.json: cannot be read"),
+        (edit_json("optimizer.json", lambda v: v.update(updates="1")), "optimizer.json: updates"),
+        (edit_json("optimizer.json", lambda v: v.update(moments=3)), "optimizer.json: cannot be read"),
+        (edit_json("rank-0.json", lambda v: [v]), "rank-0.json: holds a list"),
+        (edit_json("rank-0.json", lambda v: v.pop("stream") and None), "rank-0.json: stream is missing"),
+        (edit_json("rank-0.json", lambda v: v["stream"].update(epoch="0")), "rank-0.json: the data position has epoch"),
+        (edit_json("rank-0.json", lambda v: v.update(python=[3])), "rank-0.json: the random state of Python"),
+        (edit_json("rank-0.json", lambda v: v["python"].__setitem__(1, ["a"])), "the random state of Python"),
+        (edit_json("rank-0.json", lambda v: v["numpy"].__setitem__(1, [1, 2])), "the random state of NumPy"),
+        (
+            edit_tensors("rank-0.safetensors", drop("sampler")),
+            "rank-0.safetensors: the random state of torch .*sampler",
+        ),
+        (
+            edit_tensors("rank-0.safetensors", lambda t: t.update(torch=torch.ones(3, dtype=torch.uint8))),
+            "rank-0.safetensors: the random state of torch",
+        ),
+        (edit_json("data.json", lambda v: v.update(ids=3)), "data.json: not the identity"),
+        (edit_json("data.json", lambda v: [v]), "data.json: holds a list"),
     ],
 )
-def test_log_is_cut_after_the_checkpoints_step(tmp_path: Path, text: str, kept: int) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(text)
-    checkpoint.truncate_rows(path, 2)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, kept + 1))
-    assert checkpoint.truncate_rows(tmp_path / "absent.jsonl", 2) == 0
+def test_a_file_that_is_not_what_was_written_is_one_line(
+    tmp_path: Path, edit: Callable[[Path], object], said: str
+) -> None:
+    """Also where its checksum agrees, or there is none."""
+    run = run_state()
+    advance(run)
+    folder = checkpoint.save_checkpoint(tmp_path, 1, run, keep=1)
+    edit(folder)
+    with pytest.raises((CheckpointError, ValueError), match=said) as error:
+        checkpoint.load_checkpoint(folder, run_state())
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_a_refused_optimizer_leaves_the_engine_as_it_was(tmp_path: Path) -> None:
+    run, other = run_state(), run_state(seed=5)
+    advance(run)
+    folder = checkpoint.save_checkpoint(tmp_path, 1, run, keep=1)
+    edit_tensors(OPTIMIZER, drop("state.exp_avg.bias"))(folder)
+    before = [p.detach().clone() for p in other.policy.model.parameters()]
+    with pytest.raises(ValueError, match="exp_avg"):
+        other.engine.load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.policy.model.parameters(), strict=True))
+
+
+def test_a_checkpoint_older_than_checksums_loads_with_one_note(tmp_path: Path) -> None:
+    run = run_state()
+    advance(run)
+    folder = checkpoint.save_checkpoint(tmp_path, 1, run, keep=1)
+    edit_json("state.json", lambda v: v.pop("files") and None)(folder)
+    edit_json("optimizer.json", lambda v: v.pop("moments") and None)(folder)
+    edit_json("rank-0.json", lambda v: v["stream"].update(fingerprint=None))(folder)
+    (folder / "data.json").unlink()
+    inspect(folder, 1)
+    step, notes = checkpoint.load_checkpoint(folder, run_state())
+    assert (step, len(notes)) == (1, 1)
+    assert "older than checksums" in notes[0]
+
+
+def test_every_file_has_a_checksum_and_any_change_of_it_is_named(tmp_path: Path) -> None:
+    run = run_state()
+    advance(run)
+    folder = checkpoint.save_checkpoint(tmp_path, 1, run, keep=1)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "state.json")
+    listed = json.loads((folder / "state.json").read_text())["files"]
+    assert sorted(folder / name for name in listed) == files
+    assert len(files) == 7
+    assert inspect(folder, 1).checked
+    for path in files:
+        whole = path.read_bytes()
+        flipped = bytes([whole[len(whole) // 2] ^ 1])
+        for data in (whole[: len(whole) // 2] + flipped + whole[len(whole) // 2 + 1 :], whole[:-1], b"", None):
+            if data is None:
+                path.unlink()
+            else:
+                path.write_bytes(data)
+            with pytest.raises(Damaged, match=f"^{re.escape(str(path))}: (missing|damaged)"):
+                inspect(folder, 1)
+        path.write_bytes(whole)
+    assert inspect(folder, 1).checked
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writes beyond ``size`` bytes of a file fail, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 1, 60, 200, 600, 2000])
+def test_a_write_that_fails_names_the_path_and_the_bytes_and_leaves_the_last_checkpoint(
+    tmp_path: Path, size: int
+) -> None:
+    run = run_state()
+    advance(run)
+    last = checkpoint.save_checkpoint(tmp_path, 1, run, keep=1)
+    advance(run)
+    said = (
+        rf"^{tmp_path}/checkpoints/step-00000002: not written: .*(too large|os error 27).*; "
+        r"needs \d+ bytes, [\d,]+ are free; the last checkpoint, step-00000001, stays$"
+    )
+    with file_size_limit(size), pytest.raises(CheckpointError, match=said):
+        checkpoint.save_checkpoint(tmp_path, 2, run, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    inspect(last, 1)
+    assert checkpoint.save_checkpoint(tmp_path, 2, run, keep=1).name == "step-00000002"
+
+
+def test_a_save_that_cannot_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_state()
+    needed = checkpoint.bytes_needed(run)
+    assert needed == 6 * 4 + 6 * 12
+    checkpoint.save_checkpoint(tmp_path, 1, run, keep=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    monkeypatch.setattr(run.policy, "save", None)  # would be called
+    with pytest.raises(
+        CheckpointError, match=rf"step-00000002: .*needs {needed} bytes, {needed - 1} are free; the last"
+    ):
+        checkpoint.save_checkpoint(tmp_path, 2, run, keep=1)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
 def test_one_process_per_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastrl.run import checkpoint
-from fastrl.run.checkpoint import CheckpointError
+from fastrl.run import keeping
+from fastrl.run.integrity import CheckpointError
+from fastrl.run.logs import read_rows
 from fastrl.trainer import train
 from tests.helpers.training import make_recipe, make_records, steady_rows
 
@@ -31,7 +33,7 @@ class Stop(Exception):
 def same_ending(a: Path, b: Path) -> None:
     """The last checkpoints and the metrics of two runs are equal."""
     assert steady_rows(a) == steady_rows(b)
-    first, second = checkpoint.latest_checkpoint(a), checkpoint.latest_checkpoint(b)
+    first, second = keeping.latest_checkpoint(a), keeping.latest_checkpoint(b)
     assert first is not None
     assert second is not None
     assert first.name == second.name
@@ -101,7 +103,7 @@ CHILD = """
     torch.set_num_threads({threads})  # sums are split among threads: another number rounds otherwise
     sys.path.insert(0, {tests!r})
     from tests.helpers.training import make_recipe, make_records
-    from fastrl.run import checkpoint
+    from fastrl.run import checkpoint, keeping
     from fastrl.trainer import train
 
     def die(*_):
@@ -143,7 +145,7 @@ def test_pain_07_kill_9_loses_at_most_the_steps_since_the_checkpoint(
 ) -> None:
     out = killed[point]
     assert [row["step"] for row in steady_rows(out)][-1] == {"logged": 3, "writing": 4}[point]
-    assert checkpoint.list_checkpoints(out)[-1].name == "step-00000002"
+    assert keeping.list_checkpoints(out)[-1].name == "step-00000002"
     recipe = make_recipe(tiny_folder("qwen2_5"), out, checkpoint__keep=1)
     summary = train(recipe, records=make_records(), resume=True, show=False)
     assert summary.steps == 4
@@ -170,8 +172,167 @@ def test_finished_run_can_be_made_longer_but_not_another(tiny_folder: Folder, tm
     assert (again.steps, again.last) == (1, {})
     with pytest.raises(CheckpointError, match=r"optim\.lr: was 0\.001, is 0\.5"):
         train(make_recipe(model, tmp_path, optim__lr=0.5), records=make_records(), resume=True, show=False)
-    with pytest.raises(ValueError, match="records was 6 and is now 5"):
+    with pytest.raises(ValueError, match="5 records where there were 6; gone: 'r5'"):
         train(make_recipe(model, tmp_path, optim__steps=2), records=make_records(5), resume=True, show=False)
     longer = train(make_recipe(model, tmp_path, optim__steps=2), records=make_records(), resume=True, show=False)
     assert longer.steps == 2
     assert [row["step"] for row in steady_rows(tmp_path)] == [1, 2]
+
+
+# What a folder may hold by the time somebody resumes
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps with the checkpoints of steps 2 and 4. Copied, not written to."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    train(make_recipe(tiny_folder("qwen2_5"), out), records=make_records(), show=False)
+    return out
+
+
+@pytest.fixture
+def run(two_checkpoints: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(two_checkpoints, tmp_path / "run", symlinks=True)
+
+
+def state_of(out: Path) -> dict[str, bytes]:
+    """Every file of a run's folder."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def notes(out: Path) -> str:
+    return "\n".join(row["note"] for row in read_rows(out / "notes.jsonl"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.safetensors", "optimizer.json", "rank-0.json", "rank-0.safetensors", "data.json", "model/config.json"],
+)
+def test_a_damaged_checkpoint_is_named_and_the_last_sound_one_is_offered(
+    tiny_folder: Folder, run: Path, name: str
+) -> None:
+    newest = run / "checkpoints" / "step-00000004"
+    flip(newest / name)
+    before = state_of(run)
+    recipe = make_recipe(tiny_folder("qwen2_5"), run)
+    with pytest.raises(CheckpointError) as error:
+        train(recipe, records=make_records(), resume=True, show=False)
+    said = (
+        f"{newest / name}: damaged: its checksum is not the one in state.json; the last sound checkpoint is of step 2"
+    )
+    assert str(error.value) == f"{said}: --resume --from-step 2"
+    assert state_of(run) == before
+    if name != "optimizer.safetensors":
+        return
+    flip(run / "checkpoints" / "step-00000002" / name)
+    with pytest.raises(CheckpointError, match="no earlier checkpoint is sound"):
+        train(recipe, records=make_records(), resume=True, show=False)
+
+
+def test_going_on_from_an_earlier_checkpoint_ends_where_the_run_would_have(
+    tiny_folder: Folder, never_stopped: Path, run: Path
+) -> None:
+    flip(run / "checkpoints" / "step-00000004" / "optimizer.safetensors")
+    recipe = make_recipe(tiny_folder("qwen2_5"), run)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; there is: 2, 4"):
+        train(recipe, records=make_records(), resume=True, from_step=3, show=False)
+    with pytest.raises(ValueError, match="--from-step, --accept-changed-data"):
+        train(recipe, records=make_records(), from_step=2, show=False)
+    summary = train(recipe, records=make_records(), resume=True, from_step=2, show=False)
+    assert summary.steps == 4
+    same_ending(never_stopped, run)
+    assert (run / "checkpoints" / "aside-step-00000004").is_dir()
+    assert "resuming after step 2" in notes(run)
+    assert "2 rows of steps that are done again cut from metrics.jsonl" in notes(run)
+
+
+def test_damage_that_no_checksum_covers_is_offered_the_last_sound_one_too(tiny_folder: Folder, run: Path) -> None:
+    newest = run / "checkpoints" / "step-00000004"
+    for path in newest.glob("*.json"):
+        path.write_text(path.read_text().replace('"files":', '"other":').replace('"python":', '"snake":'))
+    (newest / "data.json").unlink()
+    with pytest.raises(CheckpointError, match=r"rank-0.json: python is missing .*: --resume --from-step 2$"):
+        train(make_recipe(tiny_folder("qwen2_5"), run), records=make_records(), resume=True, show=False)
+
+
+def test_a_failed_resume_changes_nothing(tiny_folder: Folder, run: Path) -> None:
+    """Settings, data, an earlier step whose logs would be cut: whatever is wrong, recipe and logs stay."""
+    before = state_of(run)
+    longer = make_recipe(tiny_folder("qwen2_5"), run, optim__steps=9)
+    for changes in ({"records": make_records(5)}, {"records": make_records(5), "from_step": 2}):
+        with pytest.raises(ValueError, match="not what the run began with"):
+            train(longer, resume=True, show=False, **changes)
+    with pytest.raises(FileNotFoundError):
+        train(make_recipe(Path("/nowhere"), run, optim__steps=9), records=make_records(), resume=True, show=False)
+    assert state_of(run) == before
+
+
+@pytest.mark.parametrize("how", ["folder", "inside", "no rows"])
+def test_checkpoints_that_vanished_are_noticed(tiny_folder: Folder, run: Path, how: str) -> None:
+    shutil.rmtree(run / "checkpoints")
+    if how == "inside":
+        (run / "checkpoints").mkdir()
+    recipe = make_recipe(tiny_folder("qwen2_5"), run, optim__steps=1)
+    if how == "no rows":  # nothing is lost by beginning
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            (run / name).unlink()
+        assert train(recipe, records=make_records(), resume=True, show=False).steps == 1
+        return
+    before = state_of(run)
+    with pytest.raises(CheckpointError, match=r"checkpoints: gone, though .*metrics.jsonl is of a run"):
+        train(recipe, records=make_records(), resume=True, show=False)
+    assert state_of(run) == before
+
+
+def test_lines_of_a_log_that_are_no_rows_are_set_aside_and_said(tiny_folder: Folder, run: Path) -> None:
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines[:2], "garbage\n", *lines[2:], '{"ste']))
+    train(make_recipe(tiny_folder("qwen2_5"), run), records=make_records(), resume=True, show=False)
+    assert log.read_text() == "".join(lines)
+    assert (run / "metrics.jsonl.bad").read_text() == 'garbage\n{"ste\n'
+    assert "2 lines of metrics.jsonl that cannot be read as a row set aside in" in notes(run)
+
+
+def test_changed_data_is_named_and_may_be_accepted(tiny_folder: Folder, run: Path) -> None:
+    changed = [replace(record, target={"text": "other"}) for record in make_records()]
+    recipe = make_recipe(tiny_folder("qwen2_5"), run, optim__steps=5)
+    with pytest.raises(ValueError, match=r"other target of 'r0', 'r1', 'r2' and 3 more. .*--accept-changed-data"):
+        train(recipe, records=changed, resume=True, show=False)
+    summary = train(recipe, records=changed, resume=True, accept_changed_data=True, show=False)
+    assert summary.steps == 5
+    assert "going on with other data than before: other target of 'r0'" in notes(run)
+    assert train(recipe, records=changed, resume=True, show=False).steps == 5  # it is the run's data now
+
+
+def test_a_bad_row_may_be_removed_or_skipped_on_resume(tiny_folder: Folder, run: Path) -> None:
+    left = [record for record in make_records() if record.id != "r4"]
+    model = tiny_folder("qwen2_5")
+    recipe = make_recipe(model, run, optim__steps=5)
+    with pytest.raises(ValueError, match=r"gone: 'r4'.*--accept-changed-data"):
+        train(recipe, records=left, resume=True, show=False)
+    skipping = make_recipe(model, run, optim__steps=5, data__skip_bad=True)  # as a row that is bad now is
+    assert train(skipping, records=left, resume=True, show=False).steps == 5
+    assert "gone: 'r4'" in notes(run)
+
+
+def test_the_last_checkpoint_before_all_rewards_were_equal_is_kept_and_named(
+    tiny_folder: Folder, tmp_path: Path
+) -> None:
+    """With nothing to learn from, weights may drift; what rotation would drop is the way back."""
+    hopeless = [replace(record, target={"text": "漢字漢字漢字漢字漢字漢字"}) for record in make_records()]
+    model = tiny_folder("qwen2_5")
+    changes = {"checkpoint__keep": 1, "checkpoint__every": 1}
+    train(make_recipe(model, tmp_path, optim__steps=1, **changes), records=make_records(), show=False)
+    recipe = make_recipe(model, tmp_path, optim__steps=3, **changes)
+    train(recipe, records=hopeless, resume=True, accept_changed_data=True, show=False)
+    assert [path.name[-1] for path in keeping.list_checkpoints(tmp_path)] == ["1", "3"]
+    assert f"equal rewards; the checkpoint from before, {tmp_path}/checkpoints/step-00000001, is kept" in notes(
+        tmp_path
+    )

@@ -17,7 +17,7 @@ from fastrl.data.blank import GREY, BlankImages
 from fastrl.evaluate.run import run_evaluation
 from fastrl.models.load import load_policy
 from fastrl.recipe import load_recipe
-from fastrl.run.checkpoint import CheckpointError
+from fastrl.run.integrity import CheckpointError
 from fastrl.studies.blind import print_study, run_study
 from fastrl.trainer import Run
 from tests.helpers.training import make_recipe, make_records

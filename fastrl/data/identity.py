@@ -1,0 +1,198 @@
+"""What a data set is, so that a resumed run notices when it is another: ids in order, truths, messages and pictures.
+
+Of every record three digests are kept: of its ``target`` (with task and frame), its ``messages`` and its ``pictures``.
+A picture file counts by name, size and time of last change (``stat``), or by name and content (``bytes``, which reads
+every picture once). Pictures in memory count by their pixels. Of records that are drawn on demand (scenes), which come
+from a seed and no file, up to 32 spread over the data are looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastrl.data.blank import BlankImages
+from fastrl.data.clips import ClipRecords
+from fastrl.data.records import Dataset, Record
+
+PARTS = ("target", "messages", "pictures")
+SAMPLED = 32  # of records made on demand
+SHOWN = 3  # ids named for one kind of change
+Pictures = Literal["stat", "bytes"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """``digests[part][i]`` is of the record ``ids[i]``. ``count``: records of the data, more than ids where they are
+    made on demand. ``pictures``: how picture files were looked at."""
+
+    count: int
+    ids: list[str]
+    digests: dict[str, list[str]]
+    pictures: Pictures
+
+    @property
+    def whole(self) -> bool:
+        """Whether every record was looked at."""
+        return len(self.ids) == self.count
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values; :func:`read_identity` reads them."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What differs between two data sets. ``gone`` and ``new`` are ids, ``changed`` ids by part."""
+
+    counts: tuple[int, int]
+    gone: list[str]
+    new: list[str]
+    moved: bool
+    changed: dict[str, list[str]]
+    note: str = ""  # what differs besides
+
+    def __bool__(self) -> bool:
+        return self.counts[0] != self.counts[1] or any((self.gone, self.new, self.moved, self.changed, self.note))
+
+    @property
+    def only_gone(self) -> bool:
+        """Whether rows are missing and nothing else differs."""
+        return bool(self.gone) and not (self.new or self.moved or self.changed or self.note)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.counts[0] != self.counts[1]:
+            parts.append(f"{self.counts[1]} records where there were {self.counts[0]}")
+        parts += [f"{what} {_named(ids)}" for what, ids in (("gone:", self.gone), ("new:", self.new)) if ids]
+        if self.moved:
+            parts.append("the records are in another order")
+        parts += [f"other {part} of {_named(ids)}" for part, ids in self.changed.items()]
+        return "; ".join([*parts, *([self.note] if self.note else [])])
+
+
+def identify(records: Sequence[Record], pictures: Pictures = "stat") -> Identity:
+    """The identity of a data set. Pictures that cannot be read count as what the system says about them."""
+    found = _whole(records)
+    if found is None:
+        n = len(records)
+        found = [records[index] for index in sorted({i * (n - 1) // (SAMPLED - 1) for i in range(SAMPLED)})]
+    look = _Look(pictures)
+    rows = [look.digests(record) for record in found]
+    ids = [str(record.id) for record in found]
+    return Identity(len(records), ids, {part: [row[i] for row in rows] for i, part in enumerate(PARTS)}, pictures)
+
+
+def read_identity(value: Any) -> Identity:
+    """What :meth:`Identity.plain` gave. Raises ``ValueError``: it is nothing of the kind."""
+    try:
+        identity = Identity(value["count"], value["ids"], value["digests"], value["pictures"])
+        lists = [identity.ids, *(identity.digests[part] for part in PARTS)]
+        good = isinstance(identity.count, int) and identity.pictures in ("stat", "bytes")
+        good &= all(isinstance(items, list) and len(items) == len(identity.ids) for items in lists)
+        good &= all(isinstance(item, str) for items in lists for item in items)
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        raise ValueError("not the identity of a data set")
+    return identity
+
+
+def compare(old: Identity, new: Identity) -> Change:
+    """What is different in ``new``; nothing (false) where they are the same."""
+    before, now = ({name: i for i, name in enumerate(ids)} for ids in (old.ids, new.ids))
+    common = [name for name in old.ids if name in now]
+    same_look = old.pictures == new.pictures
+    changed = {
+        part: [name for name in common if old.digests[part][before[name]] != new.digests[part][now[name]]]
+        for part in PARTS
+        if part != "pictures" or same_look
+    }
+    return Change(
+        counts=(old.count, new.count),
+        gone=[name for name in old.ids if name not in now],
+        new=[name for name in new.ids if name not in before],
+        moved=common != [name for name in new.ids if name in before],
+        changed={part: ids for part, ids in changed.items() if ids},
+        note="" if same_look else f"picture files were compared by {old.pictures}, now by {new.pictures}",
+    )
+
+
+def _whole(records: Sequence[Any]) -> Sequence[Any] | None:
+    """Every record, or what it is made of; None where records are drawn on demand."""
+    while isinstance(records, Dataset | BlankImages):
+        records = records.records
+    if isinstance(records, ClipRecords):
+        return records.clips
+    return records if isinstance(records, list | tuple) else None
+
+
+class _Look:
+    """Looks at records; at each picture file once."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+        self._seen: dict[Path, str] = {}
+
+    def digests(self, record: Any) -> tuple[str, str, str]:
+        """Of target, messages and pictures. A clip has its questions in what counts as its target."""
+        pictures: list[Any] = []
+        if isinstance(record, Record):
+            truth: Any = [record.task, record.frame, _plain(record.target, pictures)]
+            messages: Any = _plain(record.messages, pictures)
+            pictures += record.images
+        else:
+            truth, messages = _plain(record, pictures), None
+        return _digest(truth), _digest(messages), _digest([self._picture(picture) for picture in pictures])
+
+    def _picture(self, picture: Any) -> str:
+        if not isinstance(picture, Path | str):
+            return f"{picture.mode} {picture.size} {hashlib.sha256(picture.tobytes()).hexdigest()}"
+        path = Path(picture)
+        if path not in self._seen:
+            self._seen[path] = f"{path.name} {self._file(path)}"
+        return self._seen[path]
+
+    def _file(self, path: Path) -> str:
+        try:
+            if self.pictures == "bytes":
+                with path.open("rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            stat = path.stat()
+            return f"{stat.st_size} {stat.st_mtime_ns}"
+        except (OSError, ValueError) as error:
+            return type(error).__name__
+
+
+def _plain(value: Any, pictures: list[Any]) -> Any:
+    """``value`` as JSON has it; picture files and pictures in it go to ``pictures``."""
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, pictures) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=repr)
+    if isinstance(value, Iterable) and not isinstance(value, bytes):
+        return [_plain(item, pictures) for item in value]
+    if dataclasses.is_dataclass(value):
+        fields = (field.name for field in dataclasses.fields(value) if field.name != "source")  # file and line
+        return {name: _plain(getattr(value, name), pictures) for name in fields}
+    if isinstance(value, Path) or type(value).__module__.startswith("PIL."):
+        pictures.append(value)
+        return None
+    return repr(value)
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
+
+
+def _named(ids: Sequence[str]) -> str:
+    rest = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+    return ", ".join(repr(name) for name in ids[:SHOWN]) + rest

@@ -1,0 +1,55 @@
+"""Writing to a disk that may be full: errors name the file and the bytes, and what cannot fit is not begun."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def writing(path: Path, needed: int) -> Iterator[None]:
+    """Inside: ``needed`` bytes are written to ``path``. An ``OSError`` gets both, and how many bytes are free."""
+    try:
+        yield
+    except OSError as error:
+        said = f"{error.strerror or error} ({sizes(path, needed)})"
+        raise OSError(error.errno or errno.EIO, said, str(path)) from None
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise ``OSError`` where the disk of ``path`` has no room for ``needed`` more bytes."""
+    free = free_bytes(path)
+    if free is not None and free < needed:
+        raise OSError(errno.ENOSPC, f"No space left on device ({sizes(path, needed)})", str(path))
+
+
+def sizes(path: Path, needed: int) -> str:
+    """``needs 1,234 bytes, 56 are free``."""
+    free = free_bytes(path)
+    return f"needs {needed:,} bytes" + ("" if free is None else f", {free:,} are free")
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes that may still be written where ``path`` is or would be; None where the system does not say."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file, whole or not at all. Raises ``OSError`` with the path and the bytes needed."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with writing(path, len(data)):
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)

@@ -1,0 +1,132 @@
+"""Which checkpoints a run has, and which of them stay: the last few, and those that ``checkpoints/keep.json`` names.
+
+``keep.json`` maps a reason to a step. ``best`` is for whoever evaluates (:func:`keep`), and ``OUT/best`` then leads to
+that model. :data:`BEFORE_EQUAL` is the last checkpoint from before rewards became equal within all groups of a step: a
+sign that the policy may have collapsed, and the place to go back to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from fastrl.disk import replace_file
+from fastrl.run.integrity import CheckpointError, is_count, read_json
+
+BEST = "best"
+BEFORE_EQUAL = "before-equal-rewards"
+TEMPORARY = ".writing-"
+ASIDE = "aside-"
+_KEPT = "keep.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def list_checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    root = out / "checkpoints"
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def step_of(folder: Path) -> int:
+    """The step a checkpoint folder's name says."""
+    match = _NAME.fullmatch(folder.name)
+    if match is None:
+        raise CheckpointError(f"{folder}: not a checkpoint's name (step-00000020)")
+    return int(match[1])
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    """The last complete checkpoint of a run, if there is one; what a killed process left half-written is removed."""
+    clear_unfinished(out)
+    found = list_checkpoints(out)
+    return found[-1] if found else None
+
+
+def clear_unfinished(out: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    for path in (out / "checkpoints").glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def kept(out: Path) -> dict[str, int]:
+    """Steps whose checkpoints stay, by reason. Raises ``CheckpointError`` where ``keep.json`` cannot be read."""
+    path = out / "checkpoints" / _KEPT
+    if not path.exists():
+        return {}
+    steps = read_json(path)
+    if not all(is_count(step) for step in steps.values()):
+        raise CheckpointError(f"{path}: has to map reasons to steps, has {json.dumps(steps)[:80]}")
+    return steps
+
+
+def keep(out: Path, reason: str, step: int | None) -> None:
+    """Keep the checkpoint of ``step`` for ``reason``, in place of the one kept for it so far (None: of none)."""
+    steps = kept(out)
+    if steps.get(reason) == step:
+        return
+    steps = {name: other for name, other in steps.items() if name != reason}
+    if step is not None:
+        steps[reason] = step
+    replace_file(out / "checkpoints" / _KEPT, f"{json.dumps(steps)}\n".encode())
+    if reason == BEST and step is not None:
+        link(out / BEST, Path("checkpoints") / f"step-{step:08d}" / "model")
+
+
+def watch_rewards(out: Path, equal: bool) -> str:
+    """Before a save: ``equal``, whether a step since the last one had nothing but groups of equal rewards.
+
+    Then the newest checkpoint stays until a save that no such step came before. Returns a line that names it when it
+    begins to be kept, else nothing.
+    """
+    steps = kept(out)
+    if not equal:
+        keep(out, BEFORE_EQUAL, None)
+        return ""
+    found = list_checkpoints(out)
+    if BEFORE_EQUAL in steps or not found:
+        return ""
+    keep(out, BEFORE_EQUAL, step_of(found[-1]))
+    return f"all groups of a step had equal rewards; the checkpoint from before, {found[-1]}, is kept"
+
+
+def rotate(out: Path, count: int) -> None:
+    """Remove all but the last ``count`` checkpoints and those that are kept for a reason."""
+    steps = set(kept(out).values())
+    for old in list_checkpoints(out)[:-count]:
+        if step_of(old) not in steps:
+            dropped = old.with_name(f"{TEMPORARY}dropped-{old.name}")
+            os.rename(old, dropped)  # a kill now leaves no half-deleted folder that looks complete
+            shutil.rmtree(dropped)
+
+
+def set_aside(out: Path, after: int) -> list[Path]:
+    """Rename the checkpoints of steps behind ``after``, which will be done anew; their new paths."""
+    moved = []
+    for path in list_checkpoints(out):
+        if step_of(path) > after:
+            names = (f"{ASIDE}{path.name}" + (f"-{n}" if n else "") for n in range(10**6))
+            to = next(place for name in names if not (place := path.with_name(name)).exists())
+            os.rename(path, to)
+            moved.append(to)
+    for reason, step in kept(out).items():
+        if step > after:
+            keep(out, reason, None)
+    return moved
+
+
+def link(place: Path, target: Path) -> None:
+    """Point the link ``place`` at a model; where links are not allowed there is none."""
+    if place.exists() and not place.is_symlink():
+        return
+    temporary = place.with_name(f".{place.name}.link")
+    with contextlib.suppress(OSError, NotImplementedError):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target, target_is_directory=True)
+        os.replace(temporary, place)

@@ -1,0 +1,131 @@
+"""A run's logs, one JSON row a line: reading them, and cutting them back to a step without losing a row unsaid."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastrl.disk import replace_file, writing
+
+
+class Appended:
+    """A file that is written at its end: a piece is there whole or not at all. It is made by the first piece."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: FileIO | None = None
+
+    def write(self, text: str) -> None:
+        """Append. Raises ``OSError`` with the path and the bytes needed; nothing of the piece is then left."""
+        data = text.encode("utf-8")
+        with writing(self.path, len(data)):
+            if self._file is None:
+                self._file = self.path.open("ab", buffering=0)
+            end = os.fstat(self._file.fileno()).st_size
+            left = memoryview(data)
+            try:
+                while left:
+                    left = left[self._file.write(left) :]
+            except OSError:
+                with contextlib.suppress(OSError):  # what is no file cannot be cut
+                    os.ftruncate(self._file.fileno(), end)
+                raise
+
+    def sync(self) -> None:
+        """Flush to the disk."""
+        if self._file is not None:
+            with writing(self.path, 0):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class Cut(NamedTuple):
+    """What :func:`cut_rows` did: rows of later steps that are gone, and lines that were set aside in ``bad``."""
+
+    later: int
+    unreadable: int
+    bad: Path
+
+    def __str__(self) -> str:
+        parts = []
+        if self.later:
+            parts.append(f"{_count(self.later, 'row')} of steps that are done again cut from {self.bad.stem}")
+        if self.unreadable:
+            lines = _count(self.unreadable, "line")
+            parts.append(f"{lines} of {self.bad.stem} that cannot be read as a row set aside in {self.bad}")
+        return "; ".join(parts)
+
+
+def scan(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """(number from 1, line, row) of each line that is not blank; None: the line is no row, an object with a step."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line, _row(line)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log; a last line that a run is still writing is no row. Raises ``ValueError``: other lines."""
+    rows = []
+    for number, line, row in scan(path):
+        if row is not None:
+            rows.append(row)
+        elif line.endswith(b"\n"):
+            raise ValueError(f"{path}:{number}: not a row of a run's log: {line[:60].decode('utf-8', 'replace')!r}")
+    return rows
+
+
+def cut_rows(path: Path, step: int) -> Cut:
+    """Keep a log's rows of steps up to ``step``, in their order. Lines that are no rows go to ``NAME.jsonl.bad``."""
+    bad = path.with_name(f"{path.name}.bad")
+    if not path.is_file():
+        return Cut(0, 0, bad)
+    good: list[bytes] = []
+    broken: list[bytes] = []
+    later = 0
+    for _, line, row in scan(path):
+        line = line if line.endswith(b"\n") else line + b"\n"
+        if row is None:
+            broken.append(line)
+        elif row["step"] <= step:
+            good.append(line)
+        else:
+            later += 1
+    if broken:
+        _append(bad, b"".join(broken))
+    if later or broken:
+        replace_file(path, b"".join(good))
+    return Cut(later, len(broken), bad)
+
+
+def has_rows(path: Path) -> bool:
+    """Whether a log holds anything."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _append(path: Path, data: bytes) -> None:
+    with writing(path, len(data)), path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
