@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.data.blank import BlankImages
+from fastrl.data.disk import require_space
 from fastrl.data.pictures import PictureError
 from fastrl.data.sound_stream import SoundStream
 from fastrl.data.stream import RecordStream
-from fastrl.disk import require_space
 from fastrl.engine import make_engine
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
 from fastrl.methods import Clock, Context, Method, Prepared, method_for

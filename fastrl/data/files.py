@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastrl.data.disk import replace_file
 from fastrl.data.pictures import AnyPicture, open_picture
-from fastrl.disk import replace_file
 
 
 def write_atomically(path: Path, text: str) -> None:

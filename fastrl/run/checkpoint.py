@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from fastrl.data.disk import require_space, sizes
 from fastrl.data.identity import Change, read_identity
 from fastrl.data.stream import DataChanged, RecordStream
-from fastrl.disk import require_space, sizes
 from fastrl.run.integrity import STATE, VERSION, CheckpointError, Damaged, checksums, read_header, read_json
 from fastrl.run.keeping import TEMPORARY, link, list_checkpoints, rotate, step_of
 
@@ -153,8 +153,6 @@ def fingerprint(core: torch.nn.Module) -> str:
             few = weight.detach().flatten()[:64].to(torch.bfloat16).view(torch.int16)
             digest.update(few.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from fastrl.disk import replace_file
+from fastrl.data.disk import replace_file
 from fastrl.recipe import Recipe, differences, load_recipe
 from fastrl.run.integrity import CheckpointError, Damaged, inspect
 from fastrl.run.keeping import clear_unfinished, kept, list_checkpoints, set_aside, step_of

@@ -14,7 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
-from fastrl.disk import replace_file
+from fastrl.data.disk import replace_file
 from fastrl.run.integrity import CheckpointError, is_count, read_json
 
 BEST = "best"

@@ -10,7 +10,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastrl.disk import replace_file, writing
+from fastrl.data.disk import replace_file, writing
 
 
 class Appended:
