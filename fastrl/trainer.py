@@ -191,7 +191,11 @@ class Run:
         if self.policy.device.type == "cuda":  # whose events, random state and memory are read from here on
             torch.cuda.set_device(self.policy.device)
         self.engine: Engine = make_engine(
-            self.policy.model, recipe.optim, recipe.engine, alias=self.policy.family.alias
+            self.policy.model,
+            recipe.optim,
+            recipe.engine,
+            recipe.folder / ".ranks",
+            alias=self.policy.family.alias,
         )
         make_stream = SoundStream if recipe.data.skip_bad else RecordStream
         self.stream = make_stream(

@@ -158,3 +158,4 @@ class EngineRecipe(Section):
     kind: Literal["local", "deepspeed"] = "local"
     zero_stage: Literal[0, 1, 2] = 2
     offload_optimizer: bool = False
+    timeout: float = Field(1800.0, gt=0, le=1e6)  # of deepspeed: seconds a rank waits for the others before all stop

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from fastrl.engine.names import unchanged
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from fastrl.config.sections import EngineRecipe, OptimRecipe
@@ -15,13 +17,14 @@ if TYPE_CHECKING:
 
 
 def make_engine(
-    model: nn.Module, optim: OptimRecipe, engine: EngineRecipe, *, alias: Callable[[str], str] = unchanged
+    model: nn.Module, optim: OptimRecipe, engine: EngineRecipe, folder: Path, *, alias: Callable[[str], str] = unchanged
 ) -> Engine:
-    """The engine a recipe names, over the trainable parameters of ``model`` (``alias``: see ``parameter_groups``)."""
+    """The engine a recipe names, over the trainable parameters of ``model`` (``alias``: see ``parameter_groups``);
+    ``folder`` is seen by all its ranks."""
     if engine.kind == "deepspeed":
         from fastrl.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, optim, engine, alias=alias)
+        return DeepSpeedEngine(model, optim, engine, folder, alias=alias)
     from fastrl.engine.local import LocalEngine
 
     return LocalEngine(model, optim, alias=alias)

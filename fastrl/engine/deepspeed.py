@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 
 from fastrl.engine.base import NonFiniteError, StepInfo, lr_scale, parameter_groups
 from fastrl.engine.names import unchanged
+from fastrl.engine.ranks import Ranks
+from fastrl.engine.watch import Watch
 
 if TYPE_CHECKING:
     from fastrl.config.sections import EngineRecipe, OptimRecipe
 
 _TAG = "engine"
+LATER = 60.0  # seconds after the watch that the backend gives up waiting: the watch says for whom
 
 
 def deepspeed_available() -> bool:
@@ -64,13 +68,17 @@ def deepspeed_config(
 
 
 class DeepSpeedEngine:
-    """Data-parallel training through ``deepspeed.initialize``. Gradients are averaged over ranks."""
+    """Data-parallel training through ``deepspeed.initialize``. Gradients are averaged over ranks.
+
+    ``folder`` is seen by all ranks: in it they tell each other how far they are (see ``fastrl.engine.watch``).
+    """
 
     def __init__(
         self,
         model: nn.Module,
         optim: OptimRecipe,
         engine: EngineRecipe,
+        folder: Path,
         *,
         alias: Callable[[str], str] = unchanged,
     ) -> None:
@@ -97,18 +105,22 @@ class DeepSpeedEngine:
         # Neither ZeRO nor bf16: torch's optimizer as it is, which knows nothing of norms and steps over a NaN.
         self._bare = engine.zero_stage == 0 and dtype != torch.bfloat16
         self._began = not torch.distributed.is_initialized()
+        deepspeed.init_distributed(  # pyright: ignore[reportAttributeAccessIssue]
+            timeout=timedelta(seconds=engine.timeout + LATER)
+        )
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(  # pyright: ignore[reportAttributeAccessIssue]
             model=model, model_parameters=groups, config=deepspeed_config(optim, engine, dtype, self._device)
         )
-        self._dist = torch.distributed
-        self.rank = self._dist.get_rank()
-        self.world_size = self._dist.get_world_size()
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._watch = Watch(folder, self.rank, self.world_size, engine.timeout)
+        self._ranks = Ranks(self._watch, self._device)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of ``loss``; ranks reduce theirs in the ``last`` one."""
         self._engine.set_gradient_accumulation_boundary(is_boundary=last)
-        self._engine.backward(loss)
+        with self._watch.waiting("the gradients of a micro-batch"):
+            self._engine.backward(loss)
 
     def step(self) -> StepInfo:
         """Clip, update, clear. DeepSpeed leaves out an update whose gradient is not finite; here that is an error."""
@@ -119,7 +131,8 @@ class DeepSpeedEngine:
         if norm is not None and not math.isfinite(norm):
             self._engine.optimizer.zero_grad()
             raise NonFiniteError(f"the gradient norm is {norm}")
-        self._engine.step()
+        with self._watch.waiting("an update"):
+            self._engine.step()
         if not self._engine.was_step_applied():
             raise NonFiniteError("the gradient holds numbers that are not finite")
         if norm is None:
@@ -133,17 +146,19 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """Every rank writes its share."""
-        self._engine.save_checkpoint(
-            str(folder),
-            tag=_TAG,
-            client_state={"updates": self.updates},
-            save_latest=False,
-            exclude_frozen_parameters=True,
-        )
+        with self._watch.waiting("a checkpoint"):
+            self._engine.save_checkpoint(
+                str(folder),
+                tag=_TAG,
+                client_state={"updates": self.updates},
+                save_latest=False,
+                exclude_frozen_parameters=True,
+            )
 
     def load(self, folder: Path) -> None:
         """Every rank reads its share."""
-        found, client = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        with self._watch.waiting("the checkpoint to resume from"):
+            found, client = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         if found is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
         self.updates = int(client["updates"])
@@ -161,29 +176,23 @@ class DeepSpeedEngine:
         return nullcontext()
 
     def average(self, value: float) -> float:
-        return self._reduce(value, self._dist.ReduceOp.SUM) / self.world_size
+        return self._ranks.average(value)
 
     def maximum(self, value: float) -> float:
-        return self._reduce(value, self._dist.ReduceOp.MAX)
+        return self._ranks.maximum(value)
 
     def gather(self, value: Any) -> list[Any]:
-        gathered: list[Any] = [None] * self.world_size
-        self._dist.all_gather_object(gathered, value)
-        return gathered
+        return self._ranks.gather(value)
 
     def barrier(self) -> None:
-        self._dist.barrier()
+        self._ranks.barrier()
 
     def close(self) -> None:
         """Leave together: a rank whose neighbours are gone, or that still holds DeepSpeed's threads, aborts at exit."""
-        self._dist.barrier()
+        self._ranks.barrier()
+        self._watch.close()
         if self._began:
             self._engine, self._parameters = None, []
             gc.collect()
-            self._dist.destroy_process_group()
+            torch.distributed.destroy_process_group()
             gc.collect()
-
-    def _reduce(self, value: float, op: Any) -> float:
-        tensor = torch.tensor(value, dtype=torch.float64, device=self._device)
-        self._dist.all_reduce(tensor, op=op)
-        return float(tensor)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(not deepspeed_available(), reason="DeepSpeed is 
 
 UPDATES = """
 import json, sys, torch
+from pathlib import Path
 from torch import nn
 from fastrl.engine import make_engine
 from fastrl.engine.base import NonFiniteError
@@ -33,7 +34,8 @@ from fastrl.recipe import EngineRecipe, OptimRecipe
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(getattr(torch, sys.argv[2]))
-engine = make_engine(model, OptimRecipe(lr=0.01, steps=9), EngineRecipe(kind="deepspeed", zero_stage=int(sys.argv[1])))
+options = EngineRecipe(kind="deepspeed", zero_stage=int(sys.argv[1]))
+engine = make_engine(model, OptimRecipe(lr=0.01, steps=9), options, Path(sys.argv[3]))
 out = []
 for bad in (False, True, False):
     for part in range(2):
@@ -93,7 +95,7 @@ def launch(code: str, *arguments: Any, folder: Path) -> str:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_update_is_the_local_engines_and_nan_changes_nothing(stage: int, dtype: str, tmp_path: Path) -> None:
-    out = launch(UPDATES, stage, dtype, folder=tmp_path)
+    out = launch(UPDATES, stage, dtype, tmp_path / "ranks", folder=tmp_path)
     found = json.loads(out.split("RESULT")[1].splitlines()[0])
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(getattr(torch, dtype))

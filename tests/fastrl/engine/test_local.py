@@ -162,7 +162,7 @@ def test_deepspeed_missing_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(module, "deepspeed_available", lambda: False)
     with pytest.raises(ValueError, match=r"fastrl\[distributed\]"):
-        make_engine(small(), optim(), EngineRecipe(kind="deepspeed"))
+        make_engine(small(), optim(), EngineRecipe(kind="deepspeed"), Path())
 
 
 def test_deepspeed_without_a_launcher_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_deepspeed_without_a_launcher_is_a_clear_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "deepspeed_available", lambda: True)
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="torchrun"):
-        make_engine(small(), optim(), EngineRecipe(kind="deepspeed"))
+        make_engine(small(), optim(), EngineRecipe(kind="deepspeed"), Path())
 
 
 class FakeEngine:
@@ -212,6 +212,7 @@ def fake_deepspeed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]
     module = types.ModuleType("deepspeed")
     module.__spec__ = importlib.machinery.ModuleSpec("deepspeed", None)
     module.initialize = initialize  # type: ignore[attr-defined]
+    module.init_distributed = lambda timeout: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deepspeed", module)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield made
@@ -220,7 +221,7 @@ def fake_deepspeed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeEngine]
 
 def test_deepspeed_reduces_in_the_last_backward_only(fake_deepspeed: list[FakeEngine]) -> None:
     ours, theirs = small(), small()
-    engine = make_engine(ours, optim(warmup=2), EngineRecipe(kind="deepspeed", zero_stage=1))
+    engine = make_engine(ours, optim(warmup=2), EngineRecipe(kind="deepspeed", zero_stage=1), Path())
     local = LocalEngine(theirs, optim(warmup=2))
     for e, model in ((engine, ours), (local, theirs)):
         e.backward(loss_of(model), last=False)

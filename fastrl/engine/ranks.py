@@ -1,0 +1,61 @@
+"""What the processes of a run tell each other, over whichever backend ``torch.distributed`` was set up with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastrl.engine.watch import Watch
+
+
+class LostRank(RuntimeError):
+    """Another process of the run is gone."""
+
+
+class Ranks:
+    """Numbers of all ranks, each call a wait that ``watch`` watches. ``device``: where the backend wants tensors."""
+
+    def __init__(self, watch: Watch, device: torch.device) -> None:
+        self.watch, self.device = watch, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def average(self, value: float) -> float:
+        """Mean over ranks."""
+        return self._reduce(value, dist.ReduceOp.SUM, "a mean") / self.world_size
+
+    def maximum(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        return self._reduce(value, dist.ReduceOp.MAX, "a maximum")
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gives here, in the order of ranks."""
+        gathered: list[Any] = [None] * self.world_size
+        with self._joined("a gathering of metrics"):
+            dist.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        with self._joined("a barrier"):
+            dist.barrier()
+
+    def _reduce(self, value: float, op: Any, what: str) -> float:
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        with self._joined(what):
+            dist.all_reduce(tensor, op=op)
+            return float(tensor)  # on a GPU the wait is here
+
+    @contextmanager
+    def _joined(self, what: str) -> Iterator[None]:
+        with self.watch.waiting(what):
+            try:
+                yield
+            except RuntimeError as error:  # as backends report a connection that broke
+                said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise LostRank(
+                    f"rank {self.rank} lost another in {what}; missing: {self.watch.missing()} ({said})"
+                ) from None
