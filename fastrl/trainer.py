@@ -105,7 +105,8 @@ def train(
     Raises:
         CheckpointError: the folder holds a run and ``resume`` is off, another process trains in it, a checkpoint is
             damaged, or could not be written.
-        TrainingError: a loss or gradient that is not finite; the message has the step and the records.
+        TrainingError: a loss or gradient that is not finite, or a reward that is no usable number; the message has the
+            step and the records.
         ValueError: recipe, data and model do not fit each other.
     """
     start = time.monotonic()

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastrl.batch import PackedBatch, PromptGroup
 from fastrl.methods.base import Context, Method, MethodOptions, Prepared, set_token_weights
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
+from fastrl.methods.scoring import check_advantages
 from fastrl.rewards.checked import checked_scores
 from fastrl_kernels.group_advantage import group_advantage
 from fastrl_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
@@ -179,6 +180,7 @@ class PerceptionR1(Method):
                 unbiased=options.unbiased,
                 eps=options.eps,
             )
+            check_advantages(groups, result.advantage.split(sizes.tolist()))
             values = iter(result.advantage.tolist())
             for group in groups:
                 for completion in group.completions:

@@ -31,6 +31,7 @@ from fastrl.data.lists import ranked_list
 from fastrl.methods.base import Context, Method, MethodOptions, Prepared, likelihood_loss, set_token_weights
 from fastrl.methods.ranking import rank_answers
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
+from fastrl.rewards.checked import checked_scores
 from fastrl_kernels.listwise_loss import listwise_loss
 
 if TYPE_CHECKING:
@@ -140,10 +141,11 @@ class PerPO(Method):
         with self.context.clock.phase("reward"):
             for group in groups:
                 assert group.record is not None
-                reward = self._rewards.of(group.record.task)
-                components = reward([c.text for c in group.completions], group.record)
-                for i, (completion, value) in enumerate(zip(group.completions, reward.total(components), strict=True)):
-                    completion.rewards = {name: values[i] for name, values in components.items()}
+                texts = [c.text for c in group.completions]
+                records = [group.record] * len(texts)
+                components, totals = checked_scores(self._rewards.of(group.record.task), texts, records)
+                for i, (completion, value) in enumerate(zip(group.completions, totals, strict=True)):
+                    completion.rewards = {name: v[i] for name, v in components.items() if v[i] is not None}
                     completion.scalars["reward"] = value
 
     def _online_groups(self, records: Sequence[Record]) -> tuple[list[PromptGroup], dict[str, float]]:

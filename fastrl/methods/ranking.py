@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastrl.rewards.base import Reward
+from fastrl.rewards.checked import checked_scores
 
 if TYPE_CHECKING:
     from fastrl.batch import PromptGroup
@@ -51,13 +52,13 @@ def rank_answers(groups: Sequence[PromptGroup], reward: Reward) -> list[Ranking]
                 ranking.dropped[why] += 1
         rankings.append(ranking)
         places += [(group, i) for i in ranking.order]
-    scored = reward.score([g.completions[i].text for g, i in places], [g.record for g, _ in places if g.record])
-    totals = reward.total(scored)
+    texts, truths = [g.completions[i].text for g, i in places], [g.record for g, _ in places if g.record]
+    components, totals = checked_scores(reward, texts, truths)
     at = 0
     for ranking in rankings:
         rows = sorted(range(at, at + len(ranking.order)), key=lambda row: -totals[row])
         ranking.order = [places[row][1] for row in rows]
         ranking.rewards = [totals[row] for row in rows]
-        ranking.components = [{name: values[row] for name, values in scored.items()} for row in rows]
+        ranking.components = [{n: v[row] for n, v in components.items() if v[row] is not None} for row in rows]
         at += len(rows)
     return rankings

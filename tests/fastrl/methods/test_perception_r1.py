@@ -186,7 +186,7 @@ def test_keep_trains_flat_groups_on_the_kl_term() -> None:
     method = scripted({"a": FLAT, "b": MIXED}, beta=0.1)
     prepared = method.prepare(method.context.stream.take(2))
     assert len(prepared.groups) == 2
-    assert method.needs_reference
+    assert method.reads_reference(method.options)
 
 
 def test_drop_takes_flat_groups_out_of_the_denominator() -> None:

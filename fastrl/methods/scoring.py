@@ -1,0 +1,37 @@
+"""Advantages that float32 cannot hold are an error that names the rewards they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastrl.rewards.checked import RewardError
+
+if TYPE_CHECKING:
+    from fastrl.batch import PromptGroup
+
+SHOWN = 60  # characters of an answer in a message
+
+
+def check_advantages(groups: Sequence[PromptGroup], advantages: Sequence[Tensor]) -> None:
+    """Check the advantages [G] of each group, whose completions have their ``reward``.
+
+    Raises:
+        RewardError: answers with different rewards whose advantages are not finite in float32, or all 0.
+    """
+    for group, advantage in zip(groups, advantages, strict=True):
+        rewards = [completion.scalars["reward"] for completion in group.completions]
+        low, high = min(rewards), max(rewards)
+        held = advantage.float()
+        finite = bool(held.isfinite().all())
+        if low == high or (finite and bool(held.any())):
+            continue
+        assert group.record is not None
+        answer = group.completions[rewards.index(high)]
+        raise RewardError(
+            f"record {group.record.id!r}{f' ({group.record.source})' if group.record.source else ''}: rewards from "
+            f"{low:g} to {high:g} make advantages that {'vanish' if finite else 'overflow'} in float32; the answer with "
+            f"{high:g}: {answer.text[:SHOWN]!r}, components {answer.rewards}"
+        )
