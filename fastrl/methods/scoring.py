@@ -30,8 +30,9 @@ def check_advantages(groups: Sequence[PromptGroup], advantages: Sequence[Tensor]
             continue
         assert group.record is not None
         answer = group.completions[rewards.index(high)]
+        where = f"{group.record.id!r} ({group.record.source})" if group.record.source else repr(group.record.id)
         raise RewardError(
-            f"record {group.record.id!r}{f' ({group.record.source})' if group.record.source else ''}: rewards from "
-            f"{low:g} to {high:g} make advantages that {'vanish' if finite else 'overflow'} in float32; the answer with "
-            f"{high:g}: {answer.text[:SHOWN]!r}, components {answer.rewards}"
+            f"record {where}: rewards from {low:g} to {high:g} make advantages that "
+            f"{'vanish' if finite else 'overflow'} in float32; the answer with {high:g}: {answer.text[:SHOWN]!r}, "
+            f"components {answer.rewards}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.answers import View
-from fastrl.run.logs import read_rows
+from fastrl.data.files import write_atomically
+from fastrl.data.validate import is_number
+from fastrl.report.text import attribute, label, plain, shown
+from fastrl.run.logs import is_step, read_anyhow
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
@@ -34,6 +38,7 @@ FAMILIES = {
     "memory (GiB)": ("memory/",),
 }
 PICTURES = 12  # sample answers that are drawn
+DRAWN = 100_000  # characters of an answer that are looked at for boxes
 TASKS_WITH_BOXES = ("grounding", "counting", "detection")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
@@ -49,7 +54,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the page of the run in folder ``run`` to ``out`` (default ``run/report.html``) and return its path.
 
     Curves are drawn of every number in ``metrics.jsonl``. Sample answers are drawn over their pictures where the run's
-    data can still be read; a page without pictures says why.
+    data can still be read; a page without pictures says why. What of the logs cannot be read is left out and counted.
 
     Raises:
         FileNotFoundError: the folder holds no ``metrics.jsonl``.
@@ -58,31 +63,50 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         raise FileNotFoundError(f"{run} is no run folder: it holds no metrics.jsonl")
-    rows = read_rows(metrics)
+    rows, others = read_anyhow(metrics)
     if not rows:
         raise ValueError(f"{metrics} has no row yet")
-    samples = read_rows(run / "samples.jsonl") if (run / "samples.jsonl").is_file() else []
-    recipe = (run / "recipe.yaml").read_text(encoding="utf-8") if (run / "recipe.yaml").is_file() else ""
+    samples, broken = read_anyhow(run / "samples.jsonl") if (run / "samples.jsonl").is_file() else ([], 0)
+    stored = run / "recipe.yaml"
+    recipe = stored.read_bytes().decode("utf-8", "replace") if stored.is_file() else ""
+    stepped, without = _with_steps(rows)
+    notes = [without, _left_out(others, "metrics.jsonl"), _left_out(broken, "samples.jsonl")]
     parts = [
-        f"<h1>{html.escape(run.resolve().name)}</h1>",
-        f"<p>{html.escape(headline(rows))}</p>",
-        f'<h2>Curves</h2><div class="charts">{"".join(_charts(rows))}</div>',
-        _sample_section(samples, recipe),
-        f"<h2>Recipe</h2><pre>{html.escape(recipe)}</pre>" if recipe else "",
+        f"<h1>{shown(run.resolve().name)}</h1>",
+        f"<p>{shown(headline(stepped))}</p>",
+        *(f"<p>{note}</p>" for note in notes if note),
+        f'<h2>Curves</h2><div class="charts">{"".join(_charts(stepped))}</div>',
+        _sample_section(samples, stored),
+        f"<h2>Recipe</h2><pre>{shown(recipe, 100_000)}</pre>" if recipe else "",
     ]
-    title = html.escape(run.resolve().name)
+    title = html.escape(plain(run.resolve().name, 200))
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     out = out if out is not None else run / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page + "\n".join(parts) + "</html>\n", encoding="utf-8")
+    write_atomically(out, page + "\n".join(parts) + "</html>\n")
     return out
+
+
+def _with_steps(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
+    """Rows that have a step (in their order where none has one), and a line about the others."""
+    stepped = [row for row in rows if is_step(row.get("step"))]
+    if not stepped:
+        return [
+            {**row, "step": n} for n, row in enumerate(rows, 1)
+        ], "No row has a step: they are shown in their order."
+    without = len(rows) - len(stepped)
+    return stepped, f"Left out: {without} of the rows, which have no step." if without else ""
+
+
+def _left_out(lines: int, name: str) -> str:
+    return f"Left out: {lines} of the lines of {name}, which cannot be read." if lines else ""
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> str:
     """One sentence: steps, time, and the mean reward of the first and the last tenth of the steps."""
-    seconds = sum(row.get("time/step") or 0.0 for row in rows)
+    seconds = math.fsum(row["time/step"] for row in rows if is_number(row.get("time/step")))
     text = f"{len(rows)} steps, {seconds / 60:.1f} minutes"
-    rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
+    rewards = [float(row["reward/mean"]) for row in rows if is_number(row.get("reward/mean"))]
     if not rewards:
         return text
     tenth = max(1, len(rewards) // 10)
@@ -92,7 +116,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """The keys of the metrics by family, without those that never hold a number; what fits none is ``other``."""
-    numbers = dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, int | float) and k != "step")
+    numbers = dict.fromkeys(k for row in rows for k, v in row.items() if is_number(v) and k != "step")
     found: dict[str, list[str]] = {}
     for key in numbers:
         name = next(
@@ -120,8 +144,8 @@ def _chart(name: str, keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for key in keys:
-        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-        axis.plot(*zip(*points, strict=True), linewidth=1.2, label=key, marker="." if len(points) == 1 else "")
+        points = [(float(row["step"]), float(row[key])) for row in rows if is_number(row.get(key))]
+        axis.plot(*zip(*points, strict=True), linewidth=1.2, label=label(key), marker="." if len(points) == 1 else "")
     axis.set_title(name, fontsize=10)
     axis.set_xlabel("step", fontsize=8)
     axis.tick_params(labelsize=8)
@@ -136,7 +160,7 @@ def _address(figure: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _sample_section(samples: Sequence[Mapping[str, Any]], recipe: str) -> str:
+def _sample_section(samples: Sequence[Mapping[str, Any]], recipe: Path) -> str:
     if not samples:
         return ""
     rows = "".join(_sample_row(sample) for sample in samples)
@@ -145,35 +169,41 @@ def _sample_section(samples: Sequence[Mapping[str, Any]], recipe: str) -> str:
 
 
 def _sample_row(sample: Mapping[str, Any]) -> str:
-    components = {k: v for k, v in (sample.get("rewards") or {}).items() if v is not None}
-    parts = ", ".join(f"{name} {value:.2f}" for name, value in components.items())
+    components = sample.get("rewards")
+    numbers = components.items() if isinstance(components, Mapping) else ()
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in numbers if is_number(value))
     reward = sample.get("reward")
-    shown = f"{reward:.3f}" if isinstance(reward, int | float) else "–"
-    cells = [html.escape(str(sample.get(name, ""))) for name in ("step", "question", "answer")]  # any text may be there
-    cells.append(html.escape(f"{shown} ({parts})" if parts else shown))
+    total = f"{reward:.3f}" if is_number(reward) else "–"
+    cells = [shown(sample.get(name, "")) for name in ("step", "question", "answer")]  # any text may be there
+    cells.append(shown(f"{total} ({parts})" if parts else total))
     return "<tr><td>{}</td><td>{}</td><td class='answer'>{}</td><td>{}</td></tr>".format(*cells)
 
 
-def _pictures(samples: Sequence[Mapping[str, Any]], recipe: str) -> str:
+def _pictures(samples: Sequence[Mapping[str, Any]], recipe: Path) -> str:
     """The last samples drawn over their pictures: truth green, answer red."""
     drawable = [s for s in samples if s.get("task") in TASKS_WITH_BOXES and s.get("views")][-PICTURES:]
     if not drawable:
         return ""
     try:
-        records = _records(recipe, {str(sample["id"]) for sample in drawable})
+        records = _records(recipe, {str(sample.get("id")) for sample in drawable})
     except (ValueError, OSError) as error:
-        return f"<p>No pictures: the run's data cannot be read any more ({html.escape(str(error))}).</p>"
-    shown = [_picture(sample, records[str(sample["id"])]) for sample in drawable if str(sample["id"]) in records]
-    return f'<p>Truth green, answer red.</p><div class="pictures">{"".join(shown)}</div>'
+        return f"<p>No pictures: the run's data cannot be read any more ({shown(error)}).</p>"
+    drawn, failed = [], 0
+    for sample in drawable:
+        record = records.get(str(sample.get("id")))
+        try:
+            drawn += [_picture(sample, record)] if record is not None else []
+        except (ValueError, TypeError, KeyError, OSError, OverflowError):  # views that are none, a picture that is gone
+            failed += 1
+    left = f" Not drawn: {failed} whose picture or sizes cannot be read." if failed else ""
+    return f'<p>Truth green, answer red.{left}</p><div class="pictures">{"".join(drawn)}</div>'
 
 
-def _records(recipe: str, wanted: set[str]) -> dict[str, Record]:
-    import yaml
-
+def _records(recipe: Path, wanted: set[str]) -> dict[str, Record]:
     from fastrl.data import load_data
-    from fastrl.recipe import build_recipe
+    from fastrl.recipe import load_recipe
 
-    data = build_recipe(yaml.safe_load(recipe), source="recipe.yaml").data
+    data = load_recipe(recipe).data
     return {record.id: record for record in load_data(data.spec, skip_bad=True) if record.id in wanted}
 
 
@@ -183,10 +213,12 @@ def _picture(sample: Mapping[str, Any], record: Record) -> str:
 
     from fastrl.report.figures import draw_answer
 
-    seen = replace(record, views=tuple(View(*view) for view in sample["views"]), frame=sample["frame"])
+    seen = replace(record, views=tuple(View(*view) for view in sample["views"]), frame=sample.get("frame", "auto"))
     figure = Figure(figsize=(2.4, 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    draw_answer(axis, seen, str(sample.get("answer", "")))
-    axis.set_title(f"step {sample['step']}, reward {sample.get('reward') or 0:.2f}", fontsize=8)
-    return f'<img alt="{html.escape(str(sample.get("question", "")))}" src="{_address(figure)}">'
+    draw_answer(axis, seen, str(sample.get("answer", ""))[:DRAWN])
+    reward = sample.get("reward")
+    total = f", reward {reward:.2f}" if is_number(reward) else ""
+    axis.set_title(label(f"step {sample.get('step', '–')}{total}"), fontsize=8)
+    return f'<img alt="{attribute(sample.get("question", ""))}" src="{_address(figure)}">'

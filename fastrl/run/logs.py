@@ -83,6 +83,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_anyhow(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """What can be read of a log: every JSON object in it, and how many lines are something else."""
+    rows, others = [], 0
+    with path.open("rb") as file:
+        for line in filter(bytes.strip, file):
+            value = _parsed(line)
+            others += not isinstance(value, dict)
+            if isinstance(value, dict):
+                rows.append(value)
+    return rows, others
+
+
 def cut_rows(path: Path, step: int) -> Cut:
     """Keep a log's rows of steps up to ``step``, in their order. Lines that are no rows go to ``NAME.jsonl.bad``."""
     bad = path.with_name(f"{path.name}.bad")
@@ -111,13 +123,21 @@ def has_rows(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
         return None
-    step = row.get("step") if isinstance(row, dict) else None
-    return row if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    row = _parsed(line)
+    return row if isinstance(row, dict) and is_step(row.get("step")) else None
+
+
+def is_step(value: Any) -> bool:
+    """Whether a JSON value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _append(path: Path, data: bytes) -> None:

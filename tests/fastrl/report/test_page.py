@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastrl.recipe import load_recipe
 from fastrl.report.page import families, headline, write_report
+from fastrl.report.text import closed, shown
 from fastrl.trainer import train
 
 HOSTILE = '</td><script>alert("x")</script><img src=http://example.com/a.png>'
@@ -68,3 +72,80 @@ def test_a_folder_without_a_run_is_refused(content: str | None, said: str, tmp_p
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises((FileNotFoundError, ValueError), match=said):
         write_report(tmp_path)
+
+
+def strange_run(folder: Path, rows: list[str], samples: list[str], recipe: str = "") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "samples.jsonl").write_text("\n".join(samples) + "\n")
+    (folder / "recipe.yaml").write_bytes(recipe.encode("utf-8", "surrogatepass"))
+    return folder
+
+
+STRANGE_ROWS = [
+    '{"step": 1, "reward/mean": 0.5, "time/step": 1}',
+    '{"reward/mean": 0.5}',
+    '{"step": null, "loss": 1}',
+    '{"step": "2", "loss": "1"}',
+    '{"step": 2, "reward/mean": "high", "time/step": "long", "loss": [1], "nan": NaN, "huge": 1e999}',
+    '{"step": 3, "reward/mean": null, "a$b_{$": 1, "\\ud800": 2, "\\u202ekey": 3, "big": 1' + "0" * 400 + "}",
+    "[1]",
+    "garbage",
+    "[" * 100_000,
+]
+STRANGE_SAMPLES = [
+    '{"answer": "\\ud800 \\udc00\\u0000\\u001b[31m", "question": "\\ud83d", "task": "grounding", "views": [[1]]}',
+    '{"step": 1, "answer": null, "reward": "good", "rewards": [1], "views": 3, "task": "grounding", "id": 7}',
+    '{"step": {}, "answer": {"a": 1}, "rewards": {"x": "y", "z": 0.5, "w": true}, "reward": NaN}',
+    "{}",
+    "nonsense",
+]
+
+
+@pytest.mark.parametrize("recipe", ["", "{broken: [", "a: \udc80", "model: {path: tiny:perception}"])
+def test_whatever_the_logs_hold_makes_a_page(tmp_path: Path, recipe: str) -> None:
+    page = write_report(strange_run(tmp_path / "run", STRANGE_ROWS, STRANGE_SAMPLES, recipe)).read_text("utf-8")
+    assert "Left out: 3 of the rows, which have no step." in page
+    assert "Left out: 3 of the lines of metrics.jsonl" in page
+    assert "Left out: 1 of the lines of samples.jsonl" in page
+    assert page.count("<tr>") == 1 + 4
+    assert not [c for c in page if c not in "\t\n" and unicodedata.category(c) in ("Cc", "Cs")]
+    assert page.endswith("</html>\n")
+
+
+def test_rows_that_all_have_no_step_are_shown_in_their_order(tmp_path: Path) -> None:
+    page = write_report(strange_run(tmp_path / "run", ['{"loss": 1}', '{"loss": 2}'], [])).read_text("utf-8")
+    assert "No row has a step: they are shown in their order." in page
+    assert 'alt="loss"' in page
+
+
+def test_a_long_answer_is_cut_with_its_length(tmp_path: Path) -> None:
+    sample = json.dumps({"step": 1, "answer": "x" * 10_000_000, "question": "why", "views": [[9] * 4], "task": "ocr"})
+    page = write_report(strange_run(tmp_path / "run", STRANGE_ROWS[:1], [sample])).read_text("utf-8")
+    assert "x" * 2000 + "… (10,000,000 characters)</bdi>" in page
+    assert len(page) < 200_000
+
+
+MARKS = "".join(("\u202a\u202b\u202c\u202d\u202e", "\u2066\u2067\u2068\u2069"))
+
+
+@given(st.text(alphabet=st.sampled_from([*MARKS, "a", "<", "א"]), max_size=30))
+def test_directional_marks_end_where_their_text_ends(text: str) -> None:
+    """Every mark that begins something is ended in order, and nothing is ended that began outside."""
+    made = closed(text)
+    begun: list[str] = []
+    for c in made:
+        if c in "\u2066\u2067\u2068":
+            begun.append("\u2069")
+        elif c in "\u202a\u202b\u202d\u202e":
+            begun.append("\u202c")
+        elif c == "\u2069":
+            assert c in begun
+            del begun[len(begun) - 1 - begun[::-1].index(c) :]
+        elif c == "\u202c":
+            assert begun[-1] == c
+            begun.pop()
+    assert begun == []
+    assert [c for c in made if c not in MARKS] == [c for c in text if c not in MARKS]
+    assert shown(text).startswith("<bdi>")
+    assert closed(made) == made
