@@ -21,6 +21,7 @@ import torch
 from fastrl.batch import PromptGroup
 from fastrl.build.portions import resume
 from fastrl.data import load_data
+from fastrl.data.disk import writing
 from fastrl.data.files import image_names, write_atomically
 from fastrl.data.lists import list_row
 from fastrl.methods.ranking import Ranking, rank_answers
@@ -171,9 +172,11 @@ def build_lists(
             while chunk < chunks:
                 started = time.perf_counter()
                 lines = worker.portion(records, chunk, tally)
-                file.write("".join(lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
+                data = "".join(lines).encode()
+                with writing(out, len(data)):
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
                 chunk, size = chunk + 1, file.tell()
                 tally.seconds += time.perf_counter() - started
                 _write_summary(out, options, chunk, size, tally, done=chunk == chunks)

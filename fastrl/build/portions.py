@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastrl.data.disk import writing
 from fastrl.data.files import write_atomically
 
 Tally = dict[str, Any]  # JSON values; what became of the records so far
@@ -51,9 +52,11 @@ def build_portions(
         file.seek(size)
         for portion in range(done, portions):
             lines = work(portion, tally)
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+            data = "".join(lines).encode()
+            with writing(out, len(data)):
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             state = {
                 "done": portion + 1 == portions,
                 "options": dict(options),

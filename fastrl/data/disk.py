@@ -44,6 +44,13 @@ def free_bytes(path: Path) -> int | None:
         return None
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write a file in place. Raises ``OSError`` with the path and the bytes needed."""
+    data = text.encode()
+    with writing(path, len(data)):
+        path.write_bytes(data)
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a file, whole or not at all. Raises ``OSError`` with the path and the bytes needed."""
     temporary = path.with_name(f".{path.name}.writing")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastrl.critics import Case, Critic, CriticError, Turn, open_critic
 from fastrl.critics.feedback import request, rng_for
+from fastrl.data.disk import write_file
 from fastrl.data.records import Record, question
 from fastrl.data.reflection import SpokenTurn, dialogue_messages
 
@@ -280,7 +281,7 @@ def evaluate_reflection(
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(json.dumps(r.row(), ensure_ascii=False) + "\n" for r in found), encoding="utf-8")
+        write_file(out, "".join(json.dumps(r.row(), ensure_ascii=False) + "\n" for r in found))
     failed = next((reflection.error for reflection in found if reflection.error), "")
     if failed:
         raise CriticError(f"{failed}; {len(found)} of {len(records)} dialogues" + (f" are in {out}" if out else ""))

@@ -12,6 +12,7 @@ import torch
 from fastrl.answers import check_frame
 from fastrl.data import load_data
 from fastrl.data.blank import BlankImages
+from fastrl.data.disk import write_file
 from fastrl.data.records import Record
 from fastrl.evaluate import EVALUATIONS, Metrics, evaluate, load_predictions
 from fastrl.evaluate.predictions import RESIZE, row_of
@@ -159,7 +160,6 @@ def _model_answers(
 
 
 def _write(out: Path, records: Sequence[Record], answers: Sequence[str], metrics: Metrics) -> None:
-    with out.open("w", encoding="utf-8") as file:
-        for record, answer in zip(records, answers, strict=True):
-            file.write(json.dumps(row_of(record, answer)) + "\n")
-    out.with_suffix(".metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    rows = (json.dumps(row_of(record, answer)) for record, answer in zip(records, answers, strict=True))
+    write_file(out, "".join(f"{row}\n" for row in rows))
+    write_file(out.with_suffix(".metrics.json"), json.dumps(metrics, indent=2) + "\n")

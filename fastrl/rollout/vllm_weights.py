@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastrl.data.disk import sizes
 from fastrl.http import Passing, Refused
 
 
@@ -100,16 +101,29 @@ class ServerWeights:
         self._held, self.name = None, ""
 
     def _push(self, name: str, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        self._write(path)
         if self.adapter:
-            self.policy.peft.save_pretrained(path)
             self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
             return
-        self.policy.save(path)
         self._call("/pause?mode=wait", {})
         # Where this fails the server stays paused: half of its weights may be new.
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
         self._call("/resume", {})
+
+    def _write(self, path: Path) -> None:
+        from safetensors import SafetensorError
+
+        weights = [p for p in self.policy.core.parameters() if p.requires_grad or not self.adapter]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if self.adapter:
+                self.policy.peft.save_pretrained(path)
+            else:
+                self.policy.save(path)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(path, ignore_errors=True)
+            needed = sizes(path, sum(p.numel() * p.element_size() for p in weights))
+            raise RolloutError(f"{path}: the weights for the server cannot be written: {error} ({needed})") from None
 
     def _drop(self, name: str) -> None:
         """Weights nobody asks for any more; what fails is left."""

@@ -16,6 +16,7 @@ from fastrl.recipe import RecipeError
 from fastrl.rollout import Generator, RolloutError, Sampling, VllmGenerator
 from fastrl.run.logs import read_rows
 from fastrl.trainer import train
+from tests.helpers.disk import file_size_limit
 from tests.helpers.rollouts import encode, make_records, rng, same, teacher_forced
 from tests.helpers.training import make_recipe, steady_rows
 from tests.helpers.training import make_records as ocr_records
@@ -229,6 +230,19 @@ def test_weights_that_were_not_taken_are_an_error_and_nothing_is_asked(
     assert not server.asked("/v1/chat/completions")
     assert not list(tmp_path.iterdir())
     assert server.paused == (kind == "policy" and place == 2)  # half-loaded weights are not served
+
+
+@pytest.mark.parametrize("kind", ["policy", "adapted"])
+def test_weights_that_cannot_be_written_are_one_line(
+    kind: str, request: pytest.FixtureRequest, server: VllmServer, tmp_path: Path
+) -> None:
+    remote = Remote(request.getfixturevalue(kind), server, tmp_path / "shared", retries=0)
+    with (
+        file_size_limit(1000),
+        pytest.raises(RolloutError, match=r"the weights for the server cannot be written: .*\(needs [\d,]+ bytes, "),
+    ):
+        remote.generate(encode(remote.policy)[:1], GREEDY)
+    assert not list((tmp_path / "shared").iterdir())
 
 
 def wrong_prompt(reply: dict[str, Any]) -> None:

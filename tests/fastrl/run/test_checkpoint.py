@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import re
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +24,7 @@ from fastrl.recipe import OptimRecipe
 from fastrl.run import checkpoint, keeping
 from fastrl.run.checkpoint import RunState
 from fastrl.run.integrity import CheckpointError, Damaged, inspect
+from tests.helpers.disk import file_size_limit
 
 
 class SmallPolicy:
@@ -261,17 +260,6 @@ def test_every_file_has_a_checksum_and_any_change_of_it_is_named(tmp_path: Path)
                 inspect(folder, 1)
         path.write_bytes(whole)
     assert inspect(folder, 1).checked
-
-
-@contextlib.contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Writes beyond ``size`` bytes of a file fail, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 1, 60, 200, 600, 2000])

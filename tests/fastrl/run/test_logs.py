@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastrl.run.logs import Appended, cut_rows, read_rows
 from fastrl.run.metrics import MetricsLog
+from tests.helpers.disk import file_size_limit
 
 BAD = (b"not json", b"[1]", b"null", b"3", b"{}", b'{"step": "1"}', b'{"step": 1.0}', b'{"step": true}', b'{"st')
 BAD += (b'{"step": 1e999}', b"[" * 100_000, b'{"step": 1} {"step": 2}', b"\xff\xfe", b"\0\0\0")
@@ -71,8 +72,6 @@ def test_a_full_disk_names_the_log_and_the_bytes(tmp_path: Path, name: str) -> N
 
 
 def test_half_a_piece_is_taken_back(tmp_path: Path) -> None:
-    from tests.fastrl.run.test_checkpoint import file_size_limit
-
     log = Appended(tmp_path / "metrics.jsonl")
     log.write('{"step": 1}\n')
     with file_size_limit(20), pytest.raises(OSError, match=r"metrics\.jsonl"):
