@@ -42,6 +42,7 @@ class Counts:
         self.executed: Counter[int] = Counter()  # instruction index -> times a warp issued it
         self.opcodes: Counter[str] = Counter()
         self.read = self.written = Traffic()  # global memory
+        self.distinct = (0, 0)  # bytes of global memory that were read, and written, however often
         self.shared_bytes = 0
         self.barriers = 0  # passed, summed over programs
 
@@ -90,6 +91,7 @@ def run(compiled: Compiled, memory: Global, params: dict[str, Raw], grid: tuple[
         Machine(compiled, memory, params, grid, programs, counts).run()
     for at, times in counts.executed.items():
         counts.opcodes[compiled.kernel.instructions[at].opcode] += times
+    counts.distinct = memory.touched()
     return counts
 
 

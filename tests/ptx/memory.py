@@ -90,6 +90,11 @@ class Buffer:
                 at = int(lost.argmax())
                 raise Race(f"{who.name(at)}: two threads store different values at byte {offset[at]} of {self.name}")
 
+    def touched(self) -> tuple[int, int]:
+        """Different bytes read, and different bytes written."""
+        read, written = (int((record != _NOBODY).sum()) * self.grain for record in (self.reader, self.writer))
+        return read, written
+
     def _grains(self, offset: Index, size: int) -> Index:
         return (offset // self.grain)[:, None] + np.arange(max(size // self.grain, 1))
 
@@ -257,6 +262,11 @@ class Global:
             offset = address[chosen] - segment.base
             segment.check(offset, size * len(values), part, "write")
             segment.store(offset, size, [value[chosen] for value in values], part)
+
+    def touched(self) -> tuple[int, int]:
+        """Different bytes read, and different bytes written, of all tensors."""
+        each = [segment.touched() for segment in self.segments]
+        return sum(read for read, _ in each), sum(written for _, written in each)
 
     def write_back(self) -> None:
         for segment in self.segments:

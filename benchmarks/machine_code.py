@@ -1,0 +1,102 @@
+"""How many instructions a launch issues: SASS counted per loop, loops run as often as the interpreter found.
+
+The interpreter in ``tests/ptx`` knows how often each PTX instruction of a launch was executed, but a GPU issues SASS.
+The assembler keeps the loops: where both have the same number, they are paired in order and each SASS loop's own
+instructions are taken to run as often as its partner's. Where it unrolled one, no pairing is possible and ``issued``
+says so.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.+?)\s*;", re.MULTILINE)
+_BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
+_RESOURCE = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:\d+\s+LOCAL:(\d+)")
+
+
+class Issued(NamedTuple):
+    """Warp instructions of a launch."""
+
+    instructions: float
+    special: float  # of them to the special function unit (MUFU)
+    paired: bool  # False: the loops do not correspond, and these are PTX instructions
+
+
+class Loop(NamedTuple):
+    """First and last instruction of a natural loop."""
+
+    first: int
+    last: int
+
+
+def loops(jumps: Sequence[tuple[int, int]]) -> list[Loop]:
+    """Loops by (instruction, target) of the branches: those back to one header are one loop. In order of headers."""
+    last: dict[int, int] = {}
+    for at, target in jumps:
+        if target < at:
+            last[target] = max(at, last.get(target, at))
+    return [Loop(first, last[first]) for first in sorted(last)]
+
+
+def own(found: Sequence[Loop], length: int) -> list[list[int]]:
+    """The instructions in no loop, then those of each loop that are in no loop inside it."""
+    where = [0] * length
+    for number, loop in sorted(enumerate(found, 1), key=lambda pair: pair[1].first - pair[1].last):
+        where[loop.first : loop.last + 1] = [number] * (loop.last + 1 - loop.first)  # the widest first
+    members: list[list[int]] = [[] for _ in range(len(found) + 1)]
+    for at, number in enumerate(where):
+        members[number].append(at)
+    return members
+
+
+def issued(opcodes: Sequence[str], jumps: Sequence[tuple[int, int]], executed: Counter[int], sass: str) -> Issued:
+    """Warp instructions of a launch.
+
+    Args:
+        opcodes: of the PTX instructions; ``jumps`` their branches as (index, target's index).
+        executed: how often a warp issued each.
+        sass: cuobjdump's disassembly of the same kernel.
+    """
+    machine = [(int(address, 16), code) for address, code in _LINE.findall(sass) if code != "NOP"]
+    index = {address: at for at, (address, _) in enumerate(machine)}
+    codes = [code for _, code in machine]
+    back = [(at, index.get(int(match[1], 16), at)) for at, code in enumerate(codes) if (match := _BRANCH.search(code))]
+    above, below = loops(jumps), loops(back)
+    if len(above) != len(below):
+        special = sum(n for at, n in executed.items() if opcodes[at].split(".")[0] in _SPECIAL)
+        return Issued(sum(executed.values()), special, paired=False)
+    total, special = 0.0, 0.0
+    for ptx, sass_own in zip(own(above, len(opcodes)), own(below, len(codes)), strict=True):
+        times = sum(executed[at] for at in ptx) / max(len(ptx), 1)
+        total += times * len(sass_own)
+        special += times * sum("MUFU" in codes[at] for at in sass_own)
+    return Issued(total, special, paired=True)
+
+
+_SPECIAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh", "div")
+
+
+def disassemble(cubin: bytes) -> tuple[str, int, int]:
+    """SASS, registers per thread, and bytes of stack per thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass, usage = (_cuobjdump(flag, file.name) for flag in ("-sass", "-res-usage"))
+    resource = _RESOURCE.search(usage)
+    if resource is None:
+        raise RuntimeError("cuobjdump gave no resource usage")
+    return sass, int(resource[1]), int(resource[2]) + int(resource[3])
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    import triton
+
+    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([str(tool), flag, path], capture_output=True, text=True, check=True).stdout

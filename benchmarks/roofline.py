@@ -1,0 +1,336 @@
+"""``python -m benchmarks.roofline``: the least time of each kernel on H100 and H200, computed without a GPU.
+
+Each call is compiled as on an H100 and its PTX run by the interpreter in ``tests/ptx``, which counts instructions and
+bytes; the SASS says how many instructions the GPU issues for them (``machine_code``), registers and shared memory how
+many programs fit on a multiprocessor. Work that is linear in the batch is run at two small batches and extended to the
+size of the table. Writes ``results/roofline.json`` and the table of docs/kernels.md. Nothing here is measured: a time
+is a bound that no launch can beat, and latency is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from benchmarks.machine_code import disassemble, issued
+
+RESULTS = Path(__file__).parent / "results" / "roofline.json"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
+BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
+
+MULTIPROCESSORS, SCHEDULERS = 132, 4
+CLOCK = 1.755e9  # Hz, held under load
+SPECIAL_LANES = 16  # special functions per multiprocessor and cycle
+REGISTERS, SHARED, WARPS, PROGRAMS = 65536, 233472, 64, 32  # of a multiprocessor; 1 KB of SHARED goes to each program
+BANDWIDTH = {"H100": 3.35e12 * 0.9, "H200": 4.8e12 * 0.9}  # bytes/s: nine tenths of the data sheet's
+LAUNCH = 3e-6  # s: below this a launch costs more than it does
+
+
+class Problem(NamedTuple):
+    """A public call at a size users have."""
+
+    name: str
+    size: str  # for the table
+    call: Callable[[int], Any]  # of a batch
+    batch: int
+    probes: tuple[int, int] | None  # two batches to run, and the work is linear in the batch; None: run as it is
+    arch: int = 90
+
+
+class Work(NamedTuple):
+    """What one kernel launch does; counts over all programs."""
+
+    kernel: str
+    programs: float
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    bytes: float  # different bytes read, and written
+    instructions: float  # warp instructions
+    special: float
+    paired: bool
+
+
+def works(problem: Problem) -> list[Work]:
+    """The launches of a problem, in order."""
+    if problem.probes is None:
+        return _run(problem, problem.batch)
+    few, many = problem.probes
+    low, high = _run(problem, few), _run(problem, many)
+    step = (problem.batch - many) / (many - few)
+    return [_extend(a, b, step) for a, b in zip(low, high, strict=True)]
+
+
+def _extend(low: Work, high: Work, step: float) -> Work:
+    grown = {
+        name: getattr(high, name) + step * (getattr(high, name) - getattr(low, name))
+        for name in ("programs", "bytes", "instructions", "special")
+    }
+    return high._replace(**grown)
+
+
+def _run(problem: Problem, batch: int) -> list[Work]:
+    from tests.ptx.launch import run_ptx
+
+    torch.manual_seed(0)
+    with run_ptx(problem.arch) as launches:
+        problem.call(batch)
+    return [_work(launch) for launch in launches]
+
+
+def _work(launch: Any) -> Work:
+    kernel = launch.prepared.kernel
+    opcodes = [instruction.opcode for instruction in kernel.instructions]
+    jumps = [
+        (at, kernel.labels[str(instruction.operands[0])])
+        for at, instruction in enumerate(kernel.instructions)
+        if instruction.opcode.startswith("bra")
+    ]
+    sass, registers, stack = disassemble(launch.compiled.asm["cubin"])
+    found = issued(opcodes, jumps, launch.counts.executed, sass)
+    x, y, z = launch.grid
+    return Work(
+        kernel=launch.name,
+        programs=x * y * z,
+        warps=launch.warps,
+        registers=registers,
+        stack=stack,
+        shared=launch.compiled.metadata.shared,
+        bytes=sum(launch.counts.distinct),
+        instructions=found.instructions,
+        special=found.special,
+        paired=found.paired,
+    )
+
+
+def resident(warps: int, registers: int, shared: int) -> int:
+    """Programs that fit on a multiprocessor of sm_90 at once (registers are given out per warp, 256 at a time)."""
+    of_warp = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS // of_warp // SCHEDULERS * SCHEDULERS // warps
+    by_shared = SHARED // (-(-shared // 128) * 128 + 1024)
+    return min(by_registers, by_shared, WARPS // warps, PROGRAMS)
+
+
+def bounds(row: dict[str, Any]) -> dict[str, float]:
+    """The least seconds of a row by what takes them: instruction slots, special functions, bytes on either GPU.
+
+    Programs are spread evenly; the busiest multiprocessor decides, and a warp uses one of its schedulers.
+    """
+    share = math.ceil(row["programs"] / MULTIPROCESSORS)
+    slots = CLOCK * min(SCHEDULERS, row["warps"] * share) * row["programs"] / share
+    special = row["special"] * 32 * SCHEDULERS / SPECIAL_LANES / slots
+    return {
+        "issue": row["instructions"] / slots,
+        "special": special,
+        **{gpu: row["bytes"] / rate for gpu, rate in BANDWIDTH.items()},
+    }
+
+
+def limit(found: dict[str, float], gpu: str) -> str:
+    """What a launch waits for on a GPU; ``launch`` where all of it is over before the next could start."""
+    least = {"issue": found["issue"], "special": found["special"], "bytes": found[gpu]}
+    name = max(least, key=lambda key: least[key])
+    return "launch" if least[name] < LAUNCH else name
+
+
+def table(payload: dict[str, Any]) -> str:
+    """Markdown, a line per kernel of a problem."""
+    head = ["kernel", "size", "programs × warps", "registers", "shared", "warps of 64", "waves", "MB", "instructions"]
+    head += ["issue µs", "special µs", "bytes µs H100", "H200", "bound H100", "H200"]
+    lines = [" | ".join(head), " | ".join(["---", "---", *["--:"] * (len(head) - 4), "---", "---"])]
+    for row in payload["kernels"]:
+        found, programs = bounds(row), resident(row["warps"], row["registers"], row["shared"])
+        cells = [
+            f"`{row['kernel']}`" + ("" if row["arch"] == 90 else f" (sm_{row['arch']} code)"),
+            row["size"],
+            f"{row['programs']:.0f} × {row['warps']}",
+            str(row["registers"]),
+            str(row["shared"]),
+            str(programs * row["warps"]),
+            f"{row['programs'] / (MULTIPROCESSORS * programs):.2g}",
+            _short(row["bytes"] / 1e6),
+            ("" if row["paired"] else "PTX ") + _millions(row["instructions"]),
+            *(_short(found[name] * 1e6) for name in ("issue", "special", "H100", "H200")),
+            *(limit(found, gpu) for gpu in BANDWIDTH),
+        ]
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _millions(value: float) -> str:
+    return (
+        f"{_short(value / 1e6)} M" if value >= 1e6 else f"{_short(value / 1e3)} K" if value >= 1e3 else f"{value:.0f}"
+    )
+
+
+def embed(document: str, payload: dict[str, Any]) -> str:
+    """The document with the table between its marks.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document has no {BEGIN!r} … {END!r}")
+    return f"{before}{BEGIN}\n\n{table(payload)}\n\nComputed, Triton {payload['triton']}.\n{END}{after}"
+
+
+# ---- problems --------------------------------------------------------------------------------------------------------
+
+
+def problems() -> list[Problem]:
+    """The library's kernels at sizes users have; bf16 where a model's numbers go in."""
+    rows = (2, 4)
+    return [
+        Problem("token_logprob", "8192 × 151936 bf16", lambda n: _tokens(n, entropy=False), 8192, rows),
+        Problem("token_logprob, entropy", "the same, entropy", lambda n: _tokens(n, entropy=True), 8192, rows),
+        Problem("policy_loss", "16384 tokens", _policy, 16384, (1024, 2048)),
+        Problem("unlikelihood_loss", "16384 tokens", _unlikelihood, 16384, (1024, 2048)),
+        Problem("group_advantage", "512 rewards, groups of 8", _advantage, 64, None),
+        Problem("perpo", "64 lists of 16, PerPO", lambda n: _lists(n, "perpo"), 64, None),
+        Problem("listmle", "64 lists of 16, ListMLE", lambda n: _lists(n, "listmle"), 64, None),
+        Problem("pairwise_iou", "64 × 304 × 96, GIoU", _boxes, 64, (1, 2)),
+        Problem("linear_assignment", "64 × 300 × 96", _assignment, 64, (4, 8)),
+        Problem("detection_reward", "512 × 32 × 32", _detection, 512, (8, 16)),
+        Problem(
+            "decode_attention",
+            "8 × 8 rows, prompts of 1200, own keys 256, 16/2 heads of 128, bf16",
+            _decode,
+            8,
+            None,
+            80,
+        ),
+        Problem("add_rms_norm", "64 × 2048 bf16", _norm, 64, (8, 16)),
+        Problem("rope_append", "64 rows, 16 + 2 heads of 128, bf16", _rope, 64, (8, 16)),
+        Problem("silu_mul", "64 × 11008 bf16", _gate, 64, (8, 16)),
+    ]
+
+
+def _tokens(rows: int, *, entropy: bool) -> None:
+    from fastrl_kernels import token_logprob
+
+    logits = torch.randn(rows, 151936).bfloat16().requires_grad_()
+    out = token_logprob(logits, torch.randint(151936, (rows,)), return_entropy=entropy)
+    (out.logp.sum() + (0 if out.entropy is None else out.entropy.sum())).backward()
+
+
+def _policy(tokens: int) -> None:
+    from fastrl_kernels import policy_loss
+
+    logp = -torch.rand(tokens)
+    ids = torch.arange(tokens) // 128
+    policy_loss(logp, torch.randn(128), ids, old_logp=logp, ref_logp=logp, weight=torch.ones(tokens), beta=0.04)
+
+
+def _unlikelihood(tokens: int) -> None:
+    from fastrl_kernels import unlikelihood_loss
+
+    unlikelihood_loss(-torch.rand(tokens), torch.rand(tokens), weight=torch.ones(tokens))
+
+
+def _advantage(groups: int) -> None:
+    from fastrl_kernels import group_advantage
+
+    group_advantage(torch.rand(groups * 8), 8)
+
+
+def _lists(lists: int, kind: str) -> None:
+    from fastrl_kernels import listwise_loss
+
+    listwise_loss(torch.randn(lists, 16), torch.rand(lists, 16), kind=kind)
+
+
+def _boxes(problems: int) -> None:
+    from fastrl_kernels import pairwise_iou
+
+    a, b = (torch.rand(problems, n, 4, requires_grad=True) for n in (304, 96))
+    pairwise_iou(a, b, kind="giou").sum().backward()
+
+
+def _assignment(problems: int) -> None:
+    from fastrl_kernels import linear_assignment
+
+    linear_assignment(torch.rand(problems, 300, 96))
+
+
+def _detection(problems: int) -> None:
+    from fastrl_kernels import detection_reward
+
+    corner = torch.rand(problems, 32, 2)
+    truth = torch.cat([corner, corner + 0.2], -1)
+    found = truth + 0.02 * torch.randn_like(truth)
+    count = torch.full((problems,), 32)
+    detection_reward(found, truth, count, count)
+
+
+def _decode(prompts: int) -> None:
+    from fastrl_kernels import decode_attention
+
+    module = importlib.import_module("fastrl_kernels.decode_attention")
+    config = module._config
+    q = torch.randn(prompts * 8, 16, 128).bfloat16()
+    prompt = torch.randn(2, prompts, 2, 1200, 128).bfloat16().unbind()
+    own_keys = torch.randn(2, prompts * 8, 2, 256, 128).bfloat16().unbind()
+    with mock.patch.object(module, "_config", lambda *sizes: config(*sizes[:-1], MULTIPROCESSORS)):
+        decode_attention(q, *prompt, *own_keys)
+
+
+def _norm(rows: int) -> None:
+    from fastrl_kernels import add_rms_norm
+
+    residual, x, weight = (torch.randn(*shape, 2048).bfloat16() for shape in ((rows,), (rows,), ()))
+    add_rms_norm(residual, x, weight, 1e-6)
+
+
+def _rope(rows: int) -> None:
+    from fastrl_kernels import rope_append
+
+    q, k, v = (torch.randn(rows, heads, 128).bfloat16() for heads in (16, 2, 2))
+    cos, sin = torch.randn(2, rows, 64).unbind()
+    keys, values = torch.zeros(2, rows, 2, 16, 128).bfloat16().unbind()
+    rope_append(q, k, v, cos, sin, keys, values, torch.tensor([3]))
+
+
+def _gate(rows: int) -> None:
+    from fastrl_kernels import silu_mul
+
+    silu_mul(*torch.randn(2, rows, 11008).bfloat16().unbind())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name has this; only printed")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
+    parser.add_argument("--document", type=Path, default=DOCUMENT, metavar="FILE")
+    args = parser.parse_args(argv)
+    import triton
+
+    rows = []
+    for problem in problems():
+        if args.only in problem.name:
+            for work in works(problem):
+                rows.append({"problem": problem.name, "size": problem.size, "arch": problem.arch, **work._asdict()})
+                print(rows[-1], flush=True)
+    payload = {"triton": triton.__version__, "kernels": rows}
+    if not args.only:
+        args.json.write_text(json.dumps(payload, indent=1) + "\n")
+        args.document.write_text(embed(args.document.read_text(), payload))
+    print(table(payload))
+
+
+if __name__ == "__main__":
+    main()
