@@ -104,8 +104,12 @@ def evaluate(
     model: Model = None,
     predictions: Annotated[Path | None, typer.Option(help="JSONL of {id, answer}, or COCO result JSON.")] = None,
     frame: Annotated[
-        str, typer.Option(help="Of --predictions' coordinates: auto, thousand, resized, original or unit.")
+        str,
+        typer.Option(help="Of --predictions' coordinates: auto, original, resized, thousand, unit or padded_unit."),
     ] = "auto",
+    family: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Whose --predictions are: a config.model_type, as qwen3_vl.")
+    ] = None,
     min_pixels: Annotated[int | None, typer.Option(min=1, help="With --frame resized: the processor's.")] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="The same.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer [the protocol's].")] = None,
@@ -153,6 +157,7 @@ def evaluate(
         model=model,
         predictions=predictions,
         frame=frame,
+        family=family,
         pixels=(min_pixels, max_pixels),
         max_new_tokens=max_new_tokens,
         limit=limit,

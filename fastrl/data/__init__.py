@@ -105,8 +105,8 @@ def register(name: str, load: Load, *, keys: Collection[str] | None = None) -> L
         name: of the adapter; none of ``: ? & = /`` in it.
         load: ``load(path, query)`` gives records, which are checked as a user's function's are (see ``user``); or a
             ``Dataset``, or a sequence of its own class that makes records when asked, which are taken as they are.
-        keys: what the query may hold beside ``orient`` and ``max_image_pixels``, which every spec may; others are
-            refused. None: ``load`` checks them.
+        keys: what the query may hold beside ``orient``, ``max_image_pixels`` and ``pictures``, which every spec may;
+            others are refused. None: ``load`` checks them.
 
     Raises:
         TypeError: ``load`` cannot be called with a path and a query.
@@ -174,6 +174,14 @@ def with_options(spec: str, **options: str | int | None) -> str:
     query |= given
     options_text = "&".join(f"{key}={quote(value, safe='/:,+ ')}" for key, value in query.items())
     return f"{adapter}:{path}" + (f"?{options_text}" if query else "")
+
+
+def without_pictures(spec: str) -> str:
+    """``spec`` for a use that needs no pixels: a file may be missing where its row states ``width`` and ``height``."""
+    adapter, _, query = parse_spec(spec)
+    entry = ADAPTERS[adapter] if adapter in ADAPTERS else None
+    keys = entry.open(adapter).keys or () if isinstance(entry, Shipped) else ("pictures",)
+    return with_options(spec, pictures="stated") if "pictures" in keys and "pictures" not in query else spec
 
 
 def load_data(

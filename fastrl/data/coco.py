@@ -58,10 +58,10 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     options = _options(query, categories, path)
     images = ordered(data["images"], seed)
     folder = Path(query["images"]) if "images" in query else _find_folder(path, images)
-    if not folder.is_dir():
+    pictures = ImageFolder(folder, reading(query, path))
+    if not folder.is_dir() and not pictures.reading.stated:
         raise fail(path, "missing file", f"images folder not found: {folder}")
     annotations, orphans = _by_image(data, path)
-    pictures = ImageFolder(folder, reading(query, path))
     dataset = collect(_records(images, annotations, categories, pictures, options, path), limit, path, pictures)
     return Dataset(dataset.records, (*dataset.problems, *orphans), (*dataset.left_out, *groups), dataset.notes)
 

@@ -42,6 +42,7 @@ class Picture:
         data: the bytes of a picture file, or what gives them; name: what messages call it.
         turned: by its EXIF tag; else the pixels are taken as they are stored.
         max_pixels: width x height above which it is refused.
+        stated: its (width, height) as a row states it, where the file is not there.
     """
 
     path: Path | None = None
@@ -49,6 +50,7 @@ class Picture:
     name: str = ""
     turned: bool = False
     max_pixels: int = MAX_PIXELS
+    stated: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return self.name or str(self.path)
@@ -89,6 +91,8 @@ def read_header(image: AnyPicture) -> Header:
         assert not isinstance(image, Path | str | Picture)
         _check_mode(image, _name(image))
         return Header(image.size, 1, False, "", _is_plain(image))
+    if source.stated is not None:
+        return Header(source.stated, 1, False, "", True)
     with _opened(source) as raw:
         return _header_of(raw, source)
 

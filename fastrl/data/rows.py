@@ -18,7 +18,7 @@ from fastrl.data.records import Dataset, Record
 from fastrl.data.tables import is_table, table_rows
 from fastrl.data.validate import ImageFolder, Problem, Reading, Row, fail, find_image_folder, short
 
-READING = ("orient", "max_image_pixels")  # query keys of every adapter that opens picture files
+READING = ("orient", "max_image_pixels", "pictures")  # query keys of every adapter that opens picture files
 KEYS = ("images", "split", "limit", "seed", *READING)  # query keys every row adapter takes
 IMAGE_FIELDS = ("image", "image_path", "file_name")
 PICTURES = ("image", "images")  # columns that may hold pictures, not only names of files
@@ -59,9 +59,10 @@ def choice_option(query: Mapping[str, str], key: str, allowed: Sequence[str], wh
 
 
 def reading(query: Mapping[str, str], where: str) -> Reading:
-    """How ``orient`` and ``max_image_pixels`` want pictures to be read. Raises ``DataError``."""
+    """How ``orient``, ``max_image_pixels`` and ``pictures`` want pictures to be read. Raises ``DataError``."""
     turned = choice_option(query, "orient", ("stored", "exif"), where) == "exif"
-    return Reading(turned, int_option(query, "max_image_pixels", where, 1) or MAX_PIXELS)
+    stated = choice_option(query, "pictures", ("files", "stated"), where) == "stated"
+    return Reading(turned, int_option(query, "max_image_pixels", where, 1) or MAX_PIXELS, stated)
 
 
 def ordered(items: Sequence[T], seed: int | None) -> list[T]:
@@ -141,9 +142,9 @@ def load_rows(path: str, query: Mapping[str, str], build: Build, given: Rows | N
     known = given if given is not None else list(islice(read_rows(file, split), LOOKED_AT if table else None))
     names = (row.get(name, "") for _, _, row in known if isinstance(row, Mapping) for name in IMAGE_FIELDS)
     folder = Path(query["images"]) if "images" in query else find_image_folder(file, names)
-    if not folder.is_dir():
-        raise fail(path, "missing file", f"images folder not found: {folder}")
     images = ImageFolder(folder, reading(query, path))
+    if not folder.is_dir() and not images.reading.stated:
+        raise fail(path, "missing file", f"images folder not found: {folder}")
     if not table:
         return collect((_build(*row, images, build) for row in ordered(known, seed)), limit, path, images)
     # A table is read in order, its pictures with it, and shuffled afterwards.

@@ -62,6 +62,7 @@ class Reading(NamedTuple):
 
     turned: bool = False  # by their EXIF tags; else as their pixels are stored
     max_pixels: int = MAX_PIXELS  # width x height above which one is refused
+    stated: bool = False  # a file may be missing where the row states its size: answers are scored without pictures
 
 
 def fail(where: str, kind: str, message: str) -> DataError:
@@ -121,7 +122,7 @@ class ImageFolder:
 
     def picture(self, path: Path) -> Path | Picture:
         """The file as records name it: how it is read goes with it where that is not the usual way."""
-        if self.reading == Reading():
+        if self.reading._replace(stated=False) == Reading():
             return path
         return Picture(path, turned=self.reading.turned, max_pixels=self.reading.max_pixels)
 
@@ -268,9 +269,19 @@ class Row:
         except (OSError, ValueError) as error:  # such as a null byte or a name too long for the file system
             header, path = f"image not found: {short(name)} ({error})", Path()
         if isinstance(header, str):
-            self.fail("missing image" if "not found" in header else "bad image", header)
-            return None
+            size = self._stated_size() if "not found" in header else None
+            if size is None:
+                self.fail("missing image" if "not found" in header else "bad image", header)
+                return None
+            return Picture(path, stated=size), size
         return (self.images.picture(path), header.size) if self._agrees(str(path), header) else None
+
+    def _stated_size(self) -> tuple[int, int] | None:
+        """The (width, height) a row declares, where that is enough."""
+        size = (self.fields.get("width"), self.fields.get("height"))
+        if not self.images.reading.stated or not all(type(side) is int and side > 0 for side in size):
+            return None
+        return size  # type: ignore[return-value]
 
     def _agrees(self, path: str, header: Header) -> bool:
         """Whether the size the row declares (if it does) is the picture's."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastrl.answers import FRAMES, View, check_frame
+from fastrl.answers import FRAMES, STYLES, View, check_frame, style_named, style_of
 from fastrl.data.records import Record
 from fastrl.data.rows import parse_json, read_rows, read_text
 from fastrl.data.validate import SHOWN, DataError, Problem, is_number, short
@@ -39,6 +39,7 @@ def load_predictions(
     records: Sequence[Record],
     *,
     frame: str = "auto",
+    family: str | None = None,
     pixels: tuple[int, int] = RESIZE,
     categories: Mapping[int | str, str] | None = None,
     known: Collection[str] = (),
@@ -49,15 +50,17 @@ def load_predictions(
     ``image_id`` is the record's id, ``bbox`` is x, y, width, height in pixels of the original image, and an image
     without an entry has no detections. Any other file is JSONL with one ``{"id": …, "answer": "raw model text"}`` per
     record, in any order (or one JSON list of such objects in a ``.json`` file). ``"resized": [width, height]`` in a row
-    is the size at which the model saw its one picture, ``"frame"`` what its coordinates mean where ``frame`` is auto;
-    ``fastrl eval --out`` writes both.
+    is the size at which the model saw its one picture (``"canvas"``: which part of it, see ``View``), ``"frame"`` what
+    its coordinates mean and ``"style"`` how it is written, where ``frame`` and ``family`` do not say it; ``fastrl eval
+    --out`` writes them.
 
     Args:
         frame: what the coordinates of the answers mean: ``auto`` (the row's or the record's own frame where it has one,
-            else by the answer's format, whose pixels are the original's where no row says otherwise), ``thousand``,
-            ``resized``, ``original`` or ``unit``. COCO results are always ``original``.
+            else that of ``family``, else by the answer's format, whose pixels are the original's where no row says
+            otherwise), or one of ``FRAMES``. COCO results are always ``original``.
+        family: the ``model_type`` of the config of the model that answered (``fastrl.answers.FAMILIES``).
         pixels: the processor's ``(min_pixels, max_pixels)``: with ``resized``, pictures of rows that name no size were
-            seen as Qwen-VL's processor resizes them between these.
+            seen as Qwen-VL's processor resizes them between these. With ``padded_unit`` they were padded to a square.
         categories: COCO category id → name for COCO results; default: the data's own, else those of COCO 2017.
         known: ids of further records, whose answers are passed over.
 
@@ -65,10 +68,11 @@ def load_predictions(
         PredictionError: bad JSON, a missing, duplicate or unknown id, or a field of the wrong type; all at once, each
             with file and line (or entry).
         DataError: the file cannot be read as UTF-8 text.
-        ValueError: an unknown frame, or two records of the same id.
+        ValueError: an unknown frame or family, or two records of the same id.
     """
     path = Path(path)
     check_frame(frame)
+    style = "" if family is None else style_of(family).name
     seen: set[str] = set()
     for record in records:
         if record.id in seen:
@@ -82,7 +86,7 @@ def load_predictions(
         if path.suffix != ".json" or any(isinstance(row, dict) and "image_id" in row for row in rows) or not rows:
             return _from_coco(path, rows, records, categories, known)
     rows = _from_rows(path, seen, known)
-    framed = [_framed(record, rows[record.id], frame, pixels) for record in records]
+    framed = [_framed(record, rows[record.id], frame, style, pixels) for record in records]
     return Predictions(framed, [rows[record.id]["answer"] for record in records])
 
 
@@ -93,23 +97,38 @@ def row_of(record: Record, answer: str) -> dict[str, Any]:
         row["frame"] = record.frame
     if len(record.views) == 1:
         row["resized"] = [record.views[0].resized_width, record.views[0].resized_height]
+        if record.views[0].canvas is not None:
+            row["canvas"] = list(record.views[0].canvas)
+    if record.style:
+        row["style"] = record.style
     return row
 
 
-def _framed(record: Record, row: Mapping[str, Any], frame: str, pixels: tuple[int, int]) -> Record:
-    """The record with what its answer's coordinates mean."""
-    named = [given for given in (frame, row.get("frame", "auto"), record.frame) if given != "auto"]
+def _framed(record: Record, row: Mapping[str, Any], frame: str, style: str, pixels: tuple[int, int]) -> Record:
+    """The record with what its answer's coordinates mean and how it is written."""
+    style = style or row.get("style", record.style)
+    usual = style_named(style).frame_of(record.task) if style else "auto"
+    named = [given for given in (frame, row.get("frame", "auto"), record.frame, usual) if given != "auto"]
     frame, views = named[0] if named else "auto", record.views
     single = len(record.images) <= 1 and len(views) <= 1
-    view = view_of(record) if single and ("resized" in row or frame == "resized") else None
+    view = view_of(record) if single and ("resized" in row or frame in ("resized", "padded_unit")) else None
     if view is not None and "resized" in row:
-        views = (View(view.width, view.height, *row["resized"]),)
+        canvas = tuple(row["canvas"]) if row.get("canvas") is not None else None
+        width, height = row["resized"]
+        views = (View(view.width, view.height, width, height, canvas),)
     elif view is not None and not views:
-        try:
-            views = (View.qwen(view.width, view.height, min_pixels=pixels[0], max_pixels=pixels[1]),)
-        except ValueError as error:  # a picture that the processor refuses
-            raise ValueError(f"{record.source or record.id}: {error}") from None
-    return replace(record, frame=frame, views=views)
+        views = (_usual_view(record, view, frame, pixels),)
+    return replace(record, frame=frame, views=views, style=style)
+
+
+def _usual_view(record: Record, view: View, frame: str, pixels: tuple[int, int]) -> View:
+    """How a picture is seen by the family that answers in a frame, where no row says it."""
+    if frame == "padded_unit":
+        return View.padded(view.width, view.height, max(view.width, view.height))
+    try:
+        return View.qwen(view.width, view.height, min_pixels=pixels[0], max_pixels=pixels[1])
+    except ValueError as error:  # a picture that the processor refuses
+        raise ValueError(f"{record.source or record.id}: {error}") from None
 
 
 def _from_rows(path: Path, ids: set[str], known: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -147,10 +166,17 @@ def _from_rows(path: Path, ids: set[str], known: Collection[str]) -> dict[str, d
 
 
 def _extra_problem(row: Mapping[str, Any]) -> str | None:
-    """What is wrong with a row's ``frame`` or ``resized``."""
-    frame, size = row.get("frame", "auto"), row.get("resized", [1, 1])
+    """What is wrong with what a row says of its coordinates."""
+    frame, style = row.get("frame", "auto"), row.get("style", "")
+    size, canvas = row.get("resized", [1, 1]), row.get("canvas")
     if not isinstance(frame, str) or frame not in FRAMES:
         return f"'frame' must be one of {', '.join(FRAMES)}, got {short(frame)}"
+    if style != "" and (not isinstance(style, str) or style not in STYLES):
+        return f"'style' must be one of {', '.join(STYLES)}, got {short(style)}"
+    if canvas is not None:
+        sound = isinstance(canvas, list) and len(canvas) == 4 and all(is_number(v) for v in canvas)
+        if not sound or not (canvas[0] < canvas[2] and canvas[1] < canvas[3]):
+            return f"'canvas' must be [left, top, right, bottom] in pixels, got {short(canvas)}"
     whole = isinstance(size, list) and len(size) == 2 and all(type(v) is int and v > 0 for v in size)
     return None if whole else f"'resized' must be [width, height] in pixels, got {short(size)}"
 

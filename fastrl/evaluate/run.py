@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from fastrl.answers import check_frame
-from fastrl.data import load_data
+from fastrl.answers import check_frame, style_of
+from fastrl.data import load_data, without_pictures
 from fastrl.data.blank import BlankImages
 from fastrl.data.disk import write_file
 from fastrl.data.records import Record
-from fastrl.evaluate import EVALUATIONS, Metrics, evaluate, load_predictions
+from fastrl.evaluate import EVALUATIONS, evaluate, load_predictions
+from fastrl.evaluate.frames import frame_report
 from fastrl.evaluate.predictions import RESIZE, row_of
 from fastrl.models.open import open_policy
 from fastrl.rewards.base import unknown
@@ -62,6 +63,7 @@ def run_evaluation(
     model: str | None = None,
     predictions: Path | None = None,
     frame: str = "auto",
+    family: str | None = None,
     pixels: tuple[int | None, int | None] = (None, None),
     max_new_tokens: int | None = None,
     limit: int | None = None,
@@ -71,11 +73,13 @@ def run_evaluation(
     normalise: str | None = None,
     out: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> Metrics:
+) -> dict[str, Any]:
     """Metrics of a model (greedy answers) or of a predictions file on the data named by ``spec``.
 
-    ``frame`` and ``pixels`` (least and most; None: the usual) say what a file's coordinates mean, see
-    :func:`load_predictions`. With ``blank_images`` the model sees grey pictures of the same size: what it scores then
+    ``frame``, ``family`` and ``pixels`` (least and most; None: the usual) say what a file's coordinates mean, see
+    :func:`load_predictions`. Of tasks with boxes or points, the result also holds ``frame``, in which they were read,
+    and ``frame_changes``, how many answers another plausible frame would have scored otherwise (:func:`frame_report`).
+    With ``blank_images`` the model sees grey pictures of the same size: what it scores then
     it knows from the text. ``soft`` is a sentence-embedding model for the soft matching of captions, and ``normalise``
     says how pages are compared (see ``evaluate_ocr``; None: ``nfc``).
 
@@ -93,10 +97,15 @@ def run_evaluation(
         raise ValueError(unknown("value of --normalise", normalise, get_args(Normalise)))
     if model is not None and frame != "auto":
         raise ValueError("--frame says what the coordinates of --predictions mean; those of a model are its own")
-    if pixels != (None, None) and frame != "resized":
+    if model is not None and family is not None:
+        raise ValueError("--family says whose answers --predictions are; a model's own is known")
+    usual = "auto" if family is None else style_of(family).frame
+    if pixels != (None, None) and "resized" not in (frame, usual if frame == "auto" else ""):
         raise ValueError(
             "--min-pixels and --max-pixels go with --frame resized: they say at which size pictures were seen"
         )
+    if predictions is not None:
+        spec = without_pictures(spec)
     data = load_data(spec, skip_bad=skip_bad, deep=skip_bad and model is not None)
     if data.summary:
         say(data.summary)
@@ -113,17 +122,20 @@ def run_evaluation(
         least, most = (given or usual for given, usual in zip(pixels, RESIZE, strict=True))
         if least > most:
             raise ValueError(f"--min-pixels {least} is more than --max-pixels {most}")
-        seen, answers = load_predictions(predictions, records, frame=frame, pixels=(least, most), known=known)
+        seen, answers = load_predictions(
+            predictions, records, frame=frame, family=family, pixels=(least, most), known=known
+        )
     else:
         assert model is not None
         seen, answers = _model_answers(task, model, records, max_new_tokens)
-    metrics = evaluate(
-        task,
-        seen,
-        answers,
-        similarity=caption_similarity(task, soft),
-        normalise="none" if normalise == "none" else "nfc",
-    )
+    compared = "none" if normalise == "none" else "nfc"
+    metrics = dict(evaluate(task, seen, answers, similarity=caption_similarity(task, soft), normalise=compared))
+    framed = frame_report(task, seen, answers)
+    if framed is not None:
+        metrics |= {"frame": framed.frame, "frame_changes": framed.changes}
+        guessed = predictions is not None and any(record.frame == "auto" for record in seen)
+        for line in framed.words(guessed):
+            say(line)
     if out is not None:
         _write(out, seen, answers, metrics)
     return metrics
@@ -159,7 +171,7 @@ def _model_answers(
     return [record for record, _ in answered], [completions[0].text for _, completions in answered]
 
 
-def _write(out: Path, records: Sequence[Record], answers: Sequence[str], metrics: Metrics) -> None:
+def _write(out: Path, records: Sequence[Record], answers: Sequence[str], metrics: Mapping[str, Any]) -> None:
     rows = (json.dumps(row_of(record, answer)) for record, answer in zip(records, answers, strict=True))
     write_file(out, "".join(f"{row}\n" for row in rows))
     write_file(out.with_suffix(".metrics.json"), json.dumps(metrics, indent=2) + "\n")

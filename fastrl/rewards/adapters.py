@@ -9,7 +9,8 @@ task gives None, which TRL leaves out of the sum.
 
 Coordinates: when the row gives the image's size (``width``/``height``, or a PIL image in ``image``/``images``), the
 truth is in pixels of that image and the answer's frame is read as everywhere in fastrl (``frame``,
-``resized_width``/``resized_height``). Without a size, answer and truth are compared number by number.
+``resized_width``/``resized_height``, or the ``family`` of the model: a column, or an option of the reward). Without a
+size, answer and truth are compared number by number.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastrl.answers import View
+from fastrl.answers import FAMILIES, View, style_of
 from fastrl.data.records import Record
 from fastrl.data.truth import plain, read_truth, whole_number
 from fastrl.rewards.base import Reward, unknown
@@ -158,8 +159,27 @@ def _size(row: Mapping[str, Any]) -> View | None:
     return View(int(width), int(height), int(resized[0]), int(resized[1]))
 
 
-def record_from(task: str, row: Mapping[str, Any], where: str = "row") -> Record:
-    """One row of loose columns as a ``Record``.
+def _styled(record: Record, family: Any, where: str) -> Record:
+    """The record with frame, form and padding of the family that answers, where its row does not name a frame."""
+    if family is None:
+        return record
+    if family not in FAMILIES:
+        raise ValueError(f"{where}: " + unknown("family", family, FAMILIES))
+    style = style_of(family)
+    frame = style.frame_of(record.task) if record.frame == "auto" else record.frame
+    return replace(record, frame=frame, style=style.name)
+
+
+def _padded(record: Record) -> Record:
+    """The record with its picture padded to a square where coordinates are parts of that."""
+    if record.frame != "padded_unit" or not record.views or record.views[0].canvas is not None:
+        return record
+    view = record.views[0]
+    return replace(record, views=(View.padded(view.width, view.height, max(view.width, view.height)),))
+
+
+def record_from(task: str, row: Mapping[str, Any], where: str = "row", family: str | None = None) -> Record:
+    """One row of loose columns as a ``Record``; ``family`` where the row names none.
 
     The truth is looked for in the columns of its own names (``box``, ``count``, ``points``, ``boxes``, ``labels``,
     ``text``; also ``bbox``, ``solution``, …), then inside a mapping or JSON text in ``target`` or ``ground_truth``.
@@ -184,7 +204,7 @@ def record_from(task: str, row: Mapping[str, Any], where: str = "row") -> Record
         if found is not None:
             target[name] = found if name in _TEXTS else read_truth(found)
     view = _size(row)
-    return Record(
+    record = Record(
         id=str(row.get("id", where)),
         task=task,
         images=(),
@@ -194,6 +214,7 @@ def record_from(task: str, row: Mapping[str, Any], where: str = "row") -> Record
         views=() if view is None else (view,),
         frame=str(row.get("frame") or "auto"),
     )
+    return _padded(_styled(record, row.get("family") or family, where))
 
 
 def is_of_another_task(task: str, row: Mapping[str, Any]) -> bool:
@@ -233,7 +254,7 @@ def trl_rewards(
     rows = {name: values for name, values in columns.items() if isinstance(values, list | tuple) and len(values) == n}
     each = [{name: values[i] for name, values in rows.items()} for i in range(n)]
     own = [i for i in range(n) if not is_of_another_task(reward.task, each[i])]
-    records = [record_from(reward.task, each[i], f"row {i}") for i in own]
+    records = [record_from(reward.task, each[i], f"row {i}", reward.family) for i in own]
     answers = [answer_text(completions[i]) for i in own]
     components = reward.score(answers, records)
     if log_metric is not None and own:
@@ -258,7 +279,8 @@ def verl_score(
     """``{"score": weighted sum, component: value, …}`` for one answer, called as verl calls ``compute_score``.
 
     ``ground_truth`` is the target as a mapping, its JSON text, or the bare box, count or text; sizes and frame come
-    from ``extra_info``. verl decodes without special tokens, so give ``frame`` for models that answer in 0–1000.
+    from ``extra_info``. verl decodes without special tokens, so give ``frame`` or ``family`` for models that answer in
+    0–1000.
     ``options`` (verl's ``reward_kwargs``) override the reward's own; verl's further arguments (``reward_…``) are left
     alone.
 
@@ -271,7 +293,7 @@ def verl_score(
             raise ValueError(f"{reward.task} reward: " + unknown("option", name, reward.options()))
     reward = replace(reward, **options)
     row = {**(extra_info or {}), "ground_truth": ground_truth}
-    record = record_from(reward.task, row, f"{data_source or 'row'} {row.get('index', '')}".strip())
+    record = record_from(reward.task, row, f"{data_source or 'row'} {row.get('index', '')}".strip(), reward.family)
     components = reward.score([solution_str], [record])
     return {"score": reward.total(components)[0], **{name: values[0] for name, values in components.items()}}
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from fastrl.answers import FAMILIES
 from fastrl.answers.frames import Frame
 from fastrl.data.records import Record
 
@@ -54,6 +55,8 @@ class Reward:
     Args:
         weights: component → weight, used by :meth:`total`; a component not named weighs 1.
         frame: what the answers' coordinates mean (see :mod:`fastrl.answers`); None: each record's own ``frame``.
+        family: ``model_type`` of the config of the model that answers, where records do not know it (under TRL and
+            verl): it says frame and form (``fastrl.answers.FAMILIES``).
         max_items: boxes or points read from one answer; what follows is not looked at, which bounds time and memory.
     """
 
@@ -62,6 +65,7 @@ class Reward:
 
     weights: Mapping[str, float] = field(default_factory=dict)
     frame: Frame | None = None
+    family: str | None = None
     max_items: int = 512
 
     def __post_init__(self) -> None:
@@ -81,6 +85,8 @@ class Reward:
                 )
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise ValueError(f"{self.task} reward: weight of {name!r} must be a finite number, got {weight!r}")
+        if self.family is not None and self.family not in FAMILIES:
+            raise ValueError(f"{self.task} reward: " + unknown("family", self.family, FAMILIES))
         if self.max_items < 1:
             raise ValueError(f"{self.task} reward: max_items must be a positive integer, got {self.max_items!r}")
 

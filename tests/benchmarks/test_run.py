@@ -143,6 +143,14 @@ def test_demo_table_has_every_run_and_the_mean_over_seeds() -> None:
     assert lines[5].split("|")[0].split()[-1] == "-0.100"
 
 
+def test_demo_table_has_the_share_of_exact_counts() -> None:
+    exact = {"exact_before": 0.3, "exact_after": 0.5, "greedy_exact_before": 0.4, "greedy_exact_after": 0.6}
+    rows = [result(seed, 0.6, 0.7, "counting") | exact for seed in range(2)]
+    last = verify.table(rows).splitlines()[-1]
+    assert " ".join(last.split("|")[0].split()) == "perception-r1 counting exact mean 0.300 0.500 +0.200 ± 0.000"
+    assert last.split("|")[1].split()[:3] == ["0.400", "0.600", "+0.200"]
+
+
 def test_demo_table_compares_models_where_a_demo_does() -> None:
     models = [{"start": {"mean_iou": 0.4}, "perpo": {"mean_iou": v}} for v in (0.5, 0.7)]
     rows = [result(n, 0.4, m["perpo"]["mean_iou"]) | {"models": m} for n, m in enumerate(models)]

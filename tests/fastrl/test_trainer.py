@@ -18,6 +18,7 @@ from fastrl.clock import PHASES
 from fastrl.data import DataError, Dataset, Problem
 from fastrl.methods import PerceptionR1
 from fastrl.recipe import load_recipe
+from fastrl.rewards import OcrReward
 from fastrl.run import checkpoint
 from fastrl.run.integrity import CheckpointError
 from fastrl.run.logs import read_rows
@@ -235,6 +236,16 @@ def test_weights_that_are_not_finite_stop_in_the_rollout(tiny_folder: Folder, tm
     with torch.no_grad():
         run.policy.core.lm_head.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"step 1: .*finite.* Records of the step: r\d, r\d, r\d"):
+        run.step(1)
+
+
+def test_a_fault_of_a_reward_names_step_record_and_component(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(make_recipe(tiny_folder("qwen2_5"), tmp_path), records=make_records())
+    monkeypatch.setattr(OcrReward, "score", lambda self, answers, records: {"text": [float("nan")] * len(answers)})
+    named = r"step 1: ocr_reward: record 'r\d'.*answer .*: component 'text' is nan"
+    with pytest.raises(TrainingError, match=named):
         run.step(1)
 
 

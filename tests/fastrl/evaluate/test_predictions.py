@@ -195,8 +195,44 @@ def test_rows_of_a_run_say_at_which_size_the_picture_was_seen(tmp_path: Path, fr
 
 
 @pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("qwen3_vl", '[{"bbox_2d": [100, 100, 500, 500]}]'),
+        ("qwen2_vl", "<|object_ref_start|>x<|object_ref_end|><|box_start|>(100,100),(500,500)<|box_end|>"),
+        ("internvl", "<ref>x</ref><box>[[100, 100, 500, 500]]</box>"),
+        ("glm4v", "<|begin_of_box|>[[100,100,500,500]]<|end_of_box|>"),
+        ("llava", "[0.10, 0.20, 0.50, 0.50]"),
+        ("llava_next", "[0.10, 0.10, 0.50, 0.50]"),
+        ("llava_onevision", "[0.10, 0.10, 0.50, 0.50]"),
+        ("smolvlm", '[{"bbox_2d": [100, 100, 500, 500]}]'),
+        ("gemma3", '[{"box_2d": [100, 100, 500, 500]}]'),
+        ("qwen2_5_vl", '[{"bbox_2d": [64.4, 47.6, 322.0, 238.0]}]'),
+    ],
+)
+def test_a_family_says_what_coordinates_mean(tmp_path: Path, family: str, text: str) -> None:
+    """A 640 x 480 picture; the same right box as each family writes it."""
+    (record,) = pictured("a")
+    path = write(tmp_path, json.dumps({"id": "a", "answer": text}))
+    (seen,), answers = load_predictions(path, [record], family=family)
+    assert evaluate("grounding", [seen], answers)["mean_iou"] == pytest.approx(1.0)
+    again = write(tmp_path, json.dumps(row_of(seen, text)), name="again.jsonl")
+    (twice,), _ = load_predictions(again, [record])
+    assert (twice.frame, twice.style, twice.views) == (seen.frame, seen.style, seen.views)
+    explicit = load_predictions(path, [record], family=family, frame="original")
+    assert explicit.records[0].frame == "original"
+
+
+def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown model family 'qwen9'; known: qwen2_vl, qwen2_5_vl, qwen3_vl"):
+        load_predictions(tmp_path / "none", records("a"), family="qwen9")
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
+        ({"style": "gpt"}, "'style' must be one of qwen2_5, qwen2"),
+        ({"canvas": [0, 0, 0, 5]}, r"'canvas' must be \[left, top, right, bottom\] in pixels"),
+        ({"canvas": "all"}, "'canvas' must be"),
         ({"frame": "pixels"}, "'frame' must be one of auto, resized"),
         ({"frame": 3}, "'frame' must be one of"),
         ({"resized": [10]}, r"'resized' must be \[width, height\] in pixels, got \[10\]"),

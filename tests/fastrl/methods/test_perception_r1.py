@@ -16,6 +16,7 @@ from fastrl.data.stream import RecordStream
 from fastrl.methods.base import Context, set_token_weights
 from fastrl.methods.perception_r1 import PerceptionR1, PerceptionR1Options, grpo_loss
 from fastrl.recipe import RewardRecipe, RolloutRecipe
+from fastrl.rewards.checked import RewardError
 
 
 def text_group(lengths: Sequence[int], advantages: Sequence[float], *, finished: Sequence[bool] = ()) -> PromptGroup:
@@ -260,3 +261,51 @@ def test_a_reward_that_does_not_fit_the_data_is_said_before_anything_is_sampled(
     )
     with pytest.raises(ValueError, match=r"does not fit the data, which is grounding: .*score_by"):
         PerceptionR1(PerceptionR1Options(), context).prepare([record])
+
+
+def scored(answers: list[str], task: str = "detection") -> tuple[PerceptionR1, list[PromptGroup]]:
+    """A group of answers to one picture with a cat, scored by the task's rules."""
+    box = [0.0, 0.0, 10.0, 10.0]
+    target = {"boxes": [box], "labels": ["cat"], "crowd": [False], "categories": ["cat"], "box": box}
+    record = Record(id="r1", task=task, images=(), messages=(), target=target, source="d.jsonl:3", frame="original")
+    method = PerceptionR1(PerceptionR1Options(beta=0.0), scripted({"a": FLAT}).context)
+    group = text_group([2] * len(answers), [0.0] * len(answers))
+    for completion, text in zip(group.completions, answers, strict=True):
+        completion.text = text
+    group.record = record
+    return method, [group]
+
+
+def test_metrics_say_what_of_the_answers_was_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [
+        '[{"bbox_2d": [0, 0, 10, 10], "class_id": 1}, {"bbox_2d": [1, 2]}]',
+        '[{"bbox_2d": [0, 0, 10, 10], "class": "cow"}]',
+        "no box",
+        '[{"bbox_2d": [0, 0, 10, 10], "Class": "Cat"}]',
+    ]
+    method, groups = scored(answers)
+    monkeypatch.setattr(method, "_sample", lambda records: groups)
+    metrics = method.prepare([groups[0].record]).metrics  # type: ignore[list-item]
+    said = {name: value for name, value in metrics.items() if name.startswith("answers/")}
+    assert said == {f"answers/{n}": 0.25 for n in ("unparsable", "dropped", "unlabelled", "unknown_label")}
+    assert [c.rewards["class"] for c in groups[0].completions] == [0.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, float("nan")], r"record 'r1' \(d.jsonl:3\), answer 'b': component 'iou' is nan"),
+        ([1.0, 1e300], "component 'iou' is 1e\\+300: .*advantages overflow or vanish"),
+        ([1.0, "high"], "component 'iou' must be a number, got str 'high'"),
+        ([1.0, None], "every component \\(iou\\) is None"),
+        ([1.0], "component 'iou': 1 values for 2 answers"),
+    ],
+)
+def test_a_rewards_fault_stops_the_step_by_name(
+    monkeypatch: pytest.MonkeyPatch, values: list[Any], message: str
+) -> None:
+    method, groups = scored(["a", "b"], "grounding")
+    reward = method._rewards.of("grounding")
+    monkeypatch.setattr(type(reward), "score", lambda self, answers, records: {"iou": values[: len(answers)]})
+    with pytest.raises(RewardError, match=message):
+        method._score(groups)

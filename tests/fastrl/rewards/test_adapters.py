@@ -191,6 +191,27 @@ def test_malformed_truth_of_this_task_still_raises_under_trl(task: str, columns:
         reward_for(task)(completions=["x"], **columns)
 
 
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("qwen3_vl", '[{"bbox_2d": [100, 100, 500, 500]}]'),
+        ("internvl", "<ref>x</ref><box>[[100, 100, 500, 500]]</box>"),
+        ("llava", "[0.10, 0.20, 0.50, 0.50]"),
+        ("llava_next", "[0.10, 0.10, 0.50, 0.50]"),
+        ("gemma3", '[{"box_2d": [100, 100, 500, 500]}]'),
+    ],
+)
+def test_a_family_gives_frame_and_form(family: str, text: str) -> None:
+    columns: dict[str, Any] = {"box": [[64, 48, 320, 240]], "width": [640], "height": [480]}
+    assert reward_for("grounding", family=family)(completions=[text], **columns) == pytest.approx([2.0])
+    assert grounding_reward(completions=[text], **columns, family=[family]) == pytest.approx([2.0])
+    extra = {"width": 640, "height": 480}
+    call: dict[str, Any] = {"data_source": "refcoco", "solution_str": text, "ground_truth": [64, 48, 320, 240]}
+    assert grounding_reward(**call, extra_info=extra, family=family)["score"] == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="unknown family 'qwen3'; did you mean 'qwen3_"):
+        reward_for("grounding", family="qwen3")
+
+
 def test_trl_is_told_of_labels_that_were_not_read() -> None:
     logged: dict[str, float] = {}
     text = '[{"bbox_2d": [0, 0, 10, 10], "class_id": 1}, {"bbox_2d": [0, 0, 10, 10], "class": "cow"}]'
