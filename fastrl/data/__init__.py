@@ -179,7 +179,7 @@ def with_options(spec: str, **options: str | int | None) -> str:
 def without_pictures(spec: str) -> str:
     """``spec`` for a use that needs no pixels: a file may be missing where its row states ``width`` and ``height``."""
     adapter, _, query = parse_spec(spec)
-    entry = ADAPTERS[adapter] if adapter in ADAPTERS else None
+    entry = ADAPTERS.get(adapter)
     keys = entry.open(adapter).keys or () if isinstance(entry, Shipped) else ("pictures",)
     return with_options(spec, pictures="stated") if "pictures" in keys and "pictures" not in query else spec
 
