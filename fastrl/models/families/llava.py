@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (arXiv:2310.03744): a fixed number of tokens a picture, a CLIP tower, Llama's text model, Vicuna's dialogue.
+"""LLaVA-1.5 (arXiv:2310.03744): a fixed number of tokens a picture, a CLIP tower, Llama, Vicuna's dialogue.
 
 The folder's image processor decides what the model sees: the picture padded to a square, or its middle cropped. The
 numbers of an answer lie across that (frame ``padded_unit``). ``ImageInput.shape`` is (height, width) of the pixels

@@ -91,7 +91,7 @@ class LlavaNext(LlavaFamily):
         from transformers.image_processing_utils import select_best_resolution
 
         height, width = image.shape[:2]
-        tall, wide = select_best_resolution([height, width], self.config.image_grid_pinpoints)
+        tall, wide = select_best_resolution((height, width), self.config.image_grid_pinpoints)
         rows, columns = (side // self.side * self.grid_side for side in (tall, wide))
         if width / height > columns / rows:
             kept = int(round(height * (columns / width), 7))
@@ -188,7 +188,7 @@ class TilePreprocessor(ImagePreprocessor):
 
         out = self._processed(picture, among)
         width, height = picture.size
-        tall, wide = select_best_resolution([height, width], self.processor.image_grid_pinpoints)
+        tall, wide = select_best_resolution((height, width), self.processor.image_grid_pinpoints)
         scale = min(wide / width, tall / height)
         seen = min(wide, math.ceil(width * scale)), min(tall, math.ceil(height * scale))
         image = ImageInput(
