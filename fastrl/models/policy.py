@@ -46,6 +46,7 @@ class Policy:
     ):
         self.core = core
         self.family = family_of(core.config)
+        self.family.read_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.preprocessor = preprocessor
         self.style = self.family.style

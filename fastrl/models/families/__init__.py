@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastrl.models.families.base import PARTS, Family, Layout, Parts, Placed, Size, VisionFeatures
+from fastrl.models.families.glm4v import Glm4V, Glm4VMoe, Glm46V
+from fastrl.models.families.internvl import InternVL
 from fastrl.models.families.llava import Llava
 from fastrl.models.families.llava_next import LlavaNext, LlavaNextVideo, LlavaOnevision
 from fastrl.models.families.qwen2_vl import Qwen2_5VL, Qwen2VL
 from fastrl.models.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
+from fastrl.models.families.smolvlm import SmolVLM
 
 __all__ = [
     "PARTS",
@@ -26,6 +29,19 @@ __all__ = [
 ]
 
 _FAMILIES: dict[str, type[Family]] = {}
+_LINEAR = (
+    "most of its text layers carry a state from token to token, which attention over a shared prompt would not hand to "
+    "the answers"
+)
+_GEMMA = (
+    "its pictures are attended to in both directions and its windows are measured along the dialogue, neither of which "
+    "a packed row does"
+)
+# Families that would run and be wrong, and why.
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_next"), _LINEAR),
+    **dict.fromkeys(("gemma3", "gemma3n", "gemma4"), _GEMMA),
+}
 
 
 def register(family: type[Family]) -> type[Family]:
@@ -57,6 +73,8 @@ def family_of(config: Any, where: object = "") -> Family:
     """
     kind = config.get("model_type") if isinstance(config, Mapping) else config.model_type
     prefix = f"{where}: " if where else ""
+    if kind not in _FAMILIES and kind in REFUSED:
+        raise ValueError(f"{prefix}model type {kind!r} is not supported: {REFUSED[kind]}")
     if kind not in _FAMILIES:
         raise ValueError(f"{prefix}model type {kind!r} is not supported; supported: {', '.join(sorted(_FAMILIES))}")
     family = _FAMILIES[kind](config)
@@ -72,5 +90,10 @@ def published() -> dict[str, Mapping[str, Any]]:
     return {name: config for family in families().values() for name, config in family.published.items()}
 
 
-for _family in (Qwen2VL, Qwen2_5VL, Qwen3VL, Qwen3VLMoe, Llava, LlavaNext, LlavaNextVideo, LlavaOnevision):
+_OURS: tuple[type[Family], ...] = (
+    *(Qwen2VL, Qwen2_5VL, Qwen3VL, Qwen3VLMoe),
+    *(Llava, LlavaNext, LlavaNextVideo, LlavaOnevision),
+    *(InternVL, Glm4V, Glm4VMoe, Glm46V, SmolVLM),
+)
+for _family in _OURS:
     register(_family)

@@ -7,7 +7,7 @@ each. A hook that a family does not override does what its docstring says here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -97,6 +97,7 @@ class Family:
             values = {k: v for k, v in config.items() if k not in _NOT_SIZES}
             config = self.model_class().config_class(**values)
         self.config = config
+        self._ids: Callable[[str], list[int]] = lambda marker: [0]
 
     # The model
 
@@ -160,6 +161,10 @@ class Family:
         named = core.named_parameters()
         return any(p.requires_grad and self.part_of(name) in ("vision", "projector") for name, p in named)
 
+    def trained(self, core: Any) -> bool:
+        """Whether the features need a graph: with all frozen, nothing below the embeddings takes a gradient."""
+        return torch.is_grad_enabled() and self.trains_vision(core)
+
     # Text
 
     @property
@@ -194,8 +199,21 @@ class Family:
         return text + end
 
     def token_ids(self, tokenizer: Any, text: str, *, first: bool) -> list[int]:
-        """Ids of a piece of rendered text. ``first``: it begins the prompt (where some have a token of their own)."""
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Ids of a piece of rendered text. ``first``: it begins the prompt, which then begins with what the tokenizer
+        puts before a text, unless the template wrote it."""
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        begin = tokenizer.bos_token_id
+        if not first or begin is None or ids[:1] == [begin]:
+            return ids
+        return [begin, *ids] if tokenizer("", add_special_tokens=True)["input_ids"][:1] == [begin] else ids
+
+    def ids(self, marker: str) -> list[int]:
+        """Ids of a marker that the family writes around or between a picture's placeholders."""
+        return self._ids(marker)
+
+    def read_tokenizer(self, tokenizer: Any) -> None:
+        """Learn the ids of markers. Before that (a plan has no tokenizer) each is one id, 0."""
+        self._ids = lambda marker: tokenizer(marker, add_special_tokens=False)["input_ids"]
 
     # Pictures
 

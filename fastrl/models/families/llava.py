@@ -87,14 +87,6 @@ class LlavaFamily(Family):
     def turn(self, text: str, end: str) -> str:
         return f" {text}{end}"
 
-    def token_ids(self, tokenizer: Any, text: str, *, first: bool) -> list[int]:
-        """As the released processor's: a prompt begins with what the tokenizer puts before a text."""
-        ids = super().token_ids(tokenizer, text, first=first)
-        begin = tokenizer.bos_token_id
-        if not first or begin is None or ids[:1] == [begin]:
-            return ids
-        return [begin, *ids] if tokenizer("", add_special_tokens=True)["input_ids"][:1] == [begin] else ids
-
     @property
     def side(self) -> int:
         """Of the square that the tower takes, in pixels."""
@@ -113,15 +105,6 @@ class LlavaFamily(Family):
 
     def patches(self, image: ImageInput) -> int:
         return len(image.pixel_values) * self.grid_side**2
-
-    def trained(self, core: Any) -> bool:
-        """Whether the features need a graph: with all frozen, nothing below the embeddings takes a gradient."""
-        return torch.is_grad_enabled() and self.trains_vision(core)
-
-    def pixels(self, core: Any, images: Sequence[ImageInput]) -> Tensor:
-        """Squares [n, 3, side, side] of several pictures, as the tower takes them."""
-        weight = next(self.parts(core).vision.parameters())
-        return torch.cat([image.pixel_values.to(weight.device, weight.dtype, non_blocking=True) for image in images])
 
 
 class Llava(LlavaFamily):
@@ -165,7 +148,7 @@ class Llava(LlavaFamily):
         if not images:
             return []
         with torch.set_grad_enabled(self.trained(core)):
-            return [VisionFeatures(tokens) for tokens in pooled(core, pixel_values=self.pixels(core, images))]
+            return [VisionFeatures(tokens) for tokens in pooled(core, pixel_values=pixels_of(self, core, images))]
 
 
 class SquarePreprocessor(ImagePreprocessor):
@@ -223,3 +206,9 @@ def pooled(core: Any, **inputs: Any) -> Sequence[Tensor]:
     """Features [n, hidden] of each picture, by the model's own code."""
     out = core.model.get_image_features(**inputs)
     return out.pooler_output if hasattr(out, "pooler_output") else out
+
+
+def pixels_of(family: Family, core: Any, images: Sequence[ImageInput]) -> Tensor:
+    """Squares [n, 3, side, side] of several pictures, as the tower takes them."""
+    weight = next(family.parts(core).vision.parameters())
+    return torch.cat([image.pixel_values.to(weight.device, weight.dtype, non_blocking=True) for image in images])

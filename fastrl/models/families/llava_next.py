@@ -18,7 +18,7 @@ from torch import Tensor
 from fastrl.answers import View
 from fastrl.batch import ImageInput
 from fastrl.models.families.base import VisionFeatures
-from fastrl.models.families.llava import LlavaFamily, folder_processor, pooled, refuse_limits
+from fastrl.models.families.llava import LlavaFamily, folder_processor, pixels_of, pooled, refuse_limits
 from fastrl.models.vision import ImagePreprocessor
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class LlavaNext(LlavaFamily):
             return []
         sizes = torch.tensor([image.shape[:2] for image in images])
         with torch.set_grad_enabled(self.trained(core)):
-            found = pooled(core, pixel_values=self.pixels(core, images), image_sizes=sizes)
+            found = pooled(core, pixel_values=pixels_of(self, core, images), image_sizes=sizes)
         return [VisionFeatures(tokens) for tokens in found]
 
     def _fitted(self, image: ImageInput) -> tuple[int, int]:
@@ -161,7 +161,7 @@ class LlavaOnevision(LlavaNext):
                     sizes = torch.tensor([image.shape[:2] for image in call])
                     prompts = [1] * len(call) if tiled else [max(2, len(call))]
                     tokens = pooled(
-                        core, pixel_values=self.pixels(core, call), image_sizes=sizes, batch_num_images=prompts
+                        core, pixel_values=pixels_of(self, core, call), image_sizes=sizes, batch_num_images=prompts
                     )
                     found |= zip((image.key for image in call), tokens, strict=True)
         return [VisionFeatures(found[image.key]) for image in images]

@@ -233,6 +233,11 @@ def load_image_processor(folder: str | Path, *, min_pixels: int | None = None, m
         raise FileNotFoundError(f"{folder}: no preprocessor_config.json (image size limits and normalisation)")
     with reading(Path(folder), "image processor"):
         processor = Processor.from_pretrained(folder, local_files_only=True)
+    return within(processor, min_pixels, max_pixels)
+
+
+def within(processor: Any, min_pixels: int | None, max_pixels: int | None) -> Any:
+    """The processor with these limits of a resized picture's area, its own where None. Raises ``ValueError``."""
     size = processor.size
     low = min_pixels if min_pixels is not None else size["shortest_edge"]
     high = max_pixels if max_pixels is not None else size["longest_edge"]
