@@ -21,6 +21,7 @@ difference by design: a log-ratio beyond 20 counts as 20 and sends no gradient.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,11 +46,25 @@ LOSSES = (*CLIPPED, "cispo", "sapo")
 _OF_ALL_TOKENS = ("dapo", "cispo")  # normalised over the whole optimizer step
 
 
-def fuse_head(model: Any, *, temperature: float, float32: bool = False, return_entropy: bool = True) -> None:
+def padded_states(model: Any, named: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Hidden states [B, L, H] and the label each predicts [B, L] (-100: none), of a call as TRL makes it."""
+    hidden, labels = backbone_output(model, named).last_hidden_state, named.get("shift_labels")
+    return (hidden[:, :-1], named["labels"][:, 1:]) if labels is None else (hidden, labels)
+
+
+def fuse_head(
+    model: Any,
+    *,
+    temperature: float,
+    float32: bool = False,
+    return_entropy: bool = True,
+    states: Callable[[Any, dict[str, Any]], tuple[Tensor, Tensor]] = padded_states,
+) -> None:
     """Score labels with ``linear_logprob`` in ``model(..., labels=labels, fused_lm_head=True)``.
 
     ``model`` has been through TRL's ``add_fused_lm_head``; without ``fused_lm_head``, or where the head must stay
     TRL's, the forward is the one it had. ``float32``: hidden states are cast, and autocast is off (the weight is fp32).
+    ``states``: (model, arguments by name) → (hidden states, labels).
     """
     before, logits = model.forward, Logits.of(model.config)
     text = model.config.get_text_config()
@@ -60,9 +75,7 @@ def fuse_head(model: Any, *, temperature: float, float32: bool = False, return_e
         if not fused_lm_head or head is None or routed or is_deepspeed_zero3_enabled():
             return before(*args, fused_lm_head=fused_lm_head, **kwargs)
         named = named_arguments(model, args, kwargs)
-        hidden, labels = backbone_output(model, named).last_hidden_state, named.get("shift_labels")
-        if labels is None:
-            hidden, labels = hidden[:, :-1], named["labels"][:, 1:]
+        hidden, labels = states(model, named)
         device = hidden.device.type
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not float32):
             out = score(
@@ -107,11 +120,14 @@ class FusedGRPOMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        float32 = self.args.cast_lm_head_to_fp32
         for model, entropy in ((self.model, True), (self.ref_model, False)):
             if model is not None:
-                bare = _without_adapter(self.accelerator.unwrap_model(model))
-                fuse_head(bare, temperature=self.temperature, float32=float32, return_entropy=entropy)
+                self._fuse(_without_adapter(self.accelerator.unwrap_model(model)), return_entropy=entropy)
+
+    def _fuse(self, model: Any, *, return_entropy: bool) -> None:
+        """Change the forward of the policy, or of its reference."""
+        float32 = self.args.cast_lm_head_to_fp32
+        fuse_head(model, temperature=self.temperature, float32=float32, return_entropy=return_entropy)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if loss_stays(self, inputs) is not None:
@@ -126,7 +142,7 @@ class FusedGRPOMixin:
 
     def _completion_logps(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, None]:
         """Log-probs and entropy of the completions, [B, T] each, by TRL's method with all it knows to hand on."""
-        taken = inspect.signature(self._get_per_token_logps_and_entropies).parameters
+        taken = inspect.signature(super()._get_per_token_logps_and_entropies).parameters  # type: ignore[misc]
         return self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
