@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,9 @@ from fastrl.config.sections import (
     RolloutRecipe,
     Section,
 )
-from fastrl.data import own_spec, with_options
+from fastrl.data import load_data, own_spec, with_options
+from fastrl.data.mixture import MixtureEntry, entry_names, load_mixture
+from fastrl.data.records import Record
 from fastrl.methods import METHODS, MethodOptions, method_for
 
 __all__ = [
@@ -132,9 +134,32 @@ class Recipe(Section):
     @property
     def data_spec(self) -> str:
         """``data.spec`` with what ``data.frames``, ``sample`` and ``max_image_pixels`` say. Raises ``DataError``."""
+        return self._spec(self.data.spec, self.data.adapter)
+
+    @property
+    def mix(self) -> list[MixtureEntry]:
+        """The entries of ``data.mix`` with their names and whole specs. Raises ``DataError``."""
+        specs = [self._spec(entry.spec, entry.adapter) for entry in self.data.mix]
+        names = entry_names([(entry.name, spec) for entry, spec in zip(self.data.mix, specs, strict=True)])
+        return [
+            MixtureEntry(name, spec, entry.weight)
+            for name, spec, entry in zip(names, specs, self.data.mix, strict=True)
+        ]
+
+    @property
+    def mix_rewards(self) -> dict[str, RewardRecipe]:
+        """The reward section of each entry of ``data.mix`` by its name: the recipe's, with what the entry says."""
+        rewards = {}
+        for found, entry in zip(self.mix, self.data.mix, strict=True):
+            own = entry.reward
+            changes = {key: getattr(own, key) for key in own.model_fields_set} if own is not None else {}
+            rewards[found.name] = self.reward.model_copy(update=changes)
+        return rewards
+
+    def _spec(self, spec: str, adapter: str | None) -> str:
         most = self.data.max_image_pixels
         return with_options(
-            own_spec(self.data.adapter, self.data.spec),
+            own_spec(adapter, spec),
             frames=self.data.frames,
             sample=self.data.sample,
             max_image_pixels=most if most != MAX_IMAGE_PIXELS else None,
@@ -143,6 +168,19 @@ class Recipe(Section):
     def dump(self) -> str:
         """The resolved recipe as YAML, every key written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_records(
+    recipe: Recipe, *, skip_bad: bool | None = None, misfit: Callable[[Record], str | None] | None = None
+) -> Sequence[Record]:
+    """The records of a recipe's data or mixture. Raises ``DataError``.
+
+    ``skip_bad`` None: as the recipe has it; ``misfit``: see ``fastrl.data.load_data``.
+    """
+    skip = recipe.data.skip_bad if skip_bad is None else skip_bad
+    if recipe.data.mix:
+        return load_mixture(recipe.mix, skip_bad=skip, misfit=misfit)
+    return load_data(recipe.data_spec, skip_bad=skip, misfit=misfit)
 
 
 def shipped_recipes() -> list[str]:

@@ -16,13 +16,14 @@ from torch import Tensor
 from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.data.blank import BlankImages
 from fastrl.data.disk import require_space
+from fastrl.data.mixture import Curriculum, MixturePlan, parts_of
 from fastrl.data.pictures import PictureError
 from fastrl.data.sound_stream import SoundStream
 from fastrl.data.stream import RecordStream
 from fastrl.engine import make_engine
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
 from fastrl.methods import Clock, Context, Method, Prepared, method_for
-from fastrl.recipe import Recipe
+from fastrl.recipe import Recipe, load_records
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
 from fastrl.run.checkpoint import RunState
@@ -37,6 +38,7 @@ from fastrl.run.metrics import (
     over_ranks,
     sample_table,
     sampler_gap,
+    source_metrics,
     work_metrics,
 )
 from fastrl.run.profiling import profiled
@@ -199,10 +201,13 @@ class Run:
             alias=self.policy.family.alias,
         )
         make_stream = SoundStream if recipe.data.skip_bad else RecordStream
+        seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
         self.stream = make_stream(
             data,
-            seed=recipe.seed if recipe.data.seed is None else recipe.data.seed,
+            seed=seed,
             order=recipe.data.order,
+            buffer=recipe.data.shuffle_buffer,
+            plan=_plan(recipe, data, seed, self.engine.world_size),
             rank=self.engine.rank,
             world_size=self.engine.world_size,
             pictures=recipe.data.identity,
@@ -215,6 +220,7 @@ class Run:
             rng=rng,
             rollout=recipe.rollout,
             reward=recipe.reward,
+            rewards=recipe.mix_rewards,
             clock=self.clock,
             average=self.engine.average,
             updates=lambda: self.engine.updates,
@@ -426,6 +432,7 @@ class Run:
         """Reward, advantage and length metrics, what was consumed, and the optimizer's numbers."""
         return {
             **group_metrics(prepared.sampled),
+            **source_metrics(prepared.sampled),
             **prepared.metrics,
             "grad_norm": info.grad_norm if info is not None else 0.0,
             "lr": info.lr if info is not None else 0.0,
@@ -467,11 +474,28 @@ def load_model(recipe: Recipe) -> Policy:
 
 
 def _load_records(recipe: Recipe) -> Sequence[Record]:
-    from fastrl.data import load_data
     from fastrl.methods.rollouts import RecipeRewards
 
-    misfit = RecipeRewards(recipe.reward).misfit if recipe.scores_groups else None
-    return load_data(recipe.data_spec, skip_bad=recipe.data.skip_bad, misfit=misfit)
+    misfit = RecipeRewards(recipe.reward, recipe.mix_rewards).misfit if recipe.scores_groups else None
+    return load_records(recipe, misfit=misfit)
+
+
+def _plan(recipe: Recipe, data: Sequence[Record], seed: int, world_size: int) -> Callable[[int], list[int]] | None:
+    """The draws of a mixture, or of one data set under a curriculum; None: the data's own order is all there is."""
+    settings = recipe.data
+    if not settings.mix and settings.curriculum is None:
+        return None
+    found = settings.curriculum
+    made = MixturePlan(
+        parts_of(data),
+        seed=seed,
+        step=settings.prompts_per_step * world_size,
+        by=settings.mix_by,
+        order=settings.order,
+        buffer=settings.shuffle_buffer,
+        curriculum=Curriculum(found.by, found.steps, found.start) if found is not None else None,
+    )
+    return made.epoch
 
 
 def _seed(seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fastrl.config.limits import MAX_IMAGE_PIXELS
 from fastrl.http import check_url
@@ -45,9 +45,45 @@ class ModelRecipe(Section):
     max_pixels: int | None = Field(None, ge=1)
 
 
+class RewardRecipe(Section):
+    options: dict[str, Any] = {}  # of the task's reward
+    weights: dict[str, float] = {}  # by component name; a component not named weighs 1
+
+
+class MixEntry(Section):
+    """One data set of a mixture."""
+
+    spec: str = Field(min_length=1)  # as data.spec
+    adapter: str | None = None  # as data.adapter
+    name: str | None = Field(None, min_length=1)  # in metrics and ids; none: from the spec
+    weight: float | dict[int, float] = 1.0  # constant, or by step, on straight lines between those given
+    reward: RewardRecipe | None = None  # its keys override the recipe's
+
+    @field_validator("weight")
+    @classmethod
+    def _sound(cls, value: float | dict[int, float]) -> float | dict[int, float]:
+        given = value if isinstance(value, dict) else {0: value}
+        if not given or min(given) < 0 or min(given.values()) < 0 or not any(given.values()):
+            raise ValueError("must be above 0, or {step: weight} of steps and weights of at least 0, not all 0")
+        return value
+
+
+class CurriculumRecipe(Section):
+    """From easy to hard: while it lasts, rows are drawn from the easiest part of the data, which grows to all of it."""
+
+    by: str = Field(min_length=1)  # a column of the rows or a key of their truth: a number, or what has a length
+    steps: int = Field(ge=1)  # until all rows are drawn
+    start: float = Field(0.2, gt=0, le=1)  # the part to begin with
+
+
 class DataRecipe(Section):
-    spec: str = Field(min_length=1)  # adapter:path[?key=value&…]
+    spec: str = ""  # adapter:path[?key=value&…]
     adapter: str | None = None  # my_data.py:rows, called as rows(path, **query) with spec's path; yields Records
+    mix: list[MixEntry] = []  # several data sets, in place of spec
+    mix_by: Literal["row", "task"] = "row"  # weights multiply an entry's rows, or are the tasks' shares whatever sizes
+    curriculum: CurriculumRecipe | None = None
+    # Rows shuffled among each other; none: all. For tables whose pictures do not fit in memory
+    shuffle_buffer: int | None = Field(None, ge=1)
     prompts_per_step: int = Field(8, ge=1)  # on each rank
     order: Literal["shuffle", "file"] = "shuffle"  # shuffled anew each epoch, or as the data lists them (easy to hard)
     seed: int | None = Field(None, ge=0, lt=2**63)  # of the shuffle; none: the run's
@@ -61,6 +97,22 @@ class DataRecipe(Section):
     sample: Literal["uniform", "first", "random"] | None = None
     workers: int = Field(2, ge=0)  # threads that preprocess the next step's images meanwhile; 0: none
     blank_images: bool = False  # grey pictures of the same size: what is then learned is learned from the text
+
+    @field_validator("spec", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return "" if value is None else value  # as --set data.spec= and data.spec: null say it
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataRecipe:
+        if bool(self.spec) == bool(self.mix):
+            raise ValueError("give either spec (one data set) or mix (several)")
+        if self.mix and self.adapter is not None:
+            raise ValueError("adapter goes with spec; in a mix each entry has its own")
+        names = [name for name in (entry.name for entry in self.mix) if name is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two entries of mix have one name: {', '.join(names)}")
+        return self
 
 
 class RolloutRecipe(Section):
@@ -94,11 +146,6 @@ class RolloutRecipe(Section):
                 raise ValueError("backend: vllm needs server: the address of a running vLLM, http://localhost:8000")
             check_url(self.server, "server", "http://localhost:8000")
         return self
-
-
-class RewardRecipe(Section):
-    options: dict[str, Any] = {}  # of the task's reward
-    weights: dict[str, float] = {}  # by component name; a component not named weighs 1
 
 
 class ParameterGroup(Section):

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from fastrl.data.blank import BlankImages
 from fastrl.data.clips import ClipRecords
+from fastrl.data.mixture import Mixture
+from fastrl.data.pictures import Picture
 from fastrl.data.records import Dataset, Record
 
 PARTS = ("target", "messages", "pictures")
@@ -129,7 +131,15 @@ def _whole(records: Sequence[Any]) -> Sequence[Any] | None:
         records = records.records
     if isinstance(records, ClipRecords):
         return records.clips
+    if isinstance(records, Mixture):
+        known = all(isinstance(_whole(part.records), list | tuple) for part in records.parts)
+        return list(records) if known and not any(_clips(part.records) for part in records.parts) else None
     return records if isinstance(records, list | tuple) else None
+
+
+def _clips(records: Sequence[Any]) -> bool:
+    """Whether records are clips, whose pictures would be decoded to make them."""
+    return isinstance(records.records if isinstance(records, Dataset) else records, ClipRecords)
 
 
 class _Look:
@@ -151,12 +161,24 @@ class _Look:
         return _digest(truth), _digest(messages), _digest([self._picture(picture) for picture in pictures])
 
     def _picture(self, picture: Any) -> str:
+        if isinstance(picture, Picture):
+            return self._described(picture)
         if not isinstance(picture, Path | str):
             return f"{picture.mode} {picture.size} {hashlib.sha256(picture.tobytes()).hexdigest()}"
         path = Path(picture)
         if path not in self._seen:
             self._seen[path] = f"{path.name} {self._file(path)}"
         return self._seen[path]
+
+    def _described(self, picture: Picture) -> str:
+        """A picture that is more than a path; of one inside a table, the table's file counts, or its own bytes."""
+        inside = picture.data is not None
+        if inside and (self.pictures == "bytes" or picture.path is None):
+            said = hashlib.sha256(picture.read()).hexdigest()
+        else:
+            assert picture.path is not None
+            said = self._picture(picture.path)
+        return f"{Path(str(picture)).name} {said} {'turned' if picture.turned else 'stored'}"
 
     def _file(self, path: Path) -> str:
         try:

@@ -82,6 +82,7 @@ class Record:
     messages: tuple[Mapping[str, Any], ...]
     target: Mapping[str, Any]
     source: str = ""  # "file:line", for messages about this row
+    origin: str = ""  # which entry of a mixture it is of
     # The row's own columns but for its pictures, as they were read; for rewards of a user's own
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     views: tuple[View, ...] = field(default=())  # original and resized size of each image, once a processor is known

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
-
 from fastrl.data.identity import Change, Identity, Pictures, compare, identify
+from fastrl.data.orders import shuffled
 from fastrl.data.records import Record
 
 
@@ -24,6 +23,8 @@ class RecordStream:
         records: the data; every rank gets the same.
         seed: of the shuffle.
         order: ``shuffle``, or ``file`` for the order of ``records``.
+        buffer: rows that are shuffled among each other (``orders.shuffled``); none: all.
+        plan: the indices of an epoch by its number, in place of ``order``: a mixture's draws.
         rank, world_size: this rank sees every ``world_size``-th record, beginning at ``rank``.
         pictures: how picture files are compared on a resume (see ``fastrl.data.identity``).
 
@@ -37,6 +38,8 @@ class RecordStream:
         *,
         seed: int = 0,
         order: Literal["shuffle", "file"] = "shuffle",
+        buffer: int | None = None,
+        plan: Callable[[int], list[int]] | None = None,
         rank: int = 0,
         world_size: int = 1,
         pictures: Pictures = "stat",
@@ -46,6 +49,7 @@ class RecordStream:
         self.records = records
         self.seed = seed
         self.order = order
+        self._buffer, self._plan = buffer, plan
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.position = 0  # within the epoch
@@ -117,8 +121,8 @@ class RecordStream:
             before: the data's identity then; None: it was not kept (a checkpoint of an older fastrl), and the number of
                 records and some ids are compared.
             accept: go on with other data. What is left of the epoch is what was left of it, in its order, without
-                records that are gone; new ones come with the next epoch. (Where records were drawn on demand the epoch
-                goes on at the same place.)
+                records that are gone; new ones come with the next epoch. (Where records were drawn on demand, and in a
+                mixture, the epoch goes on at the same place.)
             accept_gone: the same where records are gone and nothing else differs.
 
         Returns:
@@ -144,7 +148,7 @@ class RecordStream:
             raise DataChanged(f"cannot resume: the data is not what the run began with: {change}")
         self.epoch, self.position, self.consumed = state["epoch"], state["position"], state["consumed"]
         self._rest, self._passed, self._ahead = state.get("rest"), state.get("passed", 0), {}
-        if change and before is not None and before.whole and self.identity().whole:
+        if change and self._plan is None and before is not None and before.whole and self.identity().whole:
             self._go_on_with_others(before.ids, state["records"])
         self._indices = self._epoch_indices()
         self.position = min(self.position, len(self._indices))
@@ -174,10 +178,11 @@ class RecordStream:
         """The present epoch's indices of ``n`` records, for all ranks together."""
         if self._rest is not None:
             return self._rest
+        if self._plan is not None:
+            return self._plan(self.epoch)
         if self.order == "file":
             return list(range(n))
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        return torch.randperm(n, generator=generator).tolist()
+        return shuffled(n, self.seed, self.epoch, buffer=self._buffer)
 
     def _epoch_indices(self) -> list[int]:
         order = self._epoch_order(len(self.records))

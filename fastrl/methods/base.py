@@ -49,7 +49,7 @@ class Context:
     and ``average`` the mean of a number over data-parallel ranks (the number itself with one rank). ``updates`` is the
     number of optimizer updates made, and ``folder`` where the run writes: a rollout server is given weights by them.
     ``features`` holds vision features by image key that all passes of a step may share, as nothing of the tower is
-    trained; None: each pass computes its own.
+    trained; None: each pass computes its own. ``rewards`` are the reward sections of a mixture's parts, by name.
     """
 
     policy: Policy
@@ -62,6 +62,7 @@ class Context:
     updates: Callable[[], int] = _no_updates
     folder: Path = Path()
     features: dict[str, VisionFeatures] | None = None
+    rewards: Mapping[str, RewardRecipe] = field(default_factory=dict)
 
     @cached_property
     def generator(self) -> Generator | VllmGenerator:

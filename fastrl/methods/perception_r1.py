@@ -71,7 +71,7 @@ class PerceptionR1(Method):
     def __init__(self, options: PerceptionR1Options, context: Context) -> None:
         super().__init__(options, context)
         self.temperature = context.rollout.temperature
-        self._rewards = RecipeRewards(context.reward)
+        self._rewards = RecipeRewards(context.reward, context.rewards)
         self._counts: dict[str, list[int]] = {}  # of the step's answers, what explains a low reward
 
     @classmethod
@@ -148,14 +148,9 @@ class PerceptionR1(Method):
         return sample_groups(self.context, records)
 
     def _score(self, groups: Sequence[PromptGroup]) -> None:
-        """Reward components and their weighted sum of every answer, one batched call per task."""
-        by_task: dict[str, list[PromptGroup]] = {}
-        for group in groups:
-            assert group.record is not None
-            by_task.setdefault(group.record.task, []).append(group)
-        for task, members in by_task.items():
+        """Reward components and their weighted sum of every answer, one batched call per reward."""
+        for reward, members in self._rewards.members(groups):
             answers = [(c, g.record) for g in members for c in g.completions]
-            reward = self._rewards.of(task)
             texts, records = [c.text for c, _ in answers], [r for _, r in answers if r is not None]
             components, totals = checked_scores(reward, texts, records)
             for i, ((completion, _), value) in enumerate(zip(answers, totals, strict=True)):

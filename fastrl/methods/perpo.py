@@ -58,7 +58,8 @@ class PerPO(Method):
 
     def __init__(self, options: PerPOOptions, context: Context) -> None:
         super().__init__(options, context)
-        self._rewards = RecipeRewards(context.reward, without_format=True)  # the paper's reward is the overlap alone
+        # The paper's reward is the overlap alone.
+        self._rewards = RecipeRewards(context.reward, context.rewards, without_format=True)
         self._lists: dict[str, list[Completion]] = {}  # online: ranked answers by record id
         self._steps_left = 0  # that they still serve
 
@@ -143,7 +144,8 @@ class PerPO(Method):
                 assert group.record is not None
                 texts = [c.text for c in group.completions]
                 records = [group.record] * len(texts)
-                components, totals = checked_scores(self._rewards.of(group.record.task), texts, records)
+                reward = self._rewards.of(group.record.task, group.record.origin)
+                components, totals = checked_scores(reward, texts, records)
                 for i, (completion, value) in enumerate(zip(group.completions, totals, strict=True)):
                     completion.rewards = {name: v[i] for name, v in components.items() if v[i] is not None}
                     completion.scalars["reward"] = value
@@ -171,9 +173,8 @@ class PerPO(Method):
         self._lists = {}
         left, total = 0, sum(len(g.completions) for g in groups)
         with context.clock.phase("reward"):
-            for task in dict.fromkeys(record.task for record in unique):
-                members = [g for g in groups if g.record is not None and g.record.task == task]
-                for group, ranking in zip(members, rank_answers(members, self._rewards.of(task)), strict=True):
+            for reward, members in self._rewards.members(groups):
+                for group, ranking in zip(members, rank_answers(members, reward), strict=True):
                     assert group.record is not None
                     left += len(ranking.order)
                     self._lists[group.record.id] = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastrl.batch import PromptGroup
@@ -37,37 +37,53 @@ class RecipeRewards:
 
     Args:
         section: the recipe's reward section.
+        origins: sections of the entries of a mixture, by name; records of these are scored by theirs.
         without_format: leave the format component out unless the recipe asks for it.
     """
 
-    def __init__(self, section: RewardRecipe, *, without_format: bool = False) -> None:
-        self._section, self._without_format = section, without_format
-        self._rewards: dict[str, Reward] = {}
+    def __init__(
+        self, section: RewardRecipe, origins: Mapping[str, RewardRecipe] | None = None, *, without_format: bool = False
+    ) -> None:
+        self._section, self._origins, self._without_format = section, origins or {}, without_format
+        self._rewards: dict[tuple[str, str], Reward] = {}
 
     def misfit(self, record: Record) -> str | None:
         """Why answers to a record cannot be scored; None: they can, or it brings answers with their rewards."""
-        return None if "list" in record.target else self.of(record.task).misfit(record)
+        return None if "list" in record.target else self.of(record.task, record.origin).misfit(record)
 
     def check(self, records: Sequence[Record]) -> None:
         """Raise ``ValueError`` where the recipe's reward does not fit a record's task; called before any sampling."""
-        for task in dict.fromkeys(record.task for record in records):
-            self.of(task)
+        for record in records:
+            self.of(record.task, record.origin)
 
-    def of(self, task: str) -> Reward:
-        """The reward of ``task``. Raises ``ValueError`` where the recipe's options are not that task's."""
-        if task not in self._rewards:
-            from fastrl.rewards import REWARDS, reward_for
+    def of(self, task: str, origin: str = "") -> Reward:
+        """The reward of ``task``, in a part of a mixture. Raises ``ValueError`` where the recipe's options are not that
+        task's."""
+        key = origin, task
+        if key not in self._rewards:
+            self._rewards[key] = self._make(task, self._origins.get(origin, self._section))
+        return self._rewards[key]
 
-            options: dict[str, Any] = {"weights": self._section.weights} if self._section.weights else {}
-            if self._without_format and task in REWARDS and "format" in REWARDS[task].parts:
-                options["format"] = "none"
-                if "format" not in self._section.options:
-                    options["weights"] = {k: w for k, w in self._section.weights.items() if k != "format"}
-            try:
-                self._rewards[task] = reward_for(task, **{**options, **self._section.options})
-            except ValueError as error:
-                raise ValueError(
-                    f"the recipe's reward does not fit the data, which is {task}: {error}. Take a {task} recipe, or "
-                    f"data of the recipe's task"
-                ) from None
-        return self._rewards[task]
+    def members(self, groups: Sequence[PromptGroup]) -> list[tuple[Reward, list[PromptGroup]]]:
+        """The groups that each reward scores, in order of first appearance."""
+        found: dict[tuple[str, str], list[PromptGroup]] = {}
+        for group in groups:
+            assert group.record is not None
+            found.setdefault((group.record.origin, group.record.task), []).append(group)
+        return [(self._rewards[key], members) for key, members in found.items()]
+
+    def _make(self, task: str, section: RewardRecipe) -> Reward:
+        from fastrl.rewards import REWARDS, reward_for
+
+        options: dict[str, Any] = {"weights": section.weights} if section.weights else {}
+        if self._without_format and task in REWARDS and "format" in REWARDS[task].parts:
+            options["format"] = "none"
+            if "format" not in section.options:
+                options["weights"] = {k: w for k, w in section.weights.items() if k != "format"}
+        try:
+            return reward_for(task, **{**options, **section.options})
+        except ValueError as error:
+            raise ValueError(
+                f"the recipe's reward does not fit the data, which is {task}: {error}. Take a {task} recipe, or "
+                f"data of the recipe's task"
+            ) from None

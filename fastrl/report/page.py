@@ -200,11 +200,10 @@ def _pictures(samples: Sequence[Mapping[str, Any]], recipe: Path) -> str:
 
 
 def _records(recipe: Path, wanted: set[str]) -> dict[str, Record]:
-    from fastrl.data import load_data
-    from fastrl.recipe import load_recipe
+    from fastrl.recipe import load_recipe, load_records
 
-    data = load_recipe(recipe).data
-    return {record.id: record for record in load_data(data.spec, skip_bad=True) if record.id in wanted}
+    found = load_records(load_recipe(recipe), skip_bad=True)
+    return {record.id: record for record in found if record.id in wanted}
 
 
 def _picture(sample: Mapping[str, Any], record: Record) -> str:

@@ -118,6 +118,20 @@ def group_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
     return metrics
 
 
+def source_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
+    """Of each part of a mixture, ``source/NAME/``: ``prompts`` of the step, its rewards and ``completion/truncated``
+    as ``group_metrics`` has them. Nothing where the data is no mixture."""
+    parts: dict[str, list[PromptGroup]] = {}
+    for group in groups:
+        if group.record is not None and group.record.origin:
+            parts.setdefault(group.record.origin, []).append(group)
+    found: dict[str, float] = {}
+    for name, members in sorted(parts.items()):
+        kept = {k: v for k, v in group_metrics(members).items() if k.startswith("reward/") or k.endswith("truncated")}
+        found |= {f"source/{name}/{key}": value for key, value in {"prompts": float(len(members)), **kept}.items()}
+    return found
+
+
 def work_metrics(groups: Sequence[PromptGroup], seconds: Mapping[str, float]) -> dict[str, float]:
     """Phase times in seconds, throughput of the whole step, and memory in GiB."""
     total = sum(seconds.values())

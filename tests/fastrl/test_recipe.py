@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,8 @@ def test_shipped_reward_options_exist(name: str) -> None:
     recipe = load_recipe(name)
     if recipe.method.kind == "perception-r1":
         task = "trajectory" if name.startswith("utr") else name.split("-")[2]
-        reward_for(
-            task, **recipe.reward.options, **({"weights": recipe.reward.weights} if recipe.reward.weights else {})
-        )
+        for each, reward in (recipe.mix_rewards or {task: recipe.reward}).items():
+            reward_for(each, **reward.options, **({"weights": reward.weights} if reward.weights else {}))
 
 
 def test_big_recipes_hold_the_papers_constants() -> None:
@@ -51,6 +51,44 @@ def test_big_recipes_hold_the_papers_constants() -> None:
             14,
         )
         assert (recipe.method.aggregate, recipe.method.kl, recipe.method.eps) == ("sequence", "k3", 1e-4)
+
+
+def test_a_mixture_says_its_parts_and_their_rewards(tmp_path: Path) -> None:
+    for size in ("2b", "tiny"):
+        recipe = load_recipe(f"perception-r1-mix-{size}")
+        assert {entry.name for entry in recipe.mix} == {"grounding", "counting", "ocr", "detection"}
+        assert build_recipe(yaml.safe_load(recipe.dump())) == recipe
+    entries = [
+        {"spec": "refexp:a/train.jsonl", "weight": {0: 1, 50: 0.5}, "reward": {"options": {"metric": "iou"}}},
+        {"spec": "train.csv", "adapter": "my_data.py:rows"},
+    ]
+    named = ["data.spec=", f"data.mix={json.dumps(entries)}", "data.max_image_pixels=100", "reward.weights={iou: 2}"]
+    recipe = load_recipe("perception-r1-grounding-2b", named)
+    assert [entry.name for entry in recipe.mix] == ["train", "train-2"]
+    assert recipe.mix[0].spec == "refexp:a/train.jsonl?max_image_pixels=100"
+    assert recipe.mix[0].weight == {0: 1.0, 50: 0.5}
+    assert recipe.mix[1].spec == "my_data.py:rows:train.csv?max_image_pixels=100"
+    own, whole = recipe.mix_rewards["train"], recipe.mix_rewards["train-2"]
+    assert (own.options, own.weights) == ({"metric": "iou"}, {"iou": 2.0})  # an entry's keys override the recipe's
+    assert whole == recipe.reward
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.mix=[{spec: 'ocr:a'}]"], "either spec .* or mix"),
+        (["data.spec="], "either spec .* or mix"),
+        (["data.spec=", "data.adapter=a.py:f", "data.mix=[{spec: 'ocr:a'}]"], "each entry has its own"),
+        (["data.spec=", "data.mix=[{spec: 'ocr:a', name: x}, {spec: 'ocr:b', name: x}]"], "two entries of mix"),
+        (["data.spec=", "data.mix=[{spec: 'ocr:a', weight: -1}]"], "must be above 0"),
+        (["data.spec=", "data.mix=[{spec: 'ocr:a', weight: {0: 0}}]"], "not all 0"),
+        (["data.spec=", "data.mix=[{spec: 'ocr:a', wieght: 1}]"], "unknown key"),
+        (["data.curriculum={by: level}"], "data.curriculum.steps: missing"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(changes: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("perception-r1-grounding-2b", changes)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +122,7 @@ def test_all_problems_are_reported_together() -> None:
 
 
 def test_missing_key_unknown_method_and_unknown_recipe() -> None:
-    with pytest.raises(RecipeError, match=r"data\.spec: missing"):
+    with pytest.raises(RecipeError, match=r"data: give either spec \(one data set\) or mix"):
         build_recipe(MINIMAL | {"data": {}})
     with pytest.raises(RecipeError, match=r"unknown method 'perception_r1'; did you mean perception-r1\?"):
         build_recipe(MINIMAL | {"method": {"kind": "perception_r1"}})

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fastrl.data import DataError, Dataset, load_data
+from fastrl.data.identity import compare, identify
 from fastrl.data.pictures import Picture, open_picture
 from fastrl.data.records import Record, question
 
@@ -354,3 +355,17 @@ def test_a_rows_own_columns_stay_with_its_record(folder: Path) -> None:
     assert data[0].columns["level"] == 3
     assert "images" not in data[0].columns
     assert replace(data[0], columns={}) == data[0]
+
+
+@pytest.mark.parametrize("look", ["stat", "bytes"])
+def test_a_resume_compares_pictures_in_tables_too(folder: Path, tmp_path: Path, look: Any) -> None:
+    pytest.importorskip("pyarrow")
+    rows = [layouts(ASK, BOX, embedded(folder))["EasyR1"] for _ in range(3)]
+    spec = f"rows:{parquet(tmp_path, rows)}"
+    before = identify(load_data(spec), look)
+    assert not compare(before, identify(load_data(spec), look))
+    rows[1]["images"] = [{"bytes": (folder / "b.png").read_bytes(), "path": None}]
+    parquet(tmp_path, rows)
+    changed = compare(before, identify(load_data(spec), look)).changed["pictures"]
+    assert changed == (["1"] if look == "bytes" else ["0", "1", "2"])  # the file's time is that of all its rows
+    assert compare(before, identify(load_data(f"{spec}?orient=exif"), look)).changed["pictures"] == ["0", "1", "2"]

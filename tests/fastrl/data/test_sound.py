@@ -57,7 +57,7 @@ def test_the_stream_passes_over_them_in_order_and_goes_on_exactly(tmp_path: Path
     assert stream.broken == 5  # counted each time, said once
     assert len(stream.said) == 2
     again = SoundStream(records, order="file")
-    again.load(state)
+    again.load(state, None)
     assert [r.id for r in again.take(6)] == want
     assert again.broken == 5
 

@@ -1,0 +1,291 @@
+"""Several data sets in one run: how often each comes, in which order its rows do, and where a run is in all that.
+
+Every ``data.mix`` entry is split by task into *units*. Draw ``k`` of the run takes the next row of one unit:
+
+- **shares**: ``by row``, a unit's share is its weight times its rows (weight 2: each of its rows comes twice as often);
+  ``by task``, a task's share is the mean weight of its entries, whatever their sizes, and within a task rows count.
+  A weight may change with the steps: ``{0: 1.0, 200: 0.25}`` is followed on straight lines between those.
+- **draws** follow the shares as closely as whole numbers can (largest credit first), and are shuffled within a step, so
+  that every step has its part of each unit, and every rank too.
+- **rows** of a unit come in shuffled passes of its own. A curriculum draws them, while it lasts, at random from the
+  easiest part of the unit, which grows from ``start`` to the whole over its steps.
+
+All is a function of seed and draw: a run goes on from a position as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+from fastrl.data import load_data, parse_spec
+from fastrl.data.blank import BlankImages
+from fastrl.data.orders import shuffled
+from fastrl.data.records import Dataset, Record
+from fastrl.data.validate import DataError, fail, is_number
+
+Weight = float | Mapping[int, float]
+
+
+class Part(NamedTuple):
+    """One data set of a mixture; ``name`` is what its records' ``origin`` and the metrics say."""
+
+    name: str
+    records: Sequence[Record]
+    weight: Weight = 1.0
+
+
+class MixtureEntry(NamedTuple):
+    """An entry of ``data.mix``."""
+
+    name: str
+    spec: str
+    weight: Weight = 1.0
+
+
+def entry_names(entries: Sequence[tuple[str | None, str]]) -> list[str]:
+    """A name for each (name or None, spec): its own, else its path's last part, numbered where two would be one."""
+    names: list[str] = []
+    taken = {name for name, _ in entries if name is not None}
+    for name, spec in entries:
+        if name is None:
+            _, path, _ = parse_spec(spec)
+            plain = Path(path).stem or path
+            name = next(n for n in chain([plain], (f"{plain}-{i}" for i in count(2))) if n not in taken)
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def load_mixture(
+    entries: Sequence[MixtureEntry], *, skip_bad: bool = False, misfit: Callable[[Record], str | None] | None = None
+) -> Mixture:
+    """Load every entry as ``load_data`` would. Raises ``DataError``: of all entries at once, named by their specs."""
+    parts, problems = [], []
+    for entry in entries:
+        fits = (lambda record, name=entry.name: misfit(replace(record, origin=name))) if misfit is not None else None
+        try:
+            parts.append(Part(entry.name, load_data(entry.spec, skip_bad=skip_bad, misfit=fits), entry.weight))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return Mixture(parts)
+
+
+class Curriculum(NamedTuple):
+    """From easy to hard: ``by`` a column or a key of the target, from the easiest ``start`` of the rows to all of them
+    over ``steps`` steps."""
+
+    by: str
+    steps: int
+    start: float = 0.2
+
+
+class Mixture(Sequence[Record]):
+    """All records of the parts, one part after another, each with its part's name as ``origin`` and before its id."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self._starts = [0]
+        for part in parts:
+            self._starts.append(self._starts[-1] + len(part.records))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        place = bisect_right(self._starts, index) - 1
+        part = self.parts[place]
+        record = part.records[index - self._starts[place]]
+        return replace(record, id=f"{part.name}/{record.id}", origin=part.name)
+
+    @property
+    def summary(self) -> str:
+        """What was skipped of each part."""
+        said = [(part.name, getattr(part.records, "summary", "")) for part in self.parts]
+        return "\n".join(f"{name}: {line}" for name, text in said for line in text.split("\n") if line)
+
+    def part_of(self, place: int) -> range:
+        """The indices of a part's records."""
+        return range(self._starts[place], self._starts[place + 1])
+
+
+@dataclass
+class _Unit:
+    """The rows of one task in one part, easiest first where there is a curriculum."""
+
+    rows: list[int]
+    task: str
+    weight: Weight
+    drawn: int = 0  # of its rows, so far
+    credit: float = 0.0
+    easy: int = 0  # draws made while the curriculum lasted, which are no part of its passes
+    order: list[int] | None = None  # of the present pass
+
+
+def parts_of(records: Sequence[Record]) -> Mixture:
+    """A mixture, also with its pictures blanked, or any other data as the one part of one: what a plan is made for."""
+    inner = records.records if isinstance(records, BlankImages) else records
+    return inner if isinstance(inner, Mixture) else Mixture([Part("", inner)])
+
+
+class MixturePlan:
+    """Which record each draw of a run takes.
+
+    Args:
+        mixture: the data.
+        seed: of shuffles.
+        step: draws of one optimizer step, over all ranks.
+        by: ``row`` or ``task``: see above.
+        order: of a unit's rows: ``shuffle`` or ``file``.
+        buffer: of the shuffle (``orders.shuffled``).
+        curriculum: from easy to hard, if so.
+
+    Raises:
+        DataError: a record without the value that the curriculum goes by.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        seed: int,
+        step: int,
+        by: Literal["row", "task"] = "row",
+        order: Literal["shuffle", "file"] = "shuffle",
+        buffer: int | None = None,
+        curriculum: Curriculum | None = None,
+    ) -> None:
+        self.mixture, self.seed, self.step, self.by = mixture, seed, step, by
+        self.order, self.buffer, self.curriculum = order, buffer, curriculum
+        self._rows = _rows_by_unit(mixture, curriculum)
+        self._units: list[_Unit] = []
+        self._next = 0  # the epoch that the units stand before
+
+    def epoch(self, number: int) -> list[int]:
+        """Indices of the draws of an epoch, which has as many as the mixture has records."""
+        if number < self._next or not self._units:
+            self._units = [_Unit(rows, task, weight) for rows, task, weight in self._rows]
+            self._next = 0
+        draws: list[int] = []
+        while self._next <= number:
+            draws = self._draw(self._next)
+            self._next += 1
+        return draws
+
+    def _draw(self, epoch: int) -> list[int]:
+        size = len(self.mixture)
+        taken: list[int] = []
+        while len(taken) < size:
+            first = epoch * size + len(taken)
+            step, within = divmod(first, self.step)
+            shares = self._shares(step)
+            found = [self._take(shares, step) for _ in range(min(self.step - within, size - len(taken)))]
+            random.Random(f"{self.seed}/{first}").shuffle(found)
+            taken += found
+        return taken
+
+    def _shares(self, step: int) -> list[float]:
+        """Each unit's part of the draws at a step; they add up to 1."""
+        weights = [weight_at(unit.weight, step) for unit in self._units]
+        worth = [weight * len(unit.rows) for weight, unit in zip(weights, self._units, strict=True)]
+        if self.by == "task":
+            tasks: dict[str, list[int]] = {}
+            for place, unit in enumerate(self._units):
+                tasks.setdefault(unit.task, []).append(place)
+            for places in tasks.values():
+                total = sum(worth[p] for p in places)
+                mean = sum(weights[p] for p in places) / len(places)
+                for p in places:
+                    worth[p] = mean * worth[p] / total if total else 0.0
+        total = sum(worth)
+        if not total:
+            raise fail(f"step {step}", "bad weights", "every weight of data.mix is 0 here")
+        return [value / total for value in worth]
+
+    def _take(self, shares: Sequence[float], step: int) -> int:
+        for unit, share in zip(self._units, shares, strict=True):
+            unit.credit += share
+        place = max(range(len(self._units)), key=lambda p: (self._units[p].credit, -p))
+        unit = self._units[place]
+        unit.credit -= 1
+        unit.drawn += 1
+        n = len(unit.rows)
+        if self.curriculum is not None and step < self.curriculum.steps:
+            part = self.curriculum.start + (1 - self.curriculum.start) * step / self.curriculum.steps
+            unit.easy += 1
+            return unit.rows[random.Random(f"{self.seed}/{place}/{unit.drawn}").randrange(max(1, round(part * n)))]
+        done, at = divmod(unit.drawn - unit.easy - 1, n)
+        if at == 0 or unit.order is None:
+            seed = self.seed + 7_919 * place
+            unit.order = list(range(n)) if self.order == "file" else shuffled(n, seed, done, buffer=self.buffer)
+        return unit.rows[unit.order[at]]
+
+
+def weight_at(weight: Weight, step: int) -> float:
+    """The weight at a step: constant, or on straight lines between the steps that are given."""
+    if not isinstance(weight, Mapping):
+        return float(weight)
+    steps = sorted(weight)
+    after = bisect_right(steps, step)
+    if after == 0 or after == len(steps):
+        return float(weight[steps[min(after, len(steps) - 1)]])
+    low, high = steps[after - 1], steps[after]
+    return weight[low] + (weight[high] - weight[low]) * (step - low) / (high - low)
+
+
+def difficulty(record: Record, by: str) -> float:
+    """How hard a record is: a number of its columns or target, or the length of a list or text there.
+
+    Raises:
+        DataError: it has none.
+    """
+    value: Any = record.columns.get(by, record.target.get(by))
+    if isinstance(value, str | list | tuple):
+        return float(len(value))
+    if not is_number(value):
+        have = ", ".join(sorted({*record.columns, *record.target}))
+        where = record.source or record.id
+        raise fail(
+            where, "no difficulty", f"no number, list or text in {by!r} to go by (data.curriculum.by); has {have}"
+        )
+    return float(value)
+
+
+def _rows_by_unit(mixture: Mixture, curriculum: Curriculum | None) -> list[tuple[list[int], str, Weight]]:
+    units = []
+    for place, part in enumerate(mixture.parts):
+        indices = mixture.part_of(place)
+        if not indices:
+            continue
+        looked = _looked_at(part.records) if curriculum is None else part.records
+        by_task: dict[str, list[int]] = {}
+        for offset, index in enumerate(indices):
+            by_task.setdefault(looked[min(offset, len(looked) - 1)].task, []).append(index)
+        for task, rows in by_task.items():
+            if curriculum is not None:
+                hard: Callable[[int], float] = lambda i, by=curriculum.by: difficulty(mixture[i], by)  # noqa: E731
+                rows = sorted(rows, key=hard)
+            units.append((rows, task, part.weight))
+    return units
+
+
+def _looked_at(records: Sequence[Record]) -> Sequence[Record]:
+    """Records whose tasks are looked at; those made on demand are all of one task, and the first one tells."""
+    inner = records.records if isinstance(records, Dataset) else records
+    return inner if isinstance(inner, list) else [records[0]]
