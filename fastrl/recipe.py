@@ -83,7 +83,7 @@ class Recipe(Section):
     optim: OptimRecipe
     checkpoint: CheckpointRecipe = CheckpointRecipe()  # type: ignore[call-arg]
     log: LogRecipe = LogRecipe()  # type: ignore[call-arg]
-    engine: EngineRecipe = EngineRecipe()
+    engine: EngineRecipe = EngineRecipe()  # type: ignore[call-arg]
 
     @model_validator(mode="after")
     def _groups(self) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastrl.recipe import Recipe
-from fastrl.run.metrics import read_rows
+from fastrl.run.logs import read_rows
 from fastrl.trainer import train
 from tests.helpers.training import make_recipe, steady_rows
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastrl.data import DataError, load_data
 from fastrl.data.sound_stream import SoundStream
-from fastrl.run.metrics import read_rows
+from fastrl.run.logs import read_rows
 from fastrl.trainer import TrainingError, train
 from tests.helpers.training import make_recipe, steady_rows
 

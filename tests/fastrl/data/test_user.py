@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fastrl.cli.main import app
 from fastrl.data import DataError, load_data
 from fastrl.recipe import load_recipe
-from fastrl.run.metrics import read_rows
+from fastrl.run.logs import read_rows
 from fastrl.trainer import train
 from tests.helpers.training import make_recipe
 
