@@ -128,7 +128,8 @@ def train(
         if saved is not None:
             done, more = run.load(saved, accept_changed_data)
             notes += more
-        run.check_space()
+        if done < recipe.optim.steps:
+            run.check_space()
         if writes:  # only now: whatever is wrong was said, and the folder is as it was
             notes += begin_run(recipe, done)
         log = MetricsLog(out, tensorboard=recipe.log.tensorboard, after=done) if writes else NoLog()

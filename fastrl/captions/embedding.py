@@ -35,7 +35,10 @@ def open_similarity(folder: str) -> Similarity:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        model, found = AutoModel.from_pretrained(folder, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"soft matching: no sentence-embedding model in {folder!r}: {error}") from None
+    if missing := sorted(name for name in found["missing_keys"] if not name.startswith("pooler.")):  # never asked
+        raise ValueError(f"soft matching: the weights in {folder!r} lack {len(missing)}, the first: {missing[0]}")
     return embedding_similarity(Embedder(model.eval(), tokenizer))

@@ -153,12 +153,12 @@ class _Look:
         """Of target, messages and pictures. A clip has its questions in what counts as its target."""
         pictures: list[Any] = []
         if isinstance(record, Record):
-            truth: Any = [record.task, record.frame, _plain(record.target, pictures)]
-            messages: Any = _plain(record.messages, pictures)
+            truth = _digest([record.task, record.frame, record.target], pictures)
+            messages = _digest(record.messages, pictures)
             pictures += record.images
         else:
-            truth, messages = _plain(record, pictures), None
-        return _digest(truth), _digest(messages), _digest([self._picture(picture) for picture in pictures])
+            truth, messages = _digest(record, pictures), ""
+        return truth, messages, _digest([self._picture(picture) for picture in pictures], [])
 
     def _picture(self, picture: Any) -> str:
         if isinstance(picture, Picture):
@@ -210,8 +210,12 @@ def _plain(value: Any, pictures: list[Any]) -> Any:
     return repr(value)
 
 
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
+def _digest(value: Any, pictures: list[Any]) -> str:
+    """Of a value's JSON; pictures in it go to ``pictures``."""
+    try:
+        text = json.dumps(value, sort_keys=True)  # most are plain, and this is fast
+    except TypeError:
+        text = json.dumps(_plain(value, pictures), sort_keys=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
 
 

@@ -25,6 +25,7 @@ from fastrl.data.scenes.world import LEVELS
 from fastrl.models.families import Family, Placed, family_of
 from fastrl.models.families.qwen2_vl import CONFIG_TOKENS, IMAGE, Qwen2_5VL, QwenPreprocessor
 from fastrl.models.vision import ImagePreprocessor
+from fastrl.models.weights import read_weights
 from fastrl.toy.teach.clip_lessons import frame_of_step
 from fastrl.toy.teach.curriculum import CURRICULA, Row, RowMaker
 from fastrl.toy.teach.optim import make_optimizers, schedule
@@ -224,7 +225,7 @@ def build(
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))
     if start is not None:
-        old = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32, local_files_only=True)
+        old = read_weights(Qwen2_5_VLForConditionalGeneration, Path(start), dtype=torch.float32)
         old_tokenizer = load_tokenizer(start)
         twins = coordinate_twins(tokenizer, old_tokenizer, CURRICULA[kind].size) if retokenize else {}
         take_over(model, tokenizer, old, old_tokenizer, twins)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from fastrl.captions import (
     CAPTURE_WEIGHTS,
@@ -163,6 +164,11 @@ def test_a_model_folder_matches_softly_from_the_critic_and_the_protocol(tmp_path
     assert hard.score is not None
     assert soft.score is not None
     assert hard.score < soft.score < 1
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("embeddings.word_embeddings.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1, the first: embeddings\.word_embeddings\.weight"):
+        open_similarity(str(tmp_path))
     assert evaluate("caption", [record], [said], similarity=similarity)["score"] == pytest.approx(soft.score)
     with pytest.raises(ValueError, match="no sentence-embedding model"):
         open_critic(f"rule?soft={tmp_path / 'nowhere'}")

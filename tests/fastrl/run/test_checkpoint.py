@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -293,6 +294,62 @@ def test_a_save_that_cannot_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest
     ):
         checkpoint.save_checkpoint(tmp_path, 2, run, keep=1)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL at a call: nothing that catches errors may catch it."""
+
+
+@pytest.mark.gate  # each of some 70 kills flushes to the disk many times
+def test_a_kill_at_any_call_leaves_a_sound_checkpoint_and_a_folder_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saves with rotation, a kept checkpoint and steps done again, killed at each call that changes the folder."""
+    left: list[int] = []  # calls until the kill; empty: none is near
+
+    def lethal(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if left:
+                left[0] -= 1
+                if not left[0]:
+                    raise Killed
+            return whole(*arguments, **options)
+
+        return call
+
+    def work(out: Path) -> None:
+        run = run_state()
+        for step in (1, 2, 3):
+            checkpoint.save_checkpoint(out, step, run, keep=1)
+            keeping.keep(out, keeping.BEST, 2 if step > 1 else 1)
+        keeping.set_aside(out, 2)
+        checkpoint.save_checkpoint(out, 3, run, keep=1)
+
+    for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (os, "open")):
+        monkeypatch.setattr(module, name, lethal(getattr(module, name)))
+    monkeypatch.setattr(Path, "mkdir", lethal(Path.mkdir))
+    kills, reached, over = 0, set[int](), False
+    while not over:
+        out = tmp_path / str(kills)
+        out.mkdir()
+        left[:] = [kills + 1]
+        try:
+            work(out)
+            over = True
+        except Killed:
+            kills += 1
+        left.clear()
+        latest = keeping.latest_checkpoint(out)
+        if latest is not None:
+            reached.add(keeping.step_of(latest))
+            inspect(latest, keeping.step_of(latest))
+            checkpoint.load_checkpoint(latest, run_state())
+        keeping.kept(out)
+        work(out)
+        assert [path.name[-1] for path in keeping.list_checkpoints(out)] == ["2", "3"]
+        assert not list((out / "checkpoints").glob(f"{keeping.TEMPORARY}*"))
+    assert kills > 60
+    assert reached == {1, 2, 3}
 
 
 def test_one_process_per_folder(tmp_path: Path) -> None:
