@@ -25,7 +25,7 @@ LEVELS = (
     ("recipe",),
     ("evaluate", "run", "plan"),
     ("trainer",),
-    ("studies", "report", "build"),
+    ("studies", "report", "build", "integrations"),
     ("toy",),
     ("cli",),
 )
