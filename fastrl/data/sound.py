@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from fastrl.data.pictures import PictureError, opened_picture
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+from fastrl.data.pictures import Picture, PictureError, opened_picture
 from fastrl.data.records import Dataset, Record
 from fastrl.data.validate import Problem
 
@@ -18,14 +22,37 @@ def broken_picture(record: Record) -> Problem | None:
     return None
 
 
+class Chosen(Sequence[Record]):
+    """Some of the records that are made on demand, still made on demand."""
+
+    def __init__(self, records: Sequence[Record], indices: Sequence[int]) -> None:
+        self.records, self.indices = records, indices
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return Chosen(self.records, self.indices[index])
+        return self.records[self.indices[index]]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
 def decoded(data: Dataset) -> Dataset:
     """The records whose pictures can be decoded, each of which is; the others are problems.
 
-    Records that are made on demand (drawn scenes, clips) are not looked at: that would make them all.
+    Where the first record's pictures are in memory (drawn scenes, frames of a video file) all are, and none is decoded.
     """
-    if not isinstance(data.records, list):
+    records = data.records
+    if not records or not any(isinstance(image, Path | str | Picture) for image in records[0].images):
         return data
-    found = [broken_picture(record) for record in data.records]
-    kept = [record for record, problem in zip(data.records, found, strict=True) if problem is None]
+    found = [broken_picture(records[index]) for index in range(len(records))]
+    good = [index for index, problem in enumerate(found) if problem is None]
     broken = [problem for problem in found if problem is not None]
+    if not broken:
+        return data
+    kept = [records[index] for index in good] if isinstance(records, list) else Chosen(records, good)
     return Dataset(kept, (*data.problems, *broken), data.left_out, data.notes)

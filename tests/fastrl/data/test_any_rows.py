@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastrl.data import DataError, Dataset, load_data
+from fastrl.data import DataError, Dataset, load_data, tables
 from fastrl.data.identity import compare, identify
-from fastrl.data.pictures import Picture, open_picture
+from fastrl.data.pictures import Picture, open_picture, picture_size
 from fastrl.data.records import Record, question
+from fastrl.data.stream import RecordStream
 
 ASK = "Output the bounding box of the cat in the image."
 BOX = [10, 20, 200, 150]
@@ -369,3 +371,33 @@ def test_a_resume_compares_pictures_in_tables_too(folder: Path, tmp_path: Path, 
     changed = compare(before, identify(load_data(spec), look)).changed["pictures"]
     assert changed == (["1"] if look == "bytes" else ["0", "1", "2"])  # the file's time is that of all its rows
     assert compare(before, identify(load_data(f"{spec}?orient=exif"), look)).changed["pictures"] == ["0", "1", "2"]
+
+
+def test_a_bounded_shuffle_reads_each_row_group_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(tables, "CACHE_BYTES", 1)  # of one group at a time
+    rows = [layouts(ASK, BOX, embedded(folder))["EasyR1"] for _ in range(24)]
+    data = load_data(f"rows:{parquet(tmp_path, rows, group=4)}")
+    groups: list[int] = []
+    real = tables._Parquet.value
+
+    def value(self: Any, column: str, place: int) -> Any:
+        if not groups or groups[-1] != place // 4:
+            groups.append(place // 4)
+        return real(self, column, place)
+
+    monkeypatch.setattr(tables._Parquet, "value", value)
+    stream = RecordStream(data, seed=3, buffer=4)
+    for record in stream.take(48):
+        assert picture_size(record.images[0]) == (240, 160)
+    assert sorted(groups[:6]) == list(range(6))
+    assert len(groups) <= 12  # two epochs of six groups
+
+
+def test_tables_say_which_extra_they_need(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "t.parquet").touch()
+    with pytest.raises(DataError, match=r"needs pyarrow: pip install 'fastrl\[data\]'"):
+        load_data(f"rows:{tmp_path / 't.parquet'}")

@@ -44,6 +44,22 @@ def test_headers_alone_are_read_unless_deep(tmp_path: Path) -> None:
     assert data.reasons == {"broken picture": 2}
 
 
+def test_frames_of_clips_are_decoded_too(tmp_path: Path) -> None:
+    write_rows(tmp_path, {3})
+    boxes = {"1": [1, 1, 9, 9], "2": [1, 1, 9, 9]}
+    rows = [
+        {"id": f"c{n}", "frames": [f"{n}.png", f"{n + 1}.png"], "subjects": [{"id": 1, "name": "x", "boxes": boxes}]}
+        for n in (0, 2, 4)
+    ]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = f"tracks:{tmp_path / 'clips.jsonl'}"
+    assert len(load_data(spec)) == 3
+    data = load_data(spec, deep=True, skip_bad=True)
+    assert [record.id for record in data] == ["c0", "c4"]
+    assert data.reasons == {"broken picture": 1}
+    assert len(data[1:]) == 1
+
+
 def test_the_stream_passes_over_them_in_order_and_goes_on_exactly(tmp_path: Path) -> None:
     records = load_data(write_rows(tmp_path, {0, 3}))
     stream = SoundStream(records, order="file")
