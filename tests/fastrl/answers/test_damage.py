@@ -83,6 +83,38 @@ def test_a_cut_reply_keeps_each_item_whose_numbers_are_complete(form: Any) -> No
         assert len(found) <= complete + 1  # at most the item that is being written
 
 
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        # a quote inside a label is part of it
+        ('[{"bbox_2d": [1, 2, 3, 4], "label": "b" 27"}]', [((1, 2, 3, 4), 'b" 27')]),
+        ('[{"label": "the "big" one", "bbox_2d": [1, 2, 3, 4]}]', [((1, 2, 3, 4), 'the "big" one')]),
+        ("[{'bbox_2d': [1, 2, 3, 4], 'label': 'men's shoe'}]", [((1, 2, 3, 4), "men's shoe")]),
+        # a label without its end reaches to the next entry or object
+        (
+            '[{"bbox_2d": [1, 2, 3, 4], "label": "b}, {"label": "c", "bbox_2d": [5, 6, 7, 8]}]',
+            [((1, 2, 3, 4), "b"), ((5, 6, 7, 8), "c")],
+        ),
+        ('[{"label": "b, "bbox_2d": [1, 2, 3, 4]}]', [((1, 2, 3, 4), "b")]),
+        # every list under a coordinate key is one item, also where no brace parts them
+        (
+            '{"bbox_2d": [1, 2, 3, 4], "label": "a", "bbox_2d": [5, 6, 7, 8], "label": "b"}',
+            [((1, 2, 3, 4), "a"), ((5, 6, 7, 8), "b")],
+        ),
+        (
+            '{"label": "a", "bbox_2d": [1, 2, 3, 4], "label": "b", "bbox_2d": [5, 6, 7, 8]}',
+            [((1, 2, 3, 4), "a"), ((5, 6, 7, 8), "b")],
+        ),
+        ('"bbox_2d": [1, 2, 3, 4]\n"bbox_2d": [5, 6, 7, 8]', [((1, 2, 3, 4), None), ((5, 6, 7, 8), None)]),
+        # what an object holds is not its parent's
+        ('{"bbox_2d": [1, 2, 3, 4], "parts": {"name": "ear"}, "label": "cat"}', [((1, 2, 3, 4), "cat")]),
+        ('{"bbox_2d": [1, 2, 3, 4], "parts": {"name": "ear"}}', [((1, 2, 3, 4), None)]),
+    ],
+)
+def test_what_becomes_of_a_damaged_item(text: str, items: list[tuple]) -> None:
+    assert labelled(parse_boxes(text)) == items
+
+
 # ---- keys, labels and punctuation
 
 
