@@ -71,7 +71,7 @@ def family_of(config: Any, where: object = "") -> Family:
     Raises:
         ValueError: no family of that ``model_type``, or text layers that the family has no shared form for.
     """
-    kind = config.get("model_type") if isinstance(config, Mapping) else config.model_type
+    kind = str(config.get("model_type") if isinstance(config, Mapping) else config.model_type)
     prefix = f"{where}: " if where else ""
     if kind not in _FAMILIES and kind in REFUSED:
         raise ValueError(f"{prefix}model type {kind!r} is not supported: {REFUSED[kind]}")
