@@ -24,6 +24,30 @@ from fastrl.models.vision import ImagePreprocessor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+ONEVISION_7B: dict[str, Any] = {
+    "model_type": "llava_onevision",
+    "image_grid_pinpoints": [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
+    "text_config": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+}
+
 
 class LlavaNext(LlavaFamily):
     """LLaVA-NeXT: answers in 0-1 of the picture."""
@@ -118,6 +142,8 @@ class LlavaOnevision(LlavaNext):
     model_type: ClassVar[str] = "llava_onevision"
     end_of_turn: ClassVar[str] = "<|im_end|>"
     control_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<video>", "<|im_start|>", "<|endoftext|>")
+    # sizes as in the config.json it is published with
+    published: ClassVar = {"llava-hf/llava-onevision-qwen2-7b-ov-hf": ONEVISION_7B}
 
     @classmethod
     def model_class(cls) -> Any:

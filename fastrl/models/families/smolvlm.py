@@ -23,6 +23,39 @@ from fastrl.models.vision import ImagePreprocessor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+
+def _config(
+    hidden: int, inner: int, layers: int, heads: int, kv: int, scale: int, tower: dict[str, int]
+) -> dict[str, Any]:
+    return {
+        "model_type": "smolvlm",
+        "scale_factor": scale,
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "head_dim": 64,
+            "vocab_size": 49280,
+        },
+        "vision_config": tower,
+    }
+
+
+def _tower(hidden: int, inner: int, layers: int, heads: int, image: int, patch: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image,
+        "patch_size": patch,
+    }
+
+
+_BASE, _SO400M = _tower(768, 3072, 12, 12, 512, 16), _tower(1152, 4304, 27, 16, 384, 14)
 FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
@@ -37,6 +70,11 @@ class SmolVLM(Family):
         "language": ("model.text_model", "lm_head"),
         "vision": ("model.vision_model",),
         "projector": ("model.connector",),
+    }
+    published: ClassVar = {  # sizes as in the config.json each model is published with
+        "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": _config(576, 1536, 30, 9, 3, 4, _BASE),
+        "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _config(960, 2560, 32, 15, 5, 4, _BASE),
+        "HuggingFaceTB/SmolVLM2-2.2B-Instruct": _config(2048, 8192, 24, 32, 32, 3, _SO400M),
     }
 
     @classmethod

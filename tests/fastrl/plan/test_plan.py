@@ -27,6 +27,15 @@ STATED = {
     "Qwen/Qwen2.5-VL-3B-Instruct": 3.75,
     "Qwen/Qwen2.5-VL-7B-Instruct": 8.29,
     "Qwen/Qwen2.5-VL-32B-Instruct": 33.45,
+    "Qwen/Qwen3-VL-2B-Instruct": 2.13,
+    "Qwen/Qwen3-VL-4B-Instruct": 4.44,
+    "Qwen/Qwen3-VL-8B-Instruct": 8.77,
+    "llava-hf/llava-1.5-7b-hf": 7.06,
+    "llava-hf/llava-1.5-13b-hf": 13.35,
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8.03,
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": 0.256,
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": 0.507,
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": 2.247,
 }
 
 
