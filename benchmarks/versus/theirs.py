@@ -37,11 +37,13 @@ class Trl:
         *,
         train: str,
         device: torch.device,
+        mixin: type | None = None,
         **changes: Any,
     ) -> None:
-        """``rows``: answers of a micro-batch. ``changes``: of ``GRPOConfig``."""
+        """``rows``: answers of a micro-batch. ``mixin``: put before the trainer. ``changes``: of ``GRPOConfig``."""
         from trl import GRPOTrainer
 
+        trainer: Any = GRPOTrainer if mixin is None else type("Trainer", (mixin, GRPOTrainer), {})
         _quiet()
         self._folder = tempfile.TemporaryDirectory()
         phases = Phases(device)
@@ -49,7 +51,7 @@ class Trl:
         processor = load_processor(folder)
         processor.phases = phases
         arguments = _arguments(self._folder.name, work, rows, device, processor.tokenizer, changes)
-        self.trainer: Any = GRPOTrainer(
+        self.trainer: Any = trainer(
             model=_model(folder, bfloat16=arguments.bf16 and train == "lora"),
             reward_funcs=ocr_reward,
             args=arguments,
