@@ -55,16 +55,16 @@ def key_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted path of a section's keys."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        for inner in _sections_in(field.annotation):
+        for inner in sections_in(field.annotation):
             yield from key_paths(inner, f"{prefix}{name}.")
 
 
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Section classes inside an annotation (optional, list, union)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
-        yield from _sections_in(part)
+        yield from sections_in(part)
 
 
 def _nearest(loc: Sequence[str], valid: Iterable[str]) -> str:
