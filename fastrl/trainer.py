@@ -18,11 +18,12 @@ from fastrl.data.blank import BlankImages
 from fastrl.data.disk import require_space
 from fastrl.data.mixture import Curriculum, MixturePlan, parts_of
 from fastrl.data.pictures import PictureError
+from fastrl.data.records import Dataset, Record
 from fastrl.data.sound_stream import SoundStream
 from fastrl.data.stream import RecordStream
 from fastrl.engine import make_engine
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
-from fastrl.methods import Clock, Context, Method, Prepared, method_for
+from fastrl.methods import Clock, Context, Method, Prepared, make_method
 from fastrl.recipe import Recipe, load_records
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
@@ -46,7 +47,6 @@ from fastrl.run.progress import Progress
 from fastrl.run.signals import stop_signals
 
 if TYPE_CHECKING:
-    from fastrl.data.records import Record
     from fastrl.data.validate import Problem
     from fastrl.models.families import VisionFeatures
     from fastrl.models.load import Policy
@@ -186,7 +186,7 @@ class Run:
         self.recipe = recipe
         self.clock = Clock()
         data = records if records is not None else _load_records(recipe)  # first: bad rows are reported at once
-        self.skipped = getattr(data, "summary", "")  # rows of the data that no record was made of
+        self.skipped = data.summary if isinstance(data, Dataset) else ""  # rows that no record was made of
         if recipe.data.blank_images:
             data = BlankImages(data)
         _use_own_device(recipe)
@@ -228,7 +228,7 @@ class Run:
             folder=recipe.folder,
             features=None if self.policy.trains_vision else {},
         )
-        self.method: Method = method_for(recipe.method)(recipe.method, self.context)
+        self.method: Method = make_method(recipe.method, self.context)
         if recipe.optim.row_local_head and self.method.row_local_loss is None:
             raise ValueError(f"optim.row_local_head: method {recipe.method.kind} has no row-local loss")
         self.reads_reference = self.method.reads_reference(recipe.method)

@@ -96,8 +96,8 @@ def build_dialogues(
         ValueError: ``out`` is not this build's; data without tracked clips. DataError: bad data.
     """
     data = load_data(options.data, skip_bad=options.skip_bad, deep=options.skip_bad)
-    notes = getattr(data, "notes", ())
-    for line in (getattr(data, "summary", ""), *(str(note) for note in notes[:SHOWN])):
+    notes = data.notes
+    for line in (data.summary, *(str(note) for note in notes[:SHOWN])):
         if line:
             say(line)
     total = min(len(data), options.limit) if options.limit is not None else len(data)

@@ -22,9 +22,8 @@ class LoraRecipe(Section):
     rank: int = Field(16, ge=1, le=8192)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[str] | str | None = (
-        None  # names of linear layers, or one regular expression; none: all language linears
-    )
+    # Names of linear layers, or one regular expression; none: all linear layers of the language model
+    targets: list[str] | str | None = None
     also_train: list[str] = []  # modules trained whole beside the adapters (visual.merger: the projector)
 
     def spec(self) -> dict[str, Any]:
@@ -140,7 +139,7 @@ class RolloutRecipe(Section):
     @model_validator(mode="after")
     def _served(self) -> RolloutRecipe:
         if self.backend == "local" and (self.server is not None or self.shared is not None):
-            raise ValueError("server and shared are of backend: vllm, this one is local")
+            raise ValueError("rollout.server and rollout.shared need rollout.backend: vllm (backend is local)")
         if self.backend == "vllm":
             if self.server is None:
                 raise ValueError("backend: vllm needs server: the address of a running vLLM, http://localhost:8000")
@@ -168,9 +167,7 @@ class OptimRecipe(Section):
     token_budget: int = Field(8192, ge=1)  # tokens of one micro-batch; a group is never split
     # AdamW's states: fp32 beside the weights; 8bit: quarter the bytes; offload: on the host, which then updates
     states: Literal["fp32", "8bit", "offload"] = "fp32"
-    gradient_release: bool = (
-        False  # update each parameter within the backward and free its gradient; needs no clip_norm
-    )
+    gradient_release: bool = False  # update each parameter within the backward, free its gradient; without clip_norm
     # Gradients of head and loss made in the forward: 3 matmuls over the vocabulary, not 4; entropy is not measured then
     row_local_head: bool = False
     groups: list[ParameterGroup] = []  # the first that matches a parameter sets its lr and weight decay

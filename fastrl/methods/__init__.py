@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TypeVar, get_args
 
 from fastrl.config.contract import faults
-from fastrl.config.registry import Registry
+from fastrl.config.registry import Registry, nearest
 from fastrl.methods.base import Clock, Context, Method, MethodOptions, Prepared
 from fastrl.methods.perception_r1 import PerceptionR1
 from fastrl.methods.perpo import PerPO
@@ -29,6 +29,7 @@ __all__ = [
     "Prepared",
     "RePer",
     "kinds",
+    "make_method",
     "method_for",
     "register",
 ]
@@ -63,6 +64,22 @@ def method_for(options: MethodOptions) -> type[Method]:
     if options.kind not in METHODS:
         raise ValueError(f"method {options.kind!r} is not registered (fastrl.methods.register)")
     return METHODS[options.kind]
+
+
+def make_method(options: MethodOptions, context: Context) -> Method:
+    """The method whose options these are, ready to prepare steps.
+
+    Raises:
+        TypeError: it sets a public attribute on itself that no method has: a misspelt fact would be ignored.
+    """
+    method = method_for(options)(options, context)
+    known = {*dir(Method), "options", "context"}
+    for name in vars(method):
+        if not name.startswith("_") and name not in known:
+            near = nearest(name, known, cutoff=0.6)
+            hint = f"; did you mean {near}?" if near else ""
+            raise TypeError(f"{type(method).__qualname__}.{name} is no part of a method{hint}")
+    return method
 
 
 def _faults(method: type[Method]) -> list[str]:

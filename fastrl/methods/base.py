@@ -86,9 +86,8 @@ class Context:
 
     def close(self) -> None:
         """Remove what a rollout server was given, if there was one."""
-        close = getattr(self.__dict__.get("generator"), "close", None)
-        if close is not None:
-            close()
+        if "generator" in self.__dict__:  # made when it was first asked for
+            self.generator.close()
 
 
 @dataclass

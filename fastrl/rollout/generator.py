@@ -91,6 +91,9 @@ class Generator:
                 out[i] = completions
         return out
 
+    def close(self) -> None:
+        """Nothing is held outside this process."""
+
     def session(self, prompts: Prompt | Sequence[Prompt]) -> Session:
         """Prompts whose keys and values stay between turns: generate, ``extend`` with what was said, generate again.
 

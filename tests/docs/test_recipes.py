@@ -21,9 +21,8 @@ def page_tables() -> dict[str, dict[str, tuple[str, ...]]]:
     found: dict[str, dict[str, tuple[str, ...]]] = {}
     for part in PAGE.split("\n## ")[1:]:
         heading, _, body = part.partition("\n")
-        rows = [
-            tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in body.splitlines() if line[:3] == "| `"
-        ]
+        lines = [line for line in body.splitlines() if line.startswith("| `")]
+        rows = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in lines]
         if rows:
             found[heading] = {row[0]: row[1:] for row in rows}
     return found

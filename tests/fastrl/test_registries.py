@@ -253,6 +253,17 @@ def test_a_misspelt_hook_is_an_error_at_registration(body: dict[str, Any], said:
     assert fastrl.methods.METHODS["toy"] is Toy
 
 
+def test_a_misspelt_fact_of_an_instance_is_an_error_before_it_trains() -> None:
+    class Cold(Toy):
+        def __init__(self, options: Any, context: Any) -> None:
+            super().__init__(options, context)
+            self.temperatur = 0.5
+
+    fastrl.methods.register(Cold)
+    with pytest.raises(TypeError, match=r"Cold.temperatur is no part of a method; did you mean temperature\?"):
+        fastrl.methods.make_method(ToyOptions(), None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [

@@ -68,9 +68,8 @@ def _allowed(annotation: Any, field: FieldInfo) -> str:
 
 
 def _bounded(kind: str, field: FieldInfo) -> str:
-    bounds = [
-        f"{SIGNS[type(m)]} {_number(getattr(m, type(m).__name__.lower()))}" for m in field.metadata if type(m) in SIGNS
-    ]
+    named = [(SIGNS.get(type(m)), type(m).__name__.lower(), m) for m in field.metadata]
+    bounds = [f"{sign} {_number(getattr(m, name))}" for sign, name, m in named if sign is not None]
     return f"{kind}, {', '.join(bounds)}" if bounds else kind
 
 

@@ -394,7 +394,7 @@ def test_a_server_that_refuses_new_weights_stops_the_run(
     [
         ({"rollout__backend": "vllm"}, "backend: vllm needs server"),
         ({"rollout__backend": "vllm", "rollout__server": "localhost"}, "expected an address such as"),
-        ({"rollout__server": "http://a:1"}, "server and shared are of backend: vllm"),
+        ({"rollout__server": "http://a:1"}, "rollout.server and rollout.shared need rollout.backend: vllm"),
         ({"rollout__backend": "sglang"}, "rollout.backend"),
         (
             {"rollout__backend": "vllm", "rollout__server": "http://a:1", "engine": {"kind": "deepspeed"}},
