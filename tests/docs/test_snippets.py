@@ -27,7 +27,8 @@ def snippets() -> list[object]:
 
 @pytest.mark.parametrize(("path", "number", "code", "skip"), snippets())
 def test_snippet(path: Path, number: int, code: str, skip: str | None, monkeypatch, tmp_path) -> None:
-    compiled = compile("\n" * (number - 1) + code, str(path), "exec", dont_inherit=True)  # errors point at the document's line
+    lines = "\n" * (number - 1) + code  # errors point at the document's line
+    compiled = compile(lines, str(path), "exec", dont_inherit=True)
     if skip and not ("GPU" in skip and torch.cuda.is_available()):
         pytest.skip(skip)
     monkeypatch.chdir(tmp_path)
