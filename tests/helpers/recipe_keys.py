@@ -42,7 +42,7 @@ def _rows(section: type[BaseModel], prefix: str, *, deep: bool = True) -> Iterat
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "needed"
-    if field.default is None:
+    if field.default is None or field.default == "":
         return "none"
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     if isinstance(value, bool):
