@@ -268,7 +268,9 @@ def _heads() -> Iterator[Case]:
             loss = (out.logp * torch.arange(5)).sum() + (0 if out.entropy is None else out.entropy.sum())
             return [*(x for x in out if x is not None), *_grads(loss, hidden, weight)]
 
-        yield Case(f"linear_logprob/{'+'.join(options) or 'plain'}", head, torch.float32, names, fast=len(options) == 3)
+        yield Case(
+            f"linear_logprob/{'+'.join(options) or 'plain'}", head, torch.float32, names, fast=len(options) in (0, 3)
+        )
 
     def fused(k: Any, real: Any) -> Outputs:
         hidden, weight = real(torch.randn(40, 16)).requires_grad_(), real(torch.randn(300, 16) / 2).requires_grad_()
@@ -310,7 +312,7 @@ def _decoding() -> Iterator[Case]:
             return [k.decode_attention(q, pk, pv, ok, ov, **named)]
 
         name = f"decode_attention/{str(dtype)[6:]}/{heads}x{group}x{width}"
-        yield Case(name, attend, dtype, names, dot=True, fast=name.endswith("bfloat16/2x1x80"))
+        yield Case(name, attend, dtype, names, dot=True, fast=name.endswith(("bfloat16/2x1x80", "/2x1x32")))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for width in (24, 100, 1536):
 
