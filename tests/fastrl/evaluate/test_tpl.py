@@ -56,7 +56,7 @@ def test_scores_are_transformers_own_on_each_subset(policy: Policy, tiny_folder:
             f"{''.join(labels)}What happens?<|im_end|>\n<|im_start|>assistant\n"
         )
         images = [policy.preprocessor(row.images[t - 1])[0] for t in numbers]
-        text = text.replace("<|image_pad|>", "<|image_pad|>" * policy.preprocessor.tokens(images[0]))
+        text = text.replace("<|image_pad|>", "<|image_pad|>" * policy.family.tokens(images[0]))
         prompt = torch.tensor(policy.tokenizer(text)["input_ids"])
         ids = torch.cat([prompt, answer])[None]
         with torch.no_grad():
