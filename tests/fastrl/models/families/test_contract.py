@@ -1,0 +1,404 @@
+"""What every registered family must fulfil: agreement with transformers' own model, on tiny random folders.
+
+The core (ids, log-probs, gradients) runs with the fast tests, the whole matrix with ``-m gate``. The second half breaks
+each kind of thing on purpose and asks that the contract notices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastrl.batch import Completion, Prompt, PromptGroup, pack_row
+from fastrl.models import Policy, load_policy
+from fastrl.models import decode_layers as decode_module
+from fastrl.models.families import families
+from fastrl.models.families.base import Family
+from fastrl.plan.workload import packed
+from fastrl.rollout import Generator, Sampling
+from fastrl.run import keeping
+from fastrl.trainer import train
+from tests.helpers.families import BUILDS, Oracle, build_family
+from tests.helpers.planned import measured_and_planned
+from tests.helpers.rollouts import picture, record
+from tests.helpers.training import make_recipe, make_records, steady_rows
+
+QUESTIONS: dict[int, tuple[str, tuple[Image.Image, ...]]] = {
+    0: ("How many squares?", ()),
+    1: ("Where is it?", (picture(84, 56, 1),)),
+    2: ("What is left of it?", (picture(84, 60, 1), picture(56, 112, 2))),
+}
+STEPS = 6
+
+
+@dataclass
+class Pair:
+    """A policy, and transformers' own model of the same folder."""
+
+    folder: Path
+    policy: Policy
+    oracle: Oracle
+    tolerance: float
+
+    def asked(self, images: int) -> tuple[Prompt, str, tuple[Image.Image, ...]]:
+        """A prompt with so many pictures, its rendered text, and the pictures."""
+        text, pictures = QUESTIONS[images]
+        one = record("q", text, pictures)
+        rendered = "".join(piece for piece, _ in self.policy.encoder._pieces(one, True))
+        return self.policy.encode(one)[0], rendered, pictures
+
+    def group(self, images: int) -> PromptGroup:
+        """A prompt with random answers of several lengths."""
+        rng = torch.Generator().manual_seed(images)
+        lengths = (4, 1, 7)
+        answers = [Completion(torch.randint(0, 256, (n,), generator=rng)) for n in lengths]
+        for answer in answers:
+            answer.per_token["weight"] = torch.randn(len(answer.token_ids), generator=rng)
+        return PromptGroup(self.asked(images)[0], answers)
+
+
+def pair_of(folder: Path, model_type: str) -> Pair:
+    return Pair(folder, load_policy(folder, device="cpu"), Oracle(folder, model_type), BUILDS[model_type].tolerance)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = build_family(tmp_path_factory.mktemp(model_type), model_type)
+        return made[model_type]
+
+    return folder
+
+
+@pytest.fixture(params=sorted(BUILDS))
+def pair(request: pytest.FixtureRequest, folder_of: Callable[[str], Path]) -> Pair:
+    return pair_of(folder_of(request.param), request.param)
+
+
+@pytest.fixture
+def make_pair(folder_of: Callable[[str], Path]) -> Callable[[str], Pair]:
+    return lambda model_type: pair_of(folder_of(model_type), model_type)
+
+
+# The clauses
+
+
+def check_logp(pair: Pair) -> None:
+    """Log-probs of one packed row with 0, 1 and 2 pictures are those of a plain forward for each answer."""
+    groups = [pair.group(images) for images in QUESTIONS]
+    with torch.no_grad():
+        got = pair.policy.logprob(pack_row(groups)).logp
+        want = torch.cat(oracle_logps(pair, groups))
+    torch.testing.assert_close(got, want, rtol=pair.tolerance, atol=pair.tolerance)
+
+
+def check_gradients(pair: Pair) -> None:
+    """Every parameter's gradient is that of the layout in which each answer has prompt and pictures of its own."""
+    groups = [pair.group(images) for images in QUESTIONS]
+    batch = pack_row(groups)
+    pair.policy.core.zero_grad()
+    (pair.policy.logprob(batch).logp * batch.per_token["weight"]).sum().backward()
+    pair.oracle.model.zero_grad()
+    (torch.cat(oracle_logps(pair, groups)) * batch.per_token["weight"]).sum().backward()
+    got, want = gradients(pair.policy.core), gradients(pair.oracle.model)
+    idle = [name for name, _ in pair.policy.core.named_parameters() if name not in want]
+    known = BUILDS[pair.policy.family.model_type].idle
+    assert all(any(part in name for part in known) for name in idle), f"no gradient at all: {idle}"
+    scale = max(float(gradient.norm()) for gradient in want.values())
+    for name, gradient in want.items():
+        assert name in got, f"{name}: no gradient"
+        # Some gradients are zero up to rounding (a key's bias: softmax ignores it); those compare with the whole.
+        allowed = 10 * pair.tolerance * max(float(gradient.norm()), 1e-3 * scale)
+        assert float((got[name] - gradient).norm()) <= allowed, name
+
+
+def check_greedy(pair: Pair, decode: str = "eager") -> None:
+    """Greedy answers are ``generate``'s, token for token."""
+    asked = [pair.asked(images) for images in QUESTIONS]
+    generator = Generator(pair.policy, decode=decode)
+    found = generator.generate([prompt for prompt, *_ in asked], Sampling(1, STEPS, temperature=0))
+    for (_, rendered, pictures), (answer,) in zip(asked, found, strict=True):
+        with torch.no_grad():
+            want = pair.oracle.generate(rendered, pictures, STEPS, pair.policy.suppressed_token_ids)
+        assert answer.token_ids.tolist() == want.tolist()
+
+
+def check_sampler(pair: Pair, decode: str = "eager") -> None:
+    """Log-probs that the sampler reports are those that the trainer computes of the same answers."""
+    prompts = [pair.asked(images)[0] for images in QUESTIONS]
+    rng = torch.Generator().manual_seed(0)
+    answers = Generator(pair.policy, decode=decode).generate(prompts, Sampling(3, STEPS), rng)
+    batch = pack_row([PromptGroup(p, a) for p, a in zip(prompts, answers, strict=True)])
+    with torch.no_grad():
+        logp = pair.policy.logprob(batch).logp
+    torch.testing.assert_close(batch.per_token["sampler_logp"], logp, rtol=0, atol=pair.tolerance)
+
+
+def oracle_logps(pair: Pair, groups: Sequence[PromptGroup]) -> list[Tensor]:
+    asked = {len(group.prompt.images): pair.asked(len(group.prompt.images)) for group in groups}
+    found = []
+    for group in groups:
+        _, rendered, pictures = asked[len(group.prompt.images)]
+        found += [pair.oracle.logp(rendered, pictures, answer.token_ids) for answer in group.completions]
+    return found
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Every family
+
+
+def test_every_registered_family_has_a_folder_to_be_held_to_the_contract() -> None:
+    assert set(families()) == set(BUILDS)
+
+
+@pytest.mark.parametrize("images", sorted(QUESTIONS))
+def test_prompt_ids_are_the_released_processors_own(pair: Pair, images: int) -> None:
+    prompt, rendered, pictures = pair.asked(images)
+    assert prompt.token_ids.tolist() == pair.oracle.inputs(rendered, pictures)["input_ids"][0].tolist()
+    assert prompt.positions.shape == (pair.policy.family.position_axes, len(prompt.token_ids))
+
+
+def test_log_probs_are_transformers_own(pair: Pair) -> None:
+    check_logp(pair)
+
+
+def test_every_gradient_is_that_of_the_repeated_layout(pair: Pair) -> None:
+    check_gradients(pair)
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("decode", ["eager", "static"])
+def test_a_greedy_rollout_is_generate_token_for_token(pair: Pair, decode: str) -> None:
+    check_greedy(pair, decode)
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("decode", ["eager", "static"])
+def test_the_sampler_reports_the_trainers_log_probs(pair: Pair, decode: str) -> None:
+    check_sampler(pair, decode)
+
+
+@pytest.mark.gate
+def test_decoding_through_the_models_own_layers_is_the_same(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(pair.policy.family), "decode_layers", lambda self, core: None)
+    check_greedy(pair, "static")
+    check_sampler(pair)
+
+
+@pytest.mark.gate
+def test_the_whole_models_own_generate_goes_on_with_padding(pair: Pair) -> None:
+    """fastrl's attention builds no mask; the model's own forward does, as before."""
+    ours, theirs = pair.policy.core, pair.oracle.model
+    ids = torch.randint(0, 200, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for model in (ours, theirs):
+        if hasattr(model.model, "rope_deltas"):
+            model.model.rope_deltas = None
+    with torch.no_grad():
+        got, want = (
+            m.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False) for m in (ours, theirs)
+        )
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gate
+def test_checkpointing_changes_no_gradient(pair: Pair) -> None:
+    recomputing = load_policy(pair.folder, device="cpu", gradient_checkpointing=True, offload_activations=True)
+    check_gradients(replace(pair, policy=recomputing))
+
+
+@pytest.mark.gate
+def test_a_picture_turned_back_gives_the_same_pixels(pair: Pair) -> None:
+    preprocessor = pair.policy.preprocessor
+    for images in (1, 2):
+        for source in QUESTIONS[images][1]:
+            image, view = preprocessor(source, images)
+            again, _ = preprocessor(preprocessor.picture(image), images)
+            assert torch.equal(again.pixel_values, image.pixel_values)
+            assert (view.width, view.height) == source.size
+
+
+@pytest.mark.gate
+def test_features_are_as_many_as_tokens_and_a_map_keeps_their_sum(pair: Pair) -> None:
+    family = pair.policy.family
+    for images in (1, 2):
+        prompt = pair.asked(images)[0]
+        for image, found in zip(prompt.images, pair.policy.features(prompt.images).values(), strict=True):
+            values = torch.rand(family.tokens(image))
+            assert len(found.tokens) == len(values)
+            torch.testing.assert_close(family.heat(image, values).sum(), values.sum())
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+def test_a_part_is_frozen_and_trained_by_its_word(pair: Pair, part: str) -> None:
+    family = pair.policy.family
+    frozen = load_policy(pair.folder, device="cpu", freeze=[part])
+    named = dict(frozen.core.named_parameters())
+    still = {name for name, p in named.items() if not p.requires_grad}
+    assert still
+    assert still == {name for name in named if family.part_of(name) == part}
+    assert {family.part_of(name) for name in named} == {"vision", "projector", "language"}
+    if part != "language":
+        lora = {"rank": 2, "also_train": [part]}
+        whole = load_policy(pair.folder, device="cpu", lora=lora)
+        trained = {n for n, p in whole.core.named_parameters() if p.requires_grad and ".lora_" not in n}
+        assert trained
+        assert {family.part_of(name) for name in trained} == {part}
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plan_is_within_two_percent_of_counted_bytes(tmp_path: Path, pair: Pair, checkpointing: bool) -> None:
+    model_type = pair.policy.family.model_type
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 3000}
+    folder = build_family(tmp_path, model_type, **sizes)
+    family = load_policy(folder, device="cpu").family
+    batch = packed(family, 40, [family.blank(112 * 112)], [(40,) * 8])
+    real = [replace(image, pixel_values=torch.rand(image.pixel_values.shape)) for image in batch.images]
+    batch = replace(batch, images=tuple(real))
+    counted, planned = measured_and_planned(folder, batch, dtype=torch.float32, checkpointing=checkpointing, lora=None)
+    assert planned == pytest.approx(counted, rel=0.02)
+
+
+class Stop(Exception):
+    """Stands for anything that ends a run between two steps."""
+
+
+def stop_after_six(row: dict[str, Any]) -> None:
+    if row["step"] == 6:  # a step after the checkpoint: it is logged, lost, and done again
+        raise Stop
+
+
+@pytest.mark.gate
+def test_ten_steps_are_finite_and_resume_bit_for_bit(pair: Pair, tmp_path: Path) -> None:
+    options = {"optim__steps": 10, "checkpoint__every": 5, "rollout__max_new_tokens": 4, "data__prompts_per_step": 2}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(make_recipe(pair.folder, whole, **options), records=make_records(), show=False)
+    recipe = make_recipe(pair.folder, parts, **options)
+    with pytest.raises(Stop):
+        train(recipe, records=make_records(), show=False, on_step=stop_after_six)
+    train(recipe, records=make_records(), show=False, resume=True)
+    assert len(steady_rows(whole)) == 10
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in steady_rows(whole))
+    assert steady_rows(whole) == steady_rows(parts)
+    first, second = (load_file(latest(out) / "model" / "model.safetensors") for out in (whole, parts))
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def latest(out: Path) -> Path:
+    found = keeping.latest_checkpoint(out)
+    assert found is not None
+    return found
+
+
+# Broken on purpose: the contract must notice
+
+
+def shifted(positions: Tensor, slots: Sequence[tuple[int, int]]) -> Tensor:
+    """Everything behind the last picture one further on."""
+    if not slots:
+        return positions
+    start, length = slots[-1]
+    moved = positions.clone()
+    moved[:, start + length :] += 1
+    return moved
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "llava", "llava_onevision"])
+def test_a_shifted_position_is_noticed(
+    make_pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    pair = make_pair(model_type)
+    real = Family.lay_out
+
+    def lay_out(self: Family, ids: Tensor, images: Any) -> Any:
+        found = real(self, ids, images)
+        return found._replace(positions=shifted(found.positions, found.slots))
+
+    monkeypatch.setattr(Family, "lay_out", lay_out)
+    with pytest.raises(AssertionError):
+        check_logp(pair)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "llava_next"])
+def test_a_norm_left_out_of_the_forward_is_noticed(make_pair: Callable[[str], Pair], model_type: str) -> None:
+    pair = make_pair(model_type)
+    pair.policy.parts.language.layers[1].post_attention_layernorm.forward = lambda hidden: hidden
+    with pytest.raises(AssertionError):
+        check_logp(pair)
+    with pytest.raises(AssertionError):
+        check_gradients(pair)
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_a_head_norm_left_out_of_the_decode_step_is_noticed(
+    make_pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As in a decode step made for layers without them: the trainer's own forward stays right."""
+    pair = make_pair("qwen3_vl")
+    real = decode_module._head_norm
+    dropped = {id(getattr(layer.self_attn, name)) for layer in pair.policy.parts.language.layers}
+    monkeypatch.setattr(decode_module, "_head_norm", lambda x, norm: x if id(norm) in dropped else real(x, norm))
+    check_logp(pair)
+    with pytest.raises(AssertionError):
+        check_sampler(pair)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_feature_level_left_out_is_noticed(
+    make_pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    """The sampler's gap alone cannot see it: rollout and training drop it alike."""
+    pair = make_pair("qwen3_vl")
+    family = type(pair.policy.family)
+    real = family.features
+
+    def features(self: Any, core: Any, images: Any) -> Any:
+        return [
+            f._replace(deep=tuple(torch.zeros_like(d) if n == level else d for n, d in enumerate(f.deep)))
+            for f in real(self, core, images)
+        ]
+
+    monkeypatch.setattr(family, "features", features)
+    check_sampler(pair)
+    with pytest.raises(AssertionError):
+        check_logp(pair)
+    with pytest.raises(AssertionError):
+        check_gradients(pair)
+
+
+def test_pictures_in_another_order_are_noticed(
+    make_pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair("llava_next")
+    family = type(pair.policy.family)
+    real = family.features
+    monkeypatch.setattr(family, "features", lambda self, core, images: real(self, core, images)[::-1])
+    with pytest.raises((AssertionError, RuntimeError)):  # of other sizes they do not even fit
+        check_logp(pair)
+
+
+def test_a_layer_of_an_unknown_kind_decodes_through_the_models_own(make_pair: Callable[[str], Pair]) -> None:
+    pair = make_pair("qwen2_5_vl")
+    family, core = pair.policy.family, pair.policy.core
+    assert family.decode_layers(core) is not None
+    pair.policy.parts.language.layers[0].extra = torch.nn.Identity()
+    assert family.decode_layers(core) is None
+    check_greedy(pair)

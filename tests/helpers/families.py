@@ -1,0 +1,343 @@
+"""Tiny random folders of every model family, made from configs alone: one entry each, nothing is downloaded.
+
+A family's entry says how to build its tokenizer, config, image processor and released processor. ``build_family``
+writes an ordinary Hugging Face folder that ``load_policy`` loads; ``oracle`` is transformers' own model and processor
+of that folder. A new family is one more entry of ``BUILDS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
+CHATML = (
+    "{{% for m in messages %}}{{% if loop.first and m.role != 'system' %}}<|im_start|>system\nYou are a helpful "
+    "assistant.<|im_end|>\n{{% endif %}}<|im_start|>{{{{ m.role }}}}\n{{% if m.content is string %}}{{{{ m.content }}}}"
+    "{{% else %}}{{% for part in m.content %}}{{% if part.type == 'image' %}}{image}"
+    "{{% else %}}{{{{ part.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}}<|im_end|>\n{{% endfor %}}"
+    "{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+)
+VICUNA = (  # images first, and nothing closes a turn, as in the released templates
+    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role.upper() + ': ' }}{% endif %}"
+    "{% for part in m.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in m.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+MISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' }}"
+    "{% for part in m.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{{ ' [/INST]' }}"
+    "{% else %}{% for part in m.content %}{{ ' ' + part.text + '</s> ' }}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def byte_tokenizer(special: Sequence[str], template: str, *, eos: str, pad: str, bos: str | None = None) -> Any:
+    """Byte-level, with no merges: 256 bytes and special tokens. With ``bos``, texts begin with it, as Llama's do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {byte: n for n, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, bos_token=bos, clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = template
+    return fast
+
+
+def qwen_tokenizer() -> Any:
+    template = CHATML.format(image="<|vision_start|><|image_pad|><|vision_end|>")
+    return byte_tokenizer(SPECIAL, template, eos="<|im_end|>", pad="<|endoftext|>")
+
+
+def llama_tokenizer(template: str = VICUNA) -> Any:
+    special = ("<unk>", "<s>", "</s>", "<image>", "<video>", "<pad>")
+    return byte_tokenizer(special, template, eos="</s>", pad="<pad>", bos="<s>")
+
+
+def onevision_tokenizer() -> Any:
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+    return byte_tokenizer(special, CHATML.format(image="<image>"), eos="<|im_end|>", pad="<|endoftext|>")
+
+
+def text_sizes(tokenizer: Any, **changes: Any) -> dict[str, Any]:
+    """Hidden 64, two layers with grouped heads."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **changes,
+    }
+
+
+def qwen_config(model_type: str) -> Callable[..., Any]:
+    """Vision depth 3 with windowed and full blocks (Qwen2.5), 2 (Qwen2), or 3 with deep features of two (Qwen3)."""
+
+    def config(tokenizer: Any, **text: Any) -> Any:
+        from transformers import AutoConfig
+
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+        sizes = text_sizes(tokenizer, bos_token_id=None, rope_parameters=rope)
+        del sizes["pad_token_id"]
+        vision: dict[str, Any] = {"depth": 3, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "patch_size": 14}
+        tied = model_type == "qwen2_5_vl"
+        if model_type == "qwen2_5_vl":
+            vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
+        elif model_type == "qwen2_vl":
+            del vision["intermediate_size"]
+            vision |= {"depth": 2, "embed_dim": 32, "mlp_ratio": 2}
+        else:
+            rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+            sizes |= {"head_dim": 16, "num_hidden_layers": 3}  # what is added after the second must reach a third
+            vision |= {"patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+            if model_type == "qwen3_vl_moe":
+                sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        sizes |= text
+        vision["hidden_size" if model_type == "qwen2_vl" else "out_hidden_size"] = sizes["hidden_size"]
+        names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+        ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in names.items()}
+        return AutoConfig.for_model(
+            model_type, text_config=sizes, vision_config=vision, tie_word_embeddings=tied, **ids
+        )
+
+    return config
+
+
+def llava_config(model_type: str, text_type: str, vision: dict[str, Any], **own: Any) -> Callable[..., Any]:
+    """A tower of squares of 56 pixels, 16 patches."""
+
+    def config(tokenizer: Any, **text: Any) -> Any:
+        from transformers import AutoConfig
+
+        whole = {"sliding_window": None} if text_type == "mistral" else {}  # as in the released folders
+        sizes = {"model_type": text_type, **text_sizes(tokenizer), **whole, **text}
+        tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+        tower |= {"image_size": 56, "patch_size": 14, **vision}
+        token = tokenizer.convert_tokens_to_ids("<image>")
+        return AutoConfig.for_model(
+            model_type, text_config=sizes, vision_config=tower, image_token_index=token, image_token_id=token, **own
+        )
+
+    return config
+
+
+CLIP = {"model_type": "clip_vision_model", "projection_dim": 32}
+SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False}
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168]]
+
+
+def qwen_image_processor(patch: int) -> Callable[[], Any]:
+    def make() -> Any:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
+
+        unit = 2 * patch
+        size = {"shortest_edge": (2 * unit) ** 2, "longest_edge": (4 * unit) ** 2}
+        made = Processor(patch_size=patch)
+        made.size = size
+        if patch == 16:
+            made.image_mean = made.image_std = [0.5, 0.5, 0.5]
+        return made
+
+    return make
+
+
+def clip_image_processor() -> Any:
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as Processor
+
+    crop = {"height": 56, "width": 56}
+    return Processor(size={"shortest_edge": 56}, crop_size=crop, do_pad=True, do_center_crop=True)
+
+
+def tile_image_processor(name: str) -> Callable[[], Any]:
+    def make() -> Any:
+        if name == "llava_onevision":
+            from transformers.models.llava_onevision import image_processing_pil_llava_onevision as module
+
+            square = {"height": 56, "width": 56}
+            return module.LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=PINPOINTS)
+        from transformers.models.llava_next.image_processing_pil_llava_next import (
+            LlavaNextImageProcessorPil as Processor,
+        )
+
+        return Processor(
+            size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS
+        )
+
+    return make
+
+
+def still(processor: Any, images: Any, tokenizer: Any, **options: Any) -> Any:
+    """A released processor without its video part, which needs torchvision."""
+
+    class Still(processor):
+        def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+            super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **options)
+
+    return Still(images, tokenizer)
+
+
+def qwen_processor(images: Any, tokenizer: Any) -> Any:
+    from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+
+    return still(Qwen2VLProcessor, images, tokenizer)
+
+
+def llava_processor(images: Any, tokenizer: Any) -> Any:
+    from transformers import LlavaProcessor
+
+    return LlavaProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def next_processor(images: Any, tokenizer: Any) -> Any:
+    from transformers import LlavaNextProcessor
+
+    return LlavaNextProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def onevision_processor(images: Any, tokenizer: Any) -> Any:
+    from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+    options = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
+    return still(LlavaOnevisionProcessor, images, tokenizer, **options)
+
+
+@dataclass(frozen=True)
+class Build:
+    """How to build a family's folder, and what else the contract must know of it."""
+
+    tokenizer: Callable[[], Any]
+    config: Callable[..., Any]  # (tokenizer, **changes of the text config)
+    image_processor: Callable[[], Any]
+    processor: Callable[[Any, Any], Any]  # released: (image processor, tokenizer)
+    extra_eos: tuple[str, ...] = ()
+    tolerance: float = 1e-5  # of log-probs, relative and absolute
+    idle: tuple[str, ...] = field(default=())  # parameters that no forward of pictures and text reads, by part of name
+
+
+_QWEN = {"tokenizer": qwen_tokenizer, "processor": qwen_processor, "extra_eos": ("<|endoftext|>",)}
+_CLIP_IDLE = ("vision_tower.encoder.layers.2.", "post_layernorm", "vision_model.encoder.layers.2.")
+BUILDS: dict[str, Build] = {
+    "qwen2_vl": Build(config=qwen_config("qwen2_vl"), image_processor=qwen_image_processor(14), **_QWEN),
+    "qwen2_5_vl": Build(config=qwen_config("qwen2_5_vl"), image_processor=qwen_image_processor(14), **_QWEN),
+    "qwen3_vl": Build(config=qwen_config("qwen3_vl"), image_processor=qwen_image_processor(16), **_QWEN),
+    "qwen3_vl_moe": Build(
+        config=qwen_config("qwen3_vl_moe"), image_processor=qwen_image_processor(16), tolerance=3e-5, **_QWEN
+    ),
+    "llava": Build(
+        llama_tokenizer,
+        llava_config("llava", "llama", CLIP, vision_feature_layer=-2, vision_feature_select_strategy="default"),
+        clip_image_processor,
+        llava_processor,
+        idle=_CLIP_IDLE,
+    ),
+    "llava_next": Build(
+        lambda: llama_tokenizer(MISTRAL),
+        llava_config("llava_next", "mistral", CLIP, image_grid_pinpoints=PINPOINTS),
+        tile_image_processor("llava_next"),
+        next_processor,
+        idle=_CLIP_IDLE,
+    ),
+    "llava_next_video": Build(
+        llama_tokenizer,
+        llava_config("llava_next_video", "llama", CLIP, image_grid_pinpoints=PINPOINTS),
+        tile_image_processor("llava_next_video"),
+        next_processor,
+        idle=_CLIP_IDLE,
+    ),
+    "llava_onevision": Build(
+        onevision_tokenizer,
+        llava_config("llava_onevision", "qwen2", SIGLIP, image_grid_pinpoints=PINPOINTS),
+        tile_image_processor("llava_onevision"),
+        onevision_processor,
+        idle=("post_layernorm", "vision_model.head"),
+    ),
+}
+
+
+def build_family(folder: Path, model_type: str, **text: Any) -> Path:
+    """Write a random model of a family with its tokenizer and image processor; ``text`` changes its text config."""
+    from transformers import AutoModelForImageTextToText
+
+    build = BUILDS[model_type]
+    tokenizer = build.tokenizer()
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(build.config(tokenizer, **text))
+    with torch.no_grad():  # larger than the default initialisation, so that attention is not close to uniform
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+            else:  # norms and biases: none stays at one or zero, where a dropped one could hide
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    ends = (tokenizer.eos_token, *build.extra_eos)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(ends))
+    model.generation_config.do_sample = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    build.image_processor().save_pretrained(folder)
+    return folder
+
+
+class Oracle:
+    """transformers' own model and processor of a folder: what a policy must agree with."""
+
+    def __init__(self, folder: Path, model_type: str) -> None:
+        from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+        build = BUILDS[model_type]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = tokenizer
+        self.processor = build.processor(build.image_processor(), tokenizer)
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        self.model.eval()
+
+    def inputs(self, rendered: str, images: Sequence[Image.Image], answer: Sequence[int] = ()) -> dict[str, Any]:
+        """What the released processor makes of a rendered prompt and its pictures, an answer's ids behind it."""
+        made = dict(self.processor(text=[rendered], images=[list(images)] if images else None, return_tensors="pt"))
+        more = torch.tensor([list(answer)], dtype=torch.int64)
+        made["input_ids"] = torch.cat([made["input_ids"], more], 1)
+        made["attention_mask"] = torch.ones_like(made["input_ids"])
+        if "mm_token_type_ids" in made:
+            made["mm_token_type_ids"] = torch.cat([made["mm_token_type_ids"], torch.zeros_like(more)], 1)
+        return made
+
+    def logp(self, rendered: str, images: Sequence[Image.Image], answer: torch.Tensor) -> torch.Tensor:
+        """Log-probs [T] of an answer's tokens, by one plain forward."""
+        if hasattr(self.model.model, "rope_deltas"):
+            self.model.model.rope_deltas = None
+        logits = self.model(**self.inputs(rendered, images, answer.tolist()), use_cache=False).logits[0]
+        return logits[-len(answer) - 1 : -1].log_softmax(-1).gather(1, answer[:, None])[:, 0]
+
+    def generate(self, rendered: str, images: Sequence[Image.Image], steps: int, suppressed: Sequence[int]) -> Any:
+        """New tokens [T] of greedy ``generate``."""
+        given = self.inputs(rendered, images)
+        out = self.model.generate(**given, max_new_tokens=steps, do_sample=False, suppress_tokens=list(suppressed))
+        return out[0, given["input_ids"].shape[1] :]
