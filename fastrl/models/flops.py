@@ -25,7 +25,8 @@ def flop_counter() -> FlopCounterMode:
     kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     forward = {getattr(aten, f"_scaled_dot_product_{kind}"): _attention for kind in kinds}
     backward = {getattr(aten, f"_scaled_dot_product_{kind}_backward"): _attention_backward for kind in kinds}
-    return FlopCounterMode(display=False, custom_mapping=forward | backward)
+    grouped = {aten._grouped_mm: _grouped} if hasattr(aten, "_grouped_mm") else {}
+    return FlopCounterMode(display=False, custom_mapping=forward | backward | grouped)
 
 
 def segment_attention_flops(lengths: Iterable[tuple[int, int]], heads: int, dim: int) -> int:
@@ -42,6 +43,12 @@ def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_:
     """The scores again, and the gradients of weights, values, queries and keys."""
     batch, heads, queries, dim = query
     return _products(5, batch * heads, queries, key[2], dim)
+
+
+def _grouped(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
+    """Experts' products: each row [K] with the matrix [K, N] of its group."""
+    groups = a[0] if len(a) == len(b) == 3 else 1
+    return groups * 2 * a[-2] * a[-1] * b[-1]
 
 
 def _products(count: int, heads: int, queries: int, keys: int, dim: int) -> int:

@@ -27,6 +27,7 @@ from fastrl.models.flops import flop_counter, segment_attention_flops
 from fastrl_kernels._linear_logprob_driver import EAGER_ROWS, plan_tiles
 from fastrl_kernels._linear_logprob_tiles import eager_block_bytes, eager_row_bytes
 
+GROUPED = getattr(torch.ops.aten._grouped_mm, "default", None) if hasattr(torch.ops.aten, "_grouped_mm") else None
 GPU = "fastrl_plan_prefix", "fastrl_plan_flash_vision"  # of language and vision
 CPU = "fastrl_plan_cpu_prefix", "fastrl_plan_cpu_flash_vision"
 
@@ -52,7 +53,7 @@ class Ledger(TorchDispatchMode):
         self._known = {id_of(t): t.untyped_storage() for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _grouped_mm(*args[:3]) if func is GROUPED else func(*args, **(kwargs or {}))
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
@@ -115,6 +116,15 @@ class Ledger(TorchDispatchMode):
         found = min(self.scratch_bytes, rows * per_row)
         self.head_scratch = max(self.head_scratch, found)
         return found
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Experts' products without data; torch's own meta kernel refuses all types but bfloat16."""
+    rows, columns = a.shape[-2], b.shape[-1]
+    if a.dim() == b.dim() == 2:  # the groups lie along what is summed
+        assert offsets is not None
+        return a.new_empty(len(offsets), rows, columns)
+    return a.new_empty(rows, columns) if a.dim() == 2 or b.dim() == 2 else a.new_empty(len(a), rows, columns)
 
 
 def id_of(tensor: Tensor) -> int:

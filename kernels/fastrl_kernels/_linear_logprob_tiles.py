@@ -168,6 +168,7 @@ def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: Row
         behind = torch.where(block_top >= top, (rest + 1) * old_share, (block_rest + 1) * block_share)
         rest.copy_(ahead + behind)
         top.copy_(new_top)
+        del z, e  # or they would live on beside the next block's
     if first_column + tile.shape[1] == options.n_columns:
         ignored = rows.target == options.ignore_index
         log_total = rest.log1p()

@@ -268,6 +268,7 @@ def test_a_part_is_frozen_and_trained_by_its_word(pair: Pair, part: str) -> None
 def test_the_plan_is_within_two_percent_of_counted_bytes(tmp_path: Path, pair: Pair, checkpointing: bool) -> None:
     model_type = pair.policy.family.model_type
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 3000}
+    sizes["num_attention_heads"] = 8
     folder = build_family(tmp_path, model_type, **sizes)
     family = load_policy(folder, device="cpu").family
     batch = packed(family, 40, [family.blank(112 * 112)], [(40,) * 8])
