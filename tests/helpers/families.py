@@ -230,6 +230,162 @@ def onevision_processor(images: Any, tokenizer: Any) -> Any:
     return still(LlavaOnevisionProcessor, images, tokenizer, **options)
 
 
+# InternVL, GLM and SmolVLM
+
+GLM = (
+    "[gMASK]<sop>\n{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{% if part.type == 'image' %}"
+    "{{ '<|begin_of_image|><|image|><|end_of_image|>' }}{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+SMOL = (  # looks at the first part, as the released template
+    "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}"
+    "{% if m.content[0].type == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}{{ '<image>' }}{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+GLM_TOKENS = (
+    *("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|image|>", "<|video|>"),
+    *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
+    *("<|begin_of_box|>", "<|end_of_box|>"),
+)
+
+
+def intern_tokenizer() -> Any:
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+    return byte_tokenizer(special, CHATML.format(image="<IMG_CONTEXT>\n"), eos="<|im_end|>", pad="<|endoftext|>")
+
+
+def intern_config(tokenizer: Any, **text: Any) -> Any:
+    """Tiles of 28 pixels, four tokens each; a Qwen3 text model, as InternVL3.5's."""
+    from transformers import InternVLConfig
+
+    sizes = {"model_type": "qwen3", "head_dim": 16, **text_sizes(tokenizer), **text}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": [28, 28], "patch_size": [7, 7]}
+    token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    return InternVLConfig(text_config=sizes, vision_config=vision, image_token_id=token, image_seq_length=4)
+
+
+def intern_image_processor() -> Any:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil as Processor
+
+    return Processor(size={"height": 28, "width": 28}, max_patches=4)
+
+
+def intern_processor(images: Any, tokenizer: Any) -> Any:
+    from transformers.models.internvl.processing_internvl import InternVLProcessor
+
+    names = {"start_image": "<img>", "end_image": "</img>", "context_image": "<IMG_CONTEXT>", "video": "<video>"}
+    for name, token in names.items():  # as the released tokenizer names them
+        setattr(tokenizer, f"{name}_token", token)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    return still(InternVLProcessor, images, tokenizer, image_seq_length=4)
+
+
+def glm_tokenizer() -> Any:
+    return byte_tokenizer(GLM_TOKENS, GLM, eos="<|endoftext|>", pad="<|endoftext|>")
+
+
+def glm_config(model_type: str) -> Callable[..., Any]:
+    def config(tokenizer: Any, **text: Any) -> Any:
+        from transformers import AutoConfig
+
+        partial = 1.0 if model_type == "glm4v" else 0.5
+        section = [2, 3, 3] if partial == 1.0 else [1, 1, 2]
+        rope = {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": partial,
+            "mrope_section": section,
+        }
+        sizes = text_sizes(tokenizer, rope_parameters=rope)
+        if model_type == "glm4v_moe":
+            sizes |= {
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "n_shared_experts": 1,
+                "moe_intermediate_size": 48,
+            }
+            sizes |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+        sizes |= text
+        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14}
+        vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "image_size": 112, "attention_bias": False}
+        vision["out_hidden_size"] = sizes["hidden_size"]
+        names = {"image": "image", "video": "video", "image_start": "begin_of_image", "image_end": "end_of_image"}
+        names |= {"video_start": "begin_of_video", "video_end": "end_of_video"}
+        ids = {f"{k}_token_id": tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in names.items()}
+        return AutoConfig.for_model(model_type, text_config=sizes, vision_config=vision, **ids)
+
+    return config
+
+
+def glm_image_processor(name: str) -> Callable[[], Any]:
+    def make() -> Any:
+        size = {"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 112 * 112}
+        if name == "glm46v":
+            from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
+
+            return Glm46VImageProcessorPil(size=size)
+        from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+        return Glm4vImageProcessorPil(size=size)
+
+    return make
+
+
+def glm_processor(images: Any, tokenizer: Any) -> Any:
+    from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
+
+    return still(Glm4vProcessor, images, tokenizer)
+
+
+def smol_tokenizer() -> Any:
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+    marks = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", *marks, *tiles)
+    return byte_tokenizer(special, SMOL, eos="<end_of_utterance>", pad="<|endoftext|>")
+
+
+def smol_config(tokenizer: Any, **text: Any) -> Any:
+    """Tiles of 28 pixels, four tokens each."""
+    from transformers import SmolVLMConfig
+
+    sizes = {"model_type": "llama", **text_sizes(tokenizer), **text}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 7}
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    return SmolVLMConfig(text_config=sizes, vision_config=vision, image_token_id=token, scale_factor=2)
+
+
+def smol_image_processor() -> Any:
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil as Processor
+
+    return Processor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+
+
+class SmolProcessor:
+    """The released processor's text and pictures, by its own functions: making one whole needs num2words."""
+
+    def __init__(self, images: Any, tokenizer: Any) -> None:
+        self.images, self.tokenizer = images, tokenizer
+
+    def __call__(self, text: list[str], images: Any = None, return_tensors: str = "pt") -> dict[str, Any]:
+        from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+        made: dict[str, Any] = {}
+        (rendered,) = text
+        if images is not None:
+            out = self.images(images, return_row_col_info=True, return_tensors=return_tensors)
+            made = {"pixel_values": out["pixel_values"], "pixel_attention_mask": out["pixel_attention_mask"]}
+            for row, column in zip(out["rows"][0], out["cols"][0], strict=True):
+                tokens = ("<fake_token_around_image>", "<image>", "<global-img>")
+                place = get_image_prompt_string(int(row), int(column), 4, *tokens)
+                rendered = rendered.replace("<image>", place.replace("<image>", "\0"), 1)
+            rendered = rendered.replace("\0", "<image>")
+        return made | {"input_ids": self.tokenizer(rendered, return_tensors=return_tensors)["input_ids"]}
+
+
 @dataclass(frozen=True)
 class Build:
     """How to build a family's folder, and what else the contract must know of it."""
@@ -280,6 +436,22 @@ BUILDS: dict[str, Build] = {
         onevision_processor,
         idle=("post_layernorm", "vision_model.head"),
     ),
+    "internvl": Build(intern_tokenizer, intern_config, intern_image_processor, intern_processor),
+    "glm4v": Build(
+        glm_tokenizer, glm_config("glm4v"), glm_image_processor("glm4v"), glm_processor, extra_eos=("<|user|>",)
+    ),
+    "glm4v_moe": Build(
+        glm_tokenizer,
+        glm_config("glm4v_moe"),
+        glm_image_processor("glm4v"),
+        glm_processor,
+        extra_eos=("<|user|>",),
+        tolerance=3e-5,
+    ),
+    "glm46v": Build(
+        glm_tokenizer, glm_config("glm46v"), glm_image_processor("glm46v"), glm_processor, extra_eos=("<|user|>",)
+    ),
+    "smolvlm": Build(smol_tokenizer, smol_config, smol_image_processor, SmolProcessor),
 }
 
 
