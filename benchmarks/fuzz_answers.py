@@ -1,6 +1,8 @@
 """Random answers through everything that reads answers: nothing may raise, every reward lies in its range.
 
-``python -m benchmarks.fuzz_answers`` reads a million; ``make test`` five thousand. The same seed gives the same texts.
+``python -m benchmarks.fuzz_answers`` reads a million: each text by every parser, by the check of one form and task, and
+by one reward, which take turns. ``make test`` reads five thousand, each by all of them. The same seed gives the same
+texts.
 """
 
 from __future__ import annotations
@@ -69,7 +71,10 @@ def random_text(rng: random.Random) -> str:
     return text
 
 
-def read_all(text: str) -> None:
+FORMS = tuple((style, task) for style in STYLES for task in ("grounding", "counting", "detection", "ocr"))
+
+
+def read_all(text: str, forms: Sequence[tuple[str, str]] = FORMS) -> None:
     """Read one text as every kind of answer; raises where a reader does, or gives what it must not."""
     for parsed in (parse_boxes(text), parse_points(text)):
         for item in parsed:
@@ -82,14 +87,13 @@ def read_all(text: str) -> None:
     parse_caption(text)
     parse_choice(text, ["a dog", "a cat"])
     parse_yes_no(text)
-    for style in STYLES:
-        for task in ("grounding", "counting", "detection", "ocr"):
-            matches_format(task, text, style)
+    for style, task in forms:
+        matches_format(task, text, style)
 
 
-def score_all(texts: Sequence[str], frame: str) -> None:
+def score_all(texts: Sequence[str], frame: str, rewards: Sequence[Reward] = REWARDS) -> None:
     """Score texts by every reward; raises where one raises or leaves its range."""
-    for reward in REWARDS:
+    for reward in rewards:
         row = Record("a", reward.task, (), (), TARGETS[reward.task], views=(VIEW,), frame=frame)
         for name, values in reward(list(texts), row).items():
             assert len(values) == len(texts)
@@ -100,18 +104,24 @@ def score_all(texts: Sequence[str], frame: str) -> None:
             assert all(isinstance(count, int) and count >= 0 for count in counts)
 
 
-def fuzz(n: int, seed: int) -> int:
-    """Read and score ``n`` random texts; how many characters they had. Raises at the first that is not survived."""
+def fuzz(n: int, seed: int, *, turns: bool = False) -> int:
+    """Read and score ``n`` random texts; how many characters they had. Raises at the first that is not survived.
+
+    ``turns``: each text meets one form, each batch one reward.
+    """
     rng = random.Random(seed)
     characters = 0
     for start in range(0, n, BATCH):
         texts = [random_text(rng) for _ in range(min(BATCH, n - start))]
-        for text in texts:
+        for number, text in enumerate(texts, start):
             try:
-                read_all(text)
+                read_all(text, FORMS[number % len(FORMS) :][:1] if turns else FORMS)
             except Exception as error:
                 raise AssertionError(f"seed {seed}, text {text!r}") from error
-        score_all(texts, FRAMES[start // BATCH % len(FRAMES)])
+        batch = start // BATCH
+        rewards = REWARDS[batch % len(REWARDS) :][:1] if turns else REWARDS
+        frame = FRAMES[(batch // len(REWARDS) if turns else batch) % len(FRAMES)]
+        score_all(texts, frame, rewards)
         characters += sum(map(len, texts))
     return characters
 
@@ -125,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    characters = fuzz(args.n, args.seed)
+    characters = fuzz(args.n, args.seed, turns=True)
     from benchmarks.run import environment
 
     result = {"texts": args.n, "seed": args.seed, "characters": characters, "raised": 0, "out_of_range": 0}
