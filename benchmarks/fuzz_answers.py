@@ -1,8 +1,7 @@
 """Random answers through everything that reads answers: nothing may raise, every reward lies in its range.
 
 ``python -m benchmarks.fuzz_answers`` reads a million: each text by every parser, by the check of one form and task, and
-by one reward, which take turns. ``make test`` reads five thousand, each by all of them. The same seed gives the same
-texts.
+by one reward, which take turns. ``make test`` reads five thousand. The same seed gives the same texts.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from fastrl.data.records import Record
 from fastrl.rewards import Reward, reward_for
 
 RESULTS = Path(__file__).parent / "results" / "fuzz_answers.json"
-BATCH = 500
+BATCH = 100
 VIEW = View(640, 480, 644, 476)
 BOXES = [[10.0, 20.0, 200.0, 300.0], [300.0, 300.0, 400.0, 400.0]]
 RUNS = {"action": "runs", "first": 1, "last": 3}
