@@ -99,7 +99,7 @@ def test_any_text_gives_finite_components_in_range(reward: Reward, answers: list
 
 
 def test_five_thousand_random_answers_raise_nowhere() -> None:
-    """The same reading as of the million that benchmarks/results/fuzz_answers.json records: forms and rewards take turns."""
+    """As the million that benchmarks/results/fuzz_answers.json records: forms and rewards take turns."""
     assert fuzz(5000, seed=1, turns=True) > 100_000
 
 
