@@ -1,10 +1,10 @@
-"""What every kernel file shares: path choice, argument checks, and the record of a shipped launch configuration."""
+"""What every kernel file shares: path choice, the launch itself, and argument checks."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,17 +15,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)  # of targets, ids, counts and labels
 
 
-class AotCase(NamedTuple):
-    """One kernel at one shipped launch configuration, as the ahead-of-time gate compiles it (no GPU needed)."""
+class Recorder(Protocol):
+    """What stands in for a GPU inside ``aot.as_launched``: it is given the launches, and none runs."""
 
-    name: str  # unique, e.g. "policy_loss_kernel/token"
-    kernel: Any  # the raw @triton.jit function
-    signature: dict[str, str]  # argument -> Triton type ("*fp32", "i32", "fp32"); constexprs are "constexpr"
-    constexprs: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 2
-    max_shared: int | None = None  # bytes; None: not gated
-    max_barriers: int | None = None  # BAR instructions; None: not gated
+    processors: int
+
+    def record(self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None: ...
+
+
+RECORDERS: list[Recorder] = []  # of the open ``as_launched`` contexts, the innermost last
 
 
 def interpreting() -> bool:
@@ -34,10 +32,10 @@ def interpreting() -> bool:
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
-    """True if these tensors take the Triton path: on a CUDA device, or anywhere under the interpreter."""
+    """True if these tensors take the Triton path: on a CUDA device, under the interpreter, or where it is recorded."""
     if not HAS_TRITON:
         return False
-    return interpreting() or any(t is not None and t.is_cuda for t in tensors)
+    return bool(RECORDERS) or interpreting() or any(t is not None and t.is_cuda for t in tensors)
 
 
 def launch(kernel: Any, programs: int) -> Callable[..., None]:
@@ -47,10 +45,20 @@ def launch(kernel: Any, programs: int) -> Callable[..., None]:
     """
 
     def start(*arguments: Any, **options: Any) -> None:
+        if RECORDERS:
+            RECORDERS[-1].record(kernel, programs, arguments, options)
+            return
         with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
             kernel[(programs,)](*arguments, **options)
 
     return start
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device that kernels are launched on."""
+    if RECORDERS:
+        return RECORDERS[-1].processors
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def readable(tensor: Tensor) -> bool:

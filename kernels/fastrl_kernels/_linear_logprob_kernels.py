@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, launch
+from fastrl_kernels._common import launch
 from fastrl_kernels._numerics import expm1_tail, log1p_unit
 from fastrl_kernels._triton import tl, triton
 
@@ -262,28 +262,3 @@ def launch_gradient(
         HAS_BIAS=options.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_ENTROPY=has_entropy,
         BLOCK=block, num_warps=warps,
     )  # fmt: skip
-
-
-def aot_cases() -> list[AotCase]:
-    """Shipped configurations: every feature at the block size of real vocabularies, and the other blocks and dtypes."""
-    features = [(bias, cap, entropy) for bias in (False, True) for cap in (False, True) for entropy in (False, True)]
-    points = [(4096, 8, "bf16", chosen) for chosen in features]
-    points += [(block, warps, "bf16", (False, False, True)) for block, warps in ((1024, 4), (256, 1))]
-    points += [(4096, 8, dtype, (False, False, True)) for dtype in ("fp32", "fp16")]
-    vectors = dict.fromkeys(("inverse_temperature", "logp", "lse", "entropy"), "*fp32")
-    scalars = {"width": "i32", "ignore_index": "i32", "softcap": "fp32"}
-    scalars |= dict.fromkeys(("tile_stride", "first_column"), "i32:16")
-    cases = []
-    for block, warps, dtype, (bias, cap, entropy) in points:
-        switches = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, "BLOCK": block}
-        common = {"tile": f"*{dtype}", "target": "*i64", "bias": f"*{dtype}", **vectors, **scalars}
-        fold = {"state": "*fp32", "state_stride": "i32", "n_columns": "i32"}
-        gradient = {"out": f"*{dtype}", "out_stride": "i32:16", "grad_logp": "*fp32", "grad_entropy": "*fp32"}
-        named = "+".join(["entropy"] * entropy + ["bias"] * bias + ["softcap"] * cap) or "plain"
-        for name, kernel, own in (
-            ("fold", linear_logprob_fold_kernel, fold),
-            ("gradient", linear_logprob_gradient_kernel, gradient),
-        ):
-            full_name = f"linear_logprob_{name}/{dtype}/{named}/{block}x{warps}"
-            cases.append(AotCase(full_name, kernel, {**common, **own}, switches, num_warps=warps))
-    return cases

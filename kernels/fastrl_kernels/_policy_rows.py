@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import AotCase, launch, use_triton
+from fastrl_kernels._common import launch, use_triton
 from fastrl_kernels._numerics import expm1_tail, sigmoid
 from fastrl_kernels._policy_options import IMPORTANCE, KL_KINDS, LOSSES, PolicyOptions, PolicyTensors
 from fastrl_kernels._triton import tl, triton
@@ -336,36 +336,6 @@ def policy_totals(partials: Tensor) -> tuple[Tensor, Tensor]:
     sums = partials.sum(0)
     largest = partials[:, 5].max() if partials.shape[0] else partials.new_zeros(())
     return sums[0].clone(), torch.cat([sums[1:5] / sums[6].clamp(min=1), largest.view(1)])
-
-
-def aot_cases() -> list[AotCase]:
-    """Token and sequence ratio with every vector present, the on-policy case with none, and the two reductions."""
-    vectors = ("logp_ptr", "advantage_ptr", "weight_ptr", "old_ptr", "ref_ptr", "sampler_ptr", "sequence_ptr")
-    rows = dict.fromkeys((*vectors, "loss_ptr", "dlogp_ptr", "partials_ptr"), "*fp32") | {"numbers_ptr": "*fp64"}
-    rows |= {"completion_ptr": "*i64", "n": "i32", "n_completions": "i32"}
-    rows |= dict.fromkeys(("low", "high", "dual", "beta", "cap", "tau_positive", "tau_negative"), "fp32")
-    everything = {"IMPORTANCE": 0, "IMPORTANCE_SEQUENCE": False, "LOSS": 0, "SEQUENCE": False, "DUAL": False, "KL": 3}
-    everything |= {"K2_GRADIENT": False, "BLOCK": _BLOCK}
-    none = ("sampler_ptr", "numbers_ptr")
-    cases = []
-    for name, absent, flags in (
-        ("token", ("sequence_ptr", *none), {"DUAL": True}),
-        ("sequence", none, {"SEQUENCE": True}),
-        ("on_policy", ("old_ptr", "ref_ptr", "sequence_ptr", *none), {}),
-        ("k2", ("sequence_ptr", *none), {"KL": 2}),
-        ("cispo", ("sequence_ptr", "numbers_ptr"), {"LOSS": 1, "IMPORTANCE": 1}),
-        ("sapo", ("sampler_ptr",), {"LOSS": 2, "SEQUENCE": True, "IMPORTANCE": 2, "IMPORTANCE_SEQUENCE": True}),
-    ):
-        fixed = everything | flags | dict.fromkeys(absent)
-        given = {key: kind for key, kind in rows.items() if key not in absent}
-        case = AotCase(f"policy_rows_kernel/{name}", policy_rows_kernel, given, fixed, num_warps=1)
-        cases.append(case._replace(max_shared=0, max_barriers=0))
-    totals = {"partials_ptr": "*fp32", "loss_ptr": "*fp32", "metrics_ptr": "*fp32", "n_blocks": "i32"}
-    cases.append(AotCase("policy_totals_kernel", policy_totals_kernel, totals, {"BLOCK": _TOTALS}, num_warps=1))
-    scan = {key: kind for key, kind in rows.items() if key in sequence_sums_kernel.arg_names}
-    flags = {"IMPORTANCE": 1, "IMPORTANCE_SEQUENCE": False, "BLOCK": _SCAN}
-    cases.append(AotCase("sequence_sums_kernel", sequence_sums_kernel, scan, flags))
-    return cases
 
 
 def rows_eager(logp: Tensor, tensors: PolicyTensors, options: PolicyOptions, numbers: Tensor | None) -> PolicyRows:

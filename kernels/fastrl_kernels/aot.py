@@ -1,188 +1,246 @@
-"""Compiles every shipped kernel ahead of time, without a GPU, and reads what the machine code costs.
+"""Compiles kernels as a GPU launch would, without a GPU, and reads what the machine code costs.
 
-Triton lowers to a cubin for any named architecture, and its wheel ships NVIDIA's disassembler, so a CPU-only machine
-can state registers, spills, shared memory, instructions and barriers of each kernel at each shipped configuration.
-``python -m fastrl_kernels.aot`` prints the table; ``--json FILE`` writes it. The tests fail where a row has a problem.
+Inside ``with as_launched(90) as launches:`` public calls on CPU tensors take the Triton path. Triton is given a driver
+whose device has that compute capability, and each launch is specialised on its real arguments (an integer 1 is a
+constant, divisibility by 16 an attribute, as are aligned pointers), compiled and recorded, not run. Results of such a
+call are uninitialised memory. Triton's wheel ships NVIDIA's assembler and disassembler, so any machine will do.
+
+``python -m fastrl_kernels.aot`` compiles the public API at the sizes users have (``_aot_calls``) for three
+architectures and prints a table; ``--json FILE`` writes it. A spill is a failure, in the tests too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib
-import importlib.util
+import inspect
 import json
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
-from fastrl_kernels._common import AotCase, interpreting
+from torch import Tensor
+
+from fastrl_kernels._common import RECORDERS, interpreting
 from fastrl_kernels._triton import HAS_TRITON, triton
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100/H200, B200
+_PROCESSORS = {80: 108, 90: 132, 100: 148}
 _ADDRESS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<code>.+?)\s*;")
 _RESOURCE = re.compile(r"REG:(?P<registers>\d+)\s+STACK:(?P<stack>\d+)\s+SHARED:\d+\s+LOCAL:(?P<local>\d+)")
+_BARRIER = re.compile(r"^\s*(?:@!?%p\d+ )?(?:bar\.sync|barrier\.sync)", re.MULTILINE)
 
 
-class AotRow(NamedTuple):
-    """One kernel x launch configuration x architecture, as compiled."""
+class Launch(NamedTuple):
+    """A kernel as one public call launches it on one architecture."""
 
-    name: str
-    arch: int  # compute capability x 10
-    warps: int
+    name: str  # of the kernel
     registers: int  # per thread
     stack: int  # bytes of local memory per thread; not 0: registers were spilled
-    spills: int | None  # local loads and stores in the machine code
     shared: int  # bytes per program
-    instructions: int | None
-    barriers: int | None  # block-wide barrier instructions
+    barriers: int  # barrier instructions of a program
+    call: str  # the public call that launches it first
+    arch: int  # compute capability x 10
+    warps: int
+    programs: int
+    compiled: Any  # Triton's compiled kernel: ``asm["ptx"]``, ``asm["cubin"]``
+
+    def row(self) -> dict[str, Any]:
+        """Plain values, with the number of instructions (of padding, none)."""
+        return {**self._asdict(), "instructions": len(instructions(self.compiled))} | {"compiled": None}
 
 
-def aot_cases() -> list[AotCase]:
-    """The shipped launch configurations of every module of the package that defines ``aot_cases``, sorted by name."""
-    package = importlib.import_module("fastrl_kernels")
-    cases: list[AotCase] = []
-    for info in pkgutil.iter_modules(package.__path__, prefix="fastrl_kernels."):
-        spec = importlib.util.find_spec(info.name)
-        if info.name in (__name__, "fastrl_kernels.aot") or spec is None or not str(spec.origin).endswith(".py"):
-            continue  # this module, or a compiled library
-        define = getattr(importlib.import_module(info.name), "aot_cases", None)
-        if callable(define) and define.__module__ == info.name:
-            cases.extend(define())  # type: ignore[arg-type]
-    names = [case.name for case in cases]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"aot_cases: names used twice: {', '.join(twice)}")
-    return sorted(cases, key=lambda case: case.name)
+class _Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> str:
+        return f"sm_{self.arch}"  # no other driver's device: what is compiled here is kept apart
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
 
 
-def compile_case(case: AotCase, arch: int, *, disassemble: bool = True) -> AotRow:
-    """Compile one case for one architecture (80, 90 or 100) and read its machine code.
+class _Recorder:
+    def __init__(self, arch: int) -> None:
+        self.arch, self.processors = arch, _PROCESSORS[arch]
+        self.launches: list[Launch] = []
+        self._seen: set[str] = set()
+        self._calls: dict[str, str] = {}  # module -> its last public call
 
-    Signature types are Triton's (``"*bf16"``, ``"i32"``, ``"fp32"``, ``"constexpr"``). Pointers are taken as aligned to
-    16 bytes, as torch allocates them; an integer written ``"i32:16"`` is taken as divisible by 16, as the launcher
-    would specialise it. Counting in the machine code takes the disassembler half a second: without ``disassemble``,
-    ``spills``, ``instructions`` and ``barriers`` are ``None`` (``stack`` shows a spill as well).
+    def record(self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        call = self._public_call()
+        compiled = kernel.warmup(*arguments, grid=(programs,), **options)
+        if compiled.hash in self._seen:
+            return
+        self._seen.add(compiled.hash)
+        resource = _RESOURCE.search(_cuobjdump(compiled.asm["cubin"], "-res-usage"))
+        if resource is None:
+            raise RuntimeError(f"{call}: cuobjdump gave no resource usage for sm_{self.arch}")
+        launch = Launch(
+            name=compiled.metadata.name,
+            registers=int(resource["registers"]),
+            stack=int(resource["stack"]) + int(resource["local"]),
+            shared=int(compiled.metadata.shared),
+            barriers=len(_BARRIER.findall(compiled.asm["ptx"])),
+            call=call,
+            arch=self.arch,
+            warps=int(compiled.metadata.num_warps),
+            programs=programs,
+            compiled=compiled,
+        )
+        self.launches.append(launch)
+
+    def _public_call(self) -> str:
+        """The call on the stack as text. A backward has none: the last call of its module's forward."""
+        public = importlib.import_module("fastrl_kernels").__all__
+        module, outermost = "", None
+        frame = sys._getframe(2)
+        while frame is not None:
+            package, _, name = str(frame.f_globals.get("__name__")).rpartition(".")
+            if package.split(".")[0] == "fastrl_kernels" and not name.startswith("_"):
+                module = name
+                if frame.f_code.co_name in public:
+                    outermost = frame
+            frame = frame.f_back
+        if outermost is None:
+            return f"{self._calls.get(module, module)}, backward"
+        self._calls[module] = _describe(outermost)
+        return self._calls[module]
+
+
+def _describe(frame: FrameType) -> str:
+    """A public function's frame as its call: what differs from the defaults, tensors by dtype and shape."""
+    function = frame.f_globals[frame.f_code.co_name]
+    told = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        value = frame.f_locals[name]
+        if parameter.kind is parameter.VAR_KEYWORD:
+            told += [f"{key}={_value(x)}" for key, x in value.items()]
+        elif value is not parameter.default and not (
+            isinstance(value, int | float | str) and value == parameter.default
+        ):
+            told.append(f"{name}={_value(value)}")
+    return f"{function.__name__}({', '.join(told)})"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f").replace("int", "i")
+        return f"{kind}{list(value.shape)}".replace(" ", "")
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_value, value))})"
+    return repr(value)
+
+
+@contextlib.contextmanager
+def as_launched(arch: int) -> Iterator[list[Launch]]:
+    """Public calls on CPU tensors compile for this architecture as on such a GPU; the list gathers their kernels.
+
+    Each kernel stands in the list once, however often it is launched. Sizes decide the compiled code only by being 1 or
+    divisible by 16, and through launch configurations, so small batches will do.
+
+    Args:
+        arch: compute capability times 10: 80 (A100), 90 (H100, H200) or 100 (B200).
 
     Raises:
         RuntimeError: under the interpreter, or without Triton.
-        ValueError: arguments that are not the kernel's.
+        ValueError: another architecture.
     """
     if not HAS_TRITON or interpreting():
         raise RuntimeError("ahead-of-time compilation needs Triton and no TRITON_INTERPRET")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constexprs, attrs = _specialise(case)
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    compiled: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        resource = _RESOURCE.search(_cuobjdump("-res-usage", cubin.name))
-        codes = list(_instructions(_cuobjdump("-sass", cubin.name))) if disassemble else None
-    if resource is None or codes == []:
-        raise RuntimeError(f"{case.name}: cuobjdump gave no resource usage for sm_{arch}")
-    return AotRow(
-        name=case.name,
-        arch=arch,
-        warps=case.num_warps,
-        registers=int(resource["registers"]),
-        stack=int(resource["stack"]) + int(resource["local"]),
-        spills=None if codes is None else sum(code.startswith(("LDL", "STL")) for code in codes),
-        shared=int(compiled.metadata.shared),
-        instructions=None if codes is None else len(codes),
-        barriers=None if codes is None else sum(code.startswith("BAR.") for code in codes),
-    )
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch: expected one of {', '.join(map(str, ARCHITECTURES))}, got {arch}")
+    driver = importlib.import_module("triton.runtime.driver").driver
+    before, recorder = driver._active, _Recorder(arch)
+    driver.set_active(_Driver(arch))
+    RECORDERS.append(recorder)
+    try:
+        yield recorder.launches
+    finally:
+        RECORDERS.remove(recorder)
+        driver.set_active(before)
 
 
-def problems(case: AotCase, row: AotRow) -> list[str]:
-    """What is wrong with a compiled case: spilled registers, or more shared memory or barriers than it allows."""
-    where = f"{row.name} on sm_{row.arch}"
+def instructions(compiled: Any) -> list[str]:
+    """The machine code of a compiled kernel, an instruction each, without predicates and padding."""
     found = []
-    if row.stack or row.spills:
-        found.append(f"{where}: spills ({row.stack} bytes of stack, {row.spills} local loads and stores)")
-    if case.max_shared is not None and row.shared > case.max_shared:
-        found.append(f"{where}: {row.shared} bytes of shared memory, allowed {case.max_shared}")
-    if case.max_barriers is not None and row.barriers is None:
-        raise ValueError(f"{where}: barriers are limited but were not counted")
-    if case.max_barriers is not None and row.barriers is not None and row.barriers > case.max_barriers:
-        found.append(f"{where}: {row.barriers} barriers, allowed {case.max_barriers}")
-    return found
-
-
-def aot_table(
-    cases: Iterable[AotCase] | None = None, architectures: Iterable[int] = ARCHITECTURES
-) -> list[dict[str, Any]]:
-    """Every case (default: all shipped) x architecture as rows of plain values, for benchmarks and docs."""
-    architectures = tuple(architectures)
-    return [
-        compile_case(case, arch)._asdict()
-        for case in (aot_cases() if cases is None else cases)
-        for arch in architectures
-    ]
-
-
-def _specialise(case: AotCase) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
-    names = list(case.kernel.arg_names)
-    unknown = sorted({*case.signature, *case.constexprs} - set(names))
-    missing = [name for name in names if name not in case.signature and name not in case.constexprs]
-    if unknown or missing:
-        raise ValueError(f"{case.name}: unknown arguments {unknown}, missing arguments {missing}")
-    signature: dict[str, str] = {}
-    attrs: dict[tuple[int], Any] = {}
-    for position, name in enumerate(names):
-        kind, _, divisor = case.signature.get(name, "constexpr").partition(":")
-        kind = "constexpr" if name in case.constexprs else kind
-        signature[name] = kind
-        if kind.startswith("*") or divisor == "16":
-            attrs[(position,)] = [["tt.divisibility", 16]]
-    return signature, dict(case.constexprs), attrs
-
-
-def _cuobjdump(flag: str, cubin: str) -> str:
-    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([str(tool), flag, cubin], capture_output=True, text=True, check=True).stdout
-
-
-def _instructions(sass: str) -> Iterator[str]:
-    """Instruction texts without predicate and padding."""
-    for line in sass.splitlines():
+    for line in _cuobjdump(compiled.asm["cubin"], "-sass").splitlines():
         match = _ADDRESS.match(line)
         if match:
             code = re.sub(r"^@!?\w+\s+", "", match["code"])
             if code != "NOP":
-                yield code
+                found.append(code)
+    return found
+
+
+def problems(launch: Launch) -> list[str]:
+    """What is wrong with a compiled kernel: spilled registers, or a barrier in a program of one warp."""
+    where = f"{launch.name} on sm_{launch.arch}, launched by {launch.call}"
+    found = []
+    if launch.stack:
+        found.append(f"{where}: spills ({launch.stack} bytes of stack)")
+    if launch.warps == 1 and launch.barriers:
+        found.append(f"{where}: {launch.barriers} barriers in a program of one warp")
+    return found
+
+
+@functools.cache
+def _tool() -> str:
+    return str(Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _cuobjdump(cubin: bytes, flag: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_tool(), flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def shipped(arch: int, names: Iterable[str] | None = None) -> list[Launch]:
+    """Every kernel of the public API at the sizes users have; ``names``: of some groups of ``_aot_calls`` only."""
+    from fastrl_kernels._aot_calls import CALLS
+
+    with as_launched(arch) as launches:
+        for name in CALLS if names is None else names:
+            CALLS[name]()
+    return launches
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, write it as JSON where asked, and return 1 if a shipped case has a problem."""
+    """Print the table, write it as JSON where asked, and return 1 if a launch has a problem."""
     parser = argparse.ArgumentParser(prog="python -m fastrl_kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here")
-    parser.add_argument("--match", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="these public functions only")
     args = parser.parse_args(argv)
-    cases = [case for case in aot_cases() if args.match in case.name]
     rows, found = [], []
-    width = max((len(case.name) for case in cases), default=4)
-    print(f"{'name':{width}}   sm warps regs stack spill shared instr bar")
-    for case in cases:
-        for arch in ARCHITECTURES:
-            row = compile_case(case, arch)
-            rows.append(row)
-            found.extend(problems(case, row))
+    print("  sm warps regs stack shared bar kernel, call")
+    for arch in ARCHITECTURES:
+        for launch in shipped(arch, args.only):
+            rows.append(launch)
+            found.extend(problems(launch))
             print(
-                f"{row.name:{width}}  {row.arch:3} {row.warps:5} {row.registers:4} {row.stack:5} {row.spills:5} "
-                f"{row.shared:6} {row.instructions:5} {row.barriers:3}"
+                f"{launch.arch:4} {launch.warps:5} {launch.registers:4} {launch.stack:5} {launch.shared:6} "
+                f"{launch.barriers:3} {launch.name}, {launch.call}"
             )
     if args.json:
-        payload = {"triton": triton.__version__, "kernels": [row._asdict() for row in rows]}
+        plain = [{key: value for key, value in launch.row().items() if key != "compiled"} for launch in rows]
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(payload, indent=1) + "\n")
+        args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": plain}, indent=1) + "\n")
     print("\n".join(found) or f"{len(rows)} compiled, no problem", file=sys.stderr if found else sys.stdout)
     return 1 if found else 0
 

@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels._common import (
-    AotCase,
     check,
     check_dtype,
     check_same_device,
     check_shape,
     launch,
+    processors,
     readable,
     use_triton,
 )
@@ -176,7 +176,7 @@ class _Config(NamedTuple):
 
 
 def _config(
-    rows: int, groups: int, max_rows: int, heads: int, gq: int, d: int, p: int, t: int, itemsize: int, processors: int
+    rows: int, groups: int, max_rows: int, heads: int, gq: int, d: int, p: int, t: int, itemsize: int, units: int
 ) -> _Config:
     """Launch configuration: splits of 128 keys or more, enough of them to give each multiprocessor two programs."""
     block_d = max(16, _power_of_2(d))
@@ -188,7 +188,7 @@ def _config(
     def split(keys: int, programs: int) -> tuple[int, int]:
         if keys == 0 or programs == 0:
             return 0, 0
-        wanted = min(-(-2 * processors // programs), _MAX_SPLITS)
+        wanted = min(-(-2 * units // programs), _MAX_SPLITS)
         chunk = max(128, -(-keys // (wanted * block_n)) * block_n)
         return -(-keys // chunk), chunk
 
@@ -223,8 +223,7 @@ def _decode_attention_op(
         return _eager(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len, max_rows, scale)
     (r, hq, d), (b, hkv, p, _), t = q.shape, prefix_k.shape, own_k.shape[2]
     out = torch.empty((r, hq, d), dtype=q.dtype, device=q.device)
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 8
-    cfg = _config(r, b, max_rows, hkv, hq // hkv, d, p, t, q.element_size(), processors)
+    cfg = _config(r, b, max_rows, hkv, hq // hkv, d, p, t, q.element_size(), processors(q.device))
     splits = cfg.prefix_splits + cfg.own_splits
     if r == 0 or splits == 0:
         return out.zero_()
@@ -437,38 +436,3 @@ def _check(
         q=q, prefix_k=prefix_k, prefix_v=prefix_v, own_k=own_k, own_v=own_v,
         row_offsets=row_offsets, prefix_len=prefix_len, own_len=own_len,
     )  # fmt: skip
-
-
-def aot_cases() -> list[AotCase]:
-    """Shipped configurations: Qwen2-VL 2B/7B and Qwen2.5-VL 3B/7B head layouts (D = 128), and other head sizes."""
-    cases = []
-    for name, dtype, itemsize, gq, d, max_rows in (
-        ("bf16/d128/gq8/n8", "bf16", 2, 8, 128, 8),
-        ("bf16/d128/gq7/n1", "bf16", 2, 7, 128, 1),
-        ("fp16/d128/gq6/n16", "fp16", 2, 6, 128, 16),
-        ("bf16/d80/gq1/n8", "bf16", 2, 1, 80, 8),
-        ("bf16/d256/gq4/n8", "bf16", 2, 4, 256, 8),
-        ("fp32/d128/gq8/n8", "fp32", 4, 8, 128, 8),
-        ("fp32/d256/gq1/n1", "fp32", 4, 1, 256, 1),
-        ("fp32/d32/gq2/n8", "fp32", 4, 2, 32, 8),
-    ):
-        cfg = _config(64, 8, max_rows, 2, gq, d, 1200, 256, itemsize, 132)
-        blocks = {"BLOCK_M": cfg.block_m, "BLOCK_OWN": cfg.block_own, "BLOCK_N": cfg.block_n, "BLOCK_D": cfg.block_d}
-        signature = dict.fromkeys(_decode_split_kernel.arg_names, "i32")  # strides last, divisible by 16 in a cache
-        signature |= {n: "i32:16" for n in signature if n.startswith(("q_", "prefix_", "own_"))}
-        signature |= dict.fromkeys(["prefix_splits", "own_splits", "prefix_programs"], "i32")
-        signature |= dict.fromkeys(["q", "prefix_k", "prefix_v", "own_k", "own_v"], f"*{dtype}")
-        signature |= dict.fromkeys(["row_offsets", "prefix_len", "own_len"], "*i32")
-        signature |= {"part": "*fp32", "part_lse": "*fp32", "scale_log2": "fp32"}
-        constants = {"GQ": gq, "D": d, "PRECISION": "ieee", **blocks}
-        launch = {"num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
-        signature = {n: kind for n, kind in signature.items() if n not in constants}
-        cases.append(AotCase(f"decode_attention_split/{name}", _decode_split_kernel, signature, constants, **launch))
-    for d, block_s in ((128, 8), (128, 32), (32, 2), (256, 32)):
-        signature = dict.fromkeys(["groups", "query_heads", "prefix_splits", "splits"], "i32")
-        signature |= {"part": "*fp32", "part_lse": "*fp32", "row_offsets": "*i32", "out": "*bf16"}
-        constants = {"D": d, "BLOCK_S": block_s, "BLOCK_D": d}
-        warps = _merge_warps(block_s, d)
-        name = f"decode_attention_merge/d{d}/s{block_s}"
-        cases.append(AotCase(name, _decode_merge_kernel, signature, constants, num_warps=warps, num_stages=1))
-    return cases

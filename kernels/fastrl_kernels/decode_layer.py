@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fastrl_kernels._common import (
     FLOATS,
-    AotCase,
     check,
     check_dtype,
     check_same_device,
@@ -299,39 +298,3 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
     """Eager twin of :func:`silu_mul` (same arguments, nothing checked)."""
     return F.silu(gate).mul_(up)
-
-
-def aot_cases() -> list[AotCase]:
-    """Hidden sizes of the 2B, 3B, 7B and 32B models, head size 128 (and an odd one), the gate."""
-    cases = []
-    for dtype, hidden in (("bf16", 1536), ("bf16", 2048), ("bf16", 3584), ("bf16", 5120), ("fp32", 2048)):
-        for added in (True, False):
-            signature = {"residual": f"*{dtype}", "x": f"*{dtype}", "weight": f"*{dtype}", "out": f"*{dtype}"}
-            signature |= {"hidden": "i32:16", "eps": "fp32"}
-            constants: dict[str, object] = {"BLOCK": _block(hidden)}
-            if not added:
-                del signature["x"]
-                constants["x"] = None
-            name = f"add_rms_norm/{dtype}/{hidden}" + ("" if added else "/first")
-            warps = _norm_warps(_block(hidden))
-            cases.append(AotCase(name, _add_rms_norm_kernel, signature, constants, num_warps=warps))
-    for dtype, half in (("bf16", 64), ("fp16", 40), ("fp32", 64)):
-        signature = dict.fromkeys(("q", "k", "v", "cos", "sin", "q_out", "keys", "values"), f"*{dtype}")
-        signature |= {"at": "*i64", "query_heads": "i32", "key_heads": "i32"}
-        signature |= dict.fromkeys(("cache_row", "cache_head", "cache_slot"), "i32:16")
-        constants = {"HALF": half, "BLOCK": _block(half)}
-        cases.append(
-            AotCase(
-                f"rope_append/{dtype}/d{2 * half}",
-                _rope_append_kernel,
-                signature,
-                constants,
-                num_warps=1,
-                max_shared=0,
-                max_barriers=0,
-            )
-        )
-    for dtype in ("bf16", "fp32"):
-        signature = {"gate": f"*{dtype}", "up": f"*{dtype}", "out": f"*{dtype}", "size": "i32"}
-        cases.append(AotCase(f"silu_mul/{dtype}", _silu_mul_kernel, signature, {"BLOCK": _GATE_BLOCK}, max_shared=0))
-    return cases

@@ -27,7 +27,6 @@ from fastrl_kernels._box_overlap import load_boxes, pair_value
 from fastrl_kernels._common import (
     FLOATS,
     INTEGERS,
-    AotCase,
     check,
     check_dtype,
     check_number,
@@ -96,7 +95,8 @@ def _share(part, whole, nothing):
     return tl.where(whole > 0, part / tl.maximum(whole, 1).to(tl.float32), nothing)
 
 
-@triton.jit
+# Not specialised on the alignment of sizes: wide words would need another layout, through shared memory and barriers.
+@triton.jit(do_not_specialize_on_alignment=["problems", "n", "m"])
 def _detection_kernel(
     pred, gt,  # [B, n, 4 | 2], [B, m, 4 | 2]
     n_pred, n_gt, pred_label, gt_label,  # [B], [B], [B, n], [B, m] int64
@@ -192,13 +192,15 @@ def _launch(
     (problems, n, _), m = pred.shape, gt.shape[1]
     match, quality, parts = _outputs(pred)
     lanes = lane_count(n)
+    warps = _launch_warps(lanes)
     unused = counts[0]  # a valid pointer for labels that are not given
     launch(_detection_kernel, problems)(
         pred.contiguous(), gt.contiguous(), counts[0], counts[1],
         unused if labels[0] is None else labels[0], unused if labels[1] is None else labels[1],
         match, quality, parts, problems, n, m, threshold, scale,
         HAS_LABELS=labels[0] is not None, BOXES=boxes, SEQUENCE=sequence, LANES=lanes,
-        num_warps=_launch_warps(lanes), num_stages=1,
+        num_warps=warps, num_stages=1,
+        maxnreg=None if warps == 1 else 128,  # else ptxas spills for a program more per multiprocessor
     )  # fmt: skip
     return match, quality, parts
 
@@ -413,20 +415,3 @@ def _quality_table(pred: Tensor, gt: Tensor, preds: Tensor, truths: Tensor, boxe
     cols = torch.arange(gt.shape[1], device=pred.device) < truths[:, None]
     near = (distance < scale) & rows[:, :, None] & cols[:, None, :]
     return torch.where(near, 1 - distance / scale, 0.0)
-
-
-def aot_cases() -> list[AotCase]:
-    """Every launch configuration: a power of two of predictions, boxes with labels; and the other options at 64."""
-    signature = {"pred": "*fp32", "gt": "*fp32", **dict.fromkeys(("n_pred", "n_gt", "pred_label", "gt_label"), "*i64")}
-    signature |= {"match": "*i64", "quality": "*fp32", "parts": "*fp32", **dict.fromkeys(("problems", "n", "m"), "i32")}
-    signature |= {"threshold": "fp32", "scale": "fp32"}
-
-    def case(lanes: int, boxes: bool, sequence: bool) -> AotCase:
-        flags: dict[str, Any] = {"HAS_LABELS": True, "BOXES": boxes, "SEQUENCE": sequence, "LANES": lanes}
-        name = f"detection_reward/{lanes}" + ("" if boxes else "/point") + ("/sequence" if sequence else "")
-        warps = _launch_warps(lanes)
-        one = AotCase(name, _detection_kernel, signature, flags, warps, num_stages=1)
-        return one._replace(max_shared=0, max_barriers=0) if warps == 1 else one
-
-    sizes = (32, 64, 128, 256, 512, 1024, 2048)
-    return [case(x, True, False) for x in sizes] + [case(64, False, False), case(64, True, True), case(64, False, True)]

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from fastrl_kernels._common import (
     FLOATS,
-    AotCase,
     check,
     check_dtype,
     check_number,
@@ -304,17 +303,3 @@ def _check_finite(rewards: Tensor) -> None:
         return
     bad = (~torch.isfinite(rewards)).nonzero()
     check(bad.numel() == 0, f"rewards: not finite at {bad[:4].tolist()} (of {bad.shape[0]} places)")
-
-
-def aot_cases() -> list[AotCase]:
-    """Ids with weighted components, and equal sizes without."""
-    names = ("rewards_ptr", "weights_ptr", "advantage_ptr", "reward_ptr", "mean_ptr", "std_ptr")
-    signature = dict.fromkeys(names, "*fp32") | {"group_ptr": "*i64", "constant_ptr": "*i8", "eps": "fp32"}
-    signature |= dict.fromkeys(("r", "k", "size"), "i32")
-    cases = []
-    for name, absent, leave_one_out in (("ids", (), False), ("equal", ("group_ptr", "weights_ptr"), True)):
-        fixed = {"LEAVE_ONE_OUT": leave_one_out, "SCALE": True, "UNBIASED": True, "BLOCK": _BLOCK}
-        given = {key: kind for key, kind in signature.items() if key not in absent}
-        case = AotCase(f"group_advantage_kernel/{name}", group_advantage_kernel, given, fixed | dict.fromkeys(absent))
-        cases.append(case._replace(num_warps=1, max_shared=0, max_barriers=0))
-    return cases

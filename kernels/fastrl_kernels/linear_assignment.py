@@ -17,7 +17,7 @@ No gradient: a matching is piecewise constant in the costs.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from fastrl_kernels import _native
 from fastrl_kernels._common import (
     FLOATS,
     INTEGERS,
-    AotCase,
     check,
     check_dtype,
     check_same_device,
@@ -108,7 +107,8 @@ def clamped_count(counts, b, size, GIVEN: tl.constexpr):
         return size
 
 
-@triton.jit
+# Not specialised on the alignment of sizes: wide words would need another layout, through registers and shared memory.
+@triton.jit(do_not_specialize_on_alignment=["n", "m", "stride_b", "stride_n", "stride_m"])
 def _assignment_kernel(
     cost,  # [B, n, m]
     n_rows, n_cols,  # [B] int64
@@ -185,7 +185,7 @@ def lane_count(longest: int) -> int:
 
 def launch_warps(lanes: int) -> int:
     """Warps of a program with this many lanes: one, so without a barrier, while its registers can hold the state."""
-    return 1 if lanes <= 512 else lanes // 128 if lanes > 2048 else lanes // 256
+    return 1 if lanes <= 256 else lanes // 128 if lanes > 2048 else lanes // 256
 
 
 def _launch(
@@ -422,18 +422,3 @@ def _augment(owner: Tensor, before: Tensor, root: Tensor, end: Tensor) -> None:
         row = torch.where(previous < 0, root, owner[b, previous])
         owner[b[on], j[on]] = row[on]
         j = torch.where(on, previous, -1)
-
-
-def aot_cases() -> list[AotCase]:
-    """Every launch configuration there is: one per power of two of the longer side."""
-    pointers = {"cost": "*fp32", "n_rows": "*i64", "n_cols": "*i64", "match": "*i64", "total": "*fp32"}
-    sizes = dict.fromkeys(("n", "m", "stride_b", "stride_n", "stride_m"), "i32")
-    signature = {**pointers, "status": "*i32", **sizes}
-    flags: dict[str, Any] = {"HAS_ROWS": True, "HAS_COLS": True, "MAXIMIZE": False}
-    cases = []
-    for lanes in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        warps = launch_warps(lanes)
-        name = f"linear_assignment/{lanes}"
-        case = AotCase(name, _assignment_kernel, signature, {**flags, "LANES": lanes}, warps, num_stages=1)
-        cases.append(case._replace(max_shared=0, max_barriers=0) if warps == 1 else case)
-    return cases

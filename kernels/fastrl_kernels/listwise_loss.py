@@ -30,7 +30,6 @@ from torch.autograd.function import once_differentiable
 
 from fastrl_kernels._common import (
     FLOATS,
-    AotCase,
     check,
     check_dtype,
     check_number,
@@ -296,18 +295,3 @@ def _check_arguments(score: Tensor, reward: Tensor, mask: Tensor | None, kind: s
         if bool(bad.any()):
             place = bad.nonzero()[0].tolist()
             raise ValueError(f"reward: expected finite numbers, got {float(reward[tuple(place)])} at {place}")
-
-
-def aot_cases() -> list[AotCase]:
-    """Both losses at every shipped configuration."""
-    signature = dict.fromkeys(("score_ptr", "reward_ptr", "loss_ptr", "grad_ptr"), "*fp32")
-    signature |= {"mask_ptr": "*i8", "k": "i32", "beta": "fp32", "gamma": "fp32"}
-    cases = []
-    for k in (32, 64, 256, 1024):
-        config = launch_config(k)
-        one_warp = 0 if config.warps == 1 else None
-        for kind in KINDS:
-            fixed = {"LISTMLE": kind == "listmle", "ITEMS": config.items, "ROWS": config.rows}
-            case = AotCase(f"listwise_kernel/{kind}/{config.items}", listwise_kernel, signature, fixed, config.warps)
-            cases.append(case._replace(max_shared=one_warp, max_barriers=one_warp))
-    return cases

@@ -31,7 +31,6 @@ from fastrl_kernels._box_overlap import EMPTY, FARTHEST, load_boxes, pair_gradie
 from fastrl_kernels._common import (
     FLOATS,
     INTEGERS,
-    AotCase,
     check,
     check_dtype,
     check_same_device,
@@ -43,6 +42,7 @@ from fastrl_kernels._triton import tl, triton
 
 KINDS = ("iou", "giou", "diou", "ciou")
 _EPS = 1e-7
+_STRIDES = ("grad_batch", "grad_i", "grad_j", "best_batch", "best_i", "best_j")
 _BLOCK_A, _BLOCK_B = 16, 32  # 4 pairs a thread: larger tiles spill in the backward
 
 
@@ -94,7 +94,7 @@ def _iou_max_kernel(
     tl.store(best + batch * n + i, tl.where(some, where, -1), mask=i < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["n", "m", *_STRIDES])  # wide words would cost registers, and spill
 def _iou_backward_kernel(
     a, b, n_a, n_b,  # [B, n, 4], [B, m, 4], [B] int64: a is the side the gradient is for
     grad, best, grad_a,  # upstream gradient, row maxima's columns, [B, n, 4] fp32
@@ -351,24 +351,3 @@ def _aspect(w: Tensor, h: Tensor) -> Tensor:
     real = (w > 0) & (h > 0)
     angle = torch.atan(torch.where(real, w, 1.0) / torch.where(real, h, 1.0))
     return torch.where(real, angle, torch.where(w > 0, torch.full_like(w, math.pi / 2), 0.0))
-
-
-def aot_cases() -> list[AotCase]:
-    """Every kind, forward, row maximum and backward."""
-    boxes = {"a": "*fp32", "b": "*fp32", "n_a": "*i64", "n_b": "*i64"}
-    blocks = {"BLOCK_A": _BLOCK_A, "BLOCK_B": _BLOCK_B}
-    sizes = {"n": "i32", "m": "i32", "blocks_n": "i32"}
-    strides = {f"{of}_{axis}": "i32" for of in ("grad", "best") for axis in ("batch", "i", "j")}
-    cases = []
-    for kind, name in enumerate(KINDS):
-        flags: dict[str, Any] = {"KIND": kind, **blocks}
-        table = {**boxes, "out": "*fp32", **sizes, "blocks_m": "i32"}
-        top = {**boxes, "out": "*fp32", "best": "*i32", **sizes}
-        grad = {**boxes, "grad": "*fp32", "best": "*i32", "grad_a": "*fp32", **sizes, **strides}
-        cases.append(AotCase(f"pairwise_iou/{name}", _iou_kernel, table, flags))
-        cases.append(AotCase(f"pairwise_iou/{name}/max", _iou_max_kernel, top, flags))
-        for side in (0, 1, 2):
-            cases.append(
-                AotCase(f"pairwise_iou/{name}/backward{side}", _iou_backward_kernel, grad, {**flags, "SIDE": side})
-            )
-    return cases

@@ -28,7 +28,6 @@ from torch.autograd.function import once_differentiable
 
 from fastrl_kernels._common import (
     FLOATS,
-    AotCase,
     check_dtype,
     check_number,
     check_same_device,
@@ -182,16 +181,3 @@ def _check_arguments(logp: Tensor, sigma: Tensor, weight: Tensor | None, alpha: 
             check_dtype(name, tensor, FLOATS)
     check_same_device(logp=logp, sigma=sigma, weight=weight)
     check_number("alpha", alpha, alpha >= 0, ">= 0")
-
-
-def aot_cases() -> list[AotCase]:
-    """With weights, and without."""
-    signature = dict.fromkeys(("logp_ptr", "sigma_ptr", "weight_ptr", "dlogp_ptr", "partials_ptr"), "*fp32")
-    signature |= {"n": "i32", "alpha": "fp32"}
-    fixed = {"BLOCK": _BLOCK}
-    case = AotCase("unlikelihood_kernel/weighted", unlikelihood_kernel, signature, fixed, 1, 2, 0, 0)
-    plain = {key: kind for key, kind in signature.items() if key != "weight_ptr"}
-    return [
-        case,
-        case._replace(name="unlikelihood_kernel/mean", signature=plain, constexprs=fixed | {"weight_ptr": None}),
-    ]

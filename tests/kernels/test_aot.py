@@ -1,16 +1,19 @@
-"""Every shipped kernel x launch configuration compiles for sm_80, sm_90 and sm_100 without a register spill."""
+"""Public calls compiled as a GPU launch would: nothing that ships spills, and the gate sees what would."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import torch
 
-from fastrl_kernels import aot
-from fastrl_kernels._common import AotCase, interpreting
+import fastrl_kernels
+from fastrl_kernels import aot, linear_assignment, pairwise_iou, policy_loss
+from fastrl_kernels._aot_calls import CALLS
+from fastrl_kernels._common import interpreting, launch, use_triton
 from fastrl_kernels._triton import HAS_TRITON, tl, triton
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+pytestmark = pytest.mark.skipif(not HAS_TRITON or interpreting(), reason="needs Triton's compiler")
 
 
 @triton.jit
@@ -27,73 +30,106 @@ def _hoarding_kernel(source, target, BLOCK: tl.constexpr):
     tl.store(target + offsets, value / tl.sum(value, 0))  # the whole block must stay in registers
 
 
-def _case(kernel, block: int, **limits: int) -> AotCase:
-    signature = {"source": "*fp32", "target": "*fp32", "size": "i32"}
-    signature = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
-    return AotCase("probe", kernel, signature, {"BLOCK": block}, num_warps=4, **limits)
-
-
-SHIPPED = [] if interpreting() or not HAS_TRITON else aot.aot_cases()
-
-
 @pytest.mark.gate
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
-@pytest.mark.parametrize("case", SHIPPED, ids=lambda case: case.name)
-def test_shipped_configuration_compiles_without_spill(case: AotCase, arch: int) -> None:
-    if (case.name, arch) == ("detection_reward/256", 100) and triton.__version__.startswith("3.6."):
-        pytest.xfail("Triton 3.6 spills 8 registers here, 3.7 none; two warps would cost a barrier each step")
-    row = aot.compile_case(case, arch, disassemble=case.max_barriers is not None)
-    assert aot.problems(case, row) == []
+@pytest.mark.parametrize("name", CALLS)
+def test_no_shipped_launch_spills(name: str, arch: int) -> None:
+    launches = aot.shipped(arch, [name])
+    assert launches
+    assert [problem for one in launches for problem in aot.problems(one)] == []
 
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
-def test_gate_sees_a_spill(arch: int) -> None:
-    case = _case(_hoarding_kernel, 65536)
-    row = aot.compile_case(case, arch)
-    assert row.stack > 0
-    assert "spills" in aot.problems(case, row)[0]
+def test_launches_that_once_spilled(arch: int) -> None:
+    boxes = torch.zeros(1, 16, 4, requires_grad=True)
+    with aot.as_launched(arch) as launches:
+        linear_assignment(torch.zeros(2, 512, 48))
+        linear_assignment(torch.zeros(2, 4096, 16))
+        pairwise_iou(boxes, boxes.detach(), kind="ciou", reduce="max").sum().backward()
+    assert [one.stack for one in launches] == [0, 0, 0, 0]
+    assert launches[1].shared <= 256
 
 
-def test_gate_sees_too_much_shared_memory_and_too_many_barriers() -> None:
-    case = _case(_hoarding_kernel, 1024, max_shared=0, max_barriers=0)
-    found = aot.problems(case, aot.compile_case(case, 90))
-    assert len(found) == 2
-    assert "shared memory" in found[0]
-    assert "barriers" in found[1]
+def test_every_public_function_with_a_kernel_is_gated() -> None:
+    functions = {name for name in fastrl_kernels.__all__ if name.islower()}
+    assert set(CALLS) == functions - {"token_weights"}  # which is plain torch
 
 
-def test_row_reads_plausible_numbers() -> None:
-    row = aot.compile_case(_case(_copy_kernel, 1024), 90)
-    assert 8 <= row.registers <= 64
-    assert row.instructions is not None
-    assert 10 < row.instructions < 200
-    assert aot.compile_case(_case(_copy_kernel, 1024), 90, disassemble=False)[:5] == row[:5]
-    assert (row.stack, row.spills, row.shared, row.barriers) == (0, 0, 0, 0)
+def test_a_launch_is_specialised_on_its_arguments_and_named_by_its_call() -> None:
+    logp = torch.zeros(1, requires_grad=True)
+    with aot.as_launched(90) as launches:
+        policy_loss(logp, torch.zeros(1), torch.zeros(1, dtype=torch.int64), beta=0.5, ref_logp=logp.detach())
+        pairwise_iou(torch.zeros(1, 32, 4), torch.zeros(1, 20, 4), kind="giou")
+        pairwise_iou(torch.zeros(1, 32, 4), torch.zeros(1, 20, 4), kind="giou")
+    assert [one.name for one in launches] == ["policy_rows_kernel", "policy_totals_kernel", "_iou_kernel"]
+    assert (
+        launches[0].call == "policy_loss(logp=f32[1], advantage=f32[1], completion=i64[1], ref_logp=f32[1], beta=0.5)"
+    )
+    assert launches[2].call == "pairwise_iou(a=f32[1,32,4], b=f32[1,20,4], kind='giou')"
+    assert launches[0].compiled.src.constants  # n = 1 among them
+    names = launches[2].compiled.src.fn.arg_names
+    divisible = {names[path[0]] for path, attributes in launches[2].compiled.src.attrs.items() if attributes}
+    assert {"a", "b", "out", "n"} <= divisible
+    assert "m" not in divisible
 
 
-def test_divisible_size_gives_wider_access() -> None:
-    plain = _case(_copy_kernel, 1024)
-    hinted = plain._replace(signature={**plain.signature, "size": "i32:16"})
-    # only a size known to be divisible lets a whole vector share one mask
-    few, many = aot.compile_case(hinted, 90).instructions, aot.compile_case(plain, 90).instructions
-    assert few is not None
-    assert many is not None
-    assert few < many
+def test_a_backward_is_named_after_its_forward() -> None:
+    a = torch.zeros(1, 20, 4, requires_grad=True)
+    with aot.as_launched(80) as launches:
+        pairwise_iou(a, a.detach()).sum().backward()
+    call = "pairwise_iou(a=f32[1,20,4], b=f32[1,20,4])"
+    assert [one.call for one in launches] == [call, f"{call}, backward"]
 
 
-def test_wrong_argument_names_are_refused() -> None:
-    case = _case(_copy_kernel, 64)
-    with pytest.raises(ValueError, match=r"probe: unknown arguments \['sauce'\], missing arguments \['source'\]"):
-        aot.compile_case(case._replace(signature={"sauce": "*fp32", "target": "*fp32", "size": "i32"}), 90)
+def _launch(kernel, *arguments, **options) -> aot.Launch:
+    with aot.as_launched(90) as launches:
+        launch(kernel, 1)(*arguments, **options)
+    return launches[0]
+
+
+def test_gate_sees_a_spill_and_a_barrier_in_one_warp() -> None:
+    x = torch.zeros(65536)
+    assert "bytes of stack" in aot.problems(_launch(_hoarding_kernel, x, x, BLOCK=65536, num_warps=4))[0]
+    good = _launch(_hoarding_kernel, x, x, BLOCK=1024, num_warps=4)
+    assert good.barriers > 0
+    assert aot.problems(good) == []
+    assert "in a program of one warp" in aot.problems(good._replace(warps=1))[0]
+
+
+def test_divisible_sizes_give_wider_access() -> None:
+    x = torch.zeros(4096)
+    few, many = (_launch(_copy_kernel, x, x, size, BLOCK=1024) for size in (1024, 1023))
+    assert any(".128" in code for code in aot.instructions(few.compiled))
+    assert len(aot.instructions(few.compiled)) < len(aot.instructions(many.compiled))
+    assert 8 <= few.registers <= 64
+    assert (few.stack, few.shared, few.barriers, few.warps, few.programs) == (0, 0, 0, 4, 1)
+
+
+def test_the_stand_in_leaves_with_the_context() -> None:
+    from triton.runtime.driver import driver
+
+    before = driver._active
+    with pytest.raises(ValueError, match="cost: expected shape"), aot.as_launched(90):  # noqa: PT012
+        assert use_triton(torch.zeros(1))
+        linear_assignment(torch.zeros(1))
+    assert driver._active is before
+    assert not use_triton(torch.zeros(1))
+    cost = torch.rand(1, 4, 4)
+    assert linear_assignment(cost).match.sort().values.tolist() == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="arch: expected one of 80, 90, 100, got 75"), aot.as_launched(75):
+        pass
 
 
 def test_table_and_json(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    good, bad = _case(_copy_kernel, 1024), _case(_hoarding_kernel, 1024, max_shared=0)._replace(name="greedy")
-    assert [row["arch"] for row in aot.aot_table([good])] == list(aot.ARCHITECTURES)
-    monkeypatch.setattr(aot, "aot_cases", lambda: [good])
-    assert aot.main(["--json", str(tmp_path / "out" / "aot.json")]) == 0
+    x = torch.zeros(65536)
+    calls = {
+        "good": lambda: launch(_copy_kernel, 1)(x, x, 1024, BLOCK=1024),
+        "bad": lambda: launch(_hoarding_kernel, 1)(x, x, BLOCK=65536),
+    }
+    monkeypatch.setattr("fastrl_kernels._aot_calls.CALLS", calls)
+    assert aot.main(["--only", "good", "--json", str(tmp_path / "out" / "aot.json")]) == 0
     written = json.loads((tmp_path / "out" / "aot.json").read_text())
-    assert written["kernels"] == aot.aot_table([good])
-    monkeypatch.setattr(aot, "aot_cases", lambda: [good, bad])
-    assert aot.main(["--match", "greedy"]) == 1
-    assert "greedy on sm_80" in capsys.readouterr().err
+    assert [row["arch"] for row in written["kernels"]] == list(aot.ARCHITECTURES)
+    assert {"name", "registers", "stack", "shared", "barriers", "call", "instructions"} <= set(written["kernels"][0])
+    assert aot.main(["--only", "bad"]) == 1
+    assert "_hoarding_kernel on sm_80" in capsys.readouterr().err

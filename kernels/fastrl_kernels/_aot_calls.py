@@ -1,0 +1,197 @@
+"""The public API at the sizes users have, for ``aot``: who adds a kernel adds its calls here.
+
+A size changes what is compiled by being 1, by its divisibility by 16 and through launch configurations, so each group
+has sizes of every kind. What changes nothing (rows of a batch, the hidden size) is kept small: a CPU multiplies here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from fastrl_kernels.decode_attention import decode_attention
+from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
+from fastrl_kernels.detection_reward import detection_reward
+from fastrl_kernels.group_advantage import group_advantage
+from fastrl_kernels.linear_assignment import linear_assignment
+from fastrl_kernels.linear_logprob import linear_logprob
+from fastrl_kernels.linear_policy_loss import linear_policy_loss
+from fastrl_kernels.listwise_loss import listwise_loss
+from fastrl_kernels.pairwise_iou import KINDS, pairwise_iou
+from fastrl_kernels.policy_loss import policy_loss
+from fastrl_kernels.token_logprob import token_logprob
+from fastrl_kernels.unlikelihood_loss import unlikelihood_loss
+
+QWEN, LLAMA, GPT2 = 151936, 128256, 50257
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def _linear_logprob() -> None:
+    features = list(product((False, True), (None, 30.0), (False, True)))  # bias, softcap, entropy
+    points = [(QWEN, BF16, *chosen) for chosen in features]
+    points += [(v, dtype, False, None, True) for v in (QWEN, LLAMA, GPT2, 2000, 200) for dtype in (BF16, FP16, FP32)]
+    for (vocabulary, dtype, bias, softcap, entropy), rows in product(points, (1, 24)):
+        hidden = torch.zeros(rows, 16, dtype=dtype, requires_grad=True)
+        weight = torch.zeros(vocabulary, 16, dtype=dtype, requires_grad=True)
+        given = torch.zeros(vocabulary, dtype=dtype, requires_grad=True) if bias else None
+        target = torch.zeros(rows, dtype=torch.int64)
+        budgets = (1 << 30, 1 << 20) if rows > 1 and vocabulary >= GPT2 else (1 << 30,)
+        for budget in budgets:  # the whole vocabulary as one tile, and in slabs
+            options = {"bias": given, "softcap": softcap, "return_entropy": entropy, "scratch_bytes": budget}
+            out = linear_logprob(hidden, weight, target, temperature=0.7, **options)
+            (out.logp.sum() + (0 if out.entropy is None else out.entropy.sum())).backward()
+
+
+def _token_logprob() -> None:
+    for vocabulary, dtype, rows in product((QWEN, LLAMA, GPT2, 2000, 200), (BF16, FP16, FP32), (1, 3)):
+        if dtype != BF16 and vocabulary in (LLAMA, 200):
+            continue
+        for entropy, extra in product((False, True), (0, 1)):
+            logits = torch.zeros(rows, vocabulary + extra, dtype=dtype)[:, :vocabulary].requires_grad_()
+            out = token_logprob(logits, torch.zeros(rows, dtype=torch.int64), return_entropy=entropy)
+            (out.logp.sum() + (0 if out.entropy is None else out.entropy.sum())).backward()
+
+
+def _policy_calls() -> list[dict[str, object]]:
+    return [
+        {"old_logp": False, "ref_logp": False},
+        {},
+        {"dual_clip": 3.0, "beta": 0.04},
+        {"beta": torch.tensor(0.04), "kl": "k1"},
+        {"beta": 0.04, "kl": "k2", "importance": "truncate"},
+        {"loss": "cispo", "importance": "mask"},
+        {"loss": "sapo"},
+    ]
+
+
+def _policy_loss() -> None:
+    sequence = {"ratio": "sequence", "importance": "truncate", "importance_level": "sequence"}
+    calls = [*_policy_calls(), {"ratio": "sequence"}, sequence, sequence | {"loss": "sapo", "old_logp": False}]
+    for options, (n, c), dtype in product(calls, ((4096, 64), (1003, 7), (1, 1)), (FP32, BF16)):
+        logp = torch.zeros(n, dtype=dtype, requires_grad=True)
+        given = {name: logp.detach() for name in ("old_logp", "ref_logp") if options.get(name, True)}
+        if "importance" in options:
+            given["sampler_logp"] = logp.detach()
+        told = {name: value for name, value in options.items() if value is not False}
+        ids = torch.zeros(n, dtype=torch.int64 if dtype == FP32 else torch.int32)
+        policy_loss(logp, torch.zeros(c), ids, weight=torch.zeros(n), **given, **told).loss.backward()  # type: ignore[arg-type]
+
+
+def _linear_policy_loss() -> None:
+    for options, vocabulary in product(_policy_calls(), (QWEN, GPT2)):
+        hidden = torch.zeros(24, 16, dtype=BF16, requires_grad=True)
+        weight = torch.zeros(vocabulary, 16, dtype=BF16, requires_grad=True)
+        ids, logp = torch.zeros(24, dtype=torch.int64), torch.zeros(24)
+        given = {name: logp for name in ("old_logp", "ref_logp") if options.get(name, True)}
+        if "importance" in options:
+            given["sampler_logp"] = logp
+        told = {name: value for name, value in options.items() if value is not False}
+        linear_policy_loss(hidden, weight, ids, torch.zeros(4), ids, **given, **told).loss.backward()
+
+
+def _listwise_loss() -> None:
+    for kind, k, masked in product(("perpo", "listmle"), (1, 4, 16, 20, 64, 100, 256, 1000, 1024), (False, True)):
+        mask = torch.ones(2, k, dtype=torch.bool) if masked else None
+        listwise_loss(torch.zeros(2, k, requires_grad=True), torch.zeros(2, k), mask=mask, kind=kind).sum().backward()
+
+
+def _unlikelihood_loss() -> None:
+    for n, weighted, dtype in product((1, 1003, 4096), (False, True), (FP32, BF16)):
+        weight = torch.zeros(n) if weighted else None
+        unlikelihood_loss(torch.zeros(n, dtype=dtype, requires_grad=True), torch.zeros(n), weight=weight).backward()
+
+
+def _group_advantage() -> None:
+    baselines = (("mean", "std"), ("leave_one_out", "none"))
+    for (baseline, scale), (r, size), k in product(baselines, ((512, 8), (96, 6), (32, 16), (1, 1)), (1, 3)):
+        weights, rewards = torch.ones(k), torch.zeros(r, k)
+        options = {"weights": weights, "baseline": baseline, "scale": scale}
+        group_advantage(rewards, size, **options)
+        group_advantage(rewards, torch.zeros(r, dtype=torch.int64), n_groups=r // size, **options)
+    group_advantage(torch.zeros(512), 8)
+
+
+def _pairwise_iou() -> None:
+    sizes = ((300, 20), (320, 48), (16, 16), (100, 1), (1, 17))
+    for kind, reduce, (n, m), dtype in product(KINDS, (None, "max"), sizes, (FP32, BF16)):
+        a, b = torch.zeros(2, n, 4, dtype=dtype), torch.zeros(2, m, 4, dtype=dtype)
+        pairwise_iou(a.requires_grad_(), b.requires_grad_(), kind=kind, reduce=reduce).sum().backward()
+    pairwise_iou(torch.zeros(16, 4), torch.zeros(16, 4))
+
+
+def _linear_assignment() -> None:
+    sizes = [(1, 1), (8, 8), (20, 5), (32, 17), (64, 64), (100, 20), (128, 100), (300, 20), (300, 48), (320, 16)]
+    sizes += [(512, 48), (512, 512), (900, 30), (1024, 64), (2048, 100), (4096, 16), (4000, 31)]
+    for (n, m), turned, dtype in product(sizes, (False, True), (FP32, BF16)):
+        cost = torch.zeros(2, m, n, dtype=dtype).mT if turned else torch.zeros(2, n, m, dtype=dtype)
+        linear_assignment(cost)
+        counts = torch.full((2,), min(n, m))
+        linear_assignment(cost, n_rows=counts, n_cols=counts, maximize=True)
+    linear_assignment(torch.zeros(1, 300, 20))
+
+
+def _detection_reward() -> None:
+    points, boxes = (("point", 2),), (("iou", 4), ("point", 2))
+    for n in (1, 8, 32, 50, 64, 100, 128, 200, 256, 300, 512, 900, 1024, 2000, 2048):
+        for (metric, size), matching, labelled in product(boxes, ("optimal", "sequence"), (False, True)):
+            if matching == "sequence" and (metric, size) in points and labelled:
+                continue
+            for m, dtype in ((n, FP32), (20, BF16)):
+                counts, label = torch.full((2,), n), torch.zeros(2, n, dtype=torch.int64)
+                named = {"pred_label": label, "gt_label": label[:, :1].expand(2, m)} if labelled else {}
+                pred, gt = torch.zeros(2, n, size, dtype=dtype), torch.zeros(2, m, size, dtype=dtype)
+                detection_reward(pred, gt, counts, counts, metric=metric, matching=matching, scale=1414.0, **named)
+
+
+def _decode_attention() -> None:
+    heads = ((16, 2, 128), (28, 4, 128), (12, 2, 128), (16, 16, 80), (8, 2, 256), (32, 8, 64), (40, 8, 128))
+    for (hq, hkv, d), dtype, (rows, groups) in product(heads, (BF16, FP16, FP32), ((64, 8), (8, 1), (7, 7), (1, 1))):
+        if dtype != BF16 and (hq, hkv, d) in ((28, 4, 128), (40, 8, 128)):
+            continue
+
+        def cache(count: int, keys: int, hkv: int = hkv, d: int = d, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(count, hkv, keys, d, dtype=dtype)
+
+        for prompt, own in ((1200, 256), (1003, 33)):
+            prefix, mine, q = cache(groups, prompt), cache(rows, own), torch.empty(rows, hq, d, dtype=dtype)
+            decode_attention(q, prefix, prefix, mine, mine)
+
+
+def _add_rms_norm() -> None:
+    hiddens = (1536, 2048, 3584, 5120, 896)
+    for hidden, dtype, added, rows in product(hiddens, (BF16, FP16, FP32), (True, False), (1, 64)):
+        x = torch.zeros(rows, hidden, dtype=dtype)
+        add_rms_norm(x.clone(), x if added else None, torch.ones(hidden, dtype=dtype), 1e-6)
+
+
+def _rope_append() -> None:
+    for (hq, hkv, d), dtype, rows in product(((16, 2, 128), (12, 2, 80), (1, 1, 64)), (BF16, FP16, FP32), (1, 64)):
+        q, k = torch.zeros(rows, hq, d, dtype=dtype), torch.zeros(rows, hkv, d, dtype=dtype)
+        angle, cache = torch.zeros(rows, d // 2), torch.zeros(rows, hkv, 33, d, dtype=dtype)
+        rope_append(q, k, k, angle, angle, cache, cache.clone(), torch.zeros(1, dtype=torch.int64))
+
+
+def _silu_mul() -> None:
+    for size, dtype in product((11008, 18944, 4864, 1001), (BF16, FP16, FP32)):
+        silu_mul(torch.zeros(3, size, dtype=dtype), torch.zeros(3, size, dtype=dtype))
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "linear_logprob": _linear_logprob,
+    "token_logprob": _token_logprob,
+    "policy_loss": _policy_loss,
+    "linear_policy_loss": _linear_policy_loss,
+    "listwise_loss": _listwise_loss,
+    "unlikelihood_loss": _unlikelihood_loss,
+    "group_advantage": _group_advantage,
+    "pairwise_iou": _pairwise_iou,
+    "linear_assignment": _linear_assignment,
+    "detection_reward": _detection_reward,
+    "decode_attention": _decode_attention,
+    "add_rms_norm": _add_rms_norm,
+    "rope_append": _rope_append,
+    "silu_mul": _silu_mul,
+}
