@@ -15,14 +15,14 @@ def table(payload: dict[str, Any]) -> str:
     """Markdown, a line per kernel: the range over its configurations of registers, shared bytes and instructions."""
     kernels: dict[str, list[dict[str, Any]]] = {}
     for row in payload["kernels"]:
-        kernels.setdefault(row["name"].split("/")[0], []).append(row)
+        kernels.setdefault(row["name"], []).append(row)
     architectures = sorted({row["arch"] for row in payload["kernels"]})
-    head = ["kernel", "configurations", *(f"sm_{arch}" for arch in architectures), "spills"]
-    lines = [" | ".join(head), " | ".join(["---", *["--:"] * (len(head) - 1)])]
-    for name, rows in kernels.items():
+    head = ["kernel", "launched by", "compiled", *(f"sm_{arch}" for arch in architectures), "bytes of stack"]
+    lines = [" | ".join(head), " | ".join(["---", "---", *["--:"] * (len(head) - 2)])]
+    for name, rows in sorted(kernels.items()):
         cells = [_cell([row for row in rows if row["arch"] == arch]) for arch in architectures]
-        spills = sum(row["spills"] + row["stack"] for row in rows)
-        lines.append(" | ".join([f"`{name}`", str(len({row["name"] for row in rows})), *cells, str(spills)]))
+        callers = ", ".join(f"`{caller}`" for caller in sorted({row["call"].partition("(")[0] for row in rows}))
+        lines.append(" | ".join([f"`{name}`", callers, str(len(rows)), *cells, str(max(r["stack"] for r in rows))]))
     return "\n".join(f"| {line} |" for line in lines)
 
 

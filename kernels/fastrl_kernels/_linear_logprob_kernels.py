@@ -49,34 +49,78 @@ def _load_logits(row_pointer, bias, columns, mask, MASKED: tl.constexpr, HAS_BIA
 
 
 @triton.jit
+def _aligned_start(offset, PACK: tl.constexpr):
+    """The first multiple of PACK from ``offset`` on: a row of odd stride is read in whole words from there."""
+    return (offset + (PACK - 1)) // PACK * PACK
+
+
+@triton.jit
 def _fold_block(
-    m, r, w, row_pointer, bias, columns, end, softcap, scale,
+    m, r, w, x, bias, columns, mask, softcap, scale,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns into each lane's running (max, sum of the others, weighted sum), in units of log 2."""
-    mask = columns < end
-    z = _load_logits(row_pointer, bias, columns, mask, MASKED, HAS_BIAS)
-    if HAS_SOFTCAP:
-        z = softcap * _tanh(z / softcap)
-    z = z * scale
-    z = tl.where(z < -1.0e30, -1.0e30, z)  # a forbidden token (-inf) weighs nothing; NaN stays NaN
-    if MASKED:
-        z = tl.where(mask, z, -1.0e30)
-    d = z - m
-    e = tl.exp2(-tl.abs(d))
-    up = d > 0
+    """Raw logits [GROUPS, PACK] into each group's running (max, sum, weighted sum), in units of log 2."""
+    x = _tempered(x, bias, columns, mask, softcap, MASKED, HAS_BIAS, HAS_SOFTCAP)
+    new = tl.maximum(m, tl.max(x, 1) * scale)
+    d = x * scale - new[:, None]
+    e = tl.exp2(d)  # 0 for a forbidden token (-inf); NaN stays NaN
+    decay = tl.exp2(m - new)
     if HAS_ENTROPY:
-        w = tl.where(up, e * (w - d * (r + 1.0)), w + e * d)
-    r = tl.where(up, (r + 1.0) * e, r + e)
-    m = tl.where(up, z, m)
-    return m, r, w
+        w = decay * (w + (m - new) * r) + tl.sum(e * tl.maximum(d, -1.0e30), 1)
+    r = decay * r + tl.sum(e, 1)
+    return new, r, w
+
+
+@triton.jit
+def _tempered(x, bias, columns, mask, softcap, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Logits as fp32 with bias and softcap; -inf where masked."""
+    x = x.to(tl.float32)
+    if HAS_BIAS:
+        if MASKED:
+            x += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+        else:
+            x += tl.load(bias + columns).to(tl.float32)
+    if HAS_SOFTCAP:
+        x = softcap * _tanh(x / softcap)
+    if MASKED:
+        x = tl.where(mask, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _owner_rest(
+    row_pointer, bias, head, blocks, width, group, top, softcap, scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """Sum and weighted sum of one group once more, without one element that is its maximum ``top``."""
+    step = tl.arange(0, GROUPS)
+    lane = group * PACK + tl.arange(0, PACK)
+    rest = tl.zeros([GROUPS], tl.float32)
+    weighted = tl.zeros([GROUPS], tl.float32)
+    found = 0
+    for start in range(0, blocks + 2, GROUPS):  # its part of the row's head, of every whole block, and of the tail
+        i = start + step
+        columns = tl.where(i == 0, 0, head + (i - 1) * (GROUPS * PACK))[:, None] + lane[None, :]
+        mask = (i < blocks + 2)[:, None] & (columns < tl.where(i == 0, head, width)[:, None])
+        x = tl.load(row_pointer + columns, mask=mask, other=0.0)
+        z = _tempered(x, bias, columns, mask, softcap, True, HAS_BIAS, HAS_SOFTCAP) * scale  # pyright: ignore[reportOperatorIssue]
+        place = step[:, None] * PACK + tl.arange(0, PACK)[None, :]
+        first = tl.min(tl.where(z == top, place, GROUPS * PACK))
+        own = (place == first) & (found == 0)
+        found = tl.where(first < GROUPS * PACK, 1, found)
+        d = tl.maximum(z - top, -1.0e30)
+        e = tl.where(own, 0.0, tl.exp2(z - top))
+        rest += tl.sum(e, 1)
+        weighted += tl.sum(e * d, 1)
+    return tl.sum(rest, 0), tl.sum(weighted, 0)
 
 
 @triton.jit
 def linear_logprob_fold_kernel(
     tile, target, inverse_temperature, bias, state, logp, lse, entropy,
     tile_stride, state_stride, width, first_column, n_columns, ignore_index, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr, PACK: tl.constexpr,  # PACK: elements of a 128-bit word
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row)
@@ -85,23 +129,39 @@ def linear_logprob_fold_kernel(
     inv_t = tl.load(inverse_temperature + row)
     softcap = tl.cast(softcap, tl.float32)
     scale = inv_t * 1.4426950408889634
-    row_pointer = tile + row * tile_stride
+    offset = row * tile_stride
+    row_pointer = tile + offset
     bias += first_column
-    lanes = tl.arange(0, BLOCK)
-    m = tl.full([BLOCK], -1.0e30, tl.float32)
-    r = tl.zeros([BLOCK], tl.float32)
-    w = tl.zeros([BLOCK], tl.float32)
-    full = width // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):  # no mask: aligned rows are read in 128-bit words whatever the vocabulary size
-        m, r, w = _fold_block(
-            m, r, w, row_pointer, bias, start + lanes, width, softcap, scale, False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY
-        )
-    if full < width:
-        m, r, w = _fold_block(
-            m, r, w, row_pointer, bias, full + lanes, width, softcap, scale, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY
-        )
+    GROUPS: tl.constexpr = BLOCK // PACK
+    group = tl.arange(0, GROUPS)
+    lanes = group[:, None] * PACK + tl.arange(0, PACK)[None, :]
+    m = tl.full([GROUPS], -1.0e30, tl.float32)
+    r = tl.zeros([GROUPS], tl.float32)
+    w = tl.zeros([GROUPS], tl.float32)
+    aligned = _aligned_start(offset, PACK)
+    head = tl.minimum((aligned - offset).to(tl.int32), width)
+    blocks = (width - head) // BLOCK
+    if head > 0:
+        mask = lanes < head
+        x = tl.load(row_pointer + lanes, mask=mask, other=0.0)
+        m, r, w = _fold_block(m, r, w, x, bias, lanes, mask, softcap, scale, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY)
+    if blocks > 0:
+        body = tile + aligned + lanes
+        x = tl.load(body)
+        for start in range(blocks):  # the next block's words are on their way while this one's are folded
+            ahead = tl.load(body + tl.minimum(start + 1, blocks - 1) * BLOCK)
+            m, r, w = _fold_block(
+                m, r, w, x, bias, head + start * BLOCK + lanes, lanes < BLOCK, softcap, scale,
+                False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+            )  # fmt: skip
+            x = ahead
+    if head + blocks * BLOCK < width:
+        columns = head + blocks * BLOCK + lanes
+        mask = columns < width
+        x = tl.load(row_pointer + columns, mask=mask, other=0.0)
+        m, r, w = _fold_block(m, r, w, x, bias, columns, mask, softcap, scale, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY)
 
-    # lanes, then the slabs before this one
+    # groups, then the slabs before this one
     seen = first_column > 0
     state += row
     m0 = tl.load(state, mask=seen, other=-1.0e30)
@@ -111,9 +171,15 @@ def linear_logprob_fold_kernel(
     top = tl.maximum(here_top, m0)
     a = tl.exp2(m - top)
     a0 = tl.exp2(m0 - top)
-    owner = tl.min(tl.where(m == here_top, lanes, BLOCK), 0)  # the lane whose own 1 is the maximum, not one of the rest
-    rest = tl.sum(tl.where(lanes == owner, r, r + 1.0) * a, 0)
-    rest += tl.where(here_top >= m0, (r0 + 1.0) * a0, r0 + tl.exp2(here_top - top))
+    a_here = tl.exp2(here_top - top)
+    # The group that holds the maximum is summed anew without it: what is left beside a 1 would have been rounded away.
+    owner = tl.min(tl.where(m == here_top, group, GROUPS), 0)
+    rest, weighted = _owner_rest(  # pyright: ignore[reportGeneralTypeIssues]
+        row_pointer, bias, head, blocks, width, owner, here_top, softcap, scale, HAS_BIAS, HAS_SOFTCAP, GROUPS, PACK
+    )
+    weighted = a_here * (weighted + (here_top - top) * (rest + 1.0))
+    rest = a_here * rest + tl.sum(tl.where(group == owner, 0.0, r * a), 0)
+    rest += tl.where(here_top >= m0, (r0 + 1.0) * a0, r0 + a_here)
     rest = tl.where(ignored, 0.0, rest)
     column = wanted - first_column
     here = (column >= 0) & (column < width)
@@ -125,9 +191,8 @@ def linear_logprob_fold_kernel(
     z_target = tl.where(here, z * scale, z0)
     if HAS_ENTROPY:
         w0 = tl.load(state + 2 * state_stride, mask=seen, other=0.0)
-        weighted = tl.sum(a * (w + (m - top) * (r + 1.0)), 0) + a0 * (w0 + (m0 - top) * (r0 + 1.0))
-    else:
-        weighted = 0.0
+        weighted += tl.sum(tl.where(group == owner, 0.0, a * (w + (m - top) * r)), 0)
+        weighted += a0 * (w0 + (m0 - top) * (r0 + 1.0))
 
     if first_column + width < n_columns:
         tl.store(state, top)
@@ -174,7 +239,9 @@ def _differentiate_block(
 def linear_logprob_gradient_kernel(
     tile, out, target, inverse_temperature, bias, logp, lse, entropy, grad_logp, grad_entropy,
     tile_stride, out_stride, width, first_column, ignore_index, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr, PACK: tl.constexpr,  # PACK: elements of a 128-bit word
+    SAME_STRIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row)
@@ -186,13 +253,26 @@ def linear_logprob_gradient_kernel(
         big_h = tl.load(entropy + row)
     nothing = (wanted == ignore_index) | ((g == 0.0) & (h == 0.0))
     lanes = tl.arange(0, BLOCK)
-    out_pointer = out + row * out_stride
+    offset = row * out_stride
+    out_pointer = out + offset
+    aligned = _aligned_start(offset, PACK)
+    head = tl.minimum((aligned - offset).to(tl.int32), width)
+    blocks = (width - head) // BLOCK
+    out_body = out + aligned
     if nothing:
         zero = tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty)
-        for start in range(0, width, BLOCK):
-            tl.store(out_pointer + start + lanes, zero, mask=start + lanes < width)
+        if head > 0:
+            tl.store(out_pointer + lanes, zero, mask=lanes < head)
+        for i in range(blocks):
+            tl.store(out_body + i * BLOCK + lanes, zero)
+        after = head + blocks * BLOCK + lanes
+        tl.store(out_pointer + after, zero, mask=after < width)
     else:
         row_pointer = tile + row * tile_stride
+        if SAME_STRIDE:
+            body = tile + aligned
+        else:
+            body = row_pointer + head
         bias += first_column
         inv_t = tl.load(inverse_temperature + row)
         softcap = tl.cast(softcap, tl.float32)
@@ -204,16 +284,20 @@ def linear_logprob_gradient_kernel(
         at_target = g * rest
         if HAS_ENTROPY:
             at_target -= h * (1.0 - rest) * (log_p + big_h)
-        full = width // BLOCK * BLOCK
-        for start in range(0, full, BLOCK):
+        if head > 0:
             _differentiate_block(
-                row_pointer, out_pointer, bias, start + lanes, width, column, at_target, log_total, big_h, g, h,
-                softcap, inv_t, False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
-            )  # fmt: skip
-        if full < width:
-            _differentiate_block(
-                row_pointer, out_pointer, bias, full + lanes, width, column, at_target, log_total, big_h, g, h,
+                row_pointer, out_pointer, bias, lanes, head, column, at_target, log_total, big_h, g, h,
                 softcap, inv_t, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+            )  # fmt: skip
+        for i in range(blocks):
+            _differentiate_block(
+                body, out_body, bias + head, i * BLOCK + lanes, width, column - head, at_target, log_total, big_h,
+                g, h, softcap, inv_t, False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+            )  # fmt: skip
+        if head + blocks * BLOCK < width:
+            _differentiate_block(
+                row_pointer, out_pointer, bias, head + blocks * BLOCK + lanes, width, column, at_target, log_total,
+                big_h, g, h, softcap, inv_t, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
             )  # fmt: skip
 
 
@@ -237,7 +321,7 @@ def launch_fold(tile: Tensor, first_column: int, options: Any, rows: Any, state:
         tile.stride(0), state.stride(0), width, first_column, options.n_columns, options.ignore_index,
         options.softcap or 1.0,
         HAS_BIAS=options.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_ENTROPY=has_entropy,
-        BLOCK=block, num_warps=warps,
+        BLOCK=block, PACK=16 // tile.element_size(), num_warps=warps,
     )  # fmt: skip
 
 
@@ -260,5 +344,5 @@ def launch_gradient(
         grad_logp, grad_entropy if has_entropy else grad_logp,
         tile.stride(0), out.stride(0), width, first_column, options.ignore_index, options.softcap or 1.0,
         HAS_BIAS=options.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_ENTROPY=has_entropy,
-        BLOCK=block, num_warps=warps,
+        BLOCK=block, PACK=16 // tile.element_size(), SAME_STRIDE=tile.stride(0) == out.stride(0), num_warps=warps,
     )  # fmt: skip

@@ -106,7 +106,7 @@ def _decode_split_kernel(
         split = program % prefix_splits
         block = program // prefix_splits % m_blocks
         pair = program // (prefix_splits * m_blocks)
-        key_head = pair % heads
+        key_head = (pair % heads).to(tl.int64)
         group = (pair // heads).to(tl.int64)
         first = tl.load(row_offsets + group)
         stop_row = tl.load(row_offsets + group + 1)
@@ -125,7 +125,7 @@ def _decode_split_kernel(
         own = program - prefix_programs
         split = own % own_splits
         pair = own // own_splits
-        key_head = pair % heads
+        key_head = (pair % heads).to(tl.int64)
         m = tl.arange(0, BLOCK_OWN)
         one = (pair // heads).to(tl.int64)
         base = one * own_row + key_head * own_head
@@ -238,6 +238,7 @@ def _decode_attention_op(
         *q.stride()[:2], *prefix_k.stride()[:3], *own_k.stride()[:3],
         GQ=hq // hkv, D=d, BLOCK_M=cfg.block_m, BLOCK_OWN=cfg.block_own, BLOCK_N=cfg.block_n, BLOCK_D=cfg.block_d,
         PRECISION="ieee", num_warps=cfg.num_warps, num_stages=cfg.num_stages,
+        maxnreg=255 if q.element_size() == 4 and cfg.num_warps == 8 else None,  # else ptxas spills on sm_80
     )  # fmt: skip
     block_s = _power_of_2(splits)
     launch(_decode_merge_kernel, r * hq)(

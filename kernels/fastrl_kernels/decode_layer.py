@@ -72,7 +72,7 @@ def _rope_append_kernel(
     """One query head of one row, or one of its key heads with the value."""
     heads = query_heads + key_heads
     row = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < HALF
     c = tl.load(cos + row * HALF + i, mask=inside, other=0.0).to(tl.float32)

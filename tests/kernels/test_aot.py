@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 
 import pytest
 import torch
 
 import fastrl_kernels
-from fastrl_kernels import aot, linear_assignment, pairwise_iou, policy_loss
+from fastrl_kernels import aot, linear_assignment, pairwise_iou, policy_loss, token_logprob
 from fastrl_kernels._aot_calls import CALLS
 from fastrl_kernels._common import interpreting, launch, use_triton
 from fastrl_kernels._triton import HAS_TRITON, tl, triton
@@ -79,6 +81,65 @@ def test_a_backward_is_named_after_its_forward() -> None:
         pairwise_iou(a, a.detach()).sum().backward()
     call = "pairwise_iou(a=f32[1,20,4], b=f32[1,20,4])"
     assert [one.call for one in launches] == [call, f"{call}, backward"]
+
+
+def _loops(compiled) -> list[list[str]]:
+    """The bodies of a kernel's loops, innermost ones first: instructions up to a branch back."""
+    lines = []
+    for line in aot._cuobjdump(compiled.asm["cubin"], "-sass").splitlines():
+        match = re.match(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.+?)\s*;", line)
+        if match:
+            lines.append((int(match[1], 16), match[2]))
+    bodies = []
+    for address, code in lines:
+        back = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", code)
+        if back and int(back[1], 16) < address:
+            bodies.append([text for at, text in lines if int(back[1], 16) <= at <= address])
+    return sorted(bodies, key=len)
+
+
+def _words(body: list[str], kind: str) -> Counter:
+    """Memory instructions of a kind by the bits that each moves."""
+    found = [re.search(rf"\b{kind}\.E((?:\.\w+)*)", code) for code in body]
+    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+    return Counter(next((widths[p] for p in m[1].split(".") if p in widths), 32) for m in found if m)
+
+
+def _head_launches(vocabulary: int) -> dict[str, aot.Launch]:
+    with aot.as_launched(90) as launches:
+        logits = torch.zeros(3, vocabulary, dtype=torch.bfloat16, requires_grad=True)
+        out = token_logprob(logits, torch.zeros(3, dtype=torch.int64), return_entropy=True)
+        (out.logp.sum() + out.entropy.sum()).backward()
+    return {one.name: one for one in launches}
+
+
+ELEMENTS = 4096 // (8 * 32)  # of a thread in one turn of the loop
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("vocabulary", [151936, 50257])
+def test_fold_takes_at_most_12_instructions_an_element_with_loads_in_flight(vocabulary: int) -> None:
+    loops = _loops(_head_launches(vocabulary)["linear_logprob_fold_kernel"].compiled)
+    (body,) = [body for body in loops if _words(body, "LDG") == {128: 2} and "MUFU.EX2" in " ".join(body)][:1]
+    assert len(body) <= 12 * ELEMENTS
+    loads = [i for i, code in enumerate(body) if "LDG" in code]
+    for i in loads:  # its words are wanted a whole block of arithmetic later, if not in the next turn
+        register = int(re.search(r"LDG\S+ R(\d+)", body[i])[1])
+        wanted = re.compile("|".join(rf"\bR{register + k}\b" for k in range(4)))
+        used = [j for j in range(i + 1, len(body)) if wanted.search(body[j].partition(",")[2])]
+        assert not used or used[0] - i > 4 * ELEMENTS
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("vocabulary", [151936, 50257])
+def test_gradients_and_zeros_move_in_128_bit_words(vocabulary: int) -> None:
+    compiled = _head_launches(vocabulary)["linear_logprob_gradient_kernel"].compiled
+    stores = [_words(body, "STG") for body in _loops(compiled)]
+    assert len(stores) >= 2  # of zeros, and of gradients
+    assert all(set(words) == {128} for words in stores)
+    loads = [_words(body, "LDG") for body in _loops(compiled)]
+    assert sum(words[128] for words in loads) >= 2
+    assert all(set(words) <= {128} for words in loads)
 
 
 def _launch(kernel, *arguments, **options) -> aot.Launch:
