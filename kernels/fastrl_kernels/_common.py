@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastrl_kernels._triton import HAS_TRITON
 
@@ -65,6 +66,29 @@ def readable(tensor: Tensor) -> bool:
     """True where a tensor's numbers can be looked at for free: on the CPU, neither traced nor a stand-in (fake)."""
     plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
     return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """Raise where a tensor carries a tangent: an operator would drop it, and the derivative be 0 without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{name}: has no forward-mode derivative; use fastrl_kernels.reference.{name}_reference, or reverse mode"
+        )
+
+
+class Once(torch.autograd.Function):
+    """A first derivative whose own derivative raises instead of being 0. Applied to (gradient, at, name)."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, at: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"{ctx.name}: has no second derivative")
 
 
 def check(condition: bool, message: str) -> None:

@@ -1,11 +1,12 @@
 """Triton kernels of the head: fold a slab of logits into row statistics, turn a slab into its gradient in place.
 
-The mathematics stands in ``_linear_logprob_tiles``. Forward: one program per row reads the slab once. Each lane keeps
-its own running (max, sum of the others, weighted sum) and spends one exponential per element, ``e = exp(-|z - m|)``,
-which rescales either the sums or the new term; lanes meet once at the end, so the loop has no barrier. Backward:
-elementwise given the row's log-sum-exp; read once, written once, rounded once. Both loops run unmasked over whole
-blocks and masked over the rest, so aligned rows move in 128-bit words whatever the vocabulary size. Grids are 1-D and
-row offsets 64-bit.
+The mathematics stands in ``_linear_logprob_tiles``. Forward: one program per row reads the slab once. The elements of
+one 128-bit word form a group with a running (max, sum, weighted sum), rescaled once a word; groups meet once at the
+end, so the loop has no barrier, and the next block is loaded while one is folded. Sums that hold the row's maximum
+itself would round what is beside it away: that one group is summed anew without it, a block's work per row. Backward:
+elementwise given the row's log-sum-exp; read once, written once, rounded once. Loops start at the row's first whole
+word and run unmasked over whole blocks, so all but a row's ends moves in 128-bit words, whatever its stride and size.
+Grids are 1-D and row offsets 64-bit.
 """
 
 from __future__ import annotations
@@ -307,7 +308,7 @@ def launch_config(width: int) -> tuple[int, int]:
         return 4096, 8
     if width > 256:
         return 1024, 4
-    return 256, 1
+    return 256, 2
 
 
 def launch_fold(tile: Tensor, first_column: int, options: Any, rows: Any, state: Tensor) -> None:

@@ -27,7 +27,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels import _linear_logprob_backward, _linear_logprob_driver
-from fastrl_kernels._common import FLOATS, check, check_dtype, check_number, check_same_device, check_shape
+from fastrl_kernels._common import (
+    FLOATS,
+    check,
+    check_dtype,
+    check_number,
+    check_same_device,
+    check_shape,
+    refuse_forward_mode,
+)
 from fastrl_kernels._dtensor import is_dtensor
 from fastrl_kernels._linear_logprob_backward import Needs
 from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype
@@ -226,6 +234,7 @@ def linear_logprob(
     hidden, weight = autocast_pair(hidden, weight)
     lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else lora
     _check_arguments(hidden, weight, target, bias, rows, lora_a, lora_b, softcap, scratch_bytes)
+    refuse_forward_mode("linear_logprob", hidden, weight, bias, lora_a, lora_b)
     per_row, value = row_temperature(temperature, target)
     logp, entropy, _ = _forward_op(
         hidden, weight, target, bias, per_row, lora_a, lora_b, rows, value, float(lora_scale),

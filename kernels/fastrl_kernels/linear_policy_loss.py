@@ -25,10 +25,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from fastrl_kernels._common import FLOATS, check, check_dtype, check_number, check_same_device, check_shape
+from fastrl_kernels._common import (
+    FLOATS,
+    check,
+    check_dtype,
+    check_number,
+    check_same_device,
+    check_shape,
+    refuse_forward_mode,
+)
 from fastrl_kernels._linear_logprob_driver import (
     EAGER_ROWS,
     Head,
@@ -289,8 +296,9 @@ def _attach_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
 
 
-@once_differentiable
 def _attach_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise NotImplementedError("linear_policy_loss: has no second derivative; use policy_loss(linear_logprob(...))")
     factor = grad / ctx.grad_scale
     made = []
     for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[1:4], strict=True):
@@ -367,6 +375,7 @@ def linear_policy_loss(
     tensors = tensors._replace(weight=weight)
     known = old_logp is not None or not chosen.needs_sums
     check(known, "importance_level: 'sequence' needs old_logp here, where rows are finished in chunks")
+    refuse_forward_mode("linear_policy_loss", hidden, head_weight, bias)
     plain, numbers = chosen.split(hidden)
     learning = torch.is_grad_enabled()
     needs = [learning and tensor is not None and tensor.requires_grad for tensor in (hidden, head_weight, bias)]

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl_kernels._common import (
     FLOATS,
+    Once,
     check,
     check_dtype,
     check_number,
@@ -37,6 +37,7 @@ from fastrl_kernels._common import (
     check_shape,
     launch,
     readable,
+    refuse_forward_mode,
     use_triton,
 )
 from fastrl_kernels._numerics import sigmoid, softplus
@@ -165,14 +166,13 @@ def _(score: Tensor, reward: Tensor, mask: Tensor | None, listmle: bool, beta: f
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-    ctx.score_dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1], inputs[0])
 
 
-@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor, grad_grad: Any) -> Any:
-    (grad,) = ctx.saved_tensors
-    return (grad * grad_loss.unsqueeze(1)).to(ctx.score_dtype), None, None, None, None, None
+    grad, score = ctx.saved_tensors
+    made = (grad * grad_loss.unsqueeze(1)).to(score.dtype)
+    return Once.apply(made, score, "listwise_loss") if torch.is_grad_enabled() else made, None, None, None, None, None
 
 
 _listwise_op.register_autograd(_backward, setup_context=_setup)
@@ -190,7 +190,8 @@ def listwise_loss(
     """Loss of each list of scored answers; formulas and gradients at the top of this file.
 
     Args:
-        score: ``[B, K]``, K <= 1024 (fp32, bf16, fp16; float64 runs eagerly). First derivatives only.
+        score: ``[B, K]``, K <= 1024 (fp32, bf16, fp16; float64 runs eagerly). A second
+            derivative raises.
         reward: ``[B, K]``, finite constants; only their order matters to ``"listmle"``.
         mask: ``[B, K]`` bool, False items do not exist (and may hold NaN).
         kind: ``"perpo"`` or ``"listmle"``.
@@ -205,6 +206,7 @@ def listwise_loss(
         finite.
     """
     _check_arguments(score, reward, mask, kind, beta, gamma)
+    refuse_forward_mode("listwise_loss", score)
     return _listwise_op(score, reward, mask, kind == "listmle", float(beta), float(gamma))[0]
 
 

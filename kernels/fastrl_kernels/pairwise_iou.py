@@ -36,6 +36,7 @@ from fastrl_kernels._common import (
     check_same_device,
     check_shape,
     launch,
+    refuse_forward_mode,
     use_triton,
 )
 from fastrl_kernels._triton import tl, triton
@@ -264,6 +265,7 @@ def pairwise_iou(
     _check_arguments(a, b, kind, n_a, n_b, reduce)
     if not use_triton(a) or a.dtype == torch.float64:
         return pairwise_iou_reference(a, b, kind=kind, n_a=n_a, n_b=n_b, reduce=reduce)
+    refuse_forward_mode("pairwise_iou", a, b)
     lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     n, m = a.shape[-2], b.shape[-2]
     problems = math.prod(lead)

@@ -30,9 +30,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastrl_kernels._common import FLOATS, check, check_dtype, check_shape
+from fastrl_kernels._common import FLOATS, Once, check, check_dtype, check_shape, refuse_forward_mode
 from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, options_schema
 from fastrl_kernels._policy_rows import LOG_RATIO_LIMIT, policy_row_terms, policy_totals
 from fastrl_kernels.token_weights import token_weights
@@ -86,14 +85,14 @@ def _(logp: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     _, metrics, dlogp = output
     ctx.mark_non_differentiable(metrics, dlogp)
-    ctx.save_for_backward(dlogp)
-    ctx.logp_dtype, ctx.count = inputs[0].dtype, len(inputs)
+    ctx.save_for_backward(dlogp, inputs[0])
+    ctx.count = len(inputs)
 
 
-@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor, grad_metrics: Any, grad_dlogp: Any) -> Any:
-    (dlogp,) = ctx.saved_tensors
-    return ((dlogp * grad_loss).to(ctx.logp_dtype), *[None] * (ctx.count - 1))
+    dlogp, logp = ctx.saved_tensors
+    made = (dlogp * grad_loss).to(logp.dtype)
+    return (Once.apply(made, logp, "policy_loss") if torch.is_grad_enabled() else made, *[None] * (ctx.count - 1))
 
 
 _policy_loss_op.register_autograd(_backward, setup_context=_setup)
@@ -127,7 +126,8 @@ def policy_loss(
     """Policy-gradient loss with optional KL penalty; formulas and gradients at the top of this file.
 
     Args:
-        logp: ``[N]`` log-probs of the taken tokens (fp32, bf16, fp16; float64 runs eagerly). First derivatives only.
+        logp: ``[N]`` log-probs of the taken tokens (fp32, bf16, fp16; float64 runs eagerly). A second derivative
+            raises (``policy_loss_reference`` has all).
         advantage: ``[C]``, one per completion. Constant, as are all tensors below.
         completion: ``[N]`` int64 or int32, the completion of each row, any order. Negative: padding. ``>= C``: an error
             on CPU, padding on GPU (no host read).
@@ -163,6 +163,7 @@ def policy_loss(
     )  # fmt: skip
     tensors = _tensors(logp, advantage, completion, old_logp, ref_logp, sampler_logp, weight, aggregate, normalizer)
     options.check(ref_logp, sampler_logp)
+    refuse_forward_mode("policy_loss", logp)
     plain, numbers = options.split(logp)
     value, metrics, _ = _policy_loss_op(logp, *tensors, numbers, *plain)
     return PolicyLoss(value, *metrics.unbind())

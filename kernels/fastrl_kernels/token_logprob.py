@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import FLOATS, check, check_dtype, check_number, check_same_device, check_shape
+from fastrl_kernels._common import (
+    FLOATS,
+    check,
+    check_dtype,
+    check_number,
+    check_same_device,
+    check_shape,
+    refuse_forward_mode,
+)
 from fastrl_kernels._linear_logprob_driver import accumulator_dtype, ranges
 from fastrl_kernels._linear_logprob_tiles import (
     NO_IGNORE,
@@ -257,6 +265,7 @@ def token_logprob(
     check_shape("target", target, (logits.shape[0],))
     check_dtype("target", target, (torch.int64,))
     check_same_device(logits=logits, target=target)
+    refuse_forward_mode("token_logprob", logits)
     per_row, value = row_temperature(temperature, target)
     op = _forward_op
     if inplace_backward and logits.requires_grad:

@@ -24,7 +24,6 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastrl_kernels._common import (
     FLOATS,
@@ -33,6 +32,7 @@ from fastrl_kernels._common import (
     check_same_device,
     check_shape,
     launch,
+    refuse_forward_mode,
     use_triton,
 )
 from fastrl_kernels._numerics import expm1_tail, log1p_unit
@@ -109,15 +109,16 @@ def _(logp: Tensor, sigma: Tensor, weight: Tensor | None, alpha: float) -> tuple
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.alpha = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-    ctx.logp_dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1], *tensors)
 
 
-@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor, grad_dlogp: Any) -> Any:
-    (dlogp,) = ctx.saved_tensors
-    return (dlogp * grad_loss).to(ctx.logp_dtype), None, None, None
+    dlogp, logp, sigma, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a derivative of this one may be asked for: the same number, as torch's own operators
+        dlogp = _eager(logp, sigma, weight, ctx.alpha)[1]
+    return (dlogp * grad_loss).to(logp.dtype), None, None, None
 
 
 _unlikelihood_op.register_autograd(_backward, setup_context=_setup)
@@ -127,7 +128,8 @@ def unlikelihood_loss(logp: Tensor, sigma: Tensor, *, alpha: float = 10.0, weigh
     """Reflective unlikelihood over tokens; formula, gradient and bounds at the top of this file.
 
     Args:
-        logp: ``[N]`` log-probs of the target tokens (fp32, bf16, fp16; float64 runs eagerly). First derivatives only.
+        logp: ``[N]`` log-probs of the target tokens (fp32, bf16, fp16; float64 runs eagerly). Derivatives of
+            every order.
         sigma: ``[N]`` in [0, 1], the reward of the token's turn over its maximum. Constant.
         alpha: weight of the unlikelihood term, >= 0.
         weight: ``[N]`` constants, 0 = masked, for instance from ``token_weights``. Default: the mean over rows.
@@ -139,6 +141,7 @@ def unlikelihood_loss(logp: Tensor, sigma: Tensor, *, alpha: float = 10.0, weigh
         ValueError, TypeError: wrong shape, dtype, device or ``alpha``.
     """
     _check_arguments(logp, sigma, weight, alpha)
+    refuse_forward_mode("unlikelihood_loss", logp)
     return _unlikelihood_op(logp, sigma, weight, float(alpha))[0]
 
 
@@ -147,9 +150,7 @@ def unlikelihood_loss_reference(
 ) -> Tensor:
     """``unlikelihood_loss`` in plain torch on any device: float64 inside, float64 out for float64 in."""
     _check_arguments(logp, sigma, weight, alpha)
-    fixed = logp.detach()
-    loss, dlogp = _eager(fixed, sigma, weight, alpha)
-    return loss + (dlogp * torch.where(dlogp != 0, logp - fixed, 0.0)).sum()
+    return _eager(logp, sigma, weight, alpha)[0]
 
 
 def _eager(logp: Tensor, sigma: Tensor, weight: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:
@@ -161,9 +162,9 @@ def _eager(logp: Tensor, sigma: Tensor, weight: Tensor | None, alpha: float) -> 
     capped = value.clamp(max=MAX_LOGP)
     near = capped > -math.log(2)
     small = torch.where(near, capped, -1.0)
-    slope = 1 / torch.expm1(-capped)
+    slope = 1 / torch.expm1(-capped)  # its own derivative is 0 where the tangent goes on
     log1mexp = torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(capped)))
-    log1mexp = log1mexp - slope * torch.where(value > capped, value - capped, 0.0)
+    log1mexp = log1mexp - slope.detach() * torch.where(value > capped, value - capped, 0.0)
     against = alpha * (1 - s)
     pull = torch.where(s != 0, s * value, 0.0)
     push = torch.where(against != 0, against * log1mexp, 0.0)
