@@ -114,13 +114,13 @@ def test_figure_needs_a_measured_peer(tmp_path: Path) -> None:
 
 
 def test_ahead_of_time_table() -> None:
-    one = {"name": "k/a", "arch": 80, "warps": 4, "registers": 32, "stack": 0, "spills": 0, "shared": 0}
+    one = {"name": "k", "arch": 80, "warps": 4, "registers": 32, "stack": 0, "shared": 0, "call": "f(x=f32[1])"}
     one |= {"instructions": 99, "barriers": 0}
-    other = one | {"name": "k/b", "registers": 64, "spills": 3}
+    other = one | {"registers": 64, "stack": 8, "call": "g(x=f32[1]), backward"}
     payload = {"triton": "3.7.1", "kernels": [one, other, one | {"arch": 90, "registers": 40}]}
     document = f"before\n{aot_table.BEGIN}\nold\n{aot_table.END}\nafter\n"
     found = aot_table.embed(document, payload)
-    assert "| `k` | 2 | 32–64 / 0 / 99 | 40 / 0 / 99 | 3 |" in found
+    assert "| `k` | `f`, `g` | 3 | 32–64 / 0 / 99 | 40 / 0 / 99 | 8 |" in found
     assert "old" not in found
     assert found.startswith("before\n")
     assert found.endswith("after\n")

@@ -55,12 +55,12 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "unlikelihood"])  # which has one
 def test_a_second_derivative_raises_instead_of_being_wrong(name: str) -> None:
     x = torch.tensor([-1.0, -2.0, -0.5, -1.5], requires_grad=True)
-    (first,) = torch.autograd.grad(LOSSES[name](x) ** 2, x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.square().sum(), x)
+    with pytest.raises(RuntimeError):  # noqa: PT012 (gradients made in the forward are refused a graph at once)
+        (first,) = torch.autograd.grad(LOSSES[name](x) ** 2, x, create_graph=True)
+        torch.autograd.grad(first.square().sum() + x.sum(), x)
 
 
 def losses_on(device: str) -> dict[str, Any]:

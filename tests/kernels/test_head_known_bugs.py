@@ -227,8 +227,8 @@ def test_flash_attention_labels_of_any_stride_and_alignment() -> None:
 def test_trl_sizes_and_temperatures_do_not_recompile() -> None:
     for kernel in (kernels.linear_logprob_fold_kernel, kernels.linear_logprob_gradient_kernel):
         constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-        assert constants == {"HAS_BIAS", "HAS_SOFTCAP", "HAS_ENTROPY", "BLOCK"}
-    assert {kernels.launch_config(v) for v in range(1, 9000)} == {(256, 1), (1024, 4), (4096, 8)}
+        assert constants - {"SAME_STRIDE"} == {"HAS_BIAS", "HAS_SOFTCAP", "HAS_ENTROPY", "BLOCK", "PACK"}
+    assert {kernels.launch_config(v) for v in range(1, 9000)} == {(256, 2), (1024, 4), (4096, 8)}
 
 
 def test_trl_temperature_may_differ_per_row() -> None:
