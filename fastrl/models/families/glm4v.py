@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar
+
+from torch import Tensor, nn
 
 from fastrl.models.families.qwen2_vl import Qwen2VL, QwenPreprocessor, within
 
@@ -49,6 +52,12 @@ class Glm4V(Qwen2VL):
 
         return QwenPreprocessor(within(folder_processor(self.processor_class(), folder), min_pixels, max_pixels))
 
+    def prepare(self, core: Any) -> None:
+        """As Qwen2-VL's; lengths, which a plan's attention reads on the host, follow the patches to their device."""
+        super().prepare(core)
+        embeddings: Any = self.parts(core).vision.embeddings
+        embeddings.forward = MethodType(_place_patches, embeddings)
+
     def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], generate: bool, end: str) -> str:
         """An answer at the end is closed as one that is answered: by the other side's turn."""
         text = super().render(tokenizer, messages, generate, end)
@@ -84,3 +93,8 @@ class Glm46V(Glm4V):
         from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 
         return Glm46VImageProcessorPil
+
+
+def _place_patches(self: nn.Module, embeddings: Tensor, lengths: Any, *places: Any) -> Tensor:
+    lengths = lengths.to(embeddings.device) if isinstance(lengths, Tensor) else lengths
+    return type(self).forward(self, embeddings, lengths, *places)
