@@ -182,7 +182,7 @@ def _config(
     block_d = max(16, _power_of_2(d))
     wide = block_d > 128 or itemsize == 4  # fp32 products run on the ordinary cores, from registers
     block_m = min(max(16, _power_of_2(max_rows * gq)), 16 if wide else 64)
-    block_n = 32 if wide else 64
+    block_n = 16 if itemsize == 4 and block_d > 128 else 32 if wide else 64  # wider ones spill
     m_blocks = -(-max_rows * gq // block_m)
 
     def split(keys: int, programs: int) -> tuple[int, int]:
@@ -238,7 +238,6 @@ def _decode_attention_op(
         *q.stride()[:2], *prefix_k.stride()[:3], *own_k.stride()[:3],
         GQ=hq // hkv, D=d, BLOCK_M=cfg.block_m, BLOCK_OWN=cfg.block_own, BLOCK_N=cfg.block_n, BLOCK_D=cfg.block_d,
         PRECISION="ieee", num_warps=cfg.num_warps, num_stages=cfg.num_stages,
-        maxnreg=255 if q.element_size() == 4 and cfg.num_warps == 8 else None,  # else ptxas spills on sm_80
     )  # fmt: skip
     block_s = _power_of_2(splits)
     launch(_decode_merge_kernel, r * hq)(
