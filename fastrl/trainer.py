@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from fastrl.methods import Clock, Context, Method, Prepared, make_method
 from fastrl.recipe import Recipe, load_records
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
+from fastrl.run.callbacks import Callbacks
 from fastrl.run.checkpoint import RunState
 from fastrl.run.folder import begin_run, offer_earlier, open_run_folder
 from fastrl.run.integrity import Damaged
@@ -69,7 +70,7 @@ class Summary:
     out: Path
     steps: int  # the last step done
     seconds: float  # of this call, set-up and checkpoints included
-    interrupted: bool  # stopped by Ctrl-C or SIGTERM, after saving
+    interrupted: bool  # stopped before its last step by Ctrl-C, SIGTERM or a callback's StopRun, after saving
     checkpoint: Path | None  # the newest one
     last: dict[str, Any] = field(default_factory=dict)  # the last row of metrics
 
@@ -87,6 +88,7 @@ def train(
     accept_changed_data: bool = False,
     records: Sequence[Record] | None = None,
     policy: Policy | None = None,
+    callbacks: Iterable[object] = (),
     on_step: Callable[[dict[str, Any]], None] | None = None,
     show: bool = True,
     profile: bool = False,
@@ -100,7 +102,10 @@ def train(
         accept_changed_data: with ``resume``, go on though the data is not what the run began with.
         records: the data, where it is not to be loaded from ``recipe.data.spec``.
         policy: the model, where it is not to be loaded from ``recipe.model``; it is trained in place.
-        on_step: called with each step's row of metrics, after it is written.
+        callbacks: objects with any of ``on_step(row)``, ``on_samples(rows)``, ``on_checkpoint(path)`` and
+            ``on_eval(row)`` (``fastrl.run.callbacks.Callback``), called on the first rank. ``StopRun`` raised in one
+            saves and ends the run.
+        on_step: called with each step's row of metrics, after it is written, on every rank; may raise ``StopRun`` too.
         show: progress on stderr.
         profile: write ``trace.json`` of a few steps into the recipe's folder (see ``fastrl.run.profiling``).
 
@@ -109,6 +114,7 @@ def train(
             damaged, or could not be written.
         TrainingError: a loss or gradient that is not finite, or a reward that is no usable number; the message has the
             step and the records.
+        TypeError: a callback without a hook, or with a misspelt one.
         ValueError: recipe, data and model do not fit each other.
     """
     start = time.monotonic()
@@ -116,6 +122,8 @@ def train(
     if not resume and (from_step is not None or accept_changed_data):
         raise ValueError("from_step and accept_changed_data (--from-step, --accept-changed-data) go with resume")
     writes = _is_first_rank(recipe)  # the other ranks of a distributed run write nothing but their part of checkpoints
+    told = Callbacks(callbacks if writes else ())
+    told.add(on_step=on_step)
     with ExitStack() as stack:
         if writes:
             out.mkdir(parents=True, exist_ok=True)
@@ -156,9 +164,10 @@ def train(
             if table:
                 log.samples(done, table)
                 progress.samples(done, table)
-            if on_step is not None:
-                on_step(row)
-            stopping = run.engine.maximum(float(stop.is_set())) > 0  # every rank stops after the same step
+                told.samples(done, table)
+            told.step(row)
+            wants_stop = stop.is_set() or told.reason is not None
+            stopping = run.engine.maximum(float(wants_stop)) > 0  # every rank stops after the same step
             last = done == steps and recipe.checkpoint.final
             due = recipe.checkpoint.every and done % recipe.checkpoint.every == 0
             if due or last or stopping:
@@ -170,9 +179,12 @@ def train(
                         log.note(done, said)
                     saved = checkpoint.save_checkpoint(out, done, run.state, keep=recipe.checkpoint.keep)
                 equal = False
+                told.checkpoint(saved)
+                stopping |= run.engine.maximum(float(told.reason is not None)) > 0
         interrupted = stopping and done < steps
         if interrupted:
-            progress.note(f"stopped after step {done}; go on with --resume")
+            why = f" ({told.reason})" if told.reason is not None else ""
+            progress.note(f"stopped after step {done}{why}; go on with --resume")
         run.engine.close()
     return Summary(out, done, time.monotonic() - start, interrupted, saved, row)
 

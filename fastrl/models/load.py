@@ -14,6 +14,7 @@ from fastrl.models.liger import use_liger
 from fastrl.models.lora import Lora
 from fastrl.models.lora import freeze as freeze_parameters
 from fastrl.models.offload import offload_checkpoints
+from fastrl.models.open import resolve_model
 from fastrl.models.policy import Policy
 from fastrl.models.weights import reading
 
@@ -34,7 +35,8 @@ def load_policy(
     """Load a policy.
 
     Args:
-        folder: local Hugging Face folder (config, safetensors, tokenizer with chat template, preprocessor config).
+        folder: local Hugging Face folder (config, safetensors, tokenizer with chat template, preprocessor config), or
+            what else names one: ``tiny:NAME``, a downloaded hub name (see ``fastrl.models.open.resolve_model``).
         dtype: of the weights; default bfloat16 on a GPU, float32 on a CPU.
         device: default the GPU if there is one.
         lora: fields of ``Lora``; only the adapters are then trained.
@@ -51,7 +53,7 @@ def load_policy(
             unknown pattern or field, a device that is not there, ``liger`` without a GPU.
         ImportError: ``liger`` without liger-kernel.
     """
-    folder = Path(folder)
+    folder = resolve_model(folder)
     family = family_of(read_config(folder), folder)
     device = _device(device)
     dtype = dtype if dtype is not None else torch.bfloat16 if device.type == "cuda" else torch.float32
