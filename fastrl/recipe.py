@@ -79,7 +79,7 @@ class Recipe(Section):
     model: ModelRecipe
     data: DataRecipe
     rollout: RolloutRecipe = RolloutRecipe()  # type: ignore[call-arg]
-    reward: RewardRecipe = RewardRecipe()
+    reward: RewardRecipe = RewardRecipe()  # type: ignore[call-arg]
     optim: OptimRecipe
     checkpoint: CheckpointRecipe = CheckpointRecipe()  # type: ignore[call-arg]
     log: LogRecipe = LogRecipe()  # type: ignore[call-arg]
@@ -119,6 +119,13 @@ class Recipe(Section):
             raise ValueError("rollout.backend: vllm takes its weights from one process: it needs engine.kind: local")
         if self.rollout.backend == "vllm" and self.model.lora is not None and self.model.lora.also_train:
             raise ValueError("rollout.backend: vllm serves adapters alone: leave model.lora.also_train empty")
+        return self
+
+    @model_validator(mode="after")
+    def _scored(self) -> Recipe:
+        sections = [self.reward, *(entry.reward for entry in self.data.mix if entry.reward is not None)]
+        if any(section.function for section in sections) and not self.scores_groups:
+            raise ValueError(f"reward.function: method {self.method.kind} scores no answers")
         return self
 
     @property

@@ -24,6 +24,7 @@ from fastrl.data.stream import RecordStream
 from fastrl.engine import make_engine
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
 from fastrl.methods import Clock, Context, Method, Prepared, make_method
+from fastrl.methods.rollouts import RecipeRewards, functions_of
 from fastrl.recipe import Recipe, load_records
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from fastrl.data.validate import Problem
     from fastrl.models.families import VisionFeatures
     from fastrl.models.load import Policy
+    from fastrl.rewards.functions import Functions
 
 
 BROKEN = (
@@ -154,7 +156,16 @@ def train(
         stopping = equal = False
         while done < steps and not stopping:
             done += 1
-            row, table = run.step(done)
+            back = run.bookmark()
+            try:
+                row, table = run.step(done)
+            except TrainingError as error:
+                if back is None or done == 1 or not isinstance(error.__cause__, RewardError):
+                    raise
+                back()
+                log.sync()
+                checkpoint.save_checkpoint(out, done - 1, run.state, keep=recipe.checkpoint.keep)
+                raise TrainingError(f"{error}. Step {done - 1} was saved: go on from it with --resume") from error
             equal |= row.get("reward/group_std") == 0.0  # no group has anything to learn from
             traced()
             for problem in run.broken_pictures():
@@ -197,7 +208,9 @@ class Run:
     ) -> None:
         self.recipe = recipe
         self.clock = Clock()
-        data = records if records is not None else _load_records(recipe)  # first: bad rows are reported at once
+        functions = functions_of(recipe.reward, recipe.mix_rewards) if recipe.scores_groups else None
+        # First: bad rows are reported at once
+        data = records if records is not None else _load_records(recipe, functions)
         self.skipped = data.summary if isinstance(data, Dataset) else ""  # rows that no record was made of
         if recipe.data.blank_images:
             data = BlankImages(data)
@@ -225,6 +238,8 @@ class Run:
             world_size=self.engine.world_size,
             pictures=recipe.data.identity,
         )
+        if functions is not None:
+            self._try(functions)
         _seed(recipe.seed + self.engine.rank)  # the steps draw the same numbers however much loading drew
         rng = torch.Generator().manual_seed(recipe.seed + self.engine.rank)
         self.context = Context(
@@ -234,6 +249,7 @@ class Run:
             rollout=recipe.rollout,
             reward=recipe.reward,
             rewards=recipe.mix_rewards,
+            functions=functions,
             clock=self.clock,
             average=self.engine.average,
             updates=lambda: self.engine.updates,
@@ -260,6 +276,18 @@ class Run:
             )
         except Damaged as error:
             raise offer_earlier(self.recipe.folder, saved, error) from None
+
+    def bookmark(self) -> Callable[[], None] | None:
+        """What takes back a step that a function of the user's own broke off; None: there is none, or several ranks."""
+        functions = self.context.functions
+        alone = self.engine.world_size == 1
+        return checkpoint.bookmark(self.state) if alone and functions is not None and functions.any else None
+
+    def _try(self, functions: Functions) -> None:
+        """Try the user's own reward functions on the first record that is to come."""
+        for record in self.stream.peek(1) if functions.any else ():
+            if "list" not in record.target:
+                functions.try_out(record, self.policy.encode)
 
     def check_space(self) -> None:
         """Raise ``OSError`` where the disk has no room for the first checkpoint: no step is done in vain."""
@@ -486,11 +514,11 @@ def load_model(recipe: Recipe) -> Policy:
     )
 
 
-def _load_records(recipe: Recipe) -> Sequence[Record]:
-    from fastrl.methods.rollouts import RecipeRewards
-
-    misfit = RecipeRewards(recipe.reward, recipe.mix_rewards).misfit if recipe.scores_groups else None
-    return load_records(recipe, misfit=misfit)
+def _load_records(recipe: Recipe, functions: Functions | None) -> Sequence[Record]:
+    if functions is None:
+        return load_records(recipe)
+    rewards = RecipeRewards(recipe.reward, recipe.mix_rewards, functions=functions)
+    return load_records(recipe, misfit=rewards.misfit)
 
 
 def _plan(recipe: Recipe, data: Sequence[Record], seed: int, world_size: int) -> Callable[[int], list[int]] | None:

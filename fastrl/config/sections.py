@@ -46,7 +46,17 @@ class ModelRecipe(Section):
 
 class RewardRecipe(Section):
     options: dict[str, Any] = {}  # of the task's reward
-    weights: dict[str, float] = {}  # by component name; a component not named weighs 1
+    weights: dict[str, float] = {}  # by name of a component or own function; one not named weighs 1
+    # Own ones: my_rewards.py:score or package.module:score, one or a list, called as TRL's (docs/extend-reward.md)
+    function: list[str] = []
+    builtin: bool = True  # the task's own components are added; false: the functions alone score
+    completions: Literal["conversation", "text"] = "conversation"  # what the functions are given of each answer
+    timeout: float | None = Field(600.0, gt=0, le=1e6)  # seconds one call of a function may take
+
+    @field_validator("function", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [] if value is None else [value] if isinstance(value, str) else value
 
 
 class MixEntry(Section):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastrl.data.stream import RecordStream
     from fastrl.models.families import VisionFeatures
     from fastrl.models.load import Policy
+    from fastrl.rewards.functions import Functions
     from fastrl.rollout import Generator
     from fastrl.rollout.vllm import VllmGenerator
 
@@ -49,7 +50,8 @@ class Context:
     and ``average`` the mean of a number over data-parallel ranks (the number itself with one rank). ``updates`` is the
     number of optimizer updates made, and ``folder`` where the run writes: a rollout server is given weights by them.
     ``features`` holds vision features by image key that all passes of a step may share, as nothing of the tower is
-    trained; None: each pass computes its own. ``rewards`` are the reward sections of a mixture's parts, by name.
+    trained; None: each pass computes its own. ``rewards`` are the reward sections of a mixture's parts, by name;
+    ``functions`` the user's own of all these sections, None: made when they are needed.
     """
 
     policy: Policy
@@ -63,6 +65,7 @@ class Context:
     folder: Path = Path()
     features: dict[str, VisionFeatures] | None = None
     rewards: Mapping[str, RewardRecipe] = field(default_factory=dict)
+    functions: Functions | None = None
 
     @cached_property
     def generator(self) -> Generator | VllmGenerator:

@@ -23,7 +23,6 @@ from fastrl.batch import PackedBatch, PromptGroup
 from fastrl.methods.base import Context, Method, MethodOptions, Prepared, set_token_weights
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
 from fastrl.methods.scoring import check_advantages
-from fastrl.rewards.checked import checked_scores
 from fastrl_kernels.group_advantage import group_advantage
 from fastrl_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
@@ -71,7 +70,7 @@ class PerceptionR1(Method):
     def __init__(self, options: PerceptionR1Options, context: Context) -> None:
         super().__init__(options, context)
         self.temperature = context.rollout.temperature
-        self._rewards = RecipeRewards(context.reward, context.rewards)
+        self._rewards = RecipeRewards(context.reward, context.rewards, functions=context.functions)
         self._counts: dict[str, list[int]] = {}  # of the step's answers, what explains a low reward
 
     @classmethod
@@ -144,18 +143,18 @@ class PerceptionR1(Method):
         return result.loss, _loss_metrics(result), result.logp
 
     def _sample(self, records: Sequence[Record]) -> list[PromptGroup]:
-        self._rewards.check(records)
+        self._rewards.check(records, self.context.policy.encode)
         return sample_groups(self.context, records)
 
     def _score(self, groups: Sequence[PromptGroup]) -> None:
         """Reward components and their weighted sum of every answer, one batched call per reward."""
+        places = [(group, i) for group in groups for i in range(len(group.completions))]
+        for (group, i), found in zip(places, self._rewards.scores(places), strict=True):
+            completion = group.completions[i]
+            completion.rewards, completion.scalars["reward"] = found.components, found.total
         for reward, members in self._rewards.members(groups):
             answers = [(c, g.record) for g in members for c in g.completions]
             texts, records = [c.text for c, _ in answers], [r for _, r in answers if r is not None]
-            components, totals = checked_scores(reward, texts, records)
-            for i, ((completion, _), value) in enumerate(zip(answers, totals, strict=True)):
-                completion.rewards = {name: v[i] for name, v in components.items() if v[i] is not None}
-                completion.scalars["reward"] = value
             for name, counts in reward.diagnose(texts, records).items():
                 self._counts.setdefault(f"answers/{name}", []).extend(counts)
 

@@ -29,9 +29,8 @@ from torch import Tensor
 from fastrl.batch import Completion, PackedBatch, PromptGroup
 from fastrl.data.lists import ranked_list
 from fastrl.methods.base import Context, Method, MethodOptions, Prepared, likelihood_loss, set_token_weights
-from fastrl.methods.ranking import rank_answers
+from fastrl.methods.ranking import rank
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
-from fastrl.rewards.checked import checked_scores
 from fastrl_kernels.listwise_loss import listwise_loss
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class PerPO(Method):
     def __init__(self, options: PerPOOptions, context: Context) -> None:
         super().__init__(options, context)
         # The paper's reward is the overlap alone.
-        self._rewards = RecipeRewards(context.reward, context.rewards, without_format=True)
+        self._rewards = RecipeRewards(context.reward, context.rewards, without_format=True, functions=context.functions)
         self._lists: dict[str, list[Completion]] = {}  # online: ranked answers by record id
         self._steps_left = 0  # that they still serve
 
@@ -139,16 +138,11 @@ class PerPO(Method):
 
     def _recompute(self, groups: Sequence[PromptGroup]) -> None:
         """Rewards of lists that came without, from each record's own target."""
+        places = [(group, i) for group in groups for i in range(len(group.completions))]
         with self.context.clock.phase("reward"):
-            for group in groups:
-                assert group.record is not None
-                texts = [c.text for c in group.completions]
-                records = [group.record] * len(texts)
-                reward = self._rewards.of(group.record.task, group.record.origin)
-                components, totals = checked_scores(reward, texts, records)
-                for i, (completion, value) in enumerate(zip(group.completions, totals, strict=True)):
-                    completion.rewards = {name: v[i] for name, v in components.items() if v[i] is not None}
-                    completion.scalars["reward"] = value
+            for (group, i), found in zip(places, self._rewards.scores(places), strict=True):
+                completion = group.completions[i]
+                completion.rewards, completion.scalars["reward"] = found.components, found.total
 
     def _online_groups(self, records: Sequence[Record]) -> tuple[list[PromptGroup], dict[str, float]]:
         """This step's lists; every few steps, those of the coming steps are sampled all at once."""
@@ -168,19 +162,18 @@ class PerPO(Method):
         """Fill the lists of ``records`` from the present policy."""
         context = self.context
         unique = list({record.id: record for record in records}.values())
-        self._rewards.check(unique)
+        self._rewards.check(unique, context.policy.encode)
         groups = sample_groups(context, unique)
         self._lists = {}
         left, total = 0, sum(len(g.completions) for g in groups)
         with context.clock.phase("reward"):
-            for reward, members in self._rewards.members(groups):
-                for group, ranking in zip(members, rank_answers(members, reward), strict=True):
-                    assert group.record is not None
-                    left += len(ranking.order)
-                    self._lists[group.record.id] = [
-                        _completion(group.completions[i].token_ids, group.completions[i].text, value, parts)
-                        for i, value, parts in zip(ranking.order, ranking.rewards, ranking.components, strict=True)
-                    ]
+            for group, ranking in zip(groups, rank(groups, self._rewards.readable, self._rewards.scores), strict=True):
+                assert group.record is not None
+                left += len(ranking.order)
+                self._lists[group.record.id] = [
+                    _completion(group.completions[i].token_ids, group.completions[i].text, value, parts)
+                    for i, value, parts in zip(ranking.order, ranking.rewards, ranking.components, strict=True)
+                ]
         return {"lists/resampled": float(len(unique)), "lists/answers_kept": left / max(1, total)}
 
     def _choose(self, group: PromptGroup) -> PromptGroup | None:

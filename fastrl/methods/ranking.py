@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from fastrl.rewards.checked import checked_scores
 
 if TYPE_CHECKING:
     from fastrl.batch import PromptGroup
+
+    Places = Sequence[tuple[PromptGroup, int]]  # an answer: its group, and which of its completions
 
 
 @dataclass
@@ -30,19 +32,41 @@ class Ranking:
 
 
 def rank_answers(groups: Sequence[PromptGroup], reward: Reward) -> list[Ranking]:
+    """:func:`rank` by one reward."""
+
+    def readable(group: PromptGroup) -> list[bool]:
+        assert group.record is not None
+        texts = [c.text for c in group.completions]
+        return reward.readable(texts, [group.record] * len(texts))
+
+    def scores(places: Places) -> list[tuple[dict[str, float], float]]:
+        texts, truths = [g.completions[i].text for g, i in places], [g.record for g, _ in places if g.record]
+        components, totals = checked_scores(reward, texts, truths)
+        return [
+            ({n: v[row] for n, v in components.items() if v[row] is not None}, value)
+            for row, value in enumerate(totals)
+        ]
+
+    return rank(groups, readable, scores)
+
+
+def rank(
+    groups: Sequence[PromptGroup],
+    readable: Callable[[PromptGroup], list[bool]],
+    scores: Callable[[Places], Sequence[tuple[dict[str, float], float]]],
+) -> list[Ranking]:
     """Rank the completions of each group, all of them scored in one call.
+
+    ``readable`` says which answers of a group can be read, ``scores`` gives components and reward of each answer.
 
     Dropped are answers cut before their end, answers that cannot be read as an answer to the task at all, and repeats
     of a text (the reference's own frequent answer would otherwise count many times).
     """
     rankings, places = [], []
     for group in groups:
-        assert group.record is not None
-        texts = [c.text for c in group.completions]
-        readable = reward.readable(texts, [group.record] * len(texts))
         ranking = Ranking([], [], [])
         seen: set[str] = set()
-        for i, (completion, sound) in enumerate(zip(group.completions, readable, strict=True)):
+        for i, (completion, sound) in enumerate(zip(group.completions, readable(group), strict=True)):
             text = completion.text.strip()
             why = "truncated" if not completion.finished else "unreadable" if not sound else "duplicate"
             if completion.finished and sound and text not in seen:
@@ -52,13 +76,11 @@ def rank_answers(groups: Sequence[PromptGroup], reward: Reward) -> list[Ranking]
                 ranking.dropped[why] += 1
         rankings.append(ranking)
         places += [(group, i) for i in ranking.order]
-    texts, truths = [g.completions[i].text for g, i in places], [g.record for g, _ in places if g.record]
-    components, totals = checked_scores(reward, texts, truths)
+    found = scores(places)
     at = 0
     for ranking in rankings:
-        rows = sorted(range(at, at + len(ranking.order)), key=lambda row: -totals[row])
-        ranking.order = [places[row][1] for row in rows]
-        ranking.rewards = [totals[row] for row in rows]
-        ranking.components = [{n: v[row] for n, v in components.items() if v[row] is not None} for row in rows]
+        rows = sorted(range(at, at + len(ranking.order)), key=lambda row: -found[row][1])
         at += len(rows)
+        ranking.order = [places[row][1] for row in rows]
+        ranking.components, ranking.rewards = [found[row][0] for row in rows], [found[row][1] for row in rows]
     return rankings

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastrl.batch import PromptGroup
 from fastrl.methods.base import Context
+from fastrl.rewards.base import unknown
+from fastrl.rewards.checked import RewardError, checked_scores, place
+from fastrl.rewards.functions import Answer, Functions, RewardFunction
 
 if TYPE_CHECKING:
     from fastrl.config.sections import RewardRecipe
@@ -32,54 +35,140 @@ def sample_groups(context: Context, records: Sequence[Record]) -> list[PromptGro
     return [PromptGroup(p, completions, record) for (p, record), completions in zip(encoded, answers, strict=True)]
 
 
+class Scored(NamedTuple):
+    """What one answer is worth."""
+
+    components: dict[str, float]  # of the task's reward, and of functions of the user's own
+    total: float
+
+
 class RecipeRewards:
-    """The reward of each task, made from the recipe's reward section when the task is first met.
+    """The rewards that a recipe's reward section gives answers: its task's, made when the task is first met, and those
+    of functions of the user's own.
 
     Args:
         section: the recipe's reward section.
         origins: sections of the entries of a mixture, by name; records of these are scored by theirs.
         without_format: leave the format component out unless the recipe asks for it.
+        functions: those of these sections, where they were made before.
     """
 
     def __init__(
-        self, section: RewardRecipe, origins: Mapping[str, RewardRecipe] | None = None, *, without_format: bool = False
+        self,
+        section: RewardRecipe,
+        origins: Mapping[str, RewardRecipe] | None = None,
+        *,
+        without_format: bool = False,
+        functions: Functions | None = None,
     ) -> None:
         self._section, self._origins, self._without_format = section, origins or {}, without_format
-        self._rewards: dict[tuple[str, str], Reward] = {}
+        self._functions = functions or functions_of(section, self._origins)
+        self._rewards: dict[tuple[str, str], Reward | None] = {}
 
     def misfit(self, record: Record) -> str | None:
         """Why answers to a record cannot be scored; None: they can, or it brings answers with their rewards."""
-        return None if "list" in record.target else self.of(record.task, record.origin).misfit(record)
+        reward = None if "list" in record.target else self._builtin(record)
+        return reward.misfit(record) if reward is not None else None
 
-    def check(self, records: Sequence[Record]) -> None:
-        """Raise ``ValueError`` where the recipe's reward does not fit a record's task; called before any sampling."""
+    def check(self, records: Sequence[Record], encode: Callable[[Record], tuple[Any, Record]] | None = None) -> None:
+        """Raise ``ValueError`` where the recipe's reward does not fit a record's task; called before any sampling.
+
+        With ``encode`` (the policy's), functions are tried on the first record of each part and task.
+        """
         for record in records:
-            self.of(record.task, record.origin)
+            self._builtin(record)
+            if encode is not None:
+                self._functions.try_out(record, encode)
 
     def of(self, task: str, origin: str = "") -> Reward:
-        """The reward of ``task``, in a part of a mixture. Raises ``ValueError`` where the recipe's options are not that
-        task's."""
-        key = origin, task
-        if key not in self._rewards:
-            self._rewards[key] = self._make(task, self._origins.get(origin, self._section))
-        return self._rewards[key]
+        """The task's own reward, in a part of a mixture. Raises ``ValueError`` where the recipe's options are not that
+        task's, or it is left out."""
+        reward = self._made(task, origin)
+        if reward is None:
+            raise ValueError(f"{task} answers are scored by reward.function alone")
+        return reward
 
     def members(self, groups: Sequence[PromptGroup]) -> list[tuple[Reward, list[PromptGroup]]]:
-        """The groups that each reward scores, in order of first appearance."""
+        """The groups that each task's own reward scores, in order of first appearance."""
         found: dict[tuple[str, str], list[PromptGroup]] = {}
         for group in groups:
             assert group.record is not None
             found.setdefault((group.record.origin, group.record.task), []).append(group)
-        return [(self._rewards[key], members) for key, members in found.items()]
+        pairs = [(self._made(task, origin), members) for (origin, task), members in found.items()]
+        return [(reward, members) for reward, members in pairs if reward is not None]
 
-    def _make(self, task: str, section: RewardRecipe) -> Reward:
+    def readable(self, group: PromptGroup) -> list[bool]:
+        """Whether each answer of a group could be read at all; functions take every text."""
+        assert group.record is not None
+        reward, texts = self._builtin(group.record), [c.text for c in group.completions]
+        return reward.readable(texts, [group.record] * len(texts)) if reward is not None else [True] * len(texts)
+
+    def scores(self, places: Sequence[tuple[PromptGroup, int]]) -> list[Scored]:
+        """What each answer (a group, and which of its completions) is worth: one call per task's reward, and one per
+        function. Raises ``RewardError``."""
+        answers = []
+        for group, i in places:
+            assert group.record is not None
+            completion = group.completions[i]
+            answers.append(Answer(completion.text, completion.token_ids.tolist(), group.record))
+        scored = [Scored({}, 0.0) for _ in answers]
+        by_task: dict[tuple[str, str], list[int]] = {}
+        by_function: dict[RewardFunction, list[int]] = {}
+        for i, answer in enumerate(answers):
+            by_task.setdefault((answer.record.origin, answer.record.task), []).append(i)
+            for function in self._functions.of(answer.record.origin):
+                by_function.setdefault(function, []).append(i)
+        for (origin, task), rows in by_task.items():
+            reward = self._made(task, origin)
+            if reward is not None:
+                components, totals = checked_scores(
+                    reward, [answers[i].text for i in rows], [answers[i].record for i in rows]
+                )
+                for at, i in enumerate(rows):
+                    parts = {name: values[at] for name, values in components.items() if values[at] is not None}
+                    scored[i] = Scored(parts, totals[at])
+        for function, rows in by_function.items():
+            for i, value in zip(rows, function([answers[i] for i in rows]), strict=True):
+                if value is not None:
+                    weight = self._section_of(answers[i].record.origin).weights.get(function.label, 1.0)
+                    parts = {**scored[i].components, function.label: value}
+                    scored[i] = Scored(parts, scored[i].total + weight * value)
+        for answer, found in zip(answers, scored, strict=True):
+            if not found.components:
+                names = ", ".join(f.name for f in self._functions.of(answer.record.origin))
+                raise RewardError(f"{place(names, answer.record, answer.text)}: nothing scores it, all give None")
+        return scored
+
+    def _section_of(self, origin: str) -> RewardRecipe:
+        return self._origins.get(origin, self._section)
+
+    def _builtin(self, record: Record) -> Reward | None:
+        return self._made(record.task, record.origin)
+
+    def _made(self, task: str, origin: str) -> Reward | None:
+        """The task's own reward; None: functions score alone, as the recipe says or the task has none."""
+        key = origin, task
+        if key not in self._rewards:
+            self._rewards[key] = self._make(task, origin)
+        return self._rewards[key]
+
+    def _make(self, task: str, origin: str) -> Reward | None:
         from fastrl.rewards import REWARDS, reward_for
 
-        options: dict[str, Any] = {"weights": section.weights} if section.weights else {}
+        section = self._section_of(origin)
+        own = [function.label for function in self._functions.of(origin)]
+        if not section.builtin and not own:
+            raise ValueError("reward.builtin: false leaves nothing to score answers: give reward.function")
+        builtin = section.builtin and not (own and task not in REWARDS)
+        _check_names(section, own, REWARDS[task].parts if builtin and task in REWARDS else (), builtin=builtin)
+        if not builtin:
+            return None
+        weights = {name: weight for name, weight in section.weights.items() if name not in own}
+        options: dict[str, Any] = {"weights": weights} if weights else {}
         if self._without_format and task in REWARDS and "format" in REWARDS[task].parts:
             options["format"] = "none"
             if "format" not in section.options:
-                options["weights"] = {k: w for k, w in section.weights.items() if k != "format"}
+                options["weights"] = {k: w for k, w in weights.items() if k != "format"}
         try:
             return reward_for(task, **{**options, **section.options})
         except ValueError as error:
@@ -87,3 +176,26 @@ class RecipeRewards:
                 f"the recipe's reward does not fit the data, which is {task}: {error}. Take a {task} recipe, or "
                 f"data of the recipe's task"
             ) from None
+
+
+def functions_of(section: RewardRecipe, origins: Mapping[str, RewardRecipe]) -> Functions:
+    """The functions of a run: of the recipe's reward section, and of a mixture's entries."""
+    return Functions({**origins, "": section})
+
+
+def _check_names(section: RewardRecipe, own: Sequence[str], parts: Sequence[str], *, builtin: bool) -> None:
+    """Raise ``ValueError`` for a function that is called as a component, or a weight of neither.
+
+    Where functions score alone, weights of any task's components may stay in the recipe and are not read.
+    """
+    from fastrl.rewards import REWARDS
+
+    for name in own:
+        if name in parts:
+            raise ValueError(f"reward.function: {name} is a component of the task already; call it otherwise")
+    if not own:
+        return  # the task's reward says it
+    known = [*own, *(parts if builtin else (part for reward in REWARDS.values() for part in reward.parts))]
+    for name in section.weights:
+        if name not in known:
+            raise ValueError("reward.weights: " + unknown("component or function", name, [*own, *parts]))

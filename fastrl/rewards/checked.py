@@ -43,16 +43,19 @@ def checked_scores(reward: Reward, answers: Sequence[str], records: Sequence[Rec
     for i, (answer, record) in enumerate(zip(answers, records, strict=True)):
         values = {name: column[i] for name, column in given.items()}
         if all(value is None for value in values.values()):
-            raise RewardError(f"{_place(reward, record, answer)}: every component ({', '.join(values)}) is None")
+            raise RewardError(
+                f"{place(reward.__name__, record, answer)}: every component ({', '.join(values)}) is None"
+            )
         for name, value in values.items():
-            wrong = _wrong(value)
+            wrong = wrong_value(value)
             if wrong is not None:
-                raise RewardError(f"{_place(reward, record, answer)}: component {name!r} {wrong}")
+                raise RewardError(f"{place(reward.__name__, record, answer)}: component {name!r} {wrong}")
     sums = reward.total({name: [value or 0.0 for value in column] for name, column in given.items()})
     return {name: list(column) for name, column in given.items()}, sums
 
 
-def _wrong(value: Any) -> str | None:
+def wrong_value(value: Any) -> str | None:
+    """Why a value is no reward; None: it is one, or None."""
     if value is None:
         return None
     if not isinstance(value, numbers.Real):
@@ -69,9 +72,10 @@ def _shown(value: Any) -> str:
     return f"an integer of {value.bit_length()} bits" if huge else f"{value!r:.60}"
 
 
-def _place(reward: Reward, record: Record, answer: str) -> str:
+def place(name: str, record: Record, answer: str) -> str:
+    """Which answer to which record a reward's message is about."""
     shown = answer if len(answer) <= _SHOWN else f"{answer[:_SHOWN]}…"
-    return f"{reward.__name__}: record {record.id!r}{f' ({record.source})' if record.source else ''}, answer {shown!r}"
+    return f"{name}: record {record.id!r}{f' ({record.source})' if record.source else ''}, answer {shown!r}"
 
 
 def _raised(reward: Reward, answers: Sequence[str], records: Sequence[Record], error: Exception) -> str:
@@ -80,5 +84,5 @@ def _raised(reward: Reward, answers: Sequence[str], records: Sequence[Record], e
         try:
             reward.score([answer], [record])
         except Exception as alone:
-            return f"{_place(reward, record, answer)}: raised {type(alone).__name__}: {alone}"
+            return f"{place(reward.__name__, record, answer)}: raised {type(alone).__name__}: {alone}"
     return f"{reward.__name__}: raised {type(error).__name__}: {error}"

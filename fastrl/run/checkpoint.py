@@ -112,6 +112,31 @@ def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
     return folder
 
 
+def bookmark(run: RunState) -> Callable[[], None]:
+    """What puts data position, random states and what the method keeps back to where they are now."""
+    stream, kept = run.stream.state(), run.method.state() if run.method is not None else {}
+    python, legacy, generator, sampler = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+        run.rng.get_state(),
+    )
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def go_back() -> None:
+        run.stream.load(stream, run.stream.identity())
+        if kept and run.method is not None:
+            run.method.load(kept)
+        random.setstate(python)
+        np.random.set_state(legacy)
+        torch.set_rng_state(generator)
+        run.rng.set_state(sampler)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+    return go_back
+
+
 def bytes_needed(run: RunState) -> int:
     """About how many bytes a checkpoint takes on the disk."""
     return sum(p.numel() * p.element_size() for p in run.policy.core.parameters()) + run.engine.saved_bytes()

@@ -30,6 +30,7 @@ FREE = (
     "data.max_image_pixels",
     "data.identity",
     "engine.timeout",
+    "reward.timeout",
 )
 
 

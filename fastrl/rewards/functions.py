@@ -1,0 +1,289 @@
+"""A user's own reward functions, named in a recipe: ``my_rewards.py:score`` or ``package.module:score``.
+
+They are called as TRL calls its ``reward_funcs``, with keywords that each hold one value per answer: ``prompts``,
+``completions``, ``completion_ids``, the fields of the target and the other columns of the row; also ``task``, ``id``
+and ``records``. They give a number for each answer, or None where the row is another task's. ``async`` ones are
+awaited. What is named may also be a ``Reward``, or a class, which is made without arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fastrl.answers import format_answer
+from fastrl.config.sections import RewardRecipe
+from fastrl.config.usercode import UserCodeError, load_function, where_it_raised
+from fastrl.data.records import Record
+from fastrl.rewards.base import Reward
+from fastrl.rewards.checked import RewardError, checked_scores, place, wrong_value
+
+TAKEN = ("mean", "min", "max", "std", "group_std")  # metrics reward/NAME of their own
+_SHOWN = 5  # records named in a message about many
+
+
+class Answer(NamedTuple):
+    """One answer to a record."""
+
+    text: str
+    token_ids: list[int]
+    record: Record
+
+
+class RewardFunction:
+    """One function of a user's.
+
+    Args:
+        name: as the recipe has it, ``place:function``.
+        text: completions are strings; else TRL's conversational form.
+        timeout: seconds one call may take; None: any time.
+
+    Raises:
+        ValueError: the name leads to nothing that can be called.
+    """
+
+    def __init__(self, name: str, *, text: bool, timeout: float | None) -> None:
+        self.name, self.label = name, name.rpartition(":")[2]
+        self._text, self._timeout = text, timeout
+        self._loop: asyncio.AbstractEventLoop | None = None
+        try:
+            found = load_function(name)
+            self._target: Any = found() if isinstance(found, type) else found
+        except UserCodeError as error:
+            raise ValueError(f"reward.function: {error}") from None
+        except Exception as error:
+            what = f"{where_it_raised(error)}{type(error).__name__}: {error}"
+            raise ValueError(f"reward.function: {name} cannot be made without arguments: {what}") from error
+        if not callable(self._target):
+            raise ValueError(f"reward.function: objects of {name} cannot be called")
+        if self.label in TAKEN:
+            raise ValueError(f"reward.function: {name}: reward/{self.label} is a metric already; call it otherwise")
+        self._parameters = _parameters(self._target)
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
+        """A reward for each answer, all in one call.
+
+        Raises:
+            RewardError: it raised, hung, or gave something else than a finite number or None for each answer.
+        """
+        if not answers:
+            return []
+        try:
+            given = self._call(answers)
+        except _Hung:
+            raise RewardError(
+                f"{self.name}: no answer within {self._timeout:g} s (reward.timeout) for {len(answers)} answers to "
+                f"{_names(answers)}"
+            ) from None
+        except RewardError as error:  # of a Reward object, whose message has the record
+            raise RewardError(f"{self.name}: {error}") from error
+        except Exception as error:
+            raise RewardError(f"{self._place(answers)}: raised {_raised(error)}") from error
+        return self._checked(given, answers)
+
+    def try_out(self, record: Record) -> list[float | None]:
+        """What it gives two answers to a record whose views and style are known: the truth as the model would write
+        it, and a text that says nothing. Raises ``RewardError``."""
+        missing = [name for name in self._required() if name not in self._columns([Answer("", [], record)])]
+        if missing:
+            known = ", ".join(self._columns([Answer("", [], record)]))
+            raise RewardError(
+                f"{self.name}: asks for {', '.join(missing)}, which record {record.id!r} does not have; it has {known}"
+                ". An argument that only some rows have needs a default"
+            )
+        return self([Answer(text, [0], record) for text in (_truth(record), "nothing")])
+
+    def _call(self, answers: Sequence[Answer]) -> Any:
+        if isinstance(self._target, Reward):
+            reward = self._target
+            return self._waited(lambda: _scored(reward, answers))
+        columns = self._columns(answers)
+        if self._parameters is not None:
+            absent = {name: [None] * len(answers) for name in self._required()}
+            columns = {name: v for name, v in {**absent, **columns}.items() if name in self._parameters}
+        return self._waited(lambda: self._target(**columns))
+
+    def _columns(self, answers: Sequence[Answer]) -> dict[str, list[Any]]:
+        """Every keyword that can be given, one value per answer; None where a row lacks the column."""
+        records = [answer.record for answer in answers]
+        rows = [{"task": r.task, "id": r.id, **r.columns, **r.target} for r in records]
+        columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)}
+        texts: list[Any] = [answer.text for answer in answers]
+        return {
+            **columns,
+            "prompts": [list(record.messages) for record in records],
+            "completions": texts if self._text else [[{"role": "assistant", "content": text}] for text in texts],
+            "completion_ids": [list(answer.token_ids) for answer in answers],
+            "records": records,
+        }
+
+    def _required(self) -> list[str]:
+        return [name for name, needed in (self._parameters or {}).items() if needed]
+
+    def _waited(self, call: Callable[[], Any]) -> Any:
+        """What a call gives, made in a thread of its own: one that hangs cannot be ended, only left behind."""
+        done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                given = call()
+                done.put((self._awaited(given) if inspect.isawaitable(given) else given, None))
+            except BaseException as error:  # sys.exit too: raised again where the call is waited for
+                done.put((None, error))
+
+        threading.Thread(target=work, name=self.name, daemon=True).start()
+        try:
+            given, error = done.get(timeout=self._timeout)
+        except queue.Empty:
+            raise _Hung from None
+        if error is not None:
+            raise error if isinstance(error, Exception) else RuntimeError(repr(error)) from error
+        return given
+
+    def _awaited(self, given: Awaitable[Any]) -> Any:
+        """Await in one event loop for all calls, for a client that the user's file keeps belongs to its first loop."""
+
+        async def result() -> Any:
+            return await given
+
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name=f"{self.name} loop", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(result(), self._loop).result()
+
+    def _checked(self, given: Any, answers: Sequence[Answer]) -> list[float | None]:
+        if isinstance(given, torch.Tensor | np.ndarray):
+            given = given.tolist()
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+            raise RewardError(f"{self.name}: must give a list of {len(answers)} numbers or None, got {given!r:.80}")
+        if len(given) != len(answers):
+            raise RewardError(f"{self.name}: {len(given)} values for {len(answers)} answers to {_names(answers)}")
+        for value, answer in zip(given, answers, strict=True):
+            wrong = wrong_value(value)
+            if wrong is not None:
+                raise RewardError(f"{place(self.name, answer.record, answer.text)}: the value {wrong}")
+        return [None if value is None else float(value) for value in given]
+
+    def _place(self, answers: Sequence[Answer]) -> str:
+        """The answer it raises on, found by halves; where each half is well alone, all of them."""
+        while len(answers) > 1:
+            middle = len(answers) // 2
+            half = next((part for part in (answers[:middle], answers[middle:]) if self._raises(part)), None)
+            if half is None:
+                return f"{self.name}: {_names(answers)}"
+            answers = half
+        return place(self.name, answers[0].record, answers[0].text)
+
+    def _raises(self, answers: Sequence[Answer]) -> bool:
+        try:
+            self._call(answers)
+        except Exception:
+            return True
+        return False
+
+
+class Functions:
+    """The functions of a run's reward sections; one that several sections name is made once.
+
+    Args:
+        sections: the recipe's own under "", and those of a mixture's entries by name.
+    """
+
+    def __init__(self, sections: dict[str, RewardRecipe]) -> None:
+        self._sections = sections
+        self._made: dict[tuple[str, bool, float | None], RewardFunction] = {}
+        self._tried: set[tuple[str, str]] = set()
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one in any section."""
+        return any(section.function for section in self._sections.values())
+
+    def of(self, origin: str = "") -> list[RewardFunction]:
+        """Those of a part of a mixture. Raises ``ValueError`` where one cannot be had, or two have one name."""
+        section = self._sections.get(origin, self._sections[""])
+        found = [self._make(name, section) for name in section.function]
+        for i, function in enumerate(found):
+            other = next((f for f in found[:i] if f.label == function.label), None)
+            if other is not None:
+                raise ValueError(
+                    f"reward.function: {other.name} and {function.name} have one name, by which they are logged and "
+                    "weighed; rename one"
+                )
+        return found
+
+    def try_out(self, record: Record, encode: Callable[[Record], tuple[Any, Record]]) -> None:
+        """Try those of a record's part on it, once for each part and task; before answers are sampled.
+
+        Raises ``RewardError`` where one fails, or where nothing else scores the record and each gives None.
+        """
+        from fastrl.rewards import REWARDS  # it imports the tasks' rewards
+
+        key = record.origin, record.task
+        functions = self.of(record.origin)
+        if not functions or key in self._tried:
+            return
+        self._tried.add(key)
+        encoded = encode(record)[1]
+        given = [value for function in functions for value in function.try_out(encoded)]
+        alone = not self._sections.get(record.origin, self._sections[""]).builtin or record.task not in REWARDS
+        if alone and all(value is None for value in given):
+            names = ", ".join(function.name for function in functions)
+            raise RewardError(f"{names}: nothing scores record {record.id!r} of task {record.task}: all give None")
+
+    def _make(self, name: str, section: RewardRecipe) -> RewardFunction:
+        key = name, section.completions == "text", section.timeout
+        if key not in self._made:
+            self._made[key] = RewardFunction(name, text=key[1], timeout=key[2])
+        return self._made[key]
+
+
+class _Hung(Exception):
+    """A call took longer than it may."""
+
+
+def _scored(reward: Reward, answers: Sequence[Answer]) -> list[float | None]:
+    """Weighted sums of a ``Reward``; None for rows of another task than its own."""
+    own = [i for i, answer in enumerate(answers) if reward.task in ("", answer.record.task)]
+    result: list[float | None] = [None] * len(answers)
+    if own:
+        _, totals = checked_scores(reward, [answers[i].text for i in own], [answers[i].record for i in own])
+        for i, value in zip(own, totals, strict=True):
+            result[i] = value
+    return result
+
+
+def _parameters(target: Any) -> dict[str, bool] | None:
+    """Name → whether it has to be given; None: whatever there is may be given."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # of no Python function
+        return None
+    if isinstance(target, Reward) or any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name: p.default is p.empty for p in parameters if p.kind is not p.VAR_POSITIONAL}
+
+
+def _truth(record: Record) -> str:
+    try:
+        view = record.views[0] if record.views else None
+        return format_answer(record.task, record.target, record.style or "qwen2_5", view)
+    except (ValueError, KeyError, IndexError, TypeError):  # a task of the user's own, a truth that is no answer
+        return "nothing"
+
+
+def _names(answers: Sequence[Answer]) -> str:
+    found = list(dict.fromkeys(repr(answer.record.id) for answer in answers))
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f"record{'s' if len(found) > 1 else ''} {', '.join(found[:_SHOWN])}{more}"
+
+
+def _raised(error: Exception) -> str:
+    return f"{type(error).__name__}: {error} ({where_it_raised(error).removesuffix(': ')})"
