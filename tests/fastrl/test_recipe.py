@@ -188,7 +188,7 @@ def test_key_given_twice_is_an_error(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-def test_pain_06_truncated_sampling_needs_consent() -> None:
+def test_truncated_sampling_needs_consent() -> None:
     for key in ("rollout.top_p=0.9", "rollout.top_k=50"):
         with pytest.raises(RecipeError, match="allow_truncated_sampling"):
             load_recipe("perception-r1-grounding-tiny", [key])

@@ -132,7 +132,7 @@ def test_training_moves_towards_what_is_rewarded(
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
-def test_pain_06_sampler_and_trainer_agree_and_every_step_says_so(tiny_folder: Folder, tmp_path: Path) -> None:
+def test_sampler_and_trainer_agree_and_every_step_says_so(tiny_folder: Folder, tmp_path: Path) -> None:
     recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=2, rollout__temperature=0.7)
     train(recipe, records=make_records(), show=False)
     for row in read_rows(tmp_path / "metrics.jsonl"):
@@ -141,7 +141,7 @@ def test_pain_06_sampler_and_trainer_agree_and_every_step_says_so(tiny_folder: F
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
-def test_pain_09_micro_batch_size_does_not_change_the_gradient(
+def test_micro_batch_size_does_not_change_the_gradient(
     tiny_folder: Folder, tmp_path: Path, aggregate: str
 ) -> None:
     gradients, counts = [], []
@@ -169,7 +169,7 @@ def test_pain_09_micro_batch_size_does_not_change_the_gradient(
         )
 
 
-def test_pain_08_all_truncated_and_masked_changes_nothing(tiny_folder: Folder, tmp_path: Path) -> None:
+def test_all_truncated_and_masked_changes_nothing(tiny_folder: Folder, tmp_path: Path) -> None:
     recipe = make_recipe(
         tiny_folder("qwen2_5"),
         tmp_path,
@@ -186,7 +186,7 @@ def test_pain_08_all_truncated_and_masked_changes_nothing(tiny_folder: Folder, t
     assert all(torch.equal(before[name], p) for name, p in run.policy.model.named_parameters())
 
 
-def test_pain_13_all_zero_variance_changes_nothing(
+def test_all_zero_variance_changes_nothing(
     tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flat(self: PerceptionR1, groups: Any) -> None:
@@ -208,7 +208,7 @@ def test_pain_13_all_zero_variance_changes_nothing(
     assert all(torch.equal(before[name], p) for name, p in run.policy.model.named_parameters())
 
 
-def test_pain_08_loss_that_is_not_finite_stops_before_the_weights_change(
+def test_loss_that_is_not_finite_stops_before_the_weights_change(
     tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__token_budget=64)
@@ -256,7 +256,7 @@ def test_gradient_that_is_not_finite_names_the_step(tiny_folder: Folder, tmp_pat
         run.step(1)
 
 
-def test_pain_15_every_component_is_logged_and_rewards_see_the_whole_record(
+def test_every_component_is_logged_and_rewards_see_the_whole_record(
     tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fastrl.rewards

@@ -97,7 +97,7 @@ def test_first_update_without_old_logp_is_strictly_on_policy() -> None:
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
-def test_pain_09_losses_of_micro_batches_add_up_to_the_step(aggregate: str) -> None:
+def test_losses_of_micro_batches_add_up_to_the_step(aggregate: str) -> None:
     options = PerceptionR1Options(beta=0.0)
     groups = step_groups(aggregate, 7.0)
     one = pack_row(groups)
@@ -197,7 +197,7 @@ def test_drop_takes_flat_groups_out_of_the_denominator() -> None:
     assert prepared.groups[0].completions[0].per_token["weight"].tolist() == [1 / 4] * 2
 
 
-def test_pain_13_resampling_fills_the_step_and_counts_everything() -> None:
+def test_resampling_fills_the_step_and_counts_everything() -> None:
     rewards = {"a": FLAT, "b": MIXED, "c": FLAT, "d": [0.2, 0.4]}
     method = scripted(rewards, zero_variance="resample", max_resample=3)
     prepared = method.prepare(method.context.stream.take(2))
@@ -210,7 +210,7 @@ def test_pain_13_resampling_fills_the_step_and_counts_everything() -> None:
     assert group_metrics(prepared.sampled)["reward/mean"] == pytest.approx((2 + 1 + 2 + 0.6) / 8)  # not only the kept
 
 
-def test_pain_13_resampling_is_bounded() -> None:
+def test_resampling_is_bounded() -> None:
     method = scripted({"a": FLAT, "b": FLAT, "c": FLAT}, zero_variance="resample", max_resample=2)
     prepared = method.prepare(method.context.stream.take(2))
     assert prepared.groups == []
@@ -218,7 +218,7 @@ def test_pain_13_resampling_is_bounded() -> None:
     assert method.context.stream.consumed == 6
 
 
-def test_pain_13_equal_rewards_are_flat_whatever_their_rounding() -> None:
+def test_equal_rewards_are_flat_whatever_their_rounding() -> None:
     method = scripted({"a": [0.1 + 0.2] * 3, "b": [1e-3] * 3}, beta=0.0)
     assert method.prepare(method.context.stream.take(2)).groups == []
 

@@ -126,7 +126,7 @@ def test_decode_drops_what_follows_the_end_and_keeps_box_tokens(policy: Policy) 
     assert policy.decode([]) == ""
 
 
-def test_pain_4_a_prompt_over_the_limit_names_the_record_and_is_never_cut(policy: Policy) -> None:
+def test_a_prompt_over_the_limit_names_the_record_and_is_never_cut(policy: Policy) -> None:
     one = record(("user", [IMAGE, say("Where?")]), images=(noise(100, 70),))
     length = len(policy.encode(one)[0].token_ids)
     assert len(policy.encode(one, max_prompt_tokens=length)[0].token_ids) == length

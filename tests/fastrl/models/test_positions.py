@@ -23,7 +23,7 @@ from fastrl.models.positions import image_tokens, mrope_positions
     ],
     ids=["text", "one", "three", "frames"],
 )
-def test_pain_5_positions_equal_the_models_own(
+def test_positions_equal_the_models_own(
     style: str, gaps: list[int], grids: list[tuple[int, int, int]], tiny_folder: Callable[[str], Path]
 ) -> None:
     policy = load_policy(tiny_folder(style), device="cpu")

@@ -134,7 +134,7 @@ def test_logprobs_and_every_gradient_equal_the_repeated_layout(policy: Policy, f
     assert_same_gradients(grads, want_grads)
 
 
-def test_pain_9_loss_and_gradient_do_not_depend_on_the_micro_batch_split(policy: Policy) -> None:
+def test_loss_and_gradient_do_not_depend_on_the_micro_batch_split(policy: Policy) -> None:
     groups = groups_of_every_kind(policy)
     whole, whole_grads = backward(policy, pack(groups, 10_000))
     split_batches = pack(groups, 1)
@@ -161,7 +161,7 @@ def count_calls(module: torch.nn.Module) -> list[int]:
     return calls
 
 
-def test_pain_3_mixed_multi_image_batches_slice_images_by_their_own_grid(policy: Policy) -> None:
+def test_mixed_multi_image_batches_slice_images_by_their_own_grid(policy: Policy) -> None:
     """Any order and subset of groups gives a completion the same log-probs; an image is computed once per batch."""
     groups = groups_of_every_kind(policy)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def each(policy: Policy, groups: Sequence[PromptGroup]) -> list[Tensor]:
     return batch.split(policy.logprob(batch).logp)
 
 
-def test_pain_4_an_answer_holding_image_tokens_neither_breaks_nor_counts_as_image(policy: Policy) -> None:
+def test_an_answer_holding_image_tokens_neither_breaks_nor_counts_as_image(policy: Policy) -> None:
     image_id = policy.core.config.image_token_id
     one = group(policy, [picture(60, 60, 5)], "Where?", [6, 4], seed=20)
     one.completions[0].token_ids[1:3] = image_id
@@ -208,7 +208,7 @@ def test_pain_4_an_answer_holding_image_tokens_neither_breaks_nor_counts_as_imag
     torch.testing.assert_close(batch.split(logp.logp.detach())[0], want, rtol=1e-5, atol=2e-5)
 
 
-def test_pain_5_state_cached_on_the_model_is_never_read(policy: Policy) -> None:
+def test_state_cached_on_the_model_is_never_read(policy: Policy) -> None:
     """``rope_deltas`` left behind by a generation (or by anything) does not move a single position."""
     batch = pack_row(groups_of_every_kind(policy))
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_pain_5_state_cached_on_the_model_is_never_read(policy: Policy) -> None:
     assert policy.core.model.rope_deltas.item() == 1234, "and is not written either"
 
 
-def test_pain_8_a_batch_without_tokens_has_loss_and_gradient_zero(policy: Policy) -> None:
+def test_a_batch_without_tokens_has_loss_and_gradient_zero(policy: Policy) -> None:
     one = group(policy, [picture(60, 60, 6)], "Where?", [0, 0], seed=21)
     loss, grads = backward(policy, [pack_row([one])])
     assert loss == 0

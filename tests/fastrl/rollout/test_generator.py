@@ -26,7 +26,7 @@ def qwen2_5(tiny_folder):
 
 
 def test_greedy_equals_transformers_generate(policy) -> None:
-    """Many prompts at once, token for token; pain 10: no second engine needed for a VLM."""
+    """Many prompts at once, token for token: no second engine is needed for a VLM."""
     prompts = encode(policy)
     out = Generator(policy, prefill_tokens=120).generate(prompts, Sampling(1, 24, temperature=0))
     for prompt, (completion,) in zip(prompts, out, strict=True):
@@ -50,7 +50,7 @@ def test_greedy_with_lora_equals_transformers_generate(tiny_folder) -> None:
     assert not same(out, plain)
 
 
-def test_pain_5_positions_explicit_and_no_rope_deltas(policy, monkeypatch) -> None:
+def test_positions_explicit_and_no_rope_deltas(policy, monkeypatch) -> None:
     """Multimodal RoPE positions come with the prompt: nothing cached on the model is read, written or left behind."""
     prompts = encode(policy)
     generator = Generator(policy)
@@ -67,7 +67,7 @@ def test_pain_5_positions_explicit_and_no_rope_deltas(policy, monkeypatch) -> No
     assert sorted(seen[0].tolist()) == sorted(p.next_position for p in prompts)
 
 
-def test_pain_5_packed_prefill_and_decode_paths_agree(policy) -> None:
+def test_packed_prefill_and_decode_paths_agree(policy) -> None:
     """One answer's log-probs by decoding, by one padded prefill of the whole text, and by the trainer's packed row."""
     for prompt in encode(policy):
         ((completion,),) = Generator(policy).generate([prompt], Sampling(1, 12), rng())
@@ -83,7 +83,7 @@ def test_pain_5_packed_prefill_and_decode_paths_agree(policy) -> None:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(3, 10), Sampling(2, 8, 0.6), Sampling(2, 8, 1.3, top_p=0.7, top_k=40)])
-def test_pain_6_sampler_logp_equals_trainer_logp(policy, sampling: Sampling) -> None:
+def test_sampler_logp_equals_trainer_logp(policy, sampling: Sampling) -> None:
     """Both sides give full-vocabulary log-probs at the sampling temperature, also where sampling was truncated."""
     prompts = encode(policy)
     for prompt, completions in zip(prompts, Generator(policy).generate(prompts, sampling, rng()), strict=True):

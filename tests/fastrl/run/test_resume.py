@@ -57,7 +57,7 @@ def same_ending(a: Path, b: Path) -> None:
     ],
     ids=["plain", "two-updates", "lora-two-updates", "resample", "8bit", "offload", "release"],
 )
-def test_pain_07_resumed_equals_never_stopped(tiny_folder: Folder, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_resumed_equals_never_stopped(tiny_folder: Folder, tmp_path: Path, changes: dict[str, Any]) -> None:
     model = tiny_folder("qwen2_5")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(make_recipe(model, whole, **changes), records=make_records(), show=False)
@@ -140,7 +140,7 @@ def killed(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.mark.parametrize("point", ["logged", "writing"])
-def test_pain_07_kill_9_loses_at_most_the_steps_since_the_checkpoint(
+def test_kill_9_loses_at_most_the_steps_since_the_checkpoint(
     tiny_folder: Folder, never_stopped: Path, killed: dict[str, Path], point: str
 ) -> None:
     out = killed[point]
