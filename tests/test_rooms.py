@@ -10,25 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.rooms import LEVELS
+
 REPO = Path(__file__).resolve().parent.parent
-# From the ground up. A room imports from the levels below its own: neither from those above nor from a neighbour.
-LEVELS = (
-    ("segments", "clock", "http"),
-    ("config", "answers"),
-    ("captions", "data"),
-    ("rewards",),
-    ("engine", "batch"),
-    ("models",),
-    ("rollout",),
-    ("critics",),
-    ("methods",),
-    ("recipe",),
-    ("evaluate", "run", "plan"),
-    ("trainer",),
-    ("studies", "report", "build", "integrations"),
-    ("toy",),
-    ("cli",),
-)
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 LOOSE = 6  # modules beside the folders
 
@@ -115,6 +99,22 @@ def test_no_room_is_in_a_circle() -> None:
                 rooms[room].add(other)
     assert circles(rooms) == []
     assert [ring for ring in circles(modules) if len({room_of(name) for name in ring}) > 1] == []
+
+
+def test_the_tests_mirror_the_tree() -> None:
+    """Folder by folder; what several share is in ``tests/helpers``, never in another test's file."""
+    for package in ("fastrl", "kernels"):
+        here, source = REPO / "tests" / package, REPO / package
+        source = source / "fastrl_kernels" if package == "kernels" else source
+        folders = {str(path.parent.relative_to(here)) for path in here.rglob("test_*.py")}
+        assert [folder for folder in folders if not (source / folder).is_dir()] == []
+    shared = [
+        f"{path.relative_to(REPO)}:{line}"
+        for path in (REPO / "tests").rglob("*.py")
+        for line, module in imports(".".join(path.relative_to(REPO).with_suffix("").parts), path, {})
+        if module.startswith("tests.") and any(part.startswith("test_") for part in module.split("."))
+    ]
+    assert shared == []
 
 
 def test_few_modules_lie_outside_a_room() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_rooms import LEVELS
+from tests.helpers.rooms import LEVELS
 
 REPO = Path(__file__).resolve().parents[2]
 PAGE = (REPO / "docs" / "tree.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from fastrl.engine.optimizers import BLOCK, AdamW8bit, decode, encode
 from fastrl.models import load_policy, offload
 from fastrl.recipe import OptimRecipe, RecipeError
 from fastrl.trainer import Run, TrainingError, train
-from tests.fastrl.plan.test_plan_counted import counted_peak
+from tests.helpers.planned import counted_peak
 from tests.helpers.training import make_recipe, make_records
 
 

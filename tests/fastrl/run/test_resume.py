@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from fastrl.run import keeping
@@ -336,3 +339,43 @@ def test_the_last_checkpoint_before_all_rewards_were_equal_is_kept_and_named(
     assert f"equal rewards; the checkpoint from before, {tmp_path}/checkpoints/step-00000001, is kept" in notes(
         tmp_path
     )
+
+
+# What a run of the first layout wrote, key by key: its recipe.yaml, state.json and rank-0.json had these and no more.
+FIRST = {
+    "model": "path dtype device lora freeze gradient_checkpointing offload_activations liger min_pixels max_pixels",
+    "data": "spec prompts_per_step order seed skip_bad frames sample workers blank_images",
+    "engine": "kind zero_stage offload_optimizer",
+}
+
+
+def as_first_written(out: Path) -> None:
+    """Rewrite a run with one checkpoint as the package wrote it before its files moved into rooms."""
+    values = yaml.safe_load((out / "recipe.yaml").read_text())
+    for section, keys in FIRST.items():
+        values[section] = {key: values[section][key] for key in keys.split()}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    (folder,) = keeping.list_checkpoints(out)
+    (folder / "data.json").unlink()
+    state = json.loads((folder / "state.json").read_text())
+    first = {key: state[key] for key in ("version", "step", "world_size", "torch")}
+    (folder / "state.json").write_text(json.dumps(first))
+    (folder / "optimizer.json").write_text(json.dumps({"updates": first["step"]}))
+    rank = json.loads((folder / "rank-0.json").read_text())
+    rank = {key: rank[key] for key in ("base", "stream", "python", "numpy", "method") if key in rank}
+    ids = "".join(f"ocr\0r{i}\0" for i in range(6))  # the fingerprint was of tasks and ids alone
+    rank["stream"] |= {"fingerprint": hashlib.sha256(ids.encode()).hexdigest()[:16]}
+    (folder / "rank-0.json").write_text(json.dumps(rank))
+    for path in out.iterdir():
+        if path.name not in ("checkpoints", "metrics.jsonl", "model", "recipe.yaml", "samples.jsonl"):
+            path.unlink()
+
+
+def test_a_run_of_the_first_layout_goes_on_to_the_same_weights(
+    tiny_folder: Folder, two_checkpoints: Path, run: Path
+) -> None:
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    as_first_written(run)
+    summary = train(make_recipe(tiny_folder("qwen2_5"), run), records=make_records(), resume=True, show=False)
+    assert summary.steps == 4
+    same_ending(two_checkpoints, run)
