@@ -38,6 +38,17 @@ FORMS = (
     ),
     Form("lines", _json, "\n".join),
     Form("wrapped", _json, lambda items: f'{{"objects": [{", ".join(items)}]}}'),
+    Form(
+        "qwen2",
+        lambda box, name: (
+            f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>({{}},{{}}),({{}},{{}})<|box_end|>".format(
+                *_numbers(box)
+            )
+        ),
+        "".join,
+    ),
+    Form("internvl", lambda box, name: f"<ref>{name}</ref><box>[{_numbers(box)}]</box>", "".join),
+    Form("brackets", lambda box, name: str(_numbers(box)), ", ".join, labels=False),
     Form("scored", lambda box, name: _json(box, name)[:-1] + ', "score": 0.5}', lambda items: f"[{', '.join(items)}]"),
 )
 
