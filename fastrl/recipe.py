@@ -96,6 +96,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _overlong(self) -> Recipe:
+        sections = [self.reward, *(entry.reward for entry in self.data.mix if entry.reward is not None)]
+        given = [section.overlong for section in sections if section.overlong is not None]
+        if given and self.method.kind != "perception-r1":
+            raise ValueError(f"reward.overlong is added by method.kind: perception-r1, this is {self.method.kind}")
+        if given and max(given) > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong: {max(given)} tokens before rollout.max_new_tokens, which is "
+                f"{self.rollout.max_new_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _memory(self) -> Recipe:
         if self.model.offload_activations and not self.model.gradient_checkpointing:
             raise ValueError(

@@ -52,6 +52,8 @@ class RewardRecipe(Section):
     builtin: bool = True  # the task's own components are added; false: the functions alone score
     completions: Literal["conversation", "text"] = "conversation"  # what the functions are given of each answer
     timeout: float | None = Field(600.0, gt=0, le=1e6)  # seconds one call of a function may take
+    # DAPO's soft punishment: over this many tokens before rollout.max_new_tokens a component "overlong" falls to -1
+    overlong: int | None = Field(None, ge=1)
 
     @field_validator("function", mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from fastrl.batch import PackedBatch, PromptGroup
 from fastrl.methods.base import Context, Method, MethodOptions, Prepared, set_token_weights
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
 from fastrl.methods.scoring import check_advantages
-from fastrl_kernels.group_advantage import group_advantage
+from fastrl_kernels.group_advantage import GroupAdvantage, group_advantage
 from fastrl_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
 
@@ -35,17 +35,31 @@ class PerceptionR1Options(MethodOptions):
     """Keys of ``method:`` for Perception-R1. Defaults are the paper's and the released trainer's."""
 
     kind: Literal["perception-r1"] = "perception-r1"
-    baseline: Literal["mean", "leave_one_out"] = "mean"
+    # grpo: the clipped ratio; cispo (arXiv:2506.13585), sapo (arXiv:2511.20347), gspo and gspo-token (arXiv:2507.18071)
+    loss: Literal["grpo", "cispo", "sapo", "gspo", "gspo-token"] = "grpo"
+    baseline: Literal["mean", "leave_one_out", "rloo"] = (
+        "mean"  # rloo: leave_one_out with scale none (arXiv:2402.14740)
+    )
     scale: Literal["std", "none"] = "std"  # none: Dr. GRPO (arXiv:2503.20783)
     unbiased: bool = True  # std over n − 1, as torch's default in the released trainer
     eps: float = Field(1e-4, ge=0)
+    normalise: Literal["sum", "each"] = (
+        "sum"  # each: every component by itself, then their sum (GDPO, arXiv:2601.05242)
+    )
     beta: float = Field(0.04, ge=0)  # 0: no KL, and no reference model is ever made
     kl: Literal["k1", "k2", "k3"] = "k3"
     kl_gradient: Literal["value", "k2"] = "value"  # k2: the slope of k2 whatever the value is, the unbiased one
     clip_low: float = Field(0.2, ge=0, le=1)
     clip_high: float = Field(0.2, ge=0)
     dual_clip: float | None = Field(None, gt=1)
-    ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO (arXiv:2507.18071)
+    tau_positive: float = Field(1.0, gt=0)  # of sapo: temperature of answers with a positive advantage
+    tau_negative: float = Field(1.05, gt=0)  # of sapo: of the others
+    ratio: Literal["token", "sequence"] = "token"  # sequence: of the whole answer, as in gspo
+    importance: Literal["none", "truncate", "mask"] = (
+        "none"  # correct for the sampler's log-probs not being the trainer's
+    )
+    importance_level: Literal["token", "sequence"] = "token"
+    importance_cap: float = Field(2.0, gt=0)  # largest importance weight: those above are cut to it, or count nothing
     aggregate: Literal["sequence", "token", "constant"] = "sequence"
     constant_length: int | None = Field(None, ge=1)  # for constant; none: rollout.max_new_tokens
     mask_truncated: bool = False  # answers cut at max_new_tokens carry no loss (their reward still counts in the group)
@@ -56,6 +70,10 @@ class PerceptionR1Options(MethodOptions):
     def _consistent(self) -> PerceptionR1Options:
         if self.constant_length is not None and self.aggregate != "constant":
             raise ValueError("constant_length is only read with aggregate: constant")
+        if self.dual_clip is not None and self.loss in ("cispo", "sapo"):
+            raise ValueError(f"dual_clip is a bound of the clipped ratio, which loss: {self.loss} has no use for")
+        if self.loss == "gspo-token" and self.importance != "none" and self.importance_level == "token":
+            raise ValueError("loss: gspo-token takes importance_level: sequence (or importance: none)")
         return self
 
 
@@ -152,6 +170,8 @@ class PerceptionR1(Method):
         for (group, i), found in zip(places, self._rewards.scores(places), strict=True):
             completion = group.completions[i]
             completion.rewards, completion.scalars["reward"] = found.components, found.total
+        for group in groups:
+            self._add_overlong(group)
         for reward, members in self._rewards.members(groups):
             answers = [(c, g.record) for g in members for c in g.completions]
             texts, records = [c.text for c, _ in answers], [r for _, r in answers if r is not None]
@@ -162,24 +182,63 @@ class PerceptionR1(Method):
         """Advantages within each group; which groups have none."""
         with self.context.clock.phase("reward"):
             self._score(groups)
-            rewards = torch.tensor([c.scalars["reward"] for g in groups for c in g.completions], dtype=torch.float64)
-            sizes = torch.tensor([len(g.completions) for g in groups])
-            options = self.options
-            result = group_advantage(
-                rewards,
-                torch.repeat_interleave(torch.arange(len(groups)), sizes),
-                n_groups=len(groups),
-                baseline=options.baseline,
-                scale=options.scale,
-                unbiased=options.unbiased,
-                eps=options.eps,
-            )
-            check_advantages(groups, result.advantage.split(sizes.tolist()))
+            result = self._advantages(groups)
+            sizes = [len(g.completions) for g in groups]
+            check_advantages(groups, result.advantage.split(sizes))
             values = iter(result.advantage.tolist())
             for group in groups:
                 for completion in group.completions:
                     completion.scalars["advantage"] = next(values)
             return result.constant.tolist()
+
+    def _advantages(self, groups: Sequence[PromptGroup]) -> GroupAdvantage:
+        """Advantages of all answers, one after another, in float64."""
+        options, answers = self.options, [c for g in groups for c in g.completions]
+        sizes = torch.tensor([len(g.completions) for g in groups])
+        owner = torch.repeat_interleave(torch.arange(len(groups)), sizes)
+        leave_out = options.baseline != "mean"
+        how = {
+            "n_groups": len(groups),
+            "baseline": "leave_one_out" if leave_out else "mean",
+            "scale": "none" if options.baseline == "rloo" else options.scale,
+            "unbiased": options.unbiased,
+            "eps": options.eps,
+        }
+        rewards = torch.tensor([c.scalars["reward"] for c in answers], dtype=torch.float64)
+        result = group_advantage(rewards, owner, **how)
+        if options.normalise == "sum" or not answers:
+            return result
+        per_group = [self._component_weights(group) for group in groups]
+        columns = dict.fromkeys(name for weights in per_group for name in weights)
+        total, constant = torch.zeros_like(rewards), torch.ones(len(groups), dtype=torch.bool)
+        for name in columns:
+            of_group = [weights.get(name, 0.0) for weights in per_group]
+            weight = torch.tensor(of_group, dtype=torch.float64)[owner]
+            has = torch.tensor([name in c.rewards for c in answers]) & (weight != 0)
+            column = torch.tensor([c.rewards.get(name, 0.0) for c in answers], dtype=torch.float64)
+            each = group_advantage(column, torch.where(has, owner, -1), **how)
+            total += torch.where(has, each.advantage, 0.0) * weight
+            constant &= each.constant
+        whole = group_advantage(total, len(answers), unbiased=options.unbiased, eps=options.eps).advantage
+        return result._replace(advantage=torch.where(constant[owner], 0.0, whole), constant=constant)
+
+    def _component_weights(self, group: PromptGroup) -> dict[str, float]:
+        """Weight of each component that the group's answers have."""
+        assert group.record is not None
+        weights = self._rewards.section_of(group.record.origin).weights
+        return {name: weights.get(name, 1.0) for c in group.completions for name in c.rewards}
+
+    def _add_overlong(self, group: PromptGroup) -> None:
+        """Add DAPO's penalty of long answers to components and rewards, where the recipe asks for it."""
+        assert group.record is not None
+        section = self._rewards.section_of(group.record.origin)
+        if section.overlong is None:
+            return
+        for completion in group.completions:
+            length = len(completion.token_ids)
+            penalty = overlong_penalty(length, self.context.rollout.max_new_tokens, section.overlong)
+            completion.rewards = {**completion.rewards, "overlong": penalty}
+            completion.scalars["reward"] += section.weights.get("overlong", 1.0) * penalty
 
     def _weigh(self, sampled: Sequence[PromptGroup], kept: Sequence[PromptGroup]) -> None:
         """Token weights over the whole step; what is not kept weighs 0."""
@@ -203,6 +262,17 @@ class PerceptionR1(Method):
             (self.options.beta > 0 or c.scalars["advantage"] != 0) and bool((c.per_token["weight"] != 0).any())
             for c in group.completions
         )
+
+
+def overlong_penalty(length: int, most: int, cache: int) -> float:
+    """DAPO's soft punishment of long answers (arXiv:2503.14476, eq. 13), in [-1, 0].
+
+    Args:
+        length: tokens of the answer.
+        most: largest length; longer ones get -1.
+        cache: tokens before ``most`` over which the penalty goes from 0 to -1; at least 1.
+    """
+    return -min(1.0, max(0.0, (length - (most - cache)) / cache))
 
 
 def grpo_loss(
@@ -231,13 +301,27 @@ def grpo_loss(
 
 def _loss_arguments(batch: PackedBatch, options: PerceptionR1Options) -> dict[str, Any]:
     """What the policy loss takes from the batch's coefficients and the method's options."""
+    sampler = None
+    if options.importance != "none":
+        sampler = batch.per_token.get("sampler_logp")
+        if sampler is None:
+            raise ValueError(
+                f"method.importance: {options.importance} needs the sampler's log-probs, which are not there"
+            )
     return {
+        "loss": options.loss if options.loss in ("cispo", "sapo") else "clip",
+        "ratio": "sequence" if options.loss in ("gspo", "gspo-token") else options.ratio,
+        "importance": options.importance if sampler is not None else None,
+        "sampler_logp": sampler,
         "old_logp": batch.per_token.get("old_logp"),
         "ref_logp": batch.per_token["ref_logp"] if options.beta > 0 else None,
         "weight": batch.per_token["weight"],
         **{
             name: getattr(options, name)
-            for name in ("clip_low", "clip_high", "dual_clip", "beta", "kl", "kl_gradient", "ratio")
+            for name in (
+                *("clip_low", "clip_high", "dual_clip", "beta", "kl", "kl_gradient"),
+                *("importance_level", "importance_cap", "tau_positive", "tau_negative"),
+            )
         },
     }
 

@@ -130,7 +130,7 @@ class RecipeRewards:
         for function, rows in by_function.items():
             for i, value in zip(rows, function([answers[i] for i in rows]), strict=True):
                 if value is not None:
-                    weight = self._section_of(answers[i].record.origin).weights.get(function.label, 1.0)
+                    weight = self.section_of(answers[i].record.origin).weights.get(function.label, 1.0)
                     parts = {**scored[i].components, function.label: value}
                     scored[i] = Scored(parts, scored[i].total + weight * value)
         for answer, found in zip(answers, scored, strict=True):
@@ -139,7 +139,8 @@ class RecipeRewards:
                 raise RewardError(f"{place(names, answer.record, answer.text)}: nothing scores it, all give None")
         return scored
 
-    def _section_of(self, origin: str) -> RewardRecipe:
+    def section_of(self, origin: str) -> RewardRecipe:
+        """The reward section of a part of a mixture (empty: the recipe's)."""
         return self._origins.get(origin, self._section)
 
     def _builtin(self, record: Record) -> Reward | None:
@@ -155,11 +156,12 @@ class RecipeRewards:
     def _make(self, task: str, origin: str) -> Reward | None:
         from fastrl.rewards import REWARDS, reward_for
 
-        section = self._section_of(origin)
+        section = self.section_of(origin)
         own = [function.label for function in self._functions.of(origin)]
         if not section.builtin and not own:
             raise ValueError("reward.builtin: false leaves nothing to score answers: give reward.function")
         builtin = section.builtin and not (own and task not in REWARDS)
+        own += ["overlong"] if section.overlong is not None else []  # the method's own, not the reward's
         _check_names(section, own, REWARDS[task].parts if builtin and task in REWARDS else (), builtin=builtin)
         if not builtin:
             return None
