@@ -44,6 +44,6 @@ def test_a_tiny_recipe_trains_on_real_data_and_is_scored(task: str, data_dir: Pa
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["reward/mean"]) for row in rows)
     assert summary.model is not None
     metrics = run_evaluation(task, spec, model=str(summary.model), limit=6, max_new_tokens=16)
-    assert set(metrics) == KEYS[task] | {"n", "unparsable"}
+    assert set(metrics) >= KEYS[task] | {"n", "unparsable"}
     assert metrics["n"] == 6
-    assert all(math.isfinite(value) for value in metrics.values())
+    assert all(math.isfinite(metrics[name]) for name in KEYS[task])
