@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build train
 @app.command(name="perpo")
 def build_perpo(
     task: Annotated[str, typer.Option(help="grounding or ocr")],
-    model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
+    model: Annotated[str, typer.Option(metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")],
     data: Annotated[str, typer.Option(metavar="SPEC", help="adapter:path[?key=value&…]")],
     out: Annotated[Path, typer.Option(help="JSONL of ranked lists; an unfinished one is gone on with.")],
     n: Annotated[int | None, typer.Option(help="Answers per prompt [grounding 20, ocr 5].")] = None,
@@ -55,7 +55,7 @@ def build_perpo(
 
 @app.command(name="reper")
 def build_reper(
-    model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
+    model: Annotated[str, typer.Option(metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")],
     critic: Annotated[str, typer.Option(metavar="SPEC", help="rule, model:DIR or http:URL")],
     data: Annotated[str, typer.Option(metavar="SPEC", help="adapter:path[?key=value&…]")],
     out: Annotated[Path, typer.Option(help="JSONL of dialogues; an unfinished one is gone on with.")],

@@ -35,7 +35,7 @@ app.add_typer(tiny_app, name="tiny")
 app.command(name="data")(data_command)
 
 Data = Annotated[str | None, typer.Option("--data", metavar="SPEC", help="adapter:path[?key=value&…]")]
-Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Hugging Face folder, or tiny:NAME.")]
+Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")]
 Blank = Annotated[bool, typer.Option("--blank-images", help="Grey pictures of the same size in place of the data's.")]
 
 
@@ -225,7 +225,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command(name="tpl")
 def tpl_command(
-    model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
+    model: Annotated[str, typer.Option(metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")],
     data: Annotated[str, typer.Option(metavar="FILE", help="Dialogues (JSONL), or adapter:path[?key=value&…]")],
     samples: Annotated[int, typer.Option(min=1, help="Random single frames per clip.")] = 4,
     single: Annotated[str, typer.Option(help="Which single frame: random, first, middle, last or best.")] = "random",
@@ -275,7 +275,7 @@ def tpl_command(
 
 @app.command(name="reflect")
 def reflect_command(
-    model: Annotated[str, typer.Option(metavar="DIR", help="Hugging Face folder, or tiny:NAME.")],
+    model: Annotated[str, typer.Option(metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")],
     critic: Annotated[str, typer.Option(metavar="SPEC", help="rule, model:DIR or http:URL")],
     image: Annotated[Path, typer.Option(help="The picture.")],
     question: Annotated[str, typer.Option(help="What is asked about it.")] = PROMPTS["caption"],

@@ -32,7 +32,7 @@ class LoraRecipe(Section):
 
 
 class ModelRecipe(Section):
-    path: str  # a Hugging Face folder, or tiny:NAME for a shipped one
+    path: str  # a Hugging Face folder, tiny:NAME for a shipped one, or a downloaded hub name
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     device: str | None = None
     lora: LoraRecipe | None = None

@@ -161,15 +161,13 @@ class Rows:
         lengths = mask[:, -answer:].sum(1)
         if not torch.equal(mask[:, -answer:], torch.arange(answer) < lengths[:, None]):
             return None  # an answer with a hole
-        pixels, grids, counts = (pictures.get(name) for name in ("pixel_values", "image_grid_thw", "num_images"))
-        if pixels is None:
+        counts = pictures.get("num_images")
+        if pictures.get("pixel_values") is None:
             images: list[list[ImageInput]] = [[] for _ in ids]
-        elif grids is None or counts is None:
-            return None
         else:
-            shapes = [tuple(int(n) for n in grid) for grid in grids.tolist()]
-            each = list(pixels.split([t * h * w for t, h, w in shapes]))
-            named = [ImageInput(p, s, str(n)) for n, (p, s) in enumerate(zip(each, shapes, strict=True))]
+            named = family.processed(pictures)
+            if named is None or counts is None:
+                return None
             ends = torch.tensor([0, *counts]).cumsum(0).tolist()
             images = [named[start:end] for start, end in pairwise(ends)]
         prompts = [row[:-answer][kept] for row, kept in zip(ids, mask[:, :-answer], strict=True)]

@@ -48,5 +48,5 @@ def _folder(path: str | Path) -> Path:
 
 
 def is_published(path: str | Path) -> bool:
-    """Whether the config is the one a family publishes under that name."""
-    return str(path) in published() and not Path(path).is_dir()
+    """Whether :func:`config_of` takes the config that a family publishes under that name: there is no folder of it."""
+    return str(path) in published() and not (_folder(path) / "config.json").is_file()

@@ -27,13 +27,11 @@ def register(**functions: Callable[..., Any]) -> None:
 @contextmanager
 def attention(family: Family, core: Any, *, language: str | None = None, vision: str | None = None) -> Iterator[None]:
     """Inside, the layers of a part call the function of that name; None: as before."""
-    parts = family.parts(core)
-    configs = [(parts.language.config, language), (parts.vision.config, vision)]
-    before = [(config, config._attn_implementation) for config, name in configs if name is not None]
+    configs = _named(family, core, language, vision)
+    before = [(config, config._attn_implementation) for config, _ in configs]
     try:
         for config, name in configs:
-            if name is not None:
-                config._attn_implementation = name
+            config._attn_implementation = name
         yield
     finally:
         for config, name in before:
@@ -43,11 +41,11 @@ def attention(family: Family, core: Any, *, language: str | None = None, vision:
 def set_attention(family: Family, core: Any, *, language: str, vision: str) -> None:
     """For good: also what checkpointing computes again in a backward. The whole model's own forward (and with it
     ``generate``) goes on to attend as it did, masks and padding included."""
-    parts = family.parts(core)
-    own = parts.language.config._attn_implementation
+    own = family.parts(core).language.config._attn_implementation
     if own == language:
         return
-    parts.language.config._attn_implementation, parts.vision.config._attn_implementation = language, vision
+    for config, name in _named(family, core, language, vision):
+        config._attn_implementation = name
 
     @wraps(type(core).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -55,3 +53,10 @@ def set_attention(family: Family, core: Any, *, language: str, vision: str) -> N
             return type(self).forward(self, *args, **kwargs)
 
     core.forward = MethodType(forward, core)
+
+
+def _named(family: Family, core: Any, language: str | None, vision: str | None) -> list[tuple[Any, str]]:
+    """Configs whose attention is to change, and its name. A tower without a config of its own has no attention."""
+    parts = family.parts(core)
+    wanted = [(getattr(parts.vision, "config", None), vision), (parts.language.config, language)]
+    return [(config, name) for config, name in wanted if config is not None and name is not None]

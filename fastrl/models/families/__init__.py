@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+from fastrl.config.contract import faults
+from fastrl.config.registry import Registry, nearest
 from fastrl.models.families.base import PARTS, Family, Layout, Parts, Placed, Size, VisionFeatures
 from fastrl.models.families.glm4v import Glm4V, Glm4VMoe, Glm46V
 from fastrl.models.families.internvl import InternVL
@@ -15,6 +17,7 @@ from fastrl.models.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from fastrl.models.families.smolvlm import SmolVLM
 
 __all__ = [
+    "FAMILIES",
     "PARTS",
     "Family",
     "Layout",
@@ -28,7 +31,10 @@ __all__ = [
     "register",
 ]
 
-_FAMILIES: dict[str, type[Family]] = {}
+FAMILIES: Registry[type[Family]] = Registry("model family")  # by config.model_type
+NEEDED = ("model_type", "style", "end_of_turn", "model_class", "preprocessor", "tokens", "blank", "features")
+
+F = TypeVar("F", bound=type[Family])
 _LINEAR = (
     "most of its text layers carry a state from token to token, which attention over a shared prompt would not hand to "
     "the answers"
@@ -44,21 +50,38 @@ REFUSED: Mapping[str, str] = {
 }
 
 
-def register(family: type[Family]) -> type[Family]:
-    """Let a family be found by its ``model_type``; may stand as a decorator.
+def register(family: F) -> F:
+    """Let a family be found by its ``model_type``. Also a class decorator.
 
     Raises:
-        ValueError: the name is taken by another family.
+        TypeError: no subclass of ``Family``, or one with a part missing, misspelt or called otherwise.
+        ValueError: another family has that ``model_type``.
     """
-    taken = _FAMILIES.setdefault(family.model_type, family)
-    if taken is not family:
-        raise ValueError(f"model type {family.model_type!r} is already {taken.__module__}.{taken.__qualname__}")
+    found = _faults(family)
+    if found:
+        raise TypeError(f"{family!r}: " + "; ".join(found))
+    FAMILIES.add(family.model_type, family)
     return family
+
+
+def _faults(family: type[Family]) -> list[str]:
+    """What keeps a class from being a family. Helpers of its own are no fault, but for what is like a misspelt hook."""
+    if not (isinstance(family, type) and issubclass(family, Family)):
+        return faults(family, Family)
+    hooks = {*dir(Family), *Family.__annotations__}
+    own = [name for name in dir(family) if name not in hooks and not nearest(name, hooks, cutoff=0.8)]
+    found = faults(family, Family, own=own)
+    return found + [f"{name} is missing" for name in NEEDED if _plain(family, name) is _plain(Family, name)]
+
+
+def _plain(cls: type, name: str) -> Any:
+    value = getattr(cls, name, None)
+    return getattr(value, "__func__", value)
 
 
 def families() -> dict[str, type[Family]]:
     """All registered families by ``model_type``."""
-    return dict(sorted(_FAMILIES.items()))
+    return {name: FAMILIES[name] for name in sorted(FAMILIES)}
 
 
 def family_of(config: Any, where: object = "") -> Family:
@@ -73,11 +96,11 @@ def family_of(config: Any, where: object = "") -> Family:
     """
     kind = str(config.get("model_type") if isinstance(config, Mapping) else config.model_type)
     prefix = f"{where}: " if where else ""
-    if kind not in _FAMILIES and kind in REFUSED:
+    if kind not in FAMILIES and kind in REFUSED:
         raise ValueError(f"{prefix}model type {kind!r} is not supported: {REFUSED[kind]}")
-    if kind not in _FAMILIES:
-        raise ValueError(f"{prefix}model type {kind!r} is not supported; supported: {', '.join(sorted(_FAMILIES))}")
-    family = _FAMILIES[kind](config)
+    if kind not in FAMILIES:
+        raise ValueError(f"{prefix}model type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[kind](config)
     try:
         family.check()
     except ValueError as error:

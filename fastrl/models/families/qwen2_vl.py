@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -147,6 +147,14 @@ class Qwen2VL(Family):
                 found = values.get("max_pixels") or (values.get("size") or {}).get("longest_edge")
                 return int(found) if found else None
         return None
+
+    def processed(self, inputs: Mapping[str, Any]) -> list[ImageInput] | None:
+        pixels, grids = inputs.get("pixel_values"), inputs.get("image_grid_thw")
+        if pixels is None or grids is None:
+            return None
+        shapes = [tuple(int(n) for n in grid) for grid in grids.tolist()]
+        each = pixels.split([math.prod(shape) for shape in shapes])
+        return [ImageInput(p, s, str(n)) for n, (p, s) in enumerate(zip(each, shapes, strict=True))]
 
     def tokens(self, image: ImageInput) -> int:
         return image_tokens(image.shape, self.merge)
