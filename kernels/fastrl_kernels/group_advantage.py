@@ -16,6 +16,7 @@ With ids the work is groups x rows, small up to 10^7. No gradient: rewards are c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -166,8 +167,8 @@ def _(rewards: Tensor, group: Tensor | None, weights: Tensor | None, size: int, 
 
 
 def group_advantage(
-    rewards: Tensor,
-    group: int | Tensor,
+    rewards: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    group: int | Tensor | Sequence[int],
     *,
     n_groups: int | None = None,
     weights: Tensor | None = None,
@@ -179,7 +180,8 @@ def group_advantage(
     """Advantages of ``R`` completions relative to their group; formulas at the top of this file.
 
     Args:
-        rewards: ``[R]``, or ``[R, K]`` for K components (fp32, bf16, fp16; float64 goes the eager way).
+        rewards: ``[R]``, or ``[R, K]`` for K components (fp32, bf16, fp16; float64 goes the eager way). Integers and
+            booleans become float32, as do lists.
         group: members per group (rows of a group follow each other), or the group id of each row, ``[R]`` int64 or
             int32, in any order. A negative id belongs to no group: advantage and reward 0.
         n_groups: how many ids there are. Needed for ids on a GPU (finding out would be a host read) and under
@@ -195,6 +197,7 @@ def group_advantage(
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or option, before any launch.
     """
+    rewards, group = _as_tensors(rewards, group)
     _check_arguments(rewards, weights, baseline, scale, eps)
     ids = None if isinstance(group, int) else group
     size = group if isinstance(group, int) else 0
@@ -208,8 +211,8 @@ def group_advantage(
 
 
 def group_advantage_reference(
-    rewards: Tensor,
-    group: int | Tensor,
+    rewards: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    group: int | Tensor | Sequence[int],
     *,
     n_groups: int | None = None,
     weights: Tensor | None = None,
@@ -219,6 +222,7 @@ def group_advantage_reference(
     eps: float = 1e-4,
 ) -> GroupAdvantage:
     """``group_advantage`` in plain torch on any device: float64 inside, float64 out for float64 in. Same arguments."""
+    rewards, group = _as_tensors(rewards, group)
     _check_arguments(rewards, weights, baseline, scale, eps)
     ids = None if isinstance(group, int) else group
     size = group if isinstance(group, int) else 0
@@ -226,6 +230,17 @@ def group_advantage_reference(
     matrix = rewards if rewards.dim() == 2 else rewards.unsqueeze(1)
     out = _eager(matrix, ids, weights, size, count, baseline == "leave_one_out", scale == "std", unbiased, eps)
     return GroupAdvantage(*out)
+
+
+def _as_tensors(rewards: Any, group: Any) -> tuple[Tensor, int | Tensor]:
+    """Lists as tensors, whole numbers as float32; ids on the device of the rewards."""
+    if not isinstance(rewards, Tensor):
+        rewards = torch.tensor(rewards, dtype=torch.float32)
+    if not rewards.is_floating_point() and not rewards.is_complex():
+        rewards = rewards.float()
+    if not isinstance(group, int | Tensor):
+        group = torch.tensor(group, dtype=torch.int64, device=rewards.device)
+    return rewards, group
 
 
 def _eager(

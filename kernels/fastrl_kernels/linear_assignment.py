@@ -36,6 +36,7 @@ from fastrl_kernels._common import (
 )
 from fastrl_kernels._triton import tl, triton
 
+COUNTABLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # dtypes of costs that are made floats
 OK, INFEASIBLE, INVALID = 0, 1, 2  # status bits
 MAX_LANES = 4096  # longer side on a GPU; row and column numbers are packed in 14 bits each
 IN_TREE = tl.constexpr(-(1 << 31))  # sign bit of ``before``
@@ -272,7 +273,9 @@ def linear_assignment(
     nearly always does: shorter side in order, free lines first, then the lowest index.
 
     Args:
-        cost: ``[B, n, m]`` float32, bfloat16, float16, or float64 (CPU only), any strides.
+        cost: ``[B, n, m]``, or one ``[n, m]``, whose results have no batch dimension: float32, bfloat16, float16, or
+            float64 (CPU only), any strides. Integers become float64 on CPU (int8 to int16: float32) and float32 on a
+            GPU, as does ``total`` then.
         n_rows, n_cols: ``[B]`` int64 or int32, the part of each problem that counts; clamped to [0, n] and [0, m].
         maximize: take the greatest total instead.
         strict: raise on a status that is not 0. Reads the status: on a GPU this waits for the device.
@@ -284,6 +287,12 @@ def linear_assignment(
     Raises:
         ValueError, TypeError: wrong shape, dtype or device; float64 or more than 4096 lines on a GPU; ``strict``.
     """
+    single = cost.dim() == 2
+    if single:
+        check(n_rows is None and n_cols is None, "cost: counts need a batch, [B, n, m]")
+        cost = cost.unsqueeze(0)
+    if cost.dtype in COUNTABLE:
+        cost = cost.float() if cost.is_cuda or cost.dtype in (torch.int8, torch.uint8, torch.int16) else cost.double()
     n_rows, n_cols = _check_arguments(cost, n_rows, n_cols)
     cost = cost.detach()
     run = _solve if readable(cost) else _op
@@ -294,7 +303,7 @@ def linear_assignment(
             f"cost: problem {first} has status {int(out.status[first])} "
             f"({INFEASIBLE}: no complete matching, {INVALID}: NaN or an infinity of the wrong sign)"
         )
-    return out
+    return Assignment(*(x[0] for x in out)) if single else out
 
 
 def _check_arguments(cost: Tensor, n_rows: Tensor | None, n_cols: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

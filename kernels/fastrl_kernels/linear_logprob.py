@@ -43,6 +43,7 @@ from fastrl_kernels._linear_logprob_tiles import RowTerms
 from fastrl_kernels.token_logprob import (
     LogProb,
     check_values,
+    flat_rows,
     inverse_temperature,
     row_temperature,
     token_logprob_reference,
@@ -201,9 +202,11 @@ def linear_logprob(
     computed. Deterministic. Never synchronises a GPU, except in float64, or in the backward with ``skip_zero_rows``.
 
     Args:
-        hidden: [N, H] bf16, fp16, fp32 (or fp64), any strides.
+        hidden: [N, H], or [B, T, H] with ``target`` [B, T], as all results then (``rows`` counts b T + t): bf16, fp16,
+            fp32 (or fp64), any strides.
         weight: [V, H] of ``hidden``'s dtype. Under autocast both are cast as ``F.linear`` would.
-        target: [N] int64. A target outside [0, V) that is not ``ignore_index`` raises on a CPU and gives NaN on a GPU.
+        target: [N] int64 or int32. A target outside [0, V) that is not ``ignore_index`` raises on a CPU and gives NaN
+            on a GPU.
         bias: [V], added to the logits in fp32.
         temperature: > 0, or [N] of them; divides the logits after the softcap. No gradient.
         softcap: > 0: logits become ``softcap * tanh(logits / softcap)``.
@@ -231,6 +234,8 @@ def linear_logprob(
             return_entropy=return_entropy, rows=rows, lora=lora, skip_zero_rows=skip_zero_rows,
             scratch_bytes=scratch_bytes,
         )  # fmt: skip
+    shape = target.shape
+    hidden, target, temperature = flat_rows("hidden", hidden, target, temperature)
     hidden, weight = autocast_pair(hidden, weight)
     lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else lora
     _check_arguments(hidden, weight, target, bias, rows, lora_a, lora_b, softcap, scratch_bytes)
@@ -240,7 +245,7 @@ def linear_logprob(
         hidden, weight, target, bias, per_row, lora_a, lora_b, rows, value, float(lora_scale),
         None if softcap is None else float(softcap), ignore_index, return_entropy, skip_zero_rows, scratch_bytes,
     )  # fmt: skip
-    return LogProb(logp, entropy if return_entropy else None)
+    return LogProb(logp.view(shape), entropy.view(shape) if return_entropy else None)
 
 
 def autocast_pair(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,6 +274,8 @@ def linear_logprob_reference(
     scratch_bytes: int = 1 << 30,
 ) -> LogProb:
     """The same function in plain torch with the whole ``[N, V]`` logits; the truth in tests. Keeps float64."""
+    shape = target.shape
+    hidden, target, temperature = flat_rows("hidden", hidden, target, temperature)
     kind = accumulator_dtype(hidden.dtype)
     if ignore_index is not None:
         hidden = hidden.masked_fill((target == ignore_index)[:, None], 0)
@@ -286,9 +293,10 @@ def linear_logprob_reference(
         logits = softcap * torch.tanh(logits / softcap)
     if rows is not None:  # nothing but the chosen rows sends a gradient anywhere
         logits = torch.where(kept, logits, logits.detach())
-    return token_logprob_reference(
+    logp, entropy = token_logprob_reference(
         logits, target, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy
     )
+    return LogProb(logp.view(shape), None if entropy is None else entropy.view(shape))
 
 
 def check_rows(rows: Tensor, target: Tensor) -> None:

@@ -101,8 +101,9 @@ _policy_loss_op.register_autograd(_backward, setup_context=_setup)
 def policy_loss(
     logp: Tensor,
     advantage: Tensor,
-    completion: Tensor,
+    completion: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     sampler_logp: Tensor | None = None,
@@ -130,7 +131,9 @@ def policy_loss(
             raises (``policy_loss_reference`` has all).
         advantage: ``[C]``, one per completion. Constant, as are all tensors below.
         completion: ``[N]`` int64 or int32, the completion of each row, any order. Negative: padding. ``>= C``: an error
-            on CPU, padding on GPU (no host read).
+            on CPU, padding on GPU (no host read). None: ``logp`` and every vector of it are padded, ``[C, L]``, a
+            completion a row.
+        mask: like ``logp``, bool or integer; 0 is padding, and may hold NaN.
         old_logp: ``[N]`` of the policy before the update. None: strictly on-policy, ratio 1, gradient ``-A w``.
         ref_logp: ``[N]`` of the reference policy; needed if ``beta != 0``. With ``beta = 0``, KL is only measured.
         sampler_logp: ``[N]`` as the sampler (an inference engine) told them; needs ``importance``. NaN: it did not,
@@ -161,7 +164,8 @@ def policy_loss(
         clip_low, clip_high, dual_clip, beta, kl, kl_gradient, ratio, loss, importance, importance_level,
         importance_cap, tau_positive, tau_negative,
     )  # fmt: skip
-    tensors = _tensors(logp, advantage, completion, old_logp, ref_logp, sampler_logp, weight, aggregate, normalizer)
+    vectors = (old_logp, ref_logp, sampler_logp, weight)
+    logp, tensors = _tensors(logp, advantage, completion, mask, vectors, aggregate, normalizer)
     options.check(ref_logp, sampler_logp)
     refuse_forward_mode("policy_loss", logp)
     plain, numbers = options.split(logp)
@@ -172,34 +176,44 @@ def policy_loss(
 def _tensors(
     logp: Tensor,
     advantage: Tensor,
-    completion: Tensor,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    sampler_logp: Tensor | None,
-    weight: Tensor | None,
+    completion: Tensor | None,
+    mask: Tensor | None,
+    vectors: tuple[Tensor | None, ...],
     aggregate: str,
     normalizer: float | Tensor | None,
-) -> PolicyTensors:
-    """The checked constants, the weights made where none are given."""
-    check_shape("logp", logp, (None,))
+) -> tuple[Tensor, PolicyTensors]:
+    """``logp`` as [N] and the checked constants, the weights made where none are given."""
+    check(completion is not None or logp.dim() == 2, f"logp: [C, L] without completion ids, got {list(logp.shape)}")
+    if completion is None:
+        check_shape("logp", logp, (advantage.shape[0], None))
+        completion = torch.arange(logp.shape[0], device=logp.device)[:, None].expand(logp.shape)
+    else:
+        check_shape("logp", logp, (None,))
     check_dtype("logp", logp, FLOATS)
+    if mask is not None:
+        check_shape("mask", mask, tuple(logp.shape))
+        check_shape("completion", completion, tuple(logp.shape))
+        completion = completion.masked_fill(mask == 0, -1)
+    old_logp, ref_logp, sampler_logp, weight = vectors
     unset = logp if weight is None else weight  # what is checked instead of weights yet to be made
     tensors = PolicyTensors(advantage, completion, unset.detach(), old_logp, ref_logp, sampler_logp)
     tensors.check(logp)
+    tensors, logp = tensors.rows(lambda t: t.reshape(-1)), logp.reshape(-1)
     if weight is not None:
         check(normalizer is None, "normalizer: only without weight (a given weight is already normalised)")
-        return tensors
+        return logp, tensors
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     c = advantage.shape[0]
-    made = token_weights(completion, aggregate=aggregate, normalizer=normalizer, n_completions=c, dtype=dtype)
-    return tensors._replace(weight=made)
+    made = token_weights(tensors.completion, aggregate=aggregate, normalizer=normalizer, n_completions=c, dtype=dtype)
+    return logp, tensors._replace(weight=made)
 
 
 def policy_loss_reference(
     logp: Tensor,
     advantage: Tensor,
-    completion: Tensor,
+    completion: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     sampler_logp: Tensor | None = None,
@@ -213,8 +227,10 @@ def policy_loss_reference(
     float64 inside, float64 out for float64 in. Shares no line with the CPU path. Derivatives of every order.
     """
     o = PolicyOptions(**options)
-    tensors = _tensors(logp, advantage, completion, old_logp, ref_logp, sampler_logp, weight, aggregate, normalizer)
+    vectors = (old_logp, ref_logp, sampler_logp, weight)
+    logp, tensors = _tensors(logp, advantage, completion, mask, vectors, aggregate, normalizer)
     o.check(ref_logp, sampler_logp)
+    completion, old_logp, ref_logp, sampler_logp = tensors.completion, *tensors[3:]
     c = advantage.shape[0]
     live = (tensors.weight != 0) & (completion >= 0) & (completion < c)
     index = completion.long().masked_fill(~live, c)  # what is not live goes to a completion past the last one

@@ -243,8 +243,10 @@ def token_logprob(
     """Log-probability of each row's target, from logits.
 
     Args:
-        logits: [N, V] bf16, fp16, fp32 (or fp64); any strides, fastest with unit column stride.
-        target: [N] int64. A target outside [0, V) that is not ``ignore_index`` raises on a CPU and gives NaN on a GPU.
+        logits: [N, V], or [B, T, V] with ``target`` [B, T], as all results then: bf16, fp16, fp32 (or fp64); any
+            strides, fastest with unit column stride.
+        target: [N] int64 or int32. A target outside [0, V) that is not ``ignore_index`` raises on a CPU and gives NaN
+            on a GPU.
         temperature: > 0, or [N] of them; divides the logits. No gradient.
         ignore_index: rows with this target get logp 0, entropy 0 and no gradient, whatever they hold. ``None``: none.
         return_entropy: also return the (differentiable) entropy of each row's tempered distribution, in nats.
@@ -259,6 +261,8 @@ def token_logprob(
         ValueError, TypeError: wrong shape, device, dtype or value; ``inplace_backward`` on logits that share memory
         between elements.
     """
+    shape = target.shape
+    logits, target, temperature = flat_rows("logits", logits, target, temperature)
     check_shape("logits", logits, (None, None))
     check(logits.shape[1] > 0, "logits: expected at least one column (vocabulary entry), got 0")
     check_dtype("logits", logits, FLOATS)
@@ -273,7 +277,7 @@ def token_logprob(
         check(spread, "inplace_backward: logits are an expanded view, their elements share memory")
         op = _consuming_op
     logp, entropy, _ = op(logits, target, per_row, value, ignore_index, return_entropy)
-    return LogProb(logp, entropy if return_entropy else None)
+    return LogProb(logp.view(shape), entropy.view(shape) if return_entropy else None)
 
 
 def token_logprob_reference(
@@ -286,15 +290,33 @@ def token_logprob_reference(
     inplace_backward: bool = False,
 ) -> LogProb:
     """The same function in plain torch; the truth in tests. Keeps float64."""
-    divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    shape = target.shape
+    logits, target, temperature = flat_rows("logits", logits, target, temperature)
+    rowwise = isinstance(temperature, Tensor) and temperature.dim() > 0
+    divisor = temperature[:, None] if rowwise else temperature  # type: ignore[index]
     z = logits.to(accumulator_dtype(logits.dtype))
     ignored = torch.zeros_like(target, dtype=torch.bool) if ignore_index is None else target == ignore_index
     log_p = torch.log_softmax((z / divisor).masked_fill(ignored[:, None], 0), 1)
     logp = log_p.gather(1, target.masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0)
     if not return_entropy:
-        return LogProb(logp, None)
+        return LogProb(logp.view(shape), None)
     terms = torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min))
-    return LogProb(logp, -terms.sum(1).masked_fill(ignored, 0))
+    return LogProb(logp.view(shape), -terms.sum(1).masked_fill(ignored, 0).view(shape))
+
+
+def flat_rows(
+    name: str, x: Tensor, target: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """[B, T, ..] rows with [B, T] targets as [B T] of them; int32 targets as int64."""
+    if x.dim() == 3:
+        check_shape("target", target, tuple(x.shape[:2]))
+        if isinstance(temperature, Tensor) and temperature.dim() == 2:
+            check_shape("temperature", temperature, tuple(x.shape[:2]))
+            temperature = temperature.reshape(-1)
+        x, target = x.reshape(-1, x.shape[2]), target.reshape(-1)
+    else:
+        check_shape(name, x, (None, None))
+    return x, target.long() if target.dtype == torch.int32 else target, temperature
 
 
 def row_temperature(temperature: float | Tensor, target: Tensor) -> tuple[Tensor | None, float]:
