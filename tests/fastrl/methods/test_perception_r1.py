@@ -253,7 +253,7 @@ def test_advantage_options(options: dict[str, Any], expected: list[float]) -> No
 def test_a_reward_that_does_not_fit_the_data_is_said_before_anything_is_sampled() -> None:
     record = Record(id="a", task="grounding", images=(), messages=(), target={})
     context = Context(
-        policy=SimpleNamespace(),  # type: ignore[arg-type]  # asked to encode or sample, it would raise another error
+        policy=SimpleNamespace(encode=None),  # type: ignore[arg-type]  # called, it would raise another error
         stream=RecordStream([record]),
         rng=torch.Generator(),
         rollout=RolloutRecipe(max_new_tokens=10),  # type: ignore[call-arg]
