@@ -141,9 +141,7 @@ def test_sampler_and_trainer_agree_and_every_step_says_so(tiny_folder: Folder, t
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
-def test_micro_batch_size_does_not_change_the_gradient(
-    tiny_folder: Folder, tmp_path: Path, aggregate: str
-) -> None:
+def test_micro_batch_size_does_not_change_the_gradient(tiny_folder: Folder, tmp_path: Path, aggregate: str) -> None:
     gradients, counts = [], []
     for budget in (64, 100_000):
         recipe = make_recipe(
