@@ -15,8 +15,8 @@ from fastrl.methods.perception_r1 import PerceptionR1Options, grpo_loss, overlon
 from fastrl.methods.rollouts import RecipeRewards
 from fastrl.recipe import RecipeError, load_recipe
 from fastrl_kernels.token_weights import token_weights
-from tests.fastrl.methods.test_perception_r1 import scored, scripted
-from tests.kernels.test_parity import AGGREGATES, B, Batch, T, _TrlTrainer
+from tests.helpers.scripted import scored, scripted
+from tests.helpers.trl_losses import AGGREGATES, B, Batch, T, TrlTrainer
 
 
 def packed(batch: Batch, sampler: Tensor | None, aggregate: dict[str, Any]) -> PackedBatch:
@@ -31,7 +31,7 @@ def packed(batch: Batch, sampler: Tensor | None, aggregate: dict[str, Any]) -> P
 def trl_loss(batch: Batch, ratio: Tensor | None = None, **settings: Any) -> Tensor:
     """TRL's loss, ``ratio`` its importance weights."""
     grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
-    trainer = _TrlTrainer(batch, beta=0.04, **settings)
+    trainer = TrlTrainer(batch, beta=0.04, **settings)
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = ratio is not None
     inputs = {
         "prompt_ids": torch.zeros(B, 1), "prompt_mask": torch.ones(B, 1), "completion_ids": torch.zeros(B, T),
