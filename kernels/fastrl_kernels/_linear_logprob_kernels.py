@@ -167,7 +167,6 @@ def linear_logprob_fold_kernel(
     state += row
     m0 = tl.load(state, mask=seen, other=-1.0e30)
     r0 = tl.load(state + state_stride, mask=seen, other=0.0)
-    z0 = tl.load(state + 3 * state_stride, mask=seen, other=float("nan"))  # here: the sums' barriers lie between
     here_top = tl.max(m, 0)
     top = tl.maximum(here_top, m0)
     a = tl.exp2(m - top)
@@ -179,6 +178,7 @@ def linear_logprob_fold_kernel(
         row_pointer, bias, head, blocks, width, owner, here_top, softcap, scale, HAS_BIAS, HAS_SOFTCAP, GROUPS, PACK
     )
     weighted = a_here * (weighted + (here_top - top) * (rest + 1.0))
+    z0 = tl.load(state + 3 * state_stride, mask=seen, other=float("nan"))  # here: a barrier lies before its store
     rest = a_here * rest + tl.sum(tl.where(group == owner, 0.0, r * a), 0)
     rest += tl.where(here_top >= m0, (r0 + 1.0) * a0, r0 + a_here)
     rest = tl.where(ignored, 0.0, rest)

@@ -245,7 +245,9 @@ def linear_logprob(
         hidden, weight, target, bias, per_row, lora_a, lora_b, rows, value, float(lora_scale),
         None if softcap is None else float(softcap), ignore_index, return_entropy, skip_zero_rows, scratch_bytes,
     )  # fmt: skip
-    return LogProb(logp.view(shape), entropy.view(shape) if return_entropy else None)
+    if len(shape) > 1:
+        logp, entropy = logp.view(shape), entropy.view(shape) if return_entropy else entropy
+    return LogProb(logp, entropy if return_entropy else None)
 
 
 def autocast_pair(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

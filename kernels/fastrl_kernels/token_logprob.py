@@ -277,7 +277,9 @@ def token_logprob(
         check(spread, "inplace_backward: logits are an expanded view, their elements share memory")
         op = _consuming_op
     logp, entropy, _ = op(logits, target, per_row, value, ignore_index, return_entropy)
-    return LogProb(logp.view(shape), entropy.view(shape) if return_entropy else None)
+    if len(shape) > 1:
+        logp, entropy = logp.view(shape), entropy.view(shape) if return_entropy else entropy
+    return LogProb(logp, entropy if return_entropy else None)
 
 
 def token_logprob_reference(

@@ -426,7 +426,7 @@ def test_compiles_with_dynamic_sizes() -> None:
         ({"weight": torch.zeros(0, 8)}, ValueError, "weight: expected at least one row"),
         ({"weight": torch.zeros(9, 8).bfloat16()}, TypeError, "weight: expected dtype float32, got bfloat16"),
         ({"target": torch.zeros(5).long()}, ValueError, r"target: expected shape \[4\], got \[5\]"),
-        ({"target": torch.zeros(4).int()}, TypeError, "target: expected dtype int64, got int32"),
+        ({"target": torch.zeros(4)}, TypeError, "target: expected dtype .*, got float32"),
         ({"target": torch.tensor([0, 9, 0, 0])}, ValueError, "target: row 1 is 9, expected 0..8 or ignore_index -100"),
         ({"target": torch.tensor([0, 0, 0, -1])}, ValueError, "target: row 3 is -1"),
         ({"bias": torch.zeros(8)}, ValueError, r"bias: expected shape \[9\], got \[8\]"),

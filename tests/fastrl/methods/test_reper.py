@@ -204,7 +204,9 @@ def dialogue_record(name: str = "d", turns: Sequence[SpokenTurn] = TURNS) -> Rec
 
 
 def context(policy: Policy) -> Any:
-    return SimpleNamespace(policy=policy, clock=Clock(), average=float, reward=RewardRecipe())
+    return SimpleNamespace(
+        policy=policy, clock=Clock(), average=float, reward=RewardRecipe(), rewards={}, functions=None
+    )
 
 
 def test_packed_dialogue_equals_turn_by_turn(tiny_folder: Callable[[str], Path]) -> None:
