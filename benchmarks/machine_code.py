@@ -1,9 +1,8 @@
 """How many instructions a launch issues: SASS counted per loop, loops run as often as the interpreter found.
 
 The interpreter in ``tests/ptx`` knows how often each PTX instruction of a launch was executed, but a GPU issues SASS.
-The assembler keeps the loops: where both have the same number, they are paired in order and each SASS loop's own
-instructions are taken to run as often as its partner's. Where it unrolled one, no pairing is possible and ``issued``
-says so.
+The assembler keeps the loops, or unrolls one: they are paired, and each SASS loop's own instructions are taken to run
+as often as its partner's (divided by the rounds it holds). Where no pairing is possible ``issued`` says so.
 """
 
 from __future__ import annotations
@@ -69,17 +68,53 @@ def issued(opcodes: Sequence[str], jumps: Sequence[tuple[int, int]], executed: C
     codes = [code for _, code in machine]
     back = [(at, index.get(int(match[1], 16), at)) for at, code in enumerate(codes) if (match := _BRANCH.search(code))]
     above, below = loops(jumps), loops(back)
-    if len(above) != len(below):
+    partners = pair([_work(opcodes, loop, _PTX) for loop in above], [_work(codes, loop, _SASS) for loop in below])
+    if partners is None:
         special = sum(n for at, n in executed.items() if opcodes[at].split(".")[0] in _SPECIAL)
         return Issued(sum(executed.values()), special, paired=False)
-    total, special = 0.0, 0.0
-    for ptx, sass_own in zip(own(above, len(opcodes)), own(below, len(codes)), strict=True):
-        times = sum(executed[at] for at in ptx) / max(len(ptx), 1)
-        total += times * len(sass_own)
-        special += times * sum("MUFU" in codes[at] for at in sass_own)
+    times = [sum(executed[at] for at in members) / max(len(members), 1) for members in own(above, len(opcodes))]
+    total, special, done = 0.0, 0.0, set()
+    for members, (loop, copies) in zip(own(below, len(codes)), [(0, 1), *partners], strict=True):
+        rounds = 0.0 if loop in done else times[loop] / copies  # after an unrolled loop the rest of its rounds: few
+        done.add(loop)
+        total += rounds * len(members)
+        special += rounds * sum("MUFU" in codes[at] for at in members)
     return Issued(total, special, paired=True)
 
 
+def pair(above: Sequence[tuple[int, ...]], below: Sequence[tuple[int, ...]]) -> list[tuple[int, int]] | None:
+    """For each SASS loop the number (from 1) of its PTX loop and how many rounds of that it holds; None: no telling.
+
+    Loops are known by their loads, stores and exponentials. As many on both sides: they are paired in order. An
+    unrolled loop becomes two, one with a multiple of that work and one for the rest.
+    """
+    if len(above) == len(below):
+        return [(number, 1) for number in range(1, len(above) + 1)]
+    found: list[tuple[int, int]] = []
+    for number, work in enumerate(above, 1):
+        first = len(found)
+        while len(found) < len(below) and (copies := _multiple(below[len(found)], work)):
+            if len(found) > first and len(below) - len(found) <= len(above) - number:
+                break  # the others are of the loops to come
+            found.append((number, copies))
+        if len(found) == first:
+            return None
+    return found if len(found) == len(below) else None
+
+
+def _multiple(work: tuple[int, ...], of: tuple[int, ...]) -> int:
+    """How many times ``of`` this work is; 0: it is no multiple."""
+    copies = max(work) // max(max(of), 1)
+    return copies if work == tuple(copies * one for one in of) else 0
+
+
+def _work(code: Sequence[str], loop: Loop, names: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
+    body = code[loop.first : loop.last + 1]
+    return tuple(sum(any(name in text for name in kind) for text in body) for kind in names)
+
+
+_PTX = (("ld.global", "cp.async.c"), ("st.global",), ("ex2",))
+_SASS = (("LDG",), ("STG",), ("MUFU.EX2",))
 _SPECIAL = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh", "div")
 
 

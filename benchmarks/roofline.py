@@ -153,7 +153,7 @@ def table(payload: dict[str, Any]) -> str:
             f"`{row['kernel']}`" + ("" if row["arch"] == 90 else f" (sm_{row['arch']} code)"),
             row["size"],
             f"{row['programs']:.0f} × {row['warps']}",
-            str(row["registers"]),
+            str(row["registers"]) + (f" + {row['stack']} B" if row["stack"] else ""),
             str(row["shared"]),
             str(programs * row["warps"]),
             f"{row['programs'] / (MULTIPROCESSORS * programs):.2g}",
@@ -281,11 +281,10 @@ def _decode(prompts: int) -> None:
     from fastrl_kernels import decode_attention
 
     module = importlib.import_module("fastrl_kernels.decode_attention")
-    config = module._config
     q = torch.randn(prompts * 8, 16, 128).bfloat16()
     prompt = torch.randn(2, prompts, 2, 1200, 128).bfloat16().unbind()
     own_keys = torch.randn(2, prompts * 8, 2, 256, 128).bfloat16().unbind()
-    with mock.patch.object(module, "_config", lambda *sizes: config(*sizes[:-1], MULTIPROCESSORS)):
+    with mock.patch.object(module, "processors", return_value=MULTIPROCESSORS):
         decode_attention(q, *prompt, *own_keys)
 
 

@@ -42,6 +42,17 @@ def test_loops_that_do_not_pair_are_counted_in_ptx() -> None:
     assert machine_code.issued(PTX, JUMPS, executed, unrolled) == (182, 50, False)
 
 
+def test_an_unrolled_loop_is_known_by_its_work() -> None:
+    zero, body = (0, 2, 0), (2, 2, 16)
+    assert machine_code.pair([zero, body], [(0, 8, 0), zero, body]) == [(1, 4), (1, 1), (2, 1)]
+    assert machine_code.pair([body, body], [body, body]) == [(1, 1), (2, 1)]
+    assert machine_code.pair([body, body], [(4, 4, 32), body, body]) == [(1, 2), (1, 1), (2, 1)]
+    assert machine_code.pair([body], [(2, 2, 15), body]) is None
+    assert machine_code.pair([zero, body], [body]) is None
+    unrolled = SASS.replace("0x10 ;\n", "0x10 ;\n        /*0078*/  STG.E [R4], R3 ;\n        /*007c*/  BRA 0x78 ;\n", 1)
+    assert not machine_code.issued(PTX, JUMPS, Counter(), unrolled).paired
+
+
 def test_two_ways_back_to_a_header_are_one_loop() -> None:
     assert machine_code.loops([(9, 2), (5, 2), (7, 4), (3, 8)]) == [(2, 9), (4, 7)]
     assert machine_code.own(machine_code.loops([(9, 2), (7, 4)]), 11) == [[0, 1, 10], [2, 3, 8, 9], [4, 5, 6, 7]]
@@ -90,14 +101,15 @@ def test_the_document_shows_the_results() -> None:
     assert roofline.embed(document, payload) == document
     assert {row["arch"] for row in payload["kernels"]} <= {80, 90}
     for result in payload["kernels"]:
-        assert result["stack"] == 0
         assert result["instructions"] >= result["programs"] * result["warps"]
     with pytest.raises(ValueError, match="roofline"):
         roofline.embed("no marks", payload)
 
 
 def test_table_marks_what_is_not_sm_90_or_not_sass() -> None:
-    text = roofline.table({"kernels": [row(arch=80, paired=False)]})
+    text = roofline.table({"kernels": [row(arch=80, paired=False), row(stack=8)]})
+    assert "| 32 |" in text
+    assert "| 32 + 8 B |" in text
     assert "`k` (sm_80 code)" in text
     assert "PTX 528 M" in text
 

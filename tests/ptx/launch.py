@@ -1,8 +1,7 @@
-"""``with run_ptx("sm_90") as launches``: public calls on CPU tensors compute through their compiled kernels.
+"""``with run_ptx(90) as launches``: public calls on CPU tensors compute through their compiled kernels.
 
-Triton is given a driver whose device is one of that architecture. It then specialises and compiles each launch as it
-would on such a GPU, and hands the launcher below the kernel's arguments, which the interpreter runs and writes back.
-Where the library asks whether to take its Triton path the answer is yes, as under ``TRITON_INTERPRET=1``.
+``fastrl_kernels.aot.as_launched`` specialises and compiles each launch as a GPU's would be; here it is then run by the
+interpreter with its real arguments, and what it stores is written back to the tensors.
 """
 
 from __future__ import annotations
@@ -10,16 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
-from fastrl_kernels import _common
+from fastrl_kernels._common import RECORDERS
+from fastrl_kernels.aot import as_launched
 from tests.ptx import machine
 from tests.ptx.faults import Unsupported
 from tests.ptx.machine import Compiled, Counts
@@ -41,49 +37,36 @@ class Launch(NamedTuple):
     counts: Counts
 
 
-class _Driver:
-    """What Triton asks of a driver before it compiles: here a device's number is its architecture's."""
+class _Runner:
+    """Takes the place of the recorder of ``as_launched``."""
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, processors: int) -> None:
+        self.processors = processors
+        self.launches: list[Launch] = []
 
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+    def record(self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        compiled = kernel.warmup(*arguments, grid=(programs,), **options)
+        named = {name: value for name, value in options.items() if name in kernel.arg_names}
+        bound = kernel.signature.bind(*arguments, **named).arguments
+        self.launches.append(execute(compiled, dict(bound), (programs,)))
 
 
 @contextlib.contextmanager
 def run_ptx(arch: int) -> Iterator[list[Launch]]:
-    """Run every kernel launch in the interpreter; the list gathers them.
+    """Run every kernel launch in the interpreter, as compiled for ``arch`` (80, 90, 100); the list gathers them.
 
     Memory that torch leaves uninitialised is filled with NaN meanwhile, so a kernel that reads what nobody wrote shows.
     """
-    launches: list[Launch] = []
-    original = JITFunction.run
-
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled = original(kernel, *args, grid=grid, warmup=True, **options)
-        if not warmup:
-            bound = kernel.device_caches[arch][4](*args, **options)[0]
-            launches.append(execute(compiled, dict(bound), grid))
-        return compiled
-
     deterministic = torch.are_deterministic_algorithms_enabled()
-    with (
-        mock.patch.object(triton.runtime.driver, "_active", _Driver(arch)),
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(_common, "interpreting", return_value=True),
-    ):
+    with as_launched(arch):
+        runner = _Runner(RECORDERS[-1].processors)
+        RECORDERS.append(runner)
         torch.use_deterministic_algorithms(True)
         try:
-            yield launches
+            yield runner.launches
         finally:
             torch.use_deterministic_algorithms(deterministic)
+            RECORDERS.remove(runner)
 
 
 def execute(compiled: Any, arguments: dict[str, Any], grid: tuple[int, ...]) -> Launch:

@@ -42,7 +42,7 @@ class Counts:
         self.executed: Counter[int] = Counter()  # instruction index -> times a warp issued it
         self.opcodes: Counter[str] = Counter()
         self.read = self.written = Traffic()  # global memory
-        self.distinct = (0, 0)  # bytes of global memory that were read, and written, however often
+        self.distinct: tuple[int, int] = (0, 0)  # bytes of global memory that were read, and written, however often
         self.shared_bytes = 0
         self.barriers = 0  # passed, summed over programs
 

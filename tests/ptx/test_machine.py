@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import interpreting
+from fastrl_kernels._common import interpreting, launch
 from fastrl_kernels._triton import HAS_TRITON, tl, triton
 from tests.ptx import machine
 from tests.ptx.faults import Divergent, Misaligned, OutOfBounds, Race, Uninitialised, Unsupported
@@ -471,7 +471,7 @@ def row_sums(source: Tensor, *, masked: bool = True, off: int = 0) -> Tensor:
     out = torch.empty(rows)
     with run_ptx(90):
         options: Any = {"BLOCK": 128, "MASKED": masked, "OFF": off}
-        _row_sums_kernel[(rows,)](source, out, rows, columns, source.stride(0), **options)
+        launch(_row_sums_kernel, rows)(source, out, rows, columns, source.stride(0), **options)
     return out
 
 
@@ -502,13 +502,13 @@ def test_an_off_by_one_stride_is_caught() -> None:
 @needs_triton
 def test_a_missing_barrier_is_caught() -> None:
     """Each barrier of a compiled row sum, taken out of its PTX, leaves a race between warps."""
-    from tests.ptx import launch
+    from tests.ptx.launch import execute, run_ptx
 
     source, out = torch.randn(3, 1000), torch.empty(3)
     arguments: Any = {"source": source, "out": out, "rows": 3, "columns": 1000, "stride": 1000}
     arguments |= {"BLOCK": 1024, "MASKED": True, "OFF": 0}
-    with launch.run_ptx(90) as launches:
-        _row_sums_kernel[(3,)](**arguments)
+    with run_ptx(90) as launches:
+        launch(_row_sums_kernel, 3)(*arguments.values())
     torch.testing.assert_close(out, source.sum(1))
     compiled = launches[0].compiled
     text = compiled.asm["ptx"]
@@ -519,4 +519,4 @@ def test_a_missing_barrier_is_caught() -> None:
         before, after = "bar.sync".join(pieces[:left_out]), "bar.sync".join(pieces[left_out:])
         compiled.asm["ptx"] = before + after.partition(";")[2]
         with pytest.raises(Race, match="without a barrier between"):
-            launch.execute(compiled, arguments, (3,))
+            execute(compiled, arguments, (3,))
