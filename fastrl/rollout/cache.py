@@ -1,7 +1,8 @@
-"""Keys and values of a rollout: each prompt's once, each row's own apart, and the attention that writes and reads them.
+"""A rollout's keys and values, and the attention that writes and reads them.
 
-Prompts are read by the family's own forward. Its attention is switched, for the length of a call, to a function
-that hands the layer's keys and values to the object the call names in ``fastrl_cache``; positions are always explicit.
+A prompt's keys and values are stored once for all its rows; those of generated tokens are stored per row. Prompts are
+prefilled by the model's own forward. For the duration of a call its attention is switched to a function that passes the
+layer's keys and values to the object given as ``fastrl_cache``. Positions are always explicit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastrl.models.families import Family, family_of
 from fastrl_kernels.decode_attention import decode_attention
 
 ATTENTION = "fastrl_rollout"
-# All but cuDNN's, which makes a plan for every new shape: prompts of nearly every call have another length.
+# cuDNN's backend is left out: it makes a plan for every new shape, and nearly every call has new prompt lengths.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -37,7 +38,7 @@ class PromptCache:
         self.capacity = 0
 
     def append(self, rows: list[int], lengths: list[int]) -> _Append:
-        """The call that computes ``lengths`` new tokens for ``rows``, right-padded to the longest."""
+        """Begin a call that appends ``lengths`` new tokens to ``rows``, right-padded to the longest."""
         return _Append(self, rows, lengths)
 
     def reserve(self, capacity: int) -> None:
@@ -57,7 +58,7 @@ class PromptCache:
 
 
 class _Append:
-    """New tokens of some texts: writes their keys behind the old ones and attends causally to both."""
+    """New tokens of some texts: writes their keys after the old ones and attends causally to both."""
 
     def __init__(self, cache: PromptCache, rows: list[int], lengths: list[int]) -> None:
         self.cache, self.rows, self.lengths = cache, rows, lengths
@@ -74,7 +75,7 @@ class _Append:
         keys[rows, :, columns] = key.transpose(1, 2)
         values[rows, :, columns] = value.transpose(1, 2)
         with sdpa_kernel(BACKENDS):
-            if self.fresh:  # padding is on the right, so causal attention alone keeps real tokens off it
+            if self.fresh:  # padding is on the right, so the causal mask already excludes it
                 out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
             else:
                 k, v = (x[rows[:, 0], :, : mask.shape[-1]] for x in (keys, values))
@@ -87,7 +88,7 @@ class _Append:
             self.cache.length[row] += length
 
     def _make_tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Row [b, 1] and column [b, L] of each new key, and the mask [b, 1, L, keys] (True: seen)."""
+        """Row [b, 1] and column [b, L] of each new key, and the mask [b, 1, L, keys] (True: attended)."""
         starts = torch.tensor(self.starts, device=device)
         columns = starts[:, None] + torch.arange(self.width, device=device)
         reach = torch.arange(max(self.starts) + self.width, device=device)
@@ -97,12 +98,12 @@ class _Append:
 
 
 class RowCache:
-    """Own keys and values of R decoding rows, [R, Hkv, T, D] per layer, beside the prompts they share.
+    """Keys and values of R decoding rows, [R, Hkv, T, D] per layer, next to those of the prompts, which rows share.
 
-    Rows of one prompt are neighbours; ``offsets[g] : offsets[g + 1]`` are the rows of prompt ``g``, and rows from
-    ``offsets[-1]`` on have no prompt (they fill a bucket). ``step`` counts the own keys written so far. With ``static``
-    no shape changes from step to step, no buffer moves, and nothing about the step comes from the host, as a CUDA graph
-    needs; without it the attention is given the keys written so far only.
+    Rows of one prompt are adjacent: ``offsets[g] : offsets[g + 1]`` are the rows of prompt ``g``, and rows from
+    ``offsets[-1]`` on have no prompt (they fill a bucket). ``step`` counts the row keys written so far. With ``static``
+    no shape changes from step to step, no buffer moves, and a step reads nothing from the host, as a CUDA graph
+    requires; otherwise attention gets only the keys written so far.
     """
 
     def __init__(self, prompts: PromptCache, n: int, capacity: int, *, static: bool) -> None:
@@ -110,24 +111,25 @@ class RowCache:
         self.prompt_keys, self.prompt_values = dict(prompts.keys), dict(prompts.values)
         like = next(iter(prompts.keys.values()))  # [B, Hkv, P, D]
         device, shape = like.device, (size * n, like.shape[1], capacity, like.shape[3])
-        # Here and not at the first step: with a graph that one runs on another stream, whose memory stays its own.
+        # Allocated here and not in the first step: under a graph that step runs on another stream, and memory that
+        # the allocator gave to one stream is not reused by another.
         self.keys = {layer: key.new_zeros(shape) for layer, key in prompts.keys.items()}
         self.values = {layer: value.new_zeros(shape) for layer, value in prompts.values.items()}
         self.prompt_length = torch.tensor(prompts.length, dtype=torch.int32, device=device)
         self.ragged = min(prompts.length) < prompts.capacity
         self.offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * n
-        self.equal_groups = True  # no row retired: rows are B x n as they lie
+        self.equal_groups = True  # until a row is dropped: rows are B x n in order
         self.n, self.capacity, self.static = n, capacity, static
         self.step = 0
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # step, on the device
         self.own_length = torch.ones(size * n, dtype=torch.int32, device=device)  # keys to read: step + 1
 
     def own(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The rows' own keys and values [R, Hkv, T, D] of a layer: the new token's go into slot ``at``."""
+        """A layer's keys and values of the rows, [R, Hkv, T, D]; those of the new token go into slot ``at``."""
         return self.keys[layer], self.values[layer]
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
-        """Query [R, Hq, D] of the new tokens → [R, Hq, D], over prompts and own keys, the new ones among them."""
+        """Query [R, Hq, D] of the new tokens → [R, Hq, D], over prompt keys and row keys, the new ones included."""
         read = self.capacity if self.static else self.step + 1
         return decode_attention(
             query,
@@ -143,19 +145,19 @@ class RowCache:
         )
 
     def advance(self) -> None:
-        """One more own key per row, on the device; ``step`` follows on the host."""
+        """Count one more key per row on the device; the caller increments ``step`` on the host."""
         self.at += 1
         self.own_length += 1
 
     def keep(self, rows: Tensor, size: int) -> None:
         """Keep these rows (ascending indices), in a batch of ``size``, and drop the others.
 
-        Static buffers are compacted where they lie; else the rows are copied out, and on the CPU prompts that have no
-        row left go too.
+        Static buffers are compacted in place. Otherwise the rows are copied into new buffers, and on the CPU prompts
+        without remaining rows are dropped too.
         """
         group = torch.searchsorted(self.offsets[1:].contiguous(), rows, right=True)
         counts = torch.bincount(group, minlength=len(self.offsets) - 1)
-        if not self.static and not rows.is_cuda:  # the kernel skips a prompt without rows; batched products do not
+        if not self.static and not rows.is_cuda:  # the kernel skips prompts without rows; batched matmuls do not
             live = counts.nonzero()[:, 0]
             if len(live) <= 0.8 * len(counts):
                 self._keep_prompts(live)
@@ -178,7 +180,7 @@ class RowCache:
 
 
 class RowStep:
-    """One decode step of all rows through the model's own layers: what ``fastrl_cache`` is then."""
+    """The ``fastrl_cache`` of a decode step of all rows through the model's own layers."""
 
     def __init__(self, cache: RowCache) -> None:
         self.cache = cache
@@ -205,7 +207,7 @@ class ModelLayers:
 
 @contextmanager
 def rollout_mode(core: Any) -> Iterator[None]:
-    """Inside: no gradient, no dropout, no checkpointing, attention through ``fastrl_cache``. All is put back after."""
+    """Run a block without gradients, dropout or checkpointing and with attention through ``fastrl_cache``."""
     register(**{ATTENTION: _attention})
     training = [module for module in core.modules() if module.training]
     for module in training:

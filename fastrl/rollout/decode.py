@@ -1,11 +1,11 @@
-"""The decode loop: rows of all prompts step together; finished rows retire.
+"""The decode loop: rows of all prompts step together; finished rows leave the batch.
 
-Three ways of running one and the same step:
+The same step runs in one of three modes:
 
-- ``eager``: shapes follow the keys written so far, and finished rows leave at once. The way of a CPU.
-- ``static``: buffers at full size; the batch is one of a few sizes (buckets), and nothing about a step comes from the
-  host, as a graph needs. Runs anywhere.
-- ``graph``: ``static``, its step captured in a CUDA graph per bucket. The way of a GPU.
+- ``eager`` (default on a CPU): shapes grow with the keys written so far, and finished rows leave the batch at once.
+- ``static``: buffers have their full size, the batch has one of a few sizes (buckets), and a step reads nothing from
+  the host, as a CUDA graph requires. Runs on any device.
+- ``graph`` (default on a GPU): ``static``, with the step captured in one CUDA graph per bucket.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fastrl.rollout.cache import ModelLayers, PromptCache, RowCache
 from fastrl.rollout.graphs import GraphRunner
 from fastrl.rollout.sampler import Sampling, sample
 
-WAYS = ("auto", "eager", "static", "graph")
-CHECK_EVERY = 8  # steps between host reads of "how many rows are alive", where a read makes a GPU wait
-SMALLEST_BUCKET = 32  # with fewer rows a step is no faster: it reads all weights
+MODES = ("auto", "eager", "static", "graph")
+CHECK_EVERY = 8  # steps between host reads of the number of unfinished rows; each read makes a GPU wait
+SMALLEST_BUCKET = 32  # with fewer rows a step is no faster: it is bound by reading the weights
 
 
 # (token [R], position [R], cache) → hidden states [R, H]
@@ -34,31 +34,31 @@ Layers = Callable[[Tensor, Tensor, RowCache], Tensor]
 
 @dataclass
 class Start:
-    """Where decoding begins: the prompts' keys and values and what follows each."""
+    """The state in which decoding begins: the prompts' keys and values, and the logits of each prompt's next token."""
 
     cache: PromptCache
     logits: Tensor  # [B, V] of each prompt's last token
     next_position: Tensor  # [B] int64
 
 
-def way_for(asked: str, device: torch.device) -> str:
-    """One of ``WAYS`` other than ``auto``. Raises ``ValueError`` for an unknown one, and for a graph without a GPU."""
-    if asked not in WAYS:
-        raise ValueError(f"decode: expected one of {', '.join(WAYS)}, got {asked!r}")
-    if asked == "auto":
+def decode_mode(mode: str, device: torch.device) -> str:
+    """Resolve ``auto``. Raises ``ValueError`` for a mode not in ``MODES``, and for ``graph`` without a GPU."""
+    if mode not in MODES:
+        raise ValueError(f"decode: expected one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "auto":
         return "graph" if device.type == "cuda" else "eager"
-    if asked == "graph" and device.type != "cuda":
+    if mode == "graph" and device.type != "cuda":
         raise ValueError(
             f"decode: a graph needs a CUDA device, and the policy is on {device}; use auto, eager or static"
         )
-    return asked
+    return mode
 
 
 class Decode:
     """B prompts with n rows each. All state lives in buffers changed in place, so that ``step`` may be captured.
 
-    After ``run``, ``tokens`` [B n, T] int64 and ``logp`` [B n, T] float32 hold what was sampled, up to and including a
-    row's first EOS; what lies behind it is undefined.
+    After ``run``, ``tokens`` [B n, T] int64 and ``logp`` [B n, T] float32 hold what was sampled, up to and including
+    each row's first EOS. Values after the EOS are undefined.
     """
 
     def __init__(
@@ -70,27 +70,27 @@ class Decode:
         *,
         eos: Tensor,
         suppressed: Tensor,
-        way: str = "eager",
+        mode: str = "eager",
     ) -> None:
         device, n, steps = start.logits.device, sampling.n, sampling.max_new_tokens
         size = len(start.logits) * n
         family = family_of(core.config)
         self.head, self.sampling, self.eos, self.suppressed = family.parts(core).head, sampling, eos, suppressed
         self.layers: Layers = family.decode_layers(core) or ModelLayers(family, core)
-        self.static = way != "eager"
+        self.static = mode != "eager"
         self.cache = RowCache(start.cache, n, max(steps - 1, 1), static=self.static)
-        # One line more than there are rows: rows that only fill a bucket read and write there.
+        # One extra row at the end, which the rows that only fill a bucket read and write.
         self.uniform = None if uniform is None else F.pad(uniform, (0, 0, 0, 1))  # [B n + 1, T] float64
         self.all_tokens = torch.zeros(size + 1, steps, dtype=torch.int64, device=device)
         self.all_logp = torch.zeros(size + 1, steps, dtype=torch.float32, device=device)
         self.filler = size
-        self.rows = torch.arange(size, device=device)  # which of the B n rows each row of the batch is
+        self.rows = torch.arange(size, device=device)  # index among the B n rows of each row in the batch
         self.position = start.next_position.repeat_interleave(n)
-        self.at = torch.zeros(1, dtype=torch.int64, device=device)  # column the next token goes to
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)  # column of the next token
         self.token = torch.zeros(size, dtype=torch.int64, device=device)
         self.alive = torch.ones(size, dtype=torch.bool, device=device)
         self.first_logits = start.logits
-        self.runner = GraphRunner(self.step, device) if way == "graph" else None
+        self.runner = GraphRunner(self.step, device) if mode == "graph" else None
 
     @property
     def tokens(self) -> Tensor:
@@ -105,7 +105,7 @@ class Decode:
         try:
             self._run()
         finally:
-            self.runner = None  # it holds this object, and so the keys
+            self.runner = None  # breaks a reference cycle that would keep the keys and values alive
 
     def _run(self) -> None:
         self._record(self.first_logits.repeat_interleave(self.sampling.n, 0))
@@ -121,7 +121,7 @@ class Decode:
             self.cache.step += 1
 
     def step(self) -> None:
-        """Feed each row's last token, sample its next one. Fixed shapes if static, in place, no host reads."""
+        """Feed each row's last token and sample the next one. In place, without host reads; fixed shapes if static."""
         hidden = self.layers(self.token, self.position + self.cache.at, self.cache)
         self.cache.advance()
         self._record(self.head(hidden))
@@ -139,7 +139,7 @@ class Decode:
         self.at += 1
 
     def _any_left(self) -> bool:
-        """Whether any row is alive; finished ones retire where the batch gets smaller for it."""
+        """Whether any row is unfinished. Drops finished rows if that makes the batch smaller."""
         alive = self.alive.nonzero()[:, 0]
         size = self._smaller(len(alive))
         if len(alive) and size < len(self.rows):
@@ -147,14 +147,14 @@ class Decode:
         return len(alive) > 0
 
     def _smaller(self, alive: int) -> int:
-        """Size of the batch from here on: a bucket of 2^k rows if static, else what is alive where the copy pays."""
+        """New batch size: the smallest bucket of 2^k rows if static, else ``alive`` if that saves enough."""
         rows = len(self.rows)
         if not self.static:
             return alive if alive <= 0.85 * rows else rows
         return min(rows, max(SMALLEST_BUCKET, 1 << max(alive - 1, 0).bit_length()))
 
     def _retire(self, alive: Tensor, size: int) -> None:
-        """Rows ``alive`` move to the front of a batch of ``size``; the rest of it are fillers, finished already."""
+        """Shrink the batch to ``size``: rows ``alive`` move to the front, the rest become finished filler rows."""
         self.cache.keep(alive, size)
         fill = (0, size - len(alive))
         rows = F.pad(self.rows[alive], fill, value=self.filler)

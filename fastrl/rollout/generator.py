@@ -1,4 +1,4 @@
-"""``Generator``: prompts → completions, everything that a group shares computed once.
+"""``Generator``: prompts → completions; everything a group shares is computed once.
 
 Images go through the vision tower once each, prompts through the language model once each, and a prompt's keys and
 values are stored once for all its rows (``cache.py``). All rows of all prompts decode together (``decode.py``).
@@ -18,24 +18,24 @@ from fastrl.batch import Completion, ImageInput, Prompt
 from fastrl.clock import Clock
 from fastrl.models.families import Placed, VisionFeatures, family_of
 from fastrl.rollout.cache import PromptCache, rollout_mode
-from fastrl.rollout.decode import Decode, Start, way_for
+from fastrl.rollout.decode import Decode, Start, decode_mode
 from fastrl.rollout.sampler import Sampling
 
 
 class Generator:
-    """Samples completions from a policy's present weights; keeps nothing between calls but ``features``, if given.
+    """Samples completions from a policy's current weights; keeps nothing between calls except ``features``, if given.
 
     Args:
         policy: a ``fastrl.models`` policy; its ``core``, ``features``, ``decode`` and token ids are used.
-        max_rows: rows decoded at once, which bounds memory: prompts are taken in portions of about this many
-            completions (one prompt at least).
+        max_rows: rows decoded at once, which bounds memory: prompts are taken in chunks of about this many
+            completions (at least one prompt).
         prefill_tokens: tokens, padding included, in one forward over prompts.
         vision_patches: patches in one call of the vision tower.
-        decode: how rows decode (see ``fastrl.rollout.decode``): ``"auto"`` is ``"graph"`` on a GPU and ``"eager"``
-            elsewhere; ``"static"`` is the graph's way without the graph.
-        clock: told of the phases ``vision``, ``prefill`` and ``decode``.
-        features: where ``generate`` looks for vision features by image key, and leaves those it computes. The owner
-            empties it when the tower's weights change. None: features are dropped when ``generate`` returns.
+        decode: the decode mode (see ``fastrl.rollout.decode``): ``"auto"`` is ``"graph"`` on a GPU and ``"eager"``
+            elsewhere; ``"static"`` computes the same as ``"graph"`` without capturing.
+        clock: records the time of the phases ``vision``, ``prefill`` and ``decode``.
+        features: vision features by image key, which ``generate`` reads and adds to. The owner empties it when the
+            vision tower's weights change. None: features are dropped when ``generate`` returns.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Generator:
                 raise ValueError(f"{name}: expected 1 or more, got {value}")
         self.policy = policy
         self.max_rows, self.prefill_tokens, self.vision_patches = max_rows, prefill_tokens, vision_patches
-        self.decode = way_for(decode, policy.device)
+        self.decode = decode_mode(decode, policy.device)
         self.phase = clock.phase if clock is not None else nullcontext
         self.features = features
 
@@ -63,41 +63,41 @@ class Generator:
     ) -> list[list[Completion]]:
         """Sample ``sampling.n`` completions of each prompt.
 
-        One uniform number per row and token is drawn from ``rng`` up front, in the order of ``prompts``; what a row
-        samples then depends on its own numbers and logits alone, however prompts are portioned and whichever rows
-        retire. Multimodal positions come from the prompts; nothing is cached on the model.
+        One uniform number per row and token is drawn from ``rng`` up front, in the order of ``prompts``. What a row
+        samples then depends only on its own numbers and logits, not on how prompts are split into chunks or when rows
+        finish. Multimodal positions come from the prompts; nothing is cached on the model.
 
         Args:
-            prompts: encoded prompts; each image key goes through the vision tower once per call, if at all.
+            prompts: encoded prompts; each image key goes through the vision tower at most once per call.
             sampling: see ``Sampling``. Temperature 0 draws nothing from ``rng``, and its n completions are equal.
             rng: on any device. May be None for temperature 0.
 
         Returns:
-            For each prompt its ``n`` completions: ``token_ids`` [T] int64 on the CPU, EOS included where it came
-            (``finished``), ``text``, and ``sampler_logp`` [T] float32 on the CPU (see ``sample``).
+            The ``n`` completions of each prompt: ``token_ids`` [T] int64 on the CPU, ending with EOS if ``finished``,
+            ``text``, and ``sampler_logp`` [T] float32 on the CPU (see ``sample``).
 
         Raises:
-            ValueError: an empty prompt, no ``rng``.
+            ValueError: a prompt is empty, or ``rng`` is missing.
             FloatingPointError: the policy's logits are not finite.
         """
         rows = rows_per_prompt(sampling)
         uniform = _uniform(len(prompts), sampling, rng)
         features = self.features if self.features is not None else {}
         out: list[list[Completion]] = [[] for _ in prompts]
-        for portion in _portions([len(p.token_ids) for p in prompts], max(1, self.max_rows // rows)):
-            session = self._session([prompts[i] for i in portion], features)
-            own = None if uniform is None else uniform.view(len(prompts), rows, -1)[portion].flatten(0, 1)
-            for i, completions in zip(portion, session.sample(sampling, own), strict=True):
+        for chunk in _chunks([len(p.token_ids) for p in prompts], max(1, self.max_rows // rows)):
+            session = self._session([prompts[i] for i in chunk], features)
+            own = None if uniform is None else uniform.view(len(prompts), rows, -1)[chunk].flatten(0, 1)
+            for i, completions in zip(chunk, session.sample(sampling, own), strict=True):
                 out[i] = completions
         return out
 
     def close(self) -> None:
-        """Nothing is held outside this process."""
+        """Does nothing: this generator holds no resources outside the process."""
 
     def session(self, prompts: Prompt | Sequence[Prompt]) -> Session:
-        """Prompts whose keys and values stay between turns: generate, ``extend`` with what was said, generate again.
+        """Keep the prompts' keys and values between turns: generate, ``extend``, generate again.
 
-        A session belongs to the weights it was made with: make a new one after an update.
+        A session is valid for the weights it was made with: make a new one after an update.
         """
         return self._session([prompts] if isinstance(prompts, Prompt) else list(prompts), {})
 
@@ -106,7 +106,7 @@ class Generator:
         return Session(self, prompts, features)
 
     def _features(self, images: Sequence[ImageInput]) -> dict[str, VisionFeatures]:
-        """Vision features by key; each key once, in calls of about ``vision_patches``."""
+        """Vision features by image key, each computed once, in calls of at most about ``vision_patches`` patches."""
         found: dict[str, VisionFeatures] = {}
         patches = family_of(self.policy.core.config).patches
         with self.phase("vision"), rollout_mode(self.policy.core):
@@ -122,7 +122,7 @@ class Generator:
 
 
 class Session:
-    """B dialogues whose images and history are computed once. Made by ``Generator.session``."""
+    """B dialogues whose images and history are processed once. Made by ``Generator.session``."""
 
     def __init__(self, generator: Generator, prompts: Sequence[Prompt], features: Mapping[str, VisionFeatures]) -> None:
         self._generator, self._policy = generator, generator.policy
@@ -144,11 +144,11 @@ class Session:
                 self._append(rows, [len(prompts[i].token_ids) for i in rows], embed(ids), positions, placed)
 
     def extend(self, token_ids: Tensor | Sequence[Tensor]) -> None:
-        """Append text to each dialogue, such as a chosen completion and the next turn of the other side.
+        """Append text to each dialogue, such as a chosen completion and the next turn of the user.
 
         Args:
             token_ids: [T] int64 for each dialogue (one tensor for a session of one). An empty tensor adds nothing.
-                Image placeholders are text like any other here: images come with the prompt.
+                Image placeholders are treated as ordinary tokens: images can only come with the prompt.
         """
         added = [token_ids] if isinstance(token_ids, Tensor) else list(token_ids)
         if len(added) != len(self.next_position):
@@ -169,14 +169,14 @@ class Session:
                     self.next_position[i] += len(added[i])
 
     def generate(self, sampling: Sampling, rng: torch.Generator | None = None) -> list[list[Completion]]:
-        """Sample ``n`` completions of each dialogue as it stands (see ``Generator.generate``); none is appended.
+        """Sample ``n`` completions of each dialogue (see ``Generator.generate``), without appending any.
 
-        All dialogues' rows decode at once: keep a session within the generator's ``max_rows``.
+        The rows of all dialogues decode at once: keep a session within the generator's ``max_rows``.
         """
         return self.sample(sampling, _uniform(len(self.next_position), sampling, rng))
 
     def sample(self, sampling: Sampling, uniform: Tensor | None) -> list[list[Completion]]:
-        """As ``generate``, with the uniform numbers given: [B n, max_new_tokens] float64, None if greedy."""
+        """``generate`` with given uniform numbers: [B n, max_new_tokens] float64, None if greedy."""
         policy, rows = self._policy, rows_per_prompt(sampling)
         device = policy.device
         if not self.next_position:
@@ -194,7 +194,7 @@ class Session:
                 None if uniform is None else uniform.to(device),
                 eos=torch.tensor(policy.eos_token_ids, device=device),
                 suppressed=torch.tensor(policy.suppressed_token_ids, dtype=torch.int64, device=device),
-                way=self._generator.decode,
+                mode=self._generator.decode,
             )
             decode.run()
         with self._generator.phase("decode"):
@@ -204,7 +204,7 @@ class Session:
         return [flat[b * rows : (b + 1) * rows] for b in range(len(self.next_position))]
 
     def _calls(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices in calls of similar length within the generator's ``prefill_tokens`` (one text at least)."""
+        """Indices grouped by similar length into calls within ``prefill_tokens`` (at least one text per call)."""
         call: list[int] = []
         for i in sorted(range(len(lengths)), key=lengths.__getitem__):
             if call and (len(call) + 1) * lengths[i] > self._generator.prefill_tokens:
@@ -228,7 +228,7 @@ class Session:
 def _placed(
     prompts: Sequence[Prompt], features: Mapping[str, VisionFeatures], width: int, device: torch.device
 ) -> Placed | None:
-    """The pictures of prompts that lie padded to ``width`` one under another."""
+    """Where the images of a batch of prompts go, whose rows are padded to ``width``; None without images."""
     slots = [(row * width + start, length) for row, p in enumerate(prompts) for start, length in p.image_slots]
     if not slots:
         return None
@@ -237,12 +237,12 @@ def _placed(
 
 
 def rows_per_prompt(sampling: Sampling) -> int:
-    """Rows decoded per prompt: greedy completions of a prompt are equal, so one does for all."""
+    """Rows decoded per prompt: greedy completions of a prompt are equal, so one row is enough."""
     return 1 if sampling.greedy else sampling.n
 
 
-def _portions(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in portions of ``size``, prompts of similar length together."""
+def _chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in chunks of ``size``, prompts of similar length together."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[i : i + size] for i in range(0, len(order), size)]
 

@@ -1,8 +1,8 @@
-"""A step of fixed shapes on a GPU, captured once per batch size in a CUDA graph and replayed.
+"""A step of fixed shapes on a GPU, captured in a CUDA graph once per batch size and then replayed.
 
-A graph replays the same kernels on the same addresses: everything a step reads or writes beside its own temporaries
-must stay where it is. Weights do while an optimizer changes them in place; here graphs are replayed within one decode
-only, so nothing that happens between two rollouts (a reloaded adapter, a moved model) can be replayed over.
+A graph replays the same kernels on the same addresses, so everything a step reads or writes, other than its own
+temporaries, must keep its address. Graphs are replayed within one decode only: whatever happens between two rollouts (a
+reloaded adapter, a moved model) cannot leave a graph with stale addresses.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from functools import cache
 
 import torch
 
-WORTH_CAPTURING = 4  # steps left: a capture costs about as much as one or two steps that the host launches
+WORTH_CAPTURING = 4  # remaining steps above which to capture: a capture costs about one or two ordinary steps
 
 
 class GraphRunner:
-    """Runs ``step`` for one batch size after another: the first time as it is, then as a replay.
+    """Runs ``step`` at one batch size after another: directly the first time, then as a replayed graph.
 
     Args:
-        step: no arguments, fixed shapes for a given size, all state changed in place, no host reads.
+        step: takes no arguments, has fixed shapes for a given size, changes all state in place, reads nothing on the
+            host.
     """
 
     def __init__(self, step: Callable[[], None], device: torch.device) -> None:
@@ -28,7 +29,7 @@ class GraphRunner:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def run(self, size: int, left: int) -> None:
-        """One step at batch size ``size``, with ``left`` steps to go, this one included."""
+        """Run one step at batch size ``size``; ``left`` steps remain, this one included."""
         graph = self.graphs.get(size)
         if graph is not None:
             graph.replay()
@@ -38,7 +39,7 @@ class GraphRunner:
             self.graphs[size] = self.place.latest = self._capture()
 
     def _warm_up(self) -> None:
-        """One real step, on the stream that will capture: kernels are compiled and loaded, workspaces made."""
+        """Run one real step on the capturing stream, which compiles and loads kernels and allocates workspaces."""
         stream, current = self.place.stream, torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -46,7 +47,7 @@ class GraphRunner:
         current.wait_stream(stream)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """``step`` as a graph. Capturing runs nothing."""
+        """Capture ``step`` as a graph. Capturing executes nothing."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         collects = gc.isenabled()
@@ -54,7 +55,7 @@ class GraphRunner:
         try:
             with torch.cuda.stream(self.place.stream):
                 # Not torch.cuda.graph: it empties the allocator's cache, which the next forward would have to refill.
-                # Thread-local: what other threads ask of the driver meanwhile (pinning pictures) is no error.
+                # Thread-local: driver calls of other threads (pinning pictures) must not fail the capture.
                 graph.capture_begin(pool=self.place.pool, capture_error_mode="thread_local")
                 try:
                     self.step()
@@ -67,8 +68,11 @@ class GraphRunner:
 
 
 class _Place:
-    """Where a device's decodes capture, one after another: one stream, as libraries keep a workspace for each stream
-    they meet, and one pool for the temporaries, which stays one as long as a graph of it is alive: the latest."""
+    """The stream and memory pool that all captures on a device use.
+
+    One stream, because libraries allocate a workspace for every stream they see. One pool for temporaries, which lives
+    as long as one of its graphs does: ``latest`` keeps it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PLAIN, _BLOCK = (
-    1024,
-    128,
-)  # vocabulary drawn from in one step; tokens of a block where it takes two (it divides Qwen's)
+_PLAIN = 1024  # the largest vocabulary that is drawn from in one step
+_BLOCK = 128  # tokens per block where drawing takes two steps (divides the size of Qwen's vocabulary)
 _BELOW_ONE = 1 - 2**-53  # the largest number below 1
 
 
@@ -23,7 +21,7 @@ class Sampling:
 
     Attributes:
         n: completions per prompt (the group size).
-        max_new_tokens: length, EOS included, at which a completion is cut.
+        max_new_tokens: length, EOS included, at which a completion is cut off.
         temperature: divides the logits; 0 is greedy.
         top_p: keep the most likely tokens up to this total probability (after ``top_k``); 1 keeps all.
         top_k: keep this many most likely tokens; 0 keeps all.
@@ -56,8 +54,8 @@ class Sampling:
 
     @property
     def truncated(self) -> bool:
-        """Whether tokens other than the suppressed ones are cut off: the sampler's log-probs are then not the policy
-        that was sampled from (they stay those of the full vocabulary)."""
+        """Whether top-k or top-p cuts tokens off. The reported log-probs are still those of the full vocabulary, and so
+        not those of the distribution that was sampled from."""
         return not self.greedy and (self.top_p < 1 or self.top_k > 0)
 
 
@@ -69,8 +67,8 @@ class Sampled(NamedTuple):
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor | None, suppressed: Tensor) -> Sampled:
     """Draw one token per row.
 
-    A row's token is the inverse of its cumulative distribution at its one uniform number, so a row's draw depends on
-    nothing but its own logits and number. Fixed shapes and no host reads: may be captured in a CUDA graph.
+    A row's token is the inverse of its cumulative distribution at its one uniform number, so the draw depends only on
+    the row's own logits and number. Shapes are fixed and nothing is read on the host: may be captured in a CUDA graph.
 
     Args:
         logits: [R, V], any floating dtype.
@@ -95,13 +93,13 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor | None, suppresse
             raise ValueError("uniform: needed unless the temperature is 0")
         weight = scores.softmax(-1)
         token = (_truncated(scores, sampling, uniform) if sampling.truncated else _draw(weight, uniform))[:, None]
-        # A drawn token's weight gives the log-sum-exp of what may be drawn, without further passes over it.
+        # The drawn token's probability gives the log-sum-exp over the allowed tokens without another pass over them.
         rest = (scores.gather(-1, token) - weight.gather(-1, token).log())[:, 0]
     return Sampled(token[:, 0], scores.gather(-1, token)[:, 0] - torch.logaddexp(rest, held))
 
 
 def _truncated(scores: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Top-k, then top-p among what is left: a token stays if those before it hold less than ``top_p``."""
+    """Top-k, then top-p among the rest: a token stays if the more likely ones sum to less than ``top_p``."""
     vocabulary = scores.shape[-1]
     if 0 < sampling.top_k < vocabulary:
         ordered, ids = scores.topk(sampling.top_k, dim=-1)
@@ -117,8 +115,8 @@ def _truncated(scores: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 def _draw(weight: Tensor, uniform: Tensor) -> Tensor:
     """Index [R] drawn with these weights [R, V] (not necessarily normalised), one uniform number [R] each.
 
-    A large vocabulary is drawn from in two steps, a block of it and then a token of the block, which inverts the same
-    distribution and scans one block per row where the plain way scans (and stores, in float64) every token.
+    From a large vocabulary it draws in two steps: first a block of tokens, then a token of the block. This inverts the
+    same distribution, but scans one block per row instead of scanning (and storing, in float64) every token.
     """
     rows, vocabulary = weight.shape
     if vocabulary <= _PLAIN:
@@ -128,17 +126,17 @@ def _draw(weight: Tensor, uniform: Tensor) -> Tensor:
     block, rest = _invert(blocks.sum(-1), uniform)
     inside = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
     index = block * _BLOCK + _invert(inside, rest)[0]
-    return index.clamp_(max=vocabulary - 1)  # of weights that are NaN, which the caller finds in the log-prob
+    return index.clamp_(max=vocabulary - 1)  # NaN weights give any index; the caller sees them in the log-prob
 
 
 def _invert(weight: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Index [R] where the cumulative distribution of ``weight`` [R, V] passes ``uniform`` [R], and how far into that
-    index's own part it lies, in [0, 1)."""
+    """Index [R] at which the cumulative distribution of ``weight`` [R, V] passes ``uniform`` [R], and the position of
+    ``uniform`` within that index's own interval, in [0, 1)."""
     cumulative = weight.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]
     point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, point[:, None], right=True).clamp_(max=weight.shape[-1] - 1)
-    if weight.is_cuda:  # its parallel sum may rise by a rounding error where the weight is 0
+    if weight.is_cuda:  # a parallel sum may rise by a rounding error at a token of weight 0
         index = torch.where(weight.gather(-1, index) > 0, index, weight.argmax(-1, keepdim=True))
     before = F.pad(cumulative, (1, 0)).gather(-1, index)
     rest = (point[:, None] - before) / weight.gather(-1, index).double()

@@ -1,11 +1,12 @@
-"""``VllmGenerator``: completions from a vLLM server that is given the trainer's weights, behind ``Generator``'s call.
+"""``VllmGenerator``: samples completions on a vLLM server that receives the trainer's weights; same calls as
+``Generator``.
 
-Written against vLLM's documented HTTP API, and tested against a server that imitates it; it was not run against vLLM
-itself. ``docs/vllm.md`` says how to start the server.
+Written against vLLM's documented HTTP API and tested against a server that imitates it; not run against vLLM itself.
+``docs/vllm.md`` explains how to start the server.
 
-A prompt goes out as a chat completion request: its messages, and each image as the PNG of its own resized pixels, whose
-size the server's preprocessing then leaves alone. The server renders and tokenises by itself; with every reply, the ids
-that it says it read must be the prompt's own. How weights get there: ``vllm_weights``.
+A prompt is sent as a chat completion request: its messages, and each image as a PNG of its resized pixels, whose size
+the server's preprocessing does not change. The server applies the chat template and tokenises by itself, so every reply
+is checked: the prompt ids it reports must equal ours. ``vllm_weights`` transfers the weights.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from fastrl.rollout.generator import copy_completion, rows_per_prompt
 from fastrl.rollout.sampler import Sampling
 from fastrl.rollout.vllm_weights import RolloutError, ServerWeights
 
-MAX_BYTES = 1 << 28  # of a reply: a token with its log-prob takes about 100
-FORBID = -100.0  # the least bias the API takes: a factor of e^-100 on a token's odds
+MAX_BYTES = 1 << 28  # largest reply, in bytes; a token with its log-prob takes about 100
+FORBID = -100.0  # the lowest bias the API accepts: multiplies a token's odds by e^-100
 
 
 class VllmGenerator:
-    """Samples completions from the policy's present weights, on a vLLM server.
+    """Samples completions from the policy's current weights, on a vLLM server.
 
     Args:
-        policy: its weights are pushed to the server, its tokenizer decodes what comes back.
+        policy: its weights are pushed to the server, and its tokenizer decodes the replies.
         server: address of the server, with or without ``/v1``.
         folder: where weights are written for the server to read: the same path on both machines.
         updates: the number of optimizer updates made so far; weights are pushed when it has changed.
-        timeout: seconds for one request: all answers to a prompt, or one loading of weights. What takes longer ends the
-            run; it is not asked again.
-        retries: further tries after other trouble that may pass; concurrency: requests under way at once (the server
-            batches them).
-        clock: told of the phases ``sync`` (weights) and ``decode``.
-        sleep: waits between tries, for tests.
+        timeout: seconds for one request: all completions of a prompt, or one loading of weights. A request that takes
+            longer ends the run and is not retried.
+        retries: further attempts after other, transient errors.
+        concurrency: requests in flight at once (the server batches them).
+        clock: records the time of the phases ``sync`` (weights) and ``decode``.
+        sleep: waits between attempts, for tests.
 
     Raises:
-        ValueError: no http address, numbers out of range, adapters that vLLM does not serve.
+        ValueError: not an http address, numbers out of range, or adapters that vLLM does not serve.
     """
 
     def __init__(
@@ -78,28 +79,28 @@ class VllmGenerator:
             retry_late=False,
             sleep=sleep,
         )
-        self._probed: set[bool] = set()  # kinds of log-probs the server was found to report
+        self._probed: set[bool] = set()  # kinds of log-probs that the server has been checked to report
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, rng: torch.Generator | None = None
     ) -> list[list[Completion]]:
-        """Sample ``sampling.n`` completions of each prompt, as ``Generator.generate``.
+        """Sample ``sampling.n`` completions of each prompt; see ``Generator.generate``.
 
-        One seed per prompt is drawn from ``rng``. With equal seeds a server draws equal tokens only as far as its
-        arithmetic does not depend on what else it batches.
+        One seed per prompt is drawn from ``rng``. Equal seeds give equal tokens only if the server's arithmetic does
+        not depend on what else is in its batch.
 
         Returns:
-            As ``Generator.generate``. Suppressed tokens get a bias of −100, so they are as good as never drawn.
-            ``sampler_logp`` is the server's: at temperature 1 and for greedy answers over the full vocabulary, before
-            bias and truncation, like the trainer's. At other temperatures vLLM has either the log-probs of temperature
-            1 or those of what it drew from; here it is the latter, which leave out the suppressed tokens (and what
-            top_p or top_k cut off) and so lie slightly above the trainer's. The sampler gap among a step's metrics
-            shows that, and whatever else vLLM computes differently.
+            The same as ``Generator.generate``. Suppressed tokens get a bias of −100, so they are practically never
+            drawn. ``sampler_logp`` is the server's. At temperature 1 and for greedy completions it is over the full
+            vocabulary, before bias and truncation, like the trainer's. At other temperatures vLLM reports either the
+            log-probs at temperature 1 or those of the distribution it drew from. The latter are used here: they leave
+            out suppressed tokens (and those that top_p or top_k cut off), so they are slightly above the trainer's. The
+            metric for the sampler gap shows this and any other difference in what vLLM computes.
 
         Raises:
-            ValueError: a prompt without messages, no ``rng``.
-            RolloutError: no server, weights it did not take, another reading of a prompt than ours, log-probs of
-                another kind than needed, or answers that cannot be used.
+            ValueError: a prompt has no messages, or ``rng`` is missing.
+            RolloutError: there is no server, or it refused the weights, tokenised a prompt differently, reports
+                log-probs of the wrong kind, or returned unusable answers.
         """
         seeds = _seeds(len(prompts), sampling, rng)
         asked = [(prompt, self._request(prompt, sampling, seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
@@ -107,7 +108,7 @@ class VllmGenerator:
             return []
         again = self._transport.retrying
         try:
-            if self.weights.adapter:  # each answer names its weights: what fails is asked again alone
+            if self.weights.adapter:  # each answer names its weights, so failed requests can be retried one by one
                 again(self._sync)
                 rows = self._ask(asked, sampling, again)
             else:
@@ -122,13 +123,13 @@ class VllmGenerator:
             ) from None
         except (Refused, Stopped) as error:
             raise RolloutError(str(error)) from None
-        if sampling.greedy:  # the API refuses more than one, and they are equal
+        if sampling.greedy:  # the API refuses n > 1 at temperature 0, where all completions are equal
             return [[copy_completion(row) for _ in range(sampling.n)] for (row,) in rows]
         return rows
 
     def session(self, prompts: Prompt | Sequence[Prompt]) -> NoReturn:
-        """A server keeps no dialogue's keys and values for us. Raises ``RolloutError``."""
-        raise RolloutError("a vLLM server keeps no sessions (dialogues in turns): they need rollout.backend: local")
+        """Raises ``RolloutError``: the server does not keep a dialogue's keys and values between turns."""
+        raise RolloutError("rollout.backend: vllm has no sessions (dialogues in turns); use rollout.backend: local")
 
     def close(self) -> None:
         """Remove the weights that were written for the server."""
@@ -139,8 +140,8 @@ class VllmGenerator:
             self.weights.sync()
 
     def _attempt(self, asked: Sequence[tuple[Prompt, dict[str, Any]]], sampling: Sampling) -> list[list[Completion]]:
-        """Full weights, then all answers. Trouble may mean that the server was started again, with the weights of its
-        folder: nothing it said since counts, and the next attempt begins with pushing the weights."""
+        """Push the full weights, then request all answers. An error may mean that the server was restarted with the
+        weights of its own folder: all answers are discarded, and the next attempt pushes the weights again."""
         self._sync()
         try:
             return self._ask(asked, sampling, lambda work: work())
@@ -164,10 +165,10 @@ class VllmGenerator:
             return self._transport.map(one, asked)
 
     def _request(self, prompt: Prompt, sampling: Sampling, seed: int | None) -> dict[str, Any]:
-        """A chat completion request but for its model. What a folder's generation config would change on the server
-        (penalties, truncation, stops) is said here, each time."""
+        """A chat completion request without its model. It sets everything that a model folder's generation config could
+        change on the server (penalties, truncation, stop tokens)."""
         if not prompt.messages:
-            raise ValueError("a prompt without messages cannot be sent to a server: encode it from a record")
+            raise ValueError("a prompt without messages cannot be sent to a vLLM server: encode it from a record")
         images = iter(prompt.images)
 
         def content(parts: str | Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
@@ -193,7 +194,7 @@ class VllmGenerator:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "seed": seed,
-            "ignore_eos": True,  # what the server takes for it; these are ours
+            "ignore_eos": True,  # the server's idea of EOS; the policy's follow
             "stop_token_ids": list(self.policy.eos_token_ids),
             "logit_bias": {str(token): FORBID for token in self.policy.suppressed_token_ids},
             "logprobs": True,
@@ -202,30 +203,30 @@ class VllmGenerator:
         }
 
     def _chat(self, prompt: Prompt, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """The choices of one reply, by index: given with the weights asked for, to the prompt as we read it."""
-        # The salt keeps what was cached of a prompt with other weights from being used.
+        """The choices of one reply, ordered by index, checked to come from the requested weights and our prompt ids."""
+        # The salt keeps the server from reusing a prefix that it cached with other weights.
         name = self.weights.asked_for
         reply = self._call("/v1/chat/completions", {"model": name, "cache_salt": self.weights.name, **request})
         try:
             choices = sorted(reply["choices"], key=lambda choice: choice["index"])
             read, model = reply.get("prompt_token_ids"), reply.get("model")
         except (TypeError, KeyError, AttributeError):
-            raise Passing(f"a response that is no chat completion: {str(reply)[:80]!r}") from None
+            raise Passing(f"a response that is not a chat completion: {str(reply)[:80]!r}") from None
         problem = ""
         if model != name:
-            problem = f"answered with {model!r}, not with the weights asked for, {name!r}"
+            problem = f"answered with {model!r}, not with the requested weights, {name!r}"
         elif not isinstance(read, list):
-            problem = "returns no token ids: it is too old to know return_token_ids"
+            problem = "returns no token ids: it is too old to support return_token_ids"
         elif read != prompt.token_ids.tolist():
             problem = self._misread(read, prompt)
         elif len(choices) != request["n"]:
-            problem = f"gave {len(choices)} answers where {request['n']} were asked for"
+            problem = f"gave {len(choices)} answers where {request['n']} were requested"
         if problem:
             raise RolloutError(f"the vLLM server at {self.url} {problem}")
         return choices
 
     def _answers(self, choices: Sequence[dict[str, Any]], sampling: Sampling) -> list[Completion]:
-        """Completions of a reply's choices; text is decoded here, from the ids."""
+        """Completions of a reply's choices; the text is decoded here from the token ids."""
         policy, found = self.policy, []
         for choice in choices:
             ids, logps = _tokens(choice)
@@ -238,8 +239,8 @@ class VllmGenerator:
             elif not ends[-1] and len(ids) < sampling.max_new_tokens:
                 problem = f"ends after {len(ids)} tokens without an end of turn"
             elif forbidden := set(ids) & set(policy.suppressed_token_ids):
-                problem = f"holds tokens that were forbidden by logit_bias: {sorted(forbidden)}"
-            elif not all(math.isfinite(value) and -1000 < value < 1e-3 for value in logps):  # -9999 is written for -inf
+                problem = f"contains tokens that logit_bias forbids: {sorted(forbidden)}"
+            elif not all(math.isfinite(value) and -1000 < value < 1e-3 for value in logps):  # vLLM sends -inf as -9999
                 problem = "has log-probs that are not finite (have the weights diverged?)"
             if problem:
                 raise RolloutError(f"the vLLM server at {self.url}: an answer {problem}")
@@ -249,13 +250,13 @@ class VllmGenerator:
         return found
 
     def _probe(self, prompt: Prompt, request: dict[str, Any], drawn: bool) -> None:
-        """Which log-probs the server reports. One token that no answer holds is the only one allowed: it has log-prob 0
-        in the distribution that is drawn from, and a very low one in the model's."""
+        """Check which log-probs the server reports. A suppressed token is made the only allowed one: its log-prob is 0
+        in the distribution that is sampled from, and very low in the model's."""
         (only, *_) = self.policy.suppressed_token_ids
         probe = request | {"n": 1, "max_completion_tokens": 1, "allowed_token_ids": [only], "logit_bias": {}}
         ids, (logp, *_) = _tokens(self._chat(prompt, probe)[0])
         if ids != [only]:
-            raise RolloutError(f"the vLLM server at {self.url} drew tokens {ids} where {only} alone was allowed")
+            raise RolloutError(f"the vLLM server at {self.url} drew tokens {ids} where only {only} was allowed")
         if (logp > -1e-6) != drawn:
             got, needed = ("raw", "processed") if drawn else ("processed", "raw")
             raise RolloutError(
@@ -273,14 +274,14 @@ class VllmGenerator:
             return f"{near} {self.policy.tokenizer.decode(near)!r}"
 
         return (
-            f"(it serves {self.weights.model}) reads a prompt as {len(read)} tokens, {read.count(image)} of images, "
-            f"this policy as {len(ours)}, {ours.count(image)} of images; from token {at} on, the server: "
-            f"{shown(read)}, this policy: {shown(ours)}. It must serve the folder that the policy was loaded from: the "
-            "same tokenizer, chat template and image limits"
+            f"(it serves {self.weights.model}) reads a prompt as {len(read)} tokens, {read.count(image)} of images; "
+            f"this policy reads it as {len(ours)} tokens, {ours.count(image)} of images. From token {at} on, the "
+            f"server: {shown(read)}, this policy: {shown(ours)}. The server must serve the folder that the policy was "
+            "loaded from, with the same tokenizer, chat template and image limits"
         )
 
     def _call(self, path: str, body: dict[str, Any] | None) -> Any:
-        """The reply as JSON, or as text where it is none (control endpoints answer with a line, or nothing)."""
+        """The reply parsed as JSON, or as text if it is not JSON (control endpoints reply with a line, or nothing)."""
         reply = self._transport.send(self.url + path, None if body is None else json.dumps(body).encode())
         try:
             return json.loads(reply)
@@ -289,7 +290,7 @@ class VllmGenerator:
 
 
 def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """Ids and log-probs of a choice. Raises ``Passing`` where they are not all there."""
+    """Token ids and log-probs of a choice. Raises ``Passing`` if any is missing."""
     try:
         ids = [int(token) for token in choice["token_ids"]]
         logps = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]

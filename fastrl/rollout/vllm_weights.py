@@ -1,7 +1,7 @@
-"""The trainer's weights on a vLLM server: written into a folder that both can read, then loaded over HTTP.
+"""The trainer's weights on a vLLM server: written into a folder that both can read, then loaded on request over HTTP.
 
-LoRA: each set of weights is an adapter of its own, and requests ask for it by name, so no other weights can answer.
-Full weights: the server is paused, which empties its caches, reads the folder in place, and goes on.
+LoRA: each set of weights is a new adapter, which requests name as their model, so no other weights can answer.
+Full weights: the server is paused, which empties its caches, loads the folder in place, and resumes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from fastrl.http import Passing, Refused
 
 
 class RolloutError(RuntimeError):
-    """The server cannot be used, or what it answered cannot be trained on. The trainer's weights are as they were."""
+    """The server or its answers cannot be used. The trainer's weights are unchanged."""
 
 
 class ServerWeights:
-    """Which weights a server surely holds, and how it gets the present ones.
+    """Tracks which weights a server has, and pushes the current ones.
 
     Args:
-        policy: whose weights are pushed: the adapter under LoRA, else all of them.
+        policy: its weights are pushed: the adapter under LoRA, else all of them.
         url: the server's address.
-        call: one request: ``call(path, body)`` is a POST, ``call(path, None)`` a GET; the reply, as JSON if it is any.
+        call: sends one request: ``call(path, body)`` is a POST, ``call(path, None)`` a GET. Returns the reply, parsed
+            if it is JSON.
         folder: where weights are written, one set at a time: the same path on both machines.
         updates: the number of optimizer updates made so far; weights are pushed when it has changed.
 
@@ -48,11 +49,11 @@ class ServerWeights:
             _check_adapter(policy)
         self.policy, self.url, self._call = policy, url, call
         self.folder, self._updates = folder.absolute(), updates
-        self.model = ""  # what the server calls its base model; known after the first sync
-        self.name = ""  # of the weights it was given; under LoRA, of the adapter
-        self._run = f"fastrl-{secrets.token_hex(4)}"  # names unlike any other run's
+        self.model = ""  # the server's name for its base model; known after the first sync
+        self.name = ""  # name of the weights it was given; under LoRA, of the adapter
+        self._run = f"fastrl-{secrets.token_hex(4)}"  # makes names that no other run uses
         self._pushes = 0
-        self._held: int | None = None  # updates made when they were pushed; None: it may have any weights
+        self._held: int | None = None  # number of updates at the last push; None: the server may have any weights
 
     @property
     def adapter(self) -> bool:
@@ -60,19 +61,19 @@ class ServerWeights:
 
     @property
     def asked_for(self) -> str:
-        """The name that requests give as their model."""
+        """The model name that requests must give."""
         return self.name if self.adapter else self.model
 
     def doubt(self) -> None:
-        """Something happened after which the server may have other weights: the next :meth:`sync` pushes again."""
+        """Note that the server may no longer have the pushed weights: the next :meth:`sync` pushes them again."""
         self._held = None
 
     def sync(self) -> None:
-        """Give the server the present weights, unless it surely has them.
+        """Push the current weights unless the server is known to have them.
 
         Raises:
-            Passing: trouble that may pass; no weights count as pushed.
-            RolloutError: no vLLM server, one that serves several models, or one that refuses the weights.
+            Passing: a transient error; the weights do not count as pushed.
+            RolloutError: there is no vLLM server, or it serves several models, or it refuses the weights.
         """
         updates = self._updates()
         if self._held == updates:
@@ -106,7 +107,7 @@ class ServerWeights:
             self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
             return
         self._call("/pause?mode=wait", {})
-        # Where this fails the server stays paused: half of its weights may be new.
+        # If this fails the server stays paused: it may hold a mixture of old and new weights.
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
         self._call("/resume", {})
 
@@ -126,7 +127,7 @@ class ServerWeights:
             raise RolloutError(f"{path}: the weights for the server cannot be written: {error} ({needed})") from None
 
     def _drop(self, name: str) -> None:
-        """Weights nobody asks for any more; what fails is left."""
+        """Remove weights that are no longer requested; errors are ignored."""
         if self.adapter:
             with suppress(Passing, Refused):
                 self._call("/v1/unload_lora_adapter", {"lora_name": name})
@@ -157,13 +158,14 @@ class ServerWeights:
 
 
 def _check_adapter(policy: Any) -> None:
-    """vLLM applies adapters to the language model's layers, and knows no modules that are trained whole."""
+    """Raise ``ValueError`` unless vLLM can serve the adapter: it must be on the language model's layers only, and no
+    module may be trained in full."""
     names = [name for name, _ in policy.peft.named_parameters()]
     if any(".modules_to_save." in name for name in names):
-        raise ValueError("rollout.backend vllm: adapters alone can be served; leave model.lora.also_train empty")
+        raise ValueError("rollout.backend vllm: only adapters can be served; leave model.lora.also_train empty")
     towers = [name for name in names if ".lora_" in name and policy.family.part_of(name) != "language"]
     if towers:
         raise ValueError(
-            f"rollout.backend vllm: adapters of the language model alone can be served, {towers[0]} is one of the "
-            "vision tower; change model.lora.targets"
+            f"rollout.backend vllm: only adapters of the language model can be served, and {towers[0]} is not one; "
+            "change model.lora.targets"
         )

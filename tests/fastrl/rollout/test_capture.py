@@ -78,7 +78,7 @@ def decode_of(core: Any, sampling: Sampling, prompts: int = 2) -> Decode:
         None if sampling.greedy else torch.empty(rows, sampling.max_new_tokens, dtype=torch.float64, device="meta")
     )
     ids = {name: torch.empty(3, dtype=torch.int64, device="meta") for name in ("eos", "suppressed")}
-    decode = Decode(core, start, sampling, uniform, **ids, way="static")
+    decode = Decode(core, start, sampling, uniform, **ids, mode="static")
     decode._record(start.logits.repeat_interleave(sampling.n, 0))
     return decode
 

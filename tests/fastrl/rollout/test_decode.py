@@ -14,7 +14,7 @@ from fastrl.models.decode_layers import DecodeLayers
 from fastrl.models.load import load_policy
 from fastrl.rollout import Generator, Sampling, decode, generator, graphs
 from fastrl.rollout.cache import PromptCache, RowCache
-from fastrl.rollout.decode import Decode, way_for
+from fastrl.rollout.decode import Decode, decode_mode
 from tests.helpers.rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
 from tests.helpers.tape import stand_in
 
@@ -82,11 +82,11 @@ def test_static_greedy_equals_transformers_generate_and_the_trainer(policy, smal
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("way", ["eager", "static"])
-def test_interpreted_kernels_decode_what_transformers_generates(policy, way: str) -> None:
+@pytest.mark.parametrize("mode", ["eager", "static"])
+def test_interpreted_kernels_decode_what_transformers_generates(policy, mode: str) -> None:
     """A decode by the Triton kernels that a GPU runs."""
     prompts = encode(policy)
-    out = Generator(policy, decode=way).generate(prompts, Sampling(1, 5, temperature=0))
+    out = Generator(policy, decode=mode).generate(prompts, Sampling(1, 5, temperature=0))
     for prompt, (completion,) in zip(prompts, out, strict=True):
         assert completion.token_ids.tolist() == reference_generate(policy, prompt, 5).tolist()
         assert completion.sampler_logp is not None
@@ -96,7 +96,7 @@ def test_static_session_goes_on_after_more_was_said(policy, small_buckets) -> No
     """The prompts' buffers grow between turns; each turn decodes over its own static cache."""
     prompts = encode(policy)
     said = [torch.randint(0, 250, (n,), generator=rng(n)) for n in (3, 9, 0, 1, 20)]
-    sessions = [Generator(policy, decode=way).session(prompts) for way in ("eager", "static")]
+    sessions = [Generator(policy, decode=mode).session(prompts) for mode in ("eager", "static")]
     for turn in range(2):
         want, got = (session.generate(Sampling(3, 8), rng(turn)) for session in sessions)
         assert_same(got, want)
@@ -158,7 +158,7 @@ def test_a_step_recorded_once_per_bucket_and_replayed_gives_the_same(
     prompts = encode(policy)
     want = Generator(policy).generate(prompts, sampling, rng())
     counted = stand_in(monkeypatch, graphs)
-    monkeypatch.setattr(generator, "way_for", lambda *_: "graph")
+    monkeypatch.setattr(generator, "decode_mode", lambda *_: "graph")
     got = Generator(policy).generate(prompts, sampling, rng())
     again = Generator(policy).generate(prompts, sampling, rng())
     hook.remove()
@@ -170,7 +170,7 @@ def test_a_step_recorded_once_per_bucket_and_replayed_gives_the_same(
 
 def test_a_step_that_failed_leaves_the_collector_and_no_keys(qwen2_5, monkeypatch) -> None:
     stand_in(monkeypatch, graphs)
-    monkeypatch.setattr(generator, "way_for", lambda *_: "graph")
+    monkeypatch.setattr(generator, "decode_mode", lambda *_: "graph")
     monkeypatch.setattr(decode, "sample", lambda *_: 1 / 0)
     gc.collect()
     before = sum(isinstance(x, RowCache) for x in gc.get_objects())
@@ -197,28 +197,28 @@ def test_static_buffers_never_move(qwen2_5, small_buckets, monkeypatch) -> None:
     assert len(set(map(frozenset, pointers))) == 1
 
 
-@pytest.mark.parametrize("way", ["eager", "static"])
-def test_keys_are_freed_when_generate_returns(qwen2_5, way: str) -> None:
+@pytest.mark.parametrize("mode", ["eager", "static"])
+def test_keys_are_freed_when_generate_returns(qwen2_5, mode: str) -> None:
     """Before the backward: not even the cyclic collector is needed."""
     alive = lambda: [x for x in gc.get_objects() if isinstance(x, RowCache | PromptCache)]  # noqa: E731
     gc.collect()
     before = len(alive())
     gc.disable()
     try:
-        out = Generator(qwen2_5, decode=way).generate(encode(qwen2_5), Sampling(2, 4), rng())
+        out = Generator(qwen2_5, decode=mode).generate(encode(qwen2_5), Sampling(2, 4), rng())
         assert len(alive()) == before
     finally:
         gc.enable()
     assert out
 
 
-def test_the_way_follows_the_device_and_can_be_forced(qwen2_5) -> None:
+def test_the_mode_follows_the_device_and_can_be_forced(qwen2_5) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [way_for("auto", device) for device in (cpu, gpu)] == ["eager", "graph"]
-    assert [way_for("static", device) for device in (cpu, gpu)] == ["static", "static"]
-    assert way_for("eager", gpu) == "eager"
+    assert [decode_mode("auto", device) for device in (cpu, gpu)] == ["eager", "graph"]
+    assert [decode_mode("static", device) for device in (cpu, gpu)] == ["static", "static"]
+    assert decode_mode("eager", gpu) == "eager"
     with pytest.raises(ValueError, match="decode: expected one of auto, eager, static, graph, got 'fast'"):
-        way_for("fast", cpu)
+        decode_mode("fast", cpu)
     with pytest.raises(ValueError, match="a graph needs a CUDA device, and the policy is on cpu"):
         Generator(qwen2_5, decode="graph")
 
@@ -237,12 +237,12 @@ def raise_eos(core: Any, token: int) -> Any:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("way", ["eager", "static", "graph"])
-def test_gpu_greedy_in_float32_equals_the_cpu(tiny_folder, style: str, way: str) -> None:
+@pytest.mark.parametrize("mode", ["eager", "static", "graph"])
+def test_gpu_greedy_in_float32_equals_the_cpu(tiny_folder, style: str, mode: str) -> None:
     cpu = load_policy(tiny_folder(style), device="cpu")
     gpu = load_policy(tiny_folder(style), device="cuda", dtype=torch.float32)
     prompts, sampling = encode(cpu), Sampling(1, 48, temperature=0)
-    got, want = Generator(gpu, decode=way).generate(prompts, sampling), Generator(cpu).generate(prompts, sampling)
+    got, want = Generator(gpu, decode=mode).generate(prompts, sampling), Generator(cpu).generate(prompts, sampling)
     assert_same(got, want, 1e-3)
 
 
@@ -262,7 +262,7 @@ def test_gpu_graph_samples_what_static_samples(tiny_folder, small_buckets, dtype
     policy = load_policy(tiny_folder("qwen2_5"), device="cuda", dtype=dtype)
     prompts, sampling = encode(policy), Sampling(8, 64)
     hook = raise_eos(policy.core, policy.eos_token_ids[0])
-    static, graph = (Generator(policy, decode=way).generate(prompts, sampling, rng()) for way in ("static", "graph"))
+    static, graph = (Generator(policy, decode=mode).generate(prompts, sampling, rng()) for mode in ("static", "graph"))
     again = Generator(policy).generate(prompts, sampling, rng())
     hook.remove()
     assert same(static, graph)

@@ -260,16 +260,16 @@ def logprobs(*values: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (wrong_prompt, r"serves tiny\) reads a prompt as \d+ tokens.*from token 5 on, the server.*this policy"),
+        (wrong_prompt, r"serves tiny\) reads a prompt as \d+ tokens.*From token 5 on, the server.*this policy"),
         (lambda reply: reply.pop("prompt_token_ids"), "returns no token ids"),
-        (lambda reply: reply.update(model="old"), "answered with 'old', not with the weights asked for, 'tiny'"),
-        (lambda reply: reply["choices"].pop(), "gave 1 answers where 2 were asked for"),
+        (lambda reply: reply.update(model="old"), "answered with 'old', not with the requested weights, 'tiny'"),
+        (lambda reply: reply["choices"].pop(), "gave 1 answers where 2 were requested"),
         (first_choice(token_ids=[65], logprobs=logprobs(-1.0)), "ends after 1 tokens without an end of turn"),
         (first_choice(token_ids=[65] * 9, logprobs=logprobs(*[-1.0] * 9)), "or after max_new_tokens"),
         (first_choice(logprobs=logprobs(-1.0)), "last: an answer without a log-prob for each"),
         (first_choice(token_ids=None), "last: an answer without a log-prob for each"),
         (first_choice(finish_reason="abort"), "last: the server gave up an answer midway"),
-        (lambda reply: reply.pop("choices"), "last: a response that is no chat completion"),
+        (lambda reply: reply.pop("choices"), "last: a response that is not a chat completion"),
     ],
 )
 def test_replies_that_cannot_be_trained_on_are_refused(
@@ -286,7 +286,11 @@ def test_tokens_and_log_probs_are_checked(what: str, policy: Any, server: VllmSe
     ids = {"end": [end, 65, end], "suppressed": [65, image, end], "infinite": [65, 66, end]}[what]
     value = -9999.0 if what == "infinite" else -1.0
     server.change = first_choice(token_ids=ids, logprobs=logprobs(*[value] * 3))
-    message = {"end": "after its end of turn", "suppressed": "forbidden by logit_bias", "infinite": "not finite"}[what]
+    message = {
+        "end": "after its end of turn",
+        "suppressed": "tokens that logit_bias forbids",
+        "infinite": "not finite",
+    }[what]
     with pytest.raises(RolloutError, match=message):
         Remote(policy, server, tmp_path).generate(encode(policy)[:1], Sampling(2, 8), rng())
 
@@ -310,7 +314,8 @@ def test_other_image_limits_are_noticed(policy: Any, server: VllmServer, tmp_pat
     remote.weights.sync()
     server.base.image_processor.size = keep
     with pytest.raises(
-        RolloutError, match=r"\(it serves tiny\) reads a prompt as 103 tokens, 20 of images, this policy as 89, 6"
+        RolloutError,
+        match="reads a prompt as 103 tokens, 20 of images; this policy reads it as 89 tokens, 6",
     ):
         remote.generate(prompts, GREEDY)
 
