@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from fastrl_kernels._triton import HAS_TRITON
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNEL_FLOATS = FLOATS[:3]  # those that Triton kernels take: float64 is torch's
 INTEGERS = (torch.int64, torch.int32)  # of targets, ids, counts and labels
 
 

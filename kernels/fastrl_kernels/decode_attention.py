@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels._common import (
+    FLOATS,
+    KERNEL_FLOATS,
     check,
     check_dtype,
     check_same_device,
@@ -303,7 +305,7 @@ def decode_attention(
     if not use_triton(q) and readable(q):
         return _eager(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len, max_rows, factor)
     if use_triton(q):
-        check_dtype("q", q, (torch.float32, torch.bfloat16, torch.float16))
+        check_dtype("q", q, KERNEL_FLOATS)
     each = r // max(b, 1) if row_offsets is None else r
     if row_offsets is None:
         row_offsets = torch.arange(b + 1, dtype=torch.int32, device=q.device) * each
@@ -423,7 +425,7 @@ def _check(
     check_shape("prefix_v", prefix_v, (b, hkv, p, d))
     check_shape("own_k", own_k, (r, hkv, None, d))
     check_shape("own_v", own_v, (r, hkv, own_k.shape[2], d))
-    check_dtype("q", q, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    check_dtype("q", q, FLOATS)
     for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v), ("own_k", own_k), ("own_v", own_v)):
         check_dtype(name, x, (q.dtype,))
     for name, x, size in (("row_offsets", row_offsets, b + 1), ("prefix_len", prefix_len, b), ("own_len", own_len, r)):

@@ -13,9 +13,9 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from fastrl_kernels._common import KERNEL_FLOATS
 from fastrl_kernels.linear_logprob import LogProb, linear_logprob
 
 # What configs call the factor on the logits; the last two divide (but for HyperCLOVA X, which multiplies).
@@ -109,5 +109,5 @@ def replace_forward(model: nn.Module, forward: Callable[..., Any]) -> None:
 def plain_head(model: Any) -> nn.Linear | None:
     """The output embedding if it is a linear layer as torch (or FSDP2) has it: not quantised, no adapter on it."""
     head = model.get_output_embeddings()
-    is_plain = isinstance(head, nn.Linear) and head.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    is_plain = isinstance(head, nn.Linear) and head.weight.dtype in KERNEL_FLOATS
     return head if is_plain and type(head).forward is nn.Linear.forward else None
