@@ -22,9 +22,10 @@ class LoraRecipe(Section):
     rank: int = Field(16, ge=1, le=8192)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    # Names of linear layers, or one regular expression; none: all linear layers of the language model
+    # Names of the language model's linear layers, parts (vision, projector, language), or one regular expression;
+    # none: all linear layers of the language model
     targets: list[str] | str | None = None
-    also_train: list[str] = []  # modules trained whole beside the adapters (visual.merger: the projector)
+    also_train: list[str] = []  # parts or modules trained whole beside the adapters (projector)
 
     def spec(self) -> dict[str, Any]:
         """The mapping ``load_policy(lora=…)`` takes."""
@@ -36,7 +37,7 @@ class ModelRecipe(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     device: str | None = None
     lora: LoraRecipe | None = None
-    freeze: list[str] = []  # parameter-name patterns
+    freeze: list[str] = []  # parts (vision, projector, language) or parameter-name patterns
     gradient_checkpointing: bool = False
     offload_activations: bool = False  # what checkpointing keeps lies on the host until the backward
     liger: bool = False  # RMSNorm, SwiGLU and rotary embedding by liger-kernel; needs a GPU
@@ -160,7 +161,7 @@ class RolloutRecipe(Section):
 
 
 class ParameterGroup(Section):
-    match: str = Field(min_length=1)  # a glob over parameter names, or a run of whole parts of them (visual.merger)
+    match: str = Field(min_length=1)  # a part (projector), a glob over parameter names, or a run of whole parts of them
     lr: float | None = Field(None, ge=0)
     weight_decay: float | None = Field(None, ge=0)
 

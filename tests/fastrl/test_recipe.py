@@ -41,6 +41,16 @@ def test_shipped_reward_options_exist(name: str) -> None:
             reward_for(each, **reward.options, **({"weights": reward.weights} if reward.weights else {}))
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_name_parts_by_the_words_of_every_family(name: str) -> None:
+    """Not by a module's name, which another family does not have."""
+    recipe = load_recipe(name)
+    lora = recipe.model.lora
+    named = [*recipe.model.freeze, *(group.match for group in recipe.optim.groups)]
+    named += [] if lora is None else [*lora.also_train, *([lora.targets] if isinstance(lora.targets, str) else [])]
+    assert [pattern for pattern in named if "visual" in pattern or "merger" in pattern] == []
+
+
 def test_big_recipes_hold_the_papers_constants() -> None:
     for size in ("2b", "3b"):
         recipe = load_recipe(f"perception-r1-grounding-{size}")

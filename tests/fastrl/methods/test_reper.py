@@ -311,7 +311,7 @@ def test_the_shipped_recipes_hold_the_papers_constants(size: str) -> None:
     assert isinstance(method, RePerOptions)
     assert (method.alpha, method.level, method.turns, method.sigma) == (10.0, "token", "all", "score")
     assert (recipe.data.prompts_per_step, recipe.optim.schedule, recipe.optim.warmup) == (8, "cosine", 0.03)
-    assert recipe.model.freeze == ["visual"]  # vision tower and projector stay
+    assert recipe.model.freeze == ["vision", "projector"]
     assert (recipe.optim.lr == 1e-6) == (recipe.model.lora is None)  # the paper's rate is for the whole LLM
     assert recipe.optim.steps * recipe.data.prompts_per_step == pytest.approx(3649 + 2621 + 3795, abs=8)  # one epoch
 

@@ -142,5 +142,5 @@ def test_the_big_recipe_holds_the_released_constants() -> None:
     assert recipe.model.lora is None
     assert recipe.optim.token_budget == 32768
     rates = {group.match: group.lr for group in recipe.optim.groups}
-    assert rates == {"visual.merger": 1e-5, "visual": 2e-6}
+    assert rates == {"projector": 1e-5, "vision": 2e-6}
     assert recipe.data.prompts_per_step * 64 == 512
