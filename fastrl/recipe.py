@@ -99,13 +99,21 @@ class Recipe(Section):
     def _overlong(self) -> Recipe:
         sections = [self.reward, *(entry.reward for entry in self.data.mix if entry.reward is not None)]
         given = [section.overlong for section in sections if section.overlong is not None]
-        if given and self.method.kind != "perception-r1":
-            raise ValueError(f"reward.overlong is added by method.kind: perception-r1, this is {self.method.kind}")
+        if given and not method_for(self.method).adds_overlong:
+            able = ", ".join(kind for kind, method in METHODS.items() if method.adds_overlong)
+            raise ValueError(f"reward.overlong is added by method.kind: {able}, this is {self.method.kind}")
         if given and max(given) > self.rollout.max_new_tokens:
             raise ValueError(
                 f"reward.overlong: {max(given)} tokens before rollout.max_new_tokens, which is "
                 f"{self.rollout.max_new_tokens}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _row_local(self) -> Recipe:
+        obstacle = method_for(self.method).row_local_obstacle(self.method) if self.optim.row_local_head else None
+        if obstacle is not None:
+            raise ValueError(f"optim.row_local_head: true makes gradients row by row, and {obstacle}")
         return self
 
     @model_validator(mode="after")

@@ -257,8 +257,6 @@ class Run:
             features=None if self.policy.trains_vision else {},
         )
         self.method: Method = make_method(recipe.method, self.context)
-        if recipe.optim.row_local_head and self.method.row_local_loss is None:
-            raise ValueError(f"optim.row_local_head: method {recipe.method.kind} has no row-local loss")
         self.reads_reference = self.method.reads_reference(recipe.method)
         if self.reads_reference and recipe.model.lora is None:
             self.policy.make_reference()
@@ -457,7 +455,7 @@ class Run:
         if self.recipe.optim.row_local_head:
             hidden, weight = self.policy.hidden(packed, features=features), self.policy.head_weight
             head = {"head_grad": self.engine.gradient_of(weight), "grad_scale": batch.scale}
-            assert self.method.row_local_loss is not None  # __init__ saw to it
+            assert self.method.row_local_loss is not None  # the recipe saw to it
             return self.method.row_local_loss(hidden, weight, packed, rows, **head)
         result = self.policy.logprob(
             packed,

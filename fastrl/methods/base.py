@@ -117,6 +117,7 @@ class Method(ABC):
     samples: ClassVar[bool] = False  # unless the data brings answers, samples groups of them, which the reward scores
     least_group: ClassVar[int] = 1  # answers to a prompt that it can learn from
     needs_entropy: ClassVar[bool] = False  # the loss is handed the entropy of the predicted rows
+    adds_overlong: ClassVar[bool] = False  # adds the recipe's ``reward.overlong`` to the rewards
     temperature: float = 1.0  # of the log-probs the loss is made of
     # (hidden [N, H], head weight [V, H], batch, rows, **head) → loss, metrics, log-probs: :meth:`loss` from hidden
     # states, gradients made in the forward (optim.row_local_head); None: the method has no such form
@@ -130,6 +131,11 @@ class Method(ABC):
     def reads_reference(cls, options: Any) -> bool:
         """Whether the loss reads ``batch.per_token["ref_logp"]``."""
         return False
+
+    @classmethod
+    def row_local_obstacle(cls, options: Any) -> str | None:
+        """Why :attr:`row_local_loss` cannot compute the loss of these options, naming their keys; None: it can."""
+        return None if cls.row_local_loss is not None else f"method.kind: {options.kind} has no row-local loss"
 
     @classmethod
     def steps_at_once(cls, options: Any) -> int:

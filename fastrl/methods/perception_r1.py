@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from fastrl.data.records import Record
 
 
+_OF_SEQUENCES = ("gspo", "gspo-token")  # losses whose ratio is the whole answer's
+
+
 class PerceptionR1Options(MethodOptions):
     """Keys of ``method:`` for Perception-R1. Defaults are the paper's and the released trainer's."""
 
@@ -84,6 +87,7 @@ class PerceptionR1(Method):
     samples = True
     least_group = 2
     needs_entropy = True  # logged
+    adds_overlong = True
 
     def __init__(self, options: PerceptionR1Options, context: Context) -> None:
         super().__init__(options, context)
@@ -95,6 +99,16 @@ class PerceptionR1(Method):
     def reads_reference(cls, options: PerceptionR1Options) -> bool:
         """Where there is a KL term."""
         return options.beta > 0
+
+    @classmethod
+    def row_local_obstacle(cls, options: PerceptionR1Options) -> str | None:
+        """What makes a row's gradient depend on the other rows of its answer."""
+        if _ratio_of(options) == "sequence":
+            key = f"loss: {options.loss}" if options.loss in _OF_SEQUENCES else "ratio: sequence"
+            return f"method.{key} needs all rows of an answer before the gradient of one is known"
+        if options.importance != "none" and options.importance_level == "sequence":
+            return "method.importance_level: sequence needs all rows of an answer before the weight of one is known"
+        return None
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """Sample, score and compare G answers to each record; the groups that carry gradient, with their token weights.
@@ -299,6 +313,11 @@ def grpo_loss(
     return result.loss, metrics
 
 
+def _ratio_of(options: PerceptionR1Options) -> str:
+    """Whose probabilities the ratio compares: each token's, or the whole answer's."""
+    return "sequence" if options.loss in _OF_SEQUENCES else options.ratio
+
+
 def _loss_arguments(batch: PackedBatch, options: PerceptionR1Options) -> dict[str, Any]:
     """What the policy loss takes from the batch's coefficients and the method's options."""
     sampler = None
@@ -310,7 +329,7 @@ def _loss_arguments(batch: PackedBatch, options: PerceptionR1Options) -> dict[st
             )
     return {
         "loss": options.loss if options.loss in ("cispo", "sapo") else "clip",
-        "ratio": "sequence" if options.loss in ("gspo", "gspo-token") else options.ratio,
+        "ratio": _ratio_of(options),
         "importance": options.importance if sampler is not None else None,
         "sampler_logp": sampler,
         "old_logp": batch.per_token.get("old_logp"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from fastrl.methods import PerceptionR1
+from fastrl.methods.perception_r1 import PerceptionR1Options
 from fastrl.recipe import RecipeError, load_recipe
 from fastrl.trainer import Run
 from tests.helpers.training import make_recipe, make_records
@@ -44,3 +49,41 @@ def test_row_local_head_trains_to_the_same_weights(tiny_folder: Folder, tmp_path
 def test_row_local_head_refuses_several_updates() -> None:
     with pytest.raises(RecipeError, match="row_local_head"):
         load_recipe("perception-r1-grounding-tiny", ["optim.row_local_head=true", "optim.updates_per_batch=2"])
+
+
+def chosen(loss: str, ratio: str, importance: str, level: str) -> dict[str, str]:
+    return {"loss": loss, "ratio": ratio, "importance": importance, "importance_level": level}
+
+
+CHOICES = itertools.product(
+    ("grpo", "cispo", "sapo", "gspo", "gspo-token"), ("token", "sequence"), ("none", "truncate"), ("token", "sequence")
+)
+ALLOWED = [chosen(*c) for c in CHOICES if c[0] != "gspo-token" or c[2] == "none" or c[3] == "sequence"]
+
+
+@pytest.mark.parametrize("keys", ALLOWED, ids=lambda keys: "-".join(keys.values()))
+def test_a_recipe_is_refused_where_the_kernel_would_refuse_its_first_step(keys: dict[str, str]) -> None:
+    """The batch is a first update's: there are no old log-probs yet."""
+    options = PerceptionR1Options.model_validate({**keys, "beta": 0.0})
+    batch: Any = SimpleNamespace(
+        targets=torch.tensor([1, 0, 2]),
+        completion_of_token=torch.tensor([0, 0, 1]),
+        per_completion={"advantage": torch.tensor([1.0, -1.0])},
+        per_token={"weight": torch.full((3,), 1 / 3), "sampler_logp": torch.full((3,), -1.0)},
+    )
+    method: Any = SimpleNamespace(options=options, temperature=1.0)
+    changes = {"optim.row_local_head": True, **{f"method.{key}": value for key, value in keys.items()}}
+    try:
+        PerceptionR1.row_local_loss(method, torch.ones(3, 4), torch.eye(5, 4), batch, None)
+    except ValueError:
+        with pytest.raises(RecipeError, match=r"optim\.row_local_head: true .*method\.\w+: [\w-]+ needs all rows"):
+            load_recipe("perception-r1-grounding-tiny", changes)
+    else:
+        assert load_recipe("perception-r1-grounding-tiny", changes).optim.row_local_head
+
+
+def test_a_recipe_whose_method_has_no_row_local_loss_is_refused() -> None:
+    for name in ("perpo-grounding-tiny", "utr-tiny"):
+        kind = load_recipe(name).method.kind
+        with pytest.raises(RecipeError, match=rf"optim\.row_local_head: true .* method\.kind: {kind} has no row-local"):
+            load_recipe(name, ["optim.row_local_head=true"])
