@@ -98,7 +98,7 @@ class VllmGenerator:
             metric for the sampler gap shows this and any other difference in what vLLM computes.
 
         Raises:
-            ValueError: a prompt has no messages, or ``rng`` is missing.
+            ValueError: a prompt has no messages, or a server would tokenise it differently; or ``rng`` is missing.
             RolloutError: there is no server, or it refused the weights, tokenised a prompt differently, reports
                 log-probs of the wrong kind, or returned unusable answers.
         """
@@ -167,8 +167,7 @@ class VllmGenerator:
     def _request(self, prompt: Prompt, sampling: Sampling, seed: int | None) -> dict[str, Any]:
         """A chat completion request without its model. It sets everything that a model folder's generation config could
         change on the server (penalties, truncation, stop tokens)."""
-        if not prompt.messages:
-            raise ValueError("a prompt without messages cannot be sent to a vLLM server: encode it from a record")
+        generate, add_bos = self._rendering(prompt)
         images = iter(prompt.images)
 
         def content(parts: str | Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
@@ -183,7 +182,8 @@ class VllmGenerator:
 
         return {
             "messages": [{**message, "content": content(message["content"])} for message in prompt.messages],
-            "add_generation_prompt": prompt.messages[-1]["role"] != "assistant",
+            "add_generation_prompt": generate,
+            "add_special_tokens": add_bos,
             "n": rows_per_prompt(sampling),
             "max_completion_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -201,6 +201,36 @@ class VllmGenerator:
             "top_logprobs": 0,
             "return_token_ids": True,
         }
+
+    def _rendering(self, prompt: Prompt) -> tuple[bool, bool]:
+        """Whether the server must add a generation prompt, and whether its tokenizer must add a BOS token that the chat
+        template does not write.
+
+        Raises:
+            ValueError: a server would not tokenise the prompt as the policy does: it has no messages, it has more
+                images than vLLM accepts for this family, or the chat template alone renders it differently.
+        """
+        family, tokenizer = self.policy.family, self.policy.tokenizer
+        if not prompt.messages:
+            raise ValueError("a prompt without messages cannot be sent to a vLLM server: encode it from a record")
+        limit = family.served_images
+        if limit is not None and len(prompt.images) > limit:
+            raise ValueError(
+                f"rollout.backend vllm: a prompt has {len(prompt.images)} images; for model type {family.model_type} "
+                f"at most {limit} can be sent to a vLLM server; use rollout.backend: local"
+            )
+        generate = prompt.messages[-1]["role"] != "assistant"
+        text = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=generate)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        add_bos = family.lacks_bos(tokenizer, ids)
+        ids = torch.tensor([tokenizer.bos_token_id] * add_bos + ids, dtype=torch.int64)
+        if not torch.equal(family.lay_out(ids, prompt.images).ids, prompt.token_ids):
+            raise ValueError(
+                f"rollout.backend vllm: the chat template of this {family.model_type} model renders a prompt "
+                "differently from the trainer, which closes each assistant turn with the end-of-turn token; use "
+                "rollout.backend: local for dialogues"
+            )
+        return generate, add_bos
 
     def _chat(self, prompt: Prompt, request: dict[str, Any]) -> list[dict[str, Any]]:
         """The choices of one reply, ordered by index, checked to come from the requested weights and our prompt ids."""

@@ -160,6 +160,11 @@ class ServerWeights:
 def _check_adapter(policy: Any) -> None:
     """Raise ``ValueError`` unless vLLM can serve the adapter: it must be on the language model's layers only, and no
     module may be trained in full."""
+    if not policy.family.served_lora:
+        raise ValueError(
+            f"rollout.backend vllm: vLLM serves no LoRA adapters for model type {policy.family.model_type}; remove "
+            "model.lora, or use rollout.backend: local"
+        )
     names = [name for name, _ in policy.peft.named_parameters()]
     if any(".modules_to_save." in name for name in names):
         raise ValueError("rollout.backend vllm: only adapters can be served; leave model.lora.also_train empty")

@@ -370,7 +370,9 @@ class SmolProcessor:
     def __init__(self, images: Any, tokenizer: Any) -> None:
         self.images, self.tokenizer = images, tokenizer
 
-    def __call__(self, text: list[str], images: Any = None, return_tensors: str = "pt") -> dict[str, Any]:
+    def __call__(
+        self, text: list[str], images: Any = None, return_tensors: str = "pt", **options: Any
+    ) -> dict[str, Any]:
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
         made: dict[str, Any] = {}
@@ -383,7 +385,7 @@ class SmolProcessor:
                 place = get_image_prompt_string(int(row), int(column), 4, *tokens)
                 rendered = rendered.replace("<image>", place.replace("<image>", "\0"), 1)
             rendered = rendered.replace("\0", "<image>")
-        return made | {"input_ids": self.tokenizer(rendered, return_tensors=return_tensors)["input_ids"]}
+        return made | {"input_ids": self.tokenizer(rendered, return_tensors=return_tensors, **options)["input_ids"]}
 
 
 @dataclass(frozen=True)
@@ -491,9 +493,13 @@ class Oracle:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
         self.model.eval()
 
-    def inputs(self, rendered: str, images: Sequence[Image.Image], answer: Sequence[int] = ()) -> dict[str, Any]:
-        """What the released processor makes of a rendered prompt and its pictures, an answer's ids behind it."""
-        made = dict(self.processor(text=[rendered], images=[list(images)] if images else None, return_tensors="pt"))
+    def inputs(
+        self, rendered: str, images: Sequence[Image.Image], answer: Sequence[int] = (), **options: Any
+    ) -> dict[str, Any]:
+        """What the released processor makes of a rendered prompt and its pictures, an answer's ids behind it.
+        ``options`` go to its tokenizer."""
+        given: dict[str, Any] = {"images": [list(images)]} if images else {}
+        made = dict(self.processor(text=[rendered], return_tensors="pt", **given, **options))
         more = torch.tensor([list(answer)], dtype=torch.int64)
         made["input_ids"] = torch.cat([made["input_ids"], more], 1)
         made["attention_mask"] = torch.ones_like(made["input_ids"])

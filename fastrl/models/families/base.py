@@ -76,6 +76,9 @@ class Family:
             text model.
         shared_layers: kinds of text layers (``layer_types``) for which prompts are rightly shared. Others are refused.
         published: configs as they are published, by hub name: for ``fastrl plan``.
+        served_images: how many images a prompt may have on a vLLM server; None: any number. From vLLM's table of
+            supported models (docs/models/supported_models.md, commit 0046f77).
+        served_lora: whether vLLM serves LoRA adapters for the family; from the same table.
     """
 
     model_type: ClassVar[str]
@@ -90,6 +93,8 @@ class Family:
     }
     shared_layers: ClassVar[frozenset[str]] = frozenset({"full_attention"})
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    served_images: ClassVar[int | None] = None
+    served_lora: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
         """``config``: the transformers config, or its values (of a ``config.json``)."""
@@ -202,10 +207,14 @@ class Family:
         """Ids of a piece of rendered text. ``first``: it begins the prompt, which then begins with what the tokenizer
         puts before a text, unless the template wrote it."""
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        begin = tokenizer.bos_token_id
-        if not first or begin is None or ids[:1] == [begin]:
-            return ids
-        return [begin, *ids] if tokenizer("", add_special_tokens=True)["input_ids"][:1] == [begin] else ids
+        return [tokenizer.bos_token_id, *ids] if first and self.lacks_bos(tokenizer, ids) else ids
+
+    def lacks_bos(self, tokenizer: Any, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer puts a BOS token before every text and ``ids``, of a rendered prompt, lack it."""
+        bos = tokenizer.bos_token_id
+        if bos is None or [*ids[:1]] == [bos]:
+            return False
+        return tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
 
     def ids(self, marker: str) -> list[int]:
         """Ids of a marker that the family writes around or between a picture's placeholders."""

@@ -81,6 +81,7 @@ class Glm46V(Glm4V):
     """GLM-4.6V."""
 
     model_type: ClassVar[str] = "glm46v"
+    served_images: ClassVar[int | None] = 0  # not in vLLM's table
 
     @classmethod
     def model_class(cls) -> Any:

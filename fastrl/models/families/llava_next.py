@@ -128,6 +128,7 @@ class LlavaNextVideo(LlavaNext):
     """LLaVA-NeXT-Video: frames are pictures here, each with all its tokens."""
 
     model_type: ClassVar[str] = "llava_next_video"
+    served_images: ClassVar[int | None] = 0  # videos only
 
     @classmethod
     def model_class(cls) -> Any:
@@ -140,6 +141,8 @@ class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision: SigLIP and Qwen2. A picture among several is one square; tiles are for a picture alone."""
 
     model_type: ClassVar[str] = "llava_onevision"
+    served_images: ClassVar[int | None] = 1  # with several, vLLM's own code tiles each of them
+    served_lora: ClassVar[bool] = False
     end_of_turn: ClassVar[str] = "<|im_end|>"
     control_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<video>", "<|im_start|>", "<|endoftext|>")
     # sizes as in the config.json it is published with

@@ -63,6 +63,7 @@ class SmolVLM(Family):
     """SmolVLM: answers as JSON, 0-1000, which it has to be taught."""
 
     model_type: ClassVar[str] = "smolvlm"
+    served_images: ClassVar[int | None] = 1
     style: ClassVar[str] = "qwen3"
     end_of_turn: ClassVar[str] = "<end_of_utterance>"
     control_tokens: ClassVar[tuple[str, ...]] = ("<image>", FAKE, GLOBAL, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
