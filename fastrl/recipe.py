@@ -1,4 +1,4 @@
-"""Recipes: one YAML file says everything about a run. Unknown keys are errors that name the nearest valid one."""
+"""Recipes: one YAML file describes a whole run. An unknown key is an error that names the nearest valid one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 
 def _options_of(value: Any) -> Any:
-    """The options of the method that ``kind`` names, checked by that method's own class."""
+    """The options of the method that ``kind`` names, validated by that method's class."""
     if isinstance(value, MethodOptions) or not isinstance(value, Mapping):
         return value
     kind = value.get("kind")
@@ -70,10 +70,10 @@ def _options_of(value: Any) -> Any:
 
 
 class Recipe(Section):
-    """A whole run."""
+    """The description of a whole run."""
 
     name: str = "run"
-    out: str | None = Field(None, min_length=1)  # none: runs/NAME
+    out: str | None = Field(None, min_length=1)  # None: runs/NAME
     seed: int = Field(0, ge=0, lt=2**63)
     method: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_options_of)]
     model: ModelRecipe
@@ -90,7 +90,7 @@ class Recipe(Section):
         least = method_for(self.method).least_group
         if self.rollout.group_size < least:
             raise ValueError(
-                "rollout.group_size: an answer is compared with the others of its group, so there have to be at least "
+                "rollout.group_size: the method compares the answers of a group, so it must be at least "
                 f"{least} (got {self.rollout.group_size})"
             )
         return self
@@ -101,11 +101,10 @@ class Recipe(Section):
         given = [section.overlong for section in sections if section.overlong is not None]
         if given and not method_for(self.method).adds_overlong:
             able = ", ".join(kind for kind, method in METHODS.items() if method.adds_overlong)
-            raise ValueError(f"reward.overlong is added by method.kind: {able}, this is {self.method.kind}")
+            raise ValueError(f"reward.overlong is only read with method.kind: {able} (got {self.method.kind})")
         if given and max(given) > self.rollout.max_new_tokens:
             raise ValueError(
-                f"reward.overlong: {max(given)} tokens before rollout.max_new_tokens, which is "
-                f"{self.rollout.max_new_tokens}"
+                f"reward.overlong: {max(given)} must not exceed rollout.max_new_tokens, {self.rollout.max_new_tokens}"
             )
         return self
 
@@ -120,11 +119,12 @@ class Recipe(Section):
     def _memory(self) -> Recipe:
         if self.model.offload_activations and not self.model.gradient_checkpointing:
             raise ValueError(
-                "model.offload_activations moves what checkpointing keeps: set gradient_checkpointing: true"
+                "model.offload_activations moves the activations that checkpointing keeps: set "
+                "model.gradient_checkpointing: true"
             )
         if self.engine.kind == "deepspeed" and (self.optim.states != "fp32" or self.optim.gradient_release):
             raise ValueError(
-                "optim.states and optim.gradient_release are the local engine's; with engine.kind: deepspeed use "
+                "optim.states and optim.gradient_release need engine.kind: local; with engine.kind: deepspeed use "
                 "engine.zero_stage and engine.offload_optimizer"
             )
         if self.engine.offload_optimizer and (self.engine.kind == "local" or self.engine.zero_stage == 0):
@@ -137,36 +137,36 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _rollout(self) -> Recipe:
         if self.rollout.backend == "vllm" and self.engine.kind != "local":
-            raise ValueError("rollout.backend: vllm takes its weights from one process: it needs engine.kind: local")
+            raise ValueError("rollout.backend: vllm gets its weights from one process and needs engine.kind: local")
         if self.rollout.backend == "vllm" and self.model.lora is not None and self.model.lora.also_train:
-            raise ValueError("rollout.backend: vllm serves adapters alone: leave model.lora.also_train empty")
+            raise ValueError("rollout.backend: vllm can only serve adapters: leave model.lora.also_train empty")
         return self
 
     @model_validator(mode="after")
     def _scored(self) -> Recipe:
         sections = [self.reward, *(entry.reward for entry in self.data.mix if entry.reward is not None)]
         if any(section.function for section in sections) and not self.scores_groups:
-            raise ValueError(f"reward.function: method {self.method.kind} scores no answers")
+            raise ValueError(f"reward.function: method.kind: {self.method.kind} scores no answers")
         return self
 
     @property
     def scores_groups(self) -> bool:
-        """Whether the method learns from groups of answers which, unless the data brings them, the reward scores."""
+        """Whether the method learns from groups of answers that the reward scores (unless the data has scores)."""
         return method_for(self.method).samples
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """The folder the run writes to."""
         return Path(self.out) if self.out is not None else Path("runs") / self.name
 
     @property
     def data_spec(self) -> str:
-        """``data.spec`` with what ``data.frames``, ``sample`` and ``max_image_pixels`` say. Raises ``DataError``."""
+        """``data.spec`` with ``data.frames``, ``sample`` and ``max_image_pixels`` added. Raises ``DataError``."""
         return self._spec(self.data.spec, self.data.adapter)
 
     @property
     def mix(self) -> list[MixtureEntry]:
-        """The entries of ``data.mix`` with their names and whole specs. Raises ``DataError``."""
+        """The entries of ``data.mix`` with their names and complete specs. Raises ``DataError``."""
         specs = [self._spec(entry.spec, entry.adapter) for entry in self.data.mix]
         names = entry_names([(entry.name, spec) for entry, spec in zip(self.data.mix, specs, strict=True)])
         return [
@@ -176,7 +176,7 @@ class Recipe(Section):
 
     @property
     def mix_rewards(self) -> dict[str, RewardRecipe]:
-        """The reward section of each entry of ``data.mix`` by its name: the recipe's, with what the entry says."""
+        """The reward section of each entry of ``data.mix`` by name: the recipe's, overridden by the entry's keys."""
         rewards = {}
         for found, entry in zip(self.mix, self.data.mix, strict=True):
             own = entry.reward
@@ -203,7 +203,7 @@ def load_records(
 ) -> Sequence[Record]:
     """The records of a recipe's data or mixture. Raises ``DataError``.
 
-    ``skip_bad`` None: as the recipe has it; ``misfit``: see ``fastrl.data.load_data``.
+    ``skip_bad`` None: the recipe's value; ``misfit``: see ``fastrl.data.load_data``.
     """
     skip = recipe.data.skip_bad if skip_bad is None else skip_bad
     if recipe.data.mix:
@@ -224,7 +224,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] | Mapping[str
         overrides: ``a.b=c`` strings (the value is YAML), or a mapping from dotted paths to values.
 
     Raises:
-        RecipeError: no such recipe, not YAML, or keys and values that do not fit; all problems in one message.
+        RecipeError: the recipe does not exist, is not YAML, or has invalid keys or values; one message lists them all.
     """
     path = _find(name_or_path)
     values = read_values(path)
@@ -234,7 +234,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] | Mapping[str
 
 
 def build_recipe(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
-    """A recipe from plain values. Raises ``RecipeError``: every problem, unknown keys with the nearest valid one."""
+    """A recipe from plain values. Raises ``RecipeError``: every problem, and the nearest valid key for unknown ones."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -264,7 +264,7 @@ def _find(name_or_path: str | Path) -> Path:
 
 
 def _valid_paths(values: Any) -> set[str]:
-    """Every dotted path a recipe may have; of the methods' keys, those of the method it names (or of all)."""
+    """Every dotted path a recipe may have, with the keys of the method it names (or of all methods)."""
     method = values.get("method") if isinstance(values, Mapping) else None
     kind = method.get("kind") if isinstance(method, Mapping) else None
     chosen = [METHODS[kind]] if isinstance(kind, str) and kind in METHODS else METHODS.values()

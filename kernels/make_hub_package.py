@@ -1,15 +1,15 @@
-"""Write the kernels as a package for the Hugging Face Kernel Hub, from the sources beside this file::
+"""Write the kernels as a package for the Hugging Face Kernel Hub, from the sources next to this file::
 
     python kernels/make_hub_package.py build/hub --repo-id OWNER/fastrl-kernels
 
-What is written is a project as ``kernel-builder`` takes it (``build.toml``, ``flake.nix``, ``CARD.md``, ``torch-ext/``)
-and, since nothing has to be compiled, its builds as well (``build/torch-cuda``, ``build/torch-cpu``), which
-``kernels.get_local_kernel`` loads as they are.
+This writes a project for ``kernel-builder`` (``build.toml``, ``flake.nix``, ``CARD.md``, ``torch-ext/``) and, since
+nothing has to be compiled, also its builds (``build/torch-cuda``, ``build/torch-cpu``), which
+``kernels.get_local_kernel`` can load directly.
 
-A hub kernel may lie anywhere, and several versions of it may share a process. So imports are made relative, and
-operators are registered under a namespace of the build's own (``_ops.py``) in place of ``fastrl::``. Left out: the
-compiled CPU paths (the eager ones compute the same), the ahead-of-time compiler of CI, and the integrations, which are
-imported by name.
+A hub kernel may be in any folder, and several versions may be loaded in one process. So imports are made relative, and
+operators are registered in a namespace of this build (``_ops.py``) instead of ``fastrl::``. Left out are the compiled
+CPU paths (the eager ones compute the same), the ahead-of-time compiler of CI, and the integrations, which are imported
+by name.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ from. Needs torch 2.11 and Triton 3.6 or newer.
 
 
 def relative(source: str, file: str) -> str:
-    """A module of the package with relative imports and operators of the build's namespace.
+    """A module's source with relative imports and with operators in the build's namespace.
 
     Raises:
-        ValueError: something in it would still name the installed package or its operators.
+        ValueError: it would still refer to the installed package or its operators.
     """
     text = _FROM_MODULE.sub(r"\1from .", source)
     text = _FROM_PACKAGE.sub(r"\1from . import ", text)
@@ -145,7 +145,7 @@ def sources() -> dict[str, str]:
 def make(out: Path, *, version: int = 1, repo_id: str = f"fastrl/{NAME}") -> list[Path]:
     """Write the project and its builds under ``out``; returns the builds' folders.
 
-    Two calls with another version or other sources give builds that can share a process.
+    Builds of different versions or sources can be loaded in one process.
     """
     files = sources()
     digest = hashlib.sha256(json.dumps([version, files], sort_keys=True).encode()).hexdigest()[:12]
@@ -180,7 +180,7 @@ def _public(init: str) -> list[str]:
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
-    """Make ``folder`` hold these files; modules that an earlier run left there go."""
+    """Write these files into ``folder`` and remove modules left by an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.py"):
         if old.name not in files:

@@ -1,3 +1,3 @@
-"""What a recipe may hold (``sections``), how its text is read (``reader``), what is said about faults in it
-(``problems``), and the registries of names that recipes use. Imports no torch; the whole recipe, which knows the
-methods, is ``fastrl.recipe``."""
+"""A recipe's sections (``sections``), its YAML reader (``reader``), messages about mistakes in it (``problems``), and
+the registries of names that recipes use. Imports no torch. The whole recipe, including methods, is ``fastrl.recipe``.
+"""

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one line each: dotted path, the fault, and the nearest valid key."""
+"""Turns validation errors of a recipe into one line each: dotted path, problem, and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 SHOWN = 80  # characters of a wrong value
-# What other trainers call our keys, for whoever comes from there: the nearest spelling would mislead.
+# Other trainers' names for our keys: for these, suggesting the key of the nearest spelling would mislead.
 KNOWN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
     {
         "learning_rate": "optim.lr",
@@ -68,13 +68,14 @@ def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _nearest(loc: Sequence[str], valid: Iterable[str]) -> str:
-    """``; did you mean …?``: the same name elsewhere, else the nearest of the same section, else all keys here."""
+    """``; did you mean …?`` with the same key in another section, else the most similar key of the same section, else
+    the most similar key of another section; or the section's keys."""
     paths = sorted(valid)
     section = ".".join(part for part in loc[:-1] if not part.isdigit())
     prefix = f"{section}." if section else ""
     siblings = [p for p in paths if p.startswith(prefix) and "." not in p[len(prefix) :]]
     exact = next((p for p in paths if p.rpartition(".")[2] == loc[-1]), KNOWN_ELSEWHERE.get(loc[-1]))
-    if exact in paths:  # the right key in the wrong section, or by another trainer's name
+    if exact in paths:  # a valid key in the wrong section, or another trainer's name for one
         return f"; did you mean {exact}?"
     near = difflib.get_close_matches(loc[-1], [p[len(prefix) :] for p in siblings], n=1, cutoff=0.6)
     if near:

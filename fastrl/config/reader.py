@@ -1,4 +1,4 @@
-"""YAML text → plain values, and overrides of single keys. Whatever is wrong is one line with its place."""
+"""YAML text → plain values, and overrides of single keys. Every error is one line with its position."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 1 << 20  # of a recipe file
-MAX_DEPTH = 50  # sections inside sections, and dots of an override
-MAX_NODES = 100_000  # values of a document, each alias counted as what it stands for
+MAX_BYTES = 1 << 20  # size of a recipe file
+MAX_DEPTH = 50  # nesting of sections, and dots in an override
+MAX_NODES = 100_000  # values in a document with all aliases expanded
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; the message lists every problem with its dotted path."""
+    """An invalid recipe; the message lists every problem with its dotted path."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-6 is a number and 2024-05-01 a text (YAML 1.1 has it the other way round)."""
+    """A YAML loader that reads 1e-6 as a number and 2024-05-01 as a string (YAML 1.1 does the opposite)."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # as PyYAML spells it: first character → (tag, pattern)
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -34,38 +34,38 @@ _Loader.add_implicit_resolver(
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The sections that a recipe file holds.
+    """The sections of a recipe file.
 
     Raises:
-        RecipeError: it cannot be read, is not UTF-8, not YAML, empty, or not a mapping.
+        RecipeError: the file cannot be read, is not UTF-8, not YAML, empty, or not a mapping.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
     if len(data) > MAX_BYTES:
-        raise RecipeError(f"{path}: {len(data)} bytes; a recipe has at most {MAX_BYTES}")
+        raise RecipeError(f"{path}: {len(data)} bytes; a recipe may have at most {MAX_BYTES}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise RecipeError(
-            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file in that encoding"
+            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8"
         ) from None
     values = parse_yaml(text, str(path))
     if values is None:
-        raise RecipeError(f"{path}: empty; a recipe is a mapping of sections")
+        raise RecipeError(f"{path}: empty; a recipe must be a mapping of sections")
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}")
+        raise RecipeError(f"{path}: a recipe must be a mapping of sections, got {type(values).__name__}")
     return values
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML document, aliases and merge keys (``<<``) resolved; None: it is empty.
+    """The value of a YAML document with aliases and merge keys (``<<``) resolved; None if it is empty.
 
     Raises:
-        RecipeError: not YAML, a key given twice, or a document that nests or unfolds without end. ``source`` begins the
-            message.
+        RecipeError: the text is not YAML, gives a key twice, or exceeds the limits on nesting and number of values. The
+            message begins with ``source``.
     """
     try:
         _check_depth(text, source)
@@ -83,8 +83,8 @@ def parse_yaml(text: str, source: str) -> Any:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         if isinstance(error, RecipeError):
             raise
-        # What PyYAML's constructors raise of a value that its tag does not fit: !!int x, a number of 5,000 digits
-        raise RecipeError(f"{source}: not YAML: a value that its type does not fit ({error})") from None
+        # PyYAML's constructors raise this for a value that does not match its tag: !!int x, a number of 5,000 digits
+        raise RecipeError(f"{source}: not YAML: a value does not match its type ({error})") from None
 
 
 def override(values: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ def override(values: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any
         overrides: ``a.b=c`` strings (the value is YAML), or a mapping from dotted paths to values.
 
     Raises:
-        RecipeError: not ``key=value``, not YAML, or a path that leads through a value.
+        RecipeError: an override is not ``key=value``, its value is not YAML, or its path runs through a plain value.
     """
     pairs = overrides.items() if isinstance(overrides, Mapping) else [_split(o) for o in overrides]
     for dotted, value in pairs:
@@ -110,10 +110,10 @@ def _split(text: str) -> tuple[str, Any]:
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
-    """Put ``value`` at a dotted path, making the mappings on the way."""
+    """Put ``value`` at a dotted path, creating missing mappings."""
     *sections, leaf = dotted.split(".")
     if len(sections) > MAX_DEPTH:
-        raise RecipeError(f"{dotted[:60]}…: {len(sections)} sections deep, at most {MAX_DEPTH} are read")
+        raise RecipeError(f"{dotted[:60]}…: {len(sections)} sections deep; at most {MAX_DEPTH} are allowed")
     here: Any = values
     for depth, section in enumerate(sections):
         if here.get(section) is None:
@@ -121,12 +121,12 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
         here = here[section]
         if not isinstance(here, dict):
             at = ".".join(sections[: depth + 1])
-            raise RecipeError(f"{dotted}: {at} is the value {here!r}, not a section")
+            raise RecipeError(f"{dotted}: {at} has the value {here!r} and is not a section")
     here[leaf] = value
 
 
 def _check_depth(text: str, source: str) -> None:
-    """Of the stream of events, before anything that recurses looks at it."""
+    """Check nesting on the stream of events, before any recursive code processes the document."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -135,12 +135,12 @@ def _check_depth(text: str, source: str) -> None:
 
 
 def _check_node(root: yaml.Node, source: str) -> None:
-    """Raise ``RecipeError`` for a key given twice, a text no file can hold, and aliases that unfold without end."""
+    """Raise ``RecipeError`` for a key given twice, a NUL or surrogate character, or too large an expansion."""
     measured: dict[int, tuple[int, int]] = {}
     inside: set[int] = set()
 
     def measure(node: yaml.Node) -> tuple[int, int]:
-        """Values below a node and how deep they nest, each alias counted as what it stands for."""
+        """Number of values below a node and their nesting, with aliases expanded."""
         if id(node) in inside:
             raise RecipeError(f"{_place(node.start_mark, source)}: an alias that contains itself")
         if id(node) not in measured:
@@ -150,8 +150,8 @@ def _check_node(root: yaml.Node, source: str) -> None:
             size, depth = 1 + sum(n for n, _ in below), 1 + max((d for _, d in below), default=0)
             if size > MAX_NODES or depth > MAX_DEPTH + 1:
                 raise RecipeError(
-                    f"{_place(node.start_mark, source)}: with its aliases a document of over {MAX_NODES} values, "
-                    f"or nested more than {MAX_DEPTH} deep"
+                    f"{_place(node.start_mark, source)}: with aliases expanded, more than {MAX_NODES} values or "
+                    f"nested more than {MAX_DEPTH} deep"
                 )
             measured[id(node)] = size, depth
         return measured[id(node)]
@@ -171,7 +171,7 @@ def _children(node: yaml.Node, source: str) -> list[yaml.Node]:
                 seen.add(key.value)
         return [child for pair in node.value for child in pair]
     if any("\ud800" <= character <= "\udfff" or character == "\0" for character in node.value):
-        raise RecipeError(f"{_place(node.start_mark, source)}: a text with a character that no file can hold")
+        raise RecipeError(f"{_place(node.start_mark, source)}: a string with a NUL or surrogate character")
     return []
 
 

@@ -1,4 +1,4 @@
-"""A registry: names to what they stand for, open to a user's own entries."""
+"""A registry of named entries to which users can add their own."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping that grows by :meth:`add`. ``noun`` is what an entry is called in messages."""
+    """A mapping extended by :meth:`add`. ``noun`` names an entry in messages."""
 
     def __init__(self, noun: str, entries: Mapping[str, T] | None = None) -> None:
         self.noun = noun
         self._entries: dict[str, T] = dict(entries or {})
 
     def add(self, name: str, entry: T) -> None:
-        """Add an entry; the same one again changes nothing.
+        """Add an entry; adding the same one again has no effect.
 
         Raises:
-            ValueError: the name is empty, no string, or stands for something else already.
+            ValueError: the name is empty, not a string, or belongs to another entry.
         """
         self.check(name, entry)
         self._entries.setdefault(name, entry)
 
     def check(self, name: str, entry: T) -> None:
-        """Raise what :meth:`add` would, and change nothing."""
+        """Raise the error that :meth:`add` would raise, without adding."""
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"a {self.noun} needs a name, got {name!r}")
         held = self._entries.get(name, entry)
         if held is not entry and held != entry:
-            raise ValueError(f"the {self.noun} {name!r} is {called(held)} already, it cannot be {called(entry)} too")
+            raise ValueError(f"the {self.noun} {name!r} is already {called(held)} and cannot also be {called(entry)}")
 
     def __getitem__(self, name: str) -> T:
         return self._entries[name]
@@ -44,11 +44,11 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def nearest(name: object, known: Iterable[str], *, cutoff: float = 0.4) -> str | None:
-    """The known name most like ``name``; None where none is alike."""
+    """The known name most similar to ``name``; None if no name is similar."""
     return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)), None)
 
 
 def called(entry: object) -> str:
-    """How a message names a class or function: where it was defined; anything else, what it is."""
+    """How messages name an entry: a class or function by its full name, anything else by its string."""
     name = getattr(entry, "__qualname__", None)
     return f"{entry.__module__}.{name}" if isinstance(name, str) else str(entry)

@@ -14,14 +14,14 @@ from typing import Any
 
 
 class UserCodeError(ValueError):
-    """A name that leads to no function; the message has the file or module and why."""
+    """A name that does not resolve to a function; the message has the file or module and the reason."""
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function (or class) that ``name`` leads to. A file is run once however often it is asked for.
+    """The function (or class) that ``name`` refers to. A file is run only the first time.
 
     Raises:
-        UserCodeError: no such file, module or function, or the file cannot be run.
+        UserCodeError: the file, module or function does not exist, or running it fails.
     """
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute.isidentifier():
@@ -35,7 +35,7 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def where_it_raised(error: BaseException) -> str:
-    """``file:line: in function: `` of the innermost frame of an exception, empty where it has none."""
+    """``file:line: in function: `` of the innermost frame of an exception; empty if it has no traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}:{frames[-1].lineno}: in {frames[-1].name}: " if frames else ""
 
@@ -51,7 +51,7 @@ def _file(place: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles of the file look themselves up here
+    sys.modules[name] = module  # dataclasses and pickle look up the file's classes here
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -115,7 +115,7 @@ def register(name: str, load: Load, *, keys: Collection[str] | None = None) -> L
     try:
         inspect.signature(load).bind("path", {})
     except TypeError as error:
-        raise TypeError(f"data adapter {name!r}: load has to be a function of (path, query): {error}") from None
+        raise TypeError(f"data adapter {name!r}: load must be a function of (path, query): {error}") from None
     if isinstance(name, str) and set(name) & set(":?&=/"):
         raise ValueError(f"data adapter {name!r}: a name has none of : ? & = /")
     from fastrl.data.rows import READING

@@ -1,6 +1,6 @@
-"""The training methods. A new one is a file here with a subclass of ``base.Method``, and its name in the last lines.
+"""The training methods. A new one is a file here with a subclass of ``base.Method``, and an entry in the last lines.
 
-One of your own is such a class in a file of yours, made known by :func:`register`.
+A method outside the package is such a subclass, added with :func:`register`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(method: M) -> M:
-    """Make a method known: recipes whose ``method.kind`` is one of its kinds are then valid. Also a class decorator.
+    """Register a method for recipes whose ``method.kind`` is one of its kinds. Also usable as a class decorator.
 
     Raises:
-        TypeError: no subclass of ``Method``, or one with a part missing, misspelt or of the wrong kind.
-        ValueError: a kind that another method has.
+        TypeError: not a subclass of ``Method``, or an attribute or hook is missing, misspelt or of the wrong kind.
+        ValueError: another method has one of its kinds.
     """
     found = _faults(method)
     if found:
@@ -60,17 +60,17 @@ def kinds(method: type[Method]) -> tuple[str, ...]:
 
 
 def method_for(options: MethodOptions) -> type[Method]:
-    """The class whose options these are. Raises ``ValueError``: it is not registered."""
+    """The method class of these options. Raises ``ValueError`` if it is not registered."""
     if options.kind not in METHODS:
         raise ValueError(f"method {options.kind!r} is not registered (fastrl.methods.register)")
     return METHODS[options.kind]
 
 
 def make_method(options: MethodOptions, context: Context) -> Method:
-    """The method whose options these are, ready to prepare steps.
+    """Create the method of these options.
 
     Raises:
-        TypeError: it sets a public attribute on itself that no method has: a misspelt fact would be ignored.
+        TypeError: it sets a public attribute that methods do not have, which would be ignored (probably misspelt).
     """
     method = method_for(options)(options, context)
     known = {*dir(Method), "options", "context"}
@@ -78,22 +78,22 @@ def make_method(options: MethodOptions, context: Context) -> Method:
         if not name.startswith("_") and name not in known:
             near = nearest(name, known, cutoff=0.6)
             hint = f"; did you mean {near}?" if near else ""
-            raise TypeError(f"{type(method).__qualname__}.{name} is no part of a method{hint}")
+            raise TypeError(f"{type(method).__qualname__}.{name} is not part of a method{hint}")
     return method
 
 
 def _faults(method: type[Method]) -> list[str]:
-    """What keeps a class from being a method."""
+    """Reasons why a class is not a valid method."""
     found = faults(method, Method)
     if not (isinstance(method, type) and issubclass(method, Method)):
         return found
     options = getattr(method, "Options", None)
     if not (isinstance(options, type) and issubclass(options, MethodOptions)):
-        found.append("Options has to be a subclass of fastrl.methods.MethodOptions")
+        found.append("Options must be a subclass of fastrl.methods.MethodOptions")
     elif not kinds(method) or not all(isinstance(kind, str) for kind in kinds(method)):
-        found.append(f"{options.__qualname__}.kind has to be a Literal of the names that recipes use")
+        found.append(f"{options.__qualname__}.kind must be a Literal of the names that recipes use")
     if (method.state is Method.state) != (method.load is Method.load):
-        found.append("state and load go together")
+        found.append("state and load must be implemented together")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a training method is: the class the trainer calls, what it is handed, and what it hands back."""
+"""The interface of a training method: the class the trainer calls, its input and its output."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def _no_updates() -> int:
 class Context:
     """What a method may use while it prepares a step.
 
-    ``stream`` is the data position of the run (a method that resamples draws from it), ``rng`` the sampler's generator,
-    and ``average`` the mean of a number over data-parallel ranks (the number itself with one rank). ``updates`` is the
-    number of optimizer updates made, and ``folder`` where the run writes: a rollout server is given weights by them.
-    ``features`` holds vision features by image key that all passes of a step may share, as nothing of the tower is
-    trained; None: each pass computes its own. ``rewards`` are the reward sections of a mixture's parts, by name;
-    ``functions`` the user's own of all these sections, None: made when they are needed.
+    ``stream`` is the run's data stream (a method that resamples draws from it), ``rng`` the sampler's generator, and
+    ``average`` computes the mean of a number over data-parallel ranks (with one rank, the number itself). ``updates``
+    returns the number of optimizer updates made; with ``folder``, where the run writes, it tells a rollout server which
+    weights to load. ``features`` holds vision features by image key, shared by all passes of a step if the vision tower
+    is frozen; None: each pass computes its own. ``rewards`` are the reward sections of a mixture's parts, by name;
+    ``functions`` the user functions of all these sections, None: loaded when needed.
     """
 
     policy: Policy
@@ -69,7 +69,7 @@ class Context:
 
     @cached_property
     def generator(self) -> Generator | VllmGenerator:
-        """What samples answers, by ``rollout.backend``; made when it is first asked for."""
+        """The generator that ``rollout.backend`` names, created on first use."""
         rollout = self.rollout
         if rollout.backend == "local":
             from fastrl.rollout import Generator
@@ -77,7 +77,7 @@ class Context:
             return Generator(self.policy, clock=self.clock, decode=rollout.decode, features=self.features)
         from fastrl.rollout.vllm import VllmGenerator
 
-        assert rollout.server is not None  # the recipe saw to it
+        assert rollout.server is not None  # checked by the recipe
         return VllmGenerator(
             self.policy,
             rollout.server,
@@ -88,8 +88,8 @@ class Context:
         )
 
     def close(self) -> None:
-        """Remove what a rollout server was given, if there was one."""
-        if "generator" in self.__dict__:  # made when it was first asked for
+        """Close the generator, which removes weights written for a rollout server."""
+        if "generator" in self.__dict__:  # it was created
             self.generator.close()
 
 
@@ -97,8 +97,8 @@ class Context:
 class Prepared:
     """A step's work, before packing.
 
-    ``groups`` carry gradient; ``sampled`` are all groups the step drew, which is what reward and length metrics
-    describe (dropping groups must not flatter them). ``metrics`` are the method's own counts.
+    ``groups`` carry gradient; ``sampled`` are all groups of the step, from which reward and length metrics are computed
+    (so that dropping groups does not improve them). ``metrics`` are the method's own counts.
     """
 
     groups: list[PromptGroup]
@@ -107,20 +107,21 @@ class Prepared:
 
 
 class Method(ABC):
-    """One training method: the trainer's loop calls these and nothing else, and what is optional has its default here.
+    """One training method. The trainer calls nothing but these hooks; optional ones have a default here.
 
-    A subclass names its ``Options`` and implements :meth:`prepare` and :meth:`loss`; helpers of its own begin with an
-    underscore, so that a misspelt hook is an error at registration (``fastrl.methods.register``).
+    A subclass names its ``Options`` and implements :meth:`prepare` and :meth:`loss`. Names of its helpers must begin
+    with an underscore: any other unknown name is an error at registration (``fastrl.methods.register``), which catches
+    misspelt hooks.
     """
 
     Options: ClassVar[type[MethodOptions]]
-    samples: ClassVar[bool] = False  # unless the data brings answers, samples groups of them, which the reward scores
-    least_group: ClassVar[int] = 1  # answers to a prompt that it can learn from
-    needs_entropy: ClassVar[bool] = False  # the loss is handed the entropy of the predicted rows
-    adds_overlong: ClassVar[bool] = False  # adds the recipe's ``reward.overlong`` to the rewards
-    temperature: float = 1.0  # of the log-probs the loss is made of
+    samples: ClassVar[bool] = False  # samples groups of answers and scores them, unless the data has answers
+    least_group: ClassVar[int] = 1  # smallest number of answers to a prompt that it can learn from
+    needs_entropy: ClassVar[bool] = False  # whether the loss gets the entropy of the predicted rows
+    adds_overlong: ClassVar[bool] = False  # whether it adds the recipe's ``reward.overlong`` to the rewards
+    temperature: float = 1.0  # of the log-probs that the loss gets
     # (hidden [N, H], head weight [V, H], batch, rows, **head) → loss, metrics, log-probs: :meth:`loss` from hidden
-    # states, gradients made in the forward (optim.row_local_head); None: the method has no such form
+    # states, with gradients computed in the forward (optim.row_local_head); None: not supported
     row_local_loss: Callable[..., tuple[Tensor, dict[str, Tensor], Tensor]] | None = None
 
     def __init__(self, options: Any, context: Context) -> None:
@@ -139,7 +140,7 @@ class Method(ABC):
 
     @classmethod
     def steps_at_once(cls, options: Any) -> int:
-        """Steps that one sampling serves."""
+        """Number of steps whose answers are sampled at once."""
         return 1
 
     @classmethod
@@ -149,30 +150,30 @@ class Method(ABC):
 
     @abstractmethod
     def prepare(self, records: Sequence[Record]) -> Prepared:
-        """Rollouts, rewards and advantages, or ready-made lists and dialogues, as groups with their coefficients."""
+        """Groups with their loss coefficients, from rollouts and rewards or from given lists and dialogues."""
 
     @abstractmethod
     def loss(self, logp: Tensor, entropy: Tensor | None, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pure: the loss of one micro-batch and scalar metrics.
+        """The loss of one micro-batch and scalar metrics. A pure function.
 
-        Losses of the micro-batches of a step add up to the step's loss: coefficients are normalised over the whole
-        step. A metric ending in ``max`` is reduced by maximum, every other one by its mean over predicted tokens.
+        Coefficients are normalised over the whole step, so the losses of its micro-batches add up to the step's loss.
+        A metric ending in ``max`` is reduced by maximum, every other one by its mean over predicted tokens.
         """
 
     def rows(self, batch: PackedBatch) -> Tensor | None:
-        """Indices of predicted rows whose coefficient is not zero (None: all); the rest skip the head's backward.
+        """Indices of predicted rows whose coefficient is not zero (None: all); the others skip the head's backward.
 
-        ``batch`` is on the host, so looking at its values waits for nothing.
+        ``batch`` is on the host, so reading its values does not synchronise a device.
         """
         return None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold for the next step beside model, optimizer and data position: JSON values."""
+        """State for a checkpoint, besides model, optimizer and data position, as JSON values."""
         return {}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state` that was not empty."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no state")
+        """Restore a :meth:`state` that was not empty."""
+        raise NotImplementedError(f"{type(self).__name__} has no state to restore")
 
 
 def set_token_weights(
@@ -183,17 +184,17 @@ def set_token_weights(
     length: float | None = None,
     average: Callable[[float], float] = _one_rank,
 ) -> int:
-    """Write ``per_token["weight"]`` of every completion, normalised over all of ``groups`` together; return the live
+    """Write ``per_token["weight"]`` of every completion, normalised over all ``groups``; return the number of live
     tokens.
 
     Args:
-        groups: all groups of one optimizer step, so that the split into micro-batches changes nothing.
+        groups: all groups of one optimizer step, so that the split into micro-batches does not matter.
         aggregate: ``sequence``, ``token`` or ``constant`` (see ``fastrl_kernels.token_weights``).
-        live: whether completion i of a group counts (default: all). A dead completion weighs 0 and is not in the
+        live: whether completion i of a group counts (default: all). The others get weight 0 and do not count in the
             denominator.
-        length: for ``constant``, the tokens every completion counts as, whatever its length (arXiv:2503.20783).
-        average: mean over ranks; gradients are averaged over ranks, so dividing by the mean denominator divides by the
-            global one.
+        length: for ``constant``, the divisor of every completion instead of its own length (arXiv:2503.20783).
+        average: mean over ranks. Gradients are averaged over ranks, so dividing by the mean denominator amounts to
+            dividing by the global one.
 
     Raises:
         ValueError: ``constant`` without ``length``.

@@ -6,7 +6,7 @@ G answers per prompt are sampled from the policy, scored by the task's rules, an
     L = Σ_t w_t · [ −min(ρ_t A, clip(ρ_t, 1 − ε_low, 1 + ε_high) A) + β KL_t ]
 
 with token weights w normalised over all answers of the optimizer step. The authors' released trainer makes one update
-per rollout, so that ρ = 1 and the clip never acts; both are covered here.
+per rollout, so ρ = 1 and nothing is clipped; several updates per rollout are supported too.
 """
 
 from __future__ import annotations
@@ -40,43 +40,40 @@ class PerceptionR1Options(MethodOptions):
     kind: Literal["perception-r1"] = "perception-r1"
     # grpo: the clipped ratio; cispo (arXiv:2506.13585), sapo (arXiv:2511.20347), gspo and gspo-token (arXiv:2507.18071)
     loss: Literal["grpo", "cispo", "sapo", "gspo", "gspo-token"] = "grpo"
-    baseline: Literal["mean", "leave_one_out", "rloo"] = (
-        "mean"  # rloo: leave_one_out with scale none (arXiv:2402.14740)
-    )
+    # rloo: leave_one_out with scale none (arXiv:2402.14740)
+    baseline: Literal["mean", "leave_one_out", "rloo"] = "mean"
     scale: Literal["std", "none"] = "std"  # none: Dr. GRPO (arXiv:2503.20783)
-    unbiased: bool = True  # std over n − 1, as torch's default in the released trainer
+    unbiased: bool = True  # std over n − 1, torch's default, as in the released trainer
     eps: float = Field(1e-4, ge=0)
-    normalise: Literal["sum", "each"] = (
-        "sum"  # each: every component by itself, then their sum (GDPO, arXiv:2601.05242)
-    )
-    beta: float = Field(0.04, ge=0)  # 0: no KL, and no reference model is ever made
+    # sum: normalise the total reward; each: every component, then sum these (GDPO, arXiv:2601.05242)
+    normalise: Literal["sum", "each"] = "sum"
+    beta: float = Field(0.04, ge=0)  # 0: no KL term and no reference model
     kl: Literal["k1", "k2", "k3"] = "k3"
-    kl_gradient: Literal["value", "k2"] = "value"  # k2: the slope of k2 whatever the value is, the unbiased one
+    kl_gradient: Literal["value", "k2"] = "value"  # k2: the unbiased gradient, that of k2, for any reported value
     clip_low: float = Field(0.2, ge=0, le=1)
     clip_high: float = Field(0.2, ge=0)
     dual_clip: float | None = Field(None, gt=1)
-    tau_positive: float = Field(1.0, gt=0)  # of sapo: temperature of answers with a positive advantage
-    tau_negative: float = Field(1.05, gt=0)  # of sapo: of the others
+    tau_positive: float = Field(1.0, gt=0)  # sapo: temperature for answers with a positive advantage
+    tau_negative: float = Field(1.05, gt=0)  # sapo: temperature for the others
     ratio: Literal["token", "sequence"] = "token"  # sequence: of the whole answer, as in gspo
-    importance: Literal["none", "truncate", "mask"] = (
-        "none"  # correct for the sampler's log-probs not being the trainer's
-    )
+    # Importance weights that correct for the difference between the sampler's and the trainer's log-probs
+    importance: Literal["none", "truncate", "mask"] = "none"
     importance_level: Literal["token", "sequence"] = "token"
-    importance_cap: float = Field(2.0, gt=0)  # largest importance weight: those above are cut to it, or count nothing
+    importance_cap: float = Field(2.0, gt=0)  # largest importance weight; truncate: larger ones become it, mask: 0
     aggregate: Literal["sequence", "token", "constant"] = "sequence"
-    constant_length: int | None = Field(None, ge=1)  # for constant; none: rollout.max_new_tokens
-    mask_truncated: bool = False  # answers cut at max_new_tokens carry no loss (their reward still counts in the group)
+    constant_length: int | None = Field(None, ge=1)  # for constant; None: rollout.max_new_tokens
+    mask_truncated: bool = False  # answers cut at max_new_tokens get no loss (their reward still counts in the group)
     zero_variance: Literal["keep", "drop", "resample"] = "keep"  # groups whose rewards are all equal
-    max_resample: int = Field(3, ge=1)  # extra rounds of prompts a step may draw to replace them
+    max_resample: int = Field(3, ge=1)  # resample: largest number of extra rounds of prompts per step
 
     @model_validator(mode="after")
     def _consistent(self) -> PerceptionR1Options:
         if self.constant_length is not None and self.aggregate != "constant":
             raise ValueError("constant_length is only read with aggregate: constant")
         if self.dual_clip is not None and self.loss in ("cispo", "sapo"):
-            raise ValueError(f"dual_clip is a bound of the clipped ratio, which loss: {self.loss} has no use for")
+            raise ValueError(f"dual_clip bounds the clipped ratio, which loss: {self.loss} does not have")
         if self.loss == "gspo-token" and self.importance != "none" and self.importance_level == "token":
-            raise ValueError("loss: gspo-token takes importance_level: sequence (or importance: none)")
+            raise ValueError("loss: gspo-token needs importance_level: sequence (or importance: none)")
         return self
 
 
@@ -86,18 +83,18 @@ class PerceptionR1(Method):
     Options: ClassVar[type[MethodOptions]] = PerceptionR1Options
     samples = True
     least_group = 2
-    needs_entropy = True  # logged
+    needs_entropy = True  # for the log
     adds_overlong = True
 
     def __init__(self, options: PerceptionR1Options, context: Context) -> None:
         super().__init__(options, context)
         self.temperature = context.rollout.temperature
         self._rewards = RecipeRewards(context.reward, context.rewards, functions=context.functions)
-        self._counts: dict[str, list[int]] = {}  # of the step's answers, what explains a low reward
+        self._counts: dict[str, list[int]] = {}  # parser counts of the step's answers, which explain low rewards
 
     @classmethod
     def reads_reference(cls, options: PerceptionR1Options) -> bool:
-        """Where there is a KL term."""
+        """Whether there is a KL term."""
         return options.beta > 0
 
     @classmethod
@@ -111,11 +108,11 @@ class PerceptionR1(Method):
         return None
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
-        """Sample, score and compare G answers to each record; the groups that carry gradient, with their token weights.
+        """Sample and score G answers to each record; return the groups that carry gradient, with their token weights.
 
-        Groups of equal rewards have no advantage. ``keep``: they stay in the denominators (and carry the KL term where
-        β > 0). ``drop``: they leave them. ``resample``: other prompts are drawn in their place, in at most
-        ``max_resample`` rounds; what is still missing then is not made up.
+        In groups of equal rewards all advantages are 0. ``keep``: they still count in the denominators (and get the KL
+        term if β > 0). ``drop``: they do not. ``resample``: other prompts replace them, drawn in at most
+        ``max_resample`` rounds; the step is smaller if groups are still missing after that.
         """
         options = self.options
         sampled: list[PromptGroup] = []
@@ -144,7 +141,7 @@ class PerceptionR1(Method):
         return Prepared(groups=[g for g in kept if self._carries_gradient(g)], sampled=sampled, metrics=metrics)
 
     def rows(self, batch: PackedBatch) -> Tensor | None:
-        """Rows with a weight and, where β = 0, an advantage."""
+        """Rows with a nonzero weight and, if β = 0, a nonzero advantage."""
         live = batch.per_token["weight"] != 0
         if self.options.beta == 0:
             live &= batch.per_completion["advantage"][batch.completion_of_token] != 0
@@ -157,9 +154,9 @@ class PerceptionR1(Method):
     def row_local_loss(
         self, hidden: Tensor, head_weight: Tensor, batch: PackedBatch, rows: Tensor | None, **head: Any
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """:meth:`loss` straight from hidden states, with the gradients made in the forward (recipe: row_local_head).
+        """:meth:`loss` from hidden states, with gradients computed in the forward (recipe: row_local_head).
 
-        Third, the log-probs, infinite where none was needed.
+        Also returns the log-probs, infinite for rows that were skipped.
         """
         result = linear_policy_loss(
             hidden,
@@ -179,7 +176,7 @@ class PerceptionR1(Method):
         return sample_groups(self.context, records)
 
     def _score(self, groups: Sequence[PromptGroup]) -> None:
-        """Reward components and their weighted sum of every answer, one batched call per reward."""
+        """Compute reward components and their weighted sum for every answer, with one batched call per reward."""
         places = [(group, i) for group in groups for i in range(len(group.completions))]
         for (group, i), found in zip(places, self._rewards.scores(places), strict=True):
             completion = group.completions[i]
@@ -193,7 +190,7 @@ class PerceptionR1(Method):
                 self._counts.setdefault(f"answers/{name}", []).extend(counts)
 
     def _compare(self, groups: Sequence[PromptGroup]) -> list[bool]:
-        """Advantages within each group; which groups have none."""
+        """Write the advantages of each group; return which groups have no nonzero one."""
         with self.context.clock.phase("reward"):
             self._score(groups)
             result = self._advantages(groups)
@@ -206,7 +203,7 @@ class PerceptionR1(Method):
             return result.constant.tolist()
 
     def _advantages(self, groups: Sequence[PromptGroup]) -> GroupAdvantage:
-        """Advantages of all answers, one after another, in float64."""
+        """Advantages of all answers, concatenated, in float64."""
         options, answers = self.options, [c for g in groups for c in g.completions]
         sizes = torch.tensor([len(g.completions) for g in groups])
         owner = torch.repeat_interleave(torch.arange(len(groups)), sizes)
@@ -237,13 +234,13 @@ class PerceptionR1(Method):
         return result._replace(advantage=torch.where(constant[owner], 0.0, whole), constant=constant)
 
     def _component_weights(self, group: PromptGroup) -> dict[str, float]:
-        """Weight of each component that the group's answers have."""
+        """The weight of each reward component of the group's answers."""
         assert group.record is not None
         weights = self._rewards.section_of(group.record.origin).weights
         return {name: weights.get(name, 1.0) for c in group.completions for name in c.rewards}
 
     def _add_overlong(self, group: PromptGroup) -> None:
-        """Add DAPO's penalty of long answers to components and rewards, where the recipe asks for it."""
+        """Add DAPO's penalty for long answers to components and rewards if the recipe sets ``reward.overlong``."""
         assert group.record is not None
         section = self._rewards.section_of(group.record.origin)
         if section.overlong is None:
@@ -255,7 +252,7 @@ class PerceptionR1(Method):
             completion.scalars["reward"] += section.weights.get("overlong", 1.0) * penalty
 
     def _weigh(self, sampled: Sequence[PromptGroup], kept: Sequence[PromptGroup]) -> None:
-        """Token weights over the whole step; what is not kept weighs 0."""
+        """Write token weights normalised over the whole step; groups that are not kept get weight 0."""
         options = self.options
         for group in sampled:
             for completion in group.completions:
@@ -296,9 +293,9 @@ def grpo_loss(
 
     Args:
         logp: [N] log-probs of the batch's predicted rows, with gradient.
-        entropy: [N] or None, only logged.
-        batch: reads per_token ``weight``, ``old_logp`` (absent: this is the first update, the detached ``logp`` stands
-            in), ``ref_logp`` (needed where β > 0), per_completion ``advantage`` and ``completion_of_token``.
+        entropy: [N] or None, only for the metrics.
+        batch: reads per_token ``weight``, ``old_logp`` (absent in the first update, which uses the detached ``logp``),
+            ``ref_logp`` (needed if β > 0), per_completion ``advantage`` and ``completion_of_token``.
         options: the method's options.
 
     Returns:
@@ -319,13 +316,13 @@ def _ratio_of(options: PerceptionR1Options) -> str:
 
 
 def _loss_arguments(batch: PackedBatch, options: PerceptionR1Options) -> dict[str, Any]:
-    """What the policy loss takes from the batch's coefficients and the method's options."""
+    """Arguments of the policy loss, from the batch's coefficients and the method's options."""
     sampler = None
     if options.importance != "none":
         sampler = batch.per_token.get("sampler_logp")
         if sampler is None:
             raise ValueError(
-                f"method.importance: {options.importance} needs the sampler's log-probs, which are not there"
+                f"method.importance: {options.importance} needs the sampler's log-probs, which the batch does not have"
             )
     return {
         "loss": options.loss if options.loss in ("cispo", "sapo") else "clip",

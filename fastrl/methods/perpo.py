@@ -4,16 +4,16 @@ A list is one prompt with answers y_i and rewards R_i, one prefix-shared group. 
 
     s_i = log π(y_i|x) − log π_ref(y_i|x)                            summed over the answer's tokens
     perpo    L = Σ_{R_i > R_j} w_ij · log(1 + exp(−β (s_i − s_j))),  w_ij = |R_i − R_j|^γ / Σ |R_a − R_b|^γ
-    lipo     γ = 0: all pairs alike                                  listmle: likelihood of the order (no pairs)
+    lipo     γ = 0: all pairs weigh the same                         listmle: likelihood of the order (no pairs)
     dpo      the best answer against the worst: −log σ(β (s_b − s_w))    sft: −log π of the best, per token
 
-and the step's loss is the mean over its lists (sft: over its tokens). Lists without two answers of different reward
-teach no order: they are skipped and counted. Each list is trained with its own rewards; the authors' released loader
-takes those of one fixed item for all of them, which is not repeated here.
+and the step's loss is the mean over its lists (sft: over its tokens). Lists without two different rewards have no
+order: they are skipped and counted. Each list is trained with its own rewards; the authors' released loader uses those
+of one fixed item for all lists, which is not reproduced here.
 
-Lists come from the data (``--data lists:FILE``). Records that bring none are trained on online: every ``online_every``
-steps, lists for the prompts of the coming steps are sampled from the policy as it then is (the rollout section says how
-many answers) and ranked by the task's reward.
+Lists come from the data (``--data lists:FILE``). For records without a list training is online: every ``online_every``
+steps, answers to the prompts of the next steps are sampled from the current policy (``rollout.group_size`` each) and
+ranked by the task's reward.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class PerPOOptions(MethodOptions):
 
     kind: Literal["perpo", "lipo", "listmle", "dpo", "sft"] = "perpo"
     beta: float = Field(0.1, gt=0)  # not read by sft
-    gamma: float = Field(0.5, ge=0)  # power of the reward gaps; read by perpo alone
-    score: Literal["sum", "mean"] = "sum"  # log-ratios of an answer's tokens; mean: the authors' "norm" variant
-    min_gap: float = Field(0.0, ge=0)  # lists whose best - worst reward is below are skipped
-    online_every: int = Field(1, ge=1)  # online: steps one sampling serves, so lists are at most that - 1 updates old
+    gamma: float = Field(0.5, ge=0)  # power of the reward gaps; only read by perpo
+    score: Literal["sum", "mean"] = "sum"  # of the log-ratios of an answer's tokens; mean: the authors' "norm" variant
+    min_gap: float = Field(0.0, ge=0)  # lists with a smaller best - worst reward are skipped
+    online_every: int = Field(1, ge=1)  # online: steps per sampling, so lists are at most online_every - 1 steps old
 
 
 class PerPO(Method):
@@ -53,18 +53,18 @@ class PerPO(Method):
 
     Options: ClassVar[type[MethodOptions]] = PerPOOptions
     samples = True
-    temperature = 1.0  # of the model itself, whatever the lists were sampled at
+    temperature = 1.0  # independent of the temperature at which lists were sampled
 
     def __init__(self, options: PerPOOptions, context: Context) -> None:
         super().__init__(options, context)
-        # The paper's reward is the overlap alone.
+        # The paper's reward is the overlap only, without a format component.
         self._rewards = RecipeRewards(context.reward, context.rewards, without_format=True, functions=context.functions)
         self._lists: dict[str, list[Completion]] = {}  # online: ranked answers by record id
-        self._steps_left = 0  # that they still serve
+        self._steps_left = 0  # steps before the lists are sampled again
 
     @classmethod
     def reads_reference(cls, options: PerPOOptions) -> bool:
-        """All but supervised fine-tuning."""
+        """True except for supervised fine-tuning."""
         return options.kind != "sft"
 
     @classmethod
@@ -74,18 +74,18 @@ class PerPO(Method):
 
     @classmethod
     def answers_used(cls, options: PerPOOptions, given: int) -> int:
-        """The best and the worst, the best alone, or the whole list."""
+        """dpo: 2 (best and worst); sft: 1 (best); else the whole list."""
         return min(given, {"dpo": 2, "sft": 1}.get(options.kind, given))
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
-        """One group per record with its ranked answers; those that teach an order carry gradient, the rest counts."""
+        """One group per record with its ranked answers; groups without different rewards are only counted."""
         metrics: dict[str, float] = {}
         given = [ranked_list(record) is not None for record in records]
         if any(given) and not all(given):
             first, second = (records[given.index(which)] for which in (True, False))
             raise ValueError(
-                f"{first.source or first.id} brings ranked answers and {second.source or second.id} does not: all "
-                "records of the data have to, or none"
+                f"{first.source or first.id} has ranked answers and {second.source or second.id} has none: either all "
+                "records of the data must have them, or none"
             )
         if all(given):
             with self.context.clock.phase("preprocess"):
@@ -104,7 +104,7 @@ class PerPO(Method):
         return preference_loss(logp, batch, self.options)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides the data position: the lists the coming steps will use."""
+        """For checkpoints: the lists that the next steps will use."""
         lists = {
             name: [[c.token_ids.tolist(), c.text, c.scalars["reward"], c.rewards] for c in answers]
             for name, answers in self._lists.items()
@@ -112,7 +112,7 @@ class PerPO(Method):
         return {"steps_left": self._steps_left, "lists": lists if self._steps_left else {}}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Restore :meth:`state`."""
         self._steps_left = state["steps_left"]
         self._lists = {
             name: [_completion(torch.tensor(ids, dtype=torch.int64), *rest) for ids, *rest in answers]
@@ -128,7 +128,7 @@ class PerPO(Method):
         seen = tuple((view.resized_width, view.resized_height) for view in record.views)
         if resized is not None and seen != resized:
             raise ValueError(
-                f"{record.source or record.id}: the answers are about images of {_sizes(resized)} pixels, this model "
+                f"{record.source or record.id}: the answers refer to images of {_sizes(resized)} pixels, this model "
                 f"sees {_sizes(seen)}; set model.min_pixels and model.max_pixels as they were when the list was built"
             )
         completions = [Completion(self.context.policy.encode_text(text), text=text) for text in answers]
@@ -137,7 +137,7 @@ class PerPO(Method):
         return PromptGroup(prompt, completions, record)
 
     def _recompute(self, groups: Sequence[PromptGroup]) -> None:
-        """Rewards of lists that came without, from each record's own target."""
+        """Compute rewards for lists without them, from each record's target."""
         places = [(group, i) for group in groups for i in range(len(group.completions))]
         with self.context.clock.phase("reward"):
             for (group, i), found in zip(places, self._rewards.scores(places), strict=True):
@@ -145,7 +145,7 @@ class PerPO(Method):
                 completion.rewards, completion.scalars["reward"] = found.components, found.total
 
     def _online_groups(self, records: Sequence[Record]) -> tuple[list[PromptGroup], dict[str, float]]:
-        """This step's lists; every few steps, those of the coming steps are sampled all at once."""
+        """This step's lists; every ``online_every`` steps, those of the next steps are sampled at once."""
         every = self.options.online_every
         metrics: dict[str, float] = {}
         if self._steps_left == 0 or any(record.id not in self._lists for record in records):
@@ -154,12 +154,12 @@ class PerPO(Method):
         self._steps_left -= 1
         with self.context.clock.phase("preprocess"):
             encoded = [self.context.policy.encode(record) for record in records]
-        # Copies: a record may come twice in a step, and its answers carry the step's weights.
+        # Copied because a record may occur twice in a step, and completions carry the step's weights.
         groups = [PromptGroup(prompt, [_copy(c) for c in self._lists[record.id]], record) for prompt, record in encoded]
         return groups, metrics
 
     def _sample(self, records: Sequence[Record]) -> dict[str, float]:
-        """Fill the lists of ``records`` from the present policy."""
+        """Sample and rank lists for ``records`` from the current policy."""
         context = self.context
         unique = list({record.id: record for record in records}.values())
         self._rewards.check(unique, context.policy.encode)
@@ -177,7 +177,7 @@ class PerPO(Method):
         return {"lists/resampled": float(len(unique)), "lists/answers_kept": left / max(1, total)}
 
     def _choose(self, group: PromptGroup) -> PromptGroup | None:
-        """The group as this kind of loss sees it; None where there is nothing to learn."""
+        """The group with the completions that this kind of loss uses; None if it is skipped."""
         rewards = [c.scalars["reward"] for c in group.completions]
         gap = max(rewards) - min(rewards) if rewards else 0.0
         if gap <= 0 or gap < self.options.min_gap:
@@ -187,7 +187,7 @@ class PerPO(Method):
         return group if chosen is None else replace(group, completions=[group.completions[i] for i in chosen])
 
     def _weigh(self, groups: Sequence[PromptGroup], used: Sequence[PromptGroup]) -> None:
-        """Normalise over all lists of the step; what is not used weighs 0."""
+        """Write weights normalised over all lists of the step; unused answers get weight 0."""
         completions = [completion for group in groups for completion in group.completions]
         if self.options.kind == "sft":
             for completion in completions:
@@ -202,7 +202,7 @@ class PerPO(Method):
                 completion.scalars["list_weight"] = 1.0 / count
 
     def _counts(self, groups: Sequence[PromptGroup], chosen: Sequence[PromptGroup | None]) -> dict[str, float]:
-        """How many lists were used, and why others were not."""
+        """Number of lists used, and of lists skipped for each reason."""
         single = sum(len(g.completions) < 2 for g in groups)
         rewards = [[c.scalars["reward"] for c in g.completions] for g in groups if len(g.completions) > 1]
         equal = sum(max(values) == min(values) for values in rewards)
@@ -216,14 +216,14 @@ def preference_loss(logp: Tensor, batch: PackedBatch, options: PerPOOptions) -> 
 
     Args:
         logp: [N] log-probs of the batch's predicted rows, with gradient.
-        batch: reads per_token ``ref_logp`` and per_completion ``reward`` and ``list_weight`` (1 ÷ lists of the step,
-            one value for all answers of a list); for sft, per_token ``weight`` alone.
+        batch: reads per_token ``ref_logp`` and per_completion ``reward`` and ``list_weight`` (1 ÷ number of lists in
+            the step, the same for all answers of a list); for sft, only per_token ``weight``.
         options: the method's options.
 
     Returns:
         The loss (a scalar that sums over micro-batches to the step's) and metrics, means over the lists:
-        ``list/margin`` (score of the best answer minus that of the worst), ``list/accuracy`` (how often it is
-        positive), ``list/best`` and ``list/worst`` (those scores: both may fall while their difference grows).
+        ``list/margin`` (score of the best answer minus that of the worst), ``list/accuracy`` (how often the margin is
+        positive), ``list/best`` and ``list/worst`` (the two scores: both may fall while the margin grows).
     """
     if options.kind == "sft":
         loss = likelihood_loss(logp, batch.per_token["weight"])
@@ -249,7 +249,7 @@ def preference_loss(logp: Tensor, batch: PackedBatch, options: PerPOOptions) -> 
 
 
 def _list_metrics(score: Tensor, reward: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Scores of the best and the worst answer of each list, [B, K] in."""
+    """Metrics from the scores of the best and the worst answer of each list; inputs are [B, K]."""
     best = reward.masked_fill(~mask, -torch.inf).argmax(1, keepdim=True)
     worst = reward.masked_fill(~mask, torch.inf).argmin(1, keepdim=True)
     high, low = score.gather(1, best), score.gather(1, worst)
@@ -259,10 +259,9 @@ def _list_metrics(score: Tensor, reward: Tensor, mask: Tensor) -> dict[str, Tens
 
 
 def _padded_rows(values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Consecutive runs of ``values`` as rows [len(sizes), longest], zeros behind them.
+    """Consecutive runs of ``values`` as rows [len(sizes), longest], zero-padded on the right.
 
-    By copying into places, whose gradient is a plain gather: the same bits twice, which adding into places is not on a
-    GPU.
+    Uses an index copy, whose gradient is a gather and so deterministic on a GPU; that of an index add is not.
     """
     longest = max([1, *sizes])
     places = torch.cat([torch.arange(size) + row * longest for row, size in enumerate(sizes)])

@@ -1,4 +1,4 @@
-"""Sampled answers → ranked lists: distinct, readable, whole answers with their rewards, best first (PerPO §4.3)."""
+"""Sampled answers → ranked lists: distinct, readable, finished answers with their rewards, best first (PerPO §4.3)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fastrl.rewards.checked import checked_scores
 if TYPE_CHECKING:
     from fastrl.batch import PromptGroup
 
-    Places = Sequence[tuple[PromptGroup, int]]  # an answer: its group, and which of its completions
+    Places = Sequence[tuple[PromptGroup, int]]  # answers, each as (group, index of the completion)
 
 
 @dataclass
 class Ranking:
-    """What is left of one prompt's answers."""
+    """The usable answers of one prompt, ranked."""
 
-    order: list[int]  # indices of the answers that are left, best first (equal rewards: as sampled)
-    rewards: list[float]  # of those
+    order: list[int]  # indices of the usable answers, best first (equal rewards: in sampling order)
+    rewards: list[float]  # in the same order
     components: list[dict[str, float]]
-    dropped: Counter[str] = field(default_factory=Counter)  # truncated, unreadable, duplicate → how many answers
+    dropped: Counter[str] = field(default_factory=Counter)  # truncated, unreadable, duplicate → number of answers
 
     @property
     def gap(self) -> float:
@@ -55,21 +55,21 @@ def rank(
     readable: Callable[[PromptGroup], list[bool]],
     scores: Callable[[Places], Sequence[tuple[dict[str, float], float]]],
 ) -> list[Ranking]:
-    """Rank the completions of each group, all of them scored in one call.
+    """Rank the completions of each group; all are scored in one call.
 
-    ``readable`` says which answers of a group can be read, ``scores`` gives components and reward of each answer.
+    ``readable`` returns which answers of a group can be parsed, ``scores`` the components and reward of each answer.
 
-    Dropped are answers cut before their end, answers that cannot be read as an answer to the task at all, and repeats
-    of a text (the reference's own frequent answer would otherwise count many times).
+    Answers that were truncated, cannot be parsed, or repeat an earlier text are dropped (otherwise a frequent answer of
+    the reference would count many times).
     """
     rankings, places = [], []
     for group in groups:
         ranking = Ranking([], [], [])
         seen: set[str] = set()
-        for i, (completion, sound) in enumerate(zip(group.completions, readable(group), strict=True)):
+        for i, (completion, parsed) in enumerate(zip(group.completions, readable(group), strict=True)):
             text = completion.text.strip()
-            why = "truncated" if not completion.finished else "unreadable" if not sound else "duplicate"
-            if completion.finished and sound and text not in seen:
+            why = "truncated" if not completion.finished else "unreadable" if not parsed else "duplicate"
+            if completion.finished and parsed and text not in seen:
                 seen.add(text)
                 ranking.order.append(i)
             else:

@@ -1,17 +1,17 @@
 """RePer (arXiv:2504.07165): reflective unlikelihood over policy/critic dialogues.
 
-For turn t of a dialogue with answer y_t, score σ_t in [0, 1] and everything said before it as o_t (eq. 2):
+For turn t of a dialogue with answer y_t, score σ_t in [0, 1] and preceding dialogue o_t (eq. 2):
 
     L = −Σ_t Σ_k w_tk [ σ_t log π(y_tk | o_t, y_t<k) + α (1 − σ_t) log(1 − π(y_tk | o_t, y_t<k)) ]
 
-Good answers are pulled up, bad ones pushed down, in one sum; questions and feedback carry no loss. α = 0 is likelihood
-weighted by the score, σ ≡ 1 supervised fine-tuning on every turn. The paper does not say whether π(y_t) in the
-second term
-is a token's or the whole answer's probability: the latter is about 0 for any answer of some length, log(1 − π) with it,
-so that nothing would be pushed down. Tokens are the default; ``level: sequence`` is the other reading.
+One sum raises the probability of good answers and lowers that of bad ones; questions and feedback have no loss. α = 0
+is likelihood weighted by the score, σ ≡ 1 supervised fine-tuning on every turn. The paper does not say whether π(y_t)
+in the second term is a token's or the whole answer's probability. The latter is about 0 for all but the shortest
+answers, and so is log(1 − π), so bad answers would not be pushed down. Tokens are the default; ``level: sequence`` is
+the other reading.
 
-No reference model and no KL. The baselines of the paper's table 4 train on the same files: ``kind: sft``, ``dpo`` (the
-largest gap) and ``lipo`` read the candidates of each picture.
+There is no reference model and no KL term. The baselines of the paper's table 4 train on the same files: ``kind: sft``,
+``dpo`` (the pair with the largest gap) and ``lipo`` read the candidates of each picture.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
 
 
 class RePerOptions(MethodOptions):
-    """Keys of ``method:`` for RePer. Defaults are the paper's where it has one."""
+    """Keys of ``method:`` for RePer. Defaults are the paper's if it states a value."""
 
     kind: Literal["reper"] = "reper"
     alpha: float = Field(10.0, ge=0)
-    # score: as the file has it; best: over the dialogue's best score, so that its last answer is only pulled up; one:
-    # every turn counts as perfect, which is supervised fine-tuning
+    # σ of a turn. score: the file's score; best: divided by the dialogue's best score, so that the best answer is only
+    # pulled up; one: 1 for every turn, which is supervised fine-tuning
     sigma: Literal["score", "best", "one"] = "score"
-    # of the probability in log(1 − π): a token's, a whole answer's, or the geometric mean of an answer's tokens
+    # The probability in log(1 − π): a token's, a whole answer's, or the geometric mean over an answer's tokens
     level: Literal["token", "sequence", "mean"] = "token"
-    # turn: mean over a turn's tokens, a dialogue's turns, then dialogues; token: over all answer tokens; sum: over
-    # dialogues alone, as eq. 2 is written
+    # turn: mean over a turn's tokens, then a dialogue's turns, then dialogues; token: mean over all answer tokens; sum:
+    # mean over dialogues only, as in eq. 2
     aggregate: Literal["turn", "token", "sum"] = "turn"
     turns: Literal["all", "last"] = "all"  # last: earlier answers are context only
 
 
 class RePer(Method):
-    """Reflective unlikelihood on ready-made dialogues."""
+    """Reflective unlikelihood on given dialogues."""
 
     Options: ClassVar[type[MethodOptions]] = RePerOptions
 
     def prepare(self, records: Sequence[Record]) -> Prepared:
-        """One group per record: its question as the prompt, everything said after as one branch."""
+        """One group per record: its question is the prompt, the rest of the dialogue the completion."""
         with self.context.clock.phase("preprocess"):
             groups = [self._group(record) for record in records]
         set_turn_weights(groups, self.options, average=self.context.average)
@@ -134,7 +134,7 @@ def reflective_loss(logp: Tensor, batch: PackedBatch, options: RePerOptions) -> 
         live = torch.nn.functional.one_hot(index, count).to(logp.dtype) * (weight != 0)[:, None].to(logp.dtype)
         size = live.sum(0).clamp(min=1.0)
         answer, total = torch.where(weight != 0, logp, 0.0) @ live, weight.to(live.dtype) @ live
-        # Either way a turn's likelihood term weighs what its tokens weigh together
+        # At either level, a turn's likelihood term has the sum of its tokens' weights
         logs, weights = (answer / size, total) if options.level == "mean" else (answer, total / size)
         loss = unlikelihood_loss(
             logs, (sigma.to(live.dtype) @ live / size).float(), alpha=options.alpha, weight=weights.float()
@@ -145,7 +145,7 @@ def reflective_loss(logp: Tensor, batch: PackedBatch, options: RePerOptions) -> 
 
 
 def _turn_index(batch: PackedBatch, device: torch.device) -> Tensor:
-    """[N] number of each token's turn within the batch; tokens between turns share one number of their dialogue."""
+    """[N] index of each token's turn within the batch; tokens between turns get one index per dialogue."""
     turn = batch.per_token["turn"] + 1
     spread = int(turn.max()) + 1 if turn.numel() else 1
     return (batch.completion_of_token * spread + turn).to(device)

@@ -1,4 +1,4 @@
-"""What methods that sample share: prompts → groups of answers, and the reward a recipe gives the task of its data."""
+"""Common to methods that sample: prompts → groups of answers, and the rewards that a recipe defines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def sample_groups(context: Context, records: Sequence[Record]) -> list[PromptGroup]:
-    """Encode each record once and sample its answers as the recipe's rollout section says."""
+    """Encode each record once and sample its answers according to the recipe's rollout section."""
     from fastrl.rollout import Sampling
 
     rollout = context.rollout
@@ -36,21 +36,21 @@ def sample_groups(context: Context, records: Sequence[Record]) -> list[PromptGro
 
 
 class Scored(NamedTuple):
-    """What one answer is worth."""
+    """The score of one answer."""
 
-    components: dict[str, float]  # of the task's reward, and of functions of the user's own
+    components: dict[str, float]  # of the task's reward and of user functions
     total: float
 
 
 class RecipeRewards:
-    """The rewards that a recipe's reward section gives answers: its task's, made when the task is first met, and those
-    of functions of the user's own.
+    """The rewards that a recipe's reward section defines: the task's own, created when a task first occurs, and user
+    functions.
 
     Args:
         section: the recipe's reward section.
-        origins: sections of the entries of a mixture, by name; records of these are scored by theirs.
-        without_format: leave the format component out unless the recipe asks for it.
-        functions: those of these sections, where they were made before.
+        origins: sections of the entries of a mixture, by name; they score the records of these entries.
+        without_format: leave out the format component unless the recipe sets it.
+        functions: the user functions of these sections, if already loaded.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class RecipeRewards:
         self._rewards: dict[tuple[str, str], Reward | None] = {}
 
     def misfit(self, record: Record) -> str | None:
-        """Why answers to a record cannot be scored; None: they can, or it brings answers with their rewards."""
+        """Why answers to a record cannot be scored; None: they can, or the record has answers with rewards."""
         reward = None if "list" in record.target else self._builtin(record)
         return reward.misfit(record) if reward is not None else None
 
     def check(self, records: Sequence[Record], encode: Callable[[Record], tuple[Any, Record]] | None = None) -> None:
-        """Raise ``ValueError`` where the recipe's reward does not fit a record's task; called before any sampling.
+        """Raise ``ValueError`` if the recipe's reward does not fit a record's task; called before any sampling.
 
-        With ``encode`` (the policy's), functions are tried on the first record of each part and task.
+        With ``encode`` (the policy's), functions are called once for the first record of each part and task.
         """
         for record in records:
             self._builtin(record)
@@ -81,11 +81,11 @@ class RecipeRewards:
                 self._functions.try_out(record, encode)
 
     def of(self, task: str, origin: str = "") -> Reward:
-        """The task's own reward, in a part of a mixture. Raises ``ValueError`` where the recipe's options are not that
-        task's, or it is left out."""
+        """The task's own reward in a part of a mixture. Raises ``ValueError`` if the recipe's options do not fit the
+        task, or the recipe leaves this reward out."""
         reward = self._made(task, origin)
         if reward is None:
-            raise ValueError(f"{task} answers are scored by reward.function alone")
+            raise ValueError(f"{task} answers are only scored by reward.function")
         return reward
 
     def members(self, groups: Sequence[PromptGroup]) -> list[tuple[Reward, list[PromptGroup]]]:
@@ -98,13 +98,13 @@ class RecipeRewards:
         return [(reward, members) for reward, members in pairs if reward is not None]
 
     def readable(self, group: PromptGroup) -> list[bool]:
-        """Whether each answer of a group could be read at all; functions take every text."""
+        """Whether each answer of a group can be parsed; functions accept any text."""
         assert group.record is not None
         reward, texts = self._builtin(group.record), [c.text for c in group.completions]
         return reward.readable(texts, [group.record] * len(texts)) if reward is not None else [True] * len(texts)
 
     def scores(self, places: Sequence[tuple[PromptGroup, int]]) -> list[Scored]:
-        """What each answer (a group, and which of its completions) is worth: one call per task's reward, and one per
+        """The score of each answer, given as (group, index of the completion). One call per task's reward and one per
         function. Raises ``RewardError``."""
         answers = []
         for group, i in places:
@@ -136,7 +136,7 @@ class RecipeRewards:
         for answer, found in zip(answers, scored, strict=True):
             if not found.components:
                 names = ", ".join(f.name for f in self._functions.of(answer.record.origin))
-                raise RewardError(f"{place(names, answer.record, answer.text)}: nothing scores it, all give None")
+                raise RewardError(f"{place(names, answer.record, answer.text)}: not scored: all rewards return None")
         return scored
 
     def section_of(self, origin: str) -> RewardRecipe:
@@ -147,7 +147,7 @@ class RecipeRewards:
         return self._made(record.task, record.origin)
 
     def _made(self, task: str, origin: str) -> Reward | None:
-        """The task's own reward; None: functions score alone, as the recipe says or the task has none."""
+        """The task's own reward; None: only functions score, because the recipe says so or the task has no reward."""
         key = origin, task
         if key not in self._rewards:
             self._rewards[key] = self._make(task, origin)
@@ -159,9 +159,9 @@ class RecipeRewards:
         section = self.section_of(origin)
         own = [function.label for function in self._functions.of(origin)]
         if not section.builtin and not own:
-            raise ValueError("reward.builtin: false leaves nothing to score answers: give reward.function")
+            raise ValueError("reward.builtin: false leaves nothing to score answers with: set reward.function")
         builtin = section.builtin and not (own and task not in REWARDS)
-        own += ["overlong"] if section.overlong is not None else []  # the method's own, not the reward's
+        own += ["overlong"] if section.overlong is not None else []  # added by the method, not by the reward
         _check_names(section, own, REWARDS[task].parts if builtin and task in REWARDS else (), builtin=builtin)
         if not builtin:
             return None
@@ -175,28 +175,28 @@ class RecipeRewards:
             return reward_for(task, **{**options, **section.options})
         except ValueError as error:
             raise ValueError(
-                f"the recipe's reward does not fit the data, which is {task}: {error}. Take a {task} recipe, or "
+                f"the recipe's reward does not fit the data, whose task is {task}: {error}. Use a {task} recipe, or "
                 f"data of the recipe's task"
             ) from None
 
 
 def functions_of(section: RewardRecipe, origins: Mapping[str, RewardRecipe]) -> Functions:
-    """The functions of a run: of the recipe's reward section, and of a mixture's entries."""
+    """The user functions of a run: those of the recipe's reward section and of a mixture's entries."""
     return Functions({**origins, "": section})
 
 
 def _check_names(section: RewardRecipe, own: Sequence[str], parts: Sequence[str], *, builtin: bool) -> None:
-    """Raise ``ValueError`` for a function that is called as a component, or a weight of neither.
+    """Raise ``ValueError`` if a function has the name of a component, or a weight the name of neither.
 
-    Where functions score alone, weights of any task's components may stay in the recipe and are not read.
+    If only functions score, weights of any task's components may stay in the recipe and are not read.
     """
     from fastrl.rewards import REWARDS
 
     for name in own:
         if name in parts:
-            raise ValueError(f"reward.function: {name} is a component of the task already; call it otherwise")
+            raise ValueError(f"reward.function: {name} is already a component of the task; rename the function")
     if not own:
-        return  # the task's reward says it
+        return  # the task's reward reports it
     known = [*own, *(parts if builtin else (part for reward in REWARDS.values() for part in reward.parts))]
     for name in section.weights:
         if name not in known:

@@ -1,4 +1,4 @@
-"""Advantages that float32 cannot hold are an error that names the rewards they are made of."""
+"""Checks that advantages are representable in float32; the error names the rewards they come from."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SHOWN = 60  # characters of an answer in a message
 
 
 def check_advantages(groups: Sequence[PromptGroup], advantages: Sequence[Tensor]) -> None:
-    """Check the advantages [G] of each group, whose completions have their ``reward``.
+    """Check the advantages [G] of each group, whose completions have a ``reward``.
 
     Raises:
-        RewardError: answers with different rewards whose advantages are not finite in float32, or all 0.
+        RewardError: rewards differ, but their advantages are not finite in float32, or all 0.
     """
     for group, advantage in zip(groups, advantages, strict=True):
         rewards = [completion.scalars["reward"] for completion in group.completions]
@@ -32,7 +32,7 @@ def check_advantages(groups: Sequence[PromptGroup], advantages: Sequence[Tensor]
         answer = group.completions[rewards.index(high)]
         where = f"{group.record.id!r} ({group.record.source})" if group.record.source else repr(group.record.id)
         raise RewardError(
-            f"record {where}: rewards from {low:g} to {high:g} make advantages that "
+            f"record {where}: rewards from {low:g} to {high:g} give advantages that "
             f"{'vanish' if finite else 'overflow'} in float32; the answer with {high:g}: {answer.text[:SHOWN]!r}, "
             f"components {answer.rewards}"
         )

@@ -1,8 +1,8 @@
-"""One token per row through the language model, straight through its layers' own projections.
+"""One token per row through the language model, by calling its layers' projections directly.
 
-The projections are the trainer's modules, adapters and all. What lies between them (norms, rotary embedding with cache,
-gate) is one launch each here, where the layers' own code takes about thirty; the text behind a prompt has one
-position for all axes of a multimodal rotary embedding, so that it is the plain one.
+The projections are the trainer's own modules, adapters included. The operations between them (norms, rotary embedding
+with the cache write, gate) are one launch each here, against about thirty in the layers' own code. Text after a prompt
+has the same position on all axes of a multimodal rotary embedding, which therefore reduces to the ordinary one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
 if TYPE_CHECKING:
     from fastrl.models.families import Parts
 
-# Children of a text layer and of what it holds. Whatever else a layer has, this step would leave out.
+# The children of a text layer and of its modules that this step computes. Layers with others are not supported.
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = {"q_norm", "k_norm"}  # of each head's queries and keys, before they are rotated
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-UNSEEN = {"rotary_emb"}  # kept by attention modules of older releases of transformers; the model's own is used
+UNUSED = {"rotary_emb"}  # attention modules of older transformers releases have their own; the model's is used
 
 
 class StepCache(Protocol):
@@ -34,11 +34,11 @@ class StepCache(Protocol):
 
 
 class DecodeLayers:
-    """What a decode step computes of layers like Llama's: RMSNorms, rotary attention, gated SiLU.
+    """A decode step through Llama-like layers: RMSNorms, rotary attention, gated SiLU.
 
     Args:
-        parts: of the model; its modules are called as they are at each step.
-        axes: rows of positions that its rotary embedding takes (1: none of their own).
+        parts: the model's parts; their modules are looked up anew at each step.
+        axes: number of position axes of the rotary embedding (1: no axis dimension).
     """
 
     def __init__(self, parts: Parts, axes: int) -> None:
@@ -46,7 +46,7 @@ class DecodeLayers:
 
     @classmethod
     def of(cls, parts: Parts, axes: int) -> DecodeLayers | None:
-        """The step of a model whose layers are made of known modules alone, else None."""
+        """The step for a model whose layers consist of known modules only, else None."""
         language: Any = parts.language
         return cls(parts, axes) if all(_known(layer) for layer in language.layers) else None
 
@@ -65,11 +65,11 @@ class DecodeLayers:
         return _add_norm(residual, new, language.norm)
 
     def _rotation(self, like: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [R, D/2], in the model's dtype as the layers' own code has them."""
+        """Cosines and sines [R, D/2] in the model's dtype, like those of the layers' own code."""
         language: Any = self.model
         place = position[:, None] if self.axes == 1 else position[None, :, None].expand(self.axes, -1, 1)
         cos, sin = language.rotary_emb(like, place)
-        if cos.dim() == 4:  # [3, R, 1, D] in older releases of transformers: the axes, all equal here, apart
+        if cos.dim() == 4:  # [3, R, 1, D] in older transformers releases: one per axis, all equal here
             cos, sin = cos[0], sin[0]
         half = cos.shape[-1] // 2
         return cos[:, 0, :half].contiguous(), sin[:, 0, :half].contiguous()
@@ -94,7 +94,7 @@ def _known(layer: nn.Module) -> bool:
     attention, mlp = (dict(named[name].named_children()) for name in ("self_attn", "mlp"))
     norms = (named["input_layernorm"], named["post_attention_layernorm"])
     return (
-        set(attention) - UNSEEN in (ATTENTION, ATTENTION | HEAD_NORMS)
+        set(attention) - UNUSED in (ATTENTION, ATTENTION | HEAD_NORMS)
         and all(hasattr(attention[norm], "variance_epsilon") for norm in HEAD_NORMS & set(attention))
         and set(mlp) == MLP
         and type(mlp["act_fn"]).__name__ in ("SiLU", "SiLUActivation")

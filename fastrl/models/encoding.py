@@ -1,7 +1,7 @@
 """``Record`` → ``Prompt``: chat template, token ids with image runs expanded, explicit positions, pixels.
 
-The chat template comes with the tokenizer. Answers inside a dialogue are tokenised on their own, exactly as a sampled
-answer is, so that a prompt continued turn by turn has the same ids as one encoded at once.
+The chat template comes with the tokenizer. Answers inside a dialogue are tokenised separately, exactly like sampled
+answers, so a prompt that is extended turn by turn has the same ids as one encoded at once.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Encoder:
     """Turns records into prompts for one model family.
 
     Args:
-        family: knows the templates' ways and lays pictures out.
+        family: renders the chat template and lays out images.
         tokenizer: with a chat template that writes one image token per image.
         preprocessor: the model's image preprocessing.
-        end_of_turn: the token text that closes an assistant turn.
-        control_tokens: token texts that message text must not smuggle in (placeholders, turn markers); they become a
-            space.
+        end_of_turn: text of the token that closes an assistant turn.
+        control_tokens: texts of tokens that must not come from message text (placeholders, turn markers); each is
+            replaced by a space.
         frame: what coordinates mean in this model's answers (``fastrl.answers.FRAMES``).
         style: how this model writes answers (``fastrl.answers.STYLES``).
     """
@@ -60,17 +60,16 @@ class Encoder:
         self._control = re.compile("|".join(re.escape(text) for text in control_tokens))
 
     def encode(self, record: Record, *, max_prompt_tokens: int | None = None) -> tuple[Prompt, Record]:
-        """The whole of ``record.messages`` as a prompt, with a generation prompt unless the last turn is the
-        assistant's.
+        """Encode all of ``record.messages``, with a generation prompt unless the last turn is the assistant's.
 
         Returns:
             The prompt, and the record with ``views`` (original and resized size of each image), ``frame`` and ``style``
             filled in.
 
         Raises:
-            EncodeError: images and placeholders that do not match, an unreadable image, no message, or a prompt longer
-            than
-                ``max_prompt_tokens``. Nothing is ever truncated: a cut inside an image corrupts what follows.
+            EncodeError: images and placeholders do not match, an image is unreadable, there is no message, or the
+                prompt is longer than ``max_prompt_tokens``. Nothing is ever truncated: a cut inside an image would
+                corrupt what follows it.
         """
         images, record = self._images(record)
         generate = not record.messages or record.messages[-1]["role"] != "assistant"
@@ -84,15 +83,15 @@ class Encoder:
     def encode_dialogue(
         self, record: Record, *, max_prompt_tokens: int | None = None
     ) -> tuple[Prompt, Completion, Record]:
-        """A dialogue that ends with the assistant, as one prompt and one branch.
+        """Encode a dialogue that ends with the assistant as one prompt and one completion.
 
-        The prompt reaches up to the first assistant turn's content; the completion is everything after, with
-        ``per_token`` ``mask`` [T] float32 (1 on the assistant's tokens, its end of turn included) and ``turn`` [T]
-        int64 (which assistant turn a token belongs to; -1: none). The newline after the last turn is left out.
+        The prompt ends where the first assistant turn's content begins. The completion is everything after it, with
+        ``per_token`` ``mask`` [T] float32 (1 on the assistant's tokens, end of turn included) and ``turn`` [T] int64
+        (index of the assistant turn a token belongs to; -1: none). The newline after the last turn is left out.
 
         Raises:
-            EncodeError: as ``encode``, and for a dialogue without an assistant's last turn or with images after the
-            first.
+            EncodeError: as for ``encode``, and if the last turn is not the assistant's or an image comes after the
+                first assistant turn.
         """
         images, record = self._images(record)
         if not record.messages or record.messages[-1]["role"] != "assistant":
@@ -114,22 +113,21 @@ class Encoder:
         return prompt, completion, record
 
     def encode_continuation(self, record: Record) -> Tensor:
-        """Ids [T] int64 of a dialogue's last assistant turn and of what leads to the next one (feedback and all).
+        """Ids [T] int64 of a dialogue's last assistant turn and everything after it (feedback, generation prompt).
 
-        Appended to the prompt of the dialogue before that turn, they make the prompt of the dialogue as it stands:
-        how a
-        session goes on without reading the image and the history again.
+        Appended to the prompt that the last assistant turn answered, they give the prompt of the whole dialogue. A
+        session continues this way without processing the image and the history again.
 
         Raises:
-            EncodeError: as ``encode``, and for a dialogue without an assistant turn or one that ends with it.
+            EncodeError: as for ``encode``, and if there is no assistant turn or the dialogue ends with one.
         """
         pieces = self._pieces(record, generate=True)
         if len(pieces) < 3 or record.messages[-1]["role"] == "assistant":
-            raise EncodeError(f"{_name(record)}: only a dialogue with an answer and what was said to it can go on")
+            raise EncodeError(f"{_name(record)}: to continue, a dialogue needs an answer followed by another turn")
         return torch.cat([self._tokens(text) for text, _ in pieces[-2:]])
 
     def encode_answer(self, text: str) -> Tensor:
-        """Ids [T] int64 of one assistant turn's text with its end of turn."""
+        """Ids [T] int64 of one assistant turn's text, end of turn included."""
         return self._tokens(self.family.turn(self._control.sub(" ", text), self.end_of_turn))
 
     def _images(self, record: Record) -> tuple[list[ImageInput], Record]:
@@ -145,7 +143,7 @@ class Encoder:
         return images, replace(record, views=tuple(views), frame=frame, style=self.style)
 
     def _pieces(self, record: Record, generate: bool) -> list[tuple[str, bool]]:
-        """The rendered dialogue, cut into (text, is an assistant's answer with its end of turn)."""
+        """The rendered dialogue as (text, is answer) pieces; an assistant's answer includes its end of turn."""
         messages = [self._clean(record, message) for message in record.messages]
         if not messages:
             raise EncodeError(f"{_name(record)}: no messages")

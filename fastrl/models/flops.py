@@ -1,8 +1,8 @@
-"""Counting the floating-point operations of a step: torch's counter with formulas for what it does not know.
+"""Counting the floating-point operations of a step: torch's counter, with formulas for operators it does not know.
 
-torch's counter does not see CPU attention, and before torch 2.12 refuses fewer key heads than query heads; formulas of
-our own operators stand beside them. All follow its convention: a multiply-add is two operations, softmax and masks cost
-nothing, and causal attention counts in full.
+torch's counter ignores CPU attention, and before torch 2.12 it refuses fewer key heads than query heads; both get
+formulas here. fastrl's operators register their own. All follow torch's convention: a multiply-add is two operations,
+softmax and masks cost nothing, and causal attention counts in full.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> in
 
 
 def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """The scores again, and the gradients of weights, values, queries and keys."""
+    """Recomputed scores, and the gradients of weights, values, queries and keys."""
     batch, heads, queries, dim = query
     return _products(5, batch * heads, queries, key[2], dim)
 
 
 def _grouped(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
-    """Experts' products: each row [K] with the matrix [K, N] of its group."""
+    """Matrix products of experts: each row [K] with the matrix [K, N] of its group."""
     groups = a[0] if len(a) == len(b) == 3 else 1
     return groups * 2 * a[-2] * a[-1] * b[-1]
 
 
 def _products(count: int, heads: int, queries: int, keys: int, dim: int) -> int:
-    """``count`` products of [queries, dim] and [dim, keys], or the like, for each query head; key heads are shared."""
+    """``count`` products of the size [queries, dim] x [dim, keys] for each query head."""
     return count * 2 * heads * queries * keys * dim

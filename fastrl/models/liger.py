@@ -1,8 +1,8 @@
-"""liger-kernel's RMSNorm, SwiGLU and rotary embedding in a model's layers, by instance: no class and no module changes.
+"""liger-kernel's RMSNorm, SwiGLU and rotary embedding, patched into the layers of one model instance.
 
-liger's own patching replaces names inside transformers' modules, for every model of the process. Some of those names no
-longer exist (since transformers 5.2x the rotary function takes cosines whose three axes are merged already), so there
-its RoPE would silently stay unused.
+liger's own patching replaces names inside transformers' modules, and so affects every model of the process. Some of
+those names no longer exist (since transformers 5.2x the rotary function takes cosines whose three axes are already
+merged), so its RoPE would silently stay unused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def use_liger(core: nn.Module) -> Counter[str]:
 
     Raises:
         ImportError: liger-kernel is not installed.
-        ValueError: the model is on a device that Triton kernels do not run on, or has no layer to switch.
+        ValueError: Triton kernels do not run on the model's device, or the model has no layer to switch.
     """
     from fastrl_kernels._common import interpreting
 
@@ -51,7 +51,7 @@ def use_liger(core: nn.Module) -> Counter[str]:
 
 
 def drop_liger(core: nn.Module) -> None:
-    """Undo ``use_liger``: the layers compute with their classes' own code again."""
+    """Undo ``use_liger``: the layers use their classes' own forward again."""
     for module in core.modules():
         kind, _ = _replacement(module)
         if kind is not None:
@@ -59,7 +59,7 @@ def drop_liger(core: nn.Module) -> None:
 
 
 def _replacement(module: nn.Module) -> tuple[str | None, Any]:
-    """The kind of layer and liger's forward for it, by what the layer has and what its code calls."""
+    """The kind of layer and liger's forward for it, recognised by its attributes and the functions its code calls."""
     name = type(module).__name__
     if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         return "rms_norm", _rms_norm
@@ -79,7 +79,7 @@ def _is_silu(function: Any) -> bool:
 def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_rms_norm
 
-    # In place would write the gradient of the input over that of the output, which a residual sum may still hold.
+    # in_place would overwrite the output's gradient with the input's, and a residual sum may still need the former.
     return liger_rms_norm(hidden_states, self.weight, self.variance_epsilon, in_place=False)
 
 
@@ -90,7 +90,7 @@ def _swiglu(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _with_rope(forward: Any, name: str) -> Any:
-    """``forward`` with liger's rotary embedding under ``name``, as a function with globals of its own."""
+    """A copy of ``forward`` whose globals bind ``name`` to liger's rotary embedding."""
     rotary = _three_axes if name == THREE_AXES else _merged
     changed = FunctionType(
         forward.__code__,
@@ -113,7 +113,7 @@ def _merged(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
 def _three_axes(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, mrope_section: list[int], unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """As ``_merged``, with cos and sin [3, B, L, D] of the three axes apart, for older versions of transformers."""
+    """As ``_merged``, but cos and sin [3, B, L, D] have separate axes, as in older versions of transformers."""
     from liger_kernel.transformers.functional import liger_qwen2vl_mrope
 
     return liger_qwen2vl_mrope(q, k, cos, sin, mrope_section, unsqueeze_dim)

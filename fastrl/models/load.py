@@ -1,4 +1,4 @@
-"""A Hugging Face folder of any known family → ``Policy``."""
+"""Load a Hugging Face folder of any supported family as a ``Policy``."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def load_policy(
     """Load a policy.
 
     Args:
-        folder: local Hugging Face folder (config, safetensors, tokenizer with chat template, preprocessor config), or
-            what else names one: ``tiny:NAME``, a downloaded hub name (see ``fastrl.models.open.resolve_model``).
+        folder: local Hugging Face folder (config, safetensors, tokenizer with chat template, preprocessor config),
+            ``tiny:NAME``, or the hub name of a downloaded model (see ``fastrl.models.open.resolve_model``).
         dtype: of the weights; default bfloat16 on a GPU, float32 on a CPU.
         device: default the GPU if there is one.
-        lora: fields of ``Lora``; only the adapters are then trained.
+        lora: fields of ``Lora``; if given, only the adapters are trained.
         freeze: parameter-name patterns whose gradient is turned off (see ``fastrl.models.lora.freeze``).
         gradient_checkpointing: recompute each layer in the backward.
-        offload_activations: with it, keep the layers' inputs on the host (see ``fastrl.models.offload``).
-        liger: RMSNorm, SwiGLU and rotary embedding by liger-kernel (see ``fastrl.models.liger``).
-        min_pixels, max_pixels: limits of a resized image's area, in pixels; default the folder's own.
+        offload_activations: with checkpointing, keep the layers' inputs on the host (see ``fastrl.models.offload``).
+        liger: compute RMSNorm, SwiGLU and rotary embedding with liger-kernel (see ``fastrl.models.liger``).
+        min_pixels, max_pixels: limits of a resized image's area, in pixels; default those of the folder.
 
     Raises:
-        FileNotFoundError: no such folder, or one without a config.
-        ValueError: a model type that is not supported, files that cannot be read, weights that are missing or of
-            another shape, a tokenizer without chat template, an
-            unknown pattern or field, a device that is not there, ``liger`` without a GPU.
-        ImportError: ``liger`` without liger-kernel.
+        FileNotFoundError: the folder or its config does not exist.
+        ValueError: the model type is not supported, a file cannot be read, weights are missing or of another shape,
+            the tokenizer has no chat template, a pattern or field is unknown, the device does not exist, or ``liger``
+            is set without a GPU.
+        ImportError: ``liger`` is set and liger-kernel is not installed.
     """
     folder = resolve_model(folder)
     family = family_of(read_config(folder), folder)
@@ -70,8 +70,7 @@ def load_policy(
 
 
 def use_checkpointing(core: Any, *, offload: bool = False) -> None:
-    """Keep only each layer's input in the forward (``offload``: on the host), and recompute the layer in the
-    backward."""
+    """Keep only each layer's input in the forward (``offload``: on the host); recompute the layer in the backward."""
     # Renamed in transformers 5.2x; the old name still works there but warns.
     enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -80,7 +79,7 @@ def use_checkpointing(core: Any, *, offload: bool = False) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The folder's tokenizer, with a chat template that places images (its own, else the folder's processor's)."""
+    """The folder's tokenizer, with a chat template that places images (the tokenizer's, else the processor's)."""
     from transformers import AutoTokenizer
 
     folder = Path(folder)
@@ -97,8 +96,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The values of a model folder's ``config.json``.
 
     Raises:
-        FileNotFoundError: no such folder, or one without a config.
-        ValueError: a config that cannot be read.
+        FileNotFoundError: the folder or its config does not exist.
+        ValueError: the config cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -110,19 +109,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         return dict(json.loads(config.read_text(encoding="utf-8")))
 
 
-def _device(asked: str | torch.device | None) -> torch.device:
-    """The device asked for, or the GPU if there is one. Raises ``ValueError`` for one that is not there."""
+def _device(name: str | torch.device | None) -> torch.device:
+    """The named device, by default the GPU if there is one. Raises ``ValueError`` if it does not exist."""
     try:
-        device = torch.device(asked if asked is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(name if name is not None else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError:
-        raise ValueError(f"model.device: {asked!r} names no device; cpu, cuda and cuda:1 do") from None
+        raise ValueError(f"model.device: expected a device such as cpu, cuda or cuda:1, got {name!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"model.device: {device} is not here ({torch.cuda.device_count()} CUDA devices)")
+        raise ValueError(f"model.device: {device} does not exist ({torch.cuda.device_count()} CUDA devices)")
     return device
 
 
 def _processor_templates(folder: Path) -> list[str]:
-    """Templates a folder keeps beside the tokenizer's: today's file and the one older processors wrote."""
+    """Chat templates in files of their own: the current file name, and the one that older processors wrote."""
     jinja, old = folder / "chat_template.jinja", folder / "chat_template.json"
     found = [jinja.read_text()] if jinja.is_file() else []
     return [*found, json.loads(old.read_text())["chat_template"]] if old.is_file() else found

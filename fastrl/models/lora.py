@@ -21,10 +21,10 @@ LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pro
 class Lora:
     """Low-rank adapters (arXiv:2106.09685): W + (alpha / rank) · B A on chosen linear layers.
 
-    ``targets``: names of linear layers of the language model, words for all linear layers of a part (``vision``,
-    ``projector``, ``language``), or one regular expression over full module names.
-    ``also_train``: parts (``projector``), or modules by the last parts of their names, that are trained whole beside
-    the adapters; the reference then still computes with their first weights.
+    ``targets``: names of linear layers of the language model; ``vision``, ``projector`` or ``language`` for all linear
+    layers of that part; or one regular expression over full module names.
+    ``also_train``: parts (``projector``), or suffixes of module names, that are trained in full in addition to the
+    adapters; the reference still uses their initial weights.
     """
 
     rank: int = 16
@@ -67,13 +67,13 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any], family: Family) ->
         raise ValueError(f"lora.targets: {lora.targets!r} matches no linear layer; there are {', '.join(last)}")
     if lora.also_train:
         options["modules_to_save"] = [name for wanted in lora.also_train for name in _whole(core, wanted, family)]
-    with warnings.catch_warnings():  # peft asks for a property that newer transformers have renamed
+    with warnings.catch_warnings():  # peft reads a property that newer transformers versions renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
 
 
 def _chosen(core: nn.Module, targets: Iterable[str], family: Family) -> str:
-    """A regular expression over full names: layers of the text model by their last names, parts by all they hold."""
+    """A regular expression over full names: text layers by the last part of their names, parts by all their linears."""
     names = [target for target in targets if target not in PARTS]
     text, head = re.escape(family.part_names["language"][0]), family.parts(core).head
     patterns = [rf".*{text}\..*\.({'|'.join(names)})"] if names else []
@@ -84,7 +84,7 @@ def _chosen(core: nn.Module, targets: Iterable[str], family: Family) -> str:
 
 
 def _whole(core: nn.Module, wanted: str, family: Family) -> list[str]:
-    """Names of the modules that train all of a part, or the module that is called so."""
+    """Names of the modules that together make up the part ``wanted``, or the module of that name."""
     modules = dict(core.named_modules())
     if wanted not in PARTS:
         if not any(f".{name}".endswith(f".{wanted}") for name in modules):
@@ -102,14 +102,14 @@ def _whole(core: nn.Module, wanted: str, family: Family) -> list[str]:
 
 
 def freeze(core: nn.Module, patterns: Iterable[str], alias: Callable[[str], str]) -> list[str]:
-    """Turn off the gradient of every parameter a pattern names, and return their names.
+    """Turn off the gradient of every parameter that matches a pattern, and return their names.
 
-    A pattern is a part (``vision``, ``projector``, ``language``) or something within one (``vision.blocks.0``), a glob
-    over full parameter names (``model.visual.*``), or a run of whole parts of them (``layers.0``); ``alias``: see
-    ``fastrl.models.families.Family.alias``.
+    A pattern is a part (``vision``, ``projector``, ``language``) or a module within one (``vision.blocks.0``), a glob
+    over full parameter names (``model.visual.*``), or consecutive components of such a name (``layers.0``); ``alias``:
+    see ``fastrl.models.families.Family.alias``.
 
     Raises:
-        ValueError: a pattern that matches nothing; the message has the nearest parts.
+        ValueError: a pattern matches nothing; the message lists similar names.
     """
     named = dict(core.named_parameters())
     frozen: list[str] = []
@@ -126,9 +126,9 @@ def freeze(core: nn.Module, patterns: Iterable[str], alias: Callable[[str], str]
 
 
 def merged_state_dict(core: nn.Module) -> dict[str, Any]:
-    """State of ``core`` with its adapters added into the weights, under the names it had before they were attached.
+    """The state of ``core`` with adapters merged into the weights, under the names from before they were attached.
 
-    Of a module trained beside the adapters, peft keeps the first weights and the trained ones: these are taken.
+    For a module trained in full, peft keeps the initial and the trained weights; the trained ones are returned.
     """
     deltas = {
         name: module.get_delta_weight(adapter)  # type: ignore[operator]

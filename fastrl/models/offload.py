@@ -1,4 +1,4 @@
-"""What checkpointing keeps of each layer (its input) lies on the host between forward and backward."""
+"""Activation offload: the layer inputs that checkpointing keeps stay on the host between forward and backward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 16  # bytes: what is smaller stays where it is
+SMALLEST = 1 << 16  # bytes; smaller tensors stay on the device
 
 
 class _Held(NamedTuple):
@@ -19,10 +19,10 @@ class _Held(NamedTuple):
 
 
 def offload_checkpoints(core: Any) -> None:
-    """Keep the inputs of a model's checkpointed layers on the host; gradients are the same to the bit.
+    """Keep the inputs of a model's checkpointed layers on the host; gradients are bit-identical.
 
-    Each input crosses to pinned memory when its layer begins and comes back when its layer is computed again, both
-    ordered with the device's work. Costs two copies of [tokens, hidden] a layer. ``use_checkpointing`` comes first.
+    Each input is copied to pinned memory when its layer starts and back when the layer is recomputed, both in stream
+    order. This costs two copies of [tokens, hidden] per layer. Call ``use_checkpointing`` first.
 
     Raises:
         ValueError: no layer of ``core`` is checkpointed.
@@ -37,7 +37,7 @@ def offload_checkpoints(core: Any) -> None:
 
 def _offloaded(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # What the layer saves inside is the checkpoint's; only what the checkpoint itself keeps passes through here.
+        # The checkpoint drops what the layer saves, so these hooks only see what the checkpoint itself keeps.
         with torch.autograd.graph.saved_tensors_hooks(to_host, from_host):
             return checkpoint(function, *args, **kwargs)
 
@@ -45,7 +45,7 @@ def _offloaded(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def to_host(tensor: Tensor) -> Tensor | _Held:
-    """A tensor's place on the host; leaves (weights) and small tensors stay as they are."""
+    """Copy a tensor to the host; leaves (weights) and small tensors are returned unchanged."""
     if tensor.is_leaf or tensor.numel() * tensor.element_size() < SMALLEST:
         return tensor
     if tensor.is_meta:
@@ -56,7 +56,7 @@ def to_host(tensor: Tensor) -> Tensor | _Held:
 
 
 def from_host(held: Tensor | _Held) -> Tensor:
-    """The tensor where it was."""
+    """Copy the tensor back to its device."""
     if isinstance(held, Tensor):
         return held
     if held.tensor is None:

@@ -1,10 +1,10 @@
-"""Where a model is: one answer for every command that takes ``--model`` or ``model.path``.
+"""Resolving the model that ``--model`` or ``model.path`` names, the same for every command.
 
-The small models that ship with fastrl (``tiny:perception``, …) lie in ``fastrl/toy/weights``; ``fastrl tiny build``
-made them. ``perception`` is the ``language`` model of its day (which names kinds and colours) taught 400 steps further
-by ``fastrl tiny build perception --from LANGUAGE --steps 400 --lr 1.5e-3``: greedy mean IoU 0.78 and counting score
-0.82 on scenes of difficulty 2 and the 112 pixels it was taught with, 0.38 and 0.65 on pictures of 84 pixels, which it
-never saw. ``video`` follows shapes through six frames of 84 pixels (``docs/utr.md``).
+The small models that ship with fastrl (``tiny:perception``, …) are in ``fastrl/toy/weights``; ``fastrl tiny build``
+made them. ``perception`` is an earlier ``language`` model (which names kinds and colours) trained 400 steps further
+with ``fastrl tiny build perception --from LANGUAGE --steps 400 --lr 1.5e-3``. It reaches a greedy mean IoU of 0.78 and
+a counting score of 0.82 on scenes of difficulty 2 at the 112 pixels it was trained with, and 0.38 and 0.65 on pictures
+of 84 pixels, which it never saw. ``video`` follows shapes through six frames of 84 pixels (``docs/utr.md``).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def resolve_model(path: str | Path) -> Path:
     Nothing is downloaded.
 
     Raises:
-        ValueError: a ``tiny:`` name that is not shipped.
-        FileNotFoundError: no such folder and no downloaded snapshot of that name.
+        ValueError: no model of that ``tiny:`` name is shipped.
+        FileNotFoundError: there is neither such a folder nor a downloaded snapshot of that name.
     """
     text = str(path)
     if text.startswith("tiny:"):

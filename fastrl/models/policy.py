@@ -1,4 +1,4 @@
-"""``Policy``: a perception MLLM that encodes records and gives log-probs of packed batches, prompts computed once."""
+"""``Policy``: a perception MLLM that encodes records and computes log-probs of packed batches, each prompt once."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ class Policy:
     """A model of one family with its tokenizer and image preprocessing.
 
     Attributes:
-        core: the transformers ``…ForConditionalGeneration`` model, whatever wraps it.
-        model: what holds the parameters: ``core``, or the peft model around it.
-        family: what is special to its kind of models (see ``fastrl.models.families``).
-        style: how the family writes answers; ``frame``: what its coordinates mean (see ``fastrl.answers``).
-        eos_token_ids: ids that end an answer; ``suppressed_token_ids``: ids that are never sampled (image and video
-            placeholders, vision start and end, turn markers other than EOS).
+        core: the transformers ``…ForConditionalGeneration`` model, without any wrapper.
+        model: ``core``, or the peft model around it.
+        family: everything specific to this kind of model (see ``fastrl.models.families``).
+        style: how the family writes answers (see ``fastrl.answers``).
+        frame: what the coordinates in its answers mean (see ``fastrl.answers``).
+        eos_token_ids: ids that end an answer.
+        suppressed_token_ids: ids that are never sampled (image and video placeholders, vision start and end, turn
+            markers other than EOS).
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Policy:
         )
         self.peft: Any = add_lora(core, lora, self.family) if lora is not None else None
         self._reference_core: Any = None
-        core.eval()  # new adapters come in training mode, which `hidden` would not see
+        core.eval()  # peft creates adapters in training mode
         use_prefix_attention(self.family, core)
         self.family.prepare(core)
 
@@ -77,12 +79,12 @@ class Policy:
 
     @property
     def image_processor(self) -> Any:
-        """transformers' own, as the folder configures it."""
+        """transformers' image processor, as the model folder configures it."""
         return self.preprocessor.processor
 
     @property
     def parts(self) -> Parts:
-        """The modules of the model that computes at the moment (inside ``reference``, maybe those of a copy)."""
+        """The parts of the model in use (inside ``reference``, possibly those of a frozen copy)."""
         return self.family.parts(self.core)
 
     @property
@@ -100,7 +102,7 @@ class Policy:
 
     @property
     def trains_vision(self) -> bool:
-        """Whether an update may change what pictures look like to the language model."""
+        """Whether an update may change the vision features."""
         return self.family.trains_vision(self.core)
 
     # Text and images in, ids and positions out
@@ -112,15 +114,15 @@ class Policy:
     def encode_dialogue(
         self, record: Record, *, max_prompt_tokens: int | None = None
     ) -> tuple[Prompt, Completion, Record]:
-        """See ``Encoder.encode_dialogue``: a dialogue that ends with the assistant, as prompt and one masked branch."""
+        """See ``Encoder.encode_dialogue``: a dialogue that ends with the assistant, as prompt and masked completion."""
         return self.encoder.encode_dialogue(record, max_prompt_tokens=max_prompt_tokens)
 
     def encode_continuation(self, record: Record) -> Tensor:
-        """See ``Encoder.encode_continuation``: the ids by which a session goes on after an answer and its feedback."""
+        """See ``Encoder.encode_continuation``: the ids that continue a session after an answer and its feedback."""
         return self.encoder.encode_continuation(record)
 
     def encode_text(self, text: str) -> Tensor:
-        """Ids [T] int64 of an answer, with the end of turn. Control tokens inside ``text`` become a space."""
+        """Ids [T] int64 of an answer, end of turn included. Control tokens inside ``text`` become spaces."""
         return self.encoder.encode_answer(text)
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
@@ -140,8 +142,8 @@ class Policy:
 
         Args:
             batch: on this policy's device.
-            features: vision features by image key, where the caller already has them (they must belong to the current
-                weights); default: the tower runs here, once per unique image.
+            features: vision features by image key, if the caller has them already (computed with the current weights);
+                default: the tower runs once per unique image.
         """
         return predicted_states(self.core, batch, features)
 
@@ -160,7 +162,7 @@ class Policy:
             batch: on this policy's device.
             temperature: divides the logits.
             return_entropy: also the entropy [N] of each predicted distribution.
-            rows: indices into N whose gradient may be other than zero (see ``fastrl_kernels.linear_logprob``).
+            rows: indices into N whose gradient may be nonzero (see ``fastrl_kernels.linear_logprob``).
             features: see ``hidden``.
         """
         from fastrl_kernels.linear_logprob import linear_logprob
@@ -178,9 +180,10 @@ class Policy:
     # The reference
 
     def make_reference(self) -> None:
-        """Keep a frozen copy of the present weights as the reference; weights that are not trained are shared with it.
+        """Keep a frozen copy of the current weights as the reference; frozen weights are shared, not copied.
 
-        Needless (and refused) under LoRA.
+        Raises:
+            RuntimeError: under LoRA, where the reference needs no copy.
         """
         if self.peft is not None:
             raise RuntimeError(
@@ -191,15 +194,17 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[Policy]:
-        """Inside, this policy computes with the reference weights (adapter off, or frozen copy) and no gradients."""
+        """Make this policy compute with the reference weights (adapter off, or frozen copy), without gradients.
+
+        Raises:
+            RuntimeError: there is no reference.
+        """
         if self.peft is not None:
             wanted = {name: p.requires_grad for name, p in self.core.named_parameters()}
             with torch.no_grad(), self.peft.disable_adapter():
                 yield self
-            for (
-                name,
-                parameter,
-            ) in self.core.named_parameters():  # peft turns every adapter's gradient on when it returns
+            # Leaving disable_adapter turns on the gradient of every adapter weight, also of those that were frozen.
+            for name, parameter in self.core.named_parameters():
                 parameter.requires_grad_(wanted[name])
         elif self._reference_core is not None:
             live, self.core = self.core, self._reference_core
@@ -209,10 +214,10 @@ class Policy:
             finally:
                 self.core = live
         else:
-            raise RuntimeError("reference: there is none; call make_reference() before training, or train with LoRA")
+            raise RuntimeError("no reference: call make_reference() before training, or train with LoRA")
 
     def save(self, folder: str | Path) -> None:
-        """Write an ordinary Hugging Face folder (safetensors, tokenizer, image processor); adapters are merged in."""
+        """Write a standard Hugging Face folder (safetensors, tokenizer, image processor); adapters are merged in."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = merged_state_dict(self.core) if self.peft is not None else None
@@ -232,7 +237,7 @@ def keyed_features(core: Any, images: Sequence[ImageInput]) -> dict[str, VisionF
 def packed_states(
     core: Any, batch: PackedBatch, features: Mapping[str, VisionFeatures] | None = None, **attention: Any
 ) -> Tensor:
-    """Hidden states [1, L, hidden] of ``core`` over a packed row, with what its attention function is handed."""
+    """Hidden states [1, L, hidden] of ``core`` over a packed row; keyword arguments go to its attention function."""
     placed = None
     if batch.images:
         found = features if features is not None else keyed_features(core, batch.images)
@@ -243,7 +248,7 @@ def packed_states(
 
 def predicted_states(core: Any, batch: PackedBatch, features: Mapping[str, VisionFeatures] | None = None) -> Tensor:
     """Hidden states [N, hidden] of ``core`` at the batch's prediction rows (see ``Policy.hidden``)."""
-    # Dropout and checkpointing belong to the pass that takes a gradient; old and reference log-probs have neither.
+    # Only passes with gradients use dropout and checkpointing; those for old and reference log-probs use neither.
     if core.training != torch.is_grad_enabled():
         core.train(torch.is_grad_enabled())
     hidden = packed_states(core, batch, features, fastrl_segments=batch.segments)
@@ -252,7 +257,7 @@ def predicted_states(core: Any, batch: PackedBatch, features: Mapping[str, Visio
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Without transformers' progress bars, which it draws even where nobody watches."""
+    """Turn off transformers' progress bars, which it draws even without a terminal."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

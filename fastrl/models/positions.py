@@ -1,8 +1,8 @@
 """Multimodal RoPE positions of a prompt, computed once and carried with it.
 
-Qwen2-VL's scheme (arXiv:2409.12191 §2.1): text advances all three axes together; an image's tokens share one time step
-and spread over height and width; what follows starts after the larger side. Positions never depend on state kept on a
-model.
+Qwen2-VL's scheme (arXiv:2409.12191 §2.1): text advances all three axes together. An image's tokens have the same time
+position and spread over height and width; the text after it starts after the larger side. Positions never depend on
+state of the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def mrope_positions(
         start: position of the first token.
 
     Raises:
-        ValueError: slots that overlap, leave the row, or do not have their grid's number of tokens.
+        ValueError: a slot overlaps another, exceeds the row, or does not have its grid's number of tokens.
     """
     if len(slots) != len(grids):
         raise ValueError(f"slots: {len(slots)} runs of image tokens for {len(grids)} images")

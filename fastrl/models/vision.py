@@ -1,4 +1,4 @@
-"""Pictures → what a family's vision tower takes, once per content, in threads beside the training where asked."""
+"""Image preprocessing: once per distinct content, and on request ahead of time in background threads."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class ImagePreprocessor:
     """A model's own resize, normalisation and patching, with a bounded cache keyed by the picture's content.
 
-    A family fills in :meth:`read`, :meth:`picture` and ``settings``. ``processor`` is the model's image processor.
-    ``cache_bytes`` bounds the pixels kept; the least recently used go first. :meth:`prefetch` starts on pictures that
-    will be asked for, in threads; what comes out is the same.
+    A family implements :meth:`read`, :meth:`picture` and ``settings``. ``processor`` is the model's image processor.
+    ``cache_bytes`` bounds the cached pixels; the least recently used are dropped first. :meth:`prefetch` starts
+    preprocessing in background threads; results do not depend on it.
     """
 
     def __init__(self, processor: Any, *, cache_bytes: int = 256 << 20) -> None:
@@ -34,41 +34,43 @@ class ImagePreprocessor:
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[str, tuple[ImageInput, View]] = OrderedDict()
         self._held = 0
-        self._lock = threading.Lock()  # of the cache
+        self._lock = threading.Lock()  # guards the cache
         self._pool: ThreadPoolExecutor | None = None
-        # By path or identity, and the tag; with the picture, which is kept alive.
+        # By (path or id, tag). The value holds the picture too: alive, its id is not reused.
         self._started: dict[tuple[str | int, str], tuple[Any, Future]] = {}
 
-    # A family's own
+    # Implemented by each family
 
     @property
     def settings(self) -> str:
-        """Whatever beside a picture's pixels decides what is made of it."""
+        """All settings that, besides a picture's pixels, determine the result."""
         raise NotImplementedError
 
     def tag(self, among: int) -> str:
-        """What becomes different in a prompt of so many pictures; "" where nothing does. Pixels, tokens and features of
-        one picture may differ between two tags, and are kept apart."""
+        """Names the variant of preprocessing used in a prompt of ``among`` pictures; "" if there is only one.
+
+        Pixels, tokens and features of a picture may differ between tags, so they are cached separately.
+        """
         return ""
 
     def read(self, picture: Image, key: str, among: int) -> tuple[ImageInput, View]:
-        """The RGB picture as the model takes it in a prompt of ``among`` pictures, and what it sees of it."""
+        """Preprocess an RGB picture of a prompt with ``among`` pictures; also returns which part the model sees."""
         raise NotImplementedError
 
     def picture(self, image: ImageInput) -> Image:
-        """The RGB picture whose pixels ``image`` holds: preprocessed again, it gives the same ones. For a server."""
+        """The RGB picture whose pixels ``image`` holds, to send to a server: preprocessed again, it gives the same."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
-        """Write what a model folder needs of it."""
+        """Write the preprocessor's files into a model folder."""
         self.processor.save_pretrained(folder)
 
-    # Common to all
+    # Common to all families
 
     def prefetch(self, images: Iterable[AnyPicture], workers: int, *, among: int = 1) -> None:
-        """Begin to preprocess ``images`` in ``workers`` threads; each is handed out by the next call for it.
+        """Start preprocessing ``images`` in ``workers`` threads; the next call with an image returns its result.
 
-        What goes wrong with a picture is raised by that call.
+        Errors are raised by that call.
         """
         self._pool = self._pool or ThreadPoolExecutor(workers, thread_name_prefix="images")
         for image in images:
@@ -77,23 +79,23 @@ class ImagePreprocessor:
                 self._started[name] = image, self._pool.submit(self._preprocess, image, among)
 
     def close(self) -> None:
-        """Give up what was begun and not asked for."""
+        """Cancel prefetching and drop results that were not requested."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool, self._started = None, {}
 
     def __call__(self, image: AnyPicture, among: int = 1) -> tuple[ImageInput, View]:
-        """The image as the model takes it in a prompt of ``among`` images, and its size and what is seen of it.
+        """Preprocess an image of a prompt with ``among`` images; the ``View`` has its size and the part that is seen.
 
         Raises:
-            PictureError: a file that is missing, broken or too large (an ``OSError``).
-            ValueError: a picture the processor refuses (one side over 200 times the other).
+            PictureError: the file is missing, broken or too large (an ``OSError``).
+            ValueError: the processor refuses the picture (one side over 200 times the other).
         """
         started = self._started.pop((_name(image), self.tag(among)), None)
         return started[1].result() if started is not None else self._preprocess(image, among)
 
     def _preprocess(self, image: AnyPicture, among: int) -> tuple[ImageInput, View]:
-        with opened_picture(image) as picture:  # of large pictures there is one at a time
+        with opened_picture(image) as picture:  # only one large picture is open at a time
             return self._prepare(picture, among)
 
     def _prepare(self, picture: Image, among: int) -> tuple[ImageInput, View]:
@@ -116,7 +118,7 @@ class ImagePreprocessor:
         return digest.hexdigest()
 
     def _keep(self, key: str, found: tuple[ImageInput, View]) -> None:
-        if key in self._cache:  # two threads met the same picture
+        if key in self._cache:  # another thread processed the same picture
             return
         self._cache[key] = found
         self._held += _bytes(found[0])
@@ -134,7 +136,7 @@ def unique_images(images: Iterable[ImageInput]) -> list[ImageInput]:
 
 
 def picture_of(pixels: Tensor, processor: Any) -> Image:
-    """The RGB picture of normalised pixels [height, width, 3]."""
+    """Undo normalisation: pixels [height, width, 3] → RGB picture."""
     from PIL import Image as pil
 
     mean, std = (torch.tensor(getattr(processor, f"image_{name}")) for name in ("mean", "std"))

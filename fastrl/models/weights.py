@@ -1,4 +1,4 @@
-"""Reading a model's weights: what the files lack is refused by name, never drawn at random."""
+"""Reading a model's weights: missing ones are an error that names them, never initialised at random."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 5  # names in one message
 
 @contextmanager
 def reading(folder: Path, what: str) -> Iterator[None]:
-    """Inside: something of a model's folder is read. Whatever a library says about it gets the folder's name."""
+    """Turn any library's error while reading a model's folder into a ``ValueError`` that names the folder."""
     try:
         yield
     except Exception as error:
@@ -25,17 +25,17 @@ def reading(folder: Path, what: str) -> Iterator[None]:
 def read_weights(model: Any, folder: Path, *, dtype: torch.dtype) -> Any:
     """``model.from_pretrained(folder)`` of a transformers class, with every parameter from the folder's files.
 
-    Warns of tensors in the files that the model has no place for; they are left out.
+    Tensors in the files that the model does not have are ignored with a warning.
 
     Raises:
-        ValueError: files that cannot be read, parameters that they lack, or hold in another shape.
+        ValueError: a file cannot be read, or a parameter is missing from the files or has another shape there.
     """
     try:
         with _silent():
             core, found = model.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except Exception as error:  # whatever a library says about a broken file, the message names the folder
+    except Exception as error:  # libraries raise many types for a broken file; the message must name the folder
         raise ValueError(f"{folder}: its weights cannot be read ({type(error).__name__}: {error})") from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{folder}: its weights lack {len(missing)} of the model's: {_listed(missing)}")
@@ -56,7 +56,7 @@ def _listed(names: list[str]) -> str:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without transformers' own table of these things, nor its progress bar."""
+    """Turn off transformers' own report of missing and unexpected weights, and its progress bar."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

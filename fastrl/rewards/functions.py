@@ -207,15 +207,15 @@ class Functions:
         return any(section.function for section in self._sections.values())
 
     def of(self, origin: str = "") -> list[RewardFunction]:
-        """Those of a part of a mixture. Raises ``ValueError`` where one cannot be had, or two have one name."""
+        """Those of a part of a mixture. Raises ``ValueError`` if one cannot be loaded or two have the same name."""
         section = self._sections.get(origin, self._sections[""])
         found = [self._make(name, section) for name in section.function]
         for i, function in enumerate(found):
             other = next((f for f in found[:i] if f.label == function.label), None)
             if other is not None:
                 raise ValueError(
-                    f"reward.function: {other.name} and {function.name} have one name, by which they are logged and "
-                    "weighed; rename one"
+                    f"reward.function: {other.name} and {function.name} have the same name, under which they are logged "
+                    "and weighted; rename one"
                 )
         return found
 

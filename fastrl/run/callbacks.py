@@ -97,7 +97,7 @@ def _hooks_of(callback: object) -> dict[str, Callable[[Any], object]]:
     hooks = {name: function for name, function in found.items() if callable(function)}
     wrong = [name for name, value in found.items() if value is not None and name not in hooks]
     if wrong:
-        raise TypeError(f"{what}: {wrong[0]} has to be a function, got {found[wrong[0]]!r}")
+        raise TypeError(f"{what}: {wrong[0]} must be a function, got {found[wrong[0]]!r}")
     if not hooks:
         raise TypeError(f"{what} has none of the hooks: {', '.join(HOOKS)}")
     return hooks

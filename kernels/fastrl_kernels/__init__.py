@@ -1,6 +1,6 @@
-"""Kernels for RL post-training of perception MLLMs: Triton on a GPU, eager torch or C++ on a CPU, one meaning.
+"""Kernels for RL post-training of perception MLLMs: Triton on a GPU, eager torch or C++ with the same results on a CPU.
 
-``from fastrl_kernels import *`` gives the functions of the library and their result types; the eager twins are in
+``from fastrl_kernels import *`` imports the library's functions and result types; the eager twins are in
 ``fastrl_kernels.reference``.
 """
 

@@ -1,7 +1,7 @@
-"""The public API at the sizes users have, for ``aot``: who adds a kernel adds its calls here.
+"""Calls of the public API at realistic sizes, for ``aot``; a new kernel needs its calls here.
 
-A size changes what is compiled by being 1, by its divisibility by 16 and through launch configurations, so each group
-has sizes of every kind. What changes nothing (rows of a batch, the hidden size) is kept small: a CPU multiplies here.
+A size affects the compiled code by being 1, by its divisibility by 16 and through launch configurations, so each group
+has sizes of every kind. Sizes without effect (rows of a batch, the hidden size) are small, as the matmuls run on a CPU.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def _policy_loss() -> None:
         given: dict[str, Any] = {name: logp.detach() for name in ("old_logp", "ref_logp") if options.get(name, True)}
         if "importance" in options:
             given["sampler_logp"] = logp.detach()
-        told = {name: value for name, value in options.items() if value is not False}
+        chosen = {name: value for name, value in options.items() if value is not False}
         ids = torch.zeros(n, dtype=torch.int64 if dtype == FP32 else torch.int32)
-        policy_loss(logp, torch.zeros(c), ids, weight=torch.zeros(n), **given, **told).loss.backward()
+        policy_loss(logp, torch.zeros(c), ids, weight=torch.zeros(n), **given, **chosen).loss.backward()
 
 
 def _linear_policy_loss() -> None:
@@ -90,8 +90,8 @@ def _linear_policy_loss() -> None:
         given: dict[str, Any] = {name: logp for name in ("old_logp", "ref_logp") if options.get(name, True)}
         if "importance" in options:
             given["sampler_logp"] = logp
-        told = {name: value for name, value in options.items() if value is not False}
-        linear_policy_loss(hidden, weight, ids, torch.zeros(4), ids, **given, **told).loss.backward()
+        chosen = {name: value for name, value in options.items() if value is not False}
+        linear_policy_loss(hidden, weight, ids, torch.zeros(4), ids, **given, **chosen).loss.backward()
 
 
 def _listwise_loss() -> None:

@@ -3,8 +3,8 @@
 The formulas and their derivatives are written out in ``pairwise_iou``'s docstring. All in fp32; ``KIND`` is 0 for IoU,
 1 for GIoU, 2 for DIoU, 3 for CIoU. No libdevice, so the interpreter runs them too.
 
-Coordinates from 2^40 (1e12) on are taken as not finite, unions and hulls up to 2^-80 (1e-24) as empty: between those
-bounds no fp32 intermediate of a value or a gradient overflows, so nothing finite becomes NaN.
+Coordinates of 2^40 (1e12) or more are treated as not finite, unions and hulls up to 2^-80 (1e-24) as empty. Between
+these bounds no fp32 intermediate of a value or a gradient overflows, so finite inputs never give NaN.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def _angle(w, h):
 
 @triton.jit
 def _largest(x1, y1, x2, y2):
-    """Largest magnitude of the four, +inf where one is NaN."""
+    """Largest magnitude of the four, +inf if one is NaN."""
     size = tl.maximum(tl.maximum(tl.abs(x1), tl.abs(y1)), tl.maximum(tl.abs(x2), tl.abs(y2)))
-    number = x1 + y1 + x2 + y2  # NaN where one is, or where infinities cancel
+    number = x1 + y1 + x2 + y2  # NaN if one is, or if infinities cancel
     return tl.where(number == number, size, float("inf"))
 
 

@@ -1,4 +1,4 @@
-"""What every kernel file shares: path choice, the launch itself, and argument checks."""
+"""Common to all kernel files: the choice between Triton and eager code, launches, and argument checks."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ INTEGERS = (torch.int64, torch.int32)  # of targets, ids, counts and labels
 
 
 class Recorder(Protocol):
-    """What stands in for a GPU inside ``aot.as_launched``: it is given the launches, and none runs."""
+    """Replaces a GPU inside ``aot.as_launched``: it receives launches, and none runs."""
 
     processors: int
 
     def record(self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None: ...
 
 
-RECORDERS: list[Recorder] = []  # of the open ``as_launched`` contexts, the innermost last
+RECORDERS: list[Recorder] = []  # those of the active ``as_launched`` contexts, the innermost last
 
 
 def interpreting() -> bool:
-    """True where the Triton interpreter stands in for the compiler (``TRITON_INTERPRET=1``), as in the CPU tests."""
+    """True if the Triton interpreter replaces the compiler (``TRITON_INTERPRET=1``), as in the CPU tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
-    """True if these tensors take the Triton path: on a CUDA device, under the interpreter, or where it is recorded."""
+    """True if these tensors take the Triton path: on a CUDA device, under the interpreter, or inside
+    ``as_launched``."""
     if not HAS_TRITON:
         return False
     return bool(RECORDERS) or interpreting() or any(t is not None and t.is_cuda for t in tensors)
 
 
 def launch(kernel: Any, programs: int) -> Callable[..., None]:
-    """``kernel[(programs,)]``, to be called with its arguments, on the GPU of their first tensor.
+    """``kernel[(programs,)]``, to be called with the kernel's arguments; launches on the GPU of their first tensor.
 
-    Triton launches on the current device, which need not be the one the tensors are on.
+    Triton itself launches on the current device, which may not be the tensors' device.
     """
 
     def start(*arguments: Any, **options: Any) -> None:
@@ -57,20 +58,20 @@ def launch(kernel: Any, programs: int) -> Callable[..., None]:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the device that kernels are launched on."""
+    """Number of multiprocessors of the device that kernels are launched on."""
     if RECORDERS:
         return RECORDERS[-1].processors
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def readable(tensor: Tensor) -> bool:
-    """True where a tensor's numbers can be looked at for free: on the CPU, neither traced nor a stand-in (fake)."""
+    """True if a tensor's values can be read without synchronisation: on the CPU, neither traced nor fake."""
     plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
     return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
-    """Raise where a tensor carries a tangent: an operator would drop it, and the derivative be 0 without a word."""
+    """Raise if a tensor has a tangent: an operator would drop it, and the derivative would silently be 0."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
@@ -99,7 +100,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_number(name: str, value: object, good: bool, expected: str) -> None:
-    """Raise unless ``good``. The message is made only then: under ``torch.compile`` a number may be symbolic."""
+    """Raise unless ``good``. The message is only formatted then: under ``torch.compile`` the number may be symbolic."""
     if not good:
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
@@ -108,7 +109,7 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> Non
     """Raise unless ``tensor`` has this shape (``None``: any size)."""
     got = tensor.shape
     if len(got) == len(shape):
-        for have, want in zip(got, shape, strict=True):  # a loop: this is on the way of every call
+        for have, want in zip(got, shape, strict=True):  # a plain loop, as every call runs it
             if want is not None and have != want:
                 break
         else:

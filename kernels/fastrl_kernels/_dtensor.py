@@ -1,4 +1,4 @@
-"""Whether a tensor is a DTensor, without importing what DTensors need (seconds) where there is none."""
+"""Detects DTensors without importing their modules, which takes seconds, when there are none."""
 
 from __future__ import annotations
 

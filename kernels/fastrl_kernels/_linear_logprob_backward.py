@@ -1,9 +1,9 @@
-"""The backward loop of the head: vocabulary-outer, logits recomputed slab by slab, gradients in place of the logits.
+"""The backward loop of the head: vocabulary-outer, recomputes logits slab by slab and overwrites them with gradients.
 
-A slab of the weight meets all rows (or chunks of rows, where the budget is small); its logits are recomputed into the
-scratch tile and turned in place into their gradient. The slab's weight gradient is complete when the slab is left: it
-is written once, accumulated in fp32 inside the matmul, so no fp32 ``[V, H]`` buffer exists. The gradient of the hidden
-states is summed over slabs in fp32. Rows known to have no gradient are left out of every matmul.
+Each slab of the weight is multiplied with all rows (or chunks of rows, if the budget is small); its logits are
+recomputed into the scratch tile and replaced in place by their gradient. The slab's weight gradient is complete after
+its last chunk: it is accumulated in fp32 inside the matmul and written once, so there is no fp32 ``[V, H]`` buffer. The
+gradient of the hidden states is summed over slabs in fp32. Rows known to have no gradient are left out of every matmul.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastrl_kernels._linear_logprob_tiles import RowTerms, differentiate_tile, e
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients are needed."""
 
     hidden: bool
     weight: bool
@@ -112,7 +112,7 @@ class _Backward:
         rows: RowTerms,  # of the rows that contribute, R of them
         grad_logp: Tensor,  # [R]
         grad_entropy: Tensor | None,  # [R]
-        index: Tensor | None,  # [R] which rows of hidden these are; None: all
+        index: Tensor | None,  # [R] their row indices in hidden; None: all
         needs: Needs,
     ) -> None:
         self.hidden, self.head, self.rows, self.index, self.needs = hidden, head, rows, index, needs
@@ -135,9 +135,9 @@ class _Backward:
         self.d_b = zeros(needs.lora_b, head.lora_b, vocabulary, rank)
 
     def _features(self, start: int, end: int) -> Tensor:
-        """Widened rows; rows without a gradient are zeroed, so that what they hold (NaN, say) reaches no weight."""
+        """Widened rows; rows without a gradient are zeroed, so that their contents (such as NaN) reach no weight."""
         x = take_rows(self.hidden, self.index, start, end).to(self.dtype)
-        if triton_path(self.hidden):  # the torch path has dropped them
+        if triton_path(self.hidden):  # the torch path has already dropped them
             x = x.masked_fill(self.silent[start:end, None], 0)
         return self.head.widen(x)
 
@@ -204,7 +204,7 @@ class _SlabGradients:
             (work.needs.weight, work.d_weight, slice(0, size)),
             (work.needs.lora_b, work.d_b, slice(size, None)),
         )
-        self.targets: list[tuple[Tensor, Tensor, slice]] = []  # (gradient, where it is summed, columns of the input)
+        self.targets: list[tuple[Tensor, Tensor, slice]] = []  # (gradient, its accumulator, columns of the input)
         for needed, gradient, columns in wanted:
             if needed:
                 part = gradient[first:last]

@@ -1,11 +1,11 @@
-"""The head's tiles under a byte budget that depends neither on the rows nor on the vocabulary, and the forward loop.
+"""Plans the head's tiles within a byte budget that depends on neither rows nor vocabulary, and runs the forward loop.
 
-Forward goes token-outer: a chunk of rows meets slab after slab of the vocabulary, one matmul into the same scratch tile
-and one pass that folds it. A LoRA on the head is a wider head: ``[hidden, hidden (s A)^T]`` against ``[W, B]``, so both
-products are rounded together.
+The forward is token-outer: for a chunk of rows, each slab of the vocabulary takes one matmul into the same scratch tile
+and one pass that folds it. A LoRA on the head is treated as a wider head, ``[hidden, hidden (s A)^T]`` times ``[W,
+B]``, so both products are rounded together.
 
-Tiles that go through Triton have the inputs' dtype (the matmul accumulates in fp32 and rounds once, as the plain path
-does). The torch path computes in fp32 (float64 for float64): its tiles, and the slabs it casts, obey the same budget.
+Triton tiles have the inputs' dtype (the matmul accumulates in fp32 and rounds once, as an ordinary head does). The
+torch path computes in fp32 (float64 for float64); its tiles and the slabs it casts stay within the same budget.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fastrl_kernels._linear_logprob_tiles import (
 )
 
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")  # fp32 result of a bf16/fp16 matmul; CUDA only
-_FORWARD_ROWS = 4096  # tokens per tile on a GPU: the weight is read once per this many
+_FORWARD_ROWS = 4096  # tokens per tile on a GPU: the weight is read once per tile
 EAGER_ROWS = 1024  # tokens per tile on a CPU
-_SLAB_COLUMNS = 4096  # narrower slabs starve the matmuls: rows are cut instead
+_SLAB_COLUMNS = 4096  # narrower slabs make the matmuls slow, so the number of rows is reduced first
 
 
 class Head(NamedTuple):
-    """The projection from hidden states to logits, and what it may spend."""
+    """The projection from hidden states to logits, and its memory budget."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
@@ -58,7 +58,7 @@ class Head(NamedTuple):
         return self.weight.shape[1] + self.rank
 
     def slab(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows ``first:last`` of ``[W, B]`` [last - first, width]; a view where nothing must be cast or joined."""
+        """Rows ``first:last`` of ``[W, B]`` [last - first, width]; a view unless it must be cast or joined."""
         slab = self.weight[first:last].to(dtype)
         return slab if self.lora_b is None else torch.cat([slab, self.lora_b[first:last].to(dtype)], 1)
 
@@ -90,7 +90,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def tile_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype tiles are computed in: the inputs' own through Triton, the accumulator's in torch."""
+    """The dtype in which tiles are computed: the inputs' for Triton, the accumulator's for torch."""
     return hidden.dtype if triton_path(hidden) else accumulator_dtype(hidden.dtype)
 
 
@@ -101,7 +101,7 @@ def _round_up(value: int, multiple: int) -> int:
 def plan_tiles(n: int, v: int, budget: int, *, per_element: int, per_row: int, per_column: int, row_limit: int) -> Plan:
     """The largest tile of at most ``row_limit`` rows that fits ``budget`` bytes, cut evenly over n rows and v columns.
 
-    Rows are halved only where the slab would else be narrow. ``ValueError`` if not even one row of 64 columns fits.
+    Rows are halved only if the slab would otherwise be narrow. ``ValueError`` if not even one row of 64 columns fits.
     """
     whole = _round_up(v, 64)
     rows = max(1, min(n, row_limit))
@@ -111,7 +111,9 @@ def plan_tiles(n: int, v: int, budget: int, *, per_element: int, per_row: int, p
             break
         if rows == 1:
             least = per_row + 64 * (per_element + per_column)
-            raise ValueError(f"scratch_bytes: {budget} is too small for one tile of this head; at least {least} needed")
+            raise ValueError(
+                f"scratch_bytes: {budget} is too small for one tile of this head; expected at least {least}"
+            )
         rows = (rows + 1) // 2
     columns = min(columns, whole)
     columns = _round_up(-(-v // -(-v // columns)), 64)
@@ -142,7 +144,7 @@ def _forward_plan(hidden: Tensor, head: Head, n: int, gathered: bool) -> Plan:
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
-    """``out (+)= a @ b``. ``out`` has the operands' dtype, or is fp32: then nothing is rounded to bf16 on the way."""
+    """``out (+)= a @ b``. ``out`` has the operands' dtype, or is fp32, in which case nothing is rounded to bf16."""
     if a.dtype == out.dtype:
         if add:
             out.addmm_(a, b)
@@ -189,7 +191,7 @@ def _forward_tiles(
     buffer = plan.tile_buffer(hidden, dtype)
     chunks, slabs = list(ranges(count, plan.rows)), list(ranges(vocabulary, plan.columns))
     tiles = [(chunk, slab) for chunk in chunks for slab in slabs]
-    if head.rank or dtype != head.weight.dtype:  # slabs are copies: make each once
+    if head.rank or dtype != head.weight.dtype:  # slabs are copies: make each only once
         tiles = [(chunk, slab) for slab in slabs for chunk in chunks]
     x = w = hidden  # replaced before use
     at_chunk = at_slab = -1

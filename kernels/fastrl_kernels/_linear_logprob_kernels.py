@@ -1,12 +1,12 @@
 """Triton kernels of the head: fold a slab of logits into row statistics, turn a slab into its gradient in place.
 
-The mathematics stands in ``_linear_logprob_tiles``. Forward: one program per row reads the slab once. The elements of
-one 128-bit word form a group with a running (max, sum, weighted sum), rescaled once a word; groups meet once at the
-end, so the loop has no barrier, and the next block is loaded while one is folded. Sums that hold the row's maximum
-itself would round what is beside it away: that one group is summed anew without it, a block's work per row. Backward:
-elementwise given the row's log-sum-exp; read once, written once, rounded once. Loops start at the row's first whole
-word and run unmasked over whole blocks, so all but a row's ends moves in 128-bit words, whatever its stride and size.
-Grids are 1-D and row offsets 64-bit.
+The formulas are in ``_linear_logprob_tiles``. Forward: one program per row reads the slab once. The elements of one
+128-bit word form a group with a running (max, sum, weighted sum), rescaled once per word; groups are combined once at
+the end, so the loop has no barrier, and the next block is loaded while one is folded. A sum that includes the row's
+maximum would round small terms away, so the group that contains it is summed again without it, at the cost of one block
+per row. Backward: elementwise given the row's log-sum-exp; read once, written once, rounded once. Loops start at the
+row's first whole word and run unmasked over whole blocks, so all but a row's ends is accessed in 128-bit words for any
+stride and size. Grids are 1-D and row offsets 64-bit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _load_logits(row_pointer, bias, columns, mask, MASKED: tl.constexpr, HAS_BIA
 
 @triton.jit
 def _aligned_start(offset, PACK: tl.constexpr):
-    """The first multiple of PACK from ``offset`` on: a row of odd stride is read in whole words from there."""
+    """The first multiple of PACK from ``offset`` on, from which a row of odd stride can be read in whole words."""
     return (offset + (PACK - 1)) // PACK * PACK
 
 
@@ -93,13 +93,13 @@ def _owner_rest(
     row_pointer, bias, head, blocks, width, group, top, softcap, scale,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Sum and weighted sum of one group once more, without one element that is its maximum ``top``."""
+    """Sum and weighted sum of one group, computed again without one element that is its maximum ``top``."""
     step = tl.arange(0, GROUPS)
     lane = group * PACK + tl.arange(0, PACK)
     rest = tl.zeros([GROUPS], tl.float32)
     weighted = tl.zeros([GROUPS], tl.float32)
     found = 0
-    for start in range(0, blocks + 2, GROUPS):  # its part of the row's head, of every whole block, and of the tail
+    for start in range(0, blocks + 2, GROUPS):  # the group's part of the row's head, whole blocks and tail
         i = start + step
         columns = tl.where(i == 0, 0, head + (i - 1) * (GROUPS * PACK))[:, None] + lane[None, :]
         mask = (i < blocks + 2)[:, None] & (columns < tl.where(i == 0, head, width)[:, None])
@@ -149,7 +149,7 @@ def linear_logprob_fold_kernel(
     if blocks > 0:
         body = tile + aligned + lanes
         x = tl.load(body)
-        for start in range(blocks):  # the next block's words are on their way while this one's are folded
+        for start in range(blocks):  # the next block is loaded while this one is folded
             ahead = tl.load(body + tl.minimum(start + 1, blocks - 1) * BLOCK)
             m, r, w = _fold_block(
                 m, r, w, x, bias, head + start * BLOCK + lanes, lanes < BLOCK, softcap, scale,
@@ -172,13 +172,14 @@ def linear_logprob_fold_kernel(
     a = tl.exp2(m - top)
     a0 = tl.exp2(m0 - top)
     a_here = tl.exp2(here_top - top)
-    # The group that holds the maximum is summed anew without it: what is left beside a 1 would have been rounded away.
+    # The group with the maximum is summed again without it: small terms added to a 1 would be rounded away.
     owner = tl.min(tl.where(m == here_top, group, GROUPS), 0)
     rest, weighted = _owner_rest(  # pyright: ignore[reportGeneralTypeIssues]
         row_pointer, bias, head, blocks, width, owner, here_top, softcap, scale, HAS_BIAS, HAS_SOFTCAP, GROUPS, PACK
     )
     weighted = a_here * (weighted + (here_top - top) * (rest + 1.0))
-    z0 = tl.load(state + 3 * state_stride, mask=seen, other=float("nan"))  # here: a barrier lies before its store
+    # loaded here, as a barrier precedes its store
+    z0 = tl.load(state + 3 * state_stride, mask=seen, other=float("nan"))
     rest = a_here * rest + tl.sum(tl.where(group == owner, 0.0, r * a), 0)
     rest += tl.where(here_top >= m0, (r0 + 1.0) * a0, r0 + a_here)
     rest = tl.where(ignored, 0.0, rest)
@@ -201,7 +202,7 @@ def linear_logprob_fold_kernel(
         tl.store(state + 2 * state_stride, weighted)
         tl.store(state + 3 * state_stride, z_target)
     if ignored | (first_column + width == n_columns):
-        small = tl.minimum(rest, 1.0)  # log(1 + rest), accurate where one token has all the mass
+        small = tl.minimum(rest, 1.0)  # log(1 + rest), accurate even if one token has all the mass
         log_total = tl.where(rest < 1.0, log1p_unit(small) * 1.4426950408889634, tl.log2(1.0 + rest))
         tl.store(logp + row, tl.where(ignored, 0.0, (z_target - top - log_total) * 0.6931471805599453))
         tl.store(lse + row, tl.where(ignored, 0.0, (top + log_total) * 0.6931471805599453))
@@ -303,7 +304,7 @@ def linear_logprob_gradient_kernel(
 
 
 def launch_config(width: int) -> tuple[int, int]:
-    """(BLOCK, warps) for tiles this many columns wide; both kernels share it."""
+    """(BLOCK, warps) for tiles of this many columns, for both kernels."""
     if width > 2048:
         return 4096, 8
     if width > 256:

@@ -1,22 +1,22 @@
-"""The two passes over a tile of logits every head op is made of: fold it into statistics, turn it into its gradient.
+"""The two passes over a tile of logits that all head operators use: fold it into statistics, turn it into its gradient.
 
-A tile holds raw logits ``s`` of some rows and a slab of vocabulary columns. What the row's distribution sees is
+A tile holds raw logits ``s`` of some rows and a slab of vocabulary columns. The row's distribution is the softmax of
 
     z = softcap * tanh((s + bias) / softcap) / temperature            (softcap and bias where given)
 
 ``fold_tile`` reads a tile once and keeps, per row, the running maximum ``m``, the sum ``r`` of ``exp(z - m)`` over all
 tokens but the maximal one, ``w = sum exp(z - m) (z - m)`` and the target's logit. After the last slab
 ``logp = (z_target - m) - log(1 + r)``, ``lse = m + log(1 + r)`` and ``entropy = log(1 + r) - w / (1 + r)``: nothing
-cancels when one token takes all the mass (``r`` is its odds against) or when logits are large.
+cancels if one token has all the mass (``r`` is the odds against it) or if logits are large.
 
-``differentiate_tile`` is elementwise once ``lse`` is known, so it may write over the tile. With upstream gradients
+``differentiate_tile`` is elementwise once ``lse`` is known, so it may overwrite the tile. With upstream gradients
 ``g`` (of logp) and ``h`` (of entropy ``H``), ``p = exp(z - lse)``:
 
     dL/dz_j = g (1[j = target] - p_j) - h p_j (log p_j + H),        dL/ds = dL/dz / temperature * (1 - tanh^2)
 
 The target's column uses ``1 - p = -expm1(logp)`` in fp32 and is rounded once, so a confident target keeps its gradient.
-Rows whose target is ``ignore_index`` give exact zeros, whatever the tile holds there. A target outside the vocabulary
-gives NaN (CPU callers raise before). CUDA tiles go through Triton; the torch path works in the tile's own precision.
+Rows whose target is ``ignore_index`` give exact zeros, even if the tile holds NaN. A target outside the vocabulary
+gives NaN (on a CPU, callers raise before). CUDA tiles use Triton; the torch path computes in the tile's own precision.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from torch import Tensor
 from fastrl_kernels._common import use_triton
 from fastrl_kernels._linear_logprob_kernels import launch_fold, launch_gradient
 
-NO_IGNORE = -(2**31)  # stands for "no target is ignored" where a kernel wants an integer
-_LOWEST = -1.0e30  # a forbidden token (-inf): weighs nothing, and its multiples stay finite
-_EAGER_BLOCK = 1024  # columns that one step of the torch path works on: bounds its temporaries
+NO_IGNORE = -(2**31)  # passed to kernels as ignore_index if no target is ignored
+_LOWEST = -1.0e30  # replaces -inf of a forbidden token: its probability is 0 and its multiples stay finite
+_EAGER_BLOCK = 1024  # columns per step of the torch path, which bounds its temporaries
 
 
 class TileOptions(NamedTuple):
-    """What turns raw logits into the distribution, the same for every tile."""
+    """The parameters that turn raw logits into the distribution, the same for every tile."""
 
-    n_columns: int  # of the whole vocabulary: the slab that ends it writes the results
+    n_columns: int  # size of the whole vocabulary; its last slab writes the results
     bias: Tensor | None  # [n_columns]
     softcap: float | None
     ignore_index: int
@@ -70,15 +70,15 @@ class RowTerms(NamedTuple):
 
 
 def triton_path(tensor: Tensor) -> bool:
-    """True where tiles of this tensor's dtype and device go through Triton."""
+    """True if tiles of this tensor's dtype and device use Triton."""
     return use_triton(tensor) and tensor.dtype != torch.float64
 
 
 def fold_tile(tile: Tensor, first_column: int, options: TileOptions, rows: RowTerms, state: Tensor) -> None:
-    """Fold a slab ``tile`` [n, width] of raw logits into the rows' statistics; slabs come in ascending column order.
+    """Fold a slab ``tile`` [n, width] of raw logits into the rows' statistics; slabs must come in ascending order.
 
-    ``state`` [4, n] carries the statistics between slabs (not initialised by the caller). The slab that ends the
-    vocabulary writes ``rows.logp``, ``.lse`` and, where given, ``.entropy``. The tile is only read.
+    ``state`` [4, n] holds the statistics between slabs (not initialised by the caller). The last slab of the vocabulary
+    writes ``rows.logp``, ``.lse`` and, if given, ``.entropy``. The tile is not modified.
     """
     if tile.shape[0] == 0:
         return
@@ -110,22 +110,22 @@ def differentiate_tile(
 
 
 def eager_row_bytes(itemsize: int, softcap: bool) -> int:
-    """Bytes of temporaries per row that the torch path needs beside the tile, at most."""
+    """Upper bound of the torch path's temporaries in bytes per row, without the tile."""
     return (2 + softcap) * _EAGER_BLOCK * itemsize
 
 
 def eager_block_bytes(itemsize: int, vocabulary: int) -> int:
-    """Bytes of one of them: the gradient makes none, folding makes one, and another for entropy or a temperature."""
+    """Bytes of one temporary: the gradient has none, folding one, and another for entropy or a temperature."""
     return min(vocabulary, _EAGER_BLOCK) * itemsize
 
 
 def _is_plain(options: TileOptions, rows: RowTerms) -> bool:
-    """Whether the distribution sees the logits as they are: each pass over a tile that is left out counts."""
+    """Whether the distribution is the softmax of the raw logits, so that passes over the tile can be skipped."""
     return options.bias is None and options.softcap is None and bool((rows.inverse_temperature == 1).all())
 
 
 def _temper(s: Tensor, first: int, options: TileOptions, inverse_temperature: Tensor) -> Tensor | None:
-    """Raw logits -> tempered logits, in place; returns tanh where there is a softcap."""
+    """Raw logits -> tempered logits, in place; returns the tanh if there is a softcap."""
     tanh = None
     if options.bias is not None:
         s.add_(options.bias[first : first + s.shape[1]])
@@ -159,16 +159,16 @@ def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: Row
         z = z - block_top[:, None]
         e = (z.exp_() if rows.entropy is None else z.exp()).scatter_(1, owner[:, None], 0)
         block_rest = e.sum(1)
-        old_share, block_share = (top - new_top).exp(), (block_top - new_top).exp()
+        old_scale, block_scale = (top - new_top).exp(), (block_top - new_top).exp()
         if rows.entropy is not None:
-            old = old_share * (weighted + (top - new_top) * (rest + 1))
-            block = block_share * (z.clamp_(min=_LOWEST).mul_(e).sum(1) + (block_top - new_top) * (block_rest + 1))
+            old = old_scale * (weighted + (top - new_top) * (rest + 1))
+            block = block_scale * (z.clamp_(min=_LOWEST).mul_(e).sum(1) + (block_top - new_top) * (block_rest + 1))
             weighted.copy_(old + block)
-        ahead = torch.where(block_top >= top, block_rest, rest)  # of the side that holds the maximum
-        behind = torch.where(block_top >= top, (rest + 1) * old_share, (block_rest + 1) * block_share)
+        ahead = torch.where(block_top >= top, block_rest, rest)  # from the side that holds the maximum
+        behind = torch.where(block_top >= top, (rest + 1) * old_scale, (block_rest + 1) * block_scale)
         rest.copy_(ahead + behind)
         top.copy_(new_top)
-        del z, e  # or they would live on beside the next block's
+        del z, e  # freed before the next block allocates its own
     if first_column + tile.shape[1] == options.n_columns:
         ignored = rows.target == options.ignore_index
         log_total = rest.log1p()
@@ -209,7 +209,7 @@ def _differentiate_eager(
             s.mul_(rows.inverse_temperature[:, None])
         if tanh is not None:
             s.mul_(tanh.square_().neg_().add_(1))
-        if some_nothing:  # not by a product: whatever they hold
+        if some_nothing:  # masked_fill and not a product, as these rows may hold NaN
             s.masked_fill_(nothing[:, None], 0)
         if out is not tile:
             out[:, start : start + _EAGER_BLOCK].copy_(s)

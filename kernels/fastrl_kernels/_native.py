@@ -1,7 +1,7 @@
 """The C++ CPU paths of ``csrc/``, called through ctypes (which releases the GIL).
 
-The extension is optional: where it was not built, or is of another version, :func:`library` is ``None`` and callers
-take their eager path. Threads: ``torch.get_num_threads()``.
+The extension is optional: if it was not built or has another version, :func:`library` returns ``None`` and callers take
+their eager path. Number of threads: ``torch.get_num_threads()``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SIGNATURES = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loaded extension, or ``None``; :func:`why_not` says why."""
+    """The loaded extension, or ``None``; :func:`why_not` gives the reason."""
     return _load()[0]
 
 
 @functools.cache
 def why_not() -> str | None:
-    """Why the native path is not used, or ``None`` where it is."""
+    """The reason why the native path is not used, or ``None`` if it is."""
     return _load()[1]
 
 

@@ -1,4 +1,4 @@
-"""What a policy loss is told besides its vectors: one record that every layer hands on, and the checks of it."""
+"""The options of a policy loss, as one record that all layers pass on, its per-row tensors, and their checks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ KL_KINDS = ("k1", "k2", "k3")
 LOSSES = ("clip", "cispo", "sapo")
 IMPORTANCE = (None, "truncate", "mask")
 LEVELS = ("token", "sequence")
-Number = float | Tensor  # a tensor is 0-d: its value is read on the device, so changing it recompiles nothing
+Number = float | Tensor  # a tensor is 0-d and read on the device, so changing its value does not recompile
 
 
 class PolicyOptions(NamedTuple):
-    """The options of ``policy_loss``, as its docstring has them."""
+    """The options of ``policy_loss``; see its docstring."""
 
     clip_low: Number = 0.2
     clip_high: Number = 0.2
@@ -42,7 +42,7 @@ class PolicyOptions(NamedTuple):
         return self.ratio == "sequence" or (self.importance is not None and self.importance_level == "sequence")
 
     def split(self, like: Tensor) -> tuple[PolicyOptions, Tensor | None]:
-        """Plain numbers for an operator, and its ``bounds`` as one float64 vector where one of them is a tensor."""
+        """Plain numbers for an operator, and the ``bounds`` as one float64 vector if any of them is a tensor."""
         numbers = {name: value for name, value in self._asdict().items() if name in _RANGES and value is not None}
         if not any(isinstance(value, Tensor) for value in numbers.values()):
             return self._replace(**{name: float(value) for name, value in numbers.items()}), None
@@ -78,11 +78,11 @@ class PolicyOptions(NamedTuple):
             value = getattr(self, name)
             check(value in allowed, f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
         unused = self.loss == "clip" or self.dual_clip is None
-        check(unused, f"dual_clip: a bound of loss='clip', which loss={self.loss!r} has no use for")
+        check(unused, f"dual_clip: only read with loss='clip', got loss={self.loss!r}")
         weighed = isinstance(self.beta, Tensor) or self.beta != 0
         check(not weighed or ref_logp is not None, "ref_logp: needed because beta is not 0, got None")
-        told = (self.importance is None) == (sampler_logp is None)
-        check(told, "importance, sampler_logp: give both or neither")
+        paired = (self.importance is None) == (sampler_logp is None)
+        check(paired, "importance, sampler_logp: give both or neither")
 
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # in the order of ``bounds``
@@ -99,11 +99,11 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # in the order of ``b
 def options_schema() -> str:
     """The options as arguments of an operator's schema, in their order and with their defaults."""
     kinds = {"dual_clip": "float?", "importance": "str?"}
-    told = []
+    arguments = []
     for name, default in PolicyOptions._field_defaults.items():
         written = f'"{default}"' if isinstance(default, str) else repr(default)
-        told.append(f"{kinds.get(name, type(default).__name__)} {name}={written}")
-    return ", ".join(told)
+        arguments.append(f"{kinds.get(name, type(default).__name__)} {name}={written}")
+    return ", ".join(arguments)
 
 
 class PolicyTensors(NamedTuple):

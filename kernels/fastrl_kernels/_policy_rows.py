@@ -1,7 +1,7 @@
-"""The rows of the clipped policy loss: one Triton device function and one torch function, used wherever it is computed.
+"""The row terms of the clipped policy loss: one Triton kernel and one torch function, the only implementations.
 
-``policy_loss`` calls them over all rows at once, a chunked head over the rows of a chunk. The formula and its gradient
-are written in ``policy_loss.py``; this file is where they are computed, once per backend.
+``policy_loss`` calls them for all rows at once, a chunked head for the rows of each chunk. The formula and its gradient
+are documented in ``policy_loss.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastrl_kernels._numerics import expm1_tail, sigmoid
 from fastrl_kernels._policy_options import IMPORTANCE, KL_KINDS, LOSSES, PolicyOptions, PolicyTensors
 from fastrl_kernels._triton import tl, triton
 
-LOG_RATIO_LIMIT = 20.0  # verl clamps here too; exp(20) = 4.9e8 keeps sums finite in fp32
+LOG_RATIO_LIMIT = 20.0  # the same as verl's clamp; exp(20) = 4.9e8 keeps sums finite in fp32
 PARTIALS = 8  # loss, kl, low, high, ratio sums; ratio maximum; row count; unused
 _BLOCK = 256  # one warp per program: the seven sums need no barrier
 _SCAN = 1024
@@ -39,7 +39,7 @@ def _surrogate(
 
     The slope is in log_ratio, under cispo (LOSS 1) in logp.
     """
-    # not minimum and maximum, which on a GPU give the operand that is not NaN: NaN stays NaN
+    # not minimum and maximum, which on a GPU return the operand that is not NaN: NaN must stay NaN
     clamped = tl.where(log_ratio < -20.0, -20.0, tl.where(log_ratio > 20.0, 20.0, log_ratio))
     ratio = tl.exp(clamped)
     clip_low = (advantage < 0) & (ratio < low)
@@ -69,7 +69,8 @@ def _surrogate(
 
 @triton.jit
 def _importance(log_weight, cap, IMPORTANCE: tl.constexpr):
-    """min(w, cap) (IMPORTANCE 1), or w up to cap and else 0 (2), of w = exp(log_weight); 1 for NaN (untold)."""
+    """min(w, cap) (IMPORTANCE 1), or w up to cap and else 0 (2), of w = exp(log_weight); 1 for NaN (no log-prob from
+    the sampler)."""
     log_weight = tl.where(log_weight == log_weight, log_weight, 0.0)
     weight = tl.exp(tl.minimum(tl.maximum(log_weight, -20.0), 20.0))
     return tl.where(weight > cap, cap if IMPORTANCE == 1 else 0.0, weight)
@@ -102,12 +103,12 @@ def policy_rows_kernel(
     logp_ptr,  # [n]
     advantage_ptr,  # [n_completions]
     completion_ptr,  # [n]
-    weight_ptr,  # [n], 0: the row is not looked at
+    weight_ptr,  # [n], 0: the row is skipped
     old_ptr,  # [n] or None: ratio 1
     ref_ptr,  # [n] or None: no KL
     sampler_ptr,  # [n] or None: no importance weights, or those of sequences
-    sequence_ptr,  # [3, n_completions] fp32 of sequence_sums_kernel, or None: all is per token
-    numbers_ptr,  # [7] fp64 or None: the next numbers, where one of them is a tensor
+    sequence_ptr,  # [3, n_completions] fp32 of sequence_sums_kernel, or None: everything is per token
+    numbers_ptr,  # [7] fp64 or None: replaces the following numbers if one of them is a tensor
     loss_ptr,  # [n] fp32 out
     dlogp_ptr,  # [n] fp32 out
     partials_ptr,  # [blocks, 8] fp32 out
@@ -150,19 +151,19 @@ def policy_rows_kernel(
         old = tl.load(old_ptr + rows, mask=live, other=0.0).to(tl.float32)
     of_sequence = 1.0
     if IMPORTANCE_SEQUENCE:
-        told = tl.load(sequence_ptr + 2 * n_completions + completion, mask=live, other=0.0)
-        of_sequence = _importance(told, cap, IMPORTANCE)
-        share = weight * of_sequence
+        log_weight = tl.load(sequence_ptr + 2 * n_completions + completion, mask=live, other=0.0)
+        of_sequence = _importance(log_weight, cap, IMPORTANCE)
+        slope_weight = weight * of_sequence
     elif IMPORTANCE > 0:
-        told = old - tl.load(sampler_ptr + rows, mask=live, other=0.0).to(tl.float32)
-        share = weight * _importance(told, cap, IMPORTANCE)
+        log_weight = old - tl.load(sampler_ptr + rows, mask=live, other=0.0).to(tl.float32)
+        slope_weight = weight * _importance(log_weight, cap, IMPORTANCE)
     else:
-        share = weight
-    loss = share
+        slope_weight = weight
+    loss = slope_weight
     if SEQUENCE:
         log_ratio = tl.load(sequence_ptr + completion, mask=live, other=0.0)
-        if LOSS != 1:  # the gradient goes through the mean, to every row of the completion alike
-            share = tl.load(sequence_ptr + n_completions + completion, mask=live, other=0.0) * of_sequence
+        if LOSS != 1:  # the gradient goes through the mean, equally to every row of the completion
+            slope_weight = tl.load(sequence_ptr + n_completions + completion, mask=live, other=0.0) * of_sequence
     elif old_ptr is not None:
         log_ratio = logp - old
     else:
@@ -170,7 +171,7 @@ def policy_rows_kernel(
     pg, slope, ratio, clip_low, clip_high = _surrogate(  # type: ignore
         log_ratio, logp, advantage, low, high, dual, tau_positive, tau_negative, LOSS, DUAL
     )
-    loss, dlogp = loss * pg, share * slope
+    loss, dlogp = loss * pg, slope_weight * slope
     kl = tl.zeros([BLOCK], tl.float32)
     if ref_ptr is not None:
         ref = tl.load(ref_ptr + rows, mask=live, other=0.0).to(tl.float32)
@@ -223,7 +224,7 @@ def sequence_sums_kernel(
     sequence_ptr,  # [3, n_completions] fp32 out
     n, n_completions, cap, IMPORTANCE: tl.constexpr, IMPORTANCE_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per completion, over its weighted rows in any order: what a row needs of the others.
+    """The sums over a completion that its rows need; one program per completion, over its weighted rows in any order.
 
     Mean log-ratio; weight (importance weights of tokens included) per row; log importance weight of the sequence.
     """
@@ -232,7 +233,7 @@ def sequence_sums_kernel(
         cap = tl.load(numbers_ptr + 4)
     cap = tl.cast(cap, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    count, weights, told = total, total, total
+    count, weights, log_weight = total, total, total
     for start in range(0, n, BLOCK):
         rows = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = rows < n
@@ -248,25 +249,25 @@ def sequence_sums_kernel(
         if IMPORTANCE > 0:
             gap = old - tl.load(sampler_ptr + rows, mask=live, other=0.0).to(tl.float32)
             if IMPORTANCE_SEQUENCE:
-                told += tl.where(gap == gap, gap, 0.0)
+                log_weight += tl.where(gap == gap, gap, 0.0)
             else:
                 weight = weight * _importance(gap, cap, IMPORTANCE)
         weights += weight
     rows_of_it = tl.maximum(tl.sum(count), 1.0)
     tl.store(sequence_ptr + this, tl.sum(total) / rows_of_it)
     tl.store(sequence_ptr + n_completions + this, tl.sum(weights) / rows_of_it)
-    tl.store(sequence_ptr + 2 * n_completions + this, tl.sum(told))
+    tl.store(sequence_ptr + 2 * n_completions + this, tl.sum(log_weight))
 
 
 def policy_row_terms(
     logp: Tensor, tensors: PolicyTensors, options: PolicyOptions, numbers: Tensor | None = None
 ) -> PolicyRows:
-    """The loss's mathematics, row by row, without autograd: what ``policy_loss`` and chunked heads both call.
+    """The loss row by row, without autograd; used by ``policy_loss`` and by chunked heads.
 
-    Where no option ``needs_sums``, rows are independent, so any chunk of rows (with all of ``advantage [C]``) gives the
-    same rows as the whole; concatenate the chunks' ``partials`` for ``policy_totals``. Else all rows of a completion
-    come in one call. ``numbers``: of ``options.split``. Arguments are not checked. Results are fp32 (float64 for
-    float64 ``logp``).
+    Unless an option ``needs_sums``, rows are independent, so any chunk of rows (with all of ``advantage [C]``) gives
+    the same results as the whole; concatenate the chunks' ``partials`` for ``policy_totals``. Otherwise all rows of a
+    completion must be in one call. ``numbers``: from ``options.split``. Arguments are not checked. Results are fp32
+    (float64 for float64 ``logp``).
     """
     if not use_triton(logp) or logp.dtype == torch.float64:
         return rows_eager(logp, tensors, options, numbers)
@@ -310,15 +311,15 @@ def _sequence_sums(
 
 
 def sequence_importance(old: Tensor, sampler: Tensor, completion: Tensor, weight: Tensor, completions: int) -> Tensor:
-    """[N]: the log importance weight of each row's sequence, over its rows of non-zero weight; always in one order."""
+    """[N]: the log importance weight of each row's sequence, over its rows of non-zero weight, in a fixed order."""
     index = completion.clamp(0, max(completions - 1, 0)).long()
     if use_triton(old) and weight.dtype != torch.float64 and completions:
         vectors = (old, completion, weight, sampler)
         old, completion, weight, sampler = (t.contiguous() for t in vectors)
         tensors = PolicyTensors(weight.new_empty(completions), completion, weight, old, None, sampler)
         return _sequence_sums(old, tensors, None, 1.0, 1, True)[2][index]
-    told = torch.where((weight != 0) & ~sampler.isnan(), old.double() - sampler.double(), 0.0)
-    return told.new_zeros(max(completions, 1)).index_add_(0, index, told)[index].to(weight.dtype)
+    log_weight = torch.where((weight != 0) & ~sampler.isnan(), old.double() - sampler.double(), 0.0)
+    return log_weight.new_zeros(max(completions, 1)).index_add_(0, index, log_weight)[index].to(weight.dtype)
 
 
 def policy_totals(partials: Tensor) -> tuple[Tensor, Tensor]:
@@ -339,7 +340,7 @@ def policy_totals(partials: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rows_eager(logp: Tensor, tensors: PolicyTensors, options: PolicyOptions, numbers: Tensor | None) -> PolicyRows:
-    """The torch form of the rows: float64 inside, whatever comes in; float64 out for float64 ``logp``, else fp32."""
+    """The torch implementation: always computes in float64; returns float64 for float64 ``logp``, else fp32."""
     advantage, completion, weight, old_logp, ref_logp, sampler_logp = tensors
     low, high, dual, beta, cap, tau_positive, tau_negative = options.bounds(numbers)
     out = torch.float64 if logp.dtype == torch.float64 else torch.float32
@@ -352,19 +353,19 @@ def rows_eager(logp: Tensor, tensors: PolicyTensors, options: PolicyOptions, num
     old = p if old_logp is None else torch.where(live, old_logp.double(), 0.0)
     log_ratio = torch.zeros_like(p) if old_logp is None else p - old
     empty = torch.zeros(max(c, 1), dtype=p.dtype, device=p.device)
-    own = w  # of the row's objective; that of its KL stays w
+    own = w  # weight of the row's objective; that of its KL stays w
     if sampler_logp is not None:
-        told = torch.where(live & ~sampler_logp.isnan(), old - sampler_logp.double(), 0.0)
+        log_weight = torch.where(live & ~sampler_logp.isnan(), old - sampler_logp.double(), 0.0)
         if options.importance_level == "sequence":
-            told = empty.index_add(0, index, told)[index]
-        factor = told.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+            log_weight = empty.index_add(0, index, log_weight)[index]
+        factor = log_weight.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         own = w * torch.where(factor > cap, cap if options.importance == "truncate" else 0.0, factor)
-    share = own
+    slope_weight = own
     if options.ratio == "sequence":
         count = empty.index_add(0, index, live.to(p.dtype)).clamp(min=1)
         log_ratio = torch.where(live, (empty.index_add(0, index, log_ratio) / count)[index], 0.0)
         if options.loss != "cispo":
-            share = torch.where(live, (empty.index_add(0, index, own) / count)[index], 0.0)
+            slope_weight = torch.where(live, (empty.index_add(0, index, own) / count)[index], 0.0)
     clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     r = clamped.exp()
     clip_low, clip_high = (a < 0) & (r < low), (a > 0) & (r > high)
@@ -385,7 +386,7 @@ def rows_eager(logp: Tensor, tensors: PolicyTensors, options: PolicyOptions, num
             beyond = (a < 0) & (used > dual)
             used, stopped = torch.where(beyond, dual, used), stopped | beyond
         value, slope = -a * used, torch.where(stopped, 0.0, -a * r)
-    loss, dlogp = own * value, share * slope
+    loss, dlogp = own * value, slope_weight * slope
     kl = torch.zeros_like(p)
     if ref_logp is not None:
         kl, kl_slope = _kl_eager(torch.where(live, ref_logp.double(), 0.0) - p, options.kl, options.kl_gradient)

@@ -1,8 +1,8 @@
 """One import of Triton for the whole library.
 
-Kernel files write ``from fastrl_kernels._triton import HAS_TRITON, tl, triton``. Where Triton is not installed a
-stand-in lets the modules import: decorated kernels become objects that raise when launched, and every public function
-takes its CPU path instead.
+Kernel files write ``from fastrl_kernels._triton import HAS_TRITON, tl, triton``. If Triton is not installed, a stub
+lets the modules import: decorated kernels become objects that raise when launched, and every public function takes its
+CPU path.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ except ImportError:  # a platform without Triton wheels, or a CPU-only install
     HAS_TRITON = False
 
     class _Missing:
-        """Stands in for ``triton`` and ``triton.language``: any attribute exists, launching says what is missing."""
+        """Stub for ``triton`` and ``triton.language``: has any attribute, and raises on launch."""
 
         def __getattr__(self, name: str) -> Any:
             return self

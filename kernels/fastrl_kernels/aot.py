@@ -1,12 +1,13 @@
-"""Compiles kernels as a GPU launch would, without a GPU, and reads what the machine code costs.
+"""Compiles kernels without a GPU exactly as a launch would, and reads the resource usage of the machine code.
 
-Inside ``with as_launched(90) as launches:`` public calls on CPU tensors take the Triton path. Triton is given a driver
-whose device has that compute capability, and each launch is specialised on its real arguments (an integer 1 is a
-constant, divisibility by 16 an attribute, as are aligned pointers), compiled and recorded, not run. Results of such a
-call are uninitialised memory. Triton's wheel ships NVIDIA's assembler and disassembler, so any machine will do.
+Inside ``with as_launched(90) as launches:`` public calls on CPU tensors take the Triton path. Triton gets a driver
+whose device has that compute capability, and each launch is specialised on its actual arguments (an integer 1 is a
+constant; divisibility by 16 and aligned pointers are attributes), compiled and recorded, but not run. Results of such a
+call are uninitialised memory. Triton's wheel includes NVIDIA's assembler and disassembler, so this works on any
+machine.
 
-``python -m fastrl_kernels.aot`` compiles the public API at the sizes users have (``_aot_calls``) for three
-architectures and prints a table; ``--json FILE`` writes it. A spill is a failure, in the tests too.
+``python -m fastrl_kernels.aot`` compiles the public API at realistic sizes (``_aot_calls``) for three architectures and
+prints a table; ``--json FILE`` writes it. A register spill is a failure, also in the tests.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ _BARRIER = re.compile(r"^\s*(?:@!?%p\d+ )?(?:bar\.sync|barrier\.sync)", re.MULTI
 
 
 class Launch(NamedTuple):
-    """A kernel as one public call launches it on one architecture."""
+    """A kernel launched by a public call on one architecture."""
 
-    name: str  # of the kernel
+    name: str  # name of the kernel
     registers: int  # per thread
-    stack: int  # bytes of local memory per thread; not 0: registers were spilled
+    stack: int  # bytes of local memory per thread; nonzero if registers were spilled
     shared: int  # bytes per program
-    barriers: int  # barrier instructions of a program
+    barriers: int  # number of barrier instructions
     call: str  # the public call that launches it first
     arch: int  # compute capability x 10
     warps: int
@@ -53,18 +54,18 @@ class Launch(NamedTuple):
     compiled: Any  # Triton's compiled kernel: ``asm["ptx"]``, ``asm["cubin"]``
 
     def row(self) -> dict[str, Any]:
-        """Plain values, with the number of instructions (of padding, none)."""
+        """Plain values, with the number of instructions (without padding)."""
         return {**self._asdict(), "instructions": len(instructions(self.compiled))} | {"compiled": None}
 
 
 class _Driver:
-    """What Triton asks of a driver before it compiles."""
+    """The part of a driver that Triton needs to compile."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
 
     def get_current_device(self) -> str:
-        return f"sm_{self.arch}"  # no other driver's device: what is compiled here is kept apart
+        return f"sm_{self.arch}"  # a name that no real driver uses, so that these kernels are cached separately
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -106,7 +107,7 @@ class _Recorder:
         self.launches.append(launch)
 
     def _public_call(self) -> str:
-        """The call on the stack as text. A backward has none: the last call of its module's forward."""
+        """The public call on the stack as text. A backward has none; it gets the last call of its module's forward."""
         public = importlib.import_module("fastrl_kernels").__all__
         module, outermost = "", None
         frame = sys._getframe(2)
@@ -124,18 +125,18 @@ class _Recorder:
 
 
 def _describe(frame: FrameType) -> str:
-    """A public function's frame as its call: what differs from the defaults, tensors by dtype and shape."""
+    """A public function's frame as the text of a call: arguments that are not defaults, tensors as dtype and shape."""
     function = frame.f_globals[frame.f_code.co_name]
-    told = []
+    arguments = []
     for name, parameter in inspect.signature(function).parameters.items():
         value = frame.f_locals[name]
         if parameter.kind is parameter.VAR_KEYWORD:
-            told += [f"{key}={_value(x)}" for key, x in value.items()]
+            arguments += [f"{key}={_value(x)}" for key, x in value.items()]
         elif value is not parameter.default and not (
             isinstance(value, int | float | str) and value == parameter.default
         ):
-            told.append(f"{name}={_value(value)}")
-    return f"{function.__name__}({', '.join(told)})"
+            arguments.append(f"{name}={_value(value)}")
+    return f"{function.__name__}({', '.join(arguments)})"
 
 
 def _value(value: object) -> str:
@@ -149,17 +150,17 @@ def _value(value: object) -> str:
 
 @contextlib.contextmanager
 def as_launched(arch: int) -> Iterator[list[Launch]]:
-    """Public calls on CPU tensors compile for this architecture as on such a GPU; the list gathers their kernels.
+    """Compile public calls on CPU tensors as a GPU of this architecture would; yields the list of their kernels.
 
-    Each kernel stands in the list once, however often it is launched. Sizes decide the compiled code only by being 1 or
-    divisible by 16, and through launch configurations, so small batches will do.
+    Each kernel is in the list once, even if it is launched several times. Sizes affect the compiled code only by being
+    1 or divisible by 16, and through launch configurations, so small batches are enough.
 
     Args:
         arch: compute capability times 10: 80 (A100), 90 (H100, H200) or 100 (B200).
 
     Raises:
         RuntimeError: under the interpreter, or without Triton.
-        ValueError: another architecture.
+        ValueError: the architecture is not supported.
     """
     if not HAS_TRITON or interpreting():
         raise RuntimeError("ahead-of-time compilation needs Triton and no TRITON_INTERPRET")
@@ -177,7 +178,7 @@ def as_launched(arch: int) -> Iterator[list[Launch]]:
 
 
 def instructions(compiled: Any) -> list[str]:
-    """The machine code of a compiled kernel, an instruction each, without predicates and padding."""
+    """The instructions of a compiled kernel's machine code, without predicates and padding."""
     found = []
     for line in _cuobjdump(compiled.asm["cubin"], "-sass").splitlines():
         match = _ADDRESS.match(line)
@@ -189,7 +190,7 @@ def instructions(compiled: Any) -> list[str]:
 
 
 def problems(launch: Launch) -> list[str]:
-    """What is wrong with a compiled kernel: spilled registers, or a barrier in a program of one warp."""
+    """Problems of a compiled kernel: spilled registers, or a barrier in a program of one warp."""
     where = f"{launch.name} on sm_{launch.arch}, launched by {launch.call}"
     found = []
     if launch.stack:
@@ -212,7 +213,7 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
 
 
 def shipped(arch: int, names: Iterable[str] | None = None) -> list[Launch]:
-    """Every kernel of the public API at the sizes users have; ``names``: of some groups of ``_aot_calls`` only."""
+    """Every kernel of the public API at realistic sizes; ``names``: only these groups of ``_aot_calls``."""
     from fastrl_kernels._aot_calls import CALLS
 
     with as_launched(arch) as launches:
@@ -222,10 +223,10 @@ def shipped(arch: int, names: Iterable[str] | None = None) -> list[Launch]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, write it as JSON where asked, and return 1 if a launch has a problem."""
+    """Print the table, write it as JSON if requested, and return 1 if a launch has a problem."""
     parser = argparse.ArgumentParser(prog="python -m fastrl_kernels.aot", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="these public functions only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to this file as JSON")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="compile only these public functions")
     args = parser.parse_args(argv)
     rows, found = [], []
     print("  sm warps regs stack shared bar kernel, call")

@@ -7,12 +7,12 @@ own keys ``own[r]``:
 
 Decoding is bound by memory, and repeating the prompt for each row reads (and stores) its keys once per row. Here the
 rows of a group times the query heads of one key head form the M dimension of a matrix product, so one program reads a
-slice of the prompt once for all of them. Keys are split over programs (flash-decoding); each split leaves its
+slice of the prompt once for all of them. Keys are split over programs (flash-decoding); each split stores its
 normalised output and its log2-sum-exp, and a second launch merges them:
 
     lse = log2 sum_s 2^lse_s,    out = sum_s 2^(lse_s - lse) out_s
 
-Softmax is taken in base 2 with the scale folded in. Decoding takes no gradient: there is no backward.
+Softmax is computed in base 2 with the scale folded in. Decoding needs no gradient, so there is no backward.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _config(
 ) -> _Config:
     """Launch configuration: splits of 128 keys or more, enough of them to give each multiprocessor two programs."""
     block_d = max(16, _power_of_2(d))
-    wide = block_d > 128 or itemsize == 4  # fp32 products run on the ordinary cores, from registers
+    wide = block_d > 128 or itemsize == 4  # fp32 products do not use tensor cores and take more registers
     block_m = min(max(16, _power_of_2(max_rows * gq)), 16 if wide else 64)
     block_n = 16 if itemsize == 4 and block_d > 128 else 32 if wide else 64  # wider ones spill
     m_blocks = -(-max_rows * gq // block_m)
@@ -210,7 +210,7 @@ def _merge_warps(block_s: int, block_d: int) -> int:
 
 
 def _same_layout(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with one set of strides, the last one 1 (a copy where they are not laid out so already)."""
+    """Keys and values with equal strides, the last one 1 (copied if necessary)."""
     if k.stride() == v.stride() and k.stride(-1) == 1:
         return k, v
     return k.contiguous(), v.contiguous()
@@ -221,7 +221,7 @@ def _decode_attention_op(
     q: Tensor, prefix_k: Tensor, prefix_v: Tensor, own_k: Tensor, own_v: Tensor,
     row_offsets: Tensor, prefix_len: Tensor, own_len: Tensor, max_rows: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    if not use_triton(q):  # only where torch.compile wants one operator, see below
+    if not use_triton(q):  # only under torch.compile, which needs one operator, see below
         return _eager(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len, max_rows, scale)
     (r, hq, d), (b, hkv, p, _), t = q.shape, prefix_k.shape, own_k.shape[2]
     out = torch.empty((r, hq, d), dtype=q.dtype, device=q.device)
@@ -246,7 +246,8 @@ def _decode_attention_op(
         part, part_lse, row_offsets, out, b, hq, cfg.prefix_splits, splits,
         D=d, BLOCK_S=block_s, BLOCK_D=cfg.block_d,
         num_warps=_merge_warps(block_s, cfg.block_d),
-        enable_fp_fusion=False,  # fused into the sum over threads, copies of an element would differ in the last bit
+        # a fused multiply-add in the sum over threads would make copies of an element differ in the last bit
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -283,12 +284,13 @@ def decode_attention(
         prefix_k, prefix_v: prompts' keys and values [B, Hkv, P, D]; Hq is a multiple of Hkv, and query head h reads key
             head h // (Hq / Hkv).
         own_k, own_v: each row's own keys and values [R, Hkv, T, D].
-        row_offsets: [B+1] int32 from 0, not falling: the rows of group g are row_offsets[g] to row_offsets[g+1]. Rows
-            from row_offsets[B] on belong to no group and see their own keys only. None: R / B rows in each group.
+        row_offsets: [B+1] int32 from 0, non-decreasing: the rows of group g are row_offsets[g] to row_offsets[g+1].
+            Rows from row_offsets[B] on belong to no group and attend to their own keys only. None: R / B rows per
+            group.
         prefix_len: [B] int32, 0 to P: length of each prompt. None: all P.
-        own_len: [R] int32, 0 to T: own keys of each row. None: all T.
-        max_rows: rows of the largest group (sets the grid; a smaller number than that is an error that a GPU cannot
-            report). None: R, or R / B without ``row_offsets``.
+        own_len: [R] int32, 0 to T: number of own keys of each row. None: all T.
+        max_rows: rows of the largest group, which sets the grid (a GPU does not detect a value that is too small).
+            None: R, or R / B without ``row_offsets``.
         scale: factor on the scores. None: D ** -0.5.
 
     Returns:
@@ -296,8 +298,8 @@ def decode_attention(
         values beyond the lengths do not matter, as long as they are finite (the CPU path multiplies them by 0).
 
     Raises:
-        ValueError: shapes that do not fit each other, tensors on different devices.
-        TypeError: dtypes other than those named above.
+        ValueError: shapes do not match, or tensors are on different devices.
+        TypeError: other dtypes than those listed above.
     """
     _check(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len)
     r, b = q.shape[0], prefix_k.shape[0]
@@ -334,7 +336,7 @@ def decode_attention_reference(
 ) -> Tensor:
     """Eager twin of :func:`decode_attention` (same arguments): two batched products, one softmax over both parts.
 
-    ``max_rows`` short of the largest group raises ``ValueError`` here.
+    Raises ``ValueError`` if ``max_rows`` is smaller than the largest group.
     """
     _check(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len)
     return _eager(q, prefix_k, prefix_v, own_k, own_v, row_offsets, prefix_len, own_len, max_rows, scale)
@@ -352,12 +354,12 @@ def _eager(
     dtype = q.dtype if q.dtype == torch.float64 else torch.float32
     groups = _Groups(row_offsets, b, r, hq // hkv, max_rows)
     scaled = q.to(dtype).view(r, hkv, hq // hkv, d) * (d**-0.5 if scale is None else scale)
-    with torch.autocast(q.device.type, enabled=False):  # which would round the products
+    with torch.autocast(q.device.type, enabled=False):  # autocast would round the products
         own_score = _scores(scaled, own_k.to(dtype), own_len)  # [R, Hkv, Hq/Hkv, T]
         shared_score = _scores(groups.to_groups(scaled), prefix_k.to(dtype), prefix_len)
         score = torch.cat([groups.to_rows(shared_score, empty=-torch.inf), own_score], -1)
         weight = torch.softmax(score, -1)
-        if own_len is not None or t == 0:  # a row may have no key: the softmax of nothing is NaN, its output is 0
+        if own_len is not None or t == 0:  # a row may have no key: its softmax is NaN, its output must be 0
             weight = weight.masked_fill((score == -torch.inf).all(-1, keepdim=True), 0.0)
         shared = torch.matmul(groups.to_groups(weight[..., :p]), prefix_v.to(dtype))
         out = torch.matmul(weight[..., p:], own_v.to(dtype)) + groups.to_rows(shared, empty=0.0)
@@ -378,7 +380,7 @@ class _Groups:
 
     def __init__(self, row_offsets: Tensor | None, groups: int, rows: int, gq: int, max_rows: int | None) -> None:
         self.groups, self.rows, self.gq = groups, rows, gq
-        self.table: Tensor | None = None  # [B, n]: row in each slot; None: rows are B x n as they lie
+        self.table: Tensor | None = None  # [B, n]: row in each slot; None: rows are B x n in order
         if row_offsets is None:
             self.n = rows // max(groups, 1)
             return
@@ -388,7 +390,7 @@ class _Groups:
         row = torch.arange(rows, device=offsets.device)
         self.table = (offsets[:-1, None] + row[: self.n]).clamp(max=rows - 1)
         group = torch.searchsorted(offsets[1:].contiguous(), row, right=True)
-        self.alone = group == groups  # rows of no group
+        self.alone = group == groups  # rows that belong to no group
         self.group = group.clamp(max=max(groups - 1, 0))
         self.slot = (row - offsets[self.group]).clamp(max=max(self.n - 1, 0))
 

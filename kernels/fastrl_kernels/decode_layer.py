@@ -1,14 +1,14 @@
-"""What lies between the matrix products of a decoder layer when it decodes: one token per row, no gradient.
+"""The operations between the matrix products of a decoder layer, for decoding: one token per row, no gradient.
 
 - ``add_rms_norm``: the residual sum and the RMSNorm that follows it:  h += x;  out = w * h / sqrt(mean h^2 + eps).
-- ``rope_append``: the rotary embedding of queries and keys, and the new keys and values put into the cache.
+- ``rope_append``: the rotary embedding of queries and keys, and the write of new keys and values into the cache.
 - ``silu_mul``: silu(gate) * up.
 
-A decode step of 64 rows moves megabytes per layer through the weights and kilobytes through everything else, yet in
-eager torch "everything else" is about 30 launches a layer, each at the price of a launch whatever it moves. Here it is
-one launch for each of the above (two norms, one rotary embedding, one gate a layer), and every intermediate stays in
-registers. Sums and rotations are taken in float32 and rounded once; what the layer's own code rounds on the way (the
-residual, the normalised input before its weight, the gate) is rounded here too.
+A decode step of 64 rows reads megabytes of weights per layer and moves only kilobytes in all other operations, but in
+eager torch these are about 30 launches per layer, each of which costs a launch regardless of its size. Here each of the
+above is one launch (per layer two norms, one rotary embedding and one gate), and all intermediates stay in registers.
+Sums and rotations are computed in float32 and rounded once; values that the layer's own code rounds in between (the
+residual, the normalised input before its weight, the gate) are rounded here too.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Add ``x`` to the residual stream, in place, and give its RMSNorm. No gradient.
+    """Add ``x`` to the residual stream in place and return its RMSNorm. No gradient.
 
     Args:
         residual: [R, H], contiguous; afterwards the sum, rounded to its dtype.
@@ -151,11 +151,11 @@ def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float)
         [R, H] in the residual's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, a residual that is not contiguous, tensors on different devices.
-        TypeError: dtypes that differ or are not floating.
+        ValueError: shapes do not match, the residual is not contiguous, or tensors are on different devices.
+        TypeError: dtypes differ or are not floating.
     """
     check_shape("residual", residual, (None, None))
-    check(residual.is_contiguous(), "residual: changed in place, so it has to be contiguous")
+    check(residual.is_contiguous(), "residual: changed in place, so it must be contiguous")
     check_dtype("residual", residual, FLOATS)
     check_shape("weight", weight, (residual.shape[1],))
     check_dtype("weight", weight, (residual.dtype,))
@@ -202,19 +202,20 @@ def rope_append(
 ) -> Tensor:
     """Rotate a token's queries and keys, and put its keys and values into slot ``at`` of the cache. No gradient.
 
-    The rotation pairs number i with number i + D/2 of a head, as Llama's and Qwen's weights are laid out.
+    The rotation pairs element i of a head with element i + D/2, the layout of Llama's and Qwen's weights.
 
     Args:
         q: [R, Hq, D], D even; k, v: [R, Hkv, D], of one dtype.
-        cos, sin: [R, D/2], any floating dtype, of each row's position.
+        cos, sin: [R, D/2], any floating dtype, for each row's position.
         keys, values: caches [R, Hkv, T, D] in q's dtype, of equal strides, the last one 1; changed in place.
-        at: [1] int64, 0 to T - 1 (not checked on a GPU, which would have to wait).
+        at: [1] int64, 0 to T - 1 (not checked on a GPU, which would have to synchronise).
 
     Returns:
         The rotated queries [R, Hq, D].
 
     Raises:
-        ValueError: shapes or strides that do not fit, tensors on different devices, on the CPU a slot out of range.
+        ValueError: shapes or strides do not match, tensors are on different devices, or (on the CPU) the slot is out of
+            range.
         TypeError: wrong dtypes.
     """
     check_shape("q", q, (None, None, None))
@@ -280,10 +281,10 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``, the gate rounded to its dtype before the product. No gradient.
 
     Args:
-        gate, up: of one shape, dtype (floating) and device.
+        gate, up: of the same shape, floating dtype and device.
 
     Raises:
-        ValueError, TypeError: where they differ.
+        ValueError, TypeError: they differ.
     """
     check_shape("up", up, tuple(gate.shape))
     check_dtype("gate", gate, FLOATS)

@@ -1,15 +1,15 @@
 """Scores detection answers: matches predictions to truths, then location, label, precision, recall, F1, missing.
 
 Perception-R1 (arXiv 2504.07954, Eq. 4) matches an answer's items to the truth so that the sum of their qualities is
-greatest and aggregates the matched pairs to a reward. Quality is the IoU of two boxes, or 1 - distance / scale of two
-points, never below 0. Pairs of quality 0 are worth nothing and are not matched. So every row of the assignment may stay
-unmatched at cost 0 (its cost is minus the quality): a search may also end by giving up the row of its tree that is
-cheapest to lose, and answers that hit nothing end after one look.
+largest, and aggregates the matched pairs to a reward. Quality is the IoU of two boxes, or 1 - distance / scale of two
+points, at least 0. Pairs of quality 0 contribute nothing and are not matched. Therefore every row of the assignment may
+stay unmatched at cost 0 (the cost of a pair is minus its quality): a search may also end by leaving the row of its tree
+unmatched that is cheapest to lose, and answers without any hit end after one step.
 
-Why it is fast: one launch scores the batch, one program an answer. Predictions lie across the lanes with their search
-state in registers; each step of a search recomputes one truth's qualities (about 20 operations a pair) in place of
-reading them, so no table of qualities is ever written. On CPU the same runs in C++ (``csrc/``), a small table per
-thread, the batch spread over threads.
+Why it is fast: one launch scores the batch, with one program per answer. Predictions are spread over the lanes with
+their search state in registers; each step of a search recomputes one truth's qualities (about 20 operations per pair)
+instead of reading them, so no table of qualities is written. On CPU the same algorithm runs in C++ (``csrc/``), with a
+small table per thread and the batch spread over threads.
 
 No gradient: rewards are constants of the policy step.
 """
@@ -48,7 +48,7 @@ from fastrl_kernels.linear_assignment import (
 )
 from fastrl_kernels.pairwise_iou import pairwise_iou_reference
 
-MAX_ITEMS = 2048  # predictions, and truths, of an answer on a GPU
+MAX_ITEMS = 2048  # largest number of predictions, or of truths, of an answer on a GPU
 METRICS = ("iou", "point")
 MATCHINGS = ("optimal", "sequence")
 
@@ -59,7 +59,7 @@ class DetectionReward(NamedTuple):
     match: Tensor  # [B, n] int64: the truth matched to each prediction, -1: none
     quality: Tensor  # [B, n] in [0, 1], 0 where unmatched
     location: Tensor  # [B] mean quality of the matched pairs
-    label: Tensor  # [B] share of the matched pairs with equal labels
+    label: Tensor  # [B] fraction of the matched pairs with equal labels
     precision: Tensor  # [B] hits / predictions; a hit is a matched pair of at least the threshold
     recall: Tensor  # [B] hits / truths
     f1: Tensor  # [B] 2 hits / (predictions + truths)
@@ -90,12 +90,12 @@ def _quality(px1, py1, px2, py2, gx1, gy1, gx2, gy2, scale, BOXES: tl.constexpr)
 
 
 @triton.jit
-def _share(part, whole, nothing):
-    """part / whole; where whole is 0: 1 for an answer with neither predictions nor truths, else 0."""
+def _fraction(part, whole, nothing):
+    """part / whole; if whole is 0: 1 for an answer with neither predictions nor truths, else 0."""
     return tl.where(whole > 0, part / tl.maximum(whole, 1).to(tl.float32), nothing)
 
 
-# Not specialised on the alignment of sizes: wide words would need another layout, through shared memory and barriers.
+# Not specialised on the alignment of sizes: vectorised access would need a layout change through shared memory.
 @triton.jit(do_not_specialize_on_alignment=["problems", "n", "m"])
 def _detection_kernel(
     pred, gt,  # [B, n, 4 | 2], [B, m, 4 | 2]
@@ -166,16 +166,16 @@ def _detection_kernel(
     hits = tl.sum((paired & (q >= threshold)).to(tl.int32), 0)
     nothing = tl.where(preds + truths == 0, 1.0, 0.0)
     to = parts + b
-    tl.store(to, _share(tl.sum(q, 0), matched, nothing))
-    tl.store(to + problems, _share(tl.sum(same.to(tl.int32), 0).to(tl.float32), matched, nothing))
-    tl.store(to + 2 * problems, _share(hits.to(tl.float32), preds, nothing))
-    tl.store(to + 3 * problems, _share(hits.to(tl.float32), truths, nothing))
-    tl.store(to + 4 * problems, _share(2.0 * hits.to(tl.float32), preds + truths, nothing))
-    tl.store(to + 5 * problems, _share((hits - truths).to(tl.float32), truths, 0.0))
+    tl.store(to, _fraction(tl.sum(q, 0), matched, nothing))
+    tl.store(to + problems, _fraction(tl.sum(same.to(tl.int32), 0).to(tl.float32), matched, nothing))
+    tl.store(to + 2 * problems, _fraction(hits.to(tl.float32), preds, nothing))
+    tl.store(to + 3 * problems, _fraction(hits.to(tl.float32), truths, nothing))
+    tl.store(to + 4 * problems, _fraction(2.0 * hits.to(tl.float32), preds + truths, nothing))
+    tl.store(to + 5 * problems, _fraction((hits - truths).to(tl.float32), truths, 0.0))
 
 
 def _launch_warps(lanes: int) -> int:
-    """One warp, so without a barrier, up to 256 lanes; beyond, 128 lanes a warp."""
+    """One warp, and so no barrier, for up to 256 lanes; beyond that, 128 lanes per warp."""
     return 1 if lanes <= 256 else lanes // 128
 
 
@@ -200,7 +200,7 @@ def _launch(
         match, quality, parts, problems, n, m, threshold, scale,
         HAS_LABELS=labels[0] is not None, BOXES=boxes, SEQUENCE=sequence, LANES=lanes,
         num_warps=warps, num_stages=1,
-        maxnreg=None if warps == 1 else 128,  # else ptxas spills for a program more per multiprocessor
+        maxnreg=None if warps == 1 else 128,  # otherwise ptxas spills to fit one more program per multiprocessor
     )  # fmt: skip
     return match, quality, parts
 
@@ -260,21 +260,20 @@ def detection_reward(
 ) -> DetectionReward:
     """Reward parts of a batch of answers made of boxes or points.
 
-    Predictions are matched to truths one to one, all labels together, so that the summed quality is greatest; pairs of
+    Predictions are matched to truths one to one, regardless of labels, so that the summed quality is largest; pairs of
     quality 0 stay unmatched. ``location`` and ``label`` are means over the matched pairs; precision, recall, F1 and
-    ``missing`` count those of quality at least ``threshold``. Without labels, every pair's labels are equal. With
-    neither predictions nor truths the five positive parts are 1; any other empty denominator gives 0; ``missing`` is 0
-    without truths. Any coordinates may come: a box that is inverted, flat, not finite (or beyond 1e12)
-    has quality 0 with everything, as has a point that is not finite. Nothing raises on values, and the
-    device is never read back.
+    ``missing`` count those of quality at least ``threshold``. Without labels, all labels count as equal. With neither
+    predictions nor truths the five positive parts are 1; any other empty denominator gives 0; ``missing`` is 0 without
+    truths. Any coordinates are accepted: a box that is inverted, flat or not finite (or beyond 1e12) has quality 0 with
+    every other, and so does a point that is not finite. Values never raise, and nothing is read back from the device.
 
-    Among several optimal matchings, truths are served in order, free predictions first, then the lowest index; rounding
-    can tell equal sums apart, so CPU (float64 sums) and GPU (float32) may then differ.
+    Among several optimal matchings, truths are processed in order, and free predictions are preferred, then the lowest
+    index. Rounding may break ties between equal sums, so CPU (float64 sums) and GPU (float32) may then differ.
 
     Args:
         pred, gt: ``[B, n, 4]`` and ``[B, m, 4]`` corners (x1, y1, x2, y2) for ``metric="iou"``, ``[B, n, 2]`` and
             ``[B, m, 2]`` for ``"point"``, in one unit; float32, bfloat16, float16, or float64 (CPU only), one dtype.
-        n_pred, n_gt: ``[B]`` int64 or int32, how many of each count; clamped to [0, n] and [0, m].
+        n_pred, n_gt: ``[B]`` int64 or int32, the number of valid items; clamped to [0, n] and [0, m].
         pred_label, gt_label: ``[B, n]`` and ``[B, m]`` int64 or int32, both or neither.
         metric: ``"iou"``, or ``"point"``: quality 1 - L2 distance / ``scale``, at least 0. For points in a frame, its
             diagonal is the natural scale (0 to 1000 in both axes: 1000 * sqrt(2)).
@@ -335,7 +334,7 @@ def _check_arguments(
     if pred.is_cuda:
         check(pred.dtype != torch.float64, "pred: float64 is scored on CPU only; pass pred.float() or pred.cpu()")
         most = max(n, gt.shape[1])
-        check(most <= MAX_ITEMS, f"pred, gt: at most {MAX_ITEMS} items an answer on a GPU, got {most}")
+        check(most <= MAX_ITEMS, f"pred, gt: at most {MAX_ITEMS} items per answer on a GPU, got {most}")
     return metric == "iou"
 
 
@@ -390,16 +389,16 @@ def _eager(
     matched, hits = paired.sum(1), (paired & (quality >= threshold)).sum(1)
     nothing = (preds + truths == 0).double()
 
-    def share(part: Tensor, whole: Tensor, empty: Tensor | float = nothing) -> Tensor:
+    def fraction(part: Tensor, whole: Tensor, empty: Tensor | float = nothing) -> Tensor:
         return torch.where(whole > 0, part.double() / whole.clamp(min=1), empty)
 
     parts = (
-        share(quality.double().sum(1), matched),
-        share(same.sum(1), matched),
-        share(hits, preds),
-        share(hits, truths),
-        share(2 * hits, preds + truths),
-        share(hits - truths, truths, 0.0),
+        fraction(quality.double().sum(1), matched),
+        fraction(same.sum(1), matched),
+        fraction(hits, preds),
+        fraction(hits, truths),
+        fraction(2 * hits, preds + truths),
+        fraction(hits - truths, truths, 0.0),
     )
     return match, quality, torch.stack(parts).to(quality.dtype)
 

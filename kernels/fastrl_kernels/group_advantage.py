@@ -6,11 +6,12 @@ With ``r_i = sum_k weight_k reward_ik`` and ``n``, ``mean``, ``std`` over the me
     baseline "leave_one_out"  c_i = r_i - mean of the others = n / (n - 1) (r_i - mean)     (RLOO, arXiv 2402.14740)
     scale "std"               advantage_i = c_i / (std + eps);   "none": advantage_i = c_i  (Dr. GRPO, arXiv 2503.20783)
 
-``std`` divides by ``n - 1`` (``unbiased``) or ``n``, about the mean in a second pass. Groups where every reward is
-equal, single members among them, are decided by comparison, not by a small std: their advantage is exactly 0.
+``std`` divides by ``n - 1`` (``unbiased``) or ``n`` and is computed about the mean in a second pass. Groups whose
+rewards are all equal, including groups of one, are detected by comparison, not by a small std: their advantage is
+exactly 0.
 
 Why it is fast: one program per group finds its own members (contiguous for equal sizes, by id otherwise) and makes
-three passes over at most a few kilobytes that stay in cache. No sort, no atomics, no host read, the same bits twice.
+three passes over at most a few kilobytes that stay in cache. No sort, no atomics, no host read, bitwise reproducible.
 With ids the work is groups x rows, small up to 10^7. No gradient: rewards are constants.
 """
 
@@ -180,19 +181,19 @@ def group_advantage(
     """Advantages of ``R`` completions relative to their group; formulas at the top of this file.
 
     Args:
-        rewards: ``[R]``, or ``[R, K]`` for K components (fp32, bf16, fp16; float64 goes the eager way). Integers and
-            booleans become float32, as do lists.
+        rewards: ``[R]``, or ``[R, K]`` for K components (fp32, bf16, fp16; float64 runs eagerly). Integers and booleans
+            become float32, as do lists.
         group: members per group (rows of a group follow each other), or the group id of each row, ``[R]`` int64 or
             int32, in any order. A negative id belongs to no group: advantage and reward 0.
-        n_groups: how many ids there are. Needed for ids on a GPU (finding out would be a host read) and under
-            ``torch.compile``; on CPU it defaults to the largest id plus one. Ids beyond it: an error on CPU, no group
-            on GPU.
+        n_groups: number of groups. Needed for ids on a GPU (finding it would be a host read) and under
+            ``torch.compile``; on CPU it defaults to the largest id plus one. Larger ids: an error on CPU, no group on
+            GPU.
         weights: ``[K]``, default ones.
         baseline: ``"mean"`` or ``"leave_one_out"``; ``scale``: ``"std"`` or ``"none"``.
         unbiased: std divides by n - 1, as ``torch.std``. ``eps`` is added to the std, outside the root.
 
-    A group of one has nothing to compare with: advantage 0, std 0, ``constant`` True, for every baseline. (verl leaves
-    the raw reward there.) Non-finite rewards: a ``ValueError`` on CPU; on GPU their group becomes NaN, no other does.
+    A group of one has advantage 0, std 0 and ``constant`` True for every baseline. (verl returns the raw reward in that
+    case.) Non-finite rewards: a ``ValueError`` on CPU; on GPU only their own group becomes NaN.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or option, before any launch.
@@ -261,7 +262,7 @@ def _eager(
     if group is None:
         group = torch.arange(r, device=device) // max(size, 1)
     member = (group >= 0) & (group < n_groups)
-    # Rows of no group go to a bucket of their own, dropped at the end.
+    # Rows that belong to no group go to an extra one, which is dropped at the end.
     index = torch.where(member, group, n_groups).long()
     zeros = torch.zeros(n_groups + 1, dtype=torch.float64, device=device)
     n = zeros.index_add(0, index, torch.ones_like(reward))
@@ -294,7 +295,7 @@ def _group_count(rewards: Tensor, ids: Tensor | None, size: int, n_groups: int |
     check_dtype("group", ids, (torch.int64, torch.int32))
     check_same_device(rewards=rewards, group=ids)
     if n_groups is None:
-        check(ids.device.type == "cpu", "n_groups: needed with group ids on a GPU (finding out would be a host read)")
+        check(ids.device.type == "cpu", "n_groups: needed with group ids on a GPU (finding it would be a host read)")
         return max(int(ids.max()) + 1, 0) if r else 0
     check_number("n_groups", n_groups, n_groups >= 0, "a count")
     check_ids("group", ids, n_groups)

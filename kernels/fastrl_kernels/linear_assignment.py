@@ -1,16 +1,16 @@
-"""Exact batched rectangular assignment: which column each row takes so that the total cost is lowest.
+"""Exact batched rectangular assignment: assigns columns to rows so that the total cost is lowest.
 
 Shortest augmenting paths (Crouse 2016; Jonker and Volgenant 1987): rows are matched one after another, each by a
 Dijkstra search over reduced costs ``c[r, j] - u[r] - v[j]`` that ends at the nearest free column and moves the matches
-on its path one step along. Detection-like costs have few conflicts, so most rows are matched by one look at costs.
+on its path one step along. Detection-like costs have few conflicts, so most rows are matched in one step.
 
 Why it is fast. On a GPU one program solves one problem and keeps all state in registers: a lane is a column of the
 longer side and holds its dual ``v``, its row, its distance and the column before it on its path. The row duals are
-never stored (``u[r] = c[r, j] - v[j]`` at r's column j) nor is the inverse matching, since paths are kept as columns.
+never stored (``u[r] = c[r, j] - v[j]`` at r's column j), nor is the inverse matching, since paths are kept as columns.
 The only memory access of the inner loop is the cost row, read-only: no scratch, no race, and with one warp no barrier.
-Distances become integers that sort alike, so minimum and arg-minimum are one ``REDUX`` each. The longer side lies
-across the lanes by swapping strides, never by a transposed copy. On CPU the same algorithm runs in C++ (``csrc/``),
-preceded by augmenting row reduction, with SIMD inner loops and the batch spread over threads.
+Distances are mapped to integers of the same order, so minimum and arg-minimum are one ``REDUX`` each. The longer side
+is laid across the lanes by swapping strides, without a transposed copy. On CPU the same algorithm runs in C++
+(``csrc/``), preceded by augmenting row reduction, with SIMD inner loops and the batch spread over threads.
 
 No gradient: a matching is piecewise constant in the costs.
 """
@@ -36,7 +36,7 @@ from fastrl_kernels._common import (
 )
 from fastrl_kernels._triton import tl, triton
 
-COUNTABLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # dtypes of costs that are made floats
+COUNTABLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # integer costs are converted to floats
 OK, INFEASIBLE, INVALID = 0, 1, 2  # status bits
 MAX_LANES = 4096  # longer side on a GPU; row and column numbers are packed in 14 bits each
 IN_TREE = tl.constexpr(-(1 << 31))  # sign bit of ``before``
@@ -65,7 +65,7 @@ def relax(cost, v, dist, before, lane, at, low, row):
     """Lower ``dist`` through ``row``, reached over column ``at`` (-1: the root) at distance ``low``.
 
     ``before`` packs (column before + 1) << 14 | row that lowered it; the sign bit marks columns in the tree. Also
-    returns the offset, which is the reduced cost of giving this row up.
+    returns the offset, which is the reduced cost of leaving this row unmatched.
     """
     reduced = cost - v
     offset = tl.where(at >= 0, low - value_at(reduced, lane, at), 0.0)
@@ -81,7 +81,7 @@ def nearest(dist, owner, before, lane):
     Among equals the lowest code wins: free columns first, then the lowest index. +inf or NaN: nothing reachable.
     """
     bits = dist.to(tl.int32, bitcast=True)
-    key = tl.where(before >= 0, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)  # integers that sort like floats
+    key = tl.where(before >= 0, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)  # integers in the order of the floats
     best = tl.min(key, 0)
     low = (best ^ ((best >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     code = tl.where(owner >= 0, 1 << 29, 0) | (lane << 14) | (owner & 0x3FFF)
@@ -108,7 +108,7 @@ def clamped_count(counts, b, size, GIVEN: tl.constexpr):
         return size
 
 
-# Not specialised on the alignment of sizes: wide words would need another layout, through registers and shared memory.
+# Not specialised on the alignment of sizes: vectorised access would need a layout change through shared memory.
 @triton.jit(do_not_specialize_on_alignment=["n", "m", "stride_b", "stride_n", "stride_m"])
 def _assignment_kernel(
     cost,  # [B, n, m]
@@ -165,7 +165,7 @@ def _assignment_kernel(
             infeasible = 1
             if rows <= cols:
                 tl.store(match + b * n + root, tl.full([], -1, tl.int64))
-    # Rows past the count are disjoint from matched and from unmatched ones: no two stores meet.
+    # Rows past the count are distinct from matched and unmatched ones, so no address is stored to twice.
     if swap:
         tl.store(match + b * n + lane, owner.to(tl.int64), mask=lane < n)
     else:
@@ -185,7 +185,7 @@ def lane_count(longest: int) -> int:
 
 
 def launch_warps(lanes: int) -> int:
-    """Warps of a program with this many lanes: one, so without a barrier, while its registers can hold the state."""
+    """Warps of a program with this many lanes: one (and so no barrier) as long as its registers can hold the state."""
     return 1 if lanes <= 256 else lanes // 128 if lanes > 2048 else lanes // 256
 
 
@@ -260,25 +260,25 @@ def linear_assignment(
 ) -> Assignment:
     """Optimal one-to-one matching of rows to columns, for a batch of problems.
 
-    Every problem matches ``min(rows, cols)`` pairs at the least total cost (the greatest with ``maximize``). An entry
-    of +inf (-inf with ``maximize``) forbids its pair. NaN and the other infinity forbid theirs too and set the status
-    bit ``INVALID`` (2). Where the allowed pairs leave no complete matching, bit ``INFEASIBLE`` (1) is set and the
-    matching has as many pairs as possible: the lines of the shorter side are taken in order, each if it can be, and
-    those taken are matched at least cost. The device is never read back.
+    Every problem matches ``min(rows, cols)`` pairs at the lowest total cost (the highest with ``maximize``). An entry
+    of +inf (-inf with ``maximize``) forbids its pair. NaN and the other infinity also forbid theirs, and set the status
+    bit ``INVALID`` (2). If the allowed pairs do not admit a complete matching, bit ``INFEASIBLE`` (1) is set and the
+    matching has as many pairs as possible: rows (or columns) of the shorter side are added in order if they can be
+    matched, and those added are matched at the lowest cost. Nothing is read back from the device.
 
     Exact: CPU solves in float64; a GPU in float32 (integers below 2^24 exactly, else optimal up to rounding of path
     sums, relative to the largest cost). Keep finite costs below 1e37 in magnitude (1e307 in float64): sums that
-    overflow count as forbidden. Deterministic: the same input gives the same matching. Where several matchings are
-    optimal, paths may return different ones; on CPU, problems at least twice as long as wide break ties as SciPy
+    overflow count as forbidden. Deterministic: the same input gives the same matching. If several matchings are
+    optimal, CPU and GPU may return different ones; on CPU, problems at least twice as long as wide break ties as SciPy
     nearly always does: shorter side in order, free lines first, then the lowest index.
 
     Args:
         cost: ``[B, n, m]``, or one ``[n, m]``, whose results have no batch dimension: float32, bfloat16, float16, or
             float64 (CPU only), any strides. Integers become float64 on CPU (int8 to int16: float32) and float32 on a
             GPU, as does ``total`` then.
-        n_rows, n_cols: ``[B]`` int64 or int32, the part of each problem that counts; clamped to [0, n] and [0, m].
-        maximize: take the greatest total instead.
-        strict: raise on a status that is not 0. Reads the status: on a GPU this waits for the device.
+        n_rows, n_cols: ``[B]`` int64 or int32, the valid size of each problem; clamped to [0, n] and [0, m].
+        maximize: maximise the total instead.
+        strict: raise on a nonzero status. This reads the status, which synchronises a GPU.
 
     Returns:
         :class:`Assignment`: ``match [B, n]``, ``total [B]``, ``status [B]``. ``total`` carries no gradient; gather the
@@ -334,7 +334,7 @@ def linear_assignment_reference(
     n_cols: Tensor | None = None,
     maximize: bool = False,
 ) -> Assignment:
-    """:func:`linear_assignment` in plain torch: the searches of all problems advance in step, in float64."""
+    """:func:`linear_assignment` in plain torch, in float64; the searches of all problems advance together."""
     problems, n, m = cost.shape
     index = torch.arange(max(n, m), device=cost.device)
     rows = _counts(n_rows, problems, n, cost.device)
@@ -357,7 +357,7 @@ def linear_assignment_reference(
     of_row = owner[:, :n]  # swapped problems: lanes are rows
     of_lane = torch.full((problems, n + 1), -1, dtype=torch.int64, device=cost.device)
     lanes = index[None, :].expand(problems, -1)
-    of_lane.scatter_(1, torch.where((owner >= 0) & ~swap[:, None], owner, n), lanes)  # column n: thrown away
+    of_lane.scatter_(1, torch.where((owner >= 0) & ~swap[:, None], owner, n), lanes)  # column n is discarded
     match = torch.where(swap[:, None], of_row, of_lane[:, :n])
     picked = cost.double().gather(2, match.clamp(min=0)[:, :, None])[:, :, 0] if m else torch.zeros_like(match.double())
     total = torch.where(match >= 0, picked, 0.0).sum(1)
@@ -375,7 +375,7 @@ def augmenting_paths(cost: Tensor, rows: Tensor, *, optional: bool) -> tuple[Ten
     """Match rows ``0 .. rows[b]`` of ``cost [B, S, L]`` (float64, +inf: forbidden) to columns at least cost.
 
     ``optional``: a row may stay unmatched at cost 0. Returns the row of each column ``[B, L]`` (-1: free) and whether
-    every row found a column ``[B]``. One turn of the loop is one step of every unfinished problem's search.
+    every row found a column ``[B]``. One iteration is one step of the search of every unfinished problem.
     """
     problems, _, width = cost.shape
     b = torch.arange(problems, device=cost.device)

@@ -1,4 +1,4 @@
-"""Per-token log-probabilities (and entropy) straight from hidden states: the ``[N, V]`` logits never exist.
+"""Per-token log-probabilities (and entropy) from hidden states, without materialising the ``[N, V]`` logits.
 
     logp_i = log softmax(softcap(hidden_i W^T + bias) / temperature_i)[target_i],      H_i = -sum_j p_ij log p_ij
 
@@ -253,7 +253,7 @@ def linear_logprob(
 def autocast_pair(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both as ``F.linear`` would take them under autocast, which leaves float64 alone."""
     kind = hidden.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which knows no meta device
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # is_autocast_enabled does not accept meta
         return hidden, weight
     dtype = torch.get_autocast_dtype(kind)
     hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
@@ -293,7 +293,7 @@ def linear_logprob_reference(
         logits = logits + bias.to(kind)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if rows is not None:  # nothing but the chosen rows sends a gradient anywhere
+    if rows is not None:  # only the chosen rows have a gradient
         logits = torch.where(kept, logits, logits.detach())
     logp, entropy = token_logprob_reference(
         logits, target, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy

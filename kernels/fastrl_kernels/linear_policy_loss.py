@@ -1,4 +1,4 @@
-"""The clipped policy loss straight from hidden states, with its gradients made in the forward: three matmuls, not four.
+"""The clipped policy loss from hidden states, with gradients computed in the forward: three matmuls instead of four.
 
 ``d loss / d logp_i`` of a token-ratio policy loss depends on row i alone (given its old and reference log-prob and a
 weight known beforehand). So a chunk of rows can be finished while its logits are still in scratch:
@@ -6,15 +6,15 @@ weight known beforehand). So a chunk of rows can be finished while its logits ar
     tile = hidden_c W^T  ->  logp_c  ->  c_i = d loss / d logp_i  (``policy_row_terms``, the one row function)
          ->  tile := c_i (1[j = target] - p_ij) / T  in place  ->  d hidden_c = tile W,   d W += tile^T hidden_c
 
-and nothing is recomputed: 25 % fewer FLOPs than ``policy_loss(linear_logprob(...))``, the same numbers. It is a
-schedule, not a second loss: rows come from the same function, tiles from the same kernels.
+and nothing is recomputed: 25 % fewer FLOPs than ``policy_loss(linear_logprob(...))`` with the same results. Rows are
+computed by the same function and tiles by the same kernels; only the schedule differs.
 
-What it costs: both gradients live from forward to backward, the weight's as an fp32 ``[V, H]`` sum over chunks (with a
-full tile, about +2.7 GB at N = 16384, H = 2048, V = 151936 in bf16). ``head_grad`` avoids that: chunks are then added
-straight into an fp32 gradient that exists anyway. Never put it under activation checkpointing, which would do all of it
-twice. ``d hidden`` waits in the inputs' dtype: an upstream gradient that is no power of two rounds it once more, and in
-fp16 small numbers are lost before a loss scale reaches them. Pass that factor as ``grad_scale``, which avoids both. Not
-for ``ratio="sequence"``: those rows are not independent.
+Cost: both gradients are stored from forward to backward, the weight's as an fp32 ``[V, H]`` sum over chunks (with a
+full tile, about +2.7 GB at N = 16384, H = 2048, V = 151936 in bf16). ``head_grad`` avoids that by adding chunks to an
+existing fp32 gradient. Do not use it under activation checkpointing, which would compute everything twice. ``d hidden``
+is stored in the inputs' dtype: an upstream gradient that is not a power of two rounds it again, and in fp16 small
+values are lost before a loss scale is applied. Passing that factor as ``grad_scale`` avoids both. ``ratio="sequence"``
+is not supported, as its rows are not independent.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Policy(NamedTuple):
 
 
 class LinearPolicyLoss(NamedTuple):
-    """Result of ``linear_policy_loss``: ``PolicyLoss``, and what it saw of the log-probs."""
+    """Result of ``linear_policy_loss``: the fields of ``PolicyLoss``, and the log-probs."""
 
     loss: Tensor
     kl: Tensor
@@ -86,7 +86,7 @@ class LinearPolicyLoss(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Where gradients are summed; empty where not needed."""
+    """Buffers in which gradients are summed; empty if not needed."""
 
     hidden: Tensor  # [N, H] of hidden's dtype
     weight: Tensor  # [V, H] in the accumulator dtype
@@ -107,8 +107,8 @@ def _plan(hidden: Tensor, head: Head, n: int) -> tuple[Plan, int]:
     least = slab_bytes + row_bytes + whole * item
     if least > head.scratch_bytes:
         raise ValueError(
-            f"scratch_bytes: {head.scratch_bytes} is too small, a row of {vocabulary} logits must fit: at least "
-            f"{least} needed (linear_logprob works with less)"
+            f"scratch_bytes: {head.scratch_bytes} is too small for a row of {vocabulary} logits: expected at least "
+            f"{least} (linear_logprob works with less)"
         )
     rows = min(n, budget // (row_bytes + whole * item), n if triton_tiles else EAGER_ROWS)
     return Plan(-(-n // -(-n // max(1, rows))), vocabulary, whole), slab
@@ -135,7 +135,7 @@ def _run(
     for start, end in ranges(count, plan.rows):
         part = slice(start, end)
         x = take_rows(hidden, index, start, end).to(dtype)
-        if triton_path(hidden):  # what a row without weight holds (NaN, say) must not reach the weight's gradient
+        if triton_path(hidden):  # the contents of a row of weight 0 (such as NaN) must not reach the weight's gradient
             x = x.masked_fill((policy.tensors.weight[part] == 0)[:, None], 0)
         tile = plan.view(buffer, end - start, vocabulary)
         for first, last in ranges(vocabulary, slab):
@@ -202,8 +202,9 @@ def _forward(
     policy = _Policy(tensors, PolicyOptions(*options), numbers)
     if policy.options.needs_sums and old_logp is not None and sampler_logp is not None:
         counted = weight if rows is None else torch.zeros_like(weight).index_copy_(0, rows, weight[rows])
-        told = sequence_importance(old_logp, sampler_logp, completion, counted, advantage.shape[0])
-        tensors = tensors._replace(sampler_logp=old_logp.to(kind) - told)  # the weight of the sequence, at each token
+        log_weight = sequence_importance(old_logp, sampler_logp, completion, counted, advantage.shape[0])
+        # the weight of the sequence, at each token
+        tensors = tensors._replace(sampler_logp=old_logp.to(kind) - log_weight)
         policy = _Policy(tensors, policy.options._replace(importance_level="token"), numbers)
     index = rows
     if hidden.device.type == "cpu" and not triton_path(hidden):
@@ -281,7 +282,7 @@ def _attach_op(
     d_bias: Tensor,
     grad_scale: float,
 ) -> Tensor:
-    """``loss``, whose gradients are known already: ``grad_scale`` times those of hidden, head_weight and bias."""
+    """``loss`` with precomputed gradients, which are ``grad_scale`` times those of hidden, head_weight and bias."""
     return loss.clone()
 
 
@@ -335,16 +336,16 @@ def linear_policy_loss(
     scratch_bytes: int = 1 << 30,
     **options: Any,
 ) -> LinearPolicyLoss:
-    """``policy_loss(linear_logprob(hidden, head_weight, target), ...)`` with the gradients made in the forward.
+    """``policy_loss(linear_logprob(hidden, head_weight, target), ...)`` with gradients computed in the forward.
 
     Differentiable in ``hidden``, ``head_weight`` and ``bias``; gradients that are not needed are not computed. First
     derivatives only. Deterministic, no host synchronisation. The result holds the log-probs too. Loss arguments and
-    options (``clip_low=0.2`` and so on) as ``policy_loss``, head arguments as ``linear_logprob``; besides:
+    options (``clip_low=0.2`` and so on) are those of ``policy_loss``, head arguments those of ``linear_logprob``. Also:
 
     Args:
         ratio: only ``"token"``.
         importance_level: ``"sequence"`` needs ``old_logp``.
-        rows: [R] int64, distinct: the rows to evaluate at all; all others count as weight 0, in the metrics too.
+        rows: [R] int64, distinct: the rows to evaluate; all others have weight 0, in the metrics too.
         head_grad: [V, H] fp32 (fp64 for fp64 inputs), contiguous: the head's gradient is added here, in the forward,
             and autograd returns none for ``head_weight``. Nothing of its size is allocated then. The gradient added is
             ``grad_scale`` times the loss's, so the loss must enter the backward with exactly this factor.
@@ -362,7 +363,7 @@ def linear_policy_loss(
     _check_arguments(hidden, head_weight, target, tensors, bias, rows, head_grad)
     check(
         chosen.ratio == "token",
-        "ratio: linear_policy_loss makes gradients row by row, which only ratio='token' allows, got "
+        "ratio: linear_policy_loss computes gradients row by row and needs ratio='token', got "
         f"{chosen.ratio!r}; use policy_loss(linear_logprob(...))",
     )
     chosen.check(ref_logp, sampler_logp)
@@ -374,7 +375,7 @@ def linear_policy_loss(
     weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden)
     tensors = tensors._replace(weight=weight)
     known = old_logp is not None or not chosen.needs_sums
-    check(known, "importance_level: 'sequence' needs old_logp here, where rows are finished in chunks")
+    check(known, "importance_level: 'sequence' needs old_logp in linear_policy_loss, which computes rows in chunks")
     refuse_forward_mode("linear_policy_loss", hidden, head_weight, bias)
     plain, numbers = chosen.split(hidden)
     learning = torch.is_grad_enabled()

@@ -10,13 +10,14 @@
              dL/ds_k = beta (sum over {i : k at or after i} of exp(beta s_k - lse_i)  -  1)
 
 The sign of a pair comes from the rewards, so perpo does not depend on the order of the items. Gaps are divided by the
-largest one before the power, so rewards of any scale are safe; the softplus and the logsumexp are the stable forms, so
-are scores. A list with fewer than two items, or with all rewards equal under perpo, gives 0 and gradient 0. A
-reward that is not finite is an error on a CPU and makes its list NaN on a GPU; a score that is not does so on both.
+largest one before the power, so rewards of any scale are safe; softplus and logsumexp are computed in their stable
+forms, so scores of any scale are too. A list with fewer than two items, or with all rewards equal under perpo, gives
+loss 0 and gradient 0. A reward that is not finite is an error on a CPU and makes its list NaN on a GPU; a score that is
+not finite makes its list NaN on both.
 
-Why it is fast: one program per list holds its K items in registers, walks over the K x K pairs a few rows at a time,
-and writes value and gradient in that one launch: no sort, no scan, no ``[B, K, K]`` tensor, no atomics, the same bits
-twice (float64, which is eager, excepted). The backward is one multiplication.
+Why it is fast: one program per list holds its K items in registers, iterates over the K x K pairs a few rows at a time,
+and writes value and gradient in that one launch: no sort, no scan, no ``[B, K, K]`` tensor, no atomics, bitwise
+reproducible (except for float64, which is eager). The backward is one multiplication.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def listwise_kernel(
     r_j = tl.load(reward_ptr + first + j, mask=live_j, other=0.0).to(tl.float32)
     top = tl.max(tl.where(live_j, r_j, float("-inf")))
     bottom = tl.min(tl.where(live_j, r_j, float("inf")))
-    widest = tl.where(top > bottom, 0.5 * top - 0.5 * bottom, 1.0)  # halves: the difference itself may overflow
+    widest = tl.where(top > bottom, 0.5 * top - 0.5 * bottom, 1.0)  # halved, as the difference itself may overflow
     loss = tl.zeros([ITEMS], tl.float32)
     grad = tl.zeros([ITEMS], tl.float32)
     total = tl.zeros([ITEMS], tl.float32)
@@ -115,10 +116,10 @@ def listwise_kernel(
         else:
             gap = r_j[None, :] - r_i[:, None]
             apart = pair & (r_j[None, :] != r_i[:, None])
-            share = tl.abs(0.5 * r_j[None, :] - 0.5 * r_i[:, None]) / widest
-            weight = tl.where(apart, tl.exp2(gamma * tl.log2(tl.maximum(share, 1e-30))), 0.0)
+            relative_gap = tl.abs(0.5 * r_j[None, :] - 0.5 * r_i[:, None]) / widest
+            weight = tl.where(apart, tl.exp2(gamma * tl.log2(tl.maximum(relative_gap, 1e-30))), 0.0)
             sign = tl.where(gap > 0, 1.0, -1.0)
-            lead = sign * (s_j[None, :] - s_i[:, None])  # how far the better one is ahead
+            lead = sign * (s_j[None, :] - s_i[:, None])  # score of the better item minus that of the worse
             total += tl.sum(weight, 0)
             loss += tl.sum(weight * softplus(-lead), 0)
             grad += tl.sum(-sign * weight * sigmoid(-lead), 0)
@@ -128,7 +129,7 @@ def listwise_kernel(
         value = tl.sum(loss)
         slope = grad - 1.0
     else:
-        pairs = tl.sum(total)  # every pair twice, in the loss too
+        pairs = tl.sum(total)  # counts every pair twice, as the loss does
         scale = tl.where(pairs > 0, 1.0 / tl.where(pairs > 0, pairs, 1.0), 0.0)
         value = tl.sum(loss) * scale
         slope = grad * (2.0 * scale)
@@ -190,13 +191,12 @@ def listwise_loss(
     """Loss of each list of scored answers; formulas and gradients at the top of this file.
 
     Args:
-        score: ``[B, K]``, K <= 1024 (fp32, bf16, fp16; float64 runs eagerly). A second
-            derivative raises.
+        score: ``[B, K]``, K <= 1024 (fp32, bf16, fp16; float64 runs eagerly). A second derivative raises.
         reward: ``[B, K]``, finite constants; only their order matters to ``"listmle"``.
-        mask: ``[B, K]`` bool, False items do not exist (and may hold NaN).
+        mask: ``[B, K]`` bool, False items are ignored (and may hold NaN).
         kind: ``"perpo"`` or ``"listmle"``.
         beta: scale of the scores, >= 0.
-        gamma: power of the reward gaps, >= 0; 0 weighs all pairs of different reward alike.
+        gamma: power of the reward gaps, >= 0; 0 gives all pairs of different reward the same weight.
 
     Returns:
         ``[B]`` losses, fp32 (float64 in, float64 out). Take their mean for a batch loss.
@@ -252,23 +252,24 @@ def _listmle_eager(s: Tensor, r: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     )  # masked ones last
     live = live.gather(1, order)
     s = s.gather(1, order)
-    lse = torch.where(live, s, -torch.inf).flip(1).logcumsumexp(1).flip(1)  # of an item and all that come after it
-    inside = (s + (-lse).logcumsumexp(1)).exp()  # an item's share in its own suffix and in those before it
+    lse = torch.where(live, s, -torch.inf).flip(1).logcumsumexp(1).flip(1)  # over an item and all that come after it
+    inside = (s + (-lse).logcumsumexp(1)).exp()  # sum of an item's probabilities in its own suffix and those before it
     grad = torch.where(live, inside - 1, 0.0)
     return torch.where(live, lse - s, 0.0).sum(1), torch.empty_like(s).scatter_(1, order, grad)
 
 
 def _perpo_eager(s: Tensor, r: Tensor, live: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Loss ``[B]`` and its gradient ``[B, K]`` in the scaled scores: sorted by reward, each pair is looked at once."""
+    """Loss ``[B]`` and its gradient ``[B, K]`` in the scaled scores: sorted by reward, so that each pair is computed
+    once."""
     order = r.argsort(dim=1, descending=True)
     r = 0.5 * r  # a difference may overflow
-    s, r, live = (x.gather(1, order).T.contiguous() for x in (s, r, live))  # [K, B]: a pair takes two whole lines
+    s, r, live = (x.gather(1, order).T.contiguous() for x in (s, r, live))  # [K, B]: a pair reads two contiguous rows
     i, j = torch.triu_indices(len(s), len(s), offset=1, device=s.device)
     gap = torch.where(live[i] & live[j], r[i] - r[j], 0.0)
     better = gap > 0
     widest = gap.amax(0) if len(i) else gap.sum(0)
-    share = (gap / torch.where(widest > 0, widest, 1.0)).clamp_(min=_SMALLEST_GAP)
-    weight = torch.where(better, share.pow_(gamma), 0.0)
+    relative_gap = (gap / torch.where(widest > 0, widest, 1.0)).clamp_(min=_SMALLEST_GAP)
+    weight = torch.where(better, relative_gap.pow_(gamma), 0.0)
     total = weight.sum(0)
     weight /= torch.where(total > 0, total, 1.0)
     lead = torch.where(better, s[i] - s[j], 0.0)

@@ -95,7 +95,7 @@ def _iou_max_kernel(
     tl.store(best + batch * n + i, tl.where(some, where, -1), mask=i < n)
 
 
-@triton.jit(do_not_specialize_on_alignment=["n", "m", *_STRIDES])  # wide words would cost registers, and spill
+@triton.jit(do_not_specialize_on_alignment=["n", "m", *_STRIDES])  # vectorised access takes registers and would spill
 def _iou_backward_kernel(
     a, b, n_a, n_b,  # [B, n, 4], [B, m, 4], [B] int64: a is the side the gradient is for
     grad, best, grad_a,  # upstream gradient, row maxima's columns, [B, n, 4] fp32
@@ -244,17 +244,17 @@ def pairwise_iou(
     """Overlap of every box of ``a`` with every box of ``b``; differentiable in both.
 
     Equal to torchvision's ``box_iou``, ``generalized_``, ``distance_`` and ``complete_box_iou`` where those are finite,
-    for boxes with ``x1 <= x2`` and ``y1 <= y2``. An inverted side counts as length 0. Where the union is empty (up to
-    2^-80, 1e-24) the IoU is 0, where the hull is, GIoU is the IoU. Pairs with a coordinate that is not finite, or of
-    magnitude 2^40 (1e12) and more, are 0 in every kind, with gradient 0.
+    for boxes with ``x1 <= x2`` and ``y1 <= y2``. An inverted side counts as length 0. If the union is empty (up to
+    2^-80, 1e-24) the IoU is 0; if the hull is, GIoU is the IoU. Pairs with a coordinate that is not finite, or of
+    magnitude 2^40 (1e12) or more, give 0 for every kind, with gradient 0.
 
     Args:
         a, b: ``[..., n, 4]`` and ``[..., m, 4]``, corners (x1, y1, x2, y2) in any one unit, float32, bfloat16, float16
             or float64, the same dtype; leading dimensions broadcast.
         kind: ``"iou"``, ``"giou"``, ``"diou"`` or ``"ciou"``.
-        n_a, n_b: integer counts shaped like the broadcast leading dimensions: boxes that count. Pairs beyond are 0.
-        reduce: ``"max"`` returns each row's maximum over the boxes of ``b`` that count (0 where there is none); its
-            gradient goes to the first column that reaches it.
+        n_a, n_b: number of valid boxes, integers shaped like the broadcast leading dimensions. Other pairs give 0.
+        reduce: ``"max"`` returns each row's maximum over the valid boxes of ``b`` (0 if there is none); its gradient
+            goes to the first column that attains it.
 
     Returns:
         ``[..., n, m]``, or ``[..., n]`` with ``reduce``; float32, or float64 for float64 boxes (eager on any device).
@@ -315,7 +315,7 @@ def pairwise_iou_reference(
     """:func:`pairwise_iou` in plain torch, differentiated by autograd; the CPU path."""
     exact = torch.float64 if a.dtype == torch.float64 else torch.float32
     a, b = a.to(exact)[..., :, None, :], b.to(exact)[..., None, :, :]
-    # Coordinates out of bounds are replaced before any arithmetic: a masked-out NaN still has a NaN gradient.
+    # Out-of-range coordinates are replaced before any arithmetic: a NaN that is masked later has a NaN gradient.
     near_a, near_b = a.abs() < FARTHEST, b.abs() < FARTHEST
     ax1, ay1, ax2, ay2 = torch.where(near_a, a, 0.0).unbind(-1)
     bx1, by1, bx2, by2 = torch.where(near_b, b, 0.0).unbind(-1)

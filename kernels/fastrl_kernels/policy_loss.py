@@ -7,21 +7,21 @@ With ``d = clamp(logp - old, -20, 20)``, ``r = exp(d)``, advantage ``A`` of the 
 (PPO eq. 7; GRPO, arXiv 2402.03300 eq. 3; dual clip, arXiv 1912.09729 eq. 5; GSPO, arXiv 2507.18071 eq. 5-7.)
 Gradient, row by row: the ratio term gives ``-A r`` where the minimum is the unclipped branch and exactly 0 where the
 ratio left the clip range on the side that ``A`` rewards (``A > 0, r > 1 + clip_high`` or ``A < 0, r < 1 - clip_low``),
-where ``A < 0, r > dual_clip``, and where ``d`` was clamped. On a boundary itself the gradient flows, as torch's
-``clamp`` and ``min`` have it together. KL, with ``x = ref - logp``: k1 ``-x`` (slope 1), k2 ``x^2 / 2`` (slope ``-x``),
-k3 ``exp(x) - x - 1`` (slope ``1 - exp(x)``; above ``x = 20`` it goes on along its tangent, so the slope stays finite
-and keeps pointing at the reference). A clipped row keeps its KL gradient.
+where ``A < 0, r > dual_clip``, and where ``d`` was clamped. Exactly on a boundary the gradient is kept, as with torch's
+``clamp`` and ``min``. KL, with ``x = ref - logp``: k1 ``-x`` (slope 1), k2 ``x^2 / 2`` (slope ``-x``), k3
+``exp(x) - x - 1`` (slope ``1 - exp(x)``; above ``x = 20`` continued along its tangent, so the slope stays finite and
+still points to the reference). A clipped row keeps its KL gradient.
 
-``loss="cispo"`` (MiniMax-M1, arXiv 2506.13585) is ``-sg(clip(r)) A logp``, gradient ``-clip(r) A``: a clipped
-token goes on learning. ``loss="sapo"`` (SAPO, arXiv 2511.20347) is ``-A (4 / tau) sigmoid(tau (r - 1))``, gradient
+``loss="cispo"`` (MiniMax-M1, arXiv 2506.13585) is ``-sg(clip(r)) A logp``, gradient ``-clip(r) A``: clipped tokens
+still get a gradient. ``loss="sapo"`` (SAPO, arXiv 2511.20347) is ``-A (4 / tau) sigmoid(tau (r - 1))``, gradient
 ``-4 A s (1 - s) r`` with ``s`` the sigmoid and ``tau`` by the sign of ``A``. Importance weights
-``exp(old - sampler)``, truncated or masked, make up for a sampler that computes other log-probs than the trainer;
-they multiply the objective and its gradient, not the KL, and carry none.
+``exp(old - sampler)``, truncated or masked, correct for a sampler whose log-probs differ from the trainer's; they
+multiply the objective and its gradient, but not the KL, and have no gradient themselves.
 
-Why it is fast: under 1 MB of data, so launches are the cost. One launch reads every vector once and writes
+Why it is fast: the data is under 1 MB, so launches dominate the cost. One launch reads every vector once and writes
 ``dloss/dlogp`` and one row of partial sums per block; a second, of one program, adds the partials in a fixed order. No
-atomics, no host read, the same bits twice. The backward is one multiplication. GSPO adds one launch before, a program
-per completion.
+atomics, no host read, bitwise reproducible. The backward is one multiplication. GSPO adds one launch before these, with
+a program per completion.
 """
 
 from __future__ import annotations
@@ -136,15 +136,15 @@ def policy_loss(
         mask: like ``logp``, bool or integer; 0 is padding, and may hold NaN.
         old_logp: ``[N]`` of the policy before the update. None: strictly on-policy, ratio 1, gradient ``-A w``.
         ref_logp: ``[N]`` of the reference policy; needed if ``beta != 0``. With ``beta = 0``, KL is only measured.
-        sampler_logp: ``[N]`` as the sampler (an inference engine) told them; needs ``importance``. NaN: it did not,
-            importance weight 1.
+        sampler_logp: ``[N]`` as reported by the sampler (an inference engine); needs ``importance``. NaN: not
+            reported, importance weight 1.
         weight: ``[N]``, loss = sum of weight x row loss. Rows of weight 0 are never evaluated and may hold NaN.
             Default: ``token_weights(completion, aggregate=aggregate, normalizer=normalizer)``.
         clip_low, clip_high: the clip range is ``[1 - clip_low, 1 + clip_high]``. This, ``dual_clip``, ``beta``,
             ``importance_cap`` and the taus may be 0-d tensors: never read by the host, and nothing recompiles.
-        dual_clip: upper limit (> 1) of the ratio where the advantage is negative; of ``loss="clip"`` alone.
+        dual_clip: upper limit (> 1) of the ratio where the advantage is negative; only for ``loss="clip"``.
         kl: estimator ``"k1"``, ``"k2"`` or ``"k3"``.
-        kl_gradient: ``"value"`` differentiates the estimator, ``"k2"`` takes k2's slope whatever the value.
+        kl_gradient: ``"value"`` differentiates the estimator, ``"k2"`` takes k2's slope for any estimator.
         ratio: ``"token"``, or ``"sequence"`` (GSPO): every token of a completion carries the exponential of the mean
             log-ratio of its rows of non-zero weight, and the gradient goes through that mean.
         loss: ``"clip"``, ``"cispo"`` or ``"sapo"`` (which clips nothing: its two fractions are 0).
@@ -182,7 +182,7 @@ def _tensors(
     aggregate: str,
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, PolicyTensors]:
-    """``logp`` as [N] and the checked constants, the weights made where none are given."""
+    """``logp`` as [N] and the checked constants; computes weights if none are given."""
     check(completion is not None or logp.dim() == 2, f"logp: [C, L] without completion ids, got {list(logp.shape)}")
     if completion is None:
         check_shape("logp", logp, (advantage.shape[0], None))
@@ -195,7 +195,7 @@ def _tensors(
         check_shape("completion", completion, tuple(logp.shape))
         completion = completion.masked_fill(mask == 0, -1)
     old_logp, ref_logp, sampler_logp, weight = vectors
-    unset = logp if weight is None else weight  # what is checked instead of weights yet to be made
+    unset = logp if weight is None else weight  # checked in place of weights that are computed later
     tensors = PolicyTensors(advantage, completion, unset.detach(), old_logp, ref_logp, sampler_logp)
     tensors.check(logp)
     tensors, logp = tensors.rows(lambda t: t.reshape(-1)), logp.reshape(-1)
@@ -222,9 +222,10 @@ def policy_loss_reference(
     normalizer: float | Tensor | None = None,
     **options: Any,
 ) -> PolicyLoss:
-    """``policy_loss`` as the textbooks write it, under autograd, on any device. Same arguments.
+    """``policy_loss`` as written in the papers, under autograd, on any device. Same arguments.
 
-    float64 inside, float64 out for float64 in. Shares no line with the CPU path. Derivatives of every order.
+    Computes in float64; returns float64 for float64 inputs. Shares no code with the CPU path. Derivatives of every
+    order.
     """
     o = PolicyOptions(**options)
     vectors = (old_logp, ref_logp, sampler_logp, weight)
@@ -233,7 +234,7 @@ def policy_loss_reference(
     completion, old_logp, ref_logp, sampler_logp = tensors.completion, *tensors[3:]
     c = advantage.shape[0]
     live = (tensors.weight != 0) & (completion >= 0) & (completion < c)
-    index = completion.long().masked_fill(~live, c)  # what is not live goes to a completion past the last one
+    index = completion.long().masked_fill(~live, c)  # rows that are not live go to an extra completion
 
     def rows(x: Tensor) -> Tensor:
         return torch.where(live, x.double(), 0.0)
@@ -261,8 +262,10 @@ def policy_loss_reference(
         if o.dual_clip is not None:
             objective = torch.where((a < 0) & (objective < o.dual_clip * a), o.dual_clip * a, objective)
     if sampler_logp is not None:
-        told = torch.where(sampler_logp.isnan(), 0.0, old.detach() - rows(sampler_logp)).where(live, 0.0)
-        factor = (total(told) if o.importance_level == "sequence" else told).clamp(max=LOG_RATIO_LIMIT).exp()
+        log_weight = torch.where(sampler_logp.isnan(), 0.0, old.detach() - rows(sampler_logp)).where(live, 0.0)
+        factor = (
+            (total(log_weight) if o.importance_level == "sequence" else log_weight).clamp(max=LOG_RATIO_LIMIT).exp()
+        )
         above = o.importance_cap if o.importance == "truncate" else 0.0
         objective = objective * torch.where(factor > o.importance_cap, above, factor)
     kl = torch.zeros_like(lp) if ref_logp is None else _kl_textbook(rows(ref_logp) - lp, o.kl, o.kl_gradient)
@@ -279,7 +282,7 @@ def policy_loss_reference(
 
 
 def _kl_textbook(x: Tensor, kl: str, gradient: str) -> Tensor:
-    """The estimator at ``x = ref - logp``; k3 goes on along its tangent above the limit."""
+    """The estimator at ``x = ref - logp``; above the limit, k3 is continued along its tangent."""
     k2 = x * x / 2
     capped = x.clamp(max=LOG_RATIO_LIMIT)
     k3 = torch.expm1(capped) - capped + torch.expm1(capped.detach()) * (x - capped)

@@ -1,4 +1,4 @@
-"""The eager twins: plain torch, the CPU path of most kernels and the truth in tests. Every one accepts float64."""
+"""The eager twins in plain torch: the CPU path of most kernels and the reference in tests. All accept float64."""
 
 from fastrl_kernels.decode_attention import decode_attention_reference
 from fastrl_kernels.decode_layer import add_rms_norm_reference, rope_append_reference, silu_mul_reference

@@ -1,16 +1,16 @@
-"""Heads whose weight is split over processes: FSDP2's and tensor parallelism's, as DTensors or by hand.
+"""Heads whose weight is split over processes, as with FSDP2 or tensor parallelism; as DTensors or plain shards.
 
-``linear_logprob`` takes DTensors and comes here. What it does depends on what the hidden states are:
+``linear_logprob`` with DTensors is implemented here. Its behaviour depends on the hidden states:
 
-- **Plain hidden states, DTensor weight** (an FSDP2 parameter outside its module's forward): the rows are this rank's
-  own. The weight is gathered for the call; its gradient is the mean over the ranks, as FSDP2 has it for every other
-  parameter (and so right, too, where all ranks hold the same rows).
+- **Plain hidden states, DTensor weight** (an FSDP2 parameter outside its module's forward): each rank has its own rows.
+  The weight is gathered for the call; its gradient is the mean over the ranks, as for any other FSDP2 parameter (which
+  is also correct if all ranks hold the same rows).
 - **DTensor hidden states**: values and gradients are those of the global tensors. Rows may be sharded (the weight's
   gradient is then a sum over ranks). A weight sharded over the vocabulary along a mesh dimension that does not shard
-  the rows stays where it is: each rank computes the statistics of its slice, and one all-gather of three numbers a row
-  makes the result. Any other placement is changed to one of these by DTensor's own rules.
+  the rows is not moved: each rank computes the statistics of its slice, and one all-gather of three numbers per row
+  gives the result. Any other placement is redistributed to one of these.
 
-With the log-sum-exp ``l_r``, entropy ``H_r`` and target log-prob of shard r alone, ``l = log sum_r exp(l_r)`` and
+With the log-sum-exp ``l_r``, entropy ``H_r`` and target log-prob within shard r, ``l = log sum_r exp(l_r)`` and
 ``p_r = exp(l_r - l)``:
 
     logp = logp_r + (l_r - l)  (r: the target's shard),      H = sum_r p_r (H_r - log p_r)
@@ -40,12 +40,12 @@ from fastrl_kernels.token_logprob import LogProb, row_temperature
 
 __all__ = ["sharded_linear_logprob", "vocab_parallel_logprob"]
 
-_IGNORED = -100  # of local targets, whatever the caller's ignore_index is
-_OTHERS_TARGET = 0  # in the forward, of a row whose target another shard holds: what comes of it is not looked at
+_IGNORED = -100  # ignore_index of local targets, independent of the caller's
+_OTHERS_TARGET = 0  # placeholder in the forward for a target that another shard holds; its result is not used
 
 
 class _VocabParallel(torch.autograd.Function):
-    """(logp, entropy) of all shards' vocabulary from this rank's; ``options``: after the tensors, as the operator's."""
+    """(logp, entropy) over all shards, from this rank's shard; ``options``: the operator's non-tensor arguments."""
 
     @staticmethod
     def forward(
@@ -55,7 +55,7 @@ class _VocabParallel(torch.autograd.Function):
         bias: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
-        local: Tensor,  # [N] row of the target in this shard, -1 where another holds it, _IGNORED
+        local: Tensor,  # [N] row of the target in this shard, -1 if another shard holds it, or _IGNORED
         temperature: Tensor | None,
         rows: Tensor | None,
         group: Any,
@@ -96,7 +96,7 @@ class _VocabParallel(torch.autograd.Function):
             grad_entropy = None
         if grad_logp is not None or grad_entropy is not None:
             if weight.shape[0]:
-                elsewhere = weight.shape[0]  # a row that no column of this shard is
+                elsewhere = weight.shape[0]  # an index outside this shard
                 found = torch.ops.fastrl.linear_logprob_backward(
                     grad_logp, grad_entropy, hidden, weight, local.masked_fill(local == -1, elsewhere), bias,
                     temperature, lora_a, lora_b, rows, logp, entropy if return_entropy else None, lse, value,
@@ -107,7 +107,7 @@ class _VocabParallel(torch.autograd.Function):
                 found = [None if source is None else torch.zeros_like(source) for source in sources]
             grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
             if ctx.reduce_hidden:
-                for grad in (grads[0], grads[3]):  # what every shard has a part of
+                for grad in (grads[0], grads[3]):  # gradients with a part from every shard
                     if grad is not None:
                         dist.all_reduce(grad, group=ctx.group)
         return *grads, *[None] * 6
@@ -125,15 +125,17 @@ def _merge(shards: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lse, entropy, logp = shards.unbind(1)
     top, best = lse.max(0)
     behind = (lse - top).exp()
-    rest = behind.scatter(0, best[None], 0).sum(0)  # the others' mass against the largest's
+    rest = behind.scatter(0, best[None], 0).sum(0)  # mass of the other shards relative to the largest
     total = top + rest.log1p()
-    # l_r - l: exact where a shard holds nearly all mass
-    share = torch.where(torch.arange(len(lse), device=lse.device)[:, None] == best, 0.0, lse - top) - rest.log1p()
+    # l_r - l, exact even if one shard holds nearly all of the mass
+    log_fraction = (
+        torch.where(torch.arange(len(lse), device=lse.device)[:, None] == best, 0.0, lse - top) - rest.log1p()
+    )
     held = ~logp.isnan()
-    chosen = torch.where(held, logp + share, 0.0).sum(0)
+    chosen = torch.where(held, logp + log_fraction, 0.0).sum(0)
     chosen = torch.where(held.any(0), chosen, math.nan)  # a target in no shard, or NaN itself
-    mass = share.exp()
-    mixed = torch.where(mass > 0, mass * (entropy - share), 0.0).sum(0)
+    mass = log_fraction.exp()
+    mixed = torch.where(mass > 0, mass * (entropy - log_fraction), 0.0).sum(0)
     return tuple(x.masked_fill(ignored, 0) for x in (chosen, mixed, total))  # type: ignore[return-value]
 
 
@@ -157,7 +159,7 @@ def vocab_parallel_logprob(
 ) -> LogProb:
     """``linear_logprob`` of a head whose vocabulary is split over the processes of ``group``, in order of their ranks.
 
-    All processes of the group call it with the same rows. One all-gather of three numbers a row in the forward.
+    All processes of the group must call it with the same rows. The forward all-gathers three numbers per row.
 
     Args:
         hidden: [N, H], the same on every process.
@@ -165,10 +167,10 @@ def vocab_parallel_logprob(
         target: [N] int64, of the whole vocabulary. One that no slice holds (and is not ``ignore_index``) raises on a
             CPU and gives NaN on a GPU.
         group: the process group; None: the default one.
-        first: the token that the slice's first row is. Default: slices are equally long.
-        bias, lora: this process's slice of the bias, and of LoRA's B; LoRA's A is whole.
-        reduce_hidden: sum the gradients of ``hidden`` and LoRA's A over the group, so that they are whole on each
-            process. False: each has its slice's part, for whoever sums later (Megatron's own layers).
+        first: token id of the slice's first row. Default: computed for slices of equal length.
+        bias, lora: this process's slice of the bias, and of LoRA's B; LoRA's A is not sliced.
+        reduce_hidden: sum the gradients of ``hidden`` and LoRA's A over the group, so that they are complete on each
+            process. False: each process has its slice's part, to be summed later (as Megatron's layers do).
         temperature, softcap, ignore_index, return_entropy, rows, skip_zero_rows, scratch_bytes: as ``linear_logprob``.
 
     Returns:
@@ -205,10 +207,10 @@ def sharded_linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, **opt
     """``linear_logprob`` where ``hidden`` or ``weight`` is a DTensor; see the top of this file.
 
     Returns:
-        Plain tensors for plain ``hidden``; DTensors with its placement of rows for a DTensor.
+        Plain tensors for plain ``hidden``; for a DTensor, DTensors with the same placement of rows.
 
     Raises:
-        ValueError: tensors of two meshes; ``rows`` together with sharded rows.
+        ValueError: tensors are on different meshes, or ``rows`` is given with sharded rows.
     """
     if not isinstance(hidden, DTensor):
         given = {name: _gathered(value) for name, value in (("weight", weight), ("bias", options.pop("bias", None)))}
@@ -220,13 +222,13 @@ def sharded_linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, **opt
 
 
 class _Global:
-    """A call on global tensors: which placements its tensors take, and the call of local ones."""
+    """A call on global tensors: chooses placements and calls the local operator."""
 
     def __init__(self, hidden: DTensor, weight: Tensor) -> None:
         self.mesh, self.hidden, self.weight = hidden.device_mesh, hidden, weight
         placements = weight.placements if isinstance(weight, DTensor) else (Replicate(),) * self.mesh.ndim
-        check(not isinstance(weight, DTensor) or weight.device_mesh == self.mesh, "weight: another mesh than hidden's")
-        # of each mesh dimension: the rows it shards stay sharded
+        check(not isinstance(weight, DTensor) or weight.device_mesh == self.mesh, "weight: not on the mesh of hidden")
+        # per mesh dimension: sharded rows stay sharded
         self.rows: list[Placement] = [Shard(0) if p.is_shard(0) else Replicate() for p in hidden.placements]
         split = [d for d, p in enumerate(placements) if p.is_shard(0) and not self.rows[d].is_shard()]
         self.split = split[-1] if split else None  # the dimension over which the vocabulary stays split
@@ -247,7 +249,7 @@ class _Global:
     ) -> LogProb:
         check_shape("target", target, (self.hidden.shape[0],))
         shards_rows = any(p.is_shard() for p in self.rows)
-        check(rows is None or not shards_rows, "rows: cannot be told where the rows are sharded over processes")
+        check(rows is None or not shards_rows, "rows: not supported with rows that are sharded over processes")
         if lora is not None:
             lora = (self._local(lora[0], self.whole, "a"), self._local(lora[1], self.vocabulary, "v"), lora[2])
         if isinstance(temperature, Tensor):
@@ -269,16 +271,17 @@ class _Global:
         return LogProb(*made)  # type: ignore[arg-type]
 
     def _local(self, tensor: Tensor | None, placements: list[Placement], kind: str) -> Any:
-        """This rank's part of a tensor placed so; a plain one is taken to be the same on all ranks.
+        """This rank's part of a tensor with these placements; a plain tensor is assumed to be equal on all ranks.
 
-        Its gradient comes as parts to be summed along the dimensions that ``kind`` says: hidden states have a part from
-        every slice of the vocabulary, a slice of the vocabulary from every shard of the rows, LoRA's A from both.
+        Its gradient consists of parts to be summed along mesh dimensions that depend on ``kind``: hidden states get a
+        part from every slice of the vocabulary, a slice of the vocabulary from every shard of the rows, LoRA's A from
+        both.
         """
         if tensor is None:
             return None
         if not isinstance(tensor, DTensor):
             tensor = DTensor.from_local(tensor, self.mesh, self.whole, run_check=False)
-        check(tensor.device_mesh == self.mesh, "DTensors of two meshes in one call")
+        check(tensor.device_mesh == self.mesh, "all DTensors of a call must be on the same mesh")
         summed = set()
         if kind in ("hidden", "a") and self.split is not None:
             summed.add(self.split)

@@ -1,11 +1,11 @@
-"""Per-token log-probabilities (and entropy) of logits that already exist.
+"""Per-token log-probabilities (and entropy) of given logits.
 
     logp_i = log softmax(logits_i / temperature_i)[target_i],      H_i = -sum_j p_ij log p_ij
 
-Memory-bound, so the forward reads every logit once and writes three numbers per row; the backward reads each once and
-writes its gradient once, into the logits' own storage where the caller allows it. The whole row is one tile of the
-head's kernels (``_linear_logprob_kernels``), so both ops share their mathematics; sizes are runtime values, nothing
-recompiles per vocabulary. Gradient, with upstream g (of logp) and h (of H), p the tempered softmax:
+It is memory-bound, so the forward reads every logit once and writes three numbers per row; the backward reads each once
+and writes its gradient once, into the logits' own storage if the caller allows it. A row is one tile of the head's
+kernels (``_linear_logprob_kernels``), so both operators use the same code; sizes are runtime values, so a new
+vocabulary size does not recompile. Gradient, with upstream g (of logp) and h (of H), p the tempered softmax:
 
     dL/dlogits_j = (g (1[j = target] - p_j) - h p_j (log p_j + H)) / temperature
 """
@@ -46,7 +46,7 @@ class LogProb(NamedTuple):
     """Per-token results, fp32 (fp64 for fp64 inputs); 0 in ignored rows."""
 
     logp: Tensor  # [N] log-probability of the target, nats
-    entropy: Tensor | None  # [N] entropy of the tempered distribution, nats; None: not asked for
+    entropy: Tensor | None  # [N] entropy of the tempered distribution, nats; None: not requested
 
 
 @torch.library.custom_op("fastrl::token_logprob", mutates_args=())
@@ -117,7 +117,7 @@ def _gradient(
         here = out[part]
         if out.dtype != logp.dtype:
             tile = logits[part].to(logp.dtype)
-        else:  # where the gradient goes, and where it may lie already
+        else:  # the output buffer may be the logits themselves
             tile = here if out is logits else here.copy_(logits[part])
         some = None if upstream_entropy is None else upstream_entropy[part]
         differentiate_tile(tile, tile, 0, options, rows.part(start, end), upstream[part], some)
@@ -243,16 +243,15 @@ def token_logprob(
     """Log-probability of each row's target, from logits.
 
     Args:
-        logits: [N, V], or [B, T, V] with ``target`` [B, T], as all results then: bf16, fp16, fp32 (or fp64); any
+        logits: [N, V], or [B, T, V] with ``target`` [B, T] (results are then [B, T]): bf16, fp16, fp32 (or fp64); any
             strides, fastest with unit column stride.
         target: [N] int64 or int32. A target outside [0, V) that is not ``ignore_index`` raises on a CPU and gives NaN
             on a GPU.
-        temperature: > 0, or [N] of them; divides the logits. No gradient.
-        ignore_index: rows with this target get logp 0, entropy 0 and no gradient, whatever they hold. ``None``: none.
-        return_entropy: also return the (differentiable) entropy of each row's tempered distribution, in nats.
-        inplace_backward: the backward writes the gradient over the logits and allocates nothing of their size. The
-            logits are lost then: autograd raises if another backward needs them afterwards. A leaf's ``grad`` is that
-            memory too.
+        temperature: > 0, or [N] of them; divides the logits. No gradient. ignore_index: rows with this target get logp
+        0, entropy 0 and no gradient, even if they hold NaN. ``None``: none. return_entropy: also return the
+        (differentiable) entropy of each row's tempered distribution, in nats. inplace_backward: the backward overwrites
+        the logits with the gradient and allocates nothing of their size. Autograd raises if another backward needs the
+            logits afterwards. The ``grad`` of a leaf uses that memory too.
 
     Returns:
         ``LogProb(logp [N], entropy [N] | None)``, fp32 (fp64 for fp64 inputs).
@@ -291,7 +290,7 @@ def token_logprob_reference(
     return_entropy: bool = False,
     inplace_backward: bool = False,
 ) -> LogProb:
-    """The same function in plain torch; the truth in tests. Keeps float64."""
+    """The same function in plain torch, the reference in tests. Keeps float64."""
     shape = target.shape
     logits, target, temperature = flat_rows("logits", logits, target, temperature)
     rowwise = isinstance(temperature, Tensor) and temperature.dim() > 0
@@ -331,7 +330,7 @@ def row_temperature(temperature: float | Tensor, target: Tensor) -> tuple[Tensor
     if isinstance(temperature, Tensor):
         check_same_device(target=target, temperature=temperature)
         return temperature.detach().expand(target.shape[0]), 1.0
-    good = 1e-30 <= temperature < math.inf  # float32 still holds the reciprocal
+    good = 1e-30 <= temperature < math.inf  # the reciprocal must be finite in float32
     check_number("temperature", temperature, good, "a finite number > 0 (from 1e-30)")
     return None, float(temperature)
 
@@ -344,7 +343,7 @@ def inverse_temperature(target: Tensor, kind: torch.dtype, temperature: Tensor |
 
 
 def check_values(target: Tensor, vocabulary: int, ignore_index: int | None, temperature: Tensor | None) -> None:
-    """What only a CPU can check without waiting for a device: targets in the vocabulary, temperatures above 0."""
+    """Checks made on a CPU only, as a GPU would have to synchronise: targets in range, temperatures above 0."""
     if target.device.type != "cpu" or target.numel() == 0:
         return
     outside = (target < 0) | (target >= vocabulary)

@@ -1,9 +1,9 @@
-"""Per-token loss weights: the one place where losses are normalised.
+"""Per-token loss weights; all losses are normalised here.
 
 A loss over tokens is ``sum(weight * row_loss)``; what papers call "mean over tokens" or "mean of sequence means" is
-only a choice of ``weight``. Everything here is a handful of integer counts over ``[N]`` ids, so it is plain torch: it
-runs on any device, compiles into the surrounding graph, reads nothing back to the host, and gives the same bits twice
-(counts are integers, so the order of additions cannot matter).
+only a choice of ``weight``. It takes a few integer counts over ``[N]`` ids, so this is plain torch: it runs on any
+device, compiles into the surrounding graph, reads nothing back to the host, and is bitwise reproducible (counts are
+integers, so the order of additions does not matter).
 
 Gradient: none. Weights are constants of the optimizer step.
 """
@@ -61,7 +61,7 @@ def token_weights(
     if mask is not None:
         keep = keep & (mask != 0)
     count = keep.to(torch.int64)
-    wide = torch.promote_types(dtype, torch.float32)  # counts of long answers overflow 16 bits
+    wide = torch.promote_types(dtype, torch.float32)  # 16-bit floats cannot represent counts of long answers
     if aggregate == "constant":
         per_row, last = keep.to(wide), None
     elif aggregate == "token":
@@ -121,7 +121,7 @@ def _check_arguments(
 
 
 def check_ids(name: str, ids: Tensor, bound: int) -> None:
-    """Raise if an id reaches ``bound``: on CPU (a GPU would need a host read), and not while tracing."""
+    """Raise if an id is ``bound`` or more. Only on CPU (a GPU would need a host read), and not while tracing."""
     if not readable(ids) or ids.numel() == 0:
         return
     largest = int(ids.max())

@@ -1,4 +1,4 @@
-"""Likelihood pulled up, unlikelihood pushed down, per token and from the log-prob alone.
+"""Reflective unlikelihood per token, from the log-prob alone: raises good targets, lowers bad ones.
 
 With ``l = log p`` of the target token, ``sigma`` in [0, 1] the normalised reward of its turn and weight ``w``:
 
@@ -9,12 +9,12 @@ With ``l = log p`` of the target token, ``sigma`` in [0, 1] the normalised rewar
     dloss/dl = -w [ sigma - alpha (1 - sigma) p / (1 - p) ],   p / (1 - p) = 1 / expm1(-l)
 
 ``log(1 - exp(l))`` is ``log(-expm1(l))`` for ``l > -ln 2`` and ``log1p(-exp(l))`` below, so neither end cancels. The
-slope ``p / (1 - p)`` is unbounded as p goes to 1; above ``p = 1 - 1e-6`` the function goes on along its tangent, so the
-slope is at most ``(1 - 1e-6) / 1e-6`` (about 1e6). It is not cut to 0 there: such a token is the most confident
-mistake, and what reaches the logits, slope x (1 - p), is at most 1. Tokens of weight 0 are not looked at.
+slope ``p / (1 - p)`` is unbounded as p goes to 1; above ``p = 1 - 1e-6`` the function is continued along its tangent,
+so the slope is at most ``(1 - 1e-6) / 1e-6`` (about 1e6). It is not cut to 0 there, since such a token is the most
+confident mistake, and the gradient of the logits, slope x (1 - p), is at most 1. Tokens of weight 0 are skipped.
 
 Why it is fast: no ``[N, V]`` tensor, one launch that reads three vectors and writes the gradient and one partial sum
-per block, one sum of the partials in a fixed order. No atomics, no host read, the same bits twice.
+per block, one sum of the partials in a fixed order. No atomics, no host read, bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def unlikelihood_kernel(
     far = log1p_unit(-tl.where(near, 0.5, p))
     value = tl.where(near, tl.log(one_minus), far) - slope * tl.where(logp > capped, logp - capped, 0.0)
     against = alpha * (1.0 - sigma)
-    # alpha (1 - sigma) = 0 must not meet an infinite log-prob, and sigma = 0 neither
+    # a factor of 0, either alpha (1 - sigma) or sigma, must not multiply an infinite log-prob
     pull = tl.where(sigma != 0, sigma * logp, 0.0)
     push = tl.where(against != 0, against * value, 0.0)
     tl.store(dlogp_ptr + rows, tl.where(live, -weight * (sigma - against * slope), 0.0), mask=inside)
@@ -116,7 +116,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad_loss: Tensor, grad_dlogp: Any) -> Any:
     dlogp, logp, sigma, weight = ctx.saved_tensors
-    if torch.is_grad_enabled():  # a derivative of this one may be asked for: the same number, as torch's own operators
+    if torch.is_grad_enabled():  # for a second derivative, compute the same value with differentiable torch operators
         dlogp = _eager(logp, sigma, weight, ctx.alpha)[1]
     return (dlogp * grad_loss).to(logp.dtype), None, None, None
 
@@ -162,7 +162,7 @@ def _eager(logp: Tensor, sigma: Tensor, weight: Tensor | None, alpha: float) -> 
     capped = value.clamp(max=MAX_LOGP)
     near = capped > -math.log(2)
     small = torch.where(near, capped, -1.0)
-    slope = 1 / torch.expm1(-capped)  # its own derivative is 0 where the tangent goes on
+    slope = 1 / torch.expm1(-capped)  # its own derivative is 0 on the tangent
     log1mexp = torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(capped)))
     log1mexp = log1mexp - slope.detach() * torch.where(value > capped, value - capped, 0.0)
     against = alpha * (1 - s)

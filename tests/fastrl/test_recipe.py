@@ -88,7 +88,7 @@ def test_a_mixture_says_its_parts_and_their_rewards(tmp_path: Path) -> None:
     [
         (["data.mix=[{spec: 'ocr:a'}]"], "either spec .* or mix"),
         (["data.spec="], "either spec .* or mix"),
-        (["data.spec=", "data.adapter=a.py:f", "data.mix=[{spec: 'ocr:a'}]"], "each entry has its own"),
+        (["data.spec=", "data.adapter=a.py:f", "data.mix=[{spec: 'ocr:a'}]"], "set it for each entry"),
         (["data.spec=", "data.mix=[{spec: 'ocr:a', name: x}, {spec: 'ocr:b', name: x}]"], "two entries of mix"),
         (["data.spec=", "data.mix=[{spec: 'ocr:a', weight: -1}]"], "must be above 0"),
         (["data.spec=", "data.mix=[{spec: 'ocr:a', weight: {0: 0}}]"], "not all 0"),

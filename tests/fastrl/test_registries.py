@@ -185,11 +185,13 @@ def test_a_recipe_is_valid_only_once_its_method_is_registered(tmp_path: Path) ->
 
 def test_a_taken_name_is_refused_and_both_are_named(toys: Path) -> None:
     again = module_of(toys / "other.py", METHOD).BestOfN
-    with pytest.raises(ValueError, match=r"method 'best-of-n' is best\.BestOfN already, it cannot be other\.BestOfN"):
+    with pytest.raises(
+        ValueError, match=r"method 'best-of-n' is already best\.BestOfN and cannot also be other\.BestOfN"
+    ):
         fastrl.methods.register(again)
-    with pytest.raises(ValueError, match=r"'length' is length\.LengthReward already.*GroundingReward too"):
+    with pytest.raises(ValueError, match=r"'length' is already length\.LengthReward and cannot also be .*GroundingReward"):
         fastrl.rewards.register("length", GroundingReward)
-    with pytest.raises(ValueError, match=r"'coco' is fastrl\.data\.coco\.load already.*test_registries\.rows too"):
+    with pytest.raises(ValueError, match=r"'coco' is already fastrl\.data\.coco\.load and cannot also be .*test_registries\.rows"):
         fastrl.data.register("coco", rows)
     fastrl.methods.register(PerPO)  # the same again
     fastrl.data.register("mine", rows)
@@ -234,14 +236,14 @@ class Toy(Method):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"row_local_los": lambda self: None}, "row_local_los is no part of a Method; did you mean row_local_loss?"),
+        ({"row_local_los": lambda self: None}, "row_local_los is not part of a Method; did you mean row_local_loss?"),
         ({"stat": lambda self: {}}, "did you mean state?"),
         ({"sample": True}, "did you mean samples?"),
         ({"reads_refrence": classmethod(lambda cls, options: True)}, "did you mean reads_reference?"),
-        ({"state": lambda self: {}}, "state and load go together"),
+        ({"state": lambda self: {}}, "state and load must be implemented together"),
         ({"loss": lambda self, logp, batch: None}, "loss takes"),
-        ({"Options": dict}, "Options has to be"),
-        ({"Options": MethodOptions}, "kind has to be a Literal"),
+        ({"Options": dict}, "Options must be"),
+        ({"Options": MethodOptions}, "kind must be a Literal"),
     ],
 )
 def test_a_misspelt_hook_is_an_error_at_registration(body: dict[str, Any], said: str) -> None:
@@ -260,7 +262,7 @@ def test_a_misspelt_fact_of_an_instance_is_an_error_before_it_trains() -> None:
             self.temperatur = 0.5
 
     fastrl.methods.register(Cold)
-    with pytest.raises(TypeError, match=r"Cold.temperatur is no part of a method; did you mean temperature\?"):
+    with pytest.raises(TypeError, match=r"Cold.temperatur is not part of a method; did you mean temperature\?"):
         fastrl.methods.make_method(ToyOptions(), None)  # type: ignore[arg-type]
 
 
@@ -283,5 +285,5 @@ def test_a_misspelt_part_of_a_reward_is_an_error_at_registration(body: dict[str,
     assert fastrl.rewards.register("toy", right) is right
     assert reward_for("toy", weights={"a": 2}).total({"a": [1.0]}) == [2.0]
     for wrong in (int, 3):
-        with pytest.raises(TypeError, match="has to be a subclass of"):
+        with pytest.raises(TypeError, match="must be a subclass of"):
             fastrl.rewards.register("toy2", wrong)  # type: ignore[arg-type]

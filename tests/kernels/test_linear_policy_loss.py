@@ -272,12 +272,12 @@ def test_compiles_without_graph_break() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"ratio": "sequence"}, ValueError, "ratio: linear_policy_loss makes gradients row by row"),
+        ({"ratio": "sequence"}, ValueError, "ratio: linear_policy_loss computes gradients row by row"),
         ({"beta": 0.1}, ValueError, "ref_logp"),
         ({"grad_scale": 0.0}, ValueError, "grad_scale"),
         ({"head_grad": torch.zeros(9, 7)}, ValueError, r"head_grad: expected shape \[9, 8\], got \[9, 7\]"),
         ({"head_grad": torch.zeros(9, 8).bfloat16()}, TypeError, "head_grad: expected dtype float32"),
-        ({"scratch_bytes": 100}, ValueError, "scratch_bytes: 100 is too small, a row of 9 logits must fit"),
+        ({"scratch_bytes": 100}, ValueError, "scratch_bytes: 100 is too small for a row of 9 logits"),
         ({"completion": torch.zeros(3).long()}, ValueError, r"completion: expected shape \[4\], got \[3\]"),
         ({"target": torch.tensor([0, 0, 0, 9])}, ValueError, "target: row 3 is 9"),
         ({"head_weight": torch.zeros(9, 8).double()}, TypeError, "head_weight: expected dtype float32, got float64"),

@@ -1,1 +1,1 @@
-"""Attention over packed rows: prefix-shared paths, variable-length calls, where answers look."""
+"""Attention over packed rows: prefix-shared and variable-length paths, and attention maps of answers."""

@@ -1,17 +1,17 @@
-"""Attention in which every completion of a group reads its prompt's keys, computed once. Registered with transformers.
+"""Attention in which all completions of a group use their prompt's keys, computed once. Registered with transformers.
 
-A prompt row sees its own prompt causally; a completion row sees its prompt and its own completion causally; nothing
-sees across groups. Two paths with one meaning:
+A prompt row attends causally to its own prompt; a completion row attends to its prompt and causally to its own
+completion; nothing attends across groups. Two paths compute this:
 
-- CPU, float32, and any GPU without variable-length attention: scaled-dot-product attention, per group the prompt alone,
+- CPU, float32, and any GPU without variable-length attention: scaled-dot-product attention, per group first the prompt,
   then its completions as padded blocks of similar length.
 - GPU: one variable-length call per layer over the whole row; a completion's keys are gathered as [prompt, own].
 
-``fastrl.models.attention.varlen`` says which path a call takes, and why.
+``fastrl.models.attention.varlen`` chooses the path of a call and gives the reason.
 
-Calls without segments (a model's own forward, computed again by checkpointing) fall through to transformers' attention.
-A vision tower of ragged images makes one call per layer over the images' or windows' lengths; transformers makes that
-single call only for a name that contains "flash". One of equal images attends within each.
+Calls without segments (a model's own forward, recomputed by checkpointing) use transformers' attention. A vision tower
+for images of varying size makes one call per layer over the lengths of all images or windows; transformers makes that
+single call only if the function's name contains "flash". A tower for images of equal size attends within each image.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def language_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling")
     if kwargs.get("dropout") or kwargs.get("sliding_window") is not None:
-        raise NotImplementedError("prefix-shared attention has neither dropout nor a sliding window")
+        raise NotImplementedError("prefix-shared attention supports neither dropout nor a sliding window")
     call = varlen.choose(query.device, query.dtype, query.shape[-1]).call
     if call is None:
         return dense_prefix_attention(query, key, value, segments, scale=scale), None
@@ -63,8 +63,8 @@ def language_attention(
 def vision_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention function, not causal: ragged, [1, H, L, D] each with segments ``cu_seq_lens_q``, or equal
-    images, [B, H, L, D] each and maybe a mask → [B, L, H, D]."""
+    """transformers' attention function, not causal: query, key and value [1, H, L, D] with segments ``cu_seq_lens_q``,
+    or, for images of equal size, [B, H, L, D] with an optional mask → [B, L, H, D]."""
     cu, scale = kwargs.get("cu_seq_lens_q"), kwargs.get("scaling")
     if cu is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
@@ -113,8 +113,7 @@ def _completion_block(
 ) -> Tensor:
     """Attention of one block's real rows, [rows, Hq, D].
 
-    Query heads that share a key head are stacked along the query axis: no key is repeated, and the mask is repeated
-    instead.
+    Query heads of one key head are stacked along the query axis, so that the mask is repeated instead of the keys.
     """
     hq, _, d = query.shape
     hkv, ratio = len(key), len(query) // len(key)
@@ -162,7 +161,7 @@ def _equal_lengths(lengths: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
 def varlen_prefix_attention(
     query: Tensor, key: Tensor, value: Tensor, tables: VarlenTables, call: VarlenCall, *, scale: float | None
 ) -> Tensor:
-    """As ``dense_prefix_attention``, as one variable-length call."""
+    """``dense_prefix_attention`` as one variable-length call."""
     _check_rows(query, tables.rows)
     k, v = (_GatherKeys.apply(x[0].transpose(0, 1), tables) for x in (key, value))
     q = query[0].transpose(0, 1)
@@ -170,7 +169,7 @@ def varlen_prefix_attention(
 
 
 class _GatherKeys(torch.autograd.Function):
-    """Rows [L, H, D] → gathered keys [K, H, D]. The backward sums a row's copies in fp32 and in a fixed order."""
+    """Rows [L, H, D] → gathered keys [K, H, D]. The backward sums a row's copies in float32 in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, tables: VarlenTables) -> Tensor:

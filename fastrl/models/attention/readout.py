@@ -1,13 +1,13 @@
-"""Where answers look: the attention of a dialogue's answer tokens on its image tokens, turn by turn.
+"""Attention maps: the attention of a dialogue's answer tokens on its image tokens, per turn.
 
-RePer's analysis (arXiv:2504.07165): a model that reflects well looks at the picture more with every turn. A token's
-attention on the picture is that of the row that predicts it, the mean over heads and layers of
+RePer's analysis (arXiv:2504.07165): a model that reflects well attends more to the image with every turn. A token's
+attention on the image is that of the row that predicts it, the mean over heads and layers of
 
     mass = Σ_{image tokens j} softmax_j( q · k_j / √d + mask )                                   in [0, 1]
 
-The paper does not say which layers it takes; all are kept (``by_layer``), and ``mass`` is their mean. Fused attention
-never makes these probabilities, so this is one more pass over the finished dialogue with transformers' eager attention,
-which adds its mask to the scores: a boolean mask would be added as 0 and 1 and hide nothing.
+The paper does not say which layers it uses; all are reported (``by_layer``), and ``mass`` is their mean. Fused
+attention never materialises these probabilities, so this is another pass over the finished dialogue with transformers'
+eager attention. That adds its mask to the scores: a boolean mask would be added as 0 and 1 and hide nothing.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ if TYPE_CHECKING:
 ATTENTION = "fastrl_eager"
 SHOWN = 8  # pictures drawn at most
 
-# Draws (picture, its maps by turn) into a file: fastrl.report.figures.heat_maps
+# Draws each picture with its map of every turn into a file, such as fastrl.report.figures.heat_maps
 HeatMaps = Callable[[Sequence[tuple[Any, Sequence[Tensor]]], Path], None]
 
 
 @dataclass(frozen=True)
 class TurnAttention:
-    """One turn's attention on the pictures, the mean over its answer's tokens (end of turn included) and all heads."""
+    """One turn's attention on the images, the mean over its answer's tokens (end of turn included) and all heads."""
 
-    mass: float  # on all image tokens, mean over layers
+    mass: float  # sum over all image tokens, mean over layers
     by_layer: tuple[float, ...]
-    maps: tuple[Tensor, ...]  # of each image [rows, columns] float32, a cell per image token, mean over layers
+    maps: tuple[Tensor, ...]  # per image [rows, columns] float32, one cell per image token, mean over layers
 
     def row(self) -> dict[str, Any]:
-        """As JSON holds it; the sum of all maps is ``mass``."""
+        """For JSON; the sum of all maps is ``mass``."""
         return {"mass": self.mass, "by_layer": list(self.by_layer), "maps": [m.tolist() for m in self.maps]}
 
 
 def read_attention(policy: Policy, record: Record) -> list[TurnAttention]:
-    """The attention of each assistant turn of ``record.messages`` on the record's pictures.
+    """The attention of each assistant turn of ``record.messages`` on the record's images.
 
-    The dialogue is read once, answers as they stand in the messages. Memory is one layer's [heads, L, L] probabilities.
+    One forward over the dialogue with its answers. Peak memory is one layer's [heads, L, L] probabilities.
 
     Raises:
-        EncodeError: a dialogue that does not end with the assistant, or has images after its first turn.
-        ValueError: a record without images.
+        EncodeError: the dialogue does not end with the assistant, or has images after its first turn.
+        ValueError: the record has no images.
     """
     prompt, completion, _ = policy.encode_dialogue(record)
     if not prompt.images:
-        raise ValueError(f"{record.source or record.id}: no image to look at")
+        raise ValueError(f"{record.source or record.id}: has no image, so there is no attention on images to read")
     batch = pack_row([PromptGroup(prompt, [completion])]).to(policy.device)
     turn = batch.per_token["turn"]
     probe = _Probe(columns=batch.image_rows, rows=[batch.predict_rows[turn == n] for n in range(int(turn.max()) + 1)])
@@ -80,8 +80,8 @@ def save_attention(
     draw: HeatMaps | None = None,
     shown: int = SHOWN,
 ) -> dict[str, Any]:
-    """Write ``attention.json`` (the mean mass of each turn, and every dialogue's numbers) and, where ``draw`` is given,
-    the heat maps of the first ``shown`` records, ``attention.png``.
+    """Write ``attention.json`` (the mean mass of each turn, and every dialogue's numbers) and, if ``draw`` is given,
+    ``attention.png`` with the heat maps of the first ``shown`` records.
 
     Returns:
         ``{"turns": …, "mean_mass": [per turn], "dialogues": n}``.
@@ -105,26 +105,26 @@ def save_attention(
 
 @dataclass
 class _Probe:
-    """Travels through the forward: which rows of the probabilities to keep, and what was found by layer and turn."""
+    """Passed through the forward to collect the requested rows of the probabilities, by layer and turn."""
 
-    columns: Tensor  # image tokens
-    rows: list[Tensor]  # of each turn
+    columns: Tensor  # indices of the image tokens
+    rows: list[Tensor]  # indices of the predicting rows of each turn
     found: list[list[Tensor]] = field(default_factory=list)  # by layer, by turn: [image tokens] float32
 
     def mask(self, query: Tensor) -> Tensor:
-        """What causal attention adds to the scores [1, 1, L, L] of ``query`` [1, heads, L, D]."""
+        """The additive causal mask [1, 1, L, L] for the scores of ``query`` [1, heads, L, D]."""
         length = query.shape[2]
         hidden = torch.full((length, length), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
         return hidden.triu(1)[None, None]
 
     def add(self, weights: Tensor) -> None:
-        """Note one layer's probabilities [1, heads, L, L]."""
+        """Collect from one layer's probabilities [1, heads, L, L]."""
         seen = weights[0].float().mean(0)[:, self.columns]
         self.found.append([seen[rows].mean(0) for rows in self.rows])
 
 
 def _summed(layers: Tensor, lengths: list[int], images: Sequence[ImageInput], family: Family) -> TurnAttention:
-    """[layers, image tokens] → numbers and one map per image."""
+    """[layers, image tokens] → mass, mass by layer and one map per image."""
     parts = layers.mean(0).split(lengths)
     maps = tuple(family.heat(image, part) for image, part in zip(images, parts, strict=True))
     by_layer = layers.sum(1)
@@ -133,7 +133,7 @@ def _summed(layers: Tensor, lengths: list[int], images: Sequence[ImageInput], fa
 
 @contextmanager
 def _eager(policy: Policy) -> Iterator[None]:
-    """Inside: the language model attends through ``fastrl_eager``, without dropout."""
+    """Make the language model attend through ``fastrl_eager``, without dropout."""
     register(**{ATTENTION: _attention})
     training = policy.core.training
     policy.core.eval()

@@ -1,7 +1,7 @@
-"""Which attention function a model's language and vision layers call: the one place where that is changed.
+"""Sets which attention function a model's language and vision layers call; nothing else changes that.
 
-Ours are registered with transformers by name and without a mask function, so that no family builds a mask for them:
-what a token may see travels in keywords (``fastrl_segments``, ``fastrl_cache``, ``fastrl_probe``).
+Our functions are registered with transformers by name and without a mask function, so no model builds a mask for them:
+what a token attends to is passed in keywords (``fastrl_segments``, ``fastrl_cache``, ``fastrl_probe``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def register(**functions: Callable[..., Any]) -> None:
-    """Let transformers find attention functions under these names."""
+    """Register attention functions with transformers under these names."""
     from transformers import AttentionInterface
 
     for name, function in functions.items():
@@ -26,7 +26,7 @@ def register(**functions: Callable[..., Any]) -> None:
 
 @contextmanager
 def attention(family: Family, core: Any, *, language: str | None = None, vision: str | None = None) -> Iterator[None]:
-    """Inside, the layers of a part call the function of that name; None: as before."""
+    """Make the layers of a part call the attention function of that name during a block; None: leave them unchanged."""
     configs = _named(family, core, language, vision)
     before = [(config, config._attn_implementation) for config, _ in configs]
     try:
@@ -39,8 +39,10 @@ def attention(family: Family, core: Any, *, language: str | None = None, vision:
 
 
 def set_attention(family: Family, core: Any, *, language: str, vision: str) -> None:
-    """For good: also what checkpointing computes again in a backward. The whole model's own forward (and with it
-    ``generate``) goes on to attend as it did, masks and padding included."""
+    """Change the attention functions permanently, so that checkpointing recomputes layers with the same ones.
+
+    The whole model's own forward (and so ``generate``) keeps its previous attention, masks and padding included.
+    """
     own = family.parts(core).language.config._attn_implementation
     if own == language:
         return
@@ -56,7 +58,7 @@ def set_attention(family: Family, core: Any, *, language: str, vision: str) -> N
 
 
 def _named(family: Family, core: Any, language: str | None, vision: str | None) -> list[tuple[Any, str]]:
-    """Configs whose attention is to change, and its name. A tower without a config of its own has no attention."""
+    """Configs to change, each with its new function's name. A tower without a config of its own has no attention."""
     parts = family.parts(core)
     wanted = [(getattr(parts.vision, "config", None), vision), (parts.language.config, language)]
     return [(config, name) for config, name in wanted if config is not None and name is not None]

@@ -1,7 +1,8 @@
-"""Which variable-length attention this machine has, and whether a call may take it. Found by looking at what is there.
+"""Detects which variable-length attention is installed, and decides whether a call may use it.
 
-All libraries are brought to one contract, ``VarlenCall``: queries [Tq, Hq, D] and keys and values [Tk, Hkv, D] of many
-segments, one after another; a segment's queries see its own keys, causally aligned with its last ones, or all of them.
+All libraries are adapted to one contract, ``VarlenCall``: queries [Tq, Hq, D] and keys and values [Tk, Hkv, D] of many
+segments, concatenated. A segment's queries attend to all of its keys, or causally, with the last query aligned to the
+last key.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ DENSE = "scaled-dot-product attention, a block per prompt, group of answers, or 
 class VarlenCall(Protocol):
     """``call(q, k, v, cu_q, cu_k, max_q, max_k, scale=…, causal=…)`` → [Tq, Hq, D]; differentiable in q, k and v.
 
-    ``cu_q``, ``cu_k`` [S + 1] int32 on the device: where each segment begins; ``max_q``, ``max_k``: the longest ones.
-    Key heads may be fewer than query heads and divide them. Causal: the last query sees all keys of its segment.
+    ``cu_q``, ``cu_k`` [S + 1] int32 on the device: the start of each segment; ``max_q``, ``max_k``: the longest length.
+    The number of key heads divides the number of query heads. Causal: a segment's last query attends to all its keys.
     """
 
     def __call__(
@@ -34,7 +35,7 @@ class VarlenCall(Protocol):
 
 
 class Found(NamedTuple):
-    """The library found, or None and why each one is not there."""
+    """The library found, or None; and why each library before it is unavailable."""
 
     call: VarlenCall | None
     name: str
@@ -42,20 +43,20 @@ class Found(NamedTuple):
 
 
 class Path(NamedTuple):
-    """The way attention takes: a variable-length ``call``, or None for the dense path; and why."""
+    """The attention path: a variable-length ``call``, or None for the dense path; and the reason."""
 
     call: VarlenCall | None
     reason: str
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Path:
-    """The way for tensors of this device, dtype and head size. Asks nothing of the device that would synchronise it."""
+    """Choose the path for tensors of this device, dtype and head size, without synchronising the device."""
     if device.type != "cuda":
         return Path(None, f"no GPU: {DENSE}")
     if dtype not in DTYPES:
-        return Path(None, f"{dtype} on a GPU, and variable-length kernels take bfloat16 and float16: {DENSE}")
+        return Path(None, f"variable-length kernels take bfloat16 and float16, not {dtype}: {DENSE}")
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        return Path(None, f"heads of {head_dim}, not a multiple of 8 up to {MAX_HEAD_DIM}: {DENSE}")
+        return Path(None, f"head size {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}: {DENSE}")
     if _capability(device) < (8, 0):
         return Path(None, f"the GPU is older than compute capability 8.0: {DENSE}")
     found = find()
@@ -71,7 +72,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def find() -> Found:
-    """The first of: torch's own, flash-attn 3, flash-attn 2, flash-attn 4 (its backward is not tuned for every GPU)."""
+    """The first available of torch, flash-attn 3, 2 and 4 (last: its backward is not tuned for every GPU)."""
     missing: list[str] = []
     for name, module, adapt in (
         ("torch.nn.attention.varlen", "torch.nn.attention.varlen", _torch_call),
@@ -81,7 +82,7 @@ def find() -> Found:
     ):
         try:
             call = adapt(importlib.import_module(module))
-        except (ImportError, OSError) as error:  # OSError: a compiled part that does not load here
+        except (ImportError, OSError) as error:  # OSError: a compiled extension that does not load
             missing.append(f"{name}: {type(error).__name__}")
             continue
         if call is not None:
@@ -91,7 +92,7 @@ def find() -> Found:
 
 
 def _torch_call(module: Any) -> VarlenCall | None:
-    """torch's call. The first versions knew no scale and ``is_causal`` in place of a window."""
+    """torch's call. Early versions have no ``scale`` (not supported here), or ``is_causal`` instead of a window."""
     varlen_attn: Callable[..., Any] | None = getattr(module, "varlen_attn", None)
     if varlen_attn is None:
         return None
@@ -118,7 +119,7 @@ def _torch_call(module: Any) -> VarlenCall | None:
 
 
 def _flash_call(module: Any) -> VarlenCall | None:
-    """flash-attn's call, of any generation: arguments by name, as their order differs; some return (out, lse)."""
+    """flash-attn's call, any generation: arguments by name, as their order differs; some return (out, lse)."""
     varlen_func: Callable[..., Any] | None = getattr(module, "flash_attn_varlen_func", None)
     if varlen_func is None:
         return None

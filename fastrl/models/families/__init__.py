@@ -1,4 +1,4 @@
-"""The families of models, by ``config.model_type``: one file each. ``register`` adds one from anywhere."""
+"""Model families by ``config.model_type``, one file each. ``register`` adds another."""
 
 from __future__ import annotations
 
@@ -36,14 +36,13 @@ NEEDED = ("model_type", "style", "end_of_turn", "model_class", "preprocessor", "
 
 F = TypeVar("F", bound=type[Family])
 _LINEAR = (
-    "most of its text layers carry a state from token to token, which attention over a shared prompt would not hand to "
-    "the answers"
+    "most of its text layers are recurrent, and sharing a prompt's attention would not pass their state to the answers"
 )
 _GEMMA = (
-    "its pictures are attended to in both directions and its windows are measured along the dialogue, neither of which "
-    "a packed row does"
+    "its image tokens attend in both directions and its sliding windows follow the dialogue, neither of which packed "
+    "rows support"
 )
-# Families that would run and be wrong, and why.
+# Families that would load and run but compute wrong results, and why.
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_next"), _LINEAR),
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4"), _GEMMA),
@@ -51,10 +50,10 @@ REFUSED: Mapping[str, str] = {
 
 
 def register(family: F) -> F:
-    """Let a family be found by its ``model_type``. Also a class decorator.
+    """Register a family under its ``model_type``. Also usable as a class decorator.
 
     Raises:
-        TypeError: no subclass of ``Family``, or one with a part missing, misspelt or called otherwise.
+        TypeError: not a subclass of ``Family``, or a hook is missing, misspelt or has another signature.
         ValueError: another family has that ``model_type``.
     """
     found = _faults(family)
@@ -65,7 +64,7 @@ def register(family: F) -> F:
 
 
 def _faults(family: type[Family]) -> list[str]:
-    """What keeps a class from being a family. Helpers of its own are no fault, but for what is like a misspelt hook."""
+    """Reasons why a class is not a valid family. Extra methods are allowed unless they look like misspelt hooks."""
     if not (isinstance(family, type) and issubclass(family, Family)):
         return faults(family, Family)
     hooks = {*dir(Family), *Family.__annotations__}
@@ -92,7 +91,7 @@ def family_of(config: Any, where: object = "") -> Family:
         where: what it was read from, for messages.
 
     Raises:
-        ValueError: no family of that ``model_type``, or text layers that the family has no shared form for.
+        ValueError: no family has that ``model_type``, or prompts cannot be shared in the config's text layers.
     """
     kind = str(config.get("model_type") if isinstance(config, Mapping) else config.model_type)
     prefix = f"{where}: " if where else ""
@@ -109,7 +108,7 @@ def family_of(config: Any, where: object = "") -> Family:
 
 
 def published() -> dict[str, Mapping[str, Any]]:
-    """Configs as they are published, of all families, by hub name."""
+    """Published configs of all families, by hub name."""
     return {name: config for family in families().values() for name, config in family.published.items()}
 
 

@@ -1,7 +1,7 @@
-"""GLM-4.1V, GLM-4.5V and GLM-4.6V (arXiv:2507.01006): pictures of any size, multimodal rotary positions (Qwen2-VL's).
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V (arXiv:2507.01006): pictures of any size, Qwen2-VL's multimodal rotary positions.
 
-The text layers have norms behind attention and MLP, so that a decode step goes through them as they are. The turn of
-the other side, ``<|user|>``, is what ends an answer.
+The text layers also have norms after attention and MLP, so decode steps use the layers' own forward. An answer ends
+with the marker of the next user turn, ``<|user|>``.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Glm4V(Qwen2VL):
         return QwenPreprocessor(within(folder_processor(self.processor_class(), folder), min_pixels, max_pixels))
 
     def prepare(self, core: Any) -> None:
-        """As Qwen2-VL's; lengths, which a plan's attention reads on the host, follow the patches to their device."""
+        """As in Qwen2-VL; also moves the lengths (on the host for a plan) to the patches' device."""
         super().prepare(core)
         embeddings: Any = self.parts(core).vision.embeddings
         embeddings.forward = MethodType(_place_patches, embeddings)
 
     def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], generate: bool, end: str) -> str:
-        """An answer at the end is closed as one that is answered: by the other side's turn."""
+        """Close a final answer with the marker of the user's turn, as any other answer."""
         text = super().render(tokenizer, messages, generate, end)
         closed = messages and messages[-1]["role"] == "assistant" and not text.endswith(end)
         return text + end if closed else text

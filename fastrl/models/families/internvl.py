@@ -1,8 +1,8 @@
 """InternVL3 and InternVL3.5 (arXiv:2504.10479, 2508.18265), the ``-hf`` folders: tiles and a thumbnail of each picture.
 
-A picture becomes the grid of square tiles nearest to its shape, and where there is more than one a small view of the
-whole behind them. The released processor cuts tiles whatever its file says of ``crop_to_patches``; so does this one.
-``ImageInput.shape`` is (rows, columns) of the grid, the pixels are [squares, 3, side, side].
+A picture becomes the grid of square tiles closest to its aspect ratio, followed by a thumbnail if there is more than
+one tile. The released processor cuts tiles even if its file sets ``crop_to_patches`` to false; so does this one.
+``ImageInput.shape`` is (rows, columns) of the grid; the pixels are [squares, 3, side, side].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class InternVL(Family):
-    """InternVL: answers in its own box tokens with their labels, 0-1000."""
+    """InternVL: answers with labels and its own box tokens, 0-1000."""
 
     model_type: ClassVar[str] = "internvl"
     style: ClassVar[str] = "internvl"
@@ -44,7 +44,7 @@ class InternVL(Family):
 
     @property
     def side(self) -> int:
-        """Of a tile, in pixels."""
+        """Side of a tile in pixels."""
         size = self.config.vision_config.image_size
         return size if isinstance(size, int) else size[0]
 
@@ -73,13 +73,13 @@ class InternVL(Family):
         return round(self.tokens(image) / self.config.downsample_ratio**2)
 
     def blank(self, pixels: int, *, key: str = "") -> ImageInput:
-        """A square grid of tiles as large as ``pixels`` allow."""
+        """A square grid of as many tiles as fit into ``pixels``."""
         across = max(1, math.isqrt(pixels) // self.side)
         squares = across**2 + (across > 1)
         return ImageInput(torch.empty(squares, 3, self.side, self.side, device="meta"), (across, across), key)
 
     def heat(self, image: ImageInput, values: Tensor) -> Tensor:
-        """Of the tiles; the thumbnail's share goes to all alike."""
+        """A map of the tiles; the thumbnail's values are spread evenly over it."""
         rows, columns = image.shape
         side, count = self.grid_side, rows * columns * self.grid_side**2
         tiles = values[:count].view(rows, columns, side, side).transpose(1, 2).reshape(rows * side, columns * side)
@@ -97,7 +97,7 @@ class InternVL(Family):
 
 
 class TilePreprocessor(ImagePreprocessor):
-    """Tiles, and a thumbnail behind more than one."""
+    """Tiles, followed by a thumbnail if there are several."""
 
     @property
     def settings(self) -> str:

@@ -1,8 +1,8 @@
-"""LLaVA-1.5 (arXiv:2310.03744): a fixed number of tokens a picture, a CLIP tower, Llama, Vicuna's dialogue.
+"""LLaVA-1.5 (arXiv:2310.03744): a fixed number of tokens per picture, a CLIP tower, Llama, Vicuna's dialogue format.
 
-The folder's image processor decides what the model sees: the picture padded to a square, or its middle cropped. The
-numbers of an answer lie across that (frame ``padded_unit``). ``ImageInput.shape`` is (height, width) of the pixels
-[1, 3, height, width].
+The folder's image processor decides what the model sees: the picture padded to a square, or its centre crop.
+Coordinates in answers are relative to that square (frame ``padded_unit``). ``ImageInput.shape`` is (height, width) of
+the pixels [1, 3, height, width].
 """
 
 from __future__ import annotations
@@ -52,34 +52,34 @@ def _config(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
 
 
 class LlavaFamily(Family):
-    """What the LLaVA families share: placeholders ``<image>``, features by the model's own code, turns that end.
+    """Common to the LLaVA families: ``<image>`` placeholders, features by the model's own code, closed turns.
 
-    Released chat templates close an assistant's turn with a space or not at all. The models were trained with the end
-    of turn behind it, and a sampled answer has it: dialogues are rendered turn by turn, so that they have it too.
+    Released chat templates close an assistant's turn with a space or not at all. The models were trained with an
+    end-of-turn token there, and sampled answers have it. Dialogues are rendered turn by turn to add it.
     """
 
     end_of_turn: ClassVar[str] = "</s>"
     control_tokens: ClassVar[tuple[str, ...]] = ("<image>", "<video>", "<s>", "<unk>", "<pad>")
 
     def template_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Part lists, always: released templates drop a plain string."""
+        """Keeps lists of parts: released templates drop content that is a string."""
         return [dict(m) for m in messages]
 
     def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], generate: bool, end: str) -> str:
         pieces: list[str] = []
-        asked: list[Mapping[str, Any]] = []
+        pending: list[Mapping[str, Any]] = []
         for message in messages:
             if message["role"] != "assistant":
-                asked.append(message)
+                pending.append(message)
                 continue
             text = "".join(part["text"] for part in message["content"])
-            pieces += [self._asked(tokenizer, asked, True, first=not pieces), self.turn(text, end)]
-            asked = []
-        if asked or not pieces:
-            pieces.append(self._asked(tokenizer, asked, generate, first=not pieces))
+            pieces += [self._unanswered(tokenizer, pending, True, first=not pieces), self.turn(text, end)]
+            pending = []
+        if pending or not pieces:
+            pieces.append(self._unanswered(tokenizer, pending, generate, first=not pieces))
         return "".join(pieces)
 
-    def _asked(self, tokenizer: Any, messages: list[Mapping[str, Any]], generate: bool, *, first: bool) -> str:
+    def _unanswered(self, tokenizer: Any, messages: list[Mapping[str, Any]], generate: bool, *, first: bool) -> str:
         text = super().render(tokenizer, messages, generate, self.end_of_turn)
         begin = tokenizer.bos_token
         return text.removeprefix(begin) if begin and not first else text
@@ -89,7 +89,7 @@ class LlavaFamily(Family):
 
     @property
     def side(self) -> int:
-        """Of the square that the tower takes, in pixels."""
+        """Side in pixels of the square that the tower takes."""
         return self.config.vision_config.image_size
 
     @property
@@ -99,7 +99,7 @@ class LlavaFamily(Family):
 
     @property
     def square_tokens(self) -> int:
-        """Features of one square: its patches, and the tower's class token where the config keeps it."""
+        """Number of features of one square: its patches, and the tower's class token if the config keeps it."""
         token = int(self.config.vision_config.model_type == "clip_vision_model")
         return self.grid_side**2 + token - (self.config.vision_feature_select_strategy == "default")
 
@@ -108,7 +108,7 @@ class LlavaFamily(Family):
 
 
 class Llava(LlavaFamily):
-    """LLaVA-1.5: answers in 0-1 of what it sees."""
+    """LLaVA-1.5: answers in 0-1 of the square it sees."""
 
     model_type: ClassVar[str] = "llava"
     style: ClassVar[str] = "llava1_5"
@@ -152,7 +152,7 @@ class Llava(LlavaFamily):
 
 
 class SquarePreprocessor(ImagePreprocessor):
-    """One square a picture: padded, or the middle of the picture."""
+    """One square per picture: padded, or the centre crop."""
 
     @property
     def settings(self) -> str:
@@ -187,7 +187,7 @@ class SquarePreprocessor(ImagePreprocessor):
 
 
 def folder_processor(kind: Any, folder: Path) -> Any:
-    """The folder's image processor, always through PIL: pixels are the same with and without torchvision."""
+    """The folder's image processor with the PIL backend: pixels are the same with and without torchvision."""
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise FileNotFoundError(f"{folder}: no preprocessor_config.json (image sizes and normalisation)")
     with reading(folder, "image processor"):
@@ -195,10 +195,10 @@ def folder_processor(kind: Any, folder: Path) -> Any:
 
 
 def refuse_limits(family: Family, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Raise ``ValueError`` where limits are given to a family whose picture sizes are fixed."""
+    """Raise ``ValueError`` if limits are given to a family whose picture sizes are fixed."""
     if min_pixels is not None or max_pixels is not None:
         raise ValueError(
-            f"model.min_pixels, model.max_pixels: {family.model_type} sees pictures in sizes of its own; leave both out"
+            f"model.min_pixels, model.max_pixels: {family.model_type} has fixed picture sizes; leave both out"
         )
 
 
@@ -209,6 +209,6 @@ def pooled(core: Any, **inputs: Any) -> Sequence[Tensor]:
 
 
 def pixels_of(family: Family, core: Any, images: Sequence[ImageInput]) -> Tensor:
-    """Squares [n, 3, side, side] of several pictures, as the tower takes them."""
+    """Squares [n, 3, side, side] of several pictures, in the tower's dtype and device."""
     weight = next(family.parts(core).vision.parameters())
     return torch.cat([image.pixel_values.to(weight.device, weight.dtype, non_blocking=True) for image in images])

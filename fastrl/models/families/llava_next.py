@@ -1,8 +1,8 @@
 """LLaVA-NeXT (LLaVA-1.6), LLaVA-NeXT-Video and LLaVA-OneVision (arXiv:2408.03326): tiles of any resolution.
 
-A picture is one square of the whole and tiles of the resolution that fits it best; padding is cut from the features,
-and each row of them ends with a learned newline. ``ImageInput.shape`` is (height, width, tiled) of the original, its
-pixels are [squares, 3, side, side]. The pixels cannot be turned back into the picture, which is kept beside them.
+A picture becomes one square of the whole and tiles at the best-fitting resolution. Padding is cut from the features,
+and each row of them ends with a learned newline. ``ImageInput.shape`` is (height, width, tiled) of the original; the
+pixels are [squares, 3, side, side]. As these cannot be turned back into the picture, it is stored with them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LlavaNext(LlavaFamily):
         return self.square_tokens + rows * (columns + 1)
 
     def blank(self, pixels: int, *, key: str = "") -> ImageInput:
-        """The largest of the resolutions that do not exceed ``pixels``, filled (the smallest where none does)."""
+        """A picture that fills the largest resolution within ``pixels`` (the smallest one if none is)."""
         sizes = sorted(self.config.image_grid_pinpoints, key=lambda size: (size[0] * size[1], size))
         height, width = next((s for s in reversed(sizes) if s[0] * s[1] <= pixels), sizes[0])
         squares = 1 + (height // self.side) * (width // self.side)
@@ -94,8 +94,8 @@ class LlavaNext(LlavaFamily):
         return ImageInput(pixel_values, (height, width, 1), key)
 
     def heat(self, image: ImageInput, values: Tensor) -> Tensor:
-        """Of the tiles' features; a newline's share goes to the last column, that of the whole picture's square to
-        all alike."""
+        """A map of the tiles' features. Newline values are added to the last column; those of the square of the whole
+        picture are spread evenly."""
         rows, columns = self._fitted(image)
         square, tiles = values[: self.square_tokens], values[self.square_tokens :].view(rows, columns + 1)
         seen = tiles[:, :-1].clone()
@@ -125,7 +125,7 @@ class LlavaNext(LlavaFamily):
 
 
 class LlavaNextVideo(LlavaNext):
-    """LLaVA-NeXT-Video: frames are pictures here, each with all its tokens."""
+    """LLaVA-NeXT-Video: frames are treated as pictures, each with all its tokens."""
 
     model_type: ClassVar[str] = "llava_next_video"
     served_images: ClassVar[int | None] = 0  # videos only
@@ -138,7 +138,7 @@ class LlavaNextVideo(LlavaNext):
 
 
 class LlavaOnevision(LlavaNext):
-    """LLaVA-OneVision: SigLIP and Qwen2. A picture among several is one square; tiles are for a picture alone."""
+    """LLaVA-OneVision: SigLIP and Qwen2. Only a prompt's single picture is tiled; each of several is one square."""
 
     model_type: ClassVar[str] = "llava_onevision"
     served_images: ClassVar[int | None] = 1  # with several, vLLM's own code tiles each of them
@@ -196,7 +196,7 @@ class LlavaOnevision(LlavaNext):
         return [VisionFeatures(found[image.key]) for image in images]
 
     def _fitted(self, image: ImageInput) -> tuple[int, int]:
-        """As LLaVA-NeXT's, shrunk where it exceeds the config's ``anyres_max_N`` squares by more than a tenth."""
+        """As in LLaVA-NeXT, shrunk if it exceeds the config's ``anyres_max_N`` squares by more than a tenth."""
         rows, columns = super()._fitted(image)
         most = int(self.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(rows * columns / (most * self.grid_side**2))
@@ -239,7 +239,7 @@ class TilePreprocessor(ImagePreprocessor):
 
 
 class AlonePreprocessor(TilePreprocessor):
-    """Tiles for a picture alone in its prompt, one square for each of several."""
+    """Tiles for a prompt's single picture, one square for each of several."""
 
     def tag(self, among: int) -> str:
         return "" if among == 1 else "among others"

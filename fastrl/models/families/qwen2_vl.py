@@ -1,6 +1,6 @@
 """Qwen2-VL (arXiv:2409.12191) and Qwen2.5-VL (arXiv:2502.13923): pictures of any size, multimodal rotary positions.
 
-A picture's ``ImageInput.shape`` is (t, h, w) in patches; its pixels are [t·h·w, channels · temporal patch · patch²].
+``ImageInput.shape`` is (t, h, w) in patches; the pixels are [t·h·w, channels · temporal patch · patch²].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastrl.models.weights import reading
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# The family's special tokens and dialogue, for models made from nothing.
+# The family's special tokens and chat template, for models created from scratch.
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
     *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
@@ -90,7 +90,7 @@ def _qwen2_5(text: dict[str, Any], *, tied: bool, inner: int = 3420) -> dict[str
 
 
 class Qwen2VL(Family):
-    """Qwen2-VL: answers in its own box tokens, 0-1000."""
+    """Qwen2-VL: answers with its own box tokens, 0-1000."""
 
     model_type: ClassVar[str] = "qwen2_vl"
     style: ClassVar[str] = "qwen2"
@@ -117,8 +117,8 @@ class Qwen2VL(Family):
         return Qwen2VLForConditionalGeneration
 
     def prepare(self, core: Any) -> None:
-        """Embed patches by one matrix product. Patches do not overlap, so the tower's 3-D convolution is exactly that,
-        but convolution libraries take several times as long over it."""
+        """Embed patches with one matrix product. Patches do not overlap, so the tower's 3-D convolution is exactly
+        that, but convolution libraries take several times as long."""
         embed = self.parts(core).vision.patch_embed
         embed.forward = MethodType(_embed_patches, embed)  # type: ignore[union-attr]
 
@@ -130,7 +130,7 @@ class Qwen2VL(Family):
 
     @property
     def merge(self) -> int:
-        """Patches to a token along one side."""
+        """Patches per token along one side."""
         return self.config.vision_config.spatial_merge_size
 
     def preprocessor(
@@ -183,7 +183,7 @@ class Qwen2VL(Family):
         device = next(visual.parameters()).device
         pixels = torch.cat([image.pixel_values.to(device, visual.dtype, non_blocking=True) for image in images])
         grids = torch.tensor([image.shape for image in images])
-        # A frozen tower needs no graph: nothing below the embeddings takes a gradient.
+        # A frozen tower needs no graph: nothing before the embeddings takes a gradient.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
         with torch.set_grad_enabled(trained):
             out = visual(pixels, grid_thw=grids.to(device), **vision_tables(visual, grids, device)).pooler_output
@@ -232,7 +232,7 @@ class QwenPreprocessor(ImagePreprocessor):
 
 
 def load_image_processor(folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
-    """The folder's image processor, always through PIL: pixels are then the same with and without torchvision."""
+    """The folder's image processor with the PIL backend: pixels are the same with and without torchvision."""
     try:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Processor
     except ImportError:  # before transformers split its image processors by backend
@@ -245,15 +245,15 @@ def load_image_processor(folder: str | Path, *, min_pixels: int | None = None, m
 
 
 def within(processor: Any, min_pixels: int | None, max_pixels: int | None) -> Any:
-    """The processor with these limits of a resized picture's area, its own where None. Raises ``ValueError``."""
+    """Set the limits of a resized picture's area in pixels (None: keep). Raises ``ValueError`` for invalid ones."""
     size = processor.size
     low = min_pixels if min_pixels is not None else size["shortest_edge"]
     high = max_pixels if max_pixels is not None else size["longest_edge"]
     side = int(processor.patch_size) * int(processor.merge_size)
     if not 0 < low <= high or high < side * side:
         raise ValueError(
-            f"model.min_pixels {low}, model.max_pixels {high}: need 0 < min_pixels <= max_pixels, and max_pixels of at "
-            f"least one image token, {side * side}"
+            f"model.min_pixels {low}, model.max_pixels {high}: expected 0 < min_pixels <= max_pixels, and max_pixels "
+            f"of at least one image token, {side * side}"
         )
     processor.size = {"shortest_edge": low, "longest_edge": high}
     return processor
@@ -261,20 +261,20 @@ def within(processor: Any, min_pixels: int | None, max_pixels: int | None) -> An
 
 def _embed_patches(self: nn.Module, hidden_states: Tensor) -> Tensor:
     proj: Any = self.proj
-    # An adapter, or a sharded weight that only the layer's own call gathers: leave it to the layer.
+    # With an adapter, or a sharded weight that only the layer's own call gathers, call the layer itself.
     if type(proj) is not nn.Conv3d or hasattr(proj.weight, "ds_id"):
         return type(self).forward(self, hidden_states)
     return F.linear(hidden_states.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
 
 
 def vision_tables(visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
-    """What the tower derives from the grids, made on the host: on the device each piece costs a synchronisation."""
+    """The tables that the tower derives from the grids, made on the host: on the device each would synchronise."""
     try:
         from transformers import vision_utils
     except ImportError:  # older versions derive them inside the tower and take no such keywords
         return {}
     config = visual.config
-    where = torch.device("cpu") if device.type == "meta" else device  # attention may have to read the lengths
+    where = torch.device("cpu") if device.type == "meta" else device  # attention may read the lengths on the host
     cu = vision_utils.get_vision_cu_seqlens(grids)
     tables: dict[str, Any] = {
         "position_ids": vision_utils.get_vision_position_ids(grids, visual.spatial_merge_size).to(device),

@@ -1,8 +1,8 @@
 """Qwen3-VL (arXiv:2511.21631), dense and mixture of experts: Qwen2.5-VL's pictures and positions, with DeepStack.
 
-Features of several depths of the tower reach the language model: the last ones take the placeholders' rows, those of
-``deepstack_visual_indexes`` are added to the same rows after its first layers. Queries and keys are normed per head.
-The experts' router has a balancing loss in pre-training; here it is off, as no loss of ours asks for it.
+The language model gets features from several depths of the tower: the last ones replace the placeholders, and those of
+``deepstack_visual_indexes`` are added to the same rows after its first layers. Queries and keys are normalised per
+head. The router's load-balancing loss of pre-training is off, as none of our losses uses it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Qwen3VL(Qwen2VL):
         return Qwen3VLForConditionalGeneration
 
     def prepare(self, core: Any) -> None:
-        """As Qwen2-VL's, and deep features are added by row: by mask, each layer would wait for the device."""
+        """As in Qwen2-VL, and deep features are added by row index: a mask would synchronise in each layer."""
         super().prepare(core)
         language: Any = self.parts(core).language
         language._deepstack_process = MethodType(_add_rows, language)
@@ -111,7 +111,7 @@ class Qwen3VL(Qwen2VL):
         }
 
     def _tables(self, visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
-        """As Qwen2-VL's, and the places and weights by which learned positions are resampled to each picture."""
+        """As in Qwen2-VL, and the indices and weights that resample learned positions to each picture's size."""
         tables = vision_tables(visual, grids, device)
         try:
             from transformers.vision_utils import get_vision_interpolation_indices_and_weights as taps
@@ -141,7 +141,7 @@ class Qwen3VLMoe(Qwen3VL):
 
 
 def _add_rows(self: nn.Module, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-    """Add features [n, hidden] to rows [n] of [B, L, hidden]; given a mask, as the model's own forward does."""
+    """Add features [n, hidden] to rows [n] of [B, L, hidden]; given a mask instead, as the model's own forward does."""
     if visual_pos_masks.dtype == torch.bool:
         return type(self)._deepstack_process(self, hidden_states, visual_pos_masks, visual_embeds)  # type: ignore[attr-defined]
     rows = hidden_states.flatten(0, 1).index_add(0, visual_pos_masks, visual_embeds)

@@ -1,7 +1,7 @@
-"""SmolVLM and SmolVLM2 (arXiv:2504.05299): tiles with their place written before them, and a small view of the whole.
+"""SmolVLM and SmolVLM2 (arXiv:2504.05299): tiles, each preceded by its row and column as text, and a thumbnail.
 
-The smallest released checkpoints of any family here. ``ImageInput.shape`` is (rows, columns) of the tiles, (0, 0) for a
-picture that is one square; the pixels are [squares, 3, side, side], the small view last.
+This family has the smallest released checkpoints. ``ImageInput.shape`` is (rows, columns) of the tiles, (0, 0) for a
+picture that is one square; the pixels are [squares, 3, side, side], the thumbnail last.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ FAKE, GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
 class SmolVLM(Family):
-    """SmolVLM: answers as JSON, 0-1000, which it has to be taught."""
+    """SmolVLM: answers as JSON, 0-1000; the released models must be trained to do so."""
 
     model_type: ClassVar[str] = "smolvlm"
     served_images: ClassVar[int | None] = 1
@@ -89,7 +89,7 @@ class SmolVLM(Family):
         return super().control_ids(tokenizer) | tiles
 
     def template_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Part lists, always: the released template looks at the first part."""
+        """Keeps lists of parts: the released template inspects the first part."""
         return [dict(m) for m in messages]
 
     def turn(self, text: str, end: str) -> str:
@@ -97,7 +97,7 @@ class SmolVLM(Family):
 
     @property
     def side(self) -> int:
-        """Of a tile, in pixels."""
+        """Side of a tile in pixels."""
         return self.config.vision_config.image_size
 
     @property
@@ -114,8 +114,8 @@ class SmolVLM(Family):
         processor = folder_processor(SmolVLMImageProcessorPil, folder)
         if processor.max_image_size["longest_edge"] != self.side:
             raise ValueError(
-                f"{folder}: its image processor makes tiles of {processor.max_image_size['longest_edge']} pixels, its "
-                f"tower takes {self.side}"
+                f"{folder}: the image processor makes tiles of {processor.max_image_size['longest_edge']} pixels, but "
+                f"the vision tower takes {self.side}"
             )
         return TilePreprocessor(processor)
 
@@ -129,13 +129,13 @@ class SmolVLM(Family):
         return self.tokens(image) * self.config.scale_factor**2
 
     def blank(self, pixels: int, *, key: str = "") -> ImageInput:
-        """A square grid of tiles as large as ``pixels`` allow."""
+        """A square grid of as many tiles as fit into ``pixels``."""
         across = math.isqrt(pixels) // self.side
         across = across if across > 1 else 0
         return ImageInput(torch.empty(across**2 + 1, 3, self.side, self.side, device="meta"), (across, across), key)
 
     def heat(self, image: ImageInput, values: Tensor) -> Tensor:
-        """Of the tiles, the small view's share to all alike; of the small view where there are no tiles."""
+        """A map of the tiles, over which the thumbnail's values are spread evenly; without tiles, of the thumbnail."""
         rows, columns = image.shape
         side, count = self.grid_side, rows * columns * self.grid_side**2
         if not count:
@@ -166,7 +166,7 @@ class SmolVLM(Family):
 
 
 class TilePreprocessor(ImagePreprocessor):
-    """Tiles, and a small view of the whole behind them."""
+    """Tiles, followed by a thumbnail."""
 
     @property
     def settings(self) -> str:

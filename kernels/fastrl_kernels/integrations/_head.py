@@ -1,8 +1,8 @@
-"""A transformers model's head through ``linear_logprob``: what its config does to the logits, and which rows count.
+"""Computes a transformers model's head with ``linear_logprob``, including the logit transforms of its config.
 
-    logits = softcap tanh(scale (hidden W^T + bias) / softcap) / temperature          (each where the config has it)
+    logits = softcap tanh(scale (hidden W^T + bias) / softcap) / temperature          (each if the config has it)
 
-``linear_logprob`` knows no scale: with ``softcap / scale`` and ``temperature / scale`` it computes the same.
+``linear_logprob`` has no scale, but ``softcap / scale`` and ``temperature / scale`` have the same effect.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from fastrl_kernels._common import KERNEL_FLOATS
 from fastrl_kernels.linear_logprob import LogProb, linear_logprob
 
-# What configs call the factor on the logits; the last two divide (but for HyperCLOVA X, which multiplies).
+# Config names of the factor on the logits; the last two divide (except in HyperCLOVA X, which multiplies).
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 IGNORED = -100  # the label of a token without loss
 
 
 class Logits(NamedTuple):
-    """What happens to ``hidden W^T + bias`` before the softmax."""
+    """The transform of ``hidden W^T + bias`` before the softmax."""
 
     scale: float
     softcap: float | None
@@ -45,17 +45,17 @@ class Logits(NamedTuple):
             if divisor is not None:
                 scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
         if not scale > 0:
-            raise ValueError(f"{text.model_type}: a factor {scale} on the logits; only positive ones have a fused head")
+            raise ValueError(f"{text.model_type}: the fused head needs a positive factor on the logits, got {scale}")
         return cls(float(scale), getattr(text, "final_logit_softcapping", None))
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a call of ``model.forward`` gives each parameter, by name."""
+    """The arguments of a call of ``model.forward`` by parameter name."""
     return dict(zip(list(inspect.signature(type(model).forward).parameters)[1:], args, strict=False)) | kwargs
 
 
 def backbone_output(model: Any, named: dict[str, Any]) -> Any:
-    """The backbone's output for the arguments of a whole model's call; what only the head wants is not passed on."""
+    """The backbone's output for the arguments of the whole model; arguments of the head are not passed on."""
     head_only = {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "ignore_index", "return_dict"}
     passed = {name: value for name, value in named.items() if name not in head_only}
     return model.base_model(**passed | {"use_cache": False})  # looked up on each call: FSDP and PEFT replace modules
@@ -97,7 +97,7 @@ def score(
 
 
 def replace_forward(model: nn.Module, forward: Callable[..., Any]) -> None:
-    """``model(...)`` calls ``forward`` from now on; its signature stays the class's, which generation inspects."""
+    """Make ``model(...)`` call ``forward``, with the signature of the class's forward, which generation inspects."""
 
     @functools.wraps(type(model).forward)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +107,7 @@ def replace_forward(model: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def plain_head(model: Any) -> nn.Linear | None:
-    """The output embedding if it is a linear layer as torch (or FSDP2) has it: not quantised, no adapter on it."""
+    """The output embedding if it is a plain linear layer of torch (or FSDP2), neither quantised nor with an adapter."""
     head = model.get_output_embeddings()
     is_plain = isinstance(head, nn.Linear) and head.weight.dtype in KERNEL_FLOATS
     return head if is_plain and type(head).forward is nn.Linear.forward else None

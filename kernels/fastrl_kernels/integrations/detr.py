@@ -1,16 +1,16 @@
-"""Matchers of transformers' DETR family on batched assignment: same constructors and results, no copy to the host.
+"""Batched matchers for transformers' DETR family: same constructors and results, no copy to the host.
 
-transformers builds the cost of every query with the targets of every image of the batch, copies it to the CPU and loops
-``scipy.optimize.linear_sum_assignment`` over the images. Here each image's queries meet its own targets only, and all
-images are matched by one ``linear_assignment``. To use one, put it where a model's loss looks for its matcher::
+transformers computes the cost of every query with the targets of all images of the batch, copies it to the CPU and
+calls ``scipy.optimize.linear_sum_assignment`` for each image. Here costs are computed within each image only, and all
+images are matched by one ``linear_assignment``. To use a matcher, put it where the model's loss looks it up::
 
     import transformers.loss.loss_for_object_detection as detr_loss
     from fastrl_kernels.integrations.detr import HungarianMatcher
 
     detr_loss.HungarianMatcher = HungarianMatcher
 
-Two differences, both of what transformers checks rather than returns: predicted boxes of negative width or height are
-not refused (that check waits for the device) but count as empty, and the indices lie on the device of the outputs.
+There are two differences: predicted boxes of negative width or height are not refused (that check would synchronise)
+but count as empty, and the indices are on the device of the outputs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class HungarianMatcher(nn.Module):
         sizes = [len(target["boxes"]) for target in targets]
         labels = pad_sequence([target["class_labels"] for target in targets], batch_first=True)
         wanted = pad_sequence([target["boxes"] for target in targets], batch_first=True)
-        # Counted from what lies on the device: a list of sizes would have to be copied there.
+        # Counted on the device: a list of sizes would have to be copied there.
         counts = pad_sequence([torch.ones_like(target["class_labels"]) for target in targets], batch_first=True).sum(1)
         gather = labels[:, None, :].expand(-1, logits.shape[1], -1)
         cost = self.class_cost * self._class_cost(logits, gather)
@@ -90,7 +90,7 @@ class DeformableDetrHungarianMatcher(HungarianMatcher):
 class RTDetrHungarianMatcher(DeformableDetrHungarianMatcher):
     """Replaces ``transformers.loss.loss_rt_detr.RTDetrHungarianMatcher`` (RT-DETR); takes its config.
 
-    D-FINE's loss imports the name: there, patch ``transformers.loss.loss_d_fine.RTDetrHungarianMatcher`` as well.
+    D-FINE's loss imports this name; for D-FINE, patch ``transformers.loss.loss_d_fine.RTDetrHungarianMatcher`` too.
     """
 
     def __init__(self, config: Any) -> None:
@@ -108,8 +108,8 @@ class RTDetrHungarianMatcher(DeformableDetrHungarianMatcher):
 class Mask2FormerHungarianMatcher(nn.Module):
     """Replaces ``transformers.models.mask2former.modeling_mask2former.Mask2FormerHungarianMatcher``: masks at points.
 
-    The same points are drawn from torch's generator as there. EoMT, VideoMT and OneFormer match by the same cost under
-    names of their own.
+    Draws the same points from torch's generator as the original. EoMT, VideoMT and OneFormer use the same cost, but
+    their classes have other names.
 
     Args:
         cost_class, cost_mask, cost_dice: weights of minus the target's class probability, of the masks' binary
@@ -149,7 +149,8 @@ class Mask2FormerHungarianMatcher(nn.Module):
             Per image (queries, targets), int64 of length min(Q, T), queries ascending.
         """
         images, device, kind = len(mask_labels), masks_queries_logits.device, masks_queries_logits.dtype
-        draws = [torch.rand(1, self.num_points, 2, device=device) for _ in range(images)]  # one by one, as there
+        # one by one, like the original
+        draws = [torch.rand(1, self.num_points, 2, device=device) for _ in range(images)]
         points = torch.cat(draws).to(kind) if draws else torch.empty(0, self.num_points, 2, device=device, dtype=kind)
         masks = _at_points(masks_queries_logits, points)  # [B, Q, P]
         wanted = pad_sequence(
@@ -160,8 +161,8 @@ class Mask2FormerHungarianMatcher(nn.Module):
         labels = labels[:, None, :].expand(-1, masks.shape[1], -1)
         cost = -self.cost_class * class_queries_logits.softmax(-1).gather(2, labels)
         # cross-entropy of x with y in {0, 1} (or between): softplus(x) - x y
-        there, share = wanted.transpose(1, 2), 1 / self.num_points
-        cost = cost + self.cost_mask * (nn.functional.softplus(masks).sum(2, keepdim=True) - masks @ there) * share
+        there, weight = wanted.transpose(1, 2), 1 / self.num_points
+        cost = cost + self.cost_mask * (nn.functional.softplus(masks).sum(2, keepdim=True) - masks @ there) * weight
         inside = masks.sigmoid()
         sizes = inside.sum(2)[:, :, None] + wanted.sum(2)[:, None, :]
         cost = cost + self.cost_dice * (1 - (2 * inside @ there + 1) / (sizes + 1))
@@ -190,7 +191,7 @@ def _corners(boxes: Tensor) -> Tensor:
 
 
 def _last_resort(cost: Tensor, counts: Tensor) -> Tensor:
-    """Costs that are not finite become dearer than any set of pairs without them, on the scale of the finite ones."""
+    """Replace non-finite costs by one that exceeds any set of finite pairs, on the scale of the finite costs."""
     if cost.shape[2] == 0:
         return cost
     inside = torch.arange(cost.shape[2], device=cost.device) < counts[:, None, None]

@@ -1,4 +1,4 @@
-"""A transformers model whose training loss never makes the logits: one call, and nothing else about the model changes::
+"""Patches a transformers model so that its training loss does not materialise the logits::
 
     from fastrl_kernels.integrations.transformers import patch
 
@@ -7,7 +7,7 @@
     model(input_ids=ids, labels=ids).loss.backward()  # the same loss and gradients, without [tokens, vocabulary]
 
 In training mode and with labels, ``model(...)`` returns its loss with ``logits=None``; in evaluation, without labels
-and in ``generate`` it is the model it was. Patch before wrapping (DDP, FSDP, PEFT); ``Trainer`` needs nothing more.
+and in ``generate`` it is unchanged. Patch before wrapping (DDP, FSDP, PEFT); ``Trainer`` needs no other change.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ _PROBE = 3  # tokens
 def patch(model: Any, *, verify: bool = True) -> Any:
     """Give a causal language model (or an MLLM) a fused head and cross-entropy; returns ``model`` itself.
 
-    The loss is transformers' own: mean over the labels that are not -100, or their sum over ``num_items_in_batch``;
-    ``shift_labels`` are taken as they are. What a fused head cannot do goes the model's own way: a head that is
-    quantised or carries an adapter, a router loss, another ``ignore_index``, ``logits_to_keep``.
+    The loss is the same as transformers': the mean over the labels that are not -100, or their sum divided by
+    ``num_items_in_batch``; ``shift_labels`` are used as given. The model's own forward is used if the fused head does
+    not support a case: a head that is quantised or has an adapter, a router loss, another ``ignore_index``,
+    ``logits_to_keep``.
 
     Args:
-        verify: run three tokens through the model both ways, and refuse where the losses differ: a model may do
-            something to its logits that its config does not say. Skipped on the meta device.
+        verify: compute the loss of three tokens with and without the patch, and raise if they differ: a model may
+            transform its logits in a way that its config does not describe. Skipped on the meta device.
 
     Raises:
-        ValueError: no causal language model with a linear head, or a loss that is not the model's own.
+        ValueError: not a causal language model with a linear head, or the fused loss differs from the model's.
     """
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{name}: an encoder-decoder; only causal language models have a fused head")
+        raise ValueError(f"{name}: is an encoder-decoder; the fused head needs a causal language model")
     if plain_head(model) is None:
         raise ValueError(f"{name}: its output embedding is not a plain linear layer")
     if model.base_model is model:
@@ -58,7 +59,7 @@ def patch(model: Any, *, verify: bool = True) -> Any:
         head, named = plain_head(model), named_arguments(model, args, kwargs)
         labels = [named.get("labels"), named.get("shift_labels")]
         unlabelled = not any(isinstance(value, Tensor) for value in labels)
-        if head is None or not model.training or unlabelled or _goes_its_own_way(text, named):
+        if head is None or not model.training or unlabelled or _unsupported(text, named):
             return before(*args, **kwargs)
         output = backbone_output(model, named)
         return _result(output, _loss(head, output.last_hidden_state, logits, named.get("num_items_in_batch"), *labels))
@@ -73,8 +74,8 @@ def patch(model: Any, *, verify: bool = True) -> Any:
     return model
 
 
-def _goes_its_own_way(config: Any, kwargs: dict[str, Any]) -> bool:
-    """Arguments that change what the loss or the result is."""
+def _unsupported(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether arguments change the loss or the result in a way that the fused head does not support."""
     routed = kwargs.get("output_router_logits")
     if routed is None:
         routed = getattr(config, "output_router_logits", False)
@@ -99,7 +100,7 @@ def _loss(
     count = (shift_labels != IGNORED).sum() if num_items is None else num_items
     if isinstance(count, Tensor):
         count = count.to(logp.device)
-    return -logp.sum() / count  # no label at all: NaN, as cross_entropy has it
+    return -logp.sum() / count  # without any label NaN, like cross_entropy
 
 
 def _result(output: Any, loss: Tensor) -> Any:
@@ -113,7 +114,7 @@ def _result(output: Any, loss: Tensor) -> Any:
 
 
 def _words(config: Any) -> list[int]:
-    """Token ids that mean nothing to the model but themselves (no placeholder of a picture)."""
+    """Ids of ordinary tokens (no image placeholders)."""
     text = config.get_text_config()
     special = {value for name, value in (config.to_dict() | text.to_dict()).items() if name.endswith(("_id", "_index"))}
     return [token for token in range(text.vocab_size) if token not in special][-_PROBE:]
@@ -121,13 +122,13 @@ def _words(config: Any) -> list[int]:
 
 @torch.no_grad()
 def _verify(model: Any, before: Any) -> None:
-    """The loss of three tokens, both ways; dropout off, the mode put back."""
+    """Compare the loss of three tokens with and without the patch, with dropout off; restores the mode."""
     was_training = [(module, module.training) for module in model.modules()]
     ids = torch.tensor([_words(model.config)], device=model.device)
     try:
         model.eval()
         theirs = before(input_ids=ids, labels=ids).loss
-        model.training = True  # of the outermost module alone: layers drop nothing
+        model.training = True  # on the outermost module only, so that dropout stays off
         ours = model(input_ids=ids, labels=ids).loss
     finally:
         for module, training in was_training:
@@ -136,5 +137,5 @@ def _verify(model: Any, before: Any) -> None:
     if not torch.allclose(ours.float(), theirs.float(), rtol=near, atol=near):
         raise ValueError(
             f"{type(model).__name__}: its own loss of {_PROBE} tokens is {theirs.item():.6f}, the fused head's "
-            f"{ours.item():.6f}: it changes its logits in a way that its config does not say"
+            f"{ours.item():.6f}: the model transforms its logits in a way that its config does not describe"
         )

@@ -6,16 +6,16 @@
     class Trainer(FusedGRPOMixin, GRPOTrainer):
         pass
 
-Everything else (data, generation, rewards, advantages, logging) stays TRL's, and so do the numbers: losses, metrics and
-weights agree to rounding. What changes:
+Everything else (data, generation, rewards, advantages, logging) is TRL's, and losses, metrics and weights agree up to
+rounding. What changes:
 
-- The head: ``linear_logprob`` in place of TRL's tiles. Rows whose gradient is exactly 0 (a group whose answers all got
+- The head: ``linear_logprob`` replaces TRL's tiles. Rows whose gradient is exactly 0 (a group whose completions all got
   the same reward; clipped tokens) are left out of the backward's matmuls.
-- The loss: ``policy_loss`` makes value, gradient and KL in one launch.
+- The loss: ``policy_loss`` computes value, gradient and KL in one launch.
 
-TRL's own code stays where these kernels have no equal: the loss for what :func:`loss_stays` names, the head under
-DeepSpeed ZeRO-3, for an MoE's router loss, and for an output embedding that is quantised or carries an adapter. One
-difference by design: a log-ratio beyond 20 counts as 20 and sends no gradient.
+TRL's own code is used where these kernels have no equivalent: the loss in the cases that :func:`loss_stays` names, the
+head under DeepSpeed ZeRO-3, for an MoE's router loss, and for an output embedding that is quantised or has an adapter.
+One difference is intended: a log-ratio beyond 20 is clamped to 20 and gets no gradient.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from fastrl_kernels.integrations._head import (
 from fastrl_kernels.policy_loss import policy_loss
 from fastrl_kernels.token_weights import token_weights
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # of PPO's clipped ratio; they differ in what normalises them
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # PPO's clipped ratio, with different normalisations
 LOSSES = (*CLIPPED, "cispo", "sapo")
 _OF_ALL_TOKENS = ("dapo", "cispo")  # normalised over the whole optimizer step
 
 
 def padded_states(model: Any, named: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Hidden states [B, L, H] and the label each predicts [B, L] (-100: none), of a call as TRL makes it."""
+    """Hidden states [B, L, H] and the label that each predicts [B, L] (-100: none), for a call by TRL."""
     hidden, labels = backbone_output(model, named).last_hidden_state, named.get("shift_labels")
     return (hidden[:, :-1], named["labels"][:, 1:]) if labels is None else (hidden, labels)
 
@@ -62,8 +62,8 @@ def fuse_head(
 ) -> None:
     """Score labels with ``linear_logprob`` in ``model(..., labels=labels, fused_lm_head=True)``.
 
-    ``model`` has been through TRL's ``add_fused_lm_head``; without ``fused_lm_head``, or where the head must stay
-    TRL's, the forward is the one it had. ``float32``: hidden states are cast, and autocast is off (the weight is fp32).
+    ``model`` has been through TRL's ``add_fused_lm_head``; without ``fused_lm_head``, or if TRL's head must be used,
+    its previous forward is called. ``float32``: hidden states are cast, and autocast is off (the weight is fp32).
     ``states``: (model, arguments by name) → (hidden states, labels).
     """
     before, logits = model.forward, Logits.of(model.config)
@@ -95,7 +95,7 @@ def fuse_head(
 
 
 class FusedGRPOMixin:
-    """Put before ``GRPOTrainer`` in a class's bases; takes its arguments, keeps its results."""
+    """Mixin to put before ``GRPOTrainer`` in a class's bases; same arguments and results."""
 
     accelerator: Any
     args: Any  # GRPOConfig
@@ -141,7 +141,7 @@ class FusedGRPOMixin:
         return loss
 
     def _completion_logps(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, None]:
-        """Log-probs and entropy of the completions, [B, T] each, by TRL's method with all it knows to hand on."""
+        """Log-probs and entropy of the completions, [B, T] each, by TRL's method with all inputs that it accepts."""
         taken = inspect.signature(super()._get_per_token_logps_and_entropies).parameters  # type: ignore[misc]
         return self._get_per_token_logps_and_entropies(
             model,
@@ -179,7 +179,7 @@ class FusedGRPOMixin:
         if self.args.use_bias_correction_kl:
             penalty = self._corrected_kl(logp, mask, inputs)
             return out.loss + self.beta * (penalty.flatten() @ weight), (penalty.detach() * mask).sum() / mask.sum()
-        # a factor weighs the policy's term alone: the penalty is the loss of advantages 0
+        # a factor applies to the policy term only: the penalty is the loss with advantages 0
         kl = policy_loss(
             logp.flatten(), torch.zeros_like(advantage), completion, ref_logp=ref, beta=self.beta, weight=weight
         )
@@ -190,7 +190,8 @@ class FusedGRPOMixin:
         if self.loss_type == "sapo":
             tau = {"tau_positive": self.args.sapo_temperature_pos, "tau_negative": self.args.sapo_temperature_neg}
             return {"loss": "sapo", **tau}
-        if self.loss_type == "cispo":  # its epsilon_high is the cap of the ratio itself, and nothing caps it from below
+        # its epsilon_high is the upper bound of the ratio itself; there is no lower bound
+        if self.loss_type == "cispo":
             return {"loss": "cispo", "clip_low": 1.0, "clip_high": self.epsilon_high - 1}
         return {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high, "dual_clip": self.args.delta}
 
@@ -200,7 +201,7 @@ class FusedGRPOMixin:
         return (x.exp() - x - 1) * self._log_ratio(logp, mask, inputs).exp()
 
     def _token_weights(self, completion: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """[B * T]: what TRL's normalisation gives each token, before gradient accumulation."""
+        """[B * T]: each token's weight under TRL's normalisation, before gradient accumulation."""
         rows, aggregate, normalizer = mask.shape[0], "token", None
         if self.loss_type in ("grpo", "sapo"):
             aggregate, normalizer = "sequence", rows
@@ -217,7 +218,7 @@ class FusedGRPOMixin:
         )
 
     def _row_factor(self, logp: Tensor, entropy: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-        """What multiplies the policy's term of each token, [B, T] or [B, 1]; None: nothing does."""
+        """The factor on the policy term of each token, [B, T] or [B, 1]; None: no factor."""
         factors = []
         if self.off_policy_mask_threshold is not None:
             sampled = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
@@ -247,7 +248,7 @@ class FusedGRPOMixin:
         tokens = mask.sum()
         sums = {"entropy": ((entropy * mask).sum(), tokens)}
         low, high = self._clipped(logp, mask, inputs)
-        counted = mask if low.shape == mask.shape else torch.ones_like(low)  # one ratio a sequence counts once
+        counted = mask if low.shape == mask.shape else torch.ones_like(low)  # one ratio per sequence counts once
         lows, highs, ratios = (low * counted).sum(), (high * counted).sum(), counted.sum()
         if self.loss_type in CLIPPED:
             sums["clip_ratio/low_mean"] = (lows, ratios)
@@ -264,20 +265,20 @@ class FusedGRPOMixin:
             metrics[name].append(mean)
         if self.loss_type not in CLIPPED:
             return
-        rows = torch.stack([(low * counted).sum(1), (high * counted).sum(1)]) / counted.sum(1)  # NaN: nothing counts
+        rows = torch.stack([(low * counted).sum(1), (high * counted).sum(1)]) / counted.sum(1)  # NaN if nothing counts
         rows = self.accelerator.gather(rows.T.contiguous())
         metrics["clip_ratio/low_min"].append(nanmin(rows[:, 0]).item())
         metrics["clip_ratio/high_max"].append(nanmax(rows[:, 1]).item())
 
     def _clipped(self, logp: Tensor, mask: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Which ratios lie beyond the clip range on the side their advantage rewards, 0 or 1: [B, T] or [B, 1]."""
+        """1 for ratios beyond the clip range on the side that their advantage rewards, else 0: [B, T] or [B, 1]."""
         ratio, advantage = self._log_ratio(logp, mask, inputs).exp(), inputs["advantages"].unsqueeze(1)
         low = (ratio < 1 - self.epsilon_low) & (advantage < 0)
         high = (ratio > (self.epsilon_high if self.loss_type == "cispo" else 1 + self.epsilon_high)) & (advantage > 0)
         return low.float(), high.float()
 
     def _log_ratio(self, logp: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Of the policy over the one that sampled: [B, T], or [B, 1] at the level of sequences."""
+        """Log-ratio of the policy to the sampling policy: [B, T], or [B, 1] at sequence level."""
         old = inputs.get("old_per_token_logps")
         log_ratio = logp - (logp.detach() if old is None else old)
         if self.importance_sampling_level == "sequence":
@@ -286,7 +287,7 @@ class FusedGRPOMixin:
 
 
 def loss_stays(trainer: Any, inputs: dict[str, Any]) -> str | None:
-    """Why TRL computes this loss itself; None: ``policy_loss`` does."""
+    """The reason why TRL's own code computes this loss; None: ``policy_loss`` does."""
     args = trainer.args
     if trainer.loss_type not in LOSSES:
         return f"loss_type={trainer.loss_type}"

@@ -7,8 +7,8 @@ the variable ``VERL_USE_EXTERNAL_MODULES``) names, so a file of two lines does i
 
     register()
 
-and ``actor_rollout_ref.actor.policy_loss.loss_mode=fastrl`` chooses the loss. Values, gradients and metrics are those
-of verl's ``vanilla``, ``gspo``, ``cispo`` and ``sapo`` to rounding; how a loss is normalised is asked of verl's own
+and ``actor_rollout_ref.actor.policy_loss.loss_mode=fastrl`` chooses the loss. Values, gradients and metrics equal those
+of verl's ``vanilla``, ``gspo``, ``cispo`` and ``sapo`` up to rounding; losses are normalised by verl's own
 ``agg_loss``.
 """
 
@@ -23,17 +23,17 @@ from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.policy_loss import policy_loss
 from fastrl_kernels.token_logprob import token_logprob
 
-_RATIO_LIMIT = 20.0  # of a log-ratio, in verl as in policy_loss
-_SEQUENCE_LIMIT = 10.0  # of verl's GSPO
+_RATIO_LIMIT = 20.0  # bound of log-ratios, the same in verl and policy_loss
+_SEQUENCE_LIMIT = 10.0  # bound of sequence log-ratios in verl's GSPO
 
 
 def register(*, replace: bool = False, heads: bool = True) -> None:
     """Make verl use these kernels, in this process.
 
     Args:
-        replace: also under verl's own names (``vanilla``, ``gspo``, ``cispo``, ``sapo``), so that no config need
-            change. Without it only ``fastrl``, ``fastrl_gspo``, ``fastrl_cispo`` and ``fastrl_sapo`` are added.
-        heads: also replace what verl computes log-probs with: ``linear_cross_entropy`` and ``FusedLinearForPPO``
+        replace: also register under verl's own names (``vanilla``, ``gspo``, ``cispo``, ``sapo``), so that no config
+            must change. Otherwise only ``fastrl``, ``fastrl_gspo``, ``fastrl_cispo`` and ``fastrl_sapo`` are added.
+        heads: also replace verl's log-prob functions: ``linear_cross_entropy`` and ``FusedLinearForPPO``
             (``model.use_fused_kernels``, both backends), and ``logprobs_from_logits``.
     """
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY  # type: ignore[import-not-found]
@@ -49,7 +49,7 @@ def register(*, replace: bool = False, heads: bool = True) -> None:
 
         kernel.linear_cross_entropy = linear_cross_entropy  # looked up on each call
         FusedLinearForPPO.forward = _fused_linear
-        # what logprobs_from_logits, imported by name in many places, calls
+        # logprobs_from_logits itself is imported by name in many places, so replace the function that it calls
         torch_functional.logprobs_from_logits_flash_attn = logprobs_from_logits
         torch_functional.logprobs_from_logits_v2 = lambda logits, labels: logprobs_from_logits(logits, labels, False)
 
@@ -82,9 +82,9 @@ def gspo_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """verl's ``gspo``: one ratio a sequence, whose gradient reaches each token by that token's own log-prob.
+    """verl's ``gspo``: one ratio per sequence, whose gradient reaches each token through that token's own log-prob.
 
-    Where a sequence's mean log-ratio is beyond 10, verl stops its gradient; here it flows.
+    If a sequence's mean log-ratio exceeds 10, verl stops its gradient; here it is kept.
     """
     low, high = _clip_range(config)
     weight = _weights(response_mask, loss_agg_mode, config, rollout_is_weights)
@@ -92,7 +92,7 @@ def gspo_loss(
         log_ratio = log_prob - old_log_prob
         mean = (log_ratio * response_mask).sum(-1) / response_mask.sum(-1).clamp(min=1)
         mean = mean.clamp(max=_SEQUENCE_LIMIT)[:, None].expand_as(log_prob)
-        old = log_prob - mean  # so that every token's ratio is its sequence's
+        old = log_prob - mean  # makes every token's ratio that of its sequence
         clipped = _clipped(mean.exp(), advantages, low, high)
     loss = _loss(log_prob, old, advantages, weight, clip_low=low, clip_high=high)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def sapo_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """verl's ``sapo``: a smooth gate in place of the clip; always a mean of sequence means, whatever the mode says."""
+    """verl's ``sapo``: a smooth gate instead of the clip; always a mean of sequence means, regardless of the mode."""
     weight = _weights(response_mask, "seq-mean-token-mean", config, rollout_is_weights)
     tau = {"tau_positive": float(config.tau_pos), "tau_negative": float(config.tau_neg)}
     loss = _loss(log_prob, old_log_prob, advantages, weight, loss="sapo", **tau)
@@ -147,11 +147,11 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """verl's ``linear_cross_entropy``: (log-probs, entropy) of hidden [..., H] under weight [V, H], flat [N].
 
-    With a group of W processes ``weight`` is this one's slice [V / W, H] and labels are of the whole vocabulary; the
-    gradient of ``hidden`` is this slice's part, which Megatron's layers sum.
+    With a group of W processes, ``weight`` is this process's slice [V / W, H] and labels index the whole vocabulary;
+    the gradient of ``hidden`` is this slice's part, which Megatron's layers sum.
 
     Raises:
-        ValueError: another ``reduction`` than none, sum, mean.
+        ValueError: ``reduction`` is not none, sum or mean.
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction: expected none, sum or mean, got {reduction!r}")
@@ -177,7 +177,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 def _fused_linear(
     self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """``FusedLinearForPPO.forward``: as ``linear_cross_entropy``, of the ids' shape."""
+    """``FusedLinearForPPO.forward``: ``linear_cross_entropy`` with results in the ids' shape."""
     logp, entropy = linear_cross_entropy(hidden_states, vocab_weights, input_ids.long(), temperature)
     return logp.view(input_ids.shape), entropy.view(input_ids.shape)
 
@@ -188,7 +188,7 @@ def _clip_range(config: Any) -> tuple[float, float]:
 
 
 def _weights(mask: Tensor, mode: str, config: Any, rollout_is_weights: Tensor | None) -> Tensor:
-    """[B, T]: what each token's loss counts in verl's ``agg_loss``, which is linear in it: its gradient."""
+    """[B, T]: the weight of each token's loss in verl's ``agg_loss``, which is linear: its gradient."""
     from verl.trainer.ppo.core_algos import agg_loss  # type: ignore[import-not-found]
 
     with torch.enable_grad():
@@ -199,7 +199,7 @@ def _weights(mask: Tensor, mode: str, config: Any, rollout_is_weights: Tensor | 
 
 
 def _loss(log_prob: Tensor, old: Tensor, advantages: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    """``policy_loss`` with an advantage a token: every token is a completion of its own."""
+    """``policy_loss`` with one advantage per token: every token is its own completion."""
     each = torch.arange(log_prob.numel(), device=log_prob.device)
     flat = [tensor.reshape(-1) for tensor in (log_prob, advantages, old, weight)]
     return policy_loss(flat[0], flat[1], each, old_logp=flat[2], weight=flat[3], **options).loss
@@ -213,10 +213,11 @@ def _log_ratio(log_prob: Tensor, old: Tensor) -> Tensor:
     return (log_prob - old).clamp(-_RATIO_LIMIT, _RATIO_LIMIT)
 
 
-def _metrics(mask: Tensor, log_ratio: Tensor, *shares: Tensor) -> dict[str, float]:
-    """verl's three masked means, in one copy to the host. ``shares``: where it clipped, where the dual clip did."""
-    given = [*shares, *[torch.zeros_like(log_ratio)] * (2 - len(shares))]
-    rows = torch.stack([-log_ratio, *[share.to(log_ratio.dtype) for share in given]])
+def _metrics(mask: Tensor, log_ratio: Tensor, *clipped: Tensor) -> dict[str, float]:
+    """verl's three masked means, in one copy to the host. ``clipped``: where the ratio was clipped, and where by the
+    dual clip."""
+    given = [*clipped, *[torch.zeros_like(log_ratio)] * (2 - len(clipped))]
+    rows = torch.stack([-log_ratio, *[flags.to(log_ratio.dtype) for flags in given]])
     means = (rows.where(mask.bool(), 0) * mask).sum((1, 2)) / (mask.sum() + 1e-8)
     names = ("actor/ppo_kl", "actor/pg_clipfrac", "actor/pg_clipfrac_lower")
     return dict(zip(names, means.tolist(), strict=True))

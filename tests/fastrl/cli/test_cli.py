@@ -101,7 +101,7 @@ def test_tpl_prints_a_line_per_record_or_json(fastrl: Callable[..., Done], tiny_
         (("eval", "grounding", "--data", "rows.jsonl", "--model", "tiny:perception"), "names no adapter"),
         (
             ("train", "perception-r1-counting-tiny", "--data", "scenes:grounding?n=1", "--out", "runs/never"),
-            "does not fit the data, which is grounding",
+            "does not fit the data, whose task is grounding",
         ),
         (
             ("eval", "grounding", "--data", "scenes:grounding?n=1", "--model", "missing-folder"),

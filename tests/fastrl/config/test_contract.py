@@ -50,10 +50,10 @@ def test_a_sound_class(cls: type) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"hok": lambda self, batch: None}, "hok is no part of a Base; did you mean hook?"),
+        ({"hok": lambda self, batch: None}, "hok is not part of a Base; did you mean hook?"),
         ({"facts": True}, "did you mean fact?"),
-        ({"zzz": 1}, "zzz is no part of a Base (helpers"),
-        ({"hook": 3}, "hook has to be a function, got 3"),
+        ({"zzz": 1}, "zzz is not part of a Base (names of helpers"),
+        ({"hook": 3}, "hook must be a function, got 3"),
         ({"hook": lambda self, group: None}, "hook takes (self, group), but is called with (self, batch)"),
         ({"work": lambda self: 0}, "work takes (self), but is called with (self, rows)"),
         ({"reads": classmethod(lambda cls: True)}, "reads takes (), but is called with (options)"),
@@ -67,6 +67,6 @@ def test_faults_are_named(body: dict[str, Any], said: str) -> None:
 
 def test_what_is_missing_and_what_is_no_subclass() -> None:
     assert faults(type("Toy", (Base,), {}), Base) == ["work is missing"]
-    assert "has to be a subclass of" in faults(int, Base)[0]
-    assert "has to be a subclass of" in faults(3, Base)[0]  # type: ignore[arg-type]
+    assert "must be a subclass of" in faults(int, Base)[0]
+    assert "must be a subclass of" in faults(3, Base)[0]  # type: ignore[arg-type]
     assert faults(type("Toy", (Sound,), {"size": 1}), Base, own=("size",)) == []

@@ -18,7 +18,7 @@ def test_the_same_again_changes_nothing_and_another_names_both() -> None:
     registry.add("a", First)
     registry.add("b", Second)
     assert (list(registry), len(registry), registry["b"]) == (["a", "b"], 2, Second)
-    with pytest.raises(ValueError, match=r"the method 'a' is .*First already, it cannot be .*Second too"):
+    with pytest.raises(ValueError, match=r"the method 'a' is already .*First and cannot also be .*Second"):
         registry.add("a", Second)
     assert registry["a"] is First
 

@@ -111,9 +111,9 @@ def test_overlong_is_a_component_that_is_weighed() -> None:
 
 
 def test_overlong_beyond_the_longest_answer_and_under_another_method_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"tokens before rollout\.max_new_tokens"):
+    with pytest.raises(RecipeError, match=r"must not exceed rollout\.max_new_tokens"):
         load_recipe("perception-r1-counting-tiny", {"reward.overlong": 10**5})
-    with pytest.raises(RecipeError, match=r"reward\.overlong is added by"):
+    with pytest.raises(RecipeError, match=r"reward\.overlong is only read with"):
         load_recipe("perpo-grounding-tiny", {"reward.overlong": 1})
 
 

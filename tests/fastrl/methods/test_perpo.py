@@ -326,7 +326,7 @@ def test_lists_in_some_steps_and_not_in_others(tiny_folder: Folder, tmp_path: Pa
     recipe = make_recipe(folder, tmp_path / "apart", **changes)
     assert train(recipe, records=ordered, policy=brief_policy(folder), show=False).steps == 4
     mixed = make_recipe(folder, tmp_path / "mixed", **changes)
-    with pytest.raises(ValueError, match="l0 brings ranked answers and r0 does not"):
+    with pytest.raises(ValueError, match="l0 has ranked answers and r0 has none"):
         train(mixed, records=[bare[0], listed[0]], policy=brief_policy(folder), show=False)
 
 

@@ -78,12 +78,12 @@ def test_answers_count_by_their_temporal_perplexity(policy: Policy) -> None:
 
 @pytest.mark.parametrize(("options", "tpl"), [({"weight": "tpl"}, None), ({"min_tpl": 1.0}, None)])
 def test_missing_temporal_perplexity_is_an_error(policy: Policy, options: dict[str, Any], tpl: None) -> None:
-    with pytest.raises(ValueError, match=r"utr-0-0: no tpl.*fastrl tpl"):
+    with pytest.raises(ValueError, match=r"utr-0-0: the record has no tpl.*fastrl tpl"):
         method_of(policy, **options).prepare(records_of([tpl]))
 
 
 def test_records_without_answers_are_an_error(policy: Policy) -> None:
-    with pytest.raises(ValueError, match="without an answer to learn"):
+    with pytest.raises(ValueError, match="has no answer to learn"):
         method_of(policy).prepare([load_data("scenes:trajectory?n=1&size=56")[0]])
 
 

@@ -137,8 +137,8 @@ def test_a_prompt_over_the_limit_names_the_record_and_is_never_cut(policy: Polic
 @pytest.mark.parametrize(
     ("turns", "images", "message"),
     [
-        ([("user", "hi")], (noise(56, 56),), "1 images, but the messages have 0 image places"),
-        ([("user", [IMAGE, IMAGE])], (noise(56, 56),), "1 images, but the messages have 2 image places"),
+        ([("user", "hi")], (noise(56, 56),), "1 images, but the messages have 0 image placeholders"),
+        ([("user", [IMAGE, IMAGE])], (noise(56, 56),), "1 images, but the messages have 2 image placeholders"),
         ([], (), "no messages"),
         ([("user", [{"type": "video"}])], (), "a user turn cannot hold a 'video' part"),
         ([("assistant", [IMAGE])], (noise(56, 56),), "a assistant turn cannot hold a 'image' part"),

@@ -159,8 +159,8 @@ def test_a_fault_names_file_function_and_record(folder: Path, name: str, message
         ({"function": "my_rewards.py:scoer"}, "my_rewards.py has no function 'scoer'; it has .*score"),
         ({"function": "my_rewards.py"}, "must be my_file.py:function"),
         ({"function": "my_rewards.py:mean"}, "reward/mean is a metric already"),
-        ({"function": "my_rewards.py:text"}, "text is a component of the task already"),
-        ({"function": ["my_rewards.py:nan", "fastrl_own:nan"]}, "have one name"),
+        ({"function": "my_rewards.py:text"}, "text is already a component of the task"),
+        ({"function": ["my_rewards.py:nan", "fastrl_own:nan"]}, "have the same name"),
         ({"function": "my_rewards.py:score", "weights": {"scoer": 1.0}}, "'scoer'; did you mean 'score'"),
         ({"weights": {"score": 1.0}}, "unknown component in 'weights': 'score'"),
         ({"builtin": False}, "leaves nothing to score"),
@@ -176,7 +176,7 @@ def test_what_a_recipe_gets_wrong(
 
 
 def test_functions_go_with_methods_that_score() -> None:
-    with pytest.raises(RecipeError, match=r"reward\.function: method .* scores no answers"):
+    with pytest.raises(RecipeError, match=r"reward\.function: method\.kind: .* scores no answers"):
         load_recipe("reper-caption-tiny", {"reward.function": "my_rewards.py:score"})
 
 

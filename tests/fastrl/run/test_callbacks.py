@@ -100,7 +100,7 @@ def test_every_hook_is_called_and_the_first_reason_is_kept() -> None:
     [
         ({"on_steps": print}, "on_steps is no hook; did you mean on_step"),
         ({"on_step": print, "on_checkpoints": print}, "did you mean on_checkpoint"),
-        ({"on_step": 3}, "on_step has to be a function, got 3"),
+        ({"on_step": 3}, "on_step must be a function, got 3"),
         ({}, "has none of the hooks: on_step, on_samples, on_checkpoint, on_eval"),
     ],
 )

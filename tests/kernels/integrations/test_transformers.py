@@ -148,7 +148,7 @@ def test_what_has_no_fused_head_is_refused() -> None:
             return output
 
     odd = Odd(gpt2().config)
-    with pytest.raises(ValueError, match="it changes its logits in a way that its config does not say"):
+    with pytest.raises(ValueError, match="the model transforms its logits in a way that its config does not describe"):
         patch(odd)
     assert "forward" not in vars(odd) or odd.forward.__func__ is Odd.forward
     patch(odd, verify=False)

@@ -292,13 +292,13 @@ def test_a_misspelt_or_missing_hook_is_an_error_when_the_family_is_registered(to
     def named(name: str, **parts: Any) -> Any:
         return type(name, (toy,), {"model_type": name, **parts})
 
-    with pytest.raises(TypeError, match=r"posittions is no part of a Family; did you mean positions\?"):
+    with pytest.raises(TypeError, match=r"posittions is not part of a Family; did you mean positions\?"):
         register(named("a", posittions=lambda self: None))
     with pytest.raises(TypeError, match=r"tokens takes \(self\), but is called with \(self, image\)"):
         register(named("b", tokens=lambda self: 1))
     with pytest.raises(TypeError, match=r"style is missing.*model_class is missing.*features is missing"):
         register(type("c", (Family,), {"model_type": "c", "end_of_turn": "x"}))
-    with pytest.raises(ValueError, match=r"'toy_mean' is .* already"):
+    with pytest.raises(ValueError, match=r"'toy_mean' is already "):
         register(type("Other", (toy,), {}))
     with pytest.raises(TypeError, match="subclass of"):
         register(dict)  # type: ignore[type-var]
