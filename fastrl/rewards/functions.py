@@ -214,8 +214,8 @@ class Functions:
             other = next((f for f in found[:i] if f.label == function.label), None)
             if other is not None:
                 raise ValueError(
-                    f"reward.function: {other.name} and {function.name} have the same name, under which they are logged "
-                    "and weighted; rename one"
+                    f"reward.function: {other.name} and {function.name} have the same name, used in logs "
+                    "and weights; rename one"
                 )
         return found
 

@@ -189,9 +189,13 @@ def test_a_taken_name_is_refused_and_both_are_named(toys: Path) -> None:
         ValueError, match=r"method 'best-of-n' is already best\.BestOfN and cannot also be other\.BestOfN"
     ):
         fastrl.methods.register(again)
-    with pytest.raises(ValueError, match=r"'length' is already length\.LengthReward and cannot also be .*GroundingReward"):
+    with pytest.raises(
+        ValueError, match=r"'length' is already length\.LengthReward and cannot also be .*GroundingReward"
+    ):
         fastrl.rewards.register("length", GroundingReward)
-    with pytest.raises(ValueError, match=r"'coco' is already fastrl\.data\.coco\.load and cannot also be .*test_registries\.rows"):
+    with pytest.raises(
+        ValueError, match=r"'coco' is already fastrl\.data\.coco\.load and cannot also be .*test_registries\.rows"
+    ):
         fastrl.data.register("coco", rows)
     fastrl.methods.register(PerPO)  # the same again
     fastrl.data.register("mine", rows)
