@@ -10,8 +10,9 @@ import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from fastrl.config.keys import Key, keys_of
 from fastrl.config.limits import MAX_IMAGE_PIXELS
-from fastrl.config.problems import explain, key_paths
+from fastrl.config.problems import explain, key_paths, sections_in
 from fastrl.config.reader import RecipeError, override, read_values
 from fastrl.config.registry import nearest
 from fastrl.config.sections import (
@@ -27,6 +28,7 @@ from fastrl.config.sections import (
     RolloutRecipe,
     Section,
 )
+from fastrl.config.shipped import shipped_path, shipped_recipes
 from fastrl.data import load_data, own_spec, with_options
 from fastrl.data.mixture import MixtureEntry, entry_names, load_mixture
 from fastrl.data.records import Record
@@ -48,11 +50,10 @@ __all__ = [
     "Section",
     "build_recipe",
     "differences",
+    "key_tables",
     "load_recipe",
     "shipped_recipes",
 ]
-
-SHIPPED = Path(__file__).parent / "recipes"
 
 
 def _options_of(value: Any) -> Any:
@@ -73,8 +74,12 @@ class Recipe(Section):
     """The description of a whole run."""
 
     name: str = "run"
-    out: str | None = Field(None, min_length=1)  # None: runs/NAME
+    """Names the run folder where `out` is not set. `load_recipe` fills in the file's name."""
+    out: str | None = Field(None, min_length=1)
+    """The run folder; none: `runs/NAME`. `--out DIR` sets it."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Of data order, sampling and whatever else draws numbers. Run the same recipe with several to see how far
+    results scatter."""
     method: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_options_of)]
     model: ModelRecipe
     data: DataRecipe
@@ -211,9 +216,16 @@ def load_records(
     return load_data(recipe.data_spec, skip_bad=skip, misfit=misfit)
 
 
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+def key_tables() -> dict[str, list[Key]]:
+    """Every key of a recipe by section: ``The run`` (those of no section), then each section's name, then one
+    ``method: CLASS`` for each method that is registered."""
+    tables = {"The run": list(keys_of(Recipe, deep=False))}
+    for name, field in Recipe.model_fields.items():
+        inner = [section for section in sections_in(field.annotation) if not issubclass(section, MethodOptions)]
+        if inner:
+            tables[name] = list(keys_of(inner[0], f"{name}."))
+    methods = dict.fromkeys(METHODS.values())  # one may have several kinds
+    return tables | {f"method: {m.__name__}": list(keys_of(m.Options, "method.")) for m in methods}
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
@@ -257,7 +269,7 @@ def _find(name_or_path: str | Path) -> Path:
         raise RecipeError(f"recipe file not found: {path}")
     names = shipped_recipes()
     if str(name_or_path) in names:
-        return SHIPPED / f"{name_or_path}.yaml"
+        return shipped_path(str(name_or_path))
     near = nearest(name_or_path, names)
     hint = f"; did you mean {near}?" if near else "."
     raise RecipeError(f"unknown recipe {str(name_or_path)!r}{hint} Shipped: {', '.join(names)}; or give a YAML file")

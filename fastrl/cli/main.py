@@ -17,8 +17,10 @@ if importlib.util.find_spec("typer") is None:  # the kernel library alone is ins
 
 import typer  # noqa: E402
 
+from fastrl import __version__  # noqa: E402
 from fastrl.cli.build import app as build_app  # noqa: E402
 from fastrl.cli.data import data as data_command  # noqa: E402
+from fastrl.cli.recipes import recipes as recipes_command  # noqa: E402
 from fastrl.cli.terminal import Json, SkipBad, print_json, say  # noqa: E402
 from fastrl.data.records import PROMPTS  # noqa: E402
 
@@ -33,10 +35,26 @@ tiny_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The sm
 app.add_typer(build_app, name="build")
 app.add_typer(tiny_app, name="tiny")
 app.command(name="data")(data_command)
+app.command(name="recipes")(recipes_command)
 
 Data = Annotated[str | None, typer.Option("--data", metavar="SPEC", help="adapter:path[?key=value&…]")]
 Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")]
 Blank = Annotated[bool, typer.Option("--blank-images", help="Grey pictures of the same size in place of the data's.")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"fastrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that go before a command."""
 
 
 @app.command()
@@ -44,13 +62,14 @@ def demo(
     method: Annotated[str, typer.Option(help="Which method to show.")] = "perception-r1",
     task: Annotated[str | None, typer.Option(help="grounding or counting (perception-r1).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for metrics and figure [runs/demo-…].")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps [the recipe's].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and sampling.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Train a small model on generated scenes and show it before and after, in minutes on two CPU cores."""
     from fastrl.toy.demos import run_demo
 
-    result = run_demo(method, task=task, out=out, seed=seed, say=say)
+    result = run_demo(method, task=task, out=out, seed=seed, steps=steps, say=say)
     if as_json:
         print_json(result)
 
@@ -110,8 +129,11 @@ def evaluate(
     family: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Whose --predictions are: a config.model_type, as qwen3_vl.")
     ] = None,
-    min_pixels: Annotated[int | None, typer.Option(min=1, help="With --frame resized: the processor's.")] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="The same.")] = None,
+    min_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Least area of a resized picture; of --predictions with --frame resized."),
+    ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest area; the same.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer [the protocol's].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first N records.")] = None,
     skip_bad: SkipBad = False,
@@ -137,6 +159,7 @@ def evaluate(
             critic=critic,
             turns=reflect,
             max_new_tokens=max_new_tokens,
+            pixels=(min_pixels, max_pixels),
             limit=limit,
             skip_bad=skip_bad,
             soft=soft,

@@ -11,21 +11,27 @@ from fastrl.http import check_url
 
 
 class Section(BaseModel):
-    """Base of all recipe sections."""
+    """Base of all recipe sections. The docstring below a key says what it means (``fastrl recipes --keys``)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class LoraRecipe(Section):
     """Low-rank adapters; only they are trained."""
 
     rank: int = Field(16, ge=1, le=8192)
+    """Rank of the update of each layer."""
     alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha ÷ rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    # Names of the language model's linear layers, parts (vision, projector, language), or one regular expression;
-    # None: all linear layers of the language model
+    """On the input of the adapters, in training alone."""
     targets: list[str] | str | None = None
-    also_train: list[str] = []  # parts (projector) or modules that are trained in full in addition to the adapters
+    """Names of the language model's linear layers, `vision`, `projector` or `language` for all of a part's, or one
+    regular expression over full names; none: all linear layers of the language model. Name fewer (`[q_proj, v_proj]`)
+    to save memory."""
+    also_train: list[str] = []
+    """Parts (`projector`, `vision`) or modules, by the last parts of their names, that are trained whole beside the
+    adapters."""
 
     def spec(self) -> dict[str, Any]:
         """The mapping that ``load_policy(lora=…)`` takes."""
@@ -33,30 +39,52 @@ class LoraRecipe(Section):
 
 
 class ModelRecipe(Section):
-    path: str  # a Hugging Face folder, tiny:NAME for a shipped one, or a downloaded hub name
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    path: str
+    """A Hugging Face folder, `tiny:NAME` for a shipped model, or a downloaded hub name. `--model` sets it."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights. `auto`: bfloat16 on a GPU, float32 on a CPU. With `bfloat16` the optimizer keeps float32
+    copies; `float32` on a GPU is for debugging numerics."""
     device: str | None = None
+    """As torch names it; none: the first GPU, else the CPU. `cuda:1` picks another GPU, `cpu` runs a small model
+    beside a busy one."""
     lora: LoraRecipe | None = None
-    freeze: list[str] = []  # parts (vision, projector, language) or parameter-name patterns
+    """Low-rank adapters: only they are trained, and the base model is the reference, so that no copy of it is
+    kept."""
+    freeze: list[str] = []
+    """What is not trained: `vision`, `projector` or `language` in every family, something within one
+    (`vision.blocks.0`), globs over full parameter names, or runs of whole parts of them."""
     gradient_checkpointing: bool = False
-    offload_activations: bool = False  # keep checkpointed activations on the host until the backward
-    liger: bool = False  # RMSNorm, SwiGLU and rotary embedding by liger-kernel; needs a GPU
-    min_pixels: int | None = Field(None, ge=1)  # area of a resized image, in pixels
+    """Recompute each layer's activations in the backward: much less memory, about a third more time."""
+    offload_activations: bool = False
+    """What checkpointing keeps lies on the host until the backward. For long rows on a GPU that is full; needs
+    `model.gradient_checkpointing`."""
+    liger: bool = False
+    """RMSNorm, SwiGLU and rotary embedding by liger-kernel, where it is installed; needs a GPU."""
+    min_pixels: int | None = Field(None, ge=1)
+    """Least area of a resized picture; none: the model folder's."""
     max_pixels: int | None = Field(None, ge=1)
+    """Largest area of a resized picture; none: the model folder's. The first thing to lower when prompts are too
+    long."""
 
 
 class RewardRecipe(Section):
-    options: dict[str, Any] = {}  # options of the task's reward
-    weights: dict[str, float] = {}  # by name of a component or user function; 1 for those not named
-    # User functions: my_rewards.py:score or package.module:score, one or a list, called like TRL's reward functions
-    # (docs/extend-reward.md)
+    options: dict[str, Any] = {}
+    """Of the reward of the data's task: `metric`, `threshold`, `format`, …; an unknown one is named with those that
+    exist."""
+    weights: dict[str, float] = {}
+    """By component; one that is not named weighs 1, weight 0 leaves it out."""
     function: list[str] = []
-    builtin: bool = True  # add the task's own components; false: score with the functions only
-    completions: Literal["conversation", "text"] = "conversation"  # the form in which functions get answers
-    timeout: float | None = Field(600.0, gt=0, le=1e6)  # seconds allowed for one call of a function
-    # DAPO's soft overlong punishment: in the last this many tokens before rollout.max_new_tokens, the component
-    # "overlong" falls from 0 to -1
+    """Reward functions of your own, `my_rewards.py:score` or `package.module:score`, one or a list: a reward of your
+    own."""
+    builtin: bool = True
+    """`false` leaves the task's own components out: the functions alone score."""
+    completions: Literal["conversation", "text"] = "conversation"
+    """What the functions are given of each answer."""
+    timeout: float | None = Field(600.0, gt=0, le=1e6)
+    """Seconds that one call of a function may take."""
     overlong: int | None = Field(None, ge=1)
+    """DAPO's soft punishment of long answers: over this many tokens before `rollout.max_new_tokens` a component
+    `overlong` falls from 0 to −1. Of Perception-R1."""
 
     @field_validator("function", mode="before")
     @classmethod
@@ -67,11 +95,16 @@ class RewardRecipe(Section):
 class MixEntry(Section):
     """One data set of a mixture."""
 
-    spec: str = Field(min_length=1)  # as data.spec
-    adapter: str | None = None  # as data.adapter
-    name: str | None = Field(None, min_length=1)  # in metrics and ids; None: derived from the spec
-    weight: float | dict[int, float] = 1.0  # constant, or by step with linear interpolation
-    reward: RewardRecipe | None = None  # overrides keys of the recipe's reward section
+    spec: str = Field(min_length=1)
+    """As `data.spec`."""
+    adapter: str | None = None
+    """As `data.adapter`."""
+    name: str | None = Field(None, min_length=1)
+    """What metrics and ids call this data set; none: a name made from its spec."""
+    weight: float | dict[int, float] = 1.0
+    """How often it is drawn: a constant, or `{step: weight}` with straight lines in between."""
+    reward: RewardRecipe | None = None
+    """A reward section of its own; its keys override the recipe's."""
 
     @field_validator("weight")
     @classmethod
@@ -85,33 +118,54 @@ class MixEntry(Section):
 class CurriculumRecipe(Section):
     """From easy to hard: rows are drawn from the easiest part of the data, which grows until it is all of it."""
 
-    by: str = Field(min_length=1)  # a column of the rows or a key of their truth: a number, or something with a length
-    steps: int = Field(ge=1)  # after which rows are drawn from all of the data
-    start: float = Field(0.2, gt=0, le=1)  # the fraction of the data to begin with
+    by: str = Field(min_length=1)
+    """A column of the rows or a key of their truth: a number, or something that has a length."""
+    steps: int = Field(ge=1)
+    """Steps until all rows are drawn."""
+    start: float = Field(0.2, gt=0, le=1)
+    """The part to begin with."""
 
 
 class DataRecipe(Section):
-    spec: str = ""  # adapter:path[?key=value&…]
-    adapter: str | None = None  # my_data.py:rows, called as rows(path, **query) with spec's path; yields Records
-    mix: list[MixEntry] = []  # several data sets, instead of spec
-    # row: an entry's weight multiplies its number of rows; task: weights are proportions of tasks, whatever their sizes
+    spec: str = ""
+    """`adapter:path?key=value&…`, see data; needed where `data.mix` is not given. `--data` sets it."""
+    adapter: str | None = None
+    """A function of yours, `my_data.py:rows`, called as `rows(path, **query)` with the spec's path; it yields
+    `Record`s."""
+    mix: list[MixEntry] = []
+    """Several data sets in place of `data.spec`, mixed row by row; see data."""
     mix_by: Literal["row", "task"] = "row"
+    """What weights multiply: `row`, the rows of a data set; `task`, nothing: they are the proportions of the data
+    sets, whatever their sizes."""
     curriculum: CurriculumRecipe | None = None
-    # Number of rows shuffled together; None: all. For tables whose pictures do not fit in memory
+    """From easy to hard: rows are drawn from the easiest part of the data, which grows to all of it."""
     shuffle_buffer: int | None = Field(None, ge=1)
-    prompts_per_step: int = Field(8, ge=1)  # on each rank
-    order: Literal["shuffle", "file"] = "shuffle"  # shuffled anew each epoch, or in the data's order (easy to hard)
-    seed: int | None = Field(None, ge=0, lt=2**63)  # of the shuffle; None: the run's
-    # Skip and count bad rows instead of refusing the data, and skip records whose pictures turn out to be undecodable
+    """Rows that are shuffled among each other; none: all. For tables whose pictures do not fit in memory."""
+    prompts_per_step: int = Field(8, ge=1)
+    """Prompts of a step, on each rank."""
+    order: Literal["shuffle", "file"] = "shuffle"
+    """`shuffle`: anew each epoch. `file`: as the data lists them, for a curriculum from easy to hard."""
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    """Of the shuffle; none: the run's. Set it to compare runs with different `seed` on one order of data."""
     skip_bad: bool = False
-    max_image_pixels: int = Field(MAX_IMAGE_PIXELS, ge=1)  # width x height of a picture file; a larger one is a bad row
-    # How --resume detects changed picture files. stat: by size and modification time; bytes: by reading all of them
+    """Leave bad rows out and count them, and pass over records whose pictures cannot be decoded when their turn
+    comes. Without it all bad rows are reported before anything is trained."""
+    max_image_pixels: int = Field(MAX_IMAGE_PIXELS, ge=1)
+    """Width × height of a picture file; a larger one is a bad row. Raise it for scans, lower it against pictures that
+    decode to gigabytes."""
     identity: Literal["stat", "bytes"] = "stat"
-    # Number of frames of a clip shown to the model, and their choice (uniform, first or random); None: as in the spec
+    """How `--resume` sees that a picture file changed: by size and time of last change, or by its bytes, which reads
+    all of them. See resuming."""
     frames: int | None = Field(None, ge=1)
+    """How many frames of a clip the model is shown; none: as the spec says."""
     sample: Literal["uniform", "first", "random"] | None = None
-    workers: int = Field(2, ge=0)  # threads that preprocess the next step's images in the background; 0: none
-    blank_images: bool = False  # replace pictures by grey ones of the same size, to measure learning from text only
+    """Which frames: evenly spread, the first ones, or random ones; none: as the spec says."""
+    workers: int = Field(2, ge=0)
+    """Threads that preprocess the pictures of this and the next step meanwhile; `0`: none, for the simplest trace of
+    an error."""
+    blank_images: bool = False
+    """Grey pictures of the same size: what is then learned is learned from the text. `fastrl study` trains with and
+    without."""
 
     @field_validator("spec", mode="before")
     @classmethod
@@ -132,16 +186,31 @@ class DataRecipe(Section):
 
 class RolloutRecipe(Section):
     group_size: int = Field(8, ge=1)
+    """Answers to each prompt."""
     max_new_tokens: int = Field(256, ge=1, le=2**20)
+    """Longest answer; longer ones are cut and count as not finished."""
     temperature: float = Field(1.0, gt=0)
+    """Of sampling, and of the log-probs that are trained."""
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)  # 0: off
+    """Sample from the smallest set of tokens with this probability; below 1 another distribution than the trained
+    one."""
+    top_k: int = Field(0, ge=0)
+    """Sample from that many tokens; `0`: from all."""
     allow_truncated_sampling: bool = False
-    decode: Literal["auto", "eager", "static", "graph"] = "auto"  # auto: CUDA graphs on a GPU, eager steps on a CPU
-    backend: Literal["local", "vllm"] = "local"  # vllm: sample on a server that gets the weights (docs/vllm.md)
-    server: str | None = None  # vllm: its address, http://localhost:8000
-    shared: str | None = None  # vllm: folder for weights, at the same path on the server; None: OUT/rollout
-    server_timeout: float = Field(600.0, gt=0)  # vllm: seconds allowed for a prompt's answers or for new weights
+    """Accept the bias that `top_p` below 1 or `top_k` above 0 bring: sampled is another distribution than the one
+    whose log-probs are trained."""
+    decode: Literal["auto", "eager", "static", "graph"] = "auto"
+    """`auto`: CUDA graphs on a GPU, eager steps on a CPU. `eager` when a model cannot be captured, `static` for the
+    graphs' buffers without a graph (debugging)."""
+    backend: Literal["local", "vllm"] = "local"
+    """`vllm`: answers come from a vLLM server, which is given the weights."""
+    server: str | None = None
+    """With `vllm`: its address, `http://localhost:8000`."""
+    shared: str | None = None
+    """With `vllm`: a folder, under the same path on the server, through which it is given weights; none:
+    `OUT/rollout`."""
+    server_timeout: float = Field(600.0, gt=0)
+    """With `vllm`: seconds that the answers to one prompt, or new weights, may take."""
 
     @model_validator(mode="after")
     def _unbiased(self) -> RolloutRecipe:
@@ -164,31 +233,49 @@ class RolloutRecipe(Section):
 
 
 class ParameterGroup(Section):
-    # A part (projector), a glob over parameter names, or consecutive components of a name (layers.0)
     match: str = Field(min_length=1)
+    """`vision`, `projector` or `language` in every family, a glob over parameter names, or a run of whole parts of
+    them."""
     lr: float | None = Field(None, ge=0)
+    """Of these parameters; none: `optim.lr`. A vision tower usually wants a tenth of the language model's."""
     weight_decay: float | None = Field(None, ge=0)
+    """Of these parameters; none: `optim.weight_decay`."""
 
 
 class OptimRecipe(Section):
-    steps: int = Field(ge=1)  # rollout batches; each makes updates_per_batch optimizer updates
+    steps: int = Field(ge=1)
+    """Rollout batches; each makes `updates_per_batch` optimizer updates."""
     lr: float = Field(1e-6, ge=0, le=100)
+    """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW: decay of the means of gradients and of their squares."""
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)  # on matrices only
-    warmup: float = Field(0, ge=0)  # below 1: a fraction of all updates; else a number of updates
+    """Of AdamW. Raise it (1e-6) where gradients are so small that it decides the size of an update."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of AdamW, on matrices only."""
+    warmup: float = Field(0, ge=0)
+    """Updates over which the rate rises; below 1 a fraction of all."""
     schedule: Literal["constant", "cosine"] = "constant"
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)  # final value of the cosine, as a fraction of lr
+    """Of the rate after warm-up."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Where the cosine ends, as a fraction of `lr`."""
     clip_norm: float | None = Field(1.0, gt=0)
-    updates_per_batch: int = Field(1, ge=1)  # 1: strictly on-policy
-    token_budget: int = Field(8192, ge=1)  # tokens of one micro-batch; a group is never split
-    # AdamW's states. fp32: on the device; 8bit: a quarter of the bytes; offload: on the host, which does the update
+    """Largest norm of all gradients together; `null`: no clipping."""
+    updates_per_batch: int = Field(1, ge=1)
+    """`1`: strictly on-policy. More: PPO's ratio and clip act from the second on."""
+    token_budget: int = Field(8192, ge=1)
+    """Tokens of one micro-batch; a group is never split. The result does not depend on it, memory does."""
     states: Literal["fp32", "8bit", "offload"] = "fp32"
-    # Update each parameter within the backward and free its gradient; needs clip_norm: null
+    """AdamW's moments: `fp32` beside the weights, `8bit` in a quarter of the bytes, `offload` on the host, which then
+    updates."""
     gradient_release: bool = False
-    # Compute gradients of head and loss in the forward: 3 matmuls over the vocabulary instead of 4, but no entropy
+    """Update each parameter within the backward and free its gradient; needs `clip_norm: null`. For a full model on
+    one GPU."""
     row_local_head: bool = False
-    groups: list[ParameterGroup] = []  # the first group that matches a parameter sets its lr and weight decay
+    """Gradients of head and loss are made in the forward: 3 products over the vocabulary, not 4. Entropy is then not
+    measured; needs `updates_per_batch: 1`."""
+    groups: list[ParameterGroup] = []
+    """Rates for parts of the model; the first that matches a parameter counts."""
 
     @model_validator(mode="after")
     def _momenta(self) -> OptimRecipe:
@@ -204,20 +291,32 @@ class OptimRecipe(Section):
 
 
 class CheckpointRecipe(Section):
-    every: int = Field(100, ge=0)  # steps; 0: only at the end
+    every: int = Field(100, ge=0)
+    """Steps; `0`: only at the end."""
     keep: int = Field(2, ge=1)
+    """How many of the last stay. Raise it to evaluate along the way; each holds weights and moments."""
     final: bool = True
+    """Write one after the last step. `false` for a run that is only measured."""
 
 
 class LogRecipe(Section):
-    every: int = Field(1, ge=1)  # steps between console lines (metrics.jsonl has every step)
-    samples_every: int = Field(20, ge=0)  # steps between tables of sample answers; 0: never
+    every: int = Field(1, ge=1)
+    """Steps between lines on the console; `metrics.jsonl` has every step."""
+    samples_every: int = Field(20, ge=0)
+    """Steps between tables of sample answers (`samples.jsonl`, for `fastrl report`); `0`: never."""
     samples: int = Field(4, ge=1)
+    """Answers in such a table."""
     tensorboard: bool = True
+    """Also write TensorBoard events, where it is installed."""
 
 
 class EngineRecipe(Section):
     kind: Literal["local", "deepspeed"] = "local"
+    """`deepspeed`: several processes, see several GPUs."""
     zero_stage: Literal[0, 1, 2] = 2
+    """With `deepspeed`: `1` shards optimizer states, `2` gradients too, `0` nothing."""
     offload_optimizer: bool = False
-    timeout: float = Field(1800.0, gt=0, le=1e6)  # deepspeed: seconds a rank waits for the others before all stop
+    """With `deepspeed` and stage 1 or 2: moments on the host."""
+    timeout: float = Field(1800.0, gt=0, le=1e6)
+    """Seconds that a rank waits for the others; then all stop and say for whom. Raise it where one rank's answers may
+    take longer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -54,9 +55,39 @@ def write_file(path: Path, text: str) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a file, whole or not at all. Raises ``OSError`` with the path and the bytes needed."""
     temporary = path.with_name(f".{path.name}.writing")
-    with writing(path, len(data)):
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    try:
+        with writing(path, len(data)):
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextmanager
+def nothing_empty_left(*places: Path) -> Iterator[None]:
+    """Inside: files or folders are made at ``places``. Where that fails, those of them that were not there before and
+    hold nothing are removed, and the folders above that were made for them."""
+    made = {path for place in places for path in (place, *place.parents) if not os.path.lexists(path)}
+    try:
+        yield
+    except BaseException:
+        for path in sorted(made, key=lambda path: -len(path.parts)):
+            remove_empty(path)
+        raise
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a file without content, or a folder that holds nothing but such files and folders; what holds something
+    stays, and so does what cannot be removed."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            for child in path.iterdir():
+                remove_empty(child)
+            path.rmdir()
+        elif path.is_file() and not path.stat().st_size:
+            path.unlink()

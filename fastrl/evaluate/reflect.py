@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastrl.critics import Case, Critic, CriticError, Turn, open_critic
 from fastrl.critics.feedback import request, rng_for
-from fastrl.data.disk import write_file
+from fastrl.data.disk import nothing_empty_left, write_file
 from fastrl.data.records import Record, question
 from fastrl.data.reflection import SpokenTurn, dialogue_messages
 
@@ -228,8 +228,9 @@ def write_attention(
     """
     from fastrl.models.attention.readout import read_attention, save_attention
 
-    read = [(r.record, read_attention(policy, _spoken(r))) for r in reflections]
-    return save_attention(read, folder, draw=draw)
+    with nothing_empty_left(folder):
+        read = [(r.record, read_attention(policy, _spoken(r))) for r in reflections]
+        return save_attention(read, folder, draw=draw)
 
 
 def evaluate_reflection(
@@ -239,6 +240,7 @@ def evaluate_reflection(
     critic: str = "rule",
     turns: int = 3,
     max_new_tokens: int | None = None,
+    pixels: tuple[int | None, int | None] = (None, None),
     limit: int | None = None,
     skip_bad: bool = False,
     soft: str | None = None,
@@ -252,6 +254,7 @@ def evaluate_reflection(
     Args:
         spec: caption records with truth (whatever the critic, metrics compare with it).
         model, critic, turns: see :func:`reflect_on_image`; max_new_tokens: default the caption protocol's.
+        pixels: least and largest area of a resized picture; None: the model folder's.
         limit, skip_bad: of the data; soft: sentence-embedding model for soft matching in the metrics.
         out: write the dialogues to this JSONL file.
         attention: folder for where answers looked; the mean by turn is a metric, too (``turn1/image_attention``).
@@ -270,7 +273,8 @@ def evaluate_reflection(
     wrong = next((record for record in records if record.task != "caption"), None)
     if wrong is not None:
         raise ValueError(f"{wrong.source or wrong.id}: a {wrong.task} record; reflection is evaluated on captions")
-    judge, policy, similarity = open_critic(critic), open_policy(model), caption_similarity("caption", soft)
+    judge, similarity = open_critic(critic), caption_similarity("caption", soft)
+    policy = open_policy(model, min_pixels=pixels[0], max_pixels=pixels[1])
     found = reflect(
         policy,
         judge,
@@ -279,7 +283,7 @@ def evaluate_reflection(
         max_new_tokens=max_new_tokens or MAX_NEW_TOKENS["caption"],
         on_turn=lambda number, dialogues: say(f"turn {number} of {len(dialogues)} dialogues"),
     )
-    if out is not None:
+    if out is not None and found:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, "".join(json.dumps(r.row(), ensure_ascii=False) + "\n" for r in found))
     failed = next((reflection.error for reflection in found if reflection.error), "")

@@ -12,11 +12,11 @@ import torch
 from fastrl.answers import check_frame, style_of
 from fastrl.data import load_data, without_pictures
 from fastrl.data.blank import BlankImages
-from fastrl.data.disk import write_file
+from fastrl.data.disk import nothing_empty_left, write_file
 from fastrl.data.records import Record
 from fastrl.evaluate import EVALUATIONS, evaluate, load_predictions
 from fastrl.evaluate.frames import frame_report
-from fastrl.evaluate.predictions import RESIZE, row_of
+from fastrl.evaluate.predictions import RESIZE, Predictions, row_of
 from fastrl.models.open import open_policy
 from fastrl.rewards.base import unknown
 from fastrl.rewards.ocr import Normalise
@@ -76,8 +76,9 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Metrics of a model (greedy answers) or of a predictions file on the data named by ``spec``.
 
-    ``frame``, ``family`` and ``pixels`` (least and most; None: the usual) say what a file's coordinates mean, see
-    :func:`load_predictions`. Of tasks with boxes or points, the result also holds ``frame``, in which they were read,
+    ``frame`` and ``family`` say what a file's coordinates mean, see :func:`load_predictions`; ``pixels`` are the least
+    and the largest area of a resized picture (None: the usual), as a file's model saw it or as ``model`` is shown it.
+    Of tasks with boxes or points, the result also holds ``frame``, in which they were read,
     and ``frame_changes``, how many answers another plausible frame would have scored otherwise (:func:`frame_report`).
     With ``blank_images`` the model sees grey pictures of the same size: what it scores then
     it knows from the text. ``soft`` is a sentence-embedding model for the soft matching of captions, and ``normalise``
@@ -100,9 +101,10 @@ def run_evaluation(
     if model is not None and family is not None:
         raise ValueError("--family says whose answers --predictions are; a model's own is known")
     usual = "auto" if family is None else style_of(family).frame
-    if pixels != (None, None) and "resized" not in (frame, usual if frame == "auto" else ""):
+    if pixels != (None, None) and model is None and "resized" not in (frame, usual if frame == "auto" else ""):
         raise ValueError(
-            "--min-pixels and --max-pixels go with --frame resized: they say at which size pictures were seen"
+            "--min-pixels and --max-pixels go with --model, or with --frame resized of --predictions: they say at "
+            "which size pictures are, or were, seen"
         )
     if predictions is not None:
         spec = without_pictures(spec)
@@ -114,30 +116,26 @@ def run_evaluation(
         raise ValueError("--blank-images changes what a model sees: give --model, not --predictions")
     if blank_images:
         records = BlankImages(records)
-    if out is not None:  # a file that cannot be written is an error now, not when all answers are there
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.open("a").close()
-    if predictions is not None:
-        known = () if limit is None else {record.id for record in data}
-        least, most = (given or usual for given, usual in zip(pixels, RESIZE, strict=True))
-        if least > most:
-            raise ValueError(f"--min-pixels {least} is more than --max-pixels {most}")
-        seen, answers = load_predictions(
-            predictions, records, frame=frame, family=family, pixels=(least, most), known=known
-        )
-    else:
-        assert model is not None
-        seen, answers = _model_answers(task, model, records, max_new_tokens)
-    compared = "none" if normalise == "none" else "nfc"
-    metrics = dict(evaluate(task, seen, answers, similarity=caption_similarity(task, soft), normalise=compared))
-    framed = frame_report(task, seen, answers)
-    if framed is not None:
-        metrics |= {"frame": framed.frame, "frame_changes": framed.changes}
-        guessed = predictions is not None and any(record.frame == "auto" for record in seen)
-        for line in framed.words(guessed):
-            say(line)
-    if out is not None:
-        _write(out, seen, answers, metrics)
+    with nothing_empty_left(*([out] if out is not None else [])):
+        if out is not None:  # a file that cannot be written is an error now, not when all answers are there
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.open("a").close()
+        if predictions is not None:
+            known = () if limit is None else {record.id for record in data}
+            seen, answers = _file_answers(predictions, records, pixels, frame=frame, family=family, known=known)
+        else:
+            assert model is not None
+            seen, answers = _model_answers(task, model, records, max_new_tokens, pixels)
+        compared = "none" if normalise == "none" else "nfc"
+        metrics = dict(evaluate(task, seen, answers, similarity=caption_similarity(task, soft), normalise=compared))
+        framed = frame_report(task, seen, answers)
+        if framed is not None:
+            metrics |= {"frame": framed.frame, "frame_changes": framed.changes}
+            guessed = predictions is not None and any(record.frame == "auto" for record in seen)
+            for line in framed.words(guessed):
+                say(line)
+        if out is not None:
+            _write(out, seen, answers, metrics)
     return metrics
 
 
@@ -152,8 +150,22 @@ def caption_similarity(task: str, soft: str | None) -> Similarity | None:
     return open_similarity(soft)
 
 
+def _file_answers(
+    path: Path, records: Sequence[Record], pixels: tuple[int | None, int | None], **options: Any
+) -> Predictions:
+    """Answers of a file; ``pixels`` as the command line has them."""
+    least, most = (given or usual for given, usual in zip(pixels, RESIZE, strict=True))
+    if least > most:
+        raise ValueError(f"--min-pixels {least} is more than --max-pixels {most}")
+    return load_predictions(path, records, pixels=(least, most), **options)
+
+
 def _model_answers(
-    task: str, model: str, records: Sequence[Record], max_new_tokens: int | None
+    task: str,
+    model: str,
+    records: Sequence[Record],
+    max_new_tokens: int | None,
+    pixels: tuple[int | None, int | None],
 ) -> tuple[list[Record], list[str]]:
     from fastrl.rollout import Sampling
 
@@ -167,7 +179,8 @@ def _model_answers(
     sampling = Sampling(
         n=1, max_new_tokens=MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens, temperature=0.0
     )
-    answered = list(sample_records(open_policy(model), records, sampling))
+    policy = open_policy(model, min_pixels=pixels[0], max_pixels=pixels[1])
+    answered = list(sample_records(policy, records, sampling))
     return [record for record, _ in answered], [completions[0].text for _, completions in answered]
 
 

@@ -38,33 +38,63 @@ class PerceptionR1Options(MethodOptions):
     """Keys of ``method:`` for Perception-R1. Defaults are the paper's and the released trainer's."""
 
     kind: Literal["perception-r1"] = "perception-r1"
-    # grpo: the clipped ratio; cispo (arXiv:2506.13585), sapo (arXiv:2511.20347), gspo and gspo-token (arXiv:2507.18071)
+    """The method; see the loss by its names elsewhere."""
     loss: Literal["grpo", "cispo", "sapo", "gspo", "gspo-token"] = "grpo"
-    # rloo: leave_one_out with scale none (arXiv:2402.14740)
+    """Which loss: the clipped ratio, `cispo` (arXiv:2506.13585), `sapo` (arXiv:2511.20347), `gspo` and `gspo-token`
+    (arXiv:2507.18071)."""
     baseline: Literal["mean", "leave_one_out", "rloo"] = "mean"
-    scale: Literal["std", "none"] = "std"  # none: Dr. GRPO (arXiv:2503.20783)
-    unbiased: bool = True  # std over n − 1, torch's default, as in the released trainer
+    """What an answer's reward is compared with: its group's mean, or the mean of the others; `rloo`: the latter, and
+    `scale: none` whatever that key says (arXiv:2402.14740)."""
+    scale: Literal["std", "none"] = "std"
+    """Divide by the group's standard deviation, or not (Dr. GRPO, arXiv:2503.20783)."""
+    unbiased: bool = True
+    """Standard deviation over n − 1, as the released trainer has it; `false`: over n, as in some others."""
     eps: float = Field(1e-4, ge=0)
-    # sum: normalise the total reward; each: every component, then sum these (GDPO, arXiv:2601.05242)
+    """Added to the standard deviation."""
     normalise: Literal["sum", "each"] = "sum"
-    beta: float = Field(0.04, ge=0)  # 0: no KL term and no reference model
+    """`each`: every component of the reward is compared within the group by itself, then their weighted sum is
+    standardised over the step's answers of a rank (GDPO, arXiv:2601.05242). Take it where one component drowns the
+    others."""
+    beta: float = Field(0.04, ge=0)
+    """Weight of the KL term; `0`: none, and no reference model is made."""
     kl: Literal["k1", "k2", "k3"] = "k3"
-    kl_gradient: Literal["value", "k2"] = "value"  # k2: the unbiased gradient, that of k2, for any reported value
+    """Estimator of the KL divergence."""
+    kl_gradient: Literal["value", "k2"] = "value"
+    """`k2`: the slope of k2 whatever value is logged, which is the unbiased one; `value`: that of the estimator, as
+    in the released trainer."""
     clip_low: float = Field(0.2, ge=0, le=1)
+    """The ratio is clipped at 1 − this."""
     clip_high: float = Field(0.2, ge=0)
+    """The ratio is clipped at 1 + this; above `clip_low` is DAPO's clip-higher."""
     dual_clip: float | None = Field(None, gt=1)
-    tau_positive: float = Field(1.0, gt=0)  # sapo: temperature for answers with a positive advantage
-    tau_negative: float = Field(1.05, gt=0)  # sapo: temperature for the others
-    ratio: Literal["token", "sequence"] = "token"  # sequence: of the whole answer, as in gspo
-    # Importance weights that correct for the difference between the sampler's and the trainer's log-probs
+    """Bound on the ratio of answers with a negative advantage (dual-clip PPO; 3 is usual). Use it with several
+    updates a batch."""
+    tau_positive: float = Field(1.0, gt=0)
+    """With `sapo`: temperature of answers with a positive advantage."""
+    tau_negative: float = Field(1.05, gt=0)
+    """With `sapo`: temperature of the others."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Of each token, or of the whole answer; with `gspo` and `gspo-token` always the latter."""
     importance: Literal["none", "truncate", "mask"] = "none"
+    """Correct for a sampler whose log-probs differ from the trainer's (`sampler/gap_mean`): weigh by their ratio, cut
+    at `importance_cap`, or leave out what is above it."""
     importance_level: Literal["token", "sequence"] = "token"
-    importance_cap: float = Field(2.0, gt=0)  # largest importance weight; truncate: larger ones become it, mask: 0
+    """The ratio of each token, or the product over the answer."""
+    importance_cap: float = Field(2.0, gt=0)
+    """Largest importance weight."""
     aggregate: Literal["sequence", "token", "constant"] = "sequence"
-    constant_length: int | None = Field(None, ge=1)  # for constant; None: rollout.max_new_tokens
-    mask_truncated: bool = False  # answers cut at max_new_tokens get no loss (their reward still counts in the group)
-    zero_variance: Literal["keep", "drop", "resample"] = "keep"  # groups whose rewards are all equal
-    max_resample: int = Field(3, ge=1)  # resample: largest number of extra rounds of prompts per step
+    """`sequence`: mean over an answer, then over answers; `token`: mean over all tokens; `constant`: sum over a
+    constant length (Dr. GRPO)."""
+    constant_length: int | None = Field(None, ge=1)
+    """With `constant`: tokens that every answer counts as; none: `rollout.max_new_tokens`."""
+    mask_truncated: bool = False
+    """Answers cut at `rollout.max_new_tokens` carry no loss; their reward still counts in the group."""
+    zero_variance: Literal["keep", "drop", "resample"] = "keep"
+    """Groups whose rewards are all equal: kept in the denominators, left out of them, or replaced by other prompts
+    (DAPO's dynamic sampling)."""
+    max_resample: int = Field(3, ge=1)
+    """With `resample`: further rounds of prompts that a step may draw. Raise it when `groups/kept` stays below the
+    prompts of a step."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PerceptionR1Options:

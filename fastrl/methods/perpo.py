@@ -41,11 +41,17 @@ class PerPOOptions(MethodOptions):
     """Keys of ``method:`` for PerPO and its baselines. Defaults are those of the released scripts."""
 
     kind: Literal["perpo", "lipo", "listmle", "dpo", "sft"] = "perpo"
-    beta: float = Field(0.1, gt=0)  # not read by sft
-    gamma: float = Field(0.5, ge=0)  # power of the reward gaps; only read by perpo
-    score: Literal["sum", "mean"] = "sum"  # of the log-ratios of an answer's tokens; mean: the authors' "norm" variant
-    min_gap: float = Field(0.0, ge=0)  # lists with a smaller best - worst reward are skipped
-    online_every: int = Field(1, ge=1)  # online: steps per sampling, so lists are at most online_every - 1 steps old
+    """The method or one of its baselines."""
+    beta: float = Field(0.1, gt=0)
+    """Scale of the log-ratios; not read by `sft`."""
+    gamma: float = Field(0.5, ge=0)
+    """Power of the reward gaps that weigh pairs; read by `perpo` alone."""
+    score: Literal["sum", "mean"] = "sum"
+    """An answer's log-ratio: summed over its tokens, or their mean (the authors' "norm" variant)."""
+    min_gap: float = Field(0.0, ge=0)
+    """Lists whose best and worst rewards are closer are skipped."""
+    online_every: int = Field(1, ge=1)
+    """For data without lists: steps that one sampling serves, so that lists are at most that many − 1 updates old."""
 
 
 class PerPO(Method):

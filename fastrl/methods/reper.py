@@ -37,16 +37,18 @@ class RePerOptions(MethodOptions):
     """Keys of ``method:`` for RePer. Defaults are the paper's if it states a value."""
 
     kind: Literal["reper"] = "reper"
+    """The method; see RePer."""
     alpha: float = Field(10.0, ge=0)
-    # σ of a turn. score: the file's score; best: divided by the dialogue's best score, so that the best answer is only
-    # pulled up; one: 1 for every turn, which is supervised fine-tuning
+    """Weight of the unlikelihood; `0`: likelihood weighted by the score."""
     sigma: Literal["score", "best", "one"] = "score"
-    # The probability in log(1 − π): a token's, a whole answer's, or the geometric mean over an answer's tokens
+    """A turn's score as the file has it, over the dialogue's best, or 1 for all (supervised fine-tuning)."""
     level: Literal["token", "sequence", "mean"] = "token"
-    # turn: mean over a turn's tokens, then a dialogue's turns, then dialogues; token: mean over all answer tokens; sum:
-    # mean over dialogues only, as in eq. 2
+    """Of the probability in log(1 − π): a token's, a whole answer's, or the geometric mean of its tokens."""
     aggregate: Literal["turn", "token", "sum"] = "turn"
-    turns: Literal["all", "last"] = "all"  # last: earlier answers are context only
+    """Mean over a turn's tokens, then turns, then dialogues; over all answer tokens; or a sum, divided by dialogues
+    alone (eq. 2 as written)."""
+    turns: Literal["all", "last"] = "all"
+    """`last`: earlier answers are context only."""
 
 
 class RePer(Method):

@@ -174,15 +174,21 @@ class RecipeRewards:
         try:
             return reward_for(task, **{**options, **section.options})
         except ValueError as error:
-            raise ValueError(
-                f"the recipe's reward does not fit the data, whose task is {task}: {error}. Use a {task} recipe, or "
-                f"data of the recipe's task"
-            ) from None
+            raise ValueError(_take_another(task, error)) from None
 
 
 def functions_of(section: RewardRecipe, origins: Mapping[str, RewardRecipe]) -> Functions:
     """The user functions of a run: those of the recipe's reward section and of a mixture's entries."""
     return Functions({**origins, "": section})
+
+
+def _take_another(task: str, error: Exception) -> str:
+    """What to do about a recipe whose reward is not that of the data's task."""
+    article = "an" if task[:1] in "aeiou" else "a"
+    return (
+        f"the data is {task}, which the recipe's reward does not fit: take {article} {task} recipe (fastrl recipes "
+        f"lists them), or data of the recipe's task. In detail: {error}"
+    )
 
 
 def _check_names(section: RewardRecipe, own: Sequence[str], parts: Sequence[str], *, builtin: bool) -> None:

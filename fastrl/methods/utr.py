@@ -27,10 +27,14 @@ class UTROptions(MethodOptions):
     """Keys of ``method:`` for UTR."""
 
     kind: Literal["utr"] = "utr"
-    # token: mean over all answer tokens of the step; sequence: mean over an answer's tokens, then over answers
+    """The method; see UTR."""
     aggregate: Literal["token", "sequence"] = "token"
-    weight: Literal["none", "tpl"] = "none"  # tpl: weight answers by their temporal perplexity (negative: 0)
-    min_tpl: float | None = None  # answers with a lower temporal perplexity get no gradient
+    """Mean over all answer tokens of the step, or over an answer's tokens, then answers."""
+    weight: Literal["none", "tpl"] = "none"
+    """`tpl`: answers count by their temporal perplexity, those below 0 not at all."""
+    min_tpl: float | None = None
+    """Answers below carry no gradient: the paper's filter at training time, where `fastrl tpl --keep-top` makes a
+    smaller file."""
 
 
 class UTR(Method):

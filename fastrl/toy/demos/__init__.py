@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastrl.data.disk import nothing_empty_left
 from fastrl.rewards.base import unknown
 
 DEMOS = {
@@ -22,11 +23,12 @@ def run_demo(
     task: str | None = None,
     out: Path | None = None,
     seed: int = 0,
+    steps: int | None = None,
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> dict[str, Any]:
     """Run a method's demo and return its result: ``method``, ``metric``, ``before``, ``after``, ``greedy_before``,
-    ``greedy_after``, ``seconds`` and what else the method reports.
+    ``greedy_after``, ``seconds`` and what else the method reports. ``steps``: of training; None: as many as it takes.
 
     Raises:
         ValueError: an unknown method or task, or ``out`` holds something.
@@ -37,10 +39,12 @@ def run_demo(
         raise ValueError(unknown("demo", method, DEMOS))
     name = f"{method}-{task}" if task else method
     out = out if out is not None else fresh(Path("runs") / f"demo-{name}")
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise ValueError(f"{out} is not empty, and a demo overwrites nothing: give another --out")
-    return importlib.import_module(DEMOS[method]).run(task=task, out=out, seed=seed, say=say, **options)
+    options |= {} if steps is None else {"steps": steps}
+    with nothing_empty_left(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise ValueError(f"{out} is not empty, and a demo overwrites nothing: give another --out")
+        return importlib.import_module(DEMOS[method]).run(task=task, out=out, seed=seed, say=say, **options)
 
 
 def fresh(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from fastrl.rewards import reward_for
 from fastrl.rewards.base import unknown
 from fastrl.toy.demos.claims import Claim, rises
 from fastrl.toy.demos.scenes import scenes_like
+from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:
@@ -138,19 +139,13 @@ def _exact(before: Measured, after: Measured) -> dict[str, float]:
 
 def print_table(result: dict[str, Any]) -> None:
     """The before/after table, on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{result['method']}: {result['task']}, {result['held_out']} held-out scenes, mean {result['metric']}"
-    )
-    for column in ("answers", "before", "after", "change"):
-        table.add_column(column, justify="left" if column == "answers" else "right")
     rows = [("sampled (temperature 1)", ""), ("greedy", "greedy_")]
     if "exact_before" in result:
         rows += [("sampled, exact count", "exact_"), ("greedy, exact count", "greedy_exact_")]
-    for label, key in rows:
-        old, new = result[f"{key}before"], result[f"{key}after"]
-        table.add_row(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
-    Console().print(table)
+    pairs = [(label, result[f"{key}before"], result[f"{key}after"]) for label, key in rows]
+    print_rows(
+        f"{result['method']}: {result['task']}, {result['held_out']} held-out scenes, mean {result['metric']}",
+        ("answers", "before", "after", "change"),
+        [(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}") for label, old, new in pairs],
+    )
     print(f"{result['seconds']:.0f} s; curves and figure in {result['out']}")

@@ -21,6 +21,7 @@ from fastrl.recipe import Recipe, load_recipe
 from fastrl.rewards.base import unknown
 from fastrl.toy.demos.claims import Claim, rises_beyond_spread
 from fastrl.toy.demos.scenes import scenes_like
+from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:
@@ -175,18 +176,15 @@ def _draw_comparison(before: Measured, after: dict[str, Measured], path: Path) -
 
 def print_table(result: dict[str, Any]) -> None:
     """The comparison, on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{result['held_out']} held-out scenes; {result['lists']} lists, {result['steps']} steps each")
-    table.add_column("model")
-    for column in ("mean IoU", "Acc@0.5", "greedy mean IoU", "greedy Acc@0.5"):
-        table.add_column(column, justify="right")
-    start = result["models"]["start"]
+    start, rows = result["models"]["start"], []
     for name in ("start", "sft", "dpo", "perpo"):
         row = result["models"][name]
         keys = [f"{how}_{key}" for how in ("sampled", "greedy") for key in ("mean_iou", "acc@0.5")]
-        change = [f"{row[k]:.3f}" if name == "start" else f"{row[k]:.3f} ({row[k] - start[k]:+.3f})" for k in keys]
-        table.add_row(METHODS.get(name, "start"), *change)
-    Console().print(table)
+        change = [f"{row[k]:.3f}" if name == "start" else f"{row[k]:.3f} {row[k] - start[k]:+.3f}" for k in keys]
+        rows.append((METHODS.get(name, "start"), *change))
+    print_rows(
+        f"{result['held_out']} held-out scenes; {result['lists']} lists, {result['steps']} steps each",
+        ("model", "mean IoU", "Acc@0.5", "greedy mean IoU", "greedy Acc@0.5"),
+        rows,
+    )
     print(f"{result['seconds']:.0f} s; lists, curves and figures in {result['out']}")

@@ -23,6 +23,7 @@ from fastrl.recipe import load_recipe
 from fastrl.rewards.base import unknown
 from fastrl.toy.demos.claims import Claim, falls, rises
 from fastrl.toy.demos.scenes import HELD_OUT_SEED
+from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:
@@ -126,16 +127,15 @@ def measure(policy: Policy, records: Sequence[Record]) -> tuple[list[dict[str, f
 
 def print_table(result: dict[str, Any]) -> None:
     """The before/after table, on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"reper: {result['held_out']} held-out scenes, greedy captions in {TURNS} turns of reflection")
-    for column in ("turn", "score before", "after", "false captions before", "after", "CHAIR-i before", "after"):
-        table.add_column(column, justify="right")
+    rows = []
     for number, (old, new) in enumerate(zip(result["turns_before"], result["turns_after"], strict=True), start=1):
         pairs = [(old[name], new[name]) for name in ("score", "false_captions", "chair_i")]
-        table.add_row(str(number), *(f"{value:.3f}" for pair in pairs for value in pair))
-    Console(width=110).print(table)
+        rows.append((str(number), *(f"{value:.3f}" for pair in pairs for value in pair)))
+    print_rows(
+        f"reper: {result['held_out']} held-out scenes, greedy captions in {TURNS} turns of reflection",
+        ("turn", "score before", "after", "false captions before", "after", "CHAIR-i before", "after"),
+        rows,
+    )
 
 
 def print_captions(captions: Sequence[dict[str, Any]]) -> None:

@@ -25,6 +25,7 @@ from fastrl.recipe import load_recipe
 from fastrl.rewards.base import unknown
 from fastrl.toy.demos.claims import Check, Claim, Result, rises
 from fastrl.toy.demos.scenes import scenes_like
+from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import load_model, train
 
 if TYPE_CHECKING:
@@ -184,17 +185,10 @@ def draw_comparison(models: dict[str, dict[str, float]], path: Path) -> None:
 
 def print_table(result: Result) -> None:
     """The comparison, on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
     title = f"{result['held_out']} held-out clips; {result['dialogues']} dialogues, {result['steps']} steps each"
-    table = Table(title=title)
-    table.add_column("trained on")
-    for column in ("trajectory IoU", "greedy", "greedy recall@0.5", "TPL"):
-        table.add_column(column, justify="right")
-    start = result["models"]["start"]
+    start, rows = result["models"]["start"], []
     for name, row in result["models"].items():
-        cells = [f"{v:.3f}" if name == "start" else f"{v:.3f} ({v - start[k]:+.3f})" for k, v in row.items()]
-        table.add_row(SETS.get(name, "– (start)"), *cells)
-    Console(width=110).print(table)
+        cells = [f"{v:.3f}" if name == "start" else f"{v:.3f} {v - start[k]:+.3f}" for k, v in row.items()]
+        rows.append((SETS.get(name, "– (start)"), *cells))
+    print_rows(title, ("trained on", "trajectory IoU", "greedy", "greedy recall@0.5", "TPL"), rows)
     print(f"{result['seconds']:.0f} s; dialogues, curves and figure in {result['out']}")

@@ -67,7 +67,7 @@ def test_eval_of_predictions_prints_one_json_object(fastrl: Callable[..., Done],
     assert (few["n"], few["mean_iou"]) == (2, pytest.approx(1.0))
     small = json.loads(fastrl(*common, "--frame", "resized", "--max-pixels", "3136").stdout.splitlines()[-1])
     assert small["mean_iou"] < 0.5  # they are not of pictures that were seen at 56 x 56
-    assert "go with --frame resized" in fastrl(*common, "--min-pixels", "3136").stderr
+    assert "go with --model, or with --frame resized" in fastrl(*common, "--min-pixels", "3136").stderr
     assert "is more than" in fastrl(*common, "--frame", "resized", "--min-pixels", "99999", "--max-pixels", "9").stderr
 
 
@@ -101,7 +101,7 @@ def test_tpl_prints_a_line_per_record_or_json(fastrl: Callable[..., Done], tiny_
         (("eval", "grounding", "--data", "rows.jsonl", "--model", "tiny:perception"), "names no adapter"),
         (
             ("train", "perception-r1-counting-tiny", "--data", "scenes:grounding?n=1", "--out", "runs/never"),
-            "does not fit the data, whose task is grounding",
+            "take a grounding recipe",
         ),
         (
             ("eval", "grounding", "--data", "scenes:grounding?n=1", "--model", "missing-folder"),
