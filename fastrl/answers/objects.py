@@ -15,7 +15,7 @@ import contextlib
 import json
 import re
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastrl.answers.scan import MAX_LABEL, NUMBER, Scanner, clean_label, numbers
 
@@ -35,14 +35,17 @@ def _again(pattern: str) -> str:
 
 
 _ALONE = _QUOTED.replace("<key>", "<alone>")
-_HALF = r"(?<![A-Za-z0-9_])(?P<half>[A-Za-z][A-Za-z0-9_]{0,60}+)"  # a quote is missing or something else is there
+_HALF = r"(?<![A-Za-z0-9_<|/])(?P<half>[A-Za-z][A-Za-z0-9_]{0,60}+)"  # a quote is missing or something else is there
+_DASH = r"(?:(?<=\s)(?P<dash>-)[ \t]++)?+"  # YAML's, before an item of a list
 _START = re.compile(
-    rf"(?P<brace>\{{)\s*+{_KEY}|{_ALONE}(?:{_COLON}|{_FORGOTTEN})"
-    rf"|{_HALF}(?:(?<=2d)[^\w\[\]]{{0,8}}+|\\?+[\"'“”‘’](?:{_COLON})?+\s*+)(?=\[)",
+    rf"(?P<brace>\{{)\s*+{_KEY}|{_DASH}(?:{_ALONE}(?:{_COLON}|{_FORGOTTEN})"
+    rf"|{_HALF}(?:(?<=2d)[^\w\[\]]{{0,8}}+|\\?+[\"'“”‘’](?:{_COLON})?+\s*+)(?=\[))",
     re.IGNORECASE,
 )
 _NEXT = re.compile(rf"[\s,;\]]*+(?:(?P<close>\}})|(?P<open>\{{)|{_KEY}|)")
 _RUN = re.compile(rf"(?:{NUMBER}|[\[\](),\s])*+")
+_QUOTED_RUN = re.compile(rf"(?:.(?P<run>\s*+[\[(]{_RUN.pattern}))?+")
+_CLOSING = "\"'”’"
 _WORD = re.compile(r"[^,;\[\]{}\"'“‘:\n]{0,200}+")
 _NO_TEXT = ("", "null", "none", "true", "false")
 _LIST = re.compile(r"[^\[\]()]+")
@@ -52,7 +55,7 @@ _STRINGS = {  # by the opening quote: a whole string, and where a damaged one en
         re.compile(rf"{opening}(?P<body>{body})(?:(?P<end>{closing}){_SOUND}|)", re.DOTALL),
         re.compile(
             rf"(?P<end>{closing})\s*+(?=[\]}}]|\Z|[,;]?+\s*+(?:{_again(_KEY)})|[,;]\s*+[\[{{])"
-            rf"|\{{\s*+(?:{_again(_KEY)})|[,;]\s*+(?:{_again(_KEY)})"
+            rf"|\{{\s*+(?:{_again(_KEY)})|(?:[,;]|\n(?:[ \t]*+-)?+)\s*+(?:{_again(_KEY)})"
         ),
     )
     for opening, closing, body in (
@@ -72,6 +75,9 @@ class Value:
     lists: tuple[tuple[float, ...] | None, ...] = ()
     scalar: float | None = None
     decimal: bool = False  # a number is written with a decimal point
+
+
+_NOTHING = Value()
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +104,8 @@ def read_objects(scan: Scanner, wanted: Set[str], limit: int) -> tuple[list[Foun
     while (start := scan.seek(_START)) is not None:
         if start["brace"] is not None or not stack:
             _push(stack, Found())
+        elif start["dash"] is not None:
+            stack[-1] = Found()
         key = start["key"] or start["bare"] or start["alone"] or start["half"]
         while key is not None:
             budget -= 1
@@ -141,13 +149,32 @@ def _value(scan: Scanner) -> Value:
     run = scan.at(_RUN).group()
     digits, following = run.strip(), scan.plain[scan.position : scan.position + 1]
     if digits in ("", "[") and following in _STRINGS:
-        return Value(text=_string(scan, following))
+        held = _NOTHING if digits else _quoted_list(scan)
+        return held if held.lists else Value(text=_string(scan, following))
     if not digits:
         word = "" if following == "{" else scan.at(_WORD).group().strip()
         return (
             Value(text=clean_label(word)) if word.casefold() not in ("", "null", "none", "true", "false") else Value()
         )
-    if digits[0] in ",])":  # nothing stands before the comma
+    return _numbers(run, following)
+
+
+def _quoted_list(scan: Scanner) -> Value:
+    """A list in quotes, as JSON inside JSON is written; nothing where the quotes hold something else."""
+    start = scan.position
+    run = scan.at(_QUOTED_RUN)["run"]
+    behind = scan.plain[scan.position : scan.position + 1]
+    if not run or (behind and behind not in _CLOSING):
+        scan.position = start
+        return _NOTHING
+    text = clean_label(scan.text[start + 1 : scan.position])
+    scan.position += len(behind)
+    return replace(_numbers(run, ""), text=text)
+
+
+def _numbers(run: str, following: str) -> Value:
+    """Lists of numbers; ``following`` is the character behind them."""
+    if run.strip()[0] in ",])":  # nothing stands before the comma
         return Value(lists=(None,))
     lists = [numbers(piece.strip().removeprefix(",")) for piece in _LIST.findall(run) if piece.strip(", \t\r\n")]
     if lists and run[-1].isdigit() and (following.isalnum() or following == "_"):
@@ -170,7 +197,7 @@ def _string(scan: Scanner, opening: str) -> str | None:
         return None
     if stop["end"] is None:
         scan.position = stop.start()
-    return clean_label(scan.text[start + 1 : stop.start()][:MAX_LABEL].strip(" \t\r\n\"'“”‘’\\,;[]{}"))
+    return _unescape(scan.text[start + 1 : stop.start()][:MAX_LABEL].strip(" \t\r\n\"'“”‘’\\,;[]{}"), opening)
 
 
 def _unescape(inside: str, quote: str) -> str | None:

@@ -47,6 +47,11 @@ LABEL_KEYS = (
     *("objectname", "objectclass", "objecttype", "objectlabel", "type", "cls", "tag", "ref", "phrase", "entity"),
     *("text", "textcontent", "title", "caption", "description", "desc", "expression", "subject", "item", "kind"),
 )
+# Further names of labels: class_label, object_category, predicted_class, obj_name, …
+_LIKE_LABEL = re.compile(
+    r"(?:predicted|pred|detected|gt|main|fine|coarse|item)?+"
+    r"(?:(?:label|name|category|class|object|obj|cat|type|tag|entity|instance|thing|species|concept)+(?:text|title|str|string|s)?)"
+)
 SCORE_KEYS = ("score", "confidence", "confidencescore", "conf", "probability", "prob", "certainty")
 _CORNERS = (
     ("x0", "y0", "x1", "y1"),  # first: its x1 is another's second corner
@@ -58,23 +63,26 @@ _CORNER_KEYS = frozenset(names[0] for names in _CORNERS)
 
 _GAP = r"\s*+,\s*+"
 _PAIR = rf"\(\s*+({NUMBER}){_GAP}({NUMBER})\s*+(?:\)|\Z)"
-_CORNER = rf"\[\s*+({NUMBER}){_GAP}({NUMBER})\s*+\]"
+_OPEN_CORNER = rf"\[\s*+({NUMBER}){_GAP}({NUMBER})\s*+"
+_CORNER = rf"{_OPEN_CORNER}\]"
 FOUR = _GAP.join([f"({NUMBER})"] * 4)
 _REST = r"\s*+,?+\s*+"
 _BOXES = (
     ("brackets", re.compile(rf"\[\s*+{FOUR}{_REST}(?:\]|\Z)")),
     ("parens", re.compile(rf"\(\s*+{FOUR}{_REST}(?:\)|\Z)")),
-    ("corners", re.compile(rf"\[\s*+{_CORNER}{_GAP}{_CORNER}{_REST}\]")),
+    ("corners", re.compile(rf"\[\s*+{_CORNER}{_GAP}{_OPEN_CORNER}(?:\]{_REST}(?:\]|\Z)|\Z)")),
 )
 _BRACKET_POINT = re.compile(_CORNER)
 _ONE_PAIR = re.compile(_PAIR)
-_GROUP = re.compile(r"\([^()\[\]{}<>]{1,200}+\)?+")  # a pair, or what a damaged one has left
-_GROUPS = re.compile(rf"{_GROUP.pattern}(?:(?:\s*+,\s*+|(?<=,)){_GROUP.pattern})*+")
+_GROUP = re.compile(  # a pair, or what a damaged one has left
+    rf"(?:\([^()\[\]{{}}<>]{{1,200}}+\)?+|(?<![\w.,(\[]){NUMBER}(?:{_GAP}{NUMBER})?+\s*+\))"
+)
+_GROUPS = re.compile(rf"{_GROUP.pattern}(?:(?:\s*+,\s*+|(?<![)\n])){_GROUP.pattern})*+")
 _MARK = re.compile(
     r"<\|(?P<qwen>object_ref_start|object_ref_end|box_start|box_end)\|>|<(?P<intern>/?(?:ref|box))>", re.IGNORECASE
 )
 _OPENS = {"object_ref_start": "ref", "ref": "ref", "box_start": "box", "box": "box"}
-_POINT_TAG = re.compile(r"<points?+\b(?P<inside>[^<>]*+)>?+(?P<text>[^<]*+)", re.IGNORECASE)
+_POINT_TAG = re.compile(r"<points?+\b(?P<inside>(?:[^<]++|<(?!/?+point))*+)", re.IGNORECASE)  # and the text behind it
 _POINT_NUMBER = re.compile(rf"\b([xy])([0-9]{{0,6}}+)\s*+=\s*+[\"'“”]?+\s*+({NUMBER})", re.IGNORECASE)
 _ALT = re.compile(r"\balt\s*+=\s*+(?:\"([^\"]*+)|'([^']*+))", re.IGNORECASE)
 _LOCS = re.compile(r"(?P<locs>(?:<loc[0-9]{4}>\s*+)++)(?:<seg[0-9]{3}>\s*+)*+(?P<label>[^<;]*+)", re.IGNORECASE)
@@ -264,7 +272,8 @@ def _fitting(
 
 
 def _label(entry: Found) -> str | None:
-    return next((entry.values[k].text for k in LABEL_KEYS if k in entry.values and entry.values[k].text), None)
+    keys = (*LABEL_KEYS, *(key for key in entry.values if _LIKE_LABEL.fullmatch(key)))
+    return next((entry.values[k].text for k in keys if k in entry.values and entry.values[k].text), None)
 
 
 def _score(entry: Found) -> float | None:
@@ -323,7 +332,8 @@ def _from_point_tags(scan: Scanner, max_items: int, points: bool) -> Parsed:
     result = _Items(max_items)
     for tag in scan.each(_POINT_TAG) if points else ():
         alt = _ALT.search(scan.text, tag.start("inside"), tag.end("inside"))
-        text = scan.text[tag.start("text") : tag.end("text")] if alt is None else alt[1] or alt[2] or ""
+        behind = scan.text[tag.start("inside") : tag.end("inside")].rpartition(">")[2]
+        text = behind if alt is None else alt[1] or alt[2] or ""
         axes: dict[str, dict[str, str]] = {"x": {}, "y": {}}
         for match in _POINT_NUMBER.finditer(scan.plain, tag.start("inside"), tag.end("inside")):
             axes[match[1].lower()].setdefault(match[2], match[3])
@@ -399,7 +409,7 @@ def _from_pairs(scan: Scanner, max_items: int, points: bool, marked: bool) -> Pa
         if not any(pairs):  # prose in parentheses
             continue
         boxes = [None if a is None or b is None else (*a, *b) for a, b in zip(pairs[::2], pairs[1::2], strict=False)]
-        odd = run.group().count("(") % 2
+        odd = sum(1 for _ in _GROUP.finditer(run.group())) % 2
         certain = len(pairs) == 2 and (marked or not points)
         if not certain and (odd or any(box is not None and Item(box).inverted for box in boxes)):
             if points:

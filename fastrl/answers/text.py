@@ -13,8 +13,10 @@ MAX_MARKS = 64  # combining marks in a row; no writing has as many, and putting 
 _SPECIAL = re.compile(r"<\|[A-Za-z0-9_]{1,40}+\|>")
 _BOXED, _BOXED_END = "<|begin_of_box|>", "<|end_of_box|>"
 _FENCE_OPEN = re.compile(r"```[A-Za-z0-9_+-]{0,20}+[ \t]*+\r?+\n?+")
-_THOUGHT = re.compile(
-    r"<\s{0,8}+(?P<end>/?+)\s{0,8}+(?:think|thinking|thought|reasoning)\s{0,8}+>|◁(?P<stop>/?+)think▷", re.IGNORECASE
+_THOUGHT = re.compile(  # a tag that lost its ">" is one too
+    r"<\s{0,8}+(?P<end>/?+)\s{0,8}+(?:seed:)?+(?:thinking|think|thoughts|thought|reasoning|scratchpad)\b"
+    r"(?:[^<>\n]{0,100}+>)?+|◁(?P<stop>/?+)think▷|\[(?P<close>/?+)think\]",
+    re.IGNORECASE,
 )
 _ANSWER = re.compile(r"<\s{0,8}+answer\s{0,8}+>", re.IGNORECASE)
 _ANSWER_END = re.compile(r"<\s{0,8}+/\s{0,8}+answer\s{0,8}+>", re.IGNORECASE)
@@ -59,7 +61,7 @@ def _without_thought(text: str) -> tuple[str, bool]:
     """What stands behind the last closing tag and before an opening one, and whether there was such an opening one."""
     start, end, open_ = 0, len(text), False
     for match in _THOUGHT.finditer(text):
-        if match["end"] or match["stop"]:
+        if match["end"] or match["stop"] or match["close"]:
             start, end, open_ = match.end(), len(text), False
         elif not open_:
             end, open_ = match.start(), True
@@ -69,16 +71,15 @@ def _without_thought(text: str) -> tuple[str, bool]:
 def answer_region(text: str) -> str:
     """The part of a reply that is the answer: outside of thoughts, and inside ``<answer>`` tags where present.
 
-    Tags count in any case. A thought (``<think>``, ``<thinking>``, ``<thought>``, ``<reasoning>``) ends at the last
+    Tags count in any case. A thought (``<think>``, ``<thinking>``, ``<thought>``, ``<reasoning>``, …) ends at the last
     closing tag; one that is never closed reaches to the end, and nothing in it is an answer. An ``<answer>`` that is
-    never closed (a reply cut short) reaches to the end too.
+    never closed (a reply cut short) reaches to the end too; one that was opened before a thought is open behind it.
     """
     text = _without_thought(text)[0]
-    start = _ANSWER.search(text)
-    if start is None:
-        return text
-    end = _ANSWER_END.search(text, start.end())
-    return text[start.end() :] if end is None else text[start.end() : end.start()]
+    opening = _ANSWER.search(text)
+    start = 0 if opening is None else opening.end()
+    end = _ANSWER_END.search(text, start)
+    return text[start:] if end is None else text[start : end.start()]
 
 
 def strip_fence(text: str) -> str:

@@ -16,14 +16,16 @@ from typing import overload
 
 from fastrl.answers.frames import View, from_original
 from fastrl.answers.parse import FOUR
-from fastrl.answers.scan import clean_label
+from fastrl.answers.scan import Scanner, clean_label, number
 from fastrl.answers.text import answer_region
 
 MAX_TRACKS = 256
 MAX_FRAMES = 4096  # boxes of one track
 
 _OPEN = re.compile(r"<id([0-9]{1,9}+)>", re.IGNORECASE)
-_FRAME = re.compile(rf"frame[ \t]{{0,8}}+([0-9]{{1,9}}+)\s*+:\s*+\[\s*+{FOUR}\s*+\]", re.IGNORECASE)
+_FRAME = re.compile(  # a box that lost its bracket ends where the next thing begins; one that is none has no numbers
+    rf"frame[ \t]{{0,8}}+([0-9]{{1,9}}+)\s*+:\s*+\[(?:\s*+{FOUR}\s*+,?+\s*+(?:\]|(?=[;<]|frame)|\Z))?+", re.IGNORECASE
+)
 _HEADING = re.compile(r"track[ \t]{0,8}+[0-9]{0,9}+\s{0,8}+:", re.IGNORECASE)
 _SAID_WINDOW = 4096  # characters after a track that are kept of what is said about it
 _NUMBER = r"-?[0-9]{1,9}+(?:\.[0-9]{1,9}+)?+"
@@ -32,6 +34,7 @@ _STRICT = re.compile(
     rf"(?P<frames>(?:Frame[0-9]{{1,9}}+:\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\];)++)</Id(?P=id)>"
 )
 _NAME_WINDOW = 200  # characters before <Id> in which a track's name is looked for
+_BEFORE_NAME = re.compile(r"[<>;:\n\r.]")
 _NOT_IN_NAME = "<>;:\n\r"
 
 Box = tuple[float, float, float, float]
@@ -55,7 +58,7 @@ class ParsedTracks(Sequence[Track]):
     tracks: tuple[Track, ...] = ()
     format: str | None = None  # "tracks", or None where nothing was recognised
     decimal: bool = False
-    dropped: int = 0  # non-finite boxes and second boxes for a frame (the first one counts)
+    dropped: int = 0  # malformed boxes and second boxes for a frame (the first one counts)
     truncated: bool = False  # more than max_tracks tracks or max_frames boxes were found
 
     @property
@@ -80,11 +83,12 @@ def parse_tracks(text: str, max_tracks: int = MAX_TRACKS, max_frames: int = MAX_
     A track runs from ``<Id1>`` to ``</Id1>``, the next track, or the end (an answer cut short keeps its boxes). Tracks
     without a single box are left out. The name is what stands before ``<Id1>``, after ``Track1:`` where that is given.
     """
-    text = answer_region(text)
+    scan = Scanner(answer_region(text))
+    text, plain = scan.text, scan.plain
     tracks: list[Track] = []
     dropped, decimal, truncated = 0, False, False
     openings = []
-    for match in _OPEN.finditer(text):
+    for match in _OPEN.finditer(plain):
         openings.append((int(match.group(1)), match.start(), match.end()))
         if len(openings) > 4 * max_tracks:
             truncated = True
@@ -94,10 +98,10 @@ def parse_tracks(text: str, max_tracks: int = MAX_TRACKS, max_frames: int = MAX_
         close = text.find("</", start, end)
         body_end = end if close < 0 else close
         boxes: dict[int, Box] = {}
-        for match in _FRAME.finditer(text, start, body_end):
-            values = tuple(float(v) for v in match.groups()[1:])
+        for match in _FRAME.finditer(plain, start, body_end):
+            values = [value for v in match.groups()[1:] if v is not None and (value := number(v)) is not None]
             frame = int(match.group(1))
-            if frame in boxes or not all(math.isfinite(v) for v in values):
+            if frame in boxes or len(values) < 4:
                 dropped += 1
             elif len(boxes) == max_frames:
                 truncated = True
@@ -112,20 +116,17 @@ def parse_tracks(text: str, max_tracks: int = MAX_TRACKS, max_frames: int = MAX_
             break
         previous_end = openings[i - 1][2] if i else 0
         coords = tuple(v for box in boxes.values() for v in box)
-        name = _name(text, max(previous_end, head - _NAME_WINDOW), head)
+        name = _name(scan, max(previous_end, head - _NAME_WINDOW), head)
         said = text[body_end:end][:_SAID_WINDOW].partition(">")[2]  # without the closing tag
         tracks.append(Track(identity, name, boxes, coords, said))
     return ParsedTracks(tuple(tracks), "tracks" if tracks else None, decimal, dropped, truncated)
 
 
-def _name(text: str, start: int, end: int) -> str:
-    window = text[start:end]
-    headings = list(_HEADING.finditer(window))
-    if headings:
-        window = window[headings[-1].end() :]
-    else:  # prose may precede: the name is what follows the last mark that no name holds
-        window = re.split(r"[<>;:\n\r.]", window)[-1]
-    return clean_label(window) or ""
+def _name(scan: Scanner, start: int, end: int) -> str:
+    headings = list(_HEADING.finditer(scan.plain, start, end))
+    if not headings:  # prose may precede: the name is what follows the last mark that no name holds
+        headings = list(_BEFORE_NAME.finditer(scan.plain, start, end))
+    return clean_label(scan.text[headings[-1].end() if headings else start : end]) or ""
 
 
 def matches_tracks(text: str) -> bool:
@@ -133,10 +134,10 @@ def matches_tracks(text: str) -> bool:
 
     What a track's subject does may follow on its line, and more text (a caption) below the first track.
     """
-    for number, line in enumerate(text.strip().split("\n")):
+    for place, line in enumerate(text.strip().split("\n")):
         match = _STRICT.match(line)
         if match is None:
-            if number == 0 or _OPEN.search(line):
+            if place == 0 or _OPEN.search(line):
                 return False
             continue
         frames = [int(found.group(1)) for found in _FRAME.finditer(match["frames"])]

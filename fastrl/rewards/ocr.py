@@ -46,7 +46,7 @@ def text_similarity(answer: str, truth: str, normalise: Normalise = "nfc") -> fl
     """
     if normalise == "none":
         return _similarity(answer, truth)
-    if unfinished_thought(answer) and not unfinished_thought(truth):
+    if unfinished_thought(answer) and not (plain_answer(answer) or unfinished_thought(truth)):
         return 0.0
     return max(_similarity(reading, canonical(truth)) for reading in answer_readings(answer, truth))
 

@@ -143,6 +143,11 @@ class TrajectoryReward(Reward):
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
         return [parse_tracks(answer[:MAX_CHARACTERS], 1, 1).parsable for answer in answers]
 
+    def diagnose(self, answers: Sequence[str], records: Sequence[Record]) -> dict[str, list[int]]:
+        """``unparsable``, and ``dropped``: boxes that are malformed, or a second one for a frame."""
+        read = [parse_tracks(answer[:MAX_CHARACTERS]) for answer in answers]
+        return {"unparsable": [int(not p.parsable) for p in read], "dropped": [p.dropped for p in read]}
+
     def _credits(
         self, matched: Sequence[tuple[int, int, int]], found: Sequence[Tracks], truth: Sequence[Tracks]
     ) -> Credit:

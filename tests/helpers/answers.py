@@ -9,6 +9,14 @@ from dataclasses import dataclass
 Box = Sequence[float]
 
 
+def _same(box: Box) -> Box:
+    return box
+
+
+def _last(box: Box) -> str:
+    return str(int(box[3]))
+
+
 @dataclass(frozen=True)
 class Form:
     """One way of writing a list of boxes."""
@@ -17,7 +25,9 @@ class Form:
     item: Callable[[Box, str], str]
     join: Callable[[list[str]], str]
     labels: bool = True
-    damage: str = "\"'{}[]():,\\ x7\n.-<>|/“”"  # characters that may be put in anywhere
+    damage: str = "\"'{}[]():,\\ x7\n.-<>|/“”‘’：，［］"  # characters that may be put in anywhere
+    read: Callable[[Box], Box] = _same  # the numbers that are read
+    last: Callable[[Box], str] = _last  # what ends an item's numbers
 
 
 def _numbers(box: Box) -> list[int]:
@@ -28,14 +38,22 @@ def _json(box: Box, name: str) -> str:
     return json.dumps({"bbox_2d": _numbers(box), "label": name}, ensure_ascii=False)
 
 
+def _objects(make: Callable[[list[int], str], object]) -> Callable[[Box, str], str]:
+    return lambda box, name: json.dumps(make(_numbers(box), name), ensure_ascii=False)
+
+
+def _listed(items: list[str]) -> str:
+    return f"[{', '.join(items)}]"
+
+
+def _named(box: Sequence[int], names: str = "x1 y1 x2 y2") -> dict[str, int]:
+    return dict(zip(names.split(), box, strict=True))
+
+
 FORMS = (
-    Form("json", _json, lambda items: f"[{', '.join(items)}]"),
+    Form("json", _json, _listed),
     Form("fenced", _json, lambda items: "```json\n[\n\t" + ",\n\t".join(items) + "\n]\n```"),
-    Form(
-        "label first",
-        lambda box, name: json.dumps({"label": name, "bbox_2d": _numbers(box)}, ensure_ascii=False),
-        lambda items: f"[{','.join(items)}]",
-    ),
+    Form("label first", _objects(lambda box, name: {"label": name, "bbox_2d": box}), lambda i: f"[{','.join(i)}]"),
     Form("lines", _json, "\n".join),
     Form("wrapped", _json, lambda items: f'{{"objects": [{", ".join(items)}]}}'),
     Form(
@@ -49,7 +67,83 @@ FORMS = (
     ),
     Form("internvl", lambda box, name: f"<ref>{name}</ref><box>[{_numbers(box)}]</box>", "".join),
     Form("brackets", lambda box, name: str(_numbers(box)), ", ".join, labels=False),
-    Form("scored", lambda box, name: _json(box, name)[:-1] + ', "score": 0.5}', lambda items: f"[{', '.join(items)}]"),
+    Form("scored", lambda box, name: _json(box, name)[:-1] + ', "score": 0.5}', _listed),
+    Form("Python", lambda box, name: repr({"bbox_2d": _numbers(box), "label": name}), _listed),
+    Form("indented", lambda box, name: json.dumps({"bbox": _numbers(box), "class_name": name}, indent=2), ",\n".join),
+    Form("two corners", _objects(lambda box, name: {"bbox_2d": [box[:2], box[2:]], "label": name}), _listed),
+    Form("named corners", _objects(lambda box, name: {"category": name, **_named(box)}), _listed),
+    Form("nested", _objects(lambda box, name: {"bbox": _named(box, "xmin ymin xmax ymax"), "Name": name}), _listed),
+    Form("quoted list", _objects(lambda box, name: {"bbox_2d": str(box), "label": name}), _listed),
+    Form(
+        "full width",
+        lambda box, name: f'{{"bbox_2d"：［{"，".join(map(str, _numbers(box)))}］，"label"：{json.dumps(name)}}}',
+        "，".join,
+    ),
+    Form("dashes", lambda box, name: f"- bbox_2d: {_numbers(box)}\n  label: {json.dumps(name)}", "\n".join),
+    Form("glm", _json, lambda items: f"<|begin_of_box|>{_listed(items)}<|end_of_box|>"),
+    Form(
+        "gemma",
+        _objects(lambda box, name: {"box_2d": [box[1], box[0], box[3], box[2]], "label": name}),
+        _listed,
+        last=lambda box: str(int(box[2])),
+    ),
+    Form(
+        "llava",
+        lambda box, name: f"[{', '.join(f'{v / 1000:.3f}' for v in box)}]",
+        ", ".join,
+        labels=False,
+        read=lambda box: [float(f"{v / 1000:.3f}") for v in box],
+        last=lambda box: f"{box[3] / 1000:.3f}",
+    ),
+    Form(
+        "paligemma",
+        lambda box, name: "".join(f"<loc{int(box[i]):04d}>" for i in (1, 0, 3, 2)) + f" {name.replace(';', ',')}",
+        " ; ".join,
+        read=lambda box: [v / 1024 for v in box],
+        last=lambda box: f"<loc{int(box[2]):04d}>",
+    ),
+    Form("parentheses", lambda box, name: str(tuple(_numbers(box))), ", ".join, labels=False),
+    Form("bare corners", lambda box, name: str([_numbers(box)[:2], _numbers(box)[2:]]), "\n".join, labels=False),
+    Form("pairs", lambda box, name: "({},{}),({},{})".format(*_numbers(box)), "\n".join, labels=False),
+)
+
+
+@dataclass(frozen=True)
+class PointForm:
+    """One way of writing a list of points."""
+
+    name: str
+    item: Callable[[int, tuple[int, int], str], str]  # (number from 1, point, label)
+    join: Callable[[list[str]], str]
+    labels: bool = True
+    scale: float = 1.0  # of the numbers that are read
+    damage: str = FORMS[0].damage
+
+
+def _points(make: Callable[[list[int], str], object]) -> Callable[[int, tuple[int, int], str], str]:
+    return lambda _, point, name: json.dumps(make(list(point), name), ensure_ascii=False)
+
+
+POINT_FORMS = (
+    PointForm("json", _points(lambda point, name: {"point_2d": point, "label": name}), _listed),
+    PointForm("label first", _points(lambda point, name: {"label": name, "point": point}), _listed),
+    PointForm("named", _points(lambda point, name: {"x": point[0], "y": point[1], "label": name}), _listed),
+    PointForm("nested", _points(lambda p, name: {"point": {"x": p[0], "y": p[1]}, "label": name}), _listed),
+    PointForm("lists", lambda _, point, name: str(list(point)), _listed, labels=False),
+    PointForm("pairs", lambda _, point, name: str(point), ", ".join, labels=False),
+    PointForm(
+        "molmo",
+        lambda _, p, name: f'<point x="{p[0] / 10:.1f}" y="{p[1] / 10:.1f}" alt="{name}">{name}</point>',
+        " ".join,
+        scale=0.001,
+    ),
+    PointForm(
+        "molmo, many",
+        lambda n, p, name: f'x{n}="{p[0] / 10:.1f}" y{n}="{p[1] / 10:.1f}"',
+        lambda items: f'<points {" ".join(items)} alt="cats">cats</points>',
+        labels=False,
+        scale=0.001,
+    ),
 )
 
 
@@ -85,6 +179,8 @@ def hostile_texts() -> dict[str, Callable[[int], str]]:
         "locations": "<loc0001>",
         "tags": "<points x1=1 y1=2 alt='",
         "words": "word ",
+        "dashes": "- ",
+        "lines of keys": '\n- "bbox_2d": "[1, 2, ',
         "digits": "9",
     }
     return {name: lambda n, unit=unit: unit * (n // len(unit)) for name, unit in units.items()}

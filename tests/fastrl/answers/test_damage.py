@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrl.answers import Parsed, parse_boxes, parse_points
+from fastrl.answers import Parsed, Track, format_tracks, parse_boxes, parse_points, parse_tracks
 from fastrl.answers.parse import parse_scanned
 from fastrl.answers.scan import Scanner
-from tests.helpers.answers import FORMS, hostile_texts, list_of_boxes
+from tests.helpers.answers import FORMS, POINT_FORMS, hostile_texts, list_of_boxes
 
 LABELS = ["b 27", "a dog's", 'a "big" cat', "x: [1, 2]", "狗，大", "b"]
 
@@ -51,7 +51,7 @@ def test_one_damaged_item_leaves_its_neighbours_alone(damage: tuple[str, str], p
     assert len(parsed) - 2 + parsed.dropped == 1  # the damaged one is an item, or counted
 
 
-@settings(max_examples=300)
+@settings(max_examples=500)
 @given(data=st.data(), form=st.sampled_from(FORMS), n=st.integers(2, 5))
 def test_n_minus_one_items_survive_any_damage_to_one(data: st.DataObject, form: Any, n: int) -> None:
     """Characters of one item of a list are deleted, replaced or put in; the others keep boxes and labels."""
@@ -59,27 +59,57 @@ def test_n_minus_one_items_survive_any_damage_to_one(data: st.DataObject, form: 
     names = [f"{data.draw(st.sampled_from(LABELS))} {i}" for i in range(n)]
     items = [form.item(box, name) for box, name in zip(boxes, names, strict=True)]
     hit = data.draw(st.integers(0, n - 1))
-    at = data.draw(st.integers(0, len(items[hit])))
-    cut = data.draw(st.integers(0, 3))
-    put = data.draw(st.text(form.damage, max_size=2))
-    items[hit] = items[hit][:at] + put + items[hit][at + cut :]
+    items[hit] = damaged(data, items[hit], form.damage)
     found = iter(labelled(parse_boxes(form.join(items))))
     want = [
-        (box, name if form.labels else None) for i, (box, name) in enumerate(zip(boxes, names, strict=True)) if i != hit
+        (tuple(form.read(box)), name if form.labels else None)
+        for i, (box, name) in enumerate(zip(boxes, names, strict=True))
+        if i != hit
     ]
     missing = [pair for pair in want if pair not in found]
     assert not missing, form.join(items)
+
+
+@settings(max_examples=150)
+@given(data=st.data(), form=st.sampled_from(POINT_FORMS), n=st.integers(2, 5))
+def test_n_minus_one_points_survive_any_damage_to_one(data: st.DataObject, form: Any, n: int) -> None:
+    points = [(500 - 10 * i, 700 - 10 * i) for i in range(n)]
+    names = [f"{data.draw(st.sampled_from(['b 27', 'cat', '狗，大']))} {i}" for i in range(n)]
+    items = [form.item(i, *pair) for i, pair in enumerate(zip(points, names, strict=True), 1)]
+    hit = data.draw(st.integers(0, n - 1))
+    items[hit] = damaged(data, items[hit], form.damage)
+    found = [(item.point, item.label) for item in parse_points(form.join(items))]
+    for i, (point, name) in enumerate(zip(points, names, strict=True)):
+        near = [label for got, label in found if got == pytest.approx([v * form.scale for v in point])]
+        assert i == hit or (near and (not form.labels or name in near)), form.join(items)
+
+
+@settings(max_examples=150)
+@given(data=st.data(), n=st.integers(2, 4))
+def test_n_minus_one_tracks_survive_any_damage_to_one(data: st.DataObject, n: int) -> None:
+    tracks = [Track(i + 1, f"dog {i}", {t: (10.0 + i, 20.0 + t, 300, 400) for t in (1, 2, 5)}) for i in range(n)]
+    lines = format_tracks(tracks).split("\n")
+    hit = data.draw(st.integers(0, n - 1))
+    lines[hit] = damaged(data, lines[hit], FORMS[0].damage)
+    found = list(parse_tracks("\n".join(lines)))
+    assert all(track in found for i, track in enumerate(tracks) if i != hit), "\n".join(lines)
+
+
+def damaged(data: st.DataObject, text: str, characters: str) -> str:
+    """A text with some characters gone and others put in at one place."""
+    at, cut = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 3))
+    return text[:at] + data.draw(st.text(characters, max_size=2)) + text[at + cut :]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_a_cut_reply_keeps_each_item_whose_numbers_are_complete(form: Any) -> None:
     boxes = [(11, 21, 31, 41), (12, 22, 32, 42), (13, 23, 33, 43)]
     text = form.join([form.item(box, f"cat {i}") for i, box in enumerate(boxes)])
-    ends = [text.index(str(box[3])) + 2 for box in boxes]
+    ends = [text.index(form.last(box)) + len(form.last(box)) for box in boxes]
     for cut in range(len(text) + 1):
         found = [item.box for item in parse_boxes(text[:cut])]
         complete = sum(end <= cut for end in ends)
-        assert found[:complete] == [tuple(map(float, box)) for box in boxes[:complete]]
+        assert found[:complete] == [tuple(map(float, form.read(box))) for box in boxes[:complete]]
         assert len(found) <= complete + 1  # at most the item that is being written
 
 
