@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrl.answers import View
+from fastrl.answers.choice import parse_choice, parse_yes_no
+from fastrl.captions import parse_caption
 from fastrl.data.records import Record
 from fastrl.rewards import reward_for
 
@@ -123,3 +125,63 @@ def test_counting_points(points: list[tuple[int, int]]) -> None:
 def test_a_right_answer_is_exactly_right_in_every_spelling(write: Callable[[Items], str]) -> None:
     text = write([((10, 20, 300, 400), "cat")])
     assert scores("grounding", {"box": (10, 20, 300, 400), "expression": "x"}, [text]) == [(1.0,)]
+
+
+# ---- thoughts
+
+RIGHT: dict[str, tuple[dict, str]] = {
+    "grounding": ({"box": (10, 20, 300, 400), "expression": "x"}, '[{"bbox_2d": [10, 20, 300, 400]}]'),
+    "counting": (
+        {"label": "x", "count": 1, "points": [(5.0, 5.0)], "boxes": None},
+        '[{"point_2d": [5, 5], "label": "x"}]',
+    ),
+    "detection": (
+        {"boxes": [[10, 20, 300, 400]], "labels": ["x"], "crowd": [False], "categories": ["x"]},
+        '[{"bbox_2d": [10, 20, 300, 400], "label": "x"}]',
+    ),
+    "ocr": ({"text": "hello world"}, "hello world"),
+    "trajectory": (
+        {"tracks": [{"id": 1, "name": "dog", "boxes": {1: [0, 0, 64, 48], 2: [64, 48, 128, 96]}}], "frames": 2},
+        "Track1: dog<Id1>Frame1:[0,0,100,100];Frame2:[100,100,200,200];</Id1>",
+    ),
+}
+THOUGHTS = (
+    "<think>{}",
+    "<THINK>\n{}</Think>",
+    "{}</think>",
+    "<think>a</think><Thinking>{}",
+    "<answer><think>{}</think></answer>",
+    "<think>so <answer>{}</answer>",
+    "<thoughts>{}</thoughts>",
+    '<think budget="9">{}',
+    "<think {}",
+    "[THINK]{}[/THINK]",
+    "<seed:think>{}",
+    "◁think▷{}",
+)
+
+
+def earned(task: str, text: str) -> float:
+    """The sum of what an answer is paid; penalties do not count."""
+    row = Record(
+        "a", task, (), (), RIGHT[task][0], views=(VIEW,), frame="thousand" if task == "trajectory" else "original"
+    )
+    return sum(max(0.0, values[0]) for values in reward_for(task)([text], row).values())
+
+
+@pytest.mark.parametrize("task", RIGHT)
+def test_nothing_inside_a_thought_is_paid_in_any_task(task: str) -> None:
+    right = RIGHT[task][1]
+    whole = earned(task, right)
+    assert whole >= 1.0 - 1e-9
+    for thought in THOUGHTS:
+        assert earned(task, thought.format(right)) == 0.0, thought
+        assert earned(task, f"{thought.format('hm')}</think>{right}") >= 1.0 - 1e-9, thought
+    assert earned(task, f"{right} <think>or {right}{right}") >= 1.0 - 1e-9
+
+
+def test_no_choice_and_no_fact_comes_from_a_thought() -> None:
+    for thought in THOUGHTS:
+        assert parse_choice(thought.format("B"), ["x", "y"]) is None
+        assert parse_yes_no(thought.format("yes")) is None
+        assert not parse_caption(thought.format("A dog is on a mat.")).objects
