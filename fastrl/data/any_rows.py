@@ -23,14 +23,23 @@ from fastrl.data import pixmo, refexp, rows
 from fastrl.data.layouts import LAYOUTS, Asked, Layout, content_of, recognise
 from fastrl.data.records import PROMPTS, Dataset, Record, question
 from fastrl.data.rows import IMAGE_FIELDS, LeftOut, choice_option, load_rows, read_rows
-from fastrl.data.truth import read_truth, unwrapped, whole_number
+from fastrl.data.truth import (
+    BOX_NAMES,
+    LABEL_NAMES,
+    POINT_NAMES,
+    entry,
+    fields_of,
+    read_count,
+    read_list,
+    read_names,
+    read_truth,
+    unwrapped,
+    whole_number,
+)
 from fastrl.data.validate import SIDES, DataError, Problem, Row, corners, fail, short
 
 KEYS = (*rows.KEYS, "task", "frame", "box", "prompt")
 TASKS = ("grounding", "counting", "detection", "ocr", "caption", "qa")
-BOX = ("bbox_2d", "bbox", "box", "box_2d")
-POINT = ("point_2d", "point", "points")
-LABEL = ("label", "name", "category", "class", "class_name", "category_name", "ref", "object")
 _COUNTED = re.compile(
     r"(?:how many|number of|count (?:all )?(?:the )?|bounding boxes of (?:the )?)\s*(.+?)"
     r"(?: are (?:there|visible).*| (?:in|on) (?:the|this) (?:image|picture).*)?[.?]?",
@@ -163,16 +172,14 @@ def _shape(truth: Any) -> str | None:
     if isinstance(truth, str):
         return "qa" if unwrapped(truth).strip().rstrip(".").lower() in ("yes", "no") else None
     if isinstance(truth, Mapping):
-        return "grounding" if any(key in truth for key in BOX) else None
+        return "grounding" if entry(truth, BOX_NAMES) is not None else None
     if not isinstance(truth, list) or not truth:
         return None
     if len(truth) == 4 and all(isinstance(v, int | float) for v in truth):
         return "grounding"
-    items = all(isinstance(item, Mapping) and any(key in item for key in BOX) for item in truth)
-    if items:
+    if all(entry(item, BOX_NAMES) is not None for item in truth):
         return "detection"
-    points = all(isinstance(item, Mapping) and any(key in item for key in POINT) for item in truth)
-    return "counting" if points else None
+    return "counting" if all(entry(item, POINT_NAMES) is not None for item in truth) else None
 
 
 # ---- targets
@@ -200,75 +207,61 @@ class _Truth(NamedTuple):
         return self.row.box(value, self.size, name, self.frame)
 
 
-def _first(item: Mapping[str, Any], names: Collection[str]) -> Any:
-    return next((item[name] for name in names if item.get(name) is not None), None)
-
-
 def _grounding(truth: _Truth) -> dict[str, Any] | None:
-    value, label = truth.value, None
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping | list):
-        value = value[0]
-    if isinstance(value, Mapping):
-        value, label = _first(value, BOX), _first(value, LABEL)
-    box = truth.box(value, "the truth")
+    fields = fields_of("grounding", truth.value)
+    box = truth.box(fields["box"], "the truth")
     given = truth.row.first(("expression", "normal_caption"))[1]
-    said = given if isinstance(given, str) and given.strip() else label
-    expression = said if isinstance(said, str) and said.strip() else refexp.bare_expression(truth.prompt)
-    return None if box is None else {"box": box, "expression": expression}
+    said = given if isinstance(given, str) and given.strip() else fields.get("expression")
+    return None if box is None else {"box": box, "expression": said or refexp.bare_expression(truth.prompt)}
 
 
 def _counting(truth: _Truth) -> dict[str, Any] | None:
-    row, value = truth.row, truth.value
+    row, fields = truth.row, fields_of("counting", truth.value)
     given = row.fields.get("label")
     matched = _COUNTED.fullmatch(truth.prompt)
     label = given if isinstance(given, str) and given.strip() else (matched.group(1) if matched else truth.prompt)
-    places = row.truth("points")
-    points: Any = None
-    boxes: Any = None
-    count = whole_number(value)
-    if count is None and isinstance(value, list):
-        items = [item if isinstance(item, Mapping) else {"point": item} for item in value]
-        count = len(items)
-        if items and all(_first(item, BOX) is not None for item in items):
-            boxes = [truth.box(_first(item, BOX), f"the truth's box {n}") for n, item in enumerate(items)]
-        else:
-            places = [_first(item, POINT) for item in items]
-    if count is None or count < 0:
-        row.fail("wrong type", f"the truth of counting must be a whole number, got {short(value)}")
-        return None
-    if places and truth.size is not None:
-        points = row.points(places, truth.size, frame=truth.frame)
-        if points is not None and len(points) != count:
-            row.fail("count and points differ", f"count is {count} and there are {len(points)} points")
+    boxes = row.told("the truth of counting", read_list, fields["boxes"]) if "boxes" in fields else None
+    places = fields.get("points", row.truth("points") if boxes is None else None)
+    count = row.told("the truth of counting", read_count, fields["count"]) if "count" in fields else None
+    known = boxes and [truth.box(box, f"the truth's box {n}") for n, box in enumerate(boxes)]
+    points = row.points(places, truth.size, frame=truth.frame) if places and truth.size is not None else None
     if row.problems:
         return None
-    known = [list(box) for box in boxes] if boxes else None
-    return {"label": label.strip(), "count": count, "points": points, "boxes": known}
+    count = len(known or points or ()) if count is None else count
+    if points is not None and len(points) != count:
+        row.fail("count and points differ", f"count is {count} and there are {len(points)} points")
+        return None
+    return {
+        "label": label.strip(),
+        "count": count,
+        "points": points,
+        "boxes": [list(box) for box in known if box is not None] if known else None,
+    }
 
 
 def _detection(truth: _Truth) -> dict[str, Any] | None:
-    row, value = truth.row, truth.value
-    value = [value] if isinstance(value, Mapping) else value
-    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
-        row.fail("wrong type", f"the truth of detection must be a list of boxes with labels, got {short(value)}")
+    row = truth.row
+    fields = fields_of("detection", truth.value)
+    places, labels = read_truth(fields["boxes"]), read_truth(fields.get("labels"))
+    if not isinstance(places, list) or not isinstance(labels, list) or len(places) != len(labels):
+        message = f"the truth of detection must be a list of boxes with labels, got {short(truth.value)}"
+        row.fail("wrong type", message)
         return None
-    boxes, labels = [], []
-    for place, item in enumerate(value):
-        label = _first(item, LABEL)
+    for place, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip():
-            row.fail("missing field", f"the truth's item {place} has no label ({', '.join(LABEL)}): {short(item)}")
-        boxes.append(truth.box(_first(item, BOX), f"the truth's box {place}"))
-        labels.append(label)
+            names = ", ".join(LABEL_NAMES)
+            row.fail("missing field", f"the truth's item {place} has no label ({names}), got {short(label)}")
+    boxes = [truth.box(box, f"the truth's box {place}") for place, box in enumerate(places)]
     names = row.truth("categories")
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    names = row.told("categories", read_names, names) if names is not None else None
     if row.problems:
         return None
-    categories = names if isinstance(names, list) and names else sorted(set(labels))
     return {
         "boxes": [list(box) for box in boxes if box is not None],
         "labels": labels,
         "crowd": [False] * len(labels),
-        "categories": [str(name) for name in categories],
+        "categories": names or sorted(set(labels)),
     }
 
 

@@ -11,16 +11,15 @@ Other query keys: ``images`` (folder), ``limit``, ``seed``, ``prompt`` (the ques
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastrl.data import rows
 from fastrl.data.records import Dataset, Record, question
-from fastrl.data.rows import IMAGE_FIELDS, LeftOut, load_rows, read_text
+from fastrl.data.rows import IMAGE_FIELDS, LeftOut, load_rows, parse_json, read_text
 from fastrl.data.truth import read_truth
-from fastrl.data.validate import Row, fail, short
+from fastrl.data.validate import DataError, Problem, Row, fail, short
 
 KEYS = (*rows.KEYS, "instances", "prompt")
 REFERENCES = ("references", "captions", "human_captions")
@@ -60,38 +59,53 @@ def _record(row: Row, prompt: str | None, pictures: bool) -> Record | LeftOut | 
 
 
 def _coco_rows(path: str, instances: str | None) -> rows.Rows:
-    """COCO caption JSON as rows: one per image that has captions."""
+    """COCO caption JSON as rows: one per image that has captions; entries that are malformed are problems."""
     captions = _read_json(path)
+    problems: list[Problem] = []
     said: dict[Any, list[str]] = {}
-    for entry in captions["annotations"]:
-        said.setdefault(entry["image_id"], []).append(" ".join(entry["caption"].split()))
+    for image, entry in _of_images(captions, "annotations", "caption", str, path, problems):
+        said.setdefault(image, []).append(" ".join(entry.split()))
     objects: dict[Any, list[str]] = {}
     if instances is not None:
         found = _read_json(instances)
-        names = {c["id"]: c["name"] for c in found["categories"]}
-        for entry in found["annotations"]:
-            objects.setdefault(entry["image_id"], []).append(names[entry["category_id"]])
-    return [
-        (
-            n,
-            f"{path}:image {image['id']}",
-            {
-                "id": str(image["id"]),
-                "image": image["file_name"],
-                "references": said[image["id"]],
-                "objects": sorted(set(objects.get(image["id"], []))),
-            },
-        )
-        for n, image in enumerate(captions["images"])
-        if image["id"] in said
+        names = dict(_of_images(found, "categories", "name", str, instances, problems, key="id"))
+        for image, entry in _of_images(found, "annotations", "category_id", int | str, instances, problems):
+            if entry in names:
+                objects.setdefault(image, []).append(names[entry])
+            else:
+                problems.append(Problem(instances, "unknown category", f"category_id {short(entry)} is no category"))
+    listed = _of_images(captions, "images", "file_name", str, path, problems, key="id")
+    made = [
+        {"id": str(image), "image": name, "references": said[image], "objects": sorted(set(objects.get(image, [])))}
+        for image, name in listed
+        if image in said
     ]
+    rows = [(n, f"{path}:image {row['id']}", row) for n, row in enumerate(made)]
+    return [*rows, *((len(rows) + n, problem.where, problem) for n, problem in enumerate(problems))]
+
+
+def _of_images(
+    data: Mapping[str, Any], table: str, name: str, kind: Any, path: str, problems: list[Problem], key: str = "image_id"
+) -> list[tuple[Any, Any]]:
+    """(``key``, ``name``) of each entry of a table; those without are problems."""
+    found = []
+    entries = data.get(table)
+    if not isinstance(entries, list):
+        raise fail(path, "wrong type", f"expected COCO JSON: an object with a list of {table}")
+    for number, each in enumerate(entries):
+        values = (each.get(key), each.get(name)) if isinstance(each, Mapping) else (None, None)
+        if isinstance(values[0], int | str) and isinstance(values[1], kind):
+            found.append(values)
+        else:
+            message = f"needs {key} and {name}, got {short(each)}"
+            problems.append(Problem(f"{path}:{table} number {number}", "wrong type", message))
+    return found
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(read_text(Path(path)))
-    except ValueError as error:
-        raise fail(path, "unreadable JSON", f"unreadable JSON: {error}") from None
+    value = parse_json(read_text(Path(path)), path)
+    if isinstance(value, Problem):
+        raise DataError([value])
     if not isinstance(value, dict) or not isinstance(value.get("annotations"), list):
         raise fail(path, "wrong type", "expected COCO JSON: an object with images and annotations")
     return value

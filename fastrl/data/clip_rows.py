@@ -8,6 +8,7 @@ from typing import Any
 
 from fastrl.data.clips import Box, Clip, Span, Subject, video_info
 from fastrl.data.rows import read_rows
+from fastrl.data.truth import read_box, read_list, read_truth
 from fastrl.data.validate import DataError, ImageFolder, Problem, Row, find_image_folder, is_number, short
 
 
@@ -79,9 +80,8 @@ def row_clip(row: Row) -> Clip | None:
     row.problems += check_frames(frames, len(frames), (width, height), row.where)
     if video is not None:
         check_video(video, numbers, (width, height), row.where, row.problems)
-    subjects = fields.get("subjects")
-    if not isinstance(subjects, list):
-        row.fail("wrong type", f"subjects must be a list, got {short(subjects)}")
+    subjects = row.told("subjects", read_list, fields.get("subjects"))
+    if subjects is None:
         return None
     built = [_row_subject(row, subject) for subject in subjects]
     caption = fields.get("caption", "")
@@ -123,7 +123,9 @@ def _row_seconds(row: Row, pictures: int) -> tuple[float, ...] | None:
 
 
 def _row_subject(row: Row, subject: Any) -> Subject | None:
-    if not isinstance(subject, dict) or not isinstance(subject.get("boxes"), dict):
+    subject = read_truth(subject)
+    given = read_truth(subject.get("boxes")) if isinstance(subject, dict) else None
+    if not isinstance(subject, dict) or not isinstance(given, dict):
         row.fail("wrong type", f"a subject needs id, name and boxes {{frame: box}}, got {short(subject)}")
         return None
     identity, name, looks = subject.get("id"), subject.get("name"), subject.get("appearance", "")
@@ -134,20 +136,21 @@ def _row_subject(row: Row, subject: Any) -> Subject | None:
         row.fail("wrong type", f"subject {identity}: name must be a non-empty string, appearance a string")
         return None
     boxes: dict[int, Box] = {}
-    for frame, box in subject["boxes"].items():
+    for frame, box in given.items():
         if not (frame.isascii() and frame.isdigit() and len(frame) < 10):
             row.fail("wrong type", f"subject {identity}: frame {short(frame)} is no number")
-        elif not (isinstance(box, list) and len(box) == 4 and all(is_number(v) for v in box)):
-            row.fail("not a number", f"subject {identity}, frame {frame}: box must be four numbers, got {short(box)}")
-        else:
-            boxes[int(frame)] = (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
-    spans = _row_spans(row, identity, subject.get("spans", []))
+            continue
+        found = row.told(f"subject {identity}, frame {frame}: box", read_box, box)
+        if found is not None:
+            boxes[int(frame)] = found
+    spans = _row_spans(row, identity, read_truth(subject.get("spans", [])))
     return Subject(identity, name.strip(), boxes, looks, spans)
 
 
 def _row_spans(row: Row, identity: int, spans: Any) -> tuple[Span, ...]:
     result = []
     for span in spans if isinstance(spans, list) else [spans]:
+        span = read_truth(span)
         action, first, last = (span.get(k) for k in Span._fields) if isinstance(span, dict) else (None, None, None)
         if isinstance(action, str) and isinstance(first, int) and isinstance(last, int) and 1 <= first <= last:
             result.append(Span(action, first, last))

@@ -43,7 +43,6 @@ from fastrl.data.validate import (
     DataError,
     Problem,
     Row,
-    corners,
     fail,
     is_number,
     short,
@@ -183,7 +182,7 @@ def _mot_rows(file: Path, person: str, problems: list[Problem]) -> list[tuple[in
         try:
             numbers = [float(field) for field in fields]
             frame, identity = int(numbers[0]), int(numbers[1])
-            x1, y1, x2, y2 = corners(numbers[2:6])
+            x, y, width, height = numbers[2:6]
         except (ValueError, OverflowError, IndexError):
             problems.append(Problem(where, "wrong type", f"needs frame, id, x, y, width, height; got {short(fields)}"))
             continue
@@ -194,7 +193,7 @@ def _mot_rows(file: Path, person: str, problems: list[Problem]) -> list[tuple[in
         if len(numbers) > 6 and numbers[6] == 0:
             continue
         name = _MOT_CLASSES.get(int(numbers[7]), person) if len(numbers) > 7 and is_number(numbers[7]) else person
-        rows[frame, identity] = (identity, frame, name, (x1 - 1, y1 - 1, x2 - 1, y2 - 1))
+        rows[frame, identity] = (identity, frame, name, (x - 1, y - 1, x + width - 1, y + height - 1))
     return list(rows.values())
 
 

@@ -7,20 +7,20 @@ Images are checked by their header alone, once per file.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fastrl.data.pictures import MAX_PIXELS, AnyPicture, Header, Picture, PictureError, read_header
-from fastrl.data.truth import read_truth, whole_number
+from fastrl.data.truth import TruthFault, box_value, is_number, read_box, read_count, read_points, read_truth, short
 
 SHOWN = 20  # problems listed in one error message
 HUNDREDS = 100  # pixels of a picture's longer side from which a box within 0 to 1 cannot be meant in pixels
 SIDES: Mapping[str, float | None] = MappingProxyType({"original": None, "unit": 1.0, "thousand": 1000.0})
 TOLERANCE = 1.0  # pixels a box or point may lie outside its image: annotations are rounded and masks touch borders
+T = TypeVar("T")
 MAX_ASPECT_RATIO = 200  # the Qwen-VL image processors refuse more
 
 
@@ -78,28 +78,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"{hint} allowed: {', '.join(names) if len(names) <= 40 else f'{len(names)} names'}"
 
 
-def is_number(value: Any) -> bool:
-    """A finite int or float; booleans and strings are not numbers."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond the range of a float
-        return False
-
-
 def corners(xywh: Any) -> Any:
     """[x, y, width, height] → [x1, y1, x2, y2]; what is not four numbers comes back as it is."""
-    xywh = read_truth(xywh)
+    xywh = box_value(xywh)
     if isinstance(xywh, list | tuple) and len(xywh) == 4 and all(is_number(v) for v in xywh):
         return [xywh[0], xywh[1], xywh[0] + xywh[2], xywh[1] + xywh[3]]
     return xywh
-
-
-def short(value: Any, limit: int = 80) -> str:
-    """``repr`` cut to ``limit`` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 class ImageFolder:
@@ -307,14 +291,17 @@ class Row:
         value = self.fields.get(name)
         return usual if value is None else read_truth(value)
 
+    def told(self, name: str, read: Callable[[Any], T], value: Any) -> T | None:
+        """What ``read`` (of ``truth``) makes of a value; None, noted: it is malformed."""
+        try:
+            return read(value)
+        except TruthFault as fault:
+            self.fail(fault.kind, f"{name} {fault}")
+            return None
+
     def count(self, name: str) -> int | None:
         """A whole number of at least 0; 2.0 and "2" are 2."""
-        value = self.fields.get(name)
-        number = whole_number(value)
-        if number is None or number < 0:
-            self.fail("wrong type", f"{name} must be a whole number of at least 0, got {short(value)}")
-            return None
-        return number
+        return self.told(name, read_count, self.fields.get(name))
 
     def box(
         self, value: Any, size: tuple[int, int], name: str = "bbox", frame: str = "original"
@@ -324,19 +311,16 @@ class Row:
         ``frame`` says what its numbers are: pixels (``original``), or parts of the sides (``unit``: 1, ``thousand``:
         1000). What comes back is pixels.
         """
-        value = read_truth(value)
-        if not isinstance(value, list | tuple) or len(value) != 4:
-            self.fail("wrong type", f"{name} must be four numbers [x1, y1, x2, y2], got {short(value)}")
+        box = self.told(name, read_box, value)
+        if box is None:
             return None
-        if not all(is_number(v) for v in value):
-            self.fail("not a number", f"{name} must be four finite numbers, got {short(value)}")
-            return None
-        x1, y1, x2, y2 = (float(v) for v in value)
+        x1, y1, x2, y2 = box
+        value = box_value(value)
         if x2 <= x1 or y2 <= y1:
             kind = "inverted box" if x2 < x1 or y2 < y1 else "box without area"
             self.fail(kind, f"{name} {short(value)}: {kind}; needs x1 < x2 and y1 < y2")
             return None
-        if frame == "original" and max(size) >= HUNDREDS and all(0 <= v <= 1 for v in value):
+        if frame == "original" and max(size) >= HUNDREDS and all(0 <= v <= 1 for v in box):
             self.fail("box in 0 to 1", f"{name} {short(value)} {_fractions(size)}")
             return None
         scale = _scale(frame, size)
@@ -351,40 +335,22 @@ class Row:
     ) -> list[tuple[float, float]] | None:
         """Points (x, y) in pixels inside an image of ``size``, clipped to it; numbers as ``frame`` says (see ``box``).
 
-        Written as ``{"x": [...], "y": [...]}``, as a list of ``{"x": ..., "y": ...}``, or as a list of pairs.
+        How they are written: ``truth.read_points``.
         """
-        value = read_truth(value)
-        if isinstance(value, Mapping):
-            xs, ys = value.get("x"), value.get("y")
-            if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
-                self.fail("wrong type", f"{name} must have lists x and y of one length, got {short(value)}")
-                return None
-            pairs = list(zip(xs, ys, strict=True))
-        elif isinstance(value, list) and all(isinstance(p, Mapping) for p in value):
-            pairs = [(p.get("x"), p.get("y")) for p in value]
-        elif isinstance(value, list) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value):
-            pairs = [tuple(p) for p in value]
-        else:
-            self.fail(
-                "wrong type",
-                f"{name} must be {{x: [...], y: [...]}}, or a list of {{x, y}} or [x, y]; got {short(value)}",
-            )
+        pairs = self.told(name, read_points, value)
+        if pairs is None:
             return None
-        sound = all(is_number(v) for pair in pairs for v in pair)
-        far = [v for pair in pairs for v in pair if sound and not 0 <= v <= 1]
-        if frame == "original" and sound and pairs and not far and max(size) >= HUNDREDS:
-            self.fail("points in 0 to 1", f"{name} {short(value)} {_fractions(size)}")
+        far = [v for pair in pairs for v in pair if not 0 <= v <= 1]
+        if frame == "original" and pairs and not far and max(size) >= HUNDREDS:
+            self.fail("points in 0 to 1", f"{name} {short(read_truth(value))} {_fractions(size)}")
             return None
         found = [self._point(x, y, size, frame) for x, y in pairs]
         return None if None in found else [point for point in found if point is not None]
 
-    def _point(self, x: Any, y: Any, size: tuple[int, int], frame: str) -> tuple[float, float] | None:
-        if not (is_number(x) and is_number(y)):
-            self.fail("not a number", f"a point must be two finite numbers, got {short((x, y))}")
-            return None
-        point = self._clip((float(x), float(y)), size, _scale(frame, size))
+    def _point(self, x: float, y: float, size: tuple[int, int], frame: str) -> tuple[float, float] | None:
+        point = self._clip((x, y), size, _scale(frame, size))
         if point is None:
-            self.fail("point outside", f"point ({x}, {y}) lies outside {_frame_name(frame, size)}")
+            self.fail("point outside", f"point ({x:g}, {y:g}) lies outside {_frame_name(frame, size)}")
         return point
 
     @staticmethod

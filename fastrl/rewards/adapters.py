@@ -18,16 +18,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from fastrl.answers import FAMILIES, View, style_of
+from fastrl.answers import FAMILIES, FRAMES, View, style_of
 from fastrl.data.records import Record
-from fastrl.data.truth import plain, read_truth, whole_number
+from fastrl.data.truth import (
+    TruthFault,
+    fields_of,
+    plain,
+    read_box,
+    read_count,
+    read_list,
+    read_names,
+    read_points,
+    read_truth,
+)
 from fastrl.rewards.base import Reward, unknown
 
+T = TypeVar("T")
 # What a column may be called, by the field of the target that it fills. The first name is fastrl's own.
 _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
-    "grounding": {"box": ("box", "bbox", "solution"), "expression": ("expression", "normal_caption")},
+    "grounding": {"box": ("box", "bbox", "bbox_2d", "solution"), "expression": ("expression", "normal_caption")},
     "counting": {"count": ("count",), "points": ("points",), "boxes": ("boxes",), "label": ("label",)},
     "detection": {
         "boxes": ("boxes", "bboxes"),
@@ -49,7 +60,7 @@ _OWN: dict[str, tuple[str, ...]] = {
     "caption": ("references",),
     "qa": ("answer", "choices"),
 }
-_WHOLE = ("target", "ground_truth")  # columns that may hold the whole truth as a mapping or as its JSON text
+_WHOLE = ("target", "ground_truth")  # columns that may hold the whole truth as a mapping, a value or its JSON text
 
 
 def answer_text(completion: Any) -> str:
@@ -66,28 +77,15 @@ def answer_text(completion: Any) -> str:
     raise TypeError(f"completion: expected a string or a list of chat messages, got {type(completion).__name__}")
 
 
-def _numbers(value: Any, count: int, what: str) -> tuple[float, ...]:
+def _told(what: str, read: Callable[[Any], T], value: Any) -> T:
     try:
-        numbers = tuple(float(v) for v in read_truth(value))
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != count or not all(math.isfinite(v) for v in numbers):
-        raise ValueError(f"{what}: expected {count} finite numbers, got {value!r:.80}")
-    return numbers
+        return read(value)
+    except TruthFault as fault:
+        raise ValueError(f"{what} {fault}") from None
 
 
-def _many(value: Any, count: int, what: str) -> list[tuple[float, ...]]:
-    if isinstance(value, Mapping) and set(value) == {"x", "y"} and count == 2:  # PixMo keeps two columns
-        value = list(zip(value["x"], value["y"], strict=True))
-    if not isinstance(value, list):
-        raise ValueError(f"{what}: expected a list, got {value!r:.80}")
-    return [_numbers(item, count, f"{what}[{i}]") for i, item in enumerate(value)]
-
-
-def _strings(value: Any, what: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"{what}: expected a list of strings, got {value!r:.80}")
-    return value
+def _boxes(value: Any) -> list[tuple[float, ...]]:
+    return [read_box(box) for box in read_list(value)]
 
 
 def _need(target: Mapping[str, Any], task: str, name: str, where: str) -> Any:
@@ -105,48 +103,46 @@ def _check_target(task: str, target: Mapping[str, Any], where: str) -> dict[str,
             raise ValueError(f"{where}: 'text' must be a string, got {text!r:.80}")
         return {"text": text}
     if task == "grounding":
-        box = _numbers(_need(target, task, "box", where), 4, f"{where}: 'box'")
+        box = _told(f"{where}: 'box'", read_box, _need(target, task, "box", where))
         return {"box": box, "expression": target.get("expression") or ""}
     if task == "detection":
-        boxes = _many(_need(target, task, "boxes", where), 4, f"{where}: 'boxes'")
-        labels = _strings(_need(target, task, "labels", where), f"{where}: 'labels'")
-        crowd = [bool(c) for c in target.get("crowd") or [False] * len(boxes)]
+        boxes = _told(f"{where}: 'boxes'", _boxes, _need(target, task, "boxes", where))
+        labels = _told(f"{where}: 'labels'", read_names, _need(target, task, "labels", where))
+        crowd = [bool(c) for c in _told(f"{where}: 'crowd'", read_list, target.get("crowd") or [False] * len(boxes))]
         if not len(boxes) == len(labels) == len(crowd):
             raise ValueError(f"{where}: {len(boxes)} boxes, {len(labels)} labels and {len(crowd)} crowd flags")
-        categories = _strings(target.get("categories") or sorted(set(labels)), f"{where}: 'categories'")
+        categories = _told(f"{where}: 'categories'", read_names, target.get("categories") or sorted(set(labels)))
         return {"boxes": boxes, "labels": labels, "crowd": crowd, "categories": categories}
     if task == "trajectory":
-        tracks = _need(target, task, "tracks", where)
-        if not isinstance(tracks, list):
-            raise ValueError(f"{where}: 'tracks' must be a list, got {tracks!r:.80}")
+        tracks = _told(f"{where}: 'tracks'", read_list, _need(target, task, "tracks", where))
         return {**target, "tracks": [_track(track, f"{where}: track {i}") for i, track in enumerate(tracks, 1)]}
     points, boxes, count = target.get("points"), target.get("boxes"), target.get("count")
-    points = None if points is None else _many(points, 2, f"{where}: 'points'")
-    boxes = None if boxes is None else _many(boxes, 4, f"{where}: 'boxes'")
+    points = None if points is None else _told(f"{where}: 'points'", read_points, points)
+    boxes = None if boxes is None else _told(f"{where}: 'boxes'", _boxes, boxes)
     if count is None:
         places = points if points is not None else boxes
         if places is None:
             raise ValueError(f"{where}: the counting reward needs 'points', 'boxes' or 'count'; has {sorted(target)}")
         count = len(places)
-    number = whole_number(count)
-    if number is None or number < 0:
-        raise ValueError(f"{where}: 'count' must be a whole number, got {count!r:.80}")
+    number = _told(f"{where}: 'count'", read_count, count)
     return {"label": target.get("label") or "", "count": number, "points": points, "boxes": boxes}
 
 
 def _track(track: Any, where: str) -> dict[str, Any]:
     """One true track, with boxes by frame number (JSON and Parquet make strings of those; null: no box)."""
-    boxes, spans = (track.get(name) or {} for name in ("boxes", "spans")) if isinstance(track, Mapping) else ({}, {})
+    track = read_truth(track)
+    given = [read_truth(track.get(name)) for name in ("boxes", "spans")] if isinstance(track, Mapping) else [None, None]
+    boxes, spans = given[0], _told(f"{where}: 'spans'", read_list, given[1] or [])
     if not isinstance(boxes, Mapping) or not boxes or not all(str(t).isdecimal() for t in boxes):
         raise ValueError(f"{where}: needs 'boxes' {{frame from 1: [x1, y1, x2, y2]}}, got {track!r:.80}")
     for span in spans:
         if not isinstance(span, Mapping) or not all(isinstance(span.get(k), int) for k in ("first", "last")):
             raise ValueError(f"{where}: a span needs 'action', 'first' and 'last', got {span!r:.80}")
-    read = {int(t): _numbers(box, 4, f"{where}: frame {t}") for t, box in boxes.items() if box is not None}
+    read = {int(t): _told(f"{where}: frame {t}", read_box, box) for t, box in boxes.items() if box is not None}
     return {"id": track.get("id", 0), "name": track.get("name") or "", "boxes": read, "spans": list(spans)}
 
 
-def _size(row: Mapping[str, Any]) -> View | None:
+def _size(row: Mapping[str, Any], where: str) -> View | None:
     """Original and resized size of the row's image in pixels; None where the row does not say."""
     width, height = row.get("width"), row.get("height")
     if width is None or height is None:
@@ -155,8 +151,12 @@ def _size(row: Mapping[str, Any]) -> View | None:
         if image is None or isinstance(image, str) or not hasattr(image, "size"):
             return None
         width, height = image.size
-    resized = (row.get("resized_width") or width, row.get("resized_height") or height)
-    return View(int(width), int(height), int(resized[0]), int(resized[1]))
+    given = {"width": width, "height": height}
+    given |= {f"resized_{name}": row.get(f"resized_{name}") or value for name, value in given.items()}
+    sides = {name: _told(f"{where}: {name!r}", read_count, value) for name, value in given.items()}
+    if min(sides.values()) < 1:
+        raise ValueError(f"{where}: the sides of a picture must be 1 pixel or more, got {given}")
+    return View(sides["width"], sides["height"], sides["resized_width"], sides["resized_height"])
 
 
 def _styled(record: Record, family: Any, where: str) -> Record:
@@ -182,7 +182,8 @@ def record_from(task: str, row: Mapping[str, Any], where: str = "row", family: s
     """One row of loose columns as a ``Record``; ``family`` where the row names none.
 
     The truth is looked for in the columns of its own names (``box``, ``count``, ``points``, ``boxes``, ``labels``,
-    ``text``; also ``bbox``, ``solution``, …), then inside a mapping or JSON text in ``target`` or ``ground_truth``.
+    ``text``; also ``bbox``, ``solution``, …), then in ``target`` or ``ground_truth``: a mapping of such names, or one
+    value or JSON text that stands for it (``fastrl.data.truth.fields_of``).
 
     Raises:
         ValueError: no truth for ``task``, or one of the wrong type or length, with ``where`` in the message.
@@ -190,20 +191,16 @@ def record_from(task: str, row: Mapping[str, Any], where: str = "row", family: s
     if task not in _ALIASES:
         raise ValueError(f"{where}: " + unknown("task", task, _ALIASES))
     row = {key: value if key in ("image", "images") else plain(value) for key, value in row.items()}
-    truth = next((row[name] for name in _WHOLE if row.get(name) is not None), None)
-    if isinstance(truth, str) and task != "ocr":
-        truth = read_truth(truth)
-        if isinstance(truth, str):
-            raise ValueError(f"{where}: ground truth is no JSON: {truth[:60]!r}")
-    if truth is not None and not isinstance(truth, Mapping):
-        truth = {next(iter(_ALIASES[task])): truth}  # a bare box, count or text
-    fields = {**row, **(truth or {})}
+    fields = {**row, **_whole(task, row, where)}
     target = {}
     for name, aliases in _ALIASES[task].items():
         found = next((fields[alias] for alias in aliases if fields.get(alias) is not None), None)
         if found is not None:
             target[name] = found if name in _TEXTS else read_truth(found)
-    view = _size(row)
+    frame = row.get("frame") or "auto"
+    if frame not in FRAMES:
+        raise ValueError(f"{where}: " + unknown("frame", frame, FRAMES))
+    view = _size(row, where)
     record = Record(
         id=str(row.get("id", where)),
         task=task,
@@ -212,9 +209,23 @@ def record_from(task: str, row: Mapping[str, Any], where: str = "row", family: s
         target=_check_target(task, target, where),
         source=where,
         views=() if view is None else (view,),
-        frame=str(row.get("frame") or "auto"),
+        frame=frame,
     )
     return _padded(_styled(record, row.get("family") or family, where))
+
+
+def _whole(task: str, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The fields that a row's one column for the whole truth stands for; none where it has no such column."""
+    names = [name for aliases in _ALIASES[task].values() for name in aliases]
+    columns = _WHOLE if any(row.get(name) is not None for name in names) else (*_WHOLE, "solution")
+    truth = next((row[name] for name in columns if row.get(name) is not None), None)
+    if isinstance(truth, str) and task != "ocr":
+        truth = read_truth(truth)
+        if isinstance(truth, str):
+            raise ValueError(f"{where}: ground truth is no JSON: {truth[:60]!r}")
+    if truth is None or (isinstance(truth, Mapping) and any(truth.get(name) is not None for name in names)):
+        return truth or {}
+    return {"text": truth} if task == "ocr" else fields_of(task, truth)
 
 
 def is_of_another_task(task: str, row: Mapping[str, Any]) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from fastrl.answers import View, format_answer, matches_format, parse_boxes, parse_points, to_original
-from fastrl.data import Dataset, Record, load_data
+from fastrl.data import DataError, Dataset, Record, load_data
 from fastrl.data.refexp import bare_expression
 
 REAL = {
@@ -180,3 +181,39 @@ def test_scenes_load_by_name() -> None:
     assert len(data) == 3
     assert data.skipped == 0
     assert data[1].task == "grounding"
+
+
+COCO_CAPTIONS: dict[str, Any] = {
+    "images": [{"id": 1, "file_name": "a.png"}],
+    "annotations": [{"image_id": 1, "caption": "A cat."}],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"annotations": [{"image_id": 1, "caption": "A cat."}, {"caption": "x"}]},
+            "annotations number 1: needs image_id",
+        ),
+        (
+            {"annotations": [{"image_id": 1, "caption": 5}, COCO_CAPTIONS["annotations"][0]]},
+            "needs image_id and caption",
+        ),
+        ({"annotations": ["x", COCO_CAPTIONS["annotations"][0]]}, "got 'x'"),
+        ({"images": [{"id": 1}]}, "images number 0: needs id and file_name"),
+        ({"images": None}, "a list of images"),
+        ({"annotations": {}}, "an object with images and annotations"),
+    ],
+)
+def test_a_malformed_entry_of_caption_json_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps({**COCO_CAPTIONS, **change}))
+    with pytest.raises(DataError, match=message):
+        load_data(f"captions:{file}?images=none")
+    file.write_text(json.dumps(COCO_CAPTIONS))
+    assert load_data(f"captions:{file}?images=none")[0].target == {"references": ["A cat."]}
+    instances = {"annotations": [{"image_id": 1, "category_id": 7}], "categories": [{"id": 3, "name": "cat"}]}
+    (tmp_path / "instances.json").write_text(json.dumps(instances))
+    with pytest.raises(DataError, match="category_id 7 is no category"):
+        load_data(f"captions:{file}?images=none&instances={tmp_path / 'instances.json'}")

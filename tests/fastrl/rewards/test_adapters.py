@@ -94,15 +94,24 @@ def test_compute_score_picks_the_task_and_loads_by_path_as_verl_does() -> None:
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        ("grounding", {"label": "x"}, "row 3: the grounding reward needs the truth in 'box' or 'bbox' or 'solution'"),
-        ("grounding", {"box": [1, 2, 3]}, "row 3: 'box': expected 4 finite numbers, got .1, 2, 3."),
-        ("grounding", {"box": [1, 2, 3, float("inf")]}, "expected 4 finite numbers"),
+        (
+            "grounding",
+            {"label": "x"},
+            "row 3: the grounding reward needs the truth in 'box' or 'bbox' or 'bbox_2d' or 'solution'",
+        ),
+        ("grounding", {"box": [1, 2, 3]}, "row 3: 'box' must be four numbers .x1, y1, x2, y2., got .1, 2, 3."),
+        ("grounding", {"box": [1, 2, 3, float("inf")]}, "'box' must be four finite numbers"),
         ("grounding", {"ground_truth": "{not json"}, "row 3: ground truth is no JSON"),
         ("detection", {"boxes": [[1, 2, 3, 4]], "labels": []}, "1 boxes, 0 labels and 1 crowd flags"),
-        ("detection", {"boxes": [[1, 2, 3, 4]], "labels": [5]}, "'labels': expected a list of strings"),
+        ("detection", {"boxes": [[1, 2, 3, 4]], "labels": [5]}, "'labels' must be a list of names"),
         ("counting", {"label": "x"}, "needs 'points', 'boxes' or 'count'"),
         ("counting", {"count": 2.5}, "'count' must be a whole number"),
         ("ocr", {"text": 5}, "'text' must be a string"),
+        ("grounding", {"box": [1, 2, 3, 4], "frame": "pixels"}, "row 3: unknown frame 'pixels'"),
+        ("grounding", {"box": [1, 2, 3, 4], "width": "wide", "height": 5}, "row 3: 'width' must be a whole number"),
+        ("grounding", {"box": [1, 2, 3, 4], "width": 0, "height": 5}, "row 3: the sides of a picture must be 1 pixel"),
+        ("trajectory", {"tracks": [{"boxes": {"1": [1, 2]}}]}, "row 3: track 1: frame 1 must be four numbers"),
+        ("counting", {"points": [[1, 2], [3]]}, "row 3: 'points' must be"),
     ],
 )
 def test_a_bad_truth_names_row_and_column(task: str, row: dict[str, Any], message: str) -> None:
@@ -179,9 +188,9 @@ def test_rows_of_another_task_give_none_under_trl() -> None:
 @pytest.mark.parametrize(
     ("task", "columns", "message"),
     [
-        ("grounding", {"box": [[1, 2, 3]], "count": [None]}, "row 0: 'box': expected 4 finite numbers"),
+        ("grounding", {"box": [[1, 2, 3]], "count": [None]}, "row 0: 'box' must be four numbers"),
         ("grounding", {"label": ["x"]}, "row 0: the grounding reward needs the truth"),
-        ("detection", {"boxes": [[[1, 2, 3, 4]]], "labels": [5]}, "'labels': expected a list of strings"),
+        ("detection", {"boxes": [[[1, 2, 3, 4]]], "labels": [5]}, "'labels' must be a list of names"),
         ("counting", {"count": ["two"]}, "'count' must be a whole number"),
         ("grounding", {"task": ["grounding"], "text": ["x"]}, "needs the truth in 'box'"),
     ],
