@@ -29,7 +29,7 @@ from fastrl.config.sections import (
     Section,
 )
 from fastrl.config.shipped import shipped_path, shipped_recipes
-from fastrl.data import load_data, own_spec, with_options
+from fastrl.data import load_data, own_spec, with_options, with_reading
 from fastrl.data.mixture import MixtureEntry, entry_names, load_mixture
 from fastrl.data.records import Record
 from fastrl.methods import METHODS, MethodOptions, method_for
@@ -191,12 +191,8 @@ class Recipe(Section):
 
     def _spec(self, spec: str, adapter: str | None) -> str:
         most = self.data.max_image_pixels
-        return with_options(
-            own_spec(adapter, spec),
-            frames=self.data.frames,
-            sample=self.data.sample,
-            max_image_pixels=most if most != MAX_IMAGE_PIXELS else None,
-        )
+        chosen = with_options(own_spec(adapter, spec), frames=self.data.frames, sample=self.data.sample)
+        return chosen if most == MAX_IMAGE_PIXELS else with_reading(chosen, max_image_pixels=most)
 
     def dump(self) -> str:
         """The resolved recipe as YAML, every key written out."""

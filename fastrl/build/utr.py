@@ -97,7 +97,7 @@ def build_dialogues(
     """
     data = load_data(options.data, skip_bad=options.skip_bad, deep=options.skip_bad)
     notes = data.notes
-    for line in (data.summary, *(str(note) for note in notes[:SHOWN])):
+    for line in (data.skips, *(str(note) for note in notes[:SHOWN])):
         if line:
             say(line)
     total = min(len(data), options.limit) if options.limit is not None else len(data)

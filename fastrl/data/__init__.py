@@ -42,6 +42,7 @@ __all__ = [
     "read_data",
     "register",
     "with_options",
+    "with_reading",
 ]
 
 Load = Callable[[str, dict[str, str]], Iterable[Record]]  # (path, query) → records, or a Dataset of them
@@ -178,10 +179,15 @@ def with_options(spec: str, **options: str | int | None) -> str:
 
 def without_pictures(spec: str) -> str:
     """``spec`` for a use that needs no pixels: a file may be missing where its row states ``width`` and ``height``."""
-    adapter, _, query = parse_spec(spec)
+    return with_reading(spec, pictures="stated") if "pictures" not in parse_spec(spec)[2] else spec
+
+
+def with_reading(spec: str, **options: str | int | None) -> str:
+    """:func:`with_options` for keys that say how picture files are read; nothing for data without such files."""
+    adapter = parse_spec(spec)[0]
     entry = ADAPTERS.get(adapter)
-    keys = entry.open(adapter).keys or () if isinstance(entry, Shipped) else ("pictures",)
-    return with_options(spec, pictures="stated") if "pictures" in keys and "pictures" not in query else spec
+    opens = not isinstance(entry, Shipped) or set(options) <= set(entry.open(adapter).keys or ())
+    return with_options(spec, **options) if opens else spec
 
 
 def load_data(

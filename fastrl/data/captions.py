@@ -74,9 +74,20 @@ def _coco_rows(path: str, instances: str | None) -> rows.Rows:
                 objects.setdefault(image, []).append(names[entry])
             else:
                 problems.append(Problem(instances, "unknown category", f"category_id {short(entry)} is no category"))
+    sizes = {
+        each.get("id"): {side: each[side] for side in ("width", "height") if side in each}
+        for each in captions.get("images") or []
+        if isinstance(each, Mapping) and isinstance(each.get("id"), int | str)
+    }
     listed = _of_images(captions, "images", "file_name", str, path, problems, key="id")
-    made = [
-        {"id": str(image), "image": name, "references": said[image], "objects": sorted(set(objects.get(image, [])))}
+    made: list[dict[str, Any]] = [
+        {
+            "id": str(image),
+            "image": name,
+            **sizes[image],
+            "references": said[image],
+            "objects": sorted(set(objects.get(image, []))),
+        }
         for image, name in listed
         if image in said
     ]

@@ -2,51 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastrl.data.clips import Box, Clip, Span, Subject, video_info
-from fastrl.data.rows import read_rows
+from fastrl.data.pictures import AnyPicture, Picture, over_large
+from fastrl.data.rows import read_rows, reading
 from fastrl.data.truth import read_box, read_list, read_truth
-from fastrl.data.validate import DataError, ImageFolder, Problem, Row, find_image_folder, is_number, short
+from fastrl.data.validate import (
+    DataError,
+    ImageFolder,
+    Problem,
+    Reading,
+    Row,
+    find_image_folder,
+    is_number,
+    short,
+    why_turned,
+)
 
 
-def clip_rows(file: Path, images: str | None) -> Iterator[Row | Problem]:
-    """Each row of a file of clips, or what is wrong with it; paths start from ``images`` (None: look for it)."""
+class ClipRows(NamedTuple):
+    """The rows of a file of clips, or what is wrong with them; ``images``: where their paths start, and how pictures
+    are read."""
+
+    rows: list[Row | Problem]
+    images: ImageFolder
+
+
+def clip_rows(file: Path, query: Mapping[str, str]) -> ClipRows:
+    """Read a file of clips. Paths start from ``images`` of the query, else where the first of them is found."""
     rows = list(read_rows(file))
     names: list[Any] = []
     for _, _, fields in rows:
         if isinstance(fields, Mapping):
             frames = fields.get("frames")
             names += [fields.get("video", ""), *(frames[:1] if isinstance(frames, list) else [])]
-    folder = ImageFolder(Path(images) if images is not None else find_image_folder(file, names))
-    for number, where, fields in rows:
-        yield fields if isinstance(fields, Problem) else Row(fields, where, number, folder)
+    place = Path(query["images"]) if "images" in query else find_image_folder(file, names)
+    folder = ImageFolder(place, reading(query, str(file)))
+    return ClipRows([f if isinstance(f, Problem) else Row(f, where, n, folder) for n, where, f in rows], folder)
 
 
-def check_frames(frames: Sequence[Path], length: int, size: tuple[int, int], where: str) -> list[Problem]:
-    """What is wrong with a clip's picture files: their number, a missing or unreadable one, one of another size."""
-    if len(frames) != length:
-        return [Problem(where, "wrong length", f"{length} frames announced, {len(frames)} picture files found")]
-    folder = ImageFolder(Path())
-    problems = []
-    for frame in frames:
-        found = folder.size(frame)
-        if found != size:
-            message = (
-                found
-                if isinstance(found, str)
-                else f"{frame} has {found[0]}x{found[1]} pixels, not {size[0]}x{size[1]}"
-            )
-            problems.append(Problem(where, "bad image" if isinstance(found, str) else "wrong size", message))
-    return problems
+def clip_frames(
+    files: Sequence[Path],
+    length: int,
+    size: tuple[int, int],
+    where: str,
+    folder: ImageFolder,
+    problems: list[Problem],
+    told: bool = True,
+) -> tuple[AnyPicture, ...]:
+    """A clip's picture files, read as ``folder`` says; notes what is wrong: their number, a missing or unreadable one,
+    one of another size. Where a stated size is enough, files may be missing. ``told``: the size is stated, not that of
+    a picture."""
+    stated = folder.reading.stated
+    if len(files) != length:
+        if not stated:
+            message = f"{length} frames announced, {len(files)} picture files found"
+            problems.append(Problem(where, "wrong length", message))
+        return ()
+    frames: list[AnyPicture] = []
+    for file in files:
+        header = folder.header(file)
+        if isinstance(header, str):
+            if stated and "not found" in header:
+                frames.append(Picture(file, stated=size))
+            else:
+                problems.append(Problem(where, "bad image", header))
+            continue
+        frames.append(folder.picture(file))
+        if header.size != size:
+            width, height = header.size
+            message = f"{file} has {width}x{height} pixels, not {size[0]}x{size[1]}{why_turned(header, size)}"
+            problems.append(Problem(where, "wrong size", message))
+        elif header.orientation != 1 and not header.turned and not (told and header.swaps):
+            folder.unheeded.append(str(file))
+    return tuple(frames)
 
 
-def check_video(
-    video: Path, numbers: Sequence[int], size: tuple[int, int], where: str, problems: list[Problem]
+def clip_video(
+    video: Path, numbers: Sequence[int], size: tuple[int, int], where: str, how: Reading, problems: list[Problem]
+) -> Path | None:
+    """The video file that frames ``numbers`` (from 0) are to come from; notes what is wrong with it. None: it is not
+    there, and need not be."""
+    if not video.is_file() and how.stated:
+        return None
+    _check_video(video, numbers, size, where, how, problems)
+    return video
+
+
+def _check_video(
+    video: Path, numbers: Sequence[int], size: tuple[int, int], where: str, how: Reading, problems: list[Problem]
 ) -> None:
-    """Note what is wrong with a video file that frames ``numbers`` (from 0) are to come from."""
     if not video.is_file():
         problems.append(Problem(where, "missing video", f"video not found: {video}"))
         return
@@ -55,6 +103,8 @@ def check_video(
     except DataError as error:
         problems += [Problem(where, problem.kind, f"{video} {problem.message}") for problem in error.problems]
         return
+    if info.width * info.height > how.max_pixels:
+        problems.append(Problem(where, "bad image", over_large((info.width, info.height), how.max_pixels, str(video))))
     if (info.width, info.height) != size:
         message = f"{video} has {info.width}x{info.height} pixels, not {size[0]}x{size[1]}"
         problems.append(Problem(where, "wrong size", message))
@@ -66,20 +116,21 @@ def check_video(
 def row_clip(row: Row) -> Clip | None:
     """The clip of a row; None where ``row.problems`` says why not. Its boxes are not checked yet (``clips.settle``)."""
     identity, fields = row.id(), row.fields
-    frames, video, numbers = _row_pictures(row)
-    seconds = _row_seconds(row, len(frames) or len(numbers))
+    files, video, numbers = _row_pictures(row)
+    seconds = _row_seconds(row, len(files) or len(numbers))
     size = (fields.get("width"), fields.get("height"))
-    if frames and size == (None, None):
-        found = row.images.size(frames[0])
+    if files and size == (None, None):
+        found = row.images.size(files[0])
         size = found if isinstance(found, tuple) else size
     if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size):
         row.fail("wrong size", f"width and height must be positive integers, got {short(size)}")
     if row.problems or seconds is None:
         return None
     width, height = int(size[0] or 0), int(size[1] or 0)
-    row.problems += check_frames(frames, len(frames), (width, height), row.where)
+    told = fields.get("width") is not None
+    frames = clip_frames(files, len(files), (width, height), row.where, row.images, row.problems, told)
     if video is not None:
-        check_video(video, numbers, (width, height), row.where, row.problems)
+        video = clip_video(video, numbers, (width, height), row.where, row.images.reading, row.problems)
     subjects = row.told("subjects", read_list, fields.get("subjects"))
     if subjects is None:
         return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
 from fastrl.answers import Track
+from fastrl.data.pictures import AnyPicture, file_of
 from fastrl.data.records import Record, question
 from fastrl.data.validate import TOLERANCE, Problem, fail
 
@@ -58,7 +59,7 @@ class Clip:
     height: int
     seconds: tuple[float, ...]
     subjects: tuple[Subject, ...]
-    frames: tuple[Path | Image, ...] = ()
+    frames: tuple[AnyPicture, ...] = ()
     video: Path | None = None
     video_frames: tuple[int, ...] = ()
     caption: str = ""
@@ -93,7 +94,7 @@ class Clip:
         """The subjects as ``answers`` writes and reads them."""
         return [Track(subject.identity, subject.name, dict(subject.boxes)) for subject in self.subjects]
 
-    def images(self) -> tuple[Path | Image, ...]:
+    def images(self) -> tuple[AnyPicture, ...]:
         """The pictures of all frames; frames of a video file are decoded now."""
         if self.frames or self.video is None:
             return self.frames
@@ -333,9 +334,10 @@ def clip_to_dict(clip: Clip) -> dict[str, Any]:
     """A clip as one row of the ``tracks`` adapter's JSONL; frames must be files (or in a video)."""
     row: dict[str, Any] = {"id": clip.id, "width": clip.width, "height": clip.height, "seconds": list(clip.seconds)}
     if clip.frames:
-        if not all(isinstance(frame, Path) for frame in clip.frames):
+        files = [file_of(frame) for frame in clip.frames]
+        if None in files:
             raise ValueError(f"clip {clip.id}: frames in memory cannot be written to a row; save them as files")
-        row["frames"] = [str(frame) for frame in clip.frames]
+        row["frames"] = [str(file) for file in files]
     elif clip.video is not None:
         row["video"], row["video_frames"] = str(clip.video), list(clip.video_frames)
     if clip.caption:

@@ -185,7 +185,7 @@ def _records(
             continue
         where = f"{path}:image {image.get('id', '?')}"
         row = Row(image, where, i, folder)
-        if "id" not in image:
+        if image.get("id") is None:
             row.fail("missing field", "no id")
         identity, file = row.id(), row.image("file_name")
         if file is None or row.problems:
@@ -217,8 +217,8 @@ def _instance(
     area = annotation.get("area")
     if area is not None and not (is_number(area) and area >= 0):
         row.fail("wrong type", f"area must be a number of at least 0, got {short(area)}")
-    crowd = annotation.get("iscrowd", 0)
-    if crowd not in (0, 1):
+    crowd = annotation.get("iscrowd")
+    if crowd is not None and crowd not in (0, 1):
         row.fail("wrong type", f"iscrowd must be 0 or 1, got {short(crowd)}")
     return None if sound is None or label is None else _Instance(sound, label, bool(crowd))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastrl.data.disk import replace_file
-from fastrl.data.pictures import AnyPicture, open_picture
+from fastrl.data.pictures import AnyPicture, file_of, open_picture
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -19,8 +19,9 @@ def image_names(images: Sequence[AnyPicture], number: int, out: Path) -> list[st
     names = []
     home = out.parent.resolve()
     for place, image in enumerate(images):
-        if isinstance(image, Path | str):
-            path = Path(image).resolve()
+        file = file_of(image)
+        if file is not None:
+            path = file.resolve()
         else:
             folder = out.with_suffix(".images").resolve()
             folder.mkdir(parents=True, exist_ok=True)

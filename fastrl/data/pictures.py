@@ -142,6 +142,13 @@ def as_picture(image: AnyPicture) -> Picture | None:
     return Picture(Path(image)) if isinstance(image, Path | str) else None
 
 
+def file_of(image: AnyPicture) -> Path | None:
+    """The file that holds a picture's pixels as they are read; None: there is none (it is in memory, in a table, or
+    turned)."""
+    source = as_picture(image)
+    return source.path if source is not None and source.data is None and not source.turned else None
+
+
 def data_url(image: AnyPicture) -> str:
     """A picture as a data URL that a server sees as fastrl does: a file's own bytes where any reader gets the same
     pixels from them, else PNG. Raises ``PictureError``."""
@@ -170,14 +177,20 @@ def _opened(source: Picture) -> Iterator[Image]:
     try:
         width, height = raw.size
         if width * height > source.max_pixels:
-            raise PictureError(
-                f"image of {width}x{height} pixels, more than the limit of {source.max_pixels:,} ({name}); "
-                f"raise it with data.max_image_pixels in a recipe, or ?max_image_pixels={width * height} in a spec"
-            )
+            raise PictureError(over_large((width, height), source.max_pixels, name))
         _check_mode(raw, name)
         yield raw
     finally:
         raw.close()
+
+
+def over_large(size: tuple[int, int], limit: int, name: str) -> str:
+    """What is said of a picture above the limit, with the keys that raise it."""
+    width, height = size
+    return (
+        f"image of {width}x{height} pixels, more than the limit of {limit:,} ({name}); "
+        f"raise it with data.max_image_pixels in a recipe, or ?max_image_pixels={width * height} in a spec"
+    )
 
 
 def _read(source: Picture) -> Image:

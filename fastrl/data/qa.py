@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, overload
@@ -23,12 +23,12 @@ from fastrl.answers.choice import LETTERS
 from fastrl.data import rows
 from fastrl.data.clips import SAMPLING, frame_files, read_video, sample_frames, video_info
 from fastrl.data.records import Dataset, Record, question
-from fastrl.data.rows import Rows, choice_option, int_option, load_rows, read_text
-from fastrl.data.validate import Problem, Row, fail, short
+from fastrl.data.rows import Rows, choice_option, int_option, load_rows, read_text, reading
+from fastrl.data.validate import ImageFolder, Problem, Reading, Row, fail, short
 
 KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "nextqa": ("videos", "frames", "sample", "fps", "limit", "seed"),
+        "nextqa": ("videos", "frames", "sample", "fps", "limit", "seed", *rows.READING),
         "pope": rows.KEYS,
     }
 )
@@ -41,10 +41,11 @@ YES_NO_PROMPT = "Answer yes or no."
 def load_nextqa(path: str, query: Mapping[str, str]) -> Dataset:
     """Read a NExT-QA file. Raises ``DataError`` for an unreadable file or option, and for videos that are missing."""
     count = int_option(query, "frames", path, 1) or 8
-    how = choice_option(query, "sample", SAMPLING, path)
+    sample = choice_option(query, "sample", SAMPLING, path)
     fps = int_option(query, "fps", path, 1)
     data = load_rows(path, {k: v for k, v in query.items() if k in ("limit", "seed")}, _choice_record, _csv_rows(path))
-    if "videos" not in query:
+    how = reading(query, path)
+    if "videos" not in query or how.stated:  # whose answers are scored without a look at them
         return data
     folder = Path(query["videos"])
     if not folder.is_dir():
@@ -57,7 +58,7 @@ def load_nextqa(path: str, query: Mapping[str, str]) -> Dataset:
         if found[r.target["video"]] is None
     ]
     sources = {name: file for name, file in found.items() if file is not None}
-    records = VideoRecords(kept, sources, Frames(count, how, fps, int(query.get("seed", "0"))))
+    records = VideoRecords(kept, sources, Frames(count, sample, fps, int(query.get("seed", "0")), how))
     return Dataset(records, [*data.problems, *problems], data.left_out)
 
 
@@ -142,6 +143,7 @@ class Frames:
     how: str
     fps: int | None
     seed: int
+    reading: Reading = field(default_factory=Reading)
 
 
 class VideoFrames(NamedTuple):
@@ -177,10 +179,10 @@ class VideoRecords(Sequence[Record]):
 def read_frames(file: Path, frames: Frames) -> VideoFrames:
     """The chosen frames of a video file or of a folder of pictures. Raises ``DataError``."""
     if file.is_dir():
-        pictures = frame_files(file)
+        pictures, folder = frame_files(file), ImageFolder(file, frames.reading)
         numbers = [n - 1 for n in sample_frames(len(pictures), frames.count, frames.how, f"{frames.seed}/{file.stem}")]
         seconds = tuple(n / frames.fps for n in numbers) if frames.fps else ()
-        return VideoFrames(tuple(pictures[n] for n in numbers), seconds)
+        return VideoFrames(tuple(folder.picture(pictures[n]) for n in numbers), seconds)
     info = video_info(file)
     numbers = [n - 1 for n in sample_frames(info.frames, frames.count, frames.how, f"{frames.seed}/{file.stem}")]
     return VideoFrames(tuple(read_video(file, numbers)), tuple(n / info.fps for n in numbers))

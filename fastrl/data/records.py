@@ -138,10 +138,15 @@ class Dataset(Sequence[Record]):
         return dict(Counter(problem.kind for problem in (*self.problems, *self.left_out)).most_common())
 
     @property
+    def skips(self) -> str:
+        """A line on the rows that were skipped; empty where none was."""
+        reasons = ", ".join(f"{kind} {count}" for kind, count in self.reasons.items())
+        return f"skipped {self.skipped} of {self.skipped + len(self)} rows: {reasons}" if reasons else ""
+
+    @property
     def summary(self) -> str:
         """A line on the rows that were skipped and one on each kind of note; empty where there are none."""
-        reasons = ", ".join(f"{kind} {count}" for kind, count in self.reasons.items())
-        lines = [f"skipped {self.skipped} of {self.skipped + len(self)} rows: {reasons}"] if reasons else []
+        lines = [self.skips] if self.skips else []
         first = {note.kind: note for note in reversed(self.notes)}
         for kind, count in Counter(note.kind for note in self.notes).items():
             more = f" (and {count - 1} more: {kind})" if count > 1 else ""

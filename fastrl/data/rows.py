@@ -192,10 +192,11 @@ def collect(results: Iterator[Result], limit: int | None, path: str, images: Ima
                 break
     if not (records or problems or left_out):
         raise fail(path, "empty file", "holds no rows")
-    return Dataset(records, problems, left_out, _exif_note(images, path))
+    return Dataset(records, problems, left_out, exif_note(images, path))
 
 
-def _exif_note(images: ImageFolder, path: str) -> list[Problem]:
+def exif_note(images: ImageFolder, path: str) -> list[Problem]:
+    """A note on pictures whose EXIF tags were not followed while rows did not show whether they are to be."""
     if not images.unheeded:
         return []
     first, count = images.unheeded[0], len(set(images.unheeded))

@@ -8,7 +8,8 @@
   last}]. ``clips.clip_to_dict`` writes such rows.
 
 Query keys of all: ``window`` and ``stride`` (cut into stretches of so many frames, one every so many), ``frames`` and
-``sample`` (how many frames of each, and ``uniform``, ``first`` or ``random``), ``limit``, ``seed``. Of mot and sav:
+``sample`` (how many frames of each, and ``uniform``, ``first`` or ``random``), ``limit``, ``seed``, and how
+pictures are read (``rows.READING``). Of mot and sav:
 ``name`` (what subjects are called; default "person" and "object"). Of sav and tracks: ``images`` (folder of the
 frames). Of sav: ``video`` (the video file). A record's id is the clip's, with ``:`` and its first frame when cut.
 """
@@ -24,7 +25,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fastrl.answers import format_tracks
-from fastrl.data.clip_rows import check_frames, check_video, clip_rows, row_clip
+from fastrl.data.clip_rows import clip_frames, clip_rows, clip_video, row_clip
 from fastrl.data.clips import (
     SAMPLING,
     Box,
@@ -37,10 +38,12 @@ from fastrl.data.clips import (
     windows,
 )
 from fastrl.data.masks import rle_box
+from fastrl.data.pictures import AnyPicture
 from fastrl.data.records import Dataset
-from fastrl.data.rows import choice_option, int_option, ordered, parse_json, read_text
+from fastrl.data.rows import READING, choice_option, exif_note, int_option, ordered, parse_json, read_text, reading
 from fastrl.data.validate import (
     DataError,
+    ImageFolder,
     Problem,
     Row,
     fail,
@@ -48,7 +51,7 @@ from fastrl.data.validate import (
     short,
 )
 
-_COMMON = ("window", "stride", "frames", "sample", "limit", "seed")
+_COMMON = ("window", "stride", "frames", "sample", "limit", "seed", *READING)
 KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"mot": (*_COMMON, "name"), "sav": (*_COMMON, "name", "images", "video"), "tracks": (*_COMMON, "images")}
 )
@@ -75,31 +78,37 @@ def load_mot(path: str, query: Mapping[str, str]) -> Dataset:
     folders = [root] if (root / "gt").is_dir() else sorted(p.parent for p in root.glob("*/gt"))
     if not folders:
         raise fail(path, "missing file", "holds no gt/gt.txt, nor does any folder in it")
-    return _dataset([_mot_clip(folder, query.get("name", "person")) for folder in folders], query, path)
+    images = ImageFolder(Path(), reading(query, path))
+    clips = [_mot_clip(folder, query.get("name", "person"), images) for folder in folders]
+    return _dataset(clips, query, path, images)
 
 
 def load_sav(path: str, query: Mapping[str, str]) -> Dataset:
     """Read one SA-V mask-track file. Raises ``DataError`` for an unreadable file or option."""
-    return _dataset([_sav_clip(path, query)], query, path)
+    images = ImageFolder(Path(), reading(query, path))
+    return _dataset([_sav_clip(path, query, images)], query, path, images)
 
 
 def load_jsonl(path: str, query: Mapping[str, str]) -> Dataset:
     """Read clips from JSONL. Raises ``DataError`` for an unreadable file or option."""
     clips: list[Clip | list[Problem]] = []
-    for row in clip_rows(Path(path), query.get("images")):
+    found = clip_rows(Path(path), query)
+    for row in found.rows:
         clip = row_clip(row) if isinstance(row, Row) else None
         wrong = row.problems if isinstance(row, Row) else [row]
         clips.append(wrong if wrong or clip is None else clip)
-    return _dataset(clips, query, path)
+    return _dataset(clips, query, path, found.images)
 
 
-def _dataset(clips: Sequence[Clip | list[Problem]], query: Mapping[str, str], path: str) -> Dataset:
+def _dataset(
+    clips: Sequence[Clip | list[Problem]], query: Mapping[str, str], path: str, images: ImageFolder
+) -> Dataset:
     """Check, cut and sample clips, and make them a data set."""
     limit, seed = int_option(query, "limit", path, 1), int_option(query, "seed", path)
     window, stride = int_option(query, "window", path, 1), int_option(query, "stride", path, 1)
     count, how = int_option(query, "frames", path, 1), choice_option(query, "sample", SAMPLING, path)
     problems: list[Problem] = []
-    notes: list[Problem] = []
+    notes = exif_note(images, path)
     left_out: list[Problem] = []
     pieces: list[Clip] = []
     seen: set[str] = set()
@@ -142,7 +151,7 @@ def _unwritable(clip: Clip) -> list[Problem]:
 # ---- MOTChallenge
 
 
-def _mot_clip(folder: Path, person: str) -> Clip | list[Problem]:
+def _mot_clip(folder: Path, person: str, images: ImageFolder) -> Clip | list[Problem]:
     where = str(folder / "seqinfo.ini")
     info = configparser.ConfigParser(interpolation=None)
     try:
@@ -156,15 +165,16 @@ def _mot_clip(folder: Path, person: str) -> Clip | list[Problem]:
         return [Problem(where, "bad seqinfo", f"not a MOTChallenge seqinfo.ini ({error})")]
     if not (math.isfinite(rate) and rate > 0 and min(length, width, height) > 0):
         return [Problem(where, "bad seqinfo", "frameRate, seqLength, imWidth and imHeight must be positive")]
-    frames = frame_files(folder / section.get("imDir", "img1"))
-    problems = check_frames(frames, length, (width, height), where)
+    problems: list[Problem] = []
+    files = frame_files(folder / section.get("imDir", "img1"))
+    frames = clip_frames(files, length, (width, height), where, images, problems)
     rows = _mot_rows(folder / "gt" / "gt.txt", person, problems)
     if problems:
         return problems
     seconds = tuple(i / rate for i in range(length))
     name = section.get("name", folder.name)
     source = str(folder / "gt" / "gt.txt")
-    return Clip(name, width, height, seconds, subjects_from_rows(rows), tuple(frames), source=source)
+    return Clip(name, width, height, seconds, subjects_from_rows(rows), frames, source=source)
 
 
 def _mot_rows(file: Path, person: str, problems: list[Problem]) -> list[tuple[int, int, str, Box]]:
@@ -200,7 +210,7 @@ def _mot_rows(file: Path, person: str, problems: list[Problem]) -> list[tuple[in
 # ---- COCO-RLE mask tracks
 
 
-def _sav_clip(path: str, query: Mapping[str, str]) -> Clip | list[Problem]:
+def _sav_clip(path: str, query: Mapping[str, str], images: ImageFolder) -> Clip | list[Problem]:
     data = parse_json(read_text(Path(path)), path)
     if isinstance(data, Problem):
         return [data]
@@ -217,7 +227,7 @@ def _sav_clip(path: str, query: Mapping[str, str]) -> Clip | list[Problem]:
     stride = max(1, round(total / len(masklets)))
     numbers = tuple(i * stride for i in range(len(masklets)))
     seconds = tuple(number * data["video_duration"] / total for number in numbers)
-    frames, video = _sav_pictures(query, numbers, (width, height), path, problems)
+    frames, video = _sav_pictures(query, numbers, (width, height), path, images, problems)
     if problems:
         return problems
     name = str(data.get("video_id", Path(path).stem))
@@ -254,16 +264,19 @@ def _sav_rows(
 
 
 def _sav_pictures(
-    query: Mapping[str, str], numbers: Sequence[int], size: tuple[int, int], path: str, problems: list[Problem]
-) -> tuple[tuple[Path, ...], Path | None]:
+    query: Mapping[str, str],
+    numbers: Sequence[int],
+    size: tuple[int, int],
+    path: str,
+    images: ImageFolder,
+    problems: list[Problem],
+) -> tuple[tuple[AnyPicture, ...], Path | None]:
     if "images" in query:
         files = frame_files(Path(query["images"]))
         if len(files) > len(numbers):  # all frames of the video: take those that are annotated
             files = [files[number] for number in numbers if number < len(files)]
-        problems += check_frames(files, len(numbers), size, path)
-        return tuple(files), None
+        return clip_frames(files, len(numbers), size, path, images, problems), None
     if "video" in query:
         video = Path(query["video"])
-        check_video(video, numbers, size, path, problems)
-        return (), video
+        return (), clip_video(video, numbers, size, path, images.reading, problems)
     return (), None

@@ -32,10 +32,10 @@ from fastrl.data.clip_rows import clip_rows, row_clip
 from fastrl.data.clips import SAMPLING, Clip, ClipRecords, clip_to_dict, settle
 from fastrl.data.dialogues import QUERIES, Dialogue, Query, select_frames
 from fastrl.data.records import Dataset
-from fastrl.data.rows import choice_option, int_option, ordered
+from fastrl.data.rows import READING, choice_option, exif_note, int_option, ordered
 from fastrl.data.validate import Problem, Row, fail, is_number, nearest, short
 
-KEYS = ("images", "frames", "sample", "min_tpl", "limit", "seed")
+KEYS = ("images", "frames", "sample", "min_tpl", "limit", "seed", *READING)
 
 
 def load(path: str, query: Mapping[str, str]) -> Dataset:
@@ -47,7 +47,8 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     left_out: list[Problem] = []
     dialogues: list[Dialogue] = []
     seen: dict[str, str] = {}
-    for row in clip_rows(Path(path), query.get("images")):
+    found = clip_rows(Path(path), query)
+    for row in found.rows:
         if isinstance(row, Problem):
             problems.append(row)
             continue
@@ -70,7 +71,8 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
         dialogues.append(dialogue)
     if not (dialogues or problems or left_out):
         raise fail(path, "empty file", "holds no rows")
-    return Dataset(ClipRecords(ordered(dialogues, seed)[:limit]), problems, left_out)
+    records = ClipRecords(ordered(dialogues, seed)[:limit])
+    return Dataset(records, problems, left_out, exif_note(found.images, path))
 
 
 def dialogue_row(dialogue: Dialogue, images: Sequence[str] = ()) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _dialogue(row: Row) -> Dialogue | None:
         return None
     settled, problems, _ = settle(clip, short=True)
     row.problems += problems
-    if not (settled.frames or settled.video):
+    if not (settled.frames or settled.video or row.images.reading.stated):
         row.fail("missing image", "a dialogue needs frames (picture files), or video with video_frames")
     if not settled.subjects:
         row.fail("no subject", "subjects must hold at least one subject with a box")

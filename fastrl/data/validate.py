@@ -14,7 +14,17 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from fastrl.data.pictures import MAX_PIXELS, AnyPicture, Header, Picture, PictureError, read_header
-from fastrl.data.truth import TruthFault, box_value, is_number, read_box, read_count, read_points, read_truth, short
+from fastrl.data.truth import (
+    TruthFault,
+    box_value,
+    is_number,
+    read_box,
+    read_count,
+    read_points,
+    read_truth,
+    short,
+    whole_number,
+)
 
 SHOWN = 20  # problems listed in one error message
 HUNDREDS = 100  # pixels of a picture's longer side from which a box within 0 to 1 cannot be meant in pixels
@@ -135,6 +145,18 @@ class ImageFolder:
         if min(width, height) < 1 or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             return f"image of {width}x{height} pixels: sides may differ at most {MAX_ASPECT_RATIO} times ({name})"
         return header
+
+
+def why_turned(header: Header, declared: Sequence[Any]) -> str:
+    """What is added to a message about a size that only the turned picture has; else nothing."""
+    if not header.swaps or tuple(declared) != header.size[::-1]:
+        return ""
+    how = (
+        "which orient=exif follows: leave that out"
+        if header.turned
+        else "which is not followed: pixels are taken as they are stored; add orient=exif to read it turned"
+    )
+    return f" (its EXIF tag turns it by a quarter, {how})"
 
 
 def find_image_folder(file: Path, names: Iterable[str], extra: Iterable[Path] = ()) -> Path:
@@ -262,28 +284,25 @@ class Row:
 
     def _stated_size(self) -> tuple[int, int] | None:
         """The (width, height) a row declares, where that is enough."""
-        size = (self.fields.get("width"), self.fields.get("height"))
-        if not self.images.reading.stated or not all(type(side) is int and side > 0 for side in size):
+        width, height = (whole_number(self.fields.get(side)) for side in ("width", "height"))
+        if not self.images.reading.stated or width is None or height is None or min(width, height) < 1:
             return None
-        return size  # type: ignore[return-value]
+        return width, height
 
     def _agrees(self, path: str, header: Header) -> bool:
         """Whether the size the row declares (if it does) is the picture's."""
-        declared, size = (self.fields.get("width"), self.fields.get("height")), header.size
+        given, size = [self.fields.get(side) for side in ("width", "height")], header.size
+        declared = tuple(map(whole_number, given))
+        if None in declared and None not in given:
+            self.fail("wrong type", f"width and height must be whole numbers of pixels, got {short(given)}")
+            return False
         if None in declared or declared == size:
             told = None not in declared and header.swaps  # then the size says how the row sees the picture
             if header.orientation != 1 and not header.turned and not told:
                 self.images.unheeded.append(path)
             return True
         message = f"row says {declared[0]}x{declared[1]} pixels, {path} has {size[0]}x{size[1]}"
-        if header.swaps and declared == size[::-1]:
-            how = (
-                "which orient=exif follows: leave that out"
-                if header.turned
-                else "which is not followed: pixels are taken as they are stored; add orient=exif to read it turned"
-            )
-            message += f" (its EXIF tag turns it by a quarter, {how})"
-        self.fail("wrong size", message)
+        self.fail("wrong size", message + why_turned(header, declared))
         return False
 
     def truth(self, name: str, usual: Any = None) -> Any:

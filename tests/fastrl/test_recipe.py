@@ -12,7 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrl.recipe import RecipeError, build_recipe, differences, load_recipe, shipped_recipes
+from fastrl.data import ADAPTERS, Shipped
+from fastrl.data.rows import READING
+from fastrl.recipe import RecipeError, build_recipe, differences, load_recipe, load_records, shipped_recipes
 
 TASKS, SIZES = ("grounding", "counting", "detection", "ocr"), ("tiny", "2b", "3b")
 MINIMAL: dict[str, Any] = {
@@ -221,3 +223,22 @@ def test_anything_else_is_a_recipe_error_too(junk: Any) -> None:
     for section in ("method", "model", "optim", "rollout", "nonsense"):
         with contextlib.suppress(RecipeError):
             build_recipe(MINIMAL | {section: junk})
+
+
+@pytest.mark.parametrize("adapter", list(ADAPTERS))
+def test_a_raised_limit_of_pixels_goes_to_every_adapter_that_opens_files(adapter: str) -> None:
+    """And to no other: drawn scenes have no file to open."""
+    path = {"scenes": "counting"}.get(adapter, "x")
+    named = [f"data.spec={adapter}:{path}", "data.max_image_pixels=100", "model.path=m"]
+    spec = load_recipe("perception-r1-counting-tiny", named).data_spec
+    assert ("max_image_pixels=100" in spec) == (adapter != "scenes")
+    entry = ADAPTERS[adapter]
+    keys = entry.open(adapter).keys if isinstance(entry, Shipped) else ()
+    assert adapter == "scenes" or (keys is not None and set(READING) <= set(keys))
+
+
+def test_scenes_train_with_a_raised_limit() -> None:
+    recipe = load_recipe("perception-r1-counting-tiny", ["data.max_image_pixels=100000000"])
+    assert len(load_records(recipe)) > 0
+    mixed = load_recipe("perception-r1-mix-tiny", ["data.max_image_pixels=100000000"])
+    assert len(load_records(mixed)) > 0

@@ -31,6 +31,7 @@ from fastrl.data.clips import (
     windows,
 )
 from fastrl.data.masks import rle_box, rle_runs
+from fastrl.data.pictures import Picture, PictureError, open_picture
 
 
 def clips(spec: str, **options: bool) -> list[Clip]:
@@ -422,3 +423,83 @@ def test_a_file_that_is_no_video_says_so(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot be read as video"):
         read_video(tmp_path / "x.mp4", [0])
+
+
+# ---- how pictures are read
+
+
+def quarter_turned(file: Path, size: tuple[int, int] = (40, 30)) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", size).save(file, exif=exif)
+
+
+@pytest.mark.parametrize("adapter", ["mot", "tracks", "sav", "utr"])
+def test_a_limit_of_pixels_holds_for_the_frames_of_clips(sequence: Path, tmp_path: Path, adapter: str) -> None:
+    spec = spec_of(adapter, sequence, tmp_path)
+    with pytest.raises(DataError, match=r"image of 40x30 pixels, more than the limit of 1,199.*data\.max_image_pixels"):
+        load_data(f"{spec}max_image_pixels=1199")
+    record = load_data(f"{spec}max_image_pixels=1200")[0]
+    assert all(isinstance(image, Picture) and image.max_pixels == 1200 for image in record.images)
+    assert open_picture(record.images[0]).size == (40, 30)
+    assert record.images != ()
+
+
+@pytest.mark.parametrize("adapter", ["mot", "tracks", "sav", "utr"])
+def test_where_sizes_are_enough_frames_may_be_missing(sequence: Path, tmp_path: Path, adapter: str) -> None:
+    spec = spec_of(adapter, sequence, tmp_path)
+    for file in (sequence / "img1").iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"image not found|picture files found"):
+        load_data(spec)
+    (record,) = load_data(f"{spec}pictures=stated")
+    assert record.target["size"] == [40, 30]
+    for image in record.images:
+        with pytest.raises(PictureError, match="image not found"):
+            open_picture(image)
+
+
+def spec_of(adapter: str, sequence: Path, tmp_path: Path) -> str:
+    """A spec of three frames by each adapter of clips, ready for one more key."""
+    images, file = sequence / "img1", tmp_path / "clips.jsonl"
+    stated = row(frames=["1.png", "2.png", "10.png"], width=40, height=30)
+    if adapter == "mot":
+        return f"mot:{sequence}?"
+    if adapter == "sav":
+        masks = [[{"size": [30, 40], "counts": [5, 20, 1175]}]] * 3
+        (tmp_path / "v.json").write_text(
+            json.dumps(masklets(masklet=masks, video_width=40, video_height=30, video_frame_count=3))
+        )
+        return f"sav:{tmp_path / 'v.json'}?images={images}&"
+    if adapter == "utr":
+        stated |= {"query": {"kind": "spatial", "attribute": "box", "frame": 1}, "question": "Who?"}
+        stated["answer"] = "Track1: red ball<Id3>Frame1:[1,2,30,40];</Id3>"
+    file.write_text(json.dumps(stated))
+    return f"{adapter}:{file}?images={images}&"
+
+
+def test_a_tag_that_turns_frames_is_named_followed_or_noted(sequence: Path, tmp_path: Path) -> None:
+    for i in (1, 2, 10):
+        quarter_turned(sequence / "img1" / f"{i}.jpg", (30, 40))
+        (sequence / "img1" / f"{i}.png").unlink()
+    with pytest.raises(DataError, match=r"1\.jpg has 30x40 pixels, not 40x30 \(its EXIF tag turns it"):
+        load_data(f"mot:{sequence}")
+    record = load_data(f"mot:{sequence}?orient=exif")[0]
+    assert open_picture(record.images[0]).size == (40, 30)
+    file = tmp_path / "clips.jsonl"
+    file.write_text(json.dumps(row(frames=["1.jpg", "2.jpg"])))
+    data = load_data(f"tracks:{file}?images={sequence / 'img1'}")
+    assert [note.kind for note in data.notes] == ["EXIF tag not followed"]
+    assert "orient=exif" in data.summary
+
+
+@pytest.mark.parametrize("change", [lambda r: json.dumps(r["subjects"]), lambda r: [json.dumps(r["subjects"][0])]])
+def test_json_text_means_the_same_in_the_columns_of_clips(sequence: Path, tmp_path: Path, change: Any) -> None:
+    file = tmp_path / "clips.jsonl"
+    plain = row()
+    written = {**plain, "subjects": change(plain), "frames": json.dumps(plain["frames"])}
+    found = []
+    for each in (plain, written):
+        file.write_text(json.dumps(each))
+        found.append(load_data(f"tracks:{file}?images={sequence / 'img1'}")[0].target)
+    assert found[0] == found[1]

@@ -454,3 +454,20 @@ def test_a_row_that_is_of_no_use_to_its_reader_is_a_bad_one(tmp_path: Path) -> N
         load_data(spec, misfit=misfit)
     kept = load_data(spec, misfit=misfit, skip_bad=True)
     assert (len(kept), kept.skipped, kept.reasons) == (1, 1, {"no truth": 1})
+
+
+def test_nulls_and_sizes_of_coco_files_as_tables_write_them(folder: Path) -> None:
+    file = folder / "nulls.json"
+    found = instances(iscrowd=None, area=None, id=None)
+    found["images"][0] |= {"width": "40", "height": 30.0}
+    file.write_text(json.dumps(found))
+    assert [record.target["crowd"] for record in load_data(f"coco:{file}")] == [[False], [False]]
+    for change, message in (
+        ({"id": None}, "no id"),
+        ({"width": "wide"}, r"width and height must be whole numbers of pixels, got \['wide', 30\]"),
+    ):
+        found = instances()
+        found["images"][0] |= change
+        file.write_text(json.dumps(found))
+        with pytest.raises(DataError, match=message):
+            load_data(f"coco:{file}")
