@@ -64,7 +64,7 @@ def load_nextqa(path: str, query: Mapping[str, str]) -> Dataset:
 
 def load_pope(path: str, query: Mapping[str, str]) -> Dataset:
     """Read a POPE file. Raises ``DataError`` for an unreadable file or option."""
-    pictures = "images" in query
+    pictures = "images" in query and not reading(query, path).stated
     return load_rows(path, query, lambda row: _yes_no_record(row, pictures))
 
 
