@@ -150,10 +150,23 @@ def pair_gradient(g, ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND: tl.constexpr)
 
 @triton.jit
 def load_boxes(boxes, index, mask):
-    """Corners of boxes[index] ([.., 4], contiguous) as four fp32 vectors, 0 where masked."""
-    at = boxes + index * 4
-    x1 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    y1 = tl.load(at + 1, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(at + 2, mask=mask, other=0.0).to(tl.float32)
-    y2 = tl.load(at + 3, mask=mask, other=0.0).to(tl.float32)
+    """Corners of boxes[index] ([.., 4], contiguous) as four fp32 tensors, 0 where masked.
+
+    The corners are loaded as an axis of their own, which makes one access of 128 bits (in fp32) per box, then split.
+    """
+    at = boxes + tl.expand_dims(index, -1) * 4 + tl.arange(0, 4)
+    box = tl.load(at, mask=tl.expand_dims(mask, -1), other=0.0).to(tl.float32)
+    x, y = tl.split(tl.reshape(box, index.shape + [2, 2]))  # noqa: RUF005 (Triton unpacks no list)
+    x1, x2 = tl.split(x)
+    y1, y2 = tl.split(y)
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def load_box(boxes, index):
+    """Corners of one box as four fp32 numbers."""
+    box = tl.load(boxes + index * 4 + tl.arange(0, 4)).to(tl.float32)
+    x, y = tl.split(tl.reshape(box, [2, 2]))
+    x1, x2 = tl.split(x)
+    y1, y2 = tl.split(y)
     return x1, y1, x2, y2

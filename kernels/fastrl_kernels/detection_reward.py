@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import _native
-from fastrl_kernels._box_overlap import load_boxes, pair_value
+from fastrl_kernels._box_overlap import load_box, load_boxes, pair_value
 from fastrl_kernels._common import (
     FLOATS,
     INTEGERS,
@@ -68,12 +68,23 @@ class DetectionReward(NamedTuple):
 
 @triton.jit
 def _load_items(items, index, mask, BOXES: tl.constexpr):
-    """Corners of boxes, or points as (x, y, x, y), as fp32."""
+    """Corners of boxes, or points as (x, y, x, y), as fp32; 0 where masked."""
     if BOXES:
         x1, y1, x2, y2 = load_boxes(items, index, mask)  # pyright: ignore[reportGeneralTypeIssues]
     else:
-        x1 = tl.load(items + index * 2, mask=mask, other=0.0).to(tl.float32)
-        y1 = tl.load(items + index * 2 + 1, mask=mask, other=0.0).to(tl.float32)
+        at = items + tl.expand_dims(index, -1) * 2 + tl.arange(0, 2)
+        x1, y1 = tl.split(tl.load(at, mask=tl.expand_dims(mask, -1), other=0.0).to(tl.float32))
+        x2, y2 = x1, y1
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def _load_item(items, index, BOXES: tl.constexpr):
+    """One of them, as four numbers."""
+    if BOXES:
+        x1, y1, x2, y2 = load_box(items, index)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        x1, y1 = tl.split(tl.load(items + index * 2 + tl.arange(0, 2)).to(tl.float32))
         x2, y2 = x1, y1
     return x1, y1, x2, y2
 
@@ -130,7 +141,7 @@ def _detection_kernel(
             leave_at = -1
             end = -2  # -2: searching, -1: the root stays unmatched
             while end == -2:
-                gx1, gy1, gx2, gy2 = _load_items(truth, row, True, BOXES)
+                gx1, gy1, gx2, gy2 = _load_item(truth, row, BOXES)
                 q = _quality(px1, py1, px2, py2, gx1, gy1, gx2, gy2, scale, BOXES)
                 cost = tl.where(inside, -q, float("inf"))
                 dist, before, offset = relax(cost, v, dist, before, lane, at, low, row)

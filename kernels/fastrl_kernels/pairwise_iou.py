@@ -15,8 +15,9 @@ where dI, dC and dD follow the minima and maxima (half each at ties). The last l
 the derivative of the value; torchvision holds alpha constant. All kinds are symmetric in (a, b): one backward kernel
 serves both sides, with the roles swapped.
 
-Why it is fast: boxes are read once and each pair is one pass in registers, against several [n, m, 2] temporaries in
-eager code. ``reduce="max"`` keeps a running row maximum, so the [n, m] table is never written.
+Why it is fast: a box is one vectorised load and a pair is one pass in registers, against several [n, m, 2] temporaries
+in eager code. A program is one warp, so it needs no barrier; sums and maxima are kept per lane and reduced once, at the
+end. ``reduce="max"`` keeps a running row maximum, so the [n, m] table is never written.
 """
 
 from __future__ import annotations
@@ -44,10 +45,13 @@ from fastrl_kernels._triton import tl, triton
 KINDS = ("iou", "giou", "diou", "ciou")
 _EPS = 1e-7
 _STRIDES = ("grad_batch", "grad_i", "grad_j", "best_batch", "best_i", "best_j")
-_BLOCK_A, _BLOCK_B = 16, 32  # 4 pairs a thread: larger tiles spill in the backward
+_LANES = 32  # boxes of b per step, one per lane of the warp: no barrier, no shared memory
+_TABLE_ROWS, _ROWS = 4, 2  # boxes of a per program: in the table, and where a sum or maximum per pair is kept
 
 
-@triton.jit
+# Not specialised on the alignment of sizes: a warp's accesses are contiguous already, and vectorised ones would need
+# another layout.
+@triton.jit(do_not_specialize_on_alignment=["n", "m"])
 def _iou_kernel(
     a, b, n_a, n_b,  # [B, n, 4], [B, m, 4], [B] int64
     out,  # [B, n, m]
@@ -66,7 +70,7 @@ def _iou_kernel(
     tl.store(at, value, mask=(i < n)[:, None] & (j < m)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["n", "m"])
 def _iou_max_kernel(
     a, b, n_a, n_b,  # [B, n, 4], [B, m, 4], [B] int64
     out, best,  # [B, n] fp32 and int32: row maximum and its first column, 0 and -1 where there is none
@@ -79,23 +83,23 @@ def _iou_max_kernel(
     rows = i < tl.minimum(tl.load(n_a + batch), n)
     cols = tl.minimum(tl.load(n_b + batch), m).to(tl.int32)
     ax1, ay1, ax2, ay2 = load_boxes(a + batch * n * 4, i[:, None], rows[:, None])  # pyright: ignore[reportGeneralTypeIssues]
-    top = tl.full([BLOCK_A], float("-inf"), tl.float32)
-    where = tl.full([BLOCK_A], -1, tl.int32)
+    top = tl.full([BLOCK_A, BLOCK_B], float("-inf"), tl.float32)  # of each lane's columns; lanes meet once, at the end
+    where = tl.full([BLOCK_A, BLOCK_B], 0x7FFFFFFF, tl.int32)
     for first in range(0, cols, BLOCK_B):
         j = first + lane
         bx1, by1, bx2, by2 = load_boxes(b + batch * m * 4, j[None, :], (j < cols)[None, :])
         value = pair_value(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND)
-        value = tl.where((j < cols)[None, :], value, float("-inf"))
-        here = tl.max(value, 1)
-        column = tl.min(tl.where(value == here[:, None], j[None, :], 0x7FFFFFFF), 1)
-        where = tl.where(here > top, column, where)
-        top = tl.maximum(top, here)
-    some = rows & (where >= 0)
-    tl.store(out + batch * n + i, tl.where(some, top, 0.0), mask=i < n)
-    tl.store(best + batch * n + i, tl.where(some, where, -1), mask=i < n)
+        higher = (value > top) & (j < cols)[None, :]
+        where = tl.where(higher, j[None, :], where)
+        top = tl.where(higher, value, top)
+    highest = tl.max(top, 1)
+    column = tl.min(tl.where(top == highest[:, None], where, 0x7FFFFFFF), 1)
+    some = rows & (cols > 0)
+    tl.store(out + batch * n + i, tl.where(some, highest, 0.0), mask=i < n)
+    tl.store(best + batch * n + i, tl.where(some, column, -1), mask=i < n)
 
 
-@triton.jit(do_not_specialize_on_alignment=["n", "m", *_STRIDES])  # vectorised access takes registers and would spill
+@triton.jit(do_not_specialize_on_alignment=["n", "m", *_STRIDES])
 def _iou_backward_kernel(
     a, b, n_a, n_b,  # [B, n, 4], [B, m, 4], [B] int64: a is the side the gradient is for
     grad, best, grad_a,  # upstream gradient, row maxima's columns, [B, n, 4] fp32
@@ -110,10 +114,10 @@ def _iou_backward_kernel(
     rows = i < tl.minimum(tl.load(n_a + batch), n)
     cols = tl.minimum(tl.load(n_b + batch), m).to(tl.int32)
     ax1, ay1, ax2, ay2 = load_boxes(a + batch * n * 4, i[:, None], rows[:, None])  # pyright: ignore[reportGeneralTypeIssues]
-    gx1 = tl.zeros([BLOCK_A], tl.float32)
-    gy1 = tl.zeros([BLOCK_A], tl.float32)
-    gx2 = tl.zeros([BLOCK_A], tl.float32)
-    gy2 = tl.zeros([BLOCK_A], tl.float32)
+    gx1 = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    gy1 = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    gx2 = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    gy2 = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
     for first in range(0, cols, BLOCK_B):
         j = first + lane
         mask = rows[:, None] & (j < cols)[None, :]
@@ -125,15 +129,15 @@ def _iou_backward_kernel(
             other = j[None, :] if SIDE == 1 else i[:, None]
             g = tl.where(chosen == other, g, 0.0)
         d1, d2, d3, d4 = pair_gradient(g, ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, KIND)
-        gx1 += tl.sum(d1, 1)
-        gy1 += tl.sum(d2, 1)
-        gx2 += tl.sum(d3, 1)
-        gy2 += tl.sum(d4, 1)
+        gx1 += d1
+        gy1 += d2
+        gx2 += d3
+        gy2 += d4
     to = grad_a + (batch * n + i) * 4
-    tl.store(to, gx1, mask=i < n)
-    tl.store(to + 1, gy1, mask=i < n)
-    tl.store(to + 2, gx2, mask=i < n)
-    tl.store(to + 3, gy2, mask=i < n)
+    tl.store(to, tl.sum(gx1, 1), mask=i < n)
+    tl.store(to + 1, tl.sum(gy1, 1), mask=i < n)
+    tl.store(to + 2, tl.sum(gx2, 1), mask=i < n)
+    tl.store(to + 3, tl.sum(gy2, 1), mask=i < n)
 
 
 def _launch_backward(
@@ -143,11 +147,11 @@ def _launch_backward(
     problems, n, m = a.shape[0], a.shape[1], b.shape[1]
     grad_a = torch.empty(a.shape, dtype=torch.float32, device=a.device)
     if n and m:
-        blocks = -(-n // _BLOCK_A)
+        blocks = -(-n // _ROWS)
         launch(_iou_backward_kernel, problems * blocks)(
             a, b, n_a, n_b, grad, best, grad_a, n, m, blocks, *grad.stride(), *best.stride(),
-            KIND=kind, SIDE=side, BLOCK_A=_BLOCK_A, BLOCK_B=_BLOCK_B,
-            num_warps=4,
+            KIND=kind, SIDE=side, BLOCK_A=_ROWS, BLOCK_B=_LANES,
+            num_warps=1,
         )  # fmt: skip
     else:
         grad_a.zero_()
@@ -159,10 +163,11 @@ def _op(a: Tensor, b: Tensor, n_a: Tensor, n_b: Tensor, kind: int, reduce: bool)
     """The Triton path on ``[B, n, 4]`` and ``[B, m, 4]``, contiguous: values, and the maxima's columns."""
     out, best = _op_fake(a, b, n_a, n_b, kind, reduce)
     (problems, n, _), m = a.shape, b.shape[1]
-    blocks_n, blocks_m = -(-n // _BLOCK_A), -(-m // _BLOCK_B)
+    rows = _ROWS if reduce else _TABLE_ROWS
+    blocks_n, blocks_m = -(-n // rows), -(-m // _LANES)
     if out.numel() == 0:
         return out, best
-    common: dict[str, Any] = {"KIND": kind, "BLOCK_A": _BLOCK_A, "BLOCK_B": _BLOCK_B, "num_warps": 4}
+    common: dict[str, Any] = {"KIND": kind, "BLOCK_A": rows, "BLOCK_B": _LANES, "num_warps": 1}
     if reduce:
         launch(_iou_max_kernel, problems * blocks_n)(a, b, n_a, n_b, out, best, n, m, blocks_n, **common)
     else:

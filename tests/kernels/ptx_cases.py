@@ -91,10 +91,17 @@ def _boxes() -> Iterator[Case]:
             names = frozenset(["_iou_max_kernel", "_iou_backward_kernel"])
             yield Case(f"pairwise_iou/{kind}/max/{n}x{m}", top, torch.float32, names, fast=fast)
     yield Case("pairwise_iou/bf16", _plain_table, torch.bfloat16, frozenset(["_iou_kernel"]))
+    yield Case("pairwise_iou/unaligned", _unaligned_table, torch.float32, frozenset(["_iou_kernel"]))
 
 
 def _plain_table(k: Any, real: Any) -> Outputs:
     return [k.pairwise_iou(real(_box(3, 17)), real(_box(3, 40)), kind="giou")]
+
+
+def _unaligned_table(k: Any, real: Any) -> Outputs:
+    """Boxes that start at no multiple of 16 bytes, so a box is no word."""
+    flat = torch.cat([torch.zeros(1), _box(40).flatten()])
+    return [k.pairwise_iou(real(flat)[1:].view(10, 4, 4), real(_box(10, 3)))]
 
 
 # ---- assignment and detection ----------------------------------------------------------------------------------------

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 import fastrl_kernels
-from fastrl_kernels import aot, linear_assignment, pairwise_iou, policy_loss, token_logprob
+from fastrl_kernels import (
+    aot,
+    detection_reward,
+    linear_assignment,
+    pairwise_iou,
+    policy_loss,
+    token_logprob,
+)
 from fastrl_kernels._aot_calls import CALLS
 from fastrl_kernels._common import interpreting, launch, use_triton
 from fastrl_kernels._triton import HAS_TRITON, tl, triton
@@ -32,20 +39,13 @@ def _hoarding_kernel(source, target, BLOCK: tl.constexpr):
     tl.store(target + offsets, value / tl.sum(value, 0))  # the whole block must stay in registers
 
 
-# Launches of these that still spill a few bytes, and are to be mended.
-SPILLING = {("linear_logprob", 90), ("linear_logprob", 100), ("token_logprob", 100), ("pairwise_iou", 100)}
-
-
 @pytest.mark.gate
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 @pytest.mark.parametrize("name", CALLS)
 def test_no_shipped_launch_spills(name: str, arch: int) -> None:
     launches = aot.shipped(arch, [name])
     assert launches
-    found = [problem for one in launches for problem in aot.problems(one)]
-    if found and (name, arch) in SPILLING:
-        pytest.xfail(f"known: {found}")
-    assert found == []
+    assert [problem for one in launches for problem in aot.problems(one)] == []
 
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
@@ -55,8 +55,67 @@ def test_launches_that_once_spilled(arch: int) -> None:
         linear_assignment(torch.zeros(2, 512, 48))
         linear_assignment(torch.zeros(2, 4096, 16))
         pairwise_iou(boxes, boxes.detach(), kind="ciou", reduce="max").sum().backward()
-    assert [one.stack for one in launches] == [0, 0, 0, 0]
+        token_logprob(torch.zeros(3, 2000, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64))
+    assert [one.stack for one in launches] == [0, 0, 0, 0, 0]
     assert launches[1].shared <= 256
+
+
+STRIDE = re.compile(r"stride|^(q|prefix|own|cache)_(row|head|group|key|slot)$|^grad_(batch|i|j)$")
+WITHIN_A_PROBLEM = {"_assignment_kernel": {"stride_n", "stride_m"}}  # which copies a cost whose offsets need 33 bits
+
+
+def narrow_strides(ttir: str, kernel: str) -> set[str]:
+    """Strides that the kernel multiplies in 32 bits, from its Triton IR."""
+    narrow: dict[str, str] = {}  # value -> the argument it stands for, still as 32 bits
+    found = set()
+    for name in re.findall(r"(%\w+): i32", ttir.partition("attributes")[0]):
+        if STRIDE.search(name[1:]):
+            narrow[name] = name[1:]
+    for result, operation, operands in re.findall(r"(%\w+) = (tt\.splat|arith\.muli) (.+?) :", ttir):
+        values = [value.strip() for value in operands.split(",")]
+        met = [narrow[value] for value in values if value in narrow]
+        if operation == "tt.splat" and met:
+            narrow[result] = met[0]
+        elif met:
+            found.add(met[0])
+    return found - WITHIN_A_PROBLEM.get(kernel, set())
+
+
+@triton.jit
+def _narrow_kernel(source, target, stride, wide_stride, BLOCK: tl.constexpr):
+    row, lane = tl.program_id(0), tl.arange(0, BLOCK)
+    tl.store(target + row.to(tl.int64) * wide_stride + lane, tl.load(source + row * stride + lane))
+
+
+def test_a_stride_multiplied_in_32_bits_is_seen() -> None:
+    x = torch.zeros(4096)
+    compiled = _launch(_narrow_kernel, x, x, 1024, 1024, BLOCK=1024).compiled
+    assert narrow_strides(compiled.asm["ttir"], "_narrow_kernel") == {"stride"}
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("name", CALLS)
+def test_strides_are_multiplied_in_64_bits(name: str) -> None:
+    for one in aot.shipped(90, [name]):
+        assert narrow_strides(one.compiled.asm["ttir"], one.name) == set()
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 128), (torch.bfloat16, 64)])
+def test_a_box_is_one_access(dtype: torch.dtype, bits: int) -> None:
+    """Beside boxes only counts (64 bits), upstream gradients and columns of maxima (32) are loaded."""
+    boxes, count = torch.zeros(2, 300, 4, dtype=dtype), torch.full((2,), 300)
+    with aot.as_launched(90) as launches:
+        pairwise_iou(boxes, boxes)
+        pairwise_iou(boxes, boxes, reduce="max")
+        detection_reward(boxes, boxes, count, count)
+        table = len(launches)
+        pairwise_iou(boxes.requires_grad_(), boxes.detach()).sum().backward()
+    for at, one in enumerate(launches):
+        words = _words(aot.instructions(one.compiled), "LDG")
+        assert words[bits] >= 2
+        assert set(words) - {64, bits} <= (set() if at < table else {32})
+        assert at == 2 or one.barriers == 0
 
 
 def test_every_public_function_with_a_kernel_is_gated() -> None:
