@@ -129,16 +129,18 @@ def test_a_launch_is_specialised_on_its_arguments_and_named_by_its_call() -> Non
         policy_loss(logp, torch.zeros(1), torch.zeros(1, dtype=torch.int64), beta=0.5, ref_logp=logp.detach())
         pairwise_iou(torch.zeros(1, 32, 4), torch.zeros(1, 20, 4), kind="giou")
         pairwise_iou(torch.zeros(1, 32, 4), torch.zeros(1, 20, 4), kind="giou")
-    assert [one.name for one in launches] == ["policy_rows_kernel", "policy_totals_kernel", "_iou_kernel"]
+        token_logprob(torch.zeros(3, 32), torch.zeros(3, dtype=torch.int64))
+    names = ["policy_rows_kernel", "policy_totals_kernel", "_iou_kernel", "linear_logprob_fold_kernel"]
+    assert [one.name for one in launches] == names
     assert (
         launches[0].call == "policy_loss(logp=f32[1], advantage=f32[1], completion=i64[1], ref_logp=f32[1], beta=0.5)"
     )
     assert launches[2].call == "pairwise_iou(a=f32[1,32,4], b=f32[1,20,4], kind='giou')"
     assert launches[0].compiled.src.constants  # n = 1 among them
-    names = launches[2].compiled.src.fn.arg_names
-    divisible = {names[path[0]] for path, attributes in launches[2].compiled.src.attrs.items() if attributes}
-    assert {"a", "b", "out", "n"} <= divisible
-    assert "m" not in divisible
+    names = launches[3].compiled.src.fn.arg_names
+    divisible = {names[path[0]] for path, attributes in launches[3].compiled.src.attrs.items() if attributes}
+    assert {"tile", "target", "logp", "tile_stride", "width"} <= divisible
+    assert "state_stride" not in divisible  # 3
 
 
 def test_a_backward_is_named_after_its_forward() -> None:
