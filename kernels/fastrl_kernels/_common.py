@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from fastrl_kernels._triton import HAS_TRITON
@@ -64,10 +65,34 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def readable(tensor: Tensor) -> bool:
-    """True if a tensor's values can be read without synchronisation: on the CPU, neither traced nor fake."""
-    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+def readable(*tensors: Tensor | None) -> bool:
+    """True if the tensors' values can be read without synchronisation: on the CPU, neither traced, fake nor inside a
+    transform of ``torch.func``."""
+    for tensor in tensors:
+        if tensor is not None:
+            plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+            if not plain or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+                return False
+            if is_functorch_wrapped_tensor(tensor):
+                return False
+    return True
+
+
+def join_batches(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Arguments of an operator under ``torch.vmap`` with the mapped dimension joined to their first one, the batch.
+
+    Args:
+        size: of the mapped dimension.
+        dims: which dimension of each tensor is mapped; None: it is the same for all, and is repeated.
+        tensors: each with a batch as its first dimension beside the mapped one.
+    """
+    joined: list[Tensor | None] = []
+    for tensor, dim in zip(tensors, dims, strict=True):
+        if tensor is not None:
+            tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            tensor = tensor.flatten(0, 1)
+        joined.append(tensor)
+    return joined
 
 
 def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:

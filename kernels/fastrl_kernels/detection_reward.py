@@ -32,6 +32,7 @@ from fastrl_kernels._common import (
     check_number,
     check_same_device,
     check_shape,
+    join_batches,
     launch,
     readable,
     use_triton,
@@ -256,6 +257,16 @@ def _(pred: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(pred)
 
 
+@_op.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    size = info.batch_size
+    tensors = join_batches(size, in_dims[:6], arguments[:6])
+    match, quality, parts = _op(*tensors, *arguments[6:])
+    problems = match.shape[0] // size
+    found = (match.unflatten(0, (size, problems)), quality.unflatten(0, (size, problems)))
+    return (*found, parts.unflatten(1, (size, problems))), (0, 0, 1)
+
+
 def detection_reward(
     pred: Tensor,
     gt: Tensor,
@@ -302,7 +313,7 @@ def detection_reward(
     pred, gt = pred.detach(), gt.detach()
     counts = n_pred.to(torch.int64).contiguous(), n_gt.to(torch.int64).contiguous()
     labels = [None if x is None else x.to(torch.int64).contiguous() for x in (pred_label, gt_label)]
-    run = _score if readable(pred) else _op
+    run = _score if readable(pred, gt, *counts, *labels) else _op
     options = (boxes, matching == "sequence", float(threshold), float(scale))
     match, quality, parts = run(pred, gt, counts[0], counts[1], labels[0], labels[1], *options)
     return DetectionReward(match, quality, *parts.unbind(0))

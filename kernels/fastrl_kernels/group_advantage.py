@@ -12,7 +12,15 @@ exactly 0.
 
 Why it is fast: one program per group finds its own members (contiguous for equal sizes, by id otherwise) and makes
 three passes over at most a few kilobytes that stay in cache. No sort, no atomics, no host read, bitwise reproducible.
-With ids the work is groups x rows, small up to 10^7. No gradient: rewards are constants.
+With ids the work is groups x rows, small up to 10^7.
+
+Differentiable in rewards and weights (a policy loss still takes advantages as constants). With ``A_i = F c_i``, where
+``c_i = r_i - mean`` and ``F`` is the factor of ``baseline`` and ``scale``, ``d`` the divisor of the std ``s``, and
+upstream gradients ``a_i`` of the advantage, ``m`` of the mean and ``t`` of the std:
+
+    dL/dr_j = F (a_j - mean(a)) + (t - F sum_i a_i c_i / (s + eps)) c_j / (d s) + m / n
+
+(no ``sum`` term without scale, and only ``m / n`` in constant groups). Both sums are group means of this operator.
 """
 
 from __future__ import annotations
@@ -25,6 +33,7 @@ from torch import Tensor
 
 from fastrl_kernels._common import (
     FLOATS,
+    Once,
     check,
     check_dtype,
     check_number,
@@ -32,6 +41,7 @@ from fastrl_kernels._common import (
     check_shape,
     launch,
     readable,
+    refuse_forward_mode,
     use_triton,
 )
 from fastrl_kernels._triton import tl, triton
@@ -41,7 +51,7 @@ _BLOCK = 256
 
 
 class GroupAdvantage(NamedTuple):
-    """Result of ``group_advantage``; fp32 (float64 for float64 rewards), without gradient."""
+    """Result of ``group_advantage``; fp32 (float64 for float64 rewards)."""
 
     advantage: Tensor  # [R]
     reward: Tensor  # [R], the weighted sum of the components
@@ -167,6 +177,53 @@ def _(rewards: Tensor, group: Tensor | None, weights: Tensor | None, size: int, 
     return (*row, *each, rewards.new_empty(n_groups, dtype=torch.bool))
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    rewards, group, weights, *ctx.options = inputs
+    _, reward, mean, std, constant = output
+    ctx.mark_non_differentiable(constant)
+    ctx.save_for_backward(rewards, group, weights, reward, mean, std, constant)
+
+
+def _backward(
+    ctx: Any, of_advantage: Tensor, of_reward: Tensor, of_mean: Tensor, of_std: Tensor, _: Any
+) -> tuple[Any, ...]:
+    rewards, group, weights, reward, mean, std, constant = ctx.saved_tensors
+    size, n_groups, leave_one_out, scale, unbiased, eps = ctx.options
+    r, kind = rewards.shape[0], reward.dtype
+    index = torch.arange(r, device=rewards.device) // max(size, 1) if group is None else group.long()
+    member = (index >= 0) & (index < n_groups)
+    index = index.masked_fill(~member, 0)
+    if n_groups == 0 or r == 0:
+        return torch.zeros_like(rewards), None, None if weights is None else torch.zeros_like(weights), *[None] * 6
+    n = torch.zeros(n_groups, dtype=torch.int64, device=rewards.device).scatter_add_(0, index, member.long()).to(kind)
+
+    def group_mean(values: Tensor) -> Tensor:
+        column = values.to(kind).unsqueeze(1)
+        return _group_advantage_op(column, group, None, size, n_groups, False, False, unbiased, 0.0)[2]
+
+    centred = torch.where(member, reward - mean[index], 0.0)
+    factor = n / (n - 1).clamp(min=1) if leave_one_out else torch.ones_like(n)
+    of_spread = of_std.to(kind)
+    if scale:
+        factor = factor / (std + eps)
+        of_spread = of_spread - factor * n * group_mean(of_advantage * centred) / (std + eps)
+    divisor = (n - 1 if unbiased else n).clamp(min=1)
+    slope = torch.where(constant, 0.0, of_spread / torch.where(constant, 1.0, divisor * std))
+    factor = torch.where(constant, 0.0, factor)
+    rest = of_mean.to(kind) / n.clamp(min=1) - factor * group_mean(of_advantage)
+    made = of_reward + factor[index] * of_advantage + slope[index] * centred + rest[index]
+    made = torch.where(member, made, 0.0)
+    d_rewards = (made.unsqueeze(1) if weights is None else made.unsqueeze(1) * weights.to(kind)).expand(rewards.shape)
+    d_weights = None if weights is None else (made @ rewards.to(kind)).to(weights.dtype)
+    grads = [d_rewards.to(rewards.dtype).contiguous(), d_weights]
+    if torch.is_grad_enabled():
+        grads = [None if x is None else Once.apply(x, rewards, "group_advantage") for x in grads]
+    return grads[0], None, grads[1], *[None] * 6
+
+
+_group_advantage_op.register_autograd(_backward, setup_context=_setup_context)
+
+
 def group_advantage(
     rewards: Tensor | Sequence[float] | Sequence[Sequence[float]],
     group: int | Tensor | Sequence[int],
@@ -205,8 +262,9 @@ def group_advantage(
     count = _group_count(rewards, ids, size, n_groups)
     _check_finite(rewards)
     matrix = rewards if rewards.dim() == 2 else rewards.unsqueeze(1)
+    refuse_forward_mode("group_advantage", matrix, weights)
     out = _group_advantage_op(
-        matrix.detach(), ids, weights, size, count, baseline == "leave_one_out", scale == "std", unbiased, float(eps)
+        matrix, ids, weights, size, count, baseline == "leave_one_out", scale == "std", unbiased, float(eps)
     )
     return GroupAdvantage(*out)
 
@@ -272,7 +330,8 @@ def _eager(
     mean = torch.where(constant, low, zeros.index_add(0, index, reward) / n.clamp(min=1))
     centred = reward - mean[index]
     freedom = (n - 1 if unbiased else n).clamp(min=1)
-    std = torch.where(constant, 0.0, (zeros.index_add(0, index, centred * centred) / freedom).sqrt())
+    squares = torch.where(constant, 1.0, zeros.index_add(0, index, centred * centred))  # a root of 0 has no slope
+    std = torch.where(constant, 0.0, (squares / freedom).sqrt())
     factor = n / (n - 1).clamp(min=1) if leave_one_out else torch.ones_like(n)
     if scale:
         factor = factor / (std + eps)

@@ -17,10 +17,11 @@ No gradient: a matching is piecewise constant in the costs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from fastrl_kernels import _native
 from fastrl_kernels._common import (
@@ -30,6 +31,7 @@ from fastrl_kernels._common import (
     check_dtype,
     check_same_device,
     check_shape,
+    join_batches,
     launch,
     readable,
     use_triton,
@@ -250,6 +252,14 @@ def _op_fake(
     )
 
 
+@_op.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    size, maximize = info.batch_size, arguments[3]
+    cost, n_rows, n_cols = join_batches(size, in_dims[:3], arguments[:3])
+    found = _op(cost, n_rows, n_cols, maximize)
+    return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in found), (0, 0, 0)
+
+
 def linear_assignment(
     cost: Tensor,
     *,
@@ -295,8 +305,10 @@ def linear_assignment(
         cost = cost.float() if cost.is_cuda or cost.dtype in (torch.int8, torch.uint8, torch.int16) else cost.double()
     n_rows, n_cols = _check_arguments(cost, n_rows, n_cols)
     cost = cost.detach()
-    run = _solve if readable(cost) else _op
+    run = _solve if readable(cost, n_rows, n_cols) else _op
     out = Assignment(*run(cost, n_rows, n_cols, bool(maximize)))
+    if strict and is_batchedtensor(out.status):
+        raise ValueError("strict: the status cannot be read under vmap; read Assignment.status after it")
     if strict and bool((out.status != OK).any()):
         first = int((out.status != OK).nonzero()[0])
         raise ValueError(

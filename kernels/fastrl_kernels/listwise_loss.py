@@ -293,7 +293,7 @@ def _check_arguments(score: Tensor, reward: Tensor, mask: Tensor | None, kind: s
     check(kind in KINDS, f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     check_number("beta", beta, 0 <= beta < math.inf, "a finite number >= 0")
     check_number("gamma", gamma, 0 <= gamma < math.inf, "a finite number >= 0")
-    if readable(reward):
+    if readable(reward, mask):
         bad = ~reward.isfinite() if mask is None else mask & ~reward.isfinite()
         if bool(bad.any()):
             place = bad.nonzero()[0].tolist()

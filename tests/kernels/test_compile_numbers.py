@@ -1,5 +1,8 @@
-"""``torch.compile(fullgraph=True)`` goes on when a number changes from call to call, as a step's counts do: dynamo then
-makes it symbolic, and a symbolic number cannot be put into a message."""
+"""``torch.compile(fullgraph=True)`` when a number changes from call to call, as a step's counts do.
+
+A Python number becomes symbolic at its second value, and a symbolic number cannot be put into a message. A 0-d tensor
+never recompiles.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from fastrl_kernels import (
     detection_reward,
@@ -76,3 +81,46 @@ def test_a_number_may_change(name: str, dynamic: bool | None) -> None:
     compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=dynamic)
     for value in values:
         torch.testing.assert_close(compiled(value), call(value))
+
+
+OLD = LOGP - torch.tensor([0.5, -0.1, -0.6, 0.9])  # log-ratios on which every bound below acts
+SIGNS = torch.tensor([1.0, -1.0, -0.5])
+LOSS = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0, "beta": 0.04}
+SMALL, LARGE = (0.1, 0.2, 0.3), (1.1, 1.4, 2.0)
+
+
+def _loss(**options: Any) -> Tensor:
+    return policy_loss(LOGP, SIGNS, COMPLETION, **options).loss
+
+
+def _linear_loss(**options: Any) -> Tensor:
+    given = LOSS | {"old_logp": OLD, "ref_logp": OLD} | options
+    return linear_policy_loss(HIDDEN, HEAD, TARGET, SIGNS, COMPLETION, **given).loss
+
+
+TENSORS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, ...]]] = {
+    "policy_loss clip_low": (lambda x: _loss(old_logp=OLD, clip_low=x), SMALL),
+    "policy_loss clip_high": (lambda x: _loss(old_logp=OLD, clip_high=x), SMALL),
+    "policy_loss dual_clip": (lambda x: _loss(old_logp=OLD, dual_clip=x), LARGE),
+    "policy_loss beta": (lambda x: _loss(ref_logp=OLD, beta=x), SMALL),
+    "policy_loss importance_cap": (lambda x: _loss(sampler_logp=OLD, importance="truncate", importance_cap=x), LARGE),
+    "policy_loss taus": (lambda x: _loss(old_logp=OLD, loss="sapo", tau_positive=x, tau_negative=x), LARGE),
+    "policy_loss normalizer": (lambda x: _loss(normalizer=x), LARGE),
+    "linear_policy_loss bounds": (lambda x: _linear_loss(clip_low=x, clip_high=x, beta=x), SMALL),
+    "linear_policy_loss temperature": (lambda x: _linear_loss(temperature=x), LARGE),
+    "linear_logprob temperature": (lambda x: linear_logprob(HIDDEN, HEAD, TARGET, temperature=x).logp.sum(), LARGE),
+    "token_logprob temperature": (lambda x: token_logprob(HIDDEN @ HEAD.T, TARGET, temperature=x).logp.sum(), LARGE),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_never_recompiles(name: str) -> None:
+    call, values = TENSORS[name]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = [compiled(torch.tensor(value)) for value in values]
+    torch.testing.assert_close(found, [call(torch.tensor(value)) for value in values])
+    assert counter.frame_count == 1
+    assert len({float(x) for x in found}) == len(values)  # each was read

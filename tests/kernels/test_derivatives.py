@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastrl_kernels import (
+    group_advantage,
     linear_logprob,
     linear_policy_loss,
     listwise_loss,
@@ -15,7 +16,11 @@ from fastrl_kernels import (
     token_logprob,
     unlikelihood_loss,
 )
-from fastrl_kernels.reference import policy_loss_reference, unlikelihood_loss_reference
+from fastrl_kernels.reference import (
+    group_advantage_reference,
+    policy_loss_reference,
+    unlikelihood_loss_reference,
+)
 
 IDS, ADVANTAGE = torch.tensor([0, 0, 1]), torch.tensor([1.0, -2.0]).double()
 HEAD = torch.ones(7, 5).double()
@@ -81,3 +86,38 @@ def test_the_policy_reference_has_derivatives_of_every_order() -> None:
     logp = LOGP.clone().requires_grad_()
     options = {"old_logp": LOGP - 0.01, "ref_logp": LOGP + 0.1, "beta": 0.3}
     assert torch.autograd.gradgradcheck(lambda x: policy_loss_reference(x, ADVANTAGE, IDS, **options).loss, logp)
+
+
+GROUPS = (4, torch.tensor([0, 2, 0, 1, 0, 2, -1, 1, 3, 2, 2, 4]))
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=["equal sizes", "ids"])
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_group_advantage_has_a_derivative(baseline: str, scale: str, unbiased: bool, group: int | Tensor) -> None:
+    rewards = torch.randn(12, 2).double()
+    rewards[4:8] = rewards[4]  # a constant group, of equal sizes
+    leaves = [rewards.requires_grad_(), torch.tensor([1.0, 0.3]).double().requires_grad_()]
+    options = {"baseline": baseline, "scale": scale, "unbiased": unbiased, "eps": 0.01}
+    count = {} if isinstance(group, int) else {"n_groups": 6}
+    got, want = (
+        function(leaves[0], group, weights=leaves[1], **options, **count)[:4]
+        for function in (group_advantage, group_advantage_reference)
+    )
+    upstream = [torch.randn_like(x) for x in got]
+    mine, truth = (torch.autograd.grad(out, leaves, upstream) for out in (got, want))
+    torch.testing.assert_close(mine, truth)
+    assert truth[0].isfinite().all()
+
+
+def test_derivatives_of_group_advantage_that_do_not_exist() -> None:
+    rewards = torch.rand(4).double().requires_grad_()
+    (first,) = torch.autograd.grad(group_advantage(rewards, 2).advantage.square().sum(), rewards, create_graph=True)
+    with pytest.raises(NotImplementedError, match="group_advantage: has no second derivative"):
+        torch.autograd.grad(first.sum(), rewards)
+    with pytest.raises(NotImplementedError, match="group_advantage: has no forward-mode derivative"):
+        torch.func.jvp(lambda x: group_advantage(x, 2).advantage, (rewards,), (torch.ones_like(rewards),))
+    assert not group_advantage(rewards, 2).constant.requires_grad
+    empty = torch.zeros(0, 2, requires_grad=True)
+    assert torch.autograd.grad(group_advantage(empty, 2).advantage.sum(), empty)[0].shape == (0, 2)
