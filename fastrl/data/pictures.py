@@ -9,8 +9,9 @@ import base64
 import io
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = MAX_IMAGE_PIXELS  # width x height of a picture that is opened, unless somebody says otherwise
+BAND = 1 << 20  # pixels that are converted at a time
 LARGE = 16_000_000  # pixels above which pictures are decoded and prepared one at a time
 WHITE = (255, 255, 255)
 _ORIENTATION = 0x0112  # the EXIF (and TIFF) tag
@@ -93,7 +95,7 @@ def read_header(image: AnyPicture) -> Header:
         return Header(image.size, 1, False, "", _is_plain(image))
     if source.stated is not None:
         return Header(source.stated, 1, False, "", True)
-    with _opened(source) as raw:
+    with closing(_open(source)) as raw:
         return _header_of(raw, source)
 
 
@@ -116,18 +118,18 @@ def opened_picture(image: AnyPicture) -> Iterator[Image]:
         _check_mode(image, _name(image))
         yield _to_rgb(image, _name(image))
         return
-    with _opened(source) as raw:
+    raw = _open(source)
+    try:
         header = _header_of(raw, source)
         large = header.size[0] * header.size[1] > LARGE
-        if large:
-            _large.acquire()
-        try:
+        with _large if large else nullcontext():
             picture = _decode(raw, header, str(source))
-            raw.close()  # the compressed bytes and PIL's own copy are not needed any more
+            if picture is not raw:
+                raw.close()  # the compressed bytes and PIL's own copy are not needed any more
             yield picture
-        finally:
-            if large:
-                _large.release()
+    except BaseException:
+        raw.close()
+        raise
 
 
 def picture_size(image: AnyPicture) -> tuple[int, int]:
@@ -167,9 +169,8 @@ def _as_url(kind: str, data: bytes) -> str:
 # ---- opening
 
 
-@contextmanager
-def _opened(source: Picture) -> Iterator[Image]:
-    """The file opened by PIL, its header read and found sound."""
+def _open(source: Picture) -> Image:
+    """The file opened by PIL, its header read and found sound. Whoever asks closes it."""
     name = str(source)
     if source.data is None and (source.path is None or not source.path.is_file()):
         raise PictureError(f"image not found: {name}")
@@ -179,9 +180,10 @@ def _opened(source: Picture) -> Iterator[Image]:
         if width * height > source.max_pixels:
             raise PictureError(over_large((width, height), source.max_pixels, name))
         _check_mode(raw, name)
-        yield raw
-    finally:
+    except BaseException:
         raw.close()
+        raise
+    return raw
 
 
 def over_large(size: tuple[int, int], limit: int, name: str) -> str:
@@ -245,6 +247,7 @@ def _orientation(raw: Image) -> int:
 
 
 def _decode(raw: Image, header: Header, name: str) -> Image:
+    """The picture's RGB pixels: those of ``raw`` itself, where it has such and its file is done with."""
     levels = _levels(raw) if raw.mode.startswith("I") else None
     try:
         if raw.width * raw.height > LARGE:  # PIL may measure it once more
@@ -256,7 +259,8 @@ def _decode(raw: Image, header: Header, name: str) -> Image:
         raise
     except Exception as error:
         raise _unreadable(name, error) from error
-    picture = _to_rgb(raw, name, levels)
+    done = getattr(raw, "fp", None) is None and not getattr(raw, "is_animated", False)
+    picture = raw if done and raw.mode == "RGB" and _is_plain(raw) else _to_rgb(raw, name, levels)
     if raw.format == "TIFF":  # PIL has turned it
         return picture if header.turned else _turn(picture, _BACK.get(header.orientation, header.orientation))
     return _turn(picture, header.orientation) if header.turned else picture
@@ -314,21 +318,44 @@ _UNSEEN = "what is white in it is not known: save it with 8 bits, or 16 from 0 t
 
 
 def _to_rgb(image: Image, name: str, levels: _Levels | None = None) -> Image:
-    from PIL import Image as pil
 
     try:
         if image.mode.startswith("I"):
-            return _grey(image, name, levels or _levels(image) or _Levels(0, 65535, False))
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        clear = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        white = pil.new("RGB", image.size, WHITE)
-        white.paste(clear, mask=clear.getchannel("A"))
-        return white
+            levels = levels or _levels(image) or _Levels(0, 65535, False)
+            return _by_bands(image, partial(_grey, name=name, levels=levels, clip=image.format == "TIFF"))
+        return _by_bands(image, _on_white) if image.has_transparency_data else image.convert("RGB")
     except (MemoryError, PictureError):
         raise
     except Exception as error:
         raise _unreadable(name, error) from error
+
+
+def bands(image: Image) -> Iterator[tuple[tuple[int, int, int, int], Image]]:
+    """A picture's bands of whole rows, from the top, with where each lies: about ``BAND`` pixels at a time."""
+    width, height = image.size
+    rows = max(1, BAND // max(1, width))
+    for top in range(0, height, rows):
+        box = (0, top, width, min(top + rows, height))
+        yield box, image.crop(box)
+
+
+def _by_bands(image: Image, make: Callable[[Image], Image]) -> Image:
+    """A picture made of another one's bands of rows: what is needed on the way is never there for all of it at once."""
+    from PIL import Image as pil
+
+    result = pil.new("RGB", image.size)
+    for box, band in bands(image):
+        result.paste(make(band), box)
+    return result
+
+
+def _on_white(image: Image) -> Image:
+    from PIL import Image as pil
+
+    clear = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    white = pil.new("RGB", image.size, WHITE)
+    white.paste(clear, mask=clear.getchannel("A"))
+    return white
 
 
 def _levels(image: Image) -> _Levels | None:
@@ -354,13 +381,14 @@ def _first(tags: Any, names: tuple[int, ...]) -> int | None:
     return None
 
 
-def _grey(image: Image, name: str, levels: _Levels) -> Image:
+def _grey(image: Image, name: str, levels: _Levels, clip: bool) -> Image:
+    """Numbers of ``levels`` as shades of grey; others are clipped, or refused."""
     import numpy as np
     from PIL import Image as pil
 
     low, high, inverted = levels
     values = np.asarray(image)
-    if image.format != "TIFF" and values.size and not (values.min() >= low and values.max() <= high):
+    if not clip and values.size and not (values.min() >= low and values.max() <= high):
         raise PictureError(f"image of numbers outside {low} to {high}: {name}; {_UNSEEN}")
     shades = np.rint(np.arange(high - low + 1) * 255.0 / (high - low)).astype(np.uint8)
     index = values if low == 0 else values.astype(np.int64) - low

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastrl.answers import View
 from fastrl.batch import ImageInput
-from fastrl.data.pictures import AnyPicture, opened_picture
+from fastrl.data.pictures import AnyPicture, bands, opened_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -114,7 +114,8 @@ class ImagePreprocessor:
         """Content key: pictures with equal pixels under equal settings have equal keys."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{picture.size} {self.settings}{self.tag(among)}".encode())
-        digest.update(picture.tobytes())
+        for _, band in bands(picture):
+            digest.update(band.tobytes())
         return digest.hexdigest()
 
     def _keep(self, key: str, found: tuple[ImageInput, View]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastrl.answers import View
 from fastrl.batch import ImageInput
+from fastrl.data.pictures import LARGE
 from fastrl.models.families.base import Family, VisionFeatures
 from fastrl.models.positions import image_tokens, mrope_positions
 from fastrl.models.vision import ImagePreprocessor, picture_of
@@ -208,6 +209,10 @@ class Qwen2_5VL(Qwen2VL):
         return Qwen2_5_VLForConditionalGeneration
 
 
+# Processors that resize as View.qwen says. (GLM's, which also take Qwen's patches, round otherwise.)
+_RESIZED_AS_VIEW = ("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor")
+
+
 class QwenPreprocessor(ImagePreprocessor):
     """Qwen's resize to whole patches, normalisation and patching."""
 
@@ -217,10 +222,22 @@ class QwenPreprocessor(ImagePreprocessor):
         return f"{size['shortest_edge']} {size['longest_edge']}"
 
     def read(self, picture: Image, key: str, among: int) -> tuple[ImageInput, View]:
-        out = self.processor(images=[picture], return_tensors="pt")
+        out = self._processed(picture)
         t, h, w = (int(n) for n in out["image_grid_thw"][0])
         patch = int(self.processor.patch_size)
         return ImageInput(out["pixel_values"].float(), (t, h, w), key), View(*picture.size, w * patch, h * patch)
+
+    def _processed(self, picture: Image) -> Any:
+        """What the processor makes of a picture. A large one is resized here, as the processor would, which makes
+        further copies of it on the way."""
+        width, height = picture.size
+        if width * height <= LARGE or type(self.processor).__name__ not in _RESIZED_AS_VIEW:
+            return self.processor(images=[picture], return_tensors="pt")
+        patch, merge, size = int(self.processor.patch_size), int(self.processor.merge_size), self.processor.size
+        low, high = size["shortest_edge"], size["longest_edge"]
+        seen = View.qwen(width, height, patch_size=patch, merge_size=merge, min_pixels=low, max_pixels=high)
+        small = picture.resize((seen.resized_width, seen.resized_height), self.processor.resample)
+        return self.processor(images=[small], do_resize=False, return_tensors="pt")
 
     def picture(self, image: ImageInput) -> Image:
         t, h, w = image.shape

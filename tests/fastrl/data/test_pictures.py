@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 from pathlib import Path
@@ -239,6 +241,49 @@ def test_one_large_picture_is_open_at_a_time(tmp_path: Path, monkeypatch: pytest
         assert not opened.wait(0.2)
     assert opened.wait(10)
     thread.join()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "RGBa", "PA", "I;16", "I", "P"])
+def test_bands_change_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (37, 23, 4), dtype=np.uint8)
+    if mode.startswith("I"):
+        image = Image.fromarray(noise[..., 0].astype(np.uint16 if mode == "I;16" else np.int32) * 257)
+    else:
+        image = Image.fromarray(noise).convert(
+            "RGBA" if mode in ("RGBA", "RGBa") else "LA" if "a" in mode.lower() else "P"
+        )
+        image = image.convert(mode) if mode in ("La", "RGBa", "PA") else image
+    if mode == "P":
+        image.save(tmp_path / "p.png", transparency=bytes(range(200)))
+        image = tmp_path / "p.png"
+    whole = pixels(image)
+    monkeypatch.setattr(pictures, "BAND", 60)
+    assert (pixels(image) == whole).all()
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import numpy, PIL.PngImagePlugin
+from fastrl.data.pictures import opened_picture
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+before = peak()
+with opened_picture(Path(sys.argv[1])) as picture:
+    width, height = picture.size
+print((peak() - before) / (width * height))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("mode", "most"), [("RGB", 4), ("RGBA", 8), ("L", 5), ("I;16", 6)])
+def test_peak_memory_of_a_large_picture(tmp_path: Path, mode: str, most: int) -> None:
+    """Bytes a pixel: PIL has 4 for RGB, RGBA and LA, 1 for grey, 2 for 16-bit grey; what docs/data.md says."""
+    Image.new(mode, (4100, 4000)).save(tmp_path / "x.png", compress_level=1)
+    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "x.png"], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < most + 1.5
 
 
 # ---- for servers

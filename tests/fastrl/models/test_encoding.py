@@ -13,6 +13,7 @@ from PIL import Image
 from fastrl.answers import View
 from fastrl.data.records import Record
 from fastrl.models import EncodeError, Policy, load_policy
+from fastrl.models.families import qwen2_vl
 
 IMAGE = {"type": "image"}
 
@@ -62,6 +63,17 @@ def test_files_and_pictures_of_other_modes(policy: Policy, tmp_path: Path) -> No
     assert len({image.key for image in prompt.images}) == 1
     grey, _ = policy.encode(record(("user", [IMAGE]), images=(noise(60, 60).convert("L"),)))
     assert grey.images[0].shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (33, 90), (300, 301)])
+def test_a_large_picture_gives_the_same_numbers_with_less_memory(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    usual, view = policy.preprocessor.read(noise(*size), "", 1)
+    monkeypatch.setattr(qwen2_vl, "LARGE", 100)
+    small, same = policy.preprocessor.read(noise(*size), "", 1)
+    assert torch.equal(usual.pixel_values, small.pixel_values)
+    assert (usual.shape, view) == (small.shape, same)
 
 
 def test_equal_pictures_are_preprocessed_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

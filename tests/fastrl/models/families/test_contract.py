@@ -21,7 +21,7 @@ from torch import Tensor
 from fastrl.batch import Completion, Prompt, PromptGroup, pack_row
 from fastrl.models import Policy, load_policy
 from fastrl.models import decode_layers as decode_module
-from fastrl.models.families import families
+from fastrl.models.families import families, qwen2_vl
 from fastrl.models.families.base import Family
 from fastrl.plan.workload import packed
 from fastrl.rollout import Generator, Sampling
@@ -232,6 +232,18 @@ def test_a_picture_turned_back_gives_the_same_pixels(pair: Pair) -> None:
             again, _ = preprocessor(preprocessor.picture(image), images)
             assert torch.equal(again.pixel_values, image.pixel_values)
             assert (view.width, view.height) == source.size
+
+
+@pytest.mark.gate
+def test_a_large_picture_gives_the_same_pixels(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a family takes a cheaper path for it."""
+    shapes = ((640, 480), (33, 90), (300, 301))
+    read = pair.policy.preprocessor.read
+    usual = [read(picture(*shape, 1), "", 1) for shape in shapes]
+    monkeypatch.setattr(qwen2_vl, "LARGE", 100)
+    for (image, view), (same, seen) in zip(usual, [read(picture(*shape, 1), "", 1) for shape in shapes], strict=True):
+        assert (image.shape, view) == (same.shape, seen)
+        assert torch.equal(image.pixel_values, same.pixel_values)
 
 
 @pytest.mark.gate
