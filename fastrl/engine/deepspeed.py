@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastrl.engine.base import NonFiniteError, StepInfo, lr_scale, parameter_groups
 from fastrl.engine.names import unchanged
 from fastrl.engine.ranks import Ranks
+from fastrl.engine.shards import Expected, fault
 from fastrl.engine.watch import Watch
 
 if TYPE_CHECKING:
@@ -150,18 +151,41 @@ class DeepSpeedEngine:
             self._engine.save_checkpoint(
                 str(folder),
                 tag=_TAG,
-                client_state={"updates": self.updates},
+                client_state={"updates": self.updates, "moments": self._with_moments()},
                 save_latest=False,
                 exclude_frozen_parameters=True,
             )
 
     def load(self, folder: Path) -> None:
-        """Every rank reads its share."""
-        with self._watch.waiting("the checkpoint to resume from"):
-            found, client = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        if found is None:
-            raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
+        """Every rank reads its share. Raises ``ValueError``, on all ranks alike, where one of them cannot."""
+        mine = fault(folder / _TAG, self.rank, self.world_size, self._expected())
+        for found in self.gather(mine):
+            if found is not None:
+                raise ValueError(found)
+        try:
+            with self._watch.waiting("the checkpoint to resume from"):
+                path, client = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        except Exception as error:  # whatever it says, the message names the folder
+            said = " ".join(str(error).split())[:200]
+            raise ValueError(f"{folder / _TAG}: DeepSpeed cannot load it ({type(error).__name__}: {said})") from error
+        if path is None:
+            raise ValueError(f"{folder / _TAG}: DeepSpeed found no checkpoint there")
         self.updates = int(client["updates"])
+
+    def _expected(self) -> Expected:
+        module = self._engine.module
+        pieces = self._engine.optimizer.single_partition_of_fp32_groups if self._engine.zero_optimization() else None
+        return Expected(
+            {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad},
+            frozenset(module.state_dict()),
+            [tuple(p.shape) for group in self._engine.optimizer.param_groups for p in group["params"]],
+            None if pieces is None else [piece.numel() for piece in pieces],
+        )
+
+    def _with_moments(self) -> int:
+        """How many parameters have moments, where each has its own."""
+        inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        return 0 if self._engine.zero_optimization() else sum(bool(state) for state in inner.state.values())
 
     def saved_bytes(self) -> int:
         """The trained weights, in their type and in float32, and two moments."""
