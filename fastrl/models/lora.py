@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch import nn
 from fastrl.engine.names import matches
 from fastrl.models.families import PARTS, Family
 
-LANGUAGE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LANGUAGE_LINEARS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # GLM has gate and up in one layer
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,22 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any], family: Family) ->
         options["modules_to_save"] = [name for wanted in lora.also_train for name in _whole(core, wanted, family)]
     with warnings.catch_warnings():  # peft reads a property that newer transformers versions renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
+        with _without_model_type(core):
+            return get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
+
+
+@contextmanager
+def _without_model_type(core: Any) -> Iterator[None]:
+    """Inside, the config names no model type, by which peft would move the targets of some mixtures of experts from
+    linear layers to the experts' fused weights and leave out layers without experts."""
+    own = vars(core.config)
+    before = {key: own[key] for key in ("model_type",) if key in own}
+    core.config.model_type = ""
+    try:
+        yield
+    finally:
+        del core.config.model_type
+        own.update(before)
 
 
 def _chosen(core: nn.Module, targets: Iterable[str], family: Family) -> str:

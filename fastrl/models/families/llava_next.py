@@ -49,6 +49,37 @@ ONEVISION_7B: dict[str, Any] = {
 }
 
 
+_CLIP_336: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+def _next(
+    text_type: str, hidden: int, inner: int, layers: int, heads: int, kv: int, model_type: str = "llava_next"
+) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "text_config": {
+            "model_type": text_type,
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "vocab_size": 32064,
+            **({"sliding_window": None} if text_type == "mistral" else {}),
+        },
+        "vision_config": _CLIP_336,
+    }
+
+
 class LlavaNext(LlavaFamily):
     """LLaVA-NeXT: answers in 0-1 of the picture."""
 
@@ -58,6 +89,10 @@ class LlavaNext(LlavaFamily):
         "language": ("model.language_model", "lm_head"),
         "vision": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector", "model.image_newline"),
+    }
+    published: ClassVar = {  # sizes as in the config.json each model is published with
+        "llava-hf/llava-v1.6-mistral-7b-hf": _next("mistral", 4096, 14336, 32, 32, 8),
+        "llava-hf/llava-v1.6-vicuna-13b-hf": _next("llama", 5120, 13824, 40, 40, 40),
     }
 
     @classmethod
@@ -129,6 +164,9 @@ class LlavaNextVideo(LlavaNext):
 
     model_type: ClassVar[str] = "llava_next_video"
     served_images: ClassVar[int | None] = 0  # videos only
+    published: ClassVar = {
+        "llava-hf/LLaVA-NeXT-Video-7B-hf": _next("llama", 4096, 11008, 32, 32, 32, model_type="llava_next_video")
+    }
 
     @classmethod
     def model_class(cls) -> Any:

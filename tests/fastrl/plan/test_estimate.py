@@ -20,7 +20,7 @@ from fastrl.plan.trace import meta_model
 from fastrl.plan.workload import workload_of
 from fastrl.recipe import ModelRecipe, load_recipe, shipped_recipes
 
-# Parameters as the models' cards state them, in billions.
+# Parameters in billions as the models' cards or the sizes of their files state them.
 STATED = {
     "Qwen/Qwen2-VL-2B-Instruct": 2.21,
     "Qwen/Qwen2-VL-7B-Instruct": 8.29,
@@ -32,6 +32,9 @@ STATED = {
     "Qwen/Qwen3-VL-8B-Instruct": 8.77,
     "llava-hf/llava-1.5-7b-hf": 7.06,
     "llava-hf/llava-1.5-13b-hf": 13.35,
+    "llava-hf/llava-v1.6-mistral-7b-hf": 7.57,
+    "llava-hf/llava-v1.6-vicuna-13b-hf": 13.35,
+    "llava-hf/LLaVA-NeXT-Video-7B-hf": 7.06,
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8.03,
     "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": 0.256,
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": 0.507,

@@ -8,156 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastrl.batch import Completion, Prompt, PromptGroup, pack_row
-from fastrl.models import Policy, load_policy
 from fastrl.models import decode_layers as decode_module
+from fastrl.models import load_policy
 from fastrl.models.families import families, qwen2_vl
 from fastrl.models.families.base import Family
 from fastrl.plan.workload import packed
-from fastrl.rollout import Generator, Sampling
 from fastrl.run import keeping
 from fastrl.trainer import train
-from tests.helpers.families import BUILDS, Oracle, build_family
+from tests.helpers.contract import QUESTIONS, Pair, check_gradients, check_greedy, check_logp, check_sampler
+from tests.helpers.families import BUILDS, build_family
 from tests.helpers.planned import measured_and_planned
-from tests.helpers.rollouts import picture, record
+from tests.helpers.rollouts import picture
 from tests.helpers.training import make_recipe, make_records, steady_rows
-
-QUESTIONS: dict[int, tuple[str, tuple[Image.Image, ...]]] = {
-    0: ("How many squares?", ()),
-    1: ("Where is it?", (picture(84, 56, 1),)),
-    2: ("What is left of it?", (picture(84, 60, 1), picture(56, 112, 2))),
-}
-STEPS = 6
-
-
-@dataclass
-class Pair:
-    """A policy, and transformers' own model of the same folder."""
-
-    folder: Path
-    policy: Policy
-    oracle: Oracle
-    tolerance: float
-
-    def asked(self, images: int) -> tuple[Prompt, str, tuple[Image.Image, ...]]:
-        """A prompt with so many pictures, its rendered text, and the pictures."""
-        text, pictures = QUESTIONS[images]
-        one = record("q", text, pictures)
-        rendered = "".join(piece for piece, _ in self.policy.encoder._pieces(one, True))
-        return self.policy.encode(one)[0], rendered, pictures
-
-    def group(self, images: int) -> PromptGroup:
-        """A prompt with random answers of several lengths."""
-        rng = torch.Generator().manual_seed(images)
-        lengths = (4, 1, 7)
-        answers = [Completion(torch.randint(0, 256, (n,), generator=rng)) for n in lengths]
-        for answer in answers:
-            answer.per_token["weight"] = torch.randn(len(answer.token_ids), generator=rng)
-        return PromptGroup(self.asked(images)[0], answers)
-
-
-def pair_of(folder: Path, model_type: str) -> Pair:
-    return Pair(folder, load_policy(folder, device="cpu"), Oracle(folder, model_type), BUILDS[model_type].tolerance)
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(model_type: str) -> Path:
-        if model_type not in made:
-            made[model_type] = build_family(tmp_path_factory.mktemp(model_type), model_type)
-        return made[model_type]
-
-    return folder
-
-
-@pytest.fixture(params=sorted(BUILDS))
-def pair(request: pytest.FixtureRequest, folder_of: Callable[[str], Path]) -> Pair:
-    return pair_of(folder_of(request.param), request.param)
-
-
-@pytest.fixture
-def make_pair(folder_of: Callable[[str], Path]) -> Callable[[str], Pair]:
-    return lambda model_type: pair_of(folder_of(model_type), model_type)
-
-
-# The clauses
-
-
-def check_logp(pair: Pair) -> None:
-    """Log-probs of one packed row with 0, 1 and 2 pictures are those of a plain forward for each answer."""
-    groups = [pair.group(images) for images in QUESTIONS]
-    with torch.no_grad():
-        got = pair.policy.logprob(pack_row(groups)).logp
-        want = torch.cat(oracle_logps(pair, groups))
-    torch.testing.assert_close(got, want, rtol=pair.tolerance, atol=pair.tolerance)
-
-
-def check_gradients(pair: Pair) -> None:
-    """Every parameter's gradient is that of the layout in which each answer has prompt and pictures of its own."""
-    groups = [pair.group(images) for images in QUESTIONS]
-    batch = pack_row(groups)
-    pair.policy.core.zero_grad()
-    (pair.policy.logprob(batch).logp * batch.per_token["weight"]).sum().backward()
-    pair.oracle.model.zero_grad()
-    (torch.cat(oracle_logps(pair, groups)) * batch.per_token["weight"]).sum().backward()
-    got, want = gradients(pair.policy.core), gradients(pair.oracle.model)
-    idle = [name for name, _ in pair.policy.core.named_parameters() if name not in want]
-    known = BUILDS[pair.policy.family.model_type].idle
-    assert all(any(part in name for part in known) for name in idle), f"no gradient at all: {idle}"
-    scale = max(float(gradient.norm()) for gradient in want.values())
-    for name, gradient in want.items():
-        assert name in got, f"{name}: no gradient"
-        # Some gradients are zero up to rounding (a key's bias: softmax ignores it); those compare with the whole.
-        allowed = 10 * pair.tolerance * max(float(gradient.norm()), 1e-3 * scale)
-        assert float((got[name] - gradient).norm()) <= allowed, name
-
-
-def check_greedy(pair: Pair, decode: str = "eager") -> None:
-    """Greedy answers are ``generate``'s, token for token."""
-    asked = [pair.asked(images) for images in QUESTIONS]
-    generator = Generator(pair.policy, decode=decode)
-    found = generator.generate([prompt for prompt, *_ in asked], Sampling(1, STEPS, temperature=0))
-    for (_, rendered, pictures), (answer,) in zip(asked, found, strict=True):
-        with torch.no_grad():
-            want = pair.oracle.generate(rendered, pictures, STEPS, pair.policy.suppressed_token_ids)
-        assert answer.token_ids.tolist() == want.tolist()
-
-
-def check_sampler(pair: Pair, decode: str = "eager") -> None:
-    """Log-probs that the sampler reports are those that the trainer computes of the same answers."""
-    prompts = [pair.asked(images)[0] for images in QUESTIONS]
-    rng = torch.Generator().manual_seed(0)
-    answers = Generator(pair.policy, decode=decode).generate(prompts, Sampling(3, STEPS), rng)
-    batch = pack_row([PromptGroup(p, a) for p, a in zip(prompts, answers, strict=True)])
-    with torch.no_grad():
-        logp = pair.policy.logprob(batch).logp
-    torch.testing.assert_close(batch.per_token["sampler_logp"], logp, rtol=0, atol=pair.tolerance)
-
-
-def oracle_logps(pair: Pair, groups: Sequence[PromptGroup]) -> list[Tensor]:
-    asked = {len(group.prompt.images): pair.asked(len(group.prompt.images)) for group in groups}
-    found = []
-    for group in groups:
-        _, rendered, pictures = asked[len(group.prompt.images)]
-        found += [pair.oracle.logp(rendered, pictures, answer.token_ids) for answer in group.completions]
-    return found
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
 
 # Every family
 
@@ -299,9 +170,14 @@ def stop_after_six(row: dict[str, Any]) -> None:
         raise Stop
 
 
+SAVING = {"optim__states": "8bit", "model__gradient_checkpointing": True, "model__offload_activations": True}
+
+
 @pytest.mark.gate
-def test_ten_steps_are_finite_and_resume_bit_for_bit(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [{}, SAVING], ids=["plain", "8-bit moments, activations recomputed and offloaded"])
+def test_ten_steps_are_finite_and_resume_bit_for_bit(pair: Pair, tmp_path: Path, keys: dict[str, Any]) -> None:
     options = {"optim__steps": 10, "checkpoint__every": 5, "rollout__max_new_tokens": 4, "data__prompts_per_step": 2}
+    options |= keys
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(make_recipe(pair.folder, whole, **options), records=make_records(), show=False)
     recipe = make_recipe(pair.folder, parts, **options)
