@@ -19,6 +19,7 @@ from fastrl.config.sections import (
     CheckpointRecipe,
     DataRecipe,
     EngineRecipe,
+    EvalRecipe,
     LogRecipe,
     LoraRecipe,
     ModelRecipe,
@@ -38,6 +39,7 @@ __all__ = [
     "CheckpointRecipe",
     "DataRecipe",
     "EngineRecipe",
+    "EvalRecipe",
     "LogRecipe",
     "LoraRecipe",
     "ModelRecipe",
@@ -87,6 +89,7 @@ class Recipe(Section):
     reward: RewardRecipe = RewardRecipe()  # type: ignore[call-arg]
     optim: OptimRecipe
     checkpoint: CheckpointRecipe = CheckpointRecipe()  # type: ignore[call-arg]
+    eval: EvalRecipe = EvalRecipe()  # type: ignore[call-arg]
     log: LogRecipe = LogRecipe()  # type: ignore[call-arg]
     engine: EngineRecipe = EngineRecipe()  # type: ignore[call-arg]
 
@@ -189,10 +192,17 @@ class Recipe(Section):
             rewards[found.name] = self.reward.model_copy(update=changes)
         return rewards
 
+    @property
+    def eval_spec(self) -> str:
+        """``eval.spec`` with ``max_image_pixels`` added; of clips it says itself which frames. Raises ``DataError``."""
+        return self._read(own_spec(self.eval.adapter, self.eval.spec))
+
     def _spec(self, spec: str, adapter: str | None) -> str:
+        return self._read(with_options(own_spec(adapter, spec), frames=self.data.frames, sample=self.data.sample))
+
+    def _read(self, spec: str) -> str:
         most = self.data.max_image_pixels
-        chosen = with_options(own_spec(adapter, spec), frames=self.data.frames, sample=self.data.sample)
-        return chosen if most == MAX_IMAGE_PIXELS else with_reading(chosen, max_image_pixels=most)
+        return spec if most == MAX_IMAGE_PIXELS else with_reading(spec, max_image_pixels=most)
 
     def dump(self) -> str:
         """The resolved recipe as YAML, every key written out."""

@@ -23,6 +23,7 @@ from fastrl.data.sound_stream import SoundStream
 from fastrl.data.stream import RecordStream
 from fastrl.engine import make_engine
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
+from fastrl.evaluate.during import Evaluation, EvaluationError, held_out
 from fastrl.methods import Clock, Context, Method, Prepared, make_method
 from fastrl.methods.rollouts import RecipeRewards, functions_of
 from fastrl.recipe import Recipe, load_records
@@ -32,20 +33,22 @@ from fastrl.run.callbacks import Callbacks
 from fastrl.run.checkpoint import RunState
 from fastrl.run.folder import begin_run, offer_earlier, open_run_folder
 from fastrl.run.integrity import Damaged
-from fastrl.run.keeping import watch_rewards
+from fastrl.run.keeping import BEST, folder_of, keep_best, kept, rotate, watch_rewards
+from fastrl.run.loggers import RunInfo, make_loggers
 from fastrl.run.metrics import (
     Meter,
     MetricsLog,
     NoLog,
     group_metrics,
     over_ranks,
-    sample_table,
     sampler_gap,
     source_metrics,
     work_metrics,
 )
+from fastrl.run.outlets import Outlets
 from fastrl.run.profiling import profiled
 from fastrl.run.progress import Progress
+from fastrl.run.samples import Sample, sample_table
 from fastrl.run.signals import stop_signals
 
 if TYPE_CHECKING:
@@ -75,6 +78,8 @@ class Summary:
     interrupted: bool  # stopped before its last step by Ctrl-C, SIGTERM or a callback's StopRun, after saving
     checkpoint: Path | None  # the newest one
     last: dict[str, Any] = field(default_factory=dict)  # the last row of metrics
+    best: Path | None = None  # the checkpoint of the best evaluation
+    stopped_early: bool = False  # as evaluations did not get better (eval.patience)
 
     @property
     def model(self) -> Path | None:
@@ -89,6 +94,7 @@ def train(
     from_step: int | None = None,
     accept_changed_data: bool = False,
     records: Sequence[Record] | None = None,
+    eval_records: Sequence[Record] | None = None,
     policy: Policy | None = None,
     callbacks: Iterable[object] = (),
     on_step: Callable[[dict[str, Any]], None] | None = None,
@@ -103,6 +109,7 @@ def train(
         from_step: with ``resume``, go on from the checkpoint of that step; later ones are set aside.
         accept_changed_data: with ``resume``, go on though the data is not what the run began with.
         records: the data, where it is not to be loaded from ``recipe.data.spec``.
+        eval_records: what is evaluated on while training, where it is not to be loaded from ``recipe.eval.spec``.
         policy: the model, where it is not to be loaded from ``recipe.model``; it is trained in place.
         callbacks: objects with any of ``on_step(row)``, ``on_samples(rows)``, ``on_checkpoint(path)`` and
             ``on_eval(row)`` (``fastrl.run.callbacks.Callback``), called on the first rank. ``StopRun`` raised in one
@@ -114,8 +121,8 @@ def train(
     Raises:
         CheckpointError: the folder holds a run and ``resume`` is off, another process trains in it, a checkpoint is
             damaged, or could not be written.
-        TrainingError: a loss or gradient that is not finite, or a reward that is no usable number; the message has the
-            step and the records.
+        TrainingError: a loss or gradient that is not finite, a reward that is no usable number, or an evaluation that
+            could not be made; the message has the step and the records.
         TypeError: a callback without a hook, or with a misspelt one.
         ValueError: recipe, data and model do not fit each other.
     """
@@ -124,14 +131,15 @@ def train(
     if not resume and (from_step is not None or accept_changed_data):
         raise ValueError("from_step and accept_changed_data (--from-step, --accept-changed-data) go with resume")
     writes = _is_first_rank(recipe)  # the other ranks of a distributed run write nothing but their part of checkpoints
-    told = Callbacks(callbacks if writes else ())
-    told.add(on_step=on_step)
+    listeners = Callbacks(callbacks if writes else ())
+    listeners.add(on_step=on_step)
+    loggers = make_loggers(recipe.log.to) if writes else {}
     with ExitStack() as stack:
         if writes:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(checkpoint.lock_run(out))
         saved, notes = open_run_folder(recipe, resume=resume, writes=writes, from_step=from_step)
-        run = Run(recipe, records=records, policy=policy)
+        run = Run(recipe, records=records, eval_records=eval_records, policy=policy)
         stack.callback(run.policy.preprocessor.close)
         stack.callback(run.context.close)
         done = 0
@@ -142,76 +150,82 @@ def train(
             run.check_space()
         if writes:  # only now: whatever is wrong was said, and the folder is as it was
             notes += begin_run(recipe, done)
-        log = MetricsLog(out, tensorboard=recipe.log.tensorboard, after=done) if writes else NoLog()
-        stack.callback(log.close)
+            notes += run.resume_best() if done else []
         steps, every = recipe.optim.steps, recipe.log.every
         progress = stack.enter_context(Progress(steps, done=done, every=every, show=show and writes))
+        about = RunInfo(out.resolve().name, out, recipe.log.project, recipe.model_dump(mode="json"), done)
+        log = MetricsLog(out, loggers, about, progress.note) if writes else NoLog()
+        stack.callback(log.close)
+        told = Outlets(log, progress, listeners)
         for text in (run.skipped, *notes):
-            if text:
-                progress.note(text)
-                log.note(done, text)
+            told.note(done, text)
         stop = stack.enter_context(stop_signals(progress.note))
         traced = stack.enter_context(profiled(out, steps=steps - done, enabled=profile and writes))
+
+        def asked() -> bool:
+            """Whether somebody asked the run to stop: every rank stops after the same step."""
+            return run.engine.maximum(float(stop.is_set() or told.reason is not None)) > 0
+
         row: dict[str, Any] = {}
-        stopping = equal = False
-        while done < steps and not stopping:
+        stopping = False
+        if run.evaluation.due(done):  # before the first step; or a stop had come before it was done
+            if run.evaluate(done, told) and writes:
+                keep_best(out, done)
+            stopping = asked()
+        while done < steps and not stopping and not run.evaluation.over:
             done += 1
             back = run.bookmark()
             try:
-                row, table = run.step(done)
+                row, samples = run.step(done)
             except TrainingError as error:
                 if back is None or done == 1 or not isinstance(error.__cause__, RewardError):
                     raise
                 back()
-                log.sync()
-                checkpoint.save_checkpoint(out, done - 1, run.state, keep=recipe.checkpoint.keep)
+                run.save(done - 1, told)
                 raise TrainingError(f"{error}. Step {done - 1} was saved: go on from it with --resume") from error
-            equal |= row.get("reward/group_std") == 0.0  # no group has anything to learn from
             traced()
             for problem in run.broken_pictures():
-                progress.note(f"passed over {problem}")
-            log.write(row)
-            progress.step(row)
-            if table:
-                log.samples(done, table)
-                progress.samples(done, table)
-                told.samples(done, table)
-            told.step(row)
-            wants_stop = stop.is_set() or told.reason is not None
-            stopping = run.engine.maximum(float(wants_stop)) > 0  # every rank stops after the same step
-            last = done == steps and recipe.checkpoint.final
-            due = recipe.checkpoint.every and done % recipe.checkpoint.every == 0
-            if due or last or stopping:
-                run.check_weights(done)
-                log.sync()
-                with run.clock.phase("checkpoint"):
-                    if writes and (said := watch_rewards(out, equal)):
-                        progress.note(said)
-                        log.note(done, said)
-                    saved = checkpoint.save_checkpoint(out, done, run.state, keep=recipe.checkpoint.keep)
-                equal = False
+                told.say(f"passed over {problem}")
+            told.step(row, samples)
+            stopping = asked()
+            better = False
+            if run.evaluation.due(done) and not stopping:  # else it is done when the run goes on
+                better = run.evaluate(done, told)
+                stopping = asked()
+            if run.saves_after(done) or stopping or better or run.evaluation.over:
+                saved = run.save(done, told)
                 told.checkpoint(saved)
-                stopping |= run.engine.maximum(float(told.reason is not None)) > 0
-        interrupted = stopping and done < steps
+                stopping = stopping or asked()
+        early = run.evaluation.over and done < steps
+        told.note(done, run.evaluation.verdict(done))
+        interrupted = stopping and done < steps and not early
         if interrupted:
             why = f" ({told.reason})" if told.reason is not None else ""
-            progress.note(f"stopped after step {done}{why}; go on with --resume")
+            told.say(f"stopped after step {done}{why}; go on with --resume")
         run.engine.close()
-    return Summary(out, done, time.monotonic() - start, interrupted, saved, row)
+    seconds = time.monotonic() - start
+    return Summary(out, done, seconds, interrupted, saved, row, run.best_checkpoint, early)
 
 
 class Run:
     """Model, data, method and engine of a run, and what one step does with them."""
 
     def __init__(
-        self, recipe: Recipe, *, records: Sequence[Record] | None = None, policy: Policy | None = None
+        self,
+        recipe: Recipe,
+        *,
+        records: Sequence[Record] | None = None,
+        eval_records: Sequence[Record] | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.recipe = recipe
         self.clock = Clock()
+        self._equal = False  # whether in a step since the last save all groups had equal rewards
         functions = functions_of(recipe.reward, recipe.mix_rewards) if recipe.scores_groups else None
         # First: bad rows are reported at once
         data = records if records is not None else _load_records(recipe, functions)
         self.skipped = data.summary if isinstance(data, Dataset) else ""  # rows that no record was made of
+        measured = held_out(recipe, eval_records, functions)
         if recipe.data.blank_images:
             data = BlankImages(data)
         _use_own_device(recipe)
@@ -260,8 +274,9 @@ class Run:
         self.reads_reference = self.method.reads_reference(recipe.method)
         if self.reads_reference and recipe.model.lora is None:
             self.policy.make_reference()
+        self.evaluation = Evaluation(recipe, measured, self.context, self.engine)
         base = checkpoint.fingerprint(self.policy.core)
-        self.state = RunState(self.policy, self.engine, self.stream, rng, self.method, base)
+        self.state = RunState(self.policy, self.engine, self.stream, rng, self.method, base, self.evaluation)
 
     def load(self, saved: Path, accept_changed_data: bool) -> checkpoint.Loaded:
         """Go to where a checkpoint was written."""
@@ -274,6 +289,52 @@ class Run:
             )
         except Damaged as error:
             raise offer_earlier(self.recipe.folder, saved, error) from None
+
+    def evaluate(self, number: int, told: Outlets) -> bool:
+        """Measure the weights after a step; whether they are the best so far. Where that cannot be done, the step is
+        saved before ``TrainingError`` says so: the evaluation is made when the run goes on."""
+        try:
+            found = self.evaluation.measure(number)
+        except EvaluationError as error:
+            if not number:
+                raise TrainingError(str(error)) from error
+            self.save(number, told)
+            raise TrainingError(f"{error}. Step {number} was saved: go on from it with --resume") from error
+        told.evaluation(found.row, found.short, found.text)
+        return found.better
+
+    def saves_after(self, number: int) -> bool:
+        """Whether a step is followed by a checkpoint, whatever else happened."""
+        settings = self.recipe.checkpoint
+        last = number == self.recipe.optim.steps and settings.final
+        return last or (settings.every > 0 and number % settings.every == 0)
+
+    def save(self, number: int, told: Outlets) -> Path:
+        """Write the checkpoint of a step, after the log's rows; keep it where it is the best. Returns its folder."""
+        out, first, count = self.recipe.folder, self.engine.rank == 0, self.recipe.checkpoint.keep
+        self.check_weights(number)
+        told.log.sync()
+        with self.clock.phase("checkpoint"):
+            if first and not folder_of(out, number).exists():
+                told.note(number, watch_rewards(out, self._equal))
+            self._equal = False
+            saved = checkpoint.save_checkpoint(out, number, self.state, keep=count)
+            if first and self.evaluation.best.step == number:
+                keep_best(out, number)
+                rotate(out, count)
+        return saved
+
+    def resume_best(self) -> list[str]:
+        """After a checkpoint was loaded: keep the one that was the best then. Returns what a user should know."""
+        if self.evaluation.held_out is None:
+            return []
+        return [self.evaluation.note, keep_best(self.recipe.folder, self.evaluation.best.step)]
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint of the best evaluation, if it is there."""
+        step = kept(self.recipe.folder).get(BEST) if self.evaluation.held_out is not None else None
+        return folder_of(self.recipe.folder, step) if step is not None else None
 
     def bookmark(self) -> Callable[[], None] | None:
         """What takes back a step that a function of the user's own broke off; None: there is none, or several ranks."""
@@ -292,7 +353,7 @@ class Run:
         if self.recipe.checkpoint.every or self.recipe.checkpoint.final:
             require_space(self.recipe.folder / "checkpoints", checkpoint.bytes_needed(self.state))
 
-    def step(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def step(self, number: int) -> tuple[dict[str, Any], list[Sample]]:
         """One rollout batch and its updates. Returns the row of metrics and, when one is due, a table of samples."""
         recipe, method, meter = self.recipe, self.method, Meter()
         if self.context.features is not None:
@@ -330,7 +391,9 @@ class Run:
         every = recipe.log.samples_every
         table = sample_table(prepared.sampled, recipe.log.samples) if every and (number - 1) % every == 0 else []
         row |= work_metrics(prepared.sampled, self.clock.read())
-        return over_ranks(self.engine.gather(row)), table
+        row = over_ranks(self.engine.gather(row))
+        self._equal |= row.get("reward/group_std") == 0.0  # no group has anything to learn from
+        return row, table
 
     def broken_pictures(self) -> list[Problem]:
         """What was passed over since the last call because its pictures cannot be decoded."""

@@ -112,6 +112,8 @@ def train(
     say(f"step {summary.steps}, {summary.seconds:.0f} s, {summary.out / 'metrics.jsonl'}")
     if summary.model is not None:
         say(f"model: {summary.model}")
+    if summary.best is not None:
+        say(f"best: {summary.best / 'model'}")
     if summary.interrupted:
         raise typer.Exit(130)
 

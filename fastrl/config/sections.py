@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fastrl.config.limits import MAX_IMAGE_PIXELS
+from fastrl.config.registry import nearest
 from fastrl.http import check_url
 
 
@@ -299,6 +301,44 @@ class CheckpointRecipe(Section):
     """Write one after the last step. `false` for a run that is only measured."""
 
 
+class EvalRecipe(Section):
+    """Evaluation while training, by the protocols of ``fastrl eval``."""
+
+    spec: str = ""
+    """The data to evaluate on, as `fastrl eval --data` takes it; none: no evaluation while training."""
+    adapter: str | None = None
+    """As `data.adapter`."""
+    every: int = Field(100, ge=1)
+    """Steps between evaluations; the last step is evaluated in any case."""
+    at_start: bool = True
+    """Evaluate before the first step as well, to compare with."""
+    n: int | None = Field(None, ge=1)
+    """Evaluate on the first records alone; none: on all."""
+    metric: str | None = Field(None, min_length=1)
+    """The metric that says which step is the best, without `eval/`; none: the first of the task's protocol."""
+    mode: Literal["max", "min"] | None = None
+    """Whether more or less of the metric is better; none: as is known of it."""
+    samples: int = Field(1, ge=0)
+    """Answers to each record beside the greedy one, sampled as in training (`eval/sampled/…`: their means); `0`:
+    none."""
+    max_new_tokens: int | None = Field(None, ge=1, le=2**20)
+    """Longest answer; none: the protocol's. Lower it where answers are short, to save time."""
+    batch: int = Field(64, ge=1)
+    """Prompts answered at once. Lower it where memory is short."""
+    patience: int | None = Field(None, ge=1)
+    """Stop the run after this many evaluations in a row without a better one; none: never."""
+    min_delta: float = Field(0.0, ge=0)
+    """What is better has to be so by more than this."""
+
+    @field_validator("spec", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return "" if value is None else value
+
+
+LOGGERS = ("tensorboard", "wandb", "trackio")
+
+
 class LogRecipe(Section):
     every: int = Field(1, ge=1)
     """Steps between lines on the console; `metrics.jsonl` has every step."""
@@ -306,8 +346,43 @@ class LogRecipe(Section):
     """Steps between tables of sample answers (`samples.jsonl`, for `fastrl report`); `0`: never."""
     samples: int = Field(4, ge=1)
     """Answers in such a table."""
-    tensorboard: bool = True
-    """Also write TensorBoard events, where it is installed."""
+    to: list[str] | None = None
+    """Where numbers and samples go beside the run's folder: `tensorboard`, `wandb`, `trackio`, or a class of your own,
+    `my_logger.py:Logger`; none: `tensorboard`, where it is installed."""
+    project: str | None = Field(None, min_length=1)
+    """Of wandb and trackio; none: `WANDB_PROJECT`, else `fastrl`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tensorboard(cls, values: Any) -> Any:
+        """``tensorboard: true`` or ``false``, of recipes from before ``to``."""
+        if not isinstance(values, Mapping) or "tensorboard" not in values:
+            return values
+        values = dict(values)
+        wanted, to = values.pop("tensorboard"), values.get("to")
+        if not isinstance(wanted, bool):
+            raise ValueError(f"tensorboard is true or false, got {wanted!r:.40}; log.to replaces it")
+        named = [to] if isinstance(to, str) else to
+        if not wanted:
+            values["to"] = [name for name in named or () if name != "tensorboard"]
+        elif named is not None and "tensorboard" not in named:
+            values["to"] = ["tensorboard", *named]
+        return values
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("to")
+    @classmethod
+    def _known(cls, value: list[str] | None) -> list[str] | None:
+        for name in value or ():
+            if name not in LOGGERS and ":" not in name:
+                near = nearest(name, LOGGERS)
+                hint = f"; did you mean {near}?" if near else ";"
+                raise ValueError(f"no logger {name!r}{hint} there are {', '.join(LOGGERS)} and my_logger.py:Logger")
+        return list(dict.fromkeys(value)) if value is not None else None
 
 
 class EngineRecipe(Section):

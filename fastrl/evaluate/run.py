@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from fastrl.batch import Completion
     from fastrl.captions import Similarity
     from fastrl.models.load import Policy
-    from fastrl.rollout import Sampling
+    from fastrl.rollout import Generator, Sampling
+    from fastrl.rollout.vllm import VllmGenerator
 
 # Longest answer of each protocol (Perception-R1's released evaluation code, Video-UTR's demonstration)
 MAX_NEW_TOKENS = {
@@ -41,15 +42,24 @@ PORTION = 64  # prompts encoded and answered together; bounds the pixels held at
 
 
 def sample_records(
-    policy: Policy, records: Sequence[Record], sampling: Sampling, seed: int = 0, portion: int = PORTION
+    policy: Policy,
+    records: Sequence[Record],
+    sampling: Sampling,
+    seed: int = 0,
+    portion: int = PORTION,
+    *,
+    generator: Generator | VllmGenerator | None = None,
 ) -> Iterator[tuple[Record, list[Completion]]]:
     """Each record, as the policy sees it (views and frame filled in), with its completions.
 
-    Records are read, encoded and answered ``portion`` at a time. Sampling is reproducible from ``seed``.
+    Records are read, encoded and answered ``portion`` at a time. Sampling is reproducible from ``seed``. ``generator``
+    is what answers; None: one of the policy's own.
     """
-    from fastrl.rollout import Generator
+    if generator is None:
+        from fastrl.rollout import Generator
 
-    generator, rng = Generator(policy), torch.Generator().manual_seed(seed)
+        generator = Generator(policy)
+    rng = torch.Generator().manual_seed(seed)
     for start in range(0, len(records), portion):
         encoded = [policy.encode(records[i]) for i in range(start, min(start + portion, len(records)))]
         found = generator.generate([prompt for prompt, _ in encoded], sampling, rng)
@@ -160,6 +170,14 @@ def _file_answers(
     return load_predictions(path, records, pixels=(least, most), **options)
 
 
+def check_answerable(task: str, records: Sequence[Record]) -> None:
+    """Raise ``ValueError`` for records that lack what a model is to see; answers from a file may do without."""
+    if task == "qa" and len(records) and not records[0].images:
+        raise ValueError(
+            "these questions come without pictures: give images= or videos= in their spec, or score --predictions"
+        )
+
+
 def _model_answers(
     task: str,
     model: str,
@@ -172,10 +190,7 @@ def _model_answers(
     wrong = next((r for r in records if r.task != task), None)
     if wrong is not None:
         raise ValueError(f"{wrong.source or wrong.id}: a {wrong.task} record cannot be evaluated as {task}")
-    if task == "qa" and len(records) and not records[0].images:
-        raise ValueError(
-            "these questions come without pictures: give images= or videos= in --data, or score --predictions"
-        )
+    check_answerable(task, records)
     sampling = Sampling(
         n=1, max_new_tokens=MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens, temperature=0.0
     )

@@ -111,6 +111,10 @@ class RecipeRewards:
             assert group.record is not None
             completion = group.completions[i]
             answers.append(Answer(completion.text, completion.token_ids.tolist(), group.record))
+        return self.score(answers)
+
+    def score(self, answers: Sequence[Answer]) -> list[Scored]:
+        """:meth:`scores` of answers that are in no group."""
         scored = [Scored({}, 0.0) for _ in answers]
         by_task: dict[tuple[str, str], list[int]] = {}
         by_function: dict[RewardFunction, list[int]] = {}

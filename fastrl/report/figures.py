@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrl.answers import View, parse_boxes, resolve_frame, to_original
-from fastrl.data.pictures import open_picture, picture_size
+from fastrl.data.pictures import open_picture
 from fastrl.data.records import Record
-
-TRUTH, PREDICTED = "#1a9850", "#d73027"
+from fastrl.run.samples import ANSWER, TRUTH, answer_boxes, true_boxes
 
 
 def before_after(
@@ -59,8 +57,10 @@ def draw_answer(axis: Any, record: Record, answer: str) -> None:
     axis.imshow(open_picture(record.images[0]))
     axis.set_xticks([])
     axis.set_yticks([])
-    truth = [record.target["box"]] if "box" in record.target else record.target.get("boxes") or []
-    for color, boxes, style in ((TRUTH, truth, "-"), (PREDICTED, answer_boxes(record, answer), "--")):
+    for color, boxes, style in (
+        (TRUTH, true_boxes(record), "-"),
+        (ANSWER, answer_boxes(record, answer), "--"),
+    ):
         for x1, y1, x2, y2 in boxes:
             axis.add_patch(
                 Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linestyle=style, linewidth=1.5)
@@ -93,17 +93,6 @@ def heat_maps(pictures: Sequence[tuple[Any, Sequence[Any]]], path: Path) -> None
     figure.suptitle("attention of each turn's answer on the picture", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def answer_boxes(record: Record, answer: str) -> list[tuple[float, ...]]:
-    """The boxes of an answer in pixels of the record's first image."""
-    parsed = parse_boxes(answer)
-    if record.views:
-        view = record.views[0]
-    else:
-        view = View.unresized(*picture_size(record.images[0]))
-    frame = resolve_frame(parsed, record.frame)
-    return [to_original(item.coords, frame, view) for item in parsed.items if len(item.coords) == 4]
 
 
 def _title(record: Record) -> str:

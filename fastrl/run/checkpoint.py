@@ -22,10 +22,10 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from fastrl.data.disk import require_space, sizes
 from fastrl.data.identity import Change, read_identity
 from fastrl.data.stream import DataChanged, RecordStream
 from fastrl.run.integrity import STATE, VERSION, CheckpointError, Damaged, checksums, read_header, read_json
-from fastrl.run.keeping import TEMPORARY, link, list_checkpoints, rotate, step_of
+from fastrl.run.keeping import TEMPORARY, folder_of, link, list_checkpoints, rotate, step_of
 
 if TYPE_CHECKING:
     from fastrl.engine.base import Engine
@@ -42,6 +42,16 @@ if TYPE_CHECKING:
     from fastrl.models.load import Policy
 
 DATA = "data.json"
+
+
+class Keeps(Protocol):
+    """A part of a run that knows something between steps."""
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load` needs, as JSON has it; empty: nothing."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass
@@ -54,6 +64,7 @@ class RunState:
     rng: torch.Generator
     method: Method | None = None
     base: str = ""  # fingerprint of the weights the run began with: those of its reference, or under its adapters
+    evaluation: Keeps | None = None
 
 
 class Loaded(NamedTuple):
@@ -71,7 +82,7 @@ def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
             checkpoints stay, and nothing of this one is left.
     """
     root = out / "checkpoints"
-    folder, temporary = root / f"step-{step:08d}", root / f"{TEMPORARY}{step:08d}"
+    folder, temporary = folder_of(out, step), root / f"{TEMPORARY}{step:08d}"
     if folder.exists():
         return folder  # complete, by the way it got its name, and a step is the same however often it is reached
     first = run.engine.rank == 0
@@ -224,9 +235,9 @@ def _save_rank(folder: Path, run: RunState) -> None:
         "python": [version, list(words), gauss],
         "numpy": [name, array.tolist(), *rest],
     }
-    kept = run.method.state() if run.method is not None else {}
-    if kept:
-        state["method"] = kept
+    for part, kept in (("method", run.method), ("evaluation", run.evaluation)):
+        if kept is not None and (found := kept.state()):
+            state[part] = found
     (folder / f"rank-{rank}.json").write_text(json.dumps(state))
     tensors = {"torch": torch.get_rng_state(), "sampler": run.rng.get_state()}
     if torch.cuda.is_available():
@@ -274,6 +285,9 @@ def _load_rank(folder: Path, state: dict[str, Any], run: RunState) -> None:
     if "method" in state and run.method is not None:
         with _usable(path, "what the method kept"):
             run.method.load(state["method"])
+    if "evaluation" in state and run.evaluation is not None:
+        with _usable(path, "what evaluations found"):
+            run.evaluation.load(state["evaluation"])
     with _usable(path, "the random state of Python"):
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))

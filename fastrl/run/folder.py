@@ -12,11 +12,12 @@ from fastrl.run.integrity import CheckpointError, Damaged, inspect
 from fastrl.run.keeping import clear_unfinished, kept, list_checkpoints, set_aside, step_of
 from fastrl.run.logs import cut_rows, has_rows
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 # A resumed run may be longer, log otherwise and lie elsewhere; whatever else changes makes it another run.
 FREE = (
     "optim.steps",
     "checkpoint.",
+    "eval.",
     "log.",
     "out",
     "name",
@@ -82,7 +83,8 @@ def begin_run(recipe: Recipe, done: int) -> list[str]:
     clear_unfinished(out)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     notes = [f"set aside, as its step will be done again: {path}" for path in set_aside(out, done)]
-    notes += [str(cut) for cut in (cut_rows(out / name, done) for name in LOGS) if str(cut)]
+    last = done if done else -1  # nothing of a run that begins anew, not even what was measured before its first step
+    notes += [str(cut) for cut in (cut_rows(out / name, last) for name in LOGS) if str(cut)]
     replace_file(out / "recipe.yaml", recipe.dump().encode())
     return notes
 

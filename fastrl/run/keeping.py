@@ -1,8 +1,8 @@
 """Which checkpoints a run has, and which of them stay: the last few, and those that ``checkpoints/keep.json`` names.
 
-``keep.json`` maps a reason to a step. ``best`` is for whoever evaluates (:func:`keep`), and ``OUT/best`` then leads to
-that model. :data:`BEFORE_EQUAL` is the last checkpoint from before rewards became equal within all groups of a step: a
-sign that the policy may have collapsed, and the place to go back to.
+``keep.json`` maps a reason to a step. ``best`` is for whoever evaluates (:func:`keep_best`): ``checkpoints/best`` then
+leads to that checkpoint, and ``OUT/best`` to its model. :data:`BEFORE_EQUAL` is the last checkpoint from before rewards
+became equal within all groups of a step: a sign that the policy may have collapsed, and the place to go back to.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
+def folder_of(out: Path, step: int) -> Path:
+    """Where a run's checkpoint of ``step`` is, or would be."""
+    return out / "checkpoints" / f"step-{step:08d}"
+
+
 def latest_checkpoint(out: Path) -> Path | None:
     """The last complete checkpoint of a run, if there is one; what a killed process left half-written is removed."""
     clear_unfinished(out)
@@ -75,8 +80,27 @@ def keep(out: Path, reason: str, step: int | None) -> None:
     if step is not None:
         steps[reason] = step
     replace_file(out / "checkpoints" / _KEPT, f"{json.dumps(steps)}\n".encode())
-    if reason == BEST and step is not None:
-        link(out / BEST, Path("checkpoints") / f"step-{step:08d}" / "model")
+    if reason == BEST:
+        _link_best(out, step)
+
+
+def keep_best(out: Path, step: int | None) -> str:
+    """Keep the checkpoint of ``step`` as the best one (None: of none). Returns a line where it is not there any more:
+    then none is kept."""
+    there = step is None or folder_of(out, step).is_dir()
+    keep(out, BEST, step if there else None)
+    return "" if there else f"the best checkpoint so far, of step {step}, is not there any more"
+
+
+def _link_best(out: Path, step: int | None) -> None:
+    inner, outer = out / "checkpoints" / BEST, out / BEST
+    if step is not None:
+        link(inner, Path(folder_of(out, step).name))
+        link(outer, (folder_of(out, step) / "model").relative_to(out))
+        return
+    for place in (inner, outer):
+        if place.is_symlink():
+            place.unlink()
 
 
 def watch_rewards(out: Path, equal: bool) -> str:

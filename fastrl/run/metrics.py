@@ -1,25 +1,25 @@
-"""What a step reports: numbers from its groups and micro-batches, written to ``metrics.jsonl`` and TensorBoard."""
+"""What a step reports: numbers from its groups and micro-batches, written to ``metrics.jsonl`` and to loggers."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import resource
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastrl.run.loggers import Loggers, RunInfo
 from fastrl.run.logs import Appended
+from fastrl.run.samples import Sample, with_picture
 
 if TYPE_CHECKING:
-    from fastrl.batch import Completion, PackedBatch, PromptGroup
-from fastrl.data.records import question_of
+    from fastrl.batch import PackedBatch, PromptGroup
 
 # Rows of two runs of one recipe are equal but for keys that begin with these.
 VOLATILE = ("time/", "speed/", "memory/")
@@ -179,58 +179,55 @@ def memory() -> dict[str, float]:
     return found
 
 
-def sample_table(groups: Sequence[PromptGroup], n: int) -> list[dict[str, Any]]:
-    """Best and worst answer of the first groups, ``n`` rows at most: id, task, question, answer, rewards, views."""
-    rows = []
-    for group in groups[: max(1, n // 2)]:
-        ranked = sorted(group.completions, key=lambda c: -c.scalars.get("reward", 0.0))
-        picked: list[Completion] = ranked[:1] if len(ranked) == 1 else [ranked[0], ranked[-1]]
-        for completion in picked:
-            record = group.record
-            rows.append(
-                {
-                    "id": record.id if record else "",
-                    "task": record.task if record else "",
-                    "question": question_of(record.messages) if record else "",
-                    "answer": completion.text,
-                    "reward": completion.scalars.get("reward"),
-                    "rewards": completion.rewards,
-                    "frame": record.frame if record else "auto",  # what the answer's coordinates mean, with views
-                    "views": [dataclasses.astuple(view) for view in record.views] if record else [],
-                }
-            )
-    return rows[:n]
-
-
 class MetricsLog:
-    """``OUT/metrics.jsonl`` (one row a step), ``OUT/samples.jsonl``, ``OUT/notes.jsonl`` (what the run was told or
-    found, as a resume from other data), and TensorBoard events where it is installed.
+    """``OUT/metrics.jsonl`` (one row a step), ``OUT/samples.jsonl``, ``OUT/eval.jsonl`` (one row an evaluation),
+    ``OUT/notes.jsonl`` (what the run was told or found, as a resume from other data), and the loggers of ``log.to``.
 
-    A row is there whole or not at all. Where one cannot be written, an ``OSError`` names the file.
+    A row is there whole or not at all. Where one cannot be written, an ``OSError`` names the file; what a logger
+    raises is said and noted.
 
     Args:
         out: the run's folder.
-        tensorboard: whether to write ``OUT/tensorboard``.
-        after: rows of later steps are gone (a resume): TensorBoard is told to forget them.
+        loggers: of ``make_loggers``.
+        run: what they are told of the run; needed where there are any.
+        say: shows a line to whoever watches the run.
     """
 
-    def __init__(self, out: Path, *, tensorboard: bool = True, after: int = 0) -> None:
+    def __init__(
+        self,
+        out: Path,
+        loggers: Mapping[str, Any] | None = None,
+        run: RunInfo | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._rows = Appended(out / "metrics.jsonl")
         self._samples = Appended(out / "samples.jsonl")
+        self._evaluations = Appended(out / "eval.jsonl")
         self._notes = Appended(out / "notes.jsonl")
-        self._board = _summary_writer(out / "tensorboard", after) if tensorboard else None
+        self._files = (self._rows, self._samples, self._evaluations, self._notes)
+        self._step = run.step if run is not None else 0  # the last that was heard of
+
+        def tell(text: str) -> None:
+            say(text)
+            self.note(self._step, text)
+
+        self._loggers = Loggers(loggers, run, tell) if loggers and run is not None else None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One row; numbers that are not finite become null, as JSON has no word for them."""
         self._rows.write(_json_line(row))
-        if self._board is not None:
-            for key, value in row.items():
-                if key != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    self._board.add_scalar(key, value, row["step"])
+        self._log(row)
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """One row of an evaluation."""
+        self._evaluations.write(_json_line(row))
+        self._log(row)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Sample answers of a step."""
-        self._samples.write("".join(_json_line({"step": step, **row}) for row in rows))
+        self._samples.write("".join(_json_line({"step": step, **sample.row}) for sample in samples))
+        if self._loggers is not None:
+            self._loggers.samples(step, lambda: [with_picture(sample) for sample in samples])
 
     def note(self, step: int, text: str) -> None:
         """Something about the run, found after ``step``."""
@@ -238,16 +235,19 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Flush to the disk (before a checkpoint, so that it never knows of a step the log does not)."""
-        for file in (self._rows, self._samples, self._notes):
+        for file in self._files:
             file.sync()
-        if self._board is not None:
-            self._board.flush()
 
     def close(self) -> None:
-        for file in (self._rows, self._samples, self._notes):
+        if self._loggers is not None:
+            self._loggers.close()
+        for file in self._files:
             file.close()
-        if self._board is not None:
-            self._board.close()
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        self._step = row["step"]
+        if self._loggers is not None:
+            self._loggers.log(self._step, row)
 
 
 class NoLog:
@@ -255,7 +255,9 @@ class NoLog:
 
     def write(self, row: Mapping[str, Any]) -> None: ...
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def evaluation(self, row: Mapping[str, Any]) -> None: ...
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None: ...
 
     def note(self, step: int, text: str) -> None: ...
 
@@ -282,11 +284,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
     return value
-
-
-def _summary_writer(folder: Path, after: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=after + 1 if after else None)

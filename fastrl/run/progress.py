@@ -30,6 +30,7 @@ class Progress:
         self._task: Any = None
         self._start = time.monotonic()
         self._first = done
+        self._evaluated = ""  # the last evaluation
 
     def __enter__(self) -> Progress:
         if self._show and self._stream.isatty():
@@ -44,7 +45,8 @@ class Progress:
     def step(self, row: Mapping[str, Any]) -> None:
         """A step is done; ``row`` is its line of metrics."""
         self.done = int(row["step"])
-        text = "  ".join(f"{_NAMES.get(k, k)} {row[k]:.4g}" for k in _SHOWN if isinstance(row.get(k), int | float))
+        parts = [f"{_NAMES.get(k, k)} {row[k]:.4g}" for k in _SHOWN if isinstance(row.get(k), int | float)]
+        text = "  ".join([*parts, *([f"eval {self._evaluated}"] if self._evaluated else [])])
         if self._live is not None:
             self._live.update(self._task, completed=self.done, text=text)
         elif self._show and (self.done % self.every == 0 or self.done == self.steps):
@@ -58,6 +60,11 @@ class Progress:
         minutes, seconds = divmod(round(left), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+
+    def evaluation(self, short: str, text: str) -> None:
+        """An evaluation is done: ``text`` on a line of its own, and ``short`` beside the steps from here on."""
+        self._evaluated = short
+        self.note(text)
 
     def note(self, message: str) -> None:
         """A line about the run."""

@@ -24,6 +24,7 @@ from fastrl.run.integrity import CheckpointError
 from fastrl.run.logs import read_rows
 from fastrl.run.metrics import Meter, MetricsLog
 from fastrl.run.progress import Progress, printable
+from fastrl.run.samples import Sample
 from fastrl.trainer import Run, TrainingError, load_model, train
 from tests.helpers.training import make_recipe, make_records, steady_rows
 
@@ -426,9 +427,9 @@ def test_printable_cuts_and_escapes() -> None:
 
 
 def test_log_writes_json_whatever_the_numbers(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     log.write({"step": 1, "a": float("nan"), "b": float("inf"), "c": 1})
-    log.samples(1, [{"answer": "\ud800 lone"}])
+    log.samples(1, [Sample({"answer": "\ud800 lone"}, None)])
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": None, "b": None, "c": 1}
     assert json.loads((tmp_path / "samples.jsonl").read_text())["answer"] == "? lone"

@@ -51,3 +51,9 @@ def steady_rows(out: Path) -> list[dict[str, Any]]:
     """Rows of a run's metrics without times, speeds and memory."""
     rows = read_rows(out / "metrics.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows]
+
+
+def steady_evaluations(out: Path) -> list[dict[str, Any]]:
+    """Rows of a run's evaluations without their times."""
+    rows = read_rows(out / "eval.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastrl.run.logs import Appended, cut_rows, read_rows
 from fastrl.run.metrics import MetricsLog
+from fastrl.run.samples import Sample
 from tests.helpers.disk import file_size_limit
 
 BAD = (b"not json", b"[1]", b"null", b"3", b"{}", b'{"step": "1"}', b'{"step": 1.0}', b'{"step": true}', b'{"st')
@@ -55,14 +56,15 @@ def test_a_log_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "notes.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "eval.jsonl", "notes.jsonl"])
 def test_a_full_disk_names_the_log_and_the_bytes(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to("/dev/full")
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
 
     def write() -> None:
         log.write({"step": 1})
-        log.samples(1, [{}])
+        log.samples(1, [Sample({}, None)])
+        log.evaluation({"step": 1})
         log.note(1, "text")
 
     with pytest.raises(OSError, match=r"No space left on device \(needs \d\d bytes, [\d,]+ are free\)") as error:

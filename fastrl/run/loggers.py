@@ -1,0 +1,283 @@
+"""Where a run's numbers and samples go beside its folder: TensorBoard, wandb, trackio, or a class of a user's own.
+
+A logger is a guest: what it raises is said once, and the run goes on without it. Each is imported when it is named.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fastrl.config.registry import nearest
+from fastrl.config.usercode import UserCodeError, load_function, where_it_raised
+from fastrl.run.progress import printable
+
+FAILURES = 3  # in a row, after which a logger is left alone
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a logger is told of a run when it begins."""
+
+    name: str  # of its folder
+    folder: Path
+    project: str | None  # ``log.project``
+    recipe: Mapping[str, Any]  # every key, plain values
+    step: int  # the steps done: of a resume more than 0, and what was logged of later steps is void
+
+
+class Logger:
+    """The hooks and their defaults. A subclass, or any class with a ``log``, is taken.
+
+    All are called in the training process, on the first rank only, one after another: what waits in one holds up the
+    run. Whatever is raised is said once and never ends the run; after three failures in a row it is called no more.
+    """
+
+    def open(self, run: RunInfo) -> None:
+        """Before the first step. A logger that fails here is not called again."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """The numbers of a step, as in ``metrics.jsonl``, or of an evaluation after it (``eval/…``), as in
+        ``eval.jsonl``. Those that are not finite are left out."""
+        raise NotImplementedError
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sample answers of a step: the rows of ``samples.jsonl``, and ``picture``: a PIL image of at most 448 pixels a
+        side with the true boxes in green and those of the answer in red, or None."""
+
+    def close(self) -> None:
+        """After the last step, however the run ended, unless the process was killed."""
+
+
+HOOKS = tuple(name for name in vars(Logger) if not name.startswith("_"))
+
+
+class TensorBoard(Logger):
+    """Event files in ``OUT/tensorboard``."""
+
+    def open(self, run: RunInfo) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1 if run.step else None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        import numpy as np
+
+        self._writer.add_text("samples", _markdown(rows), step)
+        for number, row in enumerate(rows):
+            if row["picture"] is not None:
+                self._writer.add_image(f"samples/{number}", np.asarray(row["picture"]), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb(Logger):
+    """Weights & Biases; ``WANDB_MODE=offline`` keeps all of it in ``OUT/wandb``. A resume goes on with the same run."""
+
+    def open(self, run: RunInfo) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        kept = run.folder / "wandb-id"
+        if not (run.step and kept.is_file()):
+            kept.write_text(uuid.uuid4().hex[:8])
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=run.project or (None if os.environ.get("WANDB_PROJECT") else "fastrl"),
+            name=run.name,
+            id=kept.read_text().strip(),
+            resume="allow",
+            dir=str(run.folder),
+            config=dict(run.recipe),
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        cells = [_cells(row, self._wandb.Image) for row in rows]
+        table = self._wandb.Table(columns=list(cells[0]), data=[list(row.values()) for row in cells])
+        self._run.log({"samples": table}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio(Logger):
+    """trackio, in its folder on this machine (``TRACKIO_DIR``), or where its own variables say."""
+
+    def open(self, run: RunInfo) -> None:
+        import trackio  # pyright: ignore[reportMissingImports]
+
+        self._trackio = trackio
+        with redirect_stdout(sys.stderr):  # what it prints is no result of a command
+            self._run = trackio.init(
+                project=run.project or "fastrl",
+                name=run.name,
+                config=dict(run.recipe),
+                resume="allow" if run.step else "never",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        table = self._trackio.Table(data=[_cells(row, self._trackio.Image) for row in rows])
+        self._run.log({"samples": table}, step=step)
+
+    def close(self) -> None:
+        with redirect_stdout(sys.stderr):
+            self._run.finish()
+
+
+BUILT_IN: Mapping[str, type[Logger]] = MappingProxyType(
+    {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+)
+
+
+def make_loggers(names: Sequence[str] | None) -> dict[str, Any]:
+    """The loggers that ``log.to`` names, none of them opened yet; None: TensorBoard where it is installed.
+
+    Raises:
+        ValueError: one that is not installed, a file or class that is not there, or a class that is no logger.
+    """
+    if names is None:
+        return {name: BUILT_IN[name]() for name in ("tensorboard",) if _installed(name)}
+    made: dict[str, Any] = {}
+    for name in names:
+        if name in BUILT_IN:
+            if not _installed(name):
+                raise ValueError(f"log.to: {name} is not installed: pip install 'fastrl[track]', or leave it out")
+            made[name] = BUILT_IN[name]()
+        else:
+            made[name] = _own(name)
+    return made
+
+
+class Loggers:
+    """Several loggers as one, by name. What one raises is said once, with its name.
+
+    Args:
+        loggers: as :func:`make_loggers` gives them.
+        run: what each is opened with.
+        say: told of failures.
+    """
+
+    def __init__(self, loggers: Mapping[str, Any], run: RunInfo, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._failed = dict.fromkeys(loggers, 0)  # times in a row
+        self._said: set[str] = set()
+        self._loggers = dict(loggers)
+        for name in loggers:
+            if not self._call(name, "open", run, more="it is not called again"):
+                del self._loggers[name]
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """A row of metrics; what is no finite number is left out."""
+        values = {key: float(v) for key, v in row.items() if key != "step" and _is_finite(v)}
+        self._all("log", step, values)
+
+    def samples(self, step: int, rows: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+        """Sample answers, made only where somebody takes them."""
+        if any(hasattr(logger, "samples") for logger in self._loggers.values()):
+            self._all("samples", step, rows())
+
+    def close(self) -> None:
+        """Close all."""
+        for name in list(self._loggers):
+            self._call(name, "close", more="some of what it was told may be lost")
+        self._loggers = {}
+
+    def _all(self, hook: str, step: int, value: Any) -> None:
+        for name in list(self._loggers):
+            given = dict(value) if isinstance(value, Mapping) else [dict(row) for row in value]
+            more = f"it is called until it fails {FAILURES} times in a row"
+            if self._call(name, hook, step, given, more=more):
+                self._failed[name] = 0
+                continue
+            self._failed[name] += 1
+            if self._failed[name] == FAILURES:
+                self._call(name, "close", more="")
+                del self._loggers[name]
+
+    def _call(self, name: str, hook: str, *given: Any, more: str) -> bool:
+        """Whether a hook could be called; one that a logger does not have can."""
+        function = getattr(self._loggers[name], hook, None)
+        if function is None:
+            return True
+        try:
+            function(*given)
+        except (Exception, SystemExit) as error:  # whatever a logger does, it is no reason to end a run
+            if name not in self._said:
+                self._said.add(name)
+                what = f"{where_it_raised(error)}{type(error).__name__}: {error}"
+                self._say(f"logger {name} failed in {hook}: {what}; the run goes on, {more}")
+            return False
+        return True
+
+
+def _own(name: str) -> Any:
+    """A logger of a user's own, made without arguments."""
+    try:
+        made = load_function(name)()
+    except UserCodeError as error:
+        raise ValueError(f"log.to: {error}") from None
+    except Exception as error:
+        what = f"{where_it_raised(error)}{type(error).__name__}: {error}"
+        raise ValueError(
+            f"log.to: {name} cannot be made without arguments: {what} (what may fail belongs into open)"
+        ) from error
+    if isinstance(made, Logger):
+        if type(made).log is Logger.log:
+            raise ValueError(f"log.to: {name} has no log(step, values)")
+    elif not callable(getattr(made, "log", None)):
+        raise ValueError(f"log.to: {name} has no log(step, values); a logger may have {', '.join(HOOKS)}")
+    for attribute in dir(type(made)):
+        known = attribute.startswith("_") or attribute in HOOKS or not callable(getattr(type(made), attribute))
+        if not known and (near := nearest(attribute, HOOKS, cutoff=0.8)):
+            raise ValueError(f"log.to: {name}: {attribute} is no hook of a logger; did you mean {near}?")
+    return made
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _cells(row: Mapping[str, Any], image: Callable[[Any], Any]) -> dict[str, Any]:
+    """The columns of a table of samples."""
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in row["rewards"].items())
+    texts = {name: str(row[name]) for name in ("id", "question", "answer")}
+    picture = image(row["picture"]) if row["picture"] is not None else None
+    return {"picture": picture, **texts, "reward": row["reward"], "rewards": parts}
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    def cell(text: object) -> str:
+        return printable(text, 300).replace("|", "\\|")
+
+    lines = ["| id | question | answer | reward |", "|---|---|---|---|"]
+    for row in rows:
+        reward = "" if row["reward"] is None else f"{row['reward']:.3f}"
+        lines.append(f"| {cell(row['id'])} | {cell(row['question'])} | {cell(row['answer'])} | {reward} |")
+    return "\n".join(lines)
