@@ -22,6 +22,7 @@ from fastrl.config.usercode import UserCodeError, load_function, where_it_raised
 from fastrl.run.progress import printable
 
 FAILURES = 3  # in a row, after which a logger is left alone
+CAPTION = 300  # characters under a picture
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,13 @@ class Wandb(Logger):
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         cells = [_cells(row, self._wandb.Image) for row in rows]
         table = self._wandb.Table(columns=list(cells[0]), data=[list(row.values()) for row in cells])
-        self._run.log({"samples": table}, step=step)
+        # Offline, a table's pictures lie in wandb's own folder; these lie in the run's.
+        pictures = [
+            self._wandb.Image(row["picture"], caption=f"{row['id']}: {row['answer']}"[:CAPTION])
+            for row in rows
+            if row["picture"] is not None
+        ]
+        self._run.log({"samples": table, **({"samples/pictures": pictures} if pictures else {})}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -125,7 +132,7 @@ class Trackio(Logger):
 
         self._trackio = trackio
         with redirect_stdout(sys.stderr):  # what it prints is no result of a command
-            self._run = trackio.init(
+            trackio.init(
                 project=run.project or "fastrl",
                 name=run.name,
                 config=dict(run.recipe),
@@ -136,15 +143,15 @@ class Trackio(Logger):
             )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._trackio.log(dict(values), step=step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         table = self._trackio.Table(data=[_cells(row, self._trackio.Image) for row in rows])
-        self._run.log({"samples": table}, step=step)
+        self._trackio.log({"samples": table}, step=step)
 
     def close(self) -> None:
         with redirect_stdout(sys.stderr):
-            self._run.finish()
+            self._trackio.finish()
 
 
 BUILT_IN: Mapping[str, type[Logger]] = MappingProxyType(
