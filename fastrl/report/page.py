@@ -66,15 +66,19 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     rows, others = read_anyhow(metrics)
     if not rows:
         raise ValueError(f"{metrics} has no row yet")
-    samples, broken = read_anyhow(run / "samples.jsonl") if (run / "samples.jsonl").is_file() else ([], 0)
+    samples, broken = _read(run / "samples.jsonl")
+    evaluations, unread = _read(run / "eval.jsonl")
     stored = run / "recipe.yaml"
     recipe = stored.read_bytes().decode("utf-8", "replace") if stored.is_file() else ""
     stepped, without = _with_steps(rows)
-    notes = [without, _left_out(others, "metrics.jsonl"), _left_out(broken, "samples.jsonl")]
+    evaluated = [row for row in evaluations if is_step(row.get("step")) and is_number(row["step"])]
+    lines = {"metrics.jsonl": others, "samples.jsonl": broken, "eval.jsonl": unread + len(evaluations) - len(evaluated)}
+    notes = [without, *(_left_out(count, name) for name, count in lines.items())]
     parts = [
         f"<h1>{shown(run.resolve().name)}</h1>",
-        f"<p>{shown(headline(stepped))}</p>",
+        f"<p>{shown(headline(stepped, evaluated))}</p>",
         *(f"<p>{note}</p>" for note in notes if note),
+        _evaluation_section(evaluated),
         f'<h2>Curves</h2><div class="charts">{"".join(_charts(stepped))}</div>',
         _sample_section(samples, stored),
         f"<h2>Recipe</h2><pre>{shown(recipe, 100_000)}</pre>" if recipe else "",
@@ -85,6 +89,11 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page + "\n".join(parts) + "</html>\n")
     return out
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a log that a run need not have, and how many of its lines are none."""
+    return read_anyhow(path) if path.is_file() else ([], 0)
 
 
 def _with_steps(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
@@ -102,16 +111,21 @@ def _left_out(lines: int, name: str) -> str:
     return f"Left out: {lines} of the lines of {name}, which cannot be read." if lines else ""
 
 
-def headline(rows: Sequence[Mapping[str, Any]]) -> str:
+def headline(rows: Sequence[Mapping[str, Any]], evaluated: Sequence[Mapping[str, Any]] = ()) -> str:
     """One sentence: steps, time, and the mean reward of the first and the last tenth of the steps."""
-    seconds = math.fsum(row["time/step"] for row in rows if is_number(row.get("time/step")))
-    text = f"{len(rows)} steps, {seconds / 60:.1f} minutes"
+    text = f"{len(rows)} steps, {_minutes(rows, 'time/step')} minutes"
+    if evaluated:
+        text += f", {len(evaluated)} evaluations, {_minutes(evaluated, 'time/eval')} minutes"
     rewards = [float(row["reward/mean"]) for row in rows if is_number(row.get("reward/mean"))]
     if not rewards:
         return text
     tenth = max(1, len(rewards) // 10)
     first, last = statistics.fmean(rewards[:tenth]), statistics.fmean(rewards[-tenth:])
     return f"{text}; mean reward {first:.3f} in the first tenth of them, {last:.3f} in the last"
+
+
+def _minutes(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    return f"{math.fsum(row[key] for row in rows if is_number(row.get(key))) / 60:.1f}"
 
 
 def families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -126,6 +140,30 @@ def families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return {name: found[name] for name in (*FAMILIES, "other") if name in found}
 
 
+def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The keys of evaluations by metric: of greedy answers, and of sampled ones beside them. The number of records is
+    left out."""
+    found: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for row in rows for key, value in row.items() if is_number(value)):
+        metric = key.removeprefix("eval/").removeprefix("sampled/")
+        if key.startswith("eval/") and metric.rpartition("/")[2] != "n":
+            found.setdefault(metric, []).append(key)
+    return found
+
+
+def _evaluation_section(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A chart of each metric, the best step marked."""
+    if not rows:
+        return ""
+    best = max((row["step"] for row in rows if row.get("best") is True), default=None)
+    charts = [
+        f'<img alt="{html.escape(plain(name, 60))}" src="{_chart(label(name), keys, rows, best)}">'
+        for name, keys in measured(rows).items()
+    ]
+    said = f"<p>Best after step {best} (dotted line).</p>" if best is not None else ""
+    return f'<h2>Evaluation</h2>{said}<div class="charts">{"".join(charts)}</div>'
+
+
 def _prefixes(starts: Iterable[str]) -> tuple[str, ...]:
     return tuple(start for start in starts if "/" in start)
 
@@ -135,8 +173,9 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         yield f'<img alt="{html.escape(name)}" src="{_chart(name, keys, rows)}">'
 
 
-def _chart(name: str, keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A chart of some metrics over the steps, as the address of an image that is in the page itself."""
+def _chart(name: str, keys: Sequence[str], rows: Sequence[Mapping[str, Any]], mark: int | None = None) -> str:
+    """A chart of some metrics over the steps, as the address of an image that is in the page itself. ``mark``: a step
+    with a dotted line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -146,6 +185,8 @@ def _chart(name: str, keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
     for key in keys:
         points = [(float(row["step"]), float(row[key])) for row in rows if is_number(row.get(key))]
         axis.plot(*zip(*points, strict=True), linewidth=1.2, label=label(key), marker="." if len(points) == 1 else "")
+    if mark is not None:
+        axis.axvline(float(mark), color="gray", linestyle=":", linewidth=1)
     axis.set_title(name, fontsize=10)
     axis.set_xlabel("step", fontsize=8)
     axis.tick_params(labelsize=8)

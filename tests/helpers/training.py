@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastrl.data.records import Record
 from fastrl.recipe import Recipe, build_recipe
+from fastrl.run import keeping
 from fastrl.run.logs import read_rows
 from fastrl.run.metrics import VOLATILE
 
@@ -57,3 +60,17 @@ def steady_evaluations(out: Path) -> list[dict[str, Any]]:
     """Rows of a run's evaluations without their times."""
     rows = read_rows(out / "eval.jsonl")
     return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows]
+
+
+def same_ending(a: Path, b: Path) -> None:
+    """The last checkpoints and the metrics of two runs are equal."""
+    assert steady_rows(a) == steady_rows(b)
+    first, second = keeping.latest_checkpoint(a), keeping.latest_checkpoint(b)
+    assert first is not None
+    assert second is not None
+    assert first.name == second.name
+    for name in ("optimizer.safetensors", "model/model.safetensors", "rank-0.safetensors"):
+        left, right = load_file(first / name), load_file(second / name)
+        assert left.keys() == right.keys()
+        assert [key for key in left if not torch.equal(left[key], right[key])] == []
+    assert (first / "rank-0.json").read_text() == (second / "rank-0.json").read_text()

@@ -3,63 +3,103 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastrl.recipe import Recipe
+from fastrl.run import keeping
 from fastrl.run.logs import read_rows
 from fastrl.trainer import train
-from tests.helpers.training import make_recipe, steady_rows
+from tests.helpers.mixture import evaluated, mixture
+from tests.helpers.training import same_ending, steady_evaluations, steady_rows
 
 Folder = Callable[[str], Path]
+REPO = Path(__file__).resolve().parents[3]
 
 
-def recipe(tiny_folder: Folder, out: Path, **changes: Any) -> Recipe:
-    pytest.importorskip("pyarrow")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
+CHILD = """
+    import os, signal, sys
+    from pathlib import Path
+    import torch
+    torch.set_num_threads({threads})
+    from fastrl.trainer import train
+    from tests.helpers.mixture import evaluated
 
-    table, picture = out.parent / "words.parquet", out.parent / "w.png"
-    if not table.is_file():
-        Image.new("RGB", (56, 56), "blue").save(picture)
-        bytes_of = {"bytes": picture.read_bytes(), "path": None}
-        rows = [{"image": bytes_of, "text": f"the fox {i}", "level": i % 5} for i in range(12)]
-        pq.write_table(pa.Table.from_pylist(rows), table, row_group_size=4)
-    values: dict[str, Any] = {
-        "data__spec": "",
-        "data__mix": [
-            {"name": "words", "spec": f"ocr:{table}", "weight": {0: 1.0, 4: 3.0}},
-            {"name": "boxes", "spec": "scenes:grounding?n=10&size=56", "reward": {"options": {"format": "none"}}},
-        ],
-        "data__prompts_per_step": 4,
-        "data__shuffle_buffer": 4,
-        "optim__steps": 6,
-        "checkpoint__every": 2,
-        **changes,
-    }
-    return make_recipe(tiny_folder("qwen2_5"), out, **values)
+    def die(row):
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(evaluated(Path({model!r}), Path({out!r})), on_step=die, show=False)
+"""
 
 
-def test_a_mixture_runs_with_a_reward_for_each_part_and_goes_on_exactly(tiny_folder: Folder, tmp_path: Path) -> None:
-    train(recipe(tiny_folder, tmp_path / "whole"), show=False)
-    rows = read_rows(tmp_path / "whole/metrics.jsonl")
+class Stop(Exception):
+    """Ends a run between two steps, unasked."""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that was never stopped."""
+    out = tmp_path_factory.mktemp("mixture") / "whole"
+    train(evaluated(tiny_folder("qwen2_5"), out), show=False)
+    return out
+
+
+def test_a_mixture_runs_with_a_reward_for_each_part(whole: Path) -> None:
+    rows = read_rows(whole / "metrics.jsonl")
     assert all(row["source/words/prompts"] + row["source/boxes/prompts"] == 4 for row in rows)
     assert rows[0]["source/words/prompts"] < rows[-1]["source/words/prompts"]
     assert {"source/words/reward/text", "source/boxes/reward/iou", "source/boxes/reward/mean"} <= set(rows[0])
     assert "source/boxes/reward/format" not in rows[0]
-    samples = [json.loads(line) for line in (tmp_path / "whole/samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert {str(sample["id"]).split("/")[0] for sample in samples} <= {"words", "boxes"}
-    train(recipe(tiny_folder, tmp_path / "parts", optim__steps=2), show=False)
-    train(recipe(tiny_folder, tmp_path / "parts"), resume=True, show=False)
-    assert steady_rows(tmp_path / "parts") == steady_rows(tmp_path / "whole")
+
+
+def goes_on_as(whole: Path, out: Path, model: Path) -> None:
+    """A run that ended after step 3 and goes on is, to the bit, the one that never stopped, evaluations and all."""
+    assert [row["step"] for row in steady_rows(out)] == [1, 2, 3]
+    assert train(evaluated(model, out), resume=True, show=False).steps == 6
+    same_ending(whole, out)
+    assert steady_evaluations(out) == steady_evaluations(whole)
+    assert [row["step"] for row in steady_evaluations(out)] == [0, 2, 4, 6]
+    best = [(folder / "checkpoints" / "best").resolve() for folder in (whole, out)]
+    assert best[0].name == best[1].name
+    assert keeping.kept(whole) == keeping.kept(out)
+
+
+def test_a_mixture_with_a_table_and_evaluations_goes_on_exactly(tiny_folder: Folder, whole: Path) -> None:
+    def stop(row: dict[str, Any]) -> None:
+        if row["step"] == 3:  # after a checkpoint: the step is lost and done again
+            raise Stop
+
+    model, out = tiny_folder("qwen2_5"), whole.parent / "parts"
+    with pytest.raises(Stop):
+        train(evaluated(model, out), on_step=stop, show=False)
+    goes_on_as(whole, out, model)
+
+
+@pytest.mark.gate
+def test_a_mixture_with_a_table_and_evaluations_survives_kill_9(tiny_folder: Folder, whole: Path) -> None:
+    model, out = tiny_folder("qwen2_5"), whole.parent / "killed"
+    values = {"threads": torch.get_num_threads(), "model": str(model), "out": str(out)}
+    script = textwrap.dedent(CHILD).format(**values)
+    places = [str(REPO), str(REPO / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    goes_on_as(whole, out, model)
 
 
 def test_a_curriculum_of_one_data_set_begins_easy(tiny_folder: Folder, tmp_path: Path) -> None:
-    recipe(tiny_folder, tmp_path / "x")
+    mixture(tiny_folder("qwen2_5"), tmp_path / "x")
     changes = {
         "data__spec": f"ocr:{tmp_path / 'words.parquet'}",
         "data__mix": [],
@@ -68,6 +108,6 @@ def test_a_curriculum_of_one_data_set_begins_easy(tiny_folder: Folder, tmp_path:
         "log__samples_every": 1,
         "log__samples": 4,
     }
-    train(recipe(tiny_folder, tmp_path / "easy", **changes), show=False)
+    train(mixture(tiny_folder("qwen2_5"), tmp_path / "easy", **changes), show=False)
     samples = [json.loads(line) for line in (tmp_path / "easy/samples.jsonl").read_text().splitlines()]
     assert {int(sample["id"]) % 5 for sample in samples} == {0}  # level 0 alone

@@ -20,14 +20,15 @@ from fastrl.config.sections import LOGGERS
 from fastrl.data.records import Record
 from fastrl.data.scenes import scene_record
 from fastrl.recipe import RecipeError
-from fastrl.run.loggers import BUILT_IN, FAILURES, Logger, Loggers, RunInfo, make_loggers
+from fastrl.run.loggers import BUILT_IN, FAILURES, Logger, Loggers, make_loggers
 from fastrl.run.logs import read_rows
-from fastrl.run.metrics import MetricsLog
 from fastrl.run.samples import SIDE, Sample, drawn, with_picture
 from fastrl.trainer import train
+from tests.helpers.logged import SAMPLES, SIZE, info, write
 from tests.helpers.training import make_recipe, make_records
 
 Folder = Callable[[str], Path]
+REPO = Path(__file__).resolve().parents[3]
 SMALL = {"data__prompts_per_step": 1, "rollout__group_size": 2, "rollout__max_new_tokens": 4, "optim__steps": 2}
 MINE = '''
 import json
@@ -282,7 +283,7 @@ def test_a_picture_shows_the_true_boxes_and_those_of_the_answer() -> None:
     assert picture.getpixel((70, 80)) == red
     assert picture.getpixel((30, 40)) == (255, 255, 255)
     assert white.getpixel((10, 40)) == (255, 255, 255)  # the record's own is as it was
-    large = drawn(seen(images=(Image.new("RGB", (2000, 1000)),), views=()), "nothing")
+    large = drawn(seen(images=(Image.new("RGB", (2000, 1000)),)), "nothing")
     assert large.size == (SIDE, SIDE // 2)
 
 
@@ -293,29 +294,6 @@ def test_a_sample_without_a_picture_is_shown_without_one(record: Record | None) 
 
 # The built-in ones, for real
 
-ROWS = [{"step": 1, "reward/mean": 0.125}, {"step": 2, "reward/mean": 0.25}]
-SAMPLES = [
-    {"id": "r1", "question": "a | b", "answer": "[1, 2, 30, 40]\x1b[31m", "reward": 0.5, "rewards": {"iou": 0.5}},
-    {"id": "r2", "question": "?", "answer": "", "reward": None, "rewards": {}},
-]
-
-
-def info(folder: Path, step: int = 0) -> RunInfo:
-    return RunInfo("words", folder, "birds", {"optim": {"lr": 0.5}}, step)
-
-
-def write(name: str, out: Path) -> list[str]:
-    """A run that is stopped after its first step and goes on, told to a logger; what was said of failures."""
-    said: list[str] = []
-    for done in (0, 1):
-        log = MetricsLog(out, make_loggers([name]), info(out, done), said.append)
-        log.write(ROWS[done])
-        if not done:
-            log.samples(1, [Sample(SAMPLES[0], seen(images=(Image.new("RGB", (40, 30)),))), Sample(SAMPLES[1], None)])
-        log.evaluation({"step": done + 1, "eval/f1": 0.5, "best": True})
-        log.close()
-    return said
-
 
 def test_tensorboard_holds_numbers_texts_and_pictures(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -325,7 +303,7 @@ def test_tensorboard_holds_numbers_texts_and_pictures(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.125), (2, 0.25)]
     assert [(e.step, e.value) for e in events.Scalars("eval/f1")] == [(1, 0.5), (2, 0.5)]
     (picture,) = events.Images("samples/0")
-    assert (picture.step, picture.width, picture.height) == (1, 40, 30)
+    assert (picture.step, picture.width, picture.height) == (1, *SIZE)
     (text,) = events.Tensors("samples/text_summary")
     shown = text.tensor_proto.string_val[0].decode()
     assert r"| r1 | a \| b | [1, 2, 30, 40]\x1b[31m | 0.500 |" in shown
@@ -354,21 +332,16 @@ def test_wandb_holds_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     (picture,) = (tmp_path / "out").rglob("media/images/**/*.png")
     with Image.open(picture) as image:
-        assert image.size == (40, 30)
+        assert image.size == SIZE
 
 
 def test_trackio_holds_a_run_in_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, as trackio reads its folder when it is imported."""
     pytest.importorskip("trackio")
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path; from test_loggers import write\n"
-        "assert write('trackio', Path(sys.argv[1])) == []"
-    )
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    command = [sys.executable, "-m", "tests.helpers.logged", "trackio", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""  # what it prints is no result of a command
     with sqlite3.connect(tmp_path / "trackio" / "birds.db") as base:
@@ -384,4 +357,4 @@ def test_trackio_holds_a_run_in_a_local_folder(tmp_path: Path, monkeypatch: pyte
     (table,) = (row["samples"]["_value"] for _, _, row in found if "samples" in row)
     assert [row["answer"] for row in table] == [sample["answer"] for sample in SAMPLES]
     with Image.open(tmp_path / "trackio" / "media" / table[0]["picture"]["file_path"]) as image:
-        assert image.size == (40, 30)
+        assert image.size == SIZE

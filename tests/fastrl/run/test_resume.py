@@ -17,13 +17,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from fastrl.run import keeping
 from fastrl.run.integrity import CheckpointError
 from fastrl.run.logs import read_rows
 from fastrl.trainer import train
-from tests.helpers.training import make_recipe, make_records, steady_rows
+from tests.helpers.training import make_recipe, make_records, same_ending, steady_rows
 
 Folder = Callable[[str], Path]
 REPO = Path(__file__).resolve().parents[3]
@@ -31,20 +30,6 @@ REPO = Path(__file__).resolve().parents[3]
 
 class Stop(Exception):
     """Stands for anything that ends a run between two steps."""
-
-
-def same_ending(a: Path, b: Path) -> None:
-    """The last checkpoints and the metrics of two runs are equal."""
-    assert steady_rows(a) == steady_rows(b)
-    first, second = keeping.latest_checkpoint(a), keeping.latest_checkpoint(b)
-    assert first is not None
-    assert second is not None
-    assert first.name == second.name
-    for name in ("optimizer.safetensors", "model/model.safetensors", "rank-0.safetensors"):
-        left, right = load_file(first / name), load_file(second / name)
-        assert left.keys() == right.keys()
-        assert [key for key in left if not torch.equal(left[key], right[key])] == []
-    assert (first / "rank-0.json").read_text() == (second / "rank-0.json").read_text()
 
 
 @pytest.mark.parametrize(
