@@ -157,7 +157,7 @@ def train(
         log = MetricsLog(out, loggers, about, progress.note) if writes else NoLog()
         stack.callback(log.close)
         told = Outlets(log, progress, listeners)
-        for text in (run.skipped, *notes):
+        for text in (run.skipped, run.evaluation.skipped, *notes):
             told.note(done, text)
         stop = stack.enter_context(stop_signals(progress.note))
         traced = stack.enter_context(profiled(out, steps=steps - done, enabled=profile and writes))

@@ -21,6 +21,7 @@ KNOWN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "lr_scheduler_type": "optim.schedule",
         "num_iterations": "optim.updates_per_batch",
         "num_generations": "rollout.group_size",
+        "rollout.n": "rollout.group_size",
         "max_completion_length": "rollout.max_new_tokens",
         "max_tokens": "rollout.max_new_tokens",
         "kl_coef": "method.beta",
@@ -30,6 +31,16 @@ KNOWN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "output_dir": "out",
         "save_steps": "checkpoint.every",
         "save_total_limit": "checkpoint.keep",
+        "eval_steps": "eval.every",
+        "eval_on_start": "eval.at_start",
+        "test_freq": "eval.every",
+        "val_freq": "eval.every",
+        "val_before_train": "eval.at_start",
+        "metric_for_best_model": "eval.metric",
+        "greater_is_better": "eval.mode",
+        "early_stopping_patience": "eval.patience",
+        "report_to": "log.to",
+        "logger": "log.to",
     }
 )
 
@@ -74,7 +85,8 @@ def _nearest(loc: Sequence[str], valid: Iterable[str]) -> str:
     section = ".".join(part for part in loc[:-1] if not part.isdigit())
     prefix = f"{section}." if section else ""
     siblings = [p for p in paths if p.startswith(prefix) and "." not in p[len(prefix) :]]
-    exact = next((p for p in paths if p.rpartition(".")[2] == loc[-1]), KNOWN_ELSEWHERE.get(loc[-1]))
+    same = next((p for p in paths if p.rpartition(".")[2] == loc[-1]), KNOWN_ELSEWHERE.get(loc[-1]))
+    exact = KNOWN_ELSEWHERE.get(prefix + loc[-1], same)
     if exact in paths:  # a valid key in the wrong section, or another trainer's name for one
         return f"; did you mean {exact}?"
     near = difflib.get_close_matches(loc[-1], [p[len(prefix) :] for p in siblings], n=1, cutoff=0.6)

@@ -178,6 +178,12 @@ class Evaluation:
         """The recipe's ``eval``."""
         return self.recipe.eval
 
+    @property
+    def skipped(self) -> str:
+        """A line about rows of the set that no record was made of; empty where there are none."""
+        summary = self.held_out.summary if self.held_out is not None else ""
+        return f"eval.spec: {summary}" if summary else ""
+
     def due(self, step: int) -> bool:
         """Whether it is time to measure the weights after ``step``, and that was not done yet."""
         if self.held_out is None or step == self._last:

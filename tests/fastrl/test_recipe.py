@@ -114,6 +114,8 @@ def test_a_mixture_that_cannot_be_is_refused(changes: list[str], message: str) -
         ("model.lora.rnak", "model.lora.rank"),
         ("temperature", "rollout.temperature"),
         ("optim.learning_rate", "optim.lr"),  # as other trainers call it
+        ("rollout.n", "rollout.group_size"),
+        ("report_to", "log.to"),
         ("num_generations", "rollout.group_size"),
     ],
 )

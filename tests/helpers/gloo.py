@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +20,8 @@ from fastrl.engine.base import StepInfo
 from fastrl.engine.local import LocalEngine
 from fastrl.engine.ranks import Ranks
 from fastrl.engine.watch import Watch
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 class GlooEngine(LocalEngine):
@@ -60,3 +66,17 @@ def environment(rank: int, port: int, repo: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(repo), str(repo / "kernels"), os.environ.get("PYTHONPATH", "")]),
     }
+
+
+def start(code: str, folder: Path, *arguments: Any) -> list[subprocess.Popen[str]]:
+    """Two processes that run ``code``."""
+    script = folder / "script.py"
+    script.write_text(code)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return [
+        subprocess.Popen(command, env=environment(rank, port, REPO), stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fastrl.engine.watch import EXIT, Watch
 from fastrl.run import keeping
-from tests.helpers.gloo import environment
-
-REPO = Path(__file__).resolve().parents[3]
+from tests.helpers.gloo import start
 
 
 class Rank:
@@ -138,20 +132,6 @@ try:
 except LostRank as error:
     sys.exit(f"error: {error}")
 """
-
-
-def start(code: str, folder: Path, *arguments: Any) -> list[subprocess.Popen[str]]:
-    """Two processes that run ``code``."""
-    script = folder / "script.py"
-    script.write_text(code)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return [
-        subprocess.Popen(command, env=environment(rank, port, REPO), stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
 
 
 @pytest.mark.parametrize(("how", "code"), [("frozen", EXIT), ("killed", 1)])

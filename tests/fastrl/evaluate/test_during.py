@@ -22,6 +22,7 @@ from fastrl.run import keeping
 from fastrl.run.callbacks import StopRun
 from fastrl.run.logs import read_rows
 from fastrl.trainer import Run, TrainingError, train
+from tests.helpers.gloo import start
 from tests.helpers.training import make_recipe, make_records, steady_evaluations, steady_rows
 
 Folder = Callable[[str], Path]
@@ -317,3 +318,36 @@ def test_what_fails_on_one_rank_fails_on_all(tiny_folder: Folder, tmp_path: Path
     engine = Scripted(1, [(None, "evaluation after step 3: a.png: gone")])
     with pytest.raises(EvaluationError, match=r"^evaluation after step 3: a\.png: gone$"):
         Evaluation(recipe, run.evaluation.held_out, run.context, engine).measure(3)  # type: ignore[arg-type]
+
+
+RANKS = """
+import sys
+from pathlib import Path
+import fastrl.trainer
+from fastrl.trainer import train
+from tests.helpers.gloo import GlooEngine
+from tests.helpers.gloo import start
+from tests.helpers.training import make_records, make_recipe
+
+fastrl.trainer.make_engine = GlooEngine
+section = {"every": 1, "samples": 1, "max_new_tokens": 6, "patience": 1, "min_delta": 9}
+engine = {"kind": "deepspeed", "timeout": 300.0}  # as every engine of several processes
+changes = {"data__prompts_per_step": 1, "checkpoint__every": 0, "optim__steps": 5}
+recipe = make_recipe(Path(sys.argv[1]), Path(sys.argv[2]), engine=engine, eval=section, **changes)
+summary = train(recipe, records=make_records(), eval_records=make_records(5), show=False)
+assert (summary.steps, summary.stopped_early) == (2, True), summary
+assert summary.best is not None and summary.best.name == "step-00000001", summary
+"""
+
+
+@pytest.mark.gate
+def test_two_processes_evaluate_together_and_stop_together(tiny_folder: Folder, tmp_path: Path) -> None:
+    for process in start(RANKS, tmp_path, tiny_folder("qwen2_5"), tmp_path / "run"):
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+    rows = read_rows(tmp_path / "run" / "eval.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path / "alone", eval__samples=0, eval__max_new_tokens=6)
+    alone = Run(recipe, records=make_records(), eval_records=make_records(5)).evaluation.measure(0).row
+    greedy = {key: value for key, value in alone.items() if key.startswith("eval/")}
+    assert {key: rows[0][key] for key in greedy} == pytest.approx(greedy)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.recipe import load_recipe
-from fastrl.report.page import families, headline, write_report
+from fastrl.report.page import families, headline, measured, write_report
 from fastrl.report.text import closed, shown
 from fastrl.trainer import train
 
@@ -47,6 +47,55 @@ def test_page_holds_curves_samples_pictures_and_the_recipe(run: Path, tmp_path: 
     assert "No pictures" not in page
     assert "perception-r1-grounding-tiny" in page
     assert headline(rows) in page
+
+
+def test_evaluations_have_a_chart_of_each_metric_and_the_best_is_named(run: Path, tmp_path: Path) -> None:
+    metrics = (run / "metrics.jsonl").read_text()
+    rows = [
+        {
+            "step": 0,
+            "eval/AP": None,
+            "eval/n": 4,
+            "eval/a/f1": 0.1,
+            "eval/sampled/a/f1": 0.2,
+            "best": False,
+            "time/eval": 90,
+        },
+        {
+            "step": 2,
+            "eval/AP": 0.5,
+            "eval/n": 4,
+            "eval/a/f1": 0.3,
+            "eval/sampled/a/f1": 0.2,
+            "best": True,
+            "time/eval": 90,
+        },
+        {
+            "step": 4,
+            "eval/AP": 0.4,
+            "eval/n": 4,
+            "eval/a/f1": 0.2,
+            "eval/sampled/a/f1": 0.2,
+            "best": False,
+            "time/eval": 0,
+        },
+    ]
+    assert measured(rows) == {"AP": ["eval/AP"], "a/f1": ["eval/a/f1", "eval/sampled/a/f1"]}
+    folder = strange_run(tmp_path / "run", [metrics.strip()], [])
+    lines = [
+        *map(json.dumps, rows),
+        "garbage",
+        '{"step": "x", "eval/AP": 1}',
+        '{"step": 1' + "0" * 400 + ', "best": true}',
+    ]
+    (folder / "eval.jsonl").write_text("\n".join(lines) + "\n")
+    page = write_report(folder).read_text("utf-8")
+    plain = write_report(strange_run(tmp_path / "plain", [metrics.strip()], [])).read_text("utf-8")
+    assert "3 evaluations, 3.0 minutes" in page
+    assert "Best after step 2" in page
+    assert "Left out: 3 of the lines of eval.jsonl" in page
+    assert page.count("data:image/png") == plain.count("data:image/png") + 2
+    assert "Evaluation" not in plain
 
 
 def test_nothing_is_loaded_from_elsewhere_and_model_text_stays_text(run: Path, tmp_path: Path) -> None:

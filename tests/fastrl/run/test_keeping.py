@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from fastrl.run.integrity import CheckpointError
 from fastrl.run.keeping import (
     BEFORE_EQUAL,
     BEST,
+    folder_of,
     keep,
+    keep_best,
     kept,
     list_checkpoints,
     rotate,
@@ -41,6 +44,27 @@ def test_rotation_never_removes_the_best(tmp_path: Path) -> None:
     rotate(tmp_path, 1)
     assert steps(tmp_path) == [4]
     assert (tmp_path / "best").resolve().is_dir()
+
+
+def test_the_best_is_where_its_links_lead_and_nowhere_without_one(tmp_path: Path) -> None:
+    make(tmp_path, 1, 2)
+    inner, outer = tmp_path / "checkpoints" / "best", tmp_path / "best"
+    assert keep_best(tmp_path, 2) == ""
+    assert inner.resolve() == folder_of(tmp_path, 2).resolve()
+    assert outer.resolve() == (folder_of(tmp_path, 2) / "model").resolve()
+    assert steps(tmp_path) == [1, 2]  # a link is no checkpoint
+    moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved", symlinks=True)
+    assert (moved / "checkpoints" / "best").resolve() == folder_of(moved, 2).resolve()
+    assert "of step 7, is not there any more" in keep_best(tmp_path, 7)
+    assert not inner.is_symlink()
+    assert not outer.is_symlink()
+    assert kept(tmp_path) == {}
+    outer.mkdir()  # somebody's own
+    assert keep_best(tmp_path, 1) == ""
+    assert inner.resolve() == folder_of(tmp_path, 1).resolve()
+    assert not outer.is_symlink()
+    keep_best(tmp_path, None)
+    assert outer.is_dir()
 
 
 def test_the_checkpoint_from_before_equal_rewards_stays_until_they_differ_again(tmp_path: Path) -> None:

@@ -237,6 +237,14 @@ def test_a_logger_that_is_not_installed_names_the_extra(tmp_path: Path, monkeypa
     assert make_loggers(None) == {}  # TensorBoard where it is installed
 
 
+def test_a_class_of_a_notebook_is_a_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cell(Logger):
+        def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    monkeypatch.setattr(sys.modules["__main__"], "Cell", Cell, raising=False)
+    assert isinstance(make_loggers(["__main__:Cell"])["__main__:Cell"], Cell)
+
+
 @pytest.mark.parametrize(("name", "near"), [("wandbb", "wandb"), ("tensor-board", "tensorboard"), ("mlflow", "")])
 def test_an_unknown_name_is_refused_with_the_recipe(tmp_path: Path, name: str, near: str) -> None:
     hint = f"did you mean {near}" if near else "there are tensorboard, wandb, trackio and my_logger.py:Logger"
