@@ -291,7 +291,7 @@ def test_reference_of_lora_and_of_frozen_copy_and_none(tiny_folder: Folder, tmp_
     assert lora.context.features == {}  # nothing of the tower is trained
     assert full.context.features is None
     none = Run(make_recipe(folder, tmp_path, method__beta=0.0), records=make_records())
-    with pytest.raises(RuntimeError, match="there is none"), none.policy.reference():
+    with pytest.raises(RuntimeError, match="no reference: call make_reference"), none.policy.reference():
         pass
 
 
