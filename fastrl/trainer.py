@@ -350,7 +350,8 @@ class Run:
 
     def check_space(self) -> None:
         """Raise ``OSError`` where the disk has no room for the first checkpoint: no step is done in vain."""
-        if self.recipe.checkpoint.every or self.recipe.checkpoint.final:
+        settings = self.recipe.checkpoint
+        if settings.every or settings.final or self.evaluation.held_out is not None:
             require_space(self.recipe.folder / "checkpoints", checkpoint.bytes_needed(self.state))
 
     def step(self, number: int) -> tuple[dict[str, Any], list[Sample]]:

@@ -262,6 +262,23 @@ def test_a_broken_picture_of_the_set_is_found_before_the_first_step(tmp_path: Pa
     assert held_out(make_recipe(tmp_path, tmp_path / "out")) is None
 
 
+def test_a_set_in_a_format_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from fastrl import Record\n"
+        "def rows(path, n):\n"
+        "    for i in range(int(n)):\n"
+        "        message = {'role': 'user', 'content': open(path).read()}\n"
+        "        yield Record(f'r{i}', 'ocr', (), (message,), {'text': 'abc'})\n"
+    )
+    (tmp_path / "question.txt").write_text("Which letters?")
+    section = {"spec": "question.txt?n=3", "adapter": "mine.py:rows", "metric": "sampled/f1", "n": 2}
+    found = held_out(make_recipe(tmp_path, tmp_path / "out", eval=section))
+    assert found is not None
+    assert [record.messages[0]["content"] for record in found.tasks["ocr"]] == ["Which letters?"] * 2
+    assert (found.metric, found.mode) == ("sampled/f1", "max")
+
+
 def test_several_tasks_have_their_names_and_a_reward_measures_what_no_protocol_does(
     tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
