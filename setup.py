@@ -1,7 +1,8 @@
 """Builds the optional native extension; everything else about the package is in pyproject.toml.
 
-``fastrl_kernels._C`` holds the CPU paths that Python is too slow for (assignment, detection reward). It needs a C++17
-compiler and nothing of torch. Without one the build says so and goes on: the eager path computes the same.
+``fastrl_kernels._C`` has the CPU paths for which Python is too slow (assignment, detection reward). It needs a C++17
+compiler but no torch headers. Without a compiler the build prints a notice and continues: the eager path computes the
+same.
 """
 
 from __future__ import annotations

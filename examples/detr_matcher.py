@@ -1,6 +1,6 @@
 """A DETR trained by transformers, its matcher replaced: the same loss, without a copy of the costs to the host.
 
-The model is a tiny one with random weights; with yours, the line that replaces the matcher is all there is to it::
+The model is a tiny one with random weights; for your own, only the line that replaces the matcher is needed::
 
     python examples/detr_matcher.py
 """

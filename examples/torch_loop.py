@@ -1,7 +1,7 @@
 """GRPO for boxes in a plain torch loop, on these kernels alone: sample, reward, advantage, log-probs, loss, step.
 
-The policy is a toy that draws four coordinates for a picture's features; put your own model in its place: all that the
-kernels want of it is hidden states [N, H] and the head's weight [V, H]. Runs in seconds on a CPU, the same on a GPU::
+The policy is a toy that draws four coordinates for a picture's features; replace it by your own model: the kernels only
+need its hidden states [N, H] and the head's weight [V, H]. Runs in seconds on a CPU, and unchanged on a GPU::
 
     python examples/torch_loop.py
 """
@@ -31,7 +31,7 @@ class Policy(nn.Module):
 
 
 def make_pictures(count: int) -> tuple[Tensor, Tensor]:
-    """Boxes [count, 4] of whole coordinates, and features [count, 64] from which they can be told."""
+    """Boxes [count, 4] with integer coordinates, and features [count, 64] from which they can be predicted."""
     corner, size = torch.randint(0, GRID // 2, (count, 2)), torch.randint(2, GRID // 2, (count, 2))
     boxes = torch.cat([corner, corner + size], 1)
     return nn.functional.one_hot(boxes, GRID).float().flatten(1), boxes.float()

@@ -1,10 +1,10 @@
-"""``PromptGroup`` → ``PackedBatch``: the one batch format, a row of tokens, each prompt once, then its completions.
+"""``PromptGroup`` → ``PackedBatch``: one row of tokens with each prompt once, followed by its completions.
 
 ::
 
     group 0: [prompt | c1 | c2 | … | cG]   group 1: [prompt | c1 | …]   …
 
-Losses see only the N predicted tokens: the first token of every completion is predicted by its prompt's last row, which
+Losses get only the N predicted tokens: the first token of every completion is predicted by its prompt's last row, which
 all completions of a group share, every other one by its predecessor.
 """
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 class ImageInput:
     """One preprocessed image."""
 
-    pixel_values: Tensor  # float32, as the family's vision tower takes them; one picture's alone
-    shape: tuple[int, ...]  # what the family must know of it beside: patches (t, h, w), or tiles, or the size it had
-    key: str  # images with one key have the same features, and go through the vision tower once per batch
-    original: Tensor | None = None  # [height, width, 3] uint8, where the pixels do not give the picture back
+    pixel_values: Tensor  # float32, one image's input for the family's vision tower
+    shape: tuple[int, ...]  # the family's description of its size: patches (t, h, w), tiles, or original size
+    key: str  # images with equal keys have the same features, and go through the vision tower once per batch
+    original: Tensor | None = None  # [height, width, 3] uint8, if the picture cannot be restored from the pixels
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Prompt:
     images: tuple[ImageInput, ...] = ()
     # (start, length) of each run of placeholders in token_ids, in order: the images' tokens fill them one after another
     image_slots: tuple[tuple[int, int], ...] = ()
-    # As the chat template saw them, cleaned of control tokens, with {"type": "image"} where an image stands: what a
-    # server is sent that takes no ids for a prompt with images. Empty where a prompt was not encoded from a record.
+    # The input of the chat template, without control tokens and with {"type": "image"} for images; sent to servers that
+    # do not accept ids for prompts with images. Empty if the prompt was not encoded from a record.
     messages: tuple[Mapping[str, Any], ...] = ()
 
     @property
@@ -79,7 +79,7 @@ class PromptGroup:
 
     @property
     def tokens(self) -> int:
-        """Rows this group takes in a batch."""
+        """Number of rows of this group in a batch."""
         return len(self.prompt.token_ids) + sum(len(c.token_ids) for c in self.completions)
 
 
@@ -92,14 +92,14 @@ class PackedBatch:
     segments: Segments  # which rows attend to which
     images: tuple[ImageInput, ...]  # unique by key
     image_of_slot: tuple[int, ...]  # index into images of each picture of each prompt, in row order
-    image_rows: Tensor  # [image tokens] int64, ascending: the rows their tokens take
+    image_rows: Tensor  # [image tokens] int64, ascending: the rows of their tokens
     predict_rows: Tensor  # [N] int64: the row whose hidden state predicts each token
     targets: Tensor  # [N] int64
     completion_of_token: Tensor  # [N] int64
     group_of_completion: Tensor  # [C] int64, groups of this batch from 0
     per_token: dict[str, Tensor]  # [N] each
     per_completion: dict[str, Tensor]  # [C] float32 each
-    completions: tuple[Completion, ...]  # the C completions themselves: where results are written back
+    completions: tuple[Completion, ...]  # the C completions, into which results are written
 
     @property
     def device(self) -> torch.device:
@@ -142,16 +142,15 @@ class PackedBatch:
 def pack(groups: Iterable[PromptGroup], token_budget: int) -> list[PackedBatch]:
     """Pack groups into batches of at most ``token_budget`` rows, in order.
 
-    A group is never split; one larger than the budget is a batch of its own, so the budget bounds memory only if no
-    group exceeds it. Groups without completions hold nothing to predict and are left out.
+    A group is never split; one larger than the budget becomes its own batch, so the budget bounds memory only if no
+    group exceeds it. Groups without completions have nothing to predict and are left out.
 
     Raises:
-        ValueError: a budget under 1, an empty prompt, or completions of a batch that do not all carry the same
-        per-token
-            and scalar names, or per-token values of another length than their completion.
+        ValueError: the budget is less than 1, a prompt is empty, the completions of a batch do not all have the same
+            per-token and scalar names, or per-token values have another length than their completion.
     """
     if token_budget < 1:
-        raise ValueError(f"token_budget: need at least 1, got {token_budget}")
+        raise ValueError(f"token_budget: expected at least 1, got {token_budget}")
     batches: list[list[PromptGroup]] = []
     held = 0
     for group in groups:
@@ -166,7 +165,7 @@ def pack(groups: Iterable[PromptGroup], token_budget: int) -> list[PackedBatch]:
 
 
 def pack_row(groups: Sequence[PromptGroup]) -> PackedBatch:
-    """All ``groups`` as one batch, whatever its size."""
+    """All ``groups`` as one batch of any size."""
     if not groups:
         raise ValueError("groups: a batch needs at least one group")
     spans, ids, positions, predict, starts = [], [], [], [], []
@@ -242,10 +241,10 @@ def _per_completion(completions: Sequence[Completion]) -> dict[str, Tensor]:
 
 
 def _shared_names(completions: Sequence[Completion], of: Callable[[Completion], dict], what: str) -> list[str]:
-    """Names every completion has; raises where only some have one."""
+    """The names that all completions have; raises if only some have one."""
     names = sorted({name for c in completions for name in of(c)})
     for name in names:
         lacking = [n for n, c in enumerate(completions) if name not in of(c)]
         if lacking:
-            raise ValueError(f"completion {lacking[0]} of the batch has no {what} value {name!r}, others have")
+            raise ValueError(f"completion {lacking[0]} of the batch has no {what} value {name!r}, but others do")
     return names

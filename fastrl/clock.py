@@ -1,4 +1,4 @@
-"""Where a step's time goes: seconds by phase, without stopping the device between phases."""
+"""Measures the time of a step's phases without synchronising the device between phases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PHASES = ("preprocess", "vision", "prefill", "decode", "reward", "forward", "bac
 
 @dataclass
 class _Mark:
-    """A moment: on the host, and where there is a GPU in the order of its work."""
+    """A point in time: on the host, and with a GPU an event in its stream."""
 
     seconds: float
     event: Any = None
@@ -50,8 +50,8 @@ class Clock:
     """Seconds spent in named phases.
 
     On a GPU a phase begins and ends with events in its stream: its time is that of the device's work (and of waiting
-    for the host), and nothing waits for the device before :meth:`read`. A phase inside another is taken out of the
-    outer one's time, so that the phases add up to the whole. One thread uses a clock.
+    for the host), and nothing synchronises before :meth:`read`. The time of a nested phase is subtracted from the outer
+    one, so that phases sum to the total. A clock is used by one thread only.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Clock:
             self._open.pop()
 
     def read(self) -> dict[str, float]:
-        """Seconds per phase since the last call, of phases that have ended. On a GPU this waits for the device."""
+        """Seconds of each completed phase since the last call. Synchronises a GPU."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         seconds: dict[str, float] = {}

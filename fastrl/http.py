@@ -1,5 +1,5 @@
-"""Requests to a server that may be slow, busy, gone or hostile: one deadline for a whole request, retries with growing
-pauses, bounded concurrency and size, and no redirect followed (a key would go along to wherever it points).
+"""HTTP requests to a server that may be slow, busy, gone or hostile: one deadline for a whole request, retries with
+growing pauses, bounded concurrency and size, and no redirects (which would send the key to another server).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-MAX_PAUSE = 60.0  # seconds, whatever a server asks for
-LONGEST = 1e6  # seconds of a timeout; the system's clock takes no more than some such number
+MAX_PAUSE = 60.0  # longest pause in seconds, even if a server asks for more
+LONGEST = 1e6  # longest timeout in seconds; system calls do not accept much more
 TRANSIENT = (408, 409, 425, 429)  # and 5xx
 PIECE = 1 << 16  # bytes read at a time
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Passing(RuntimeError):
-    """A failure that may pass (a timeout, a cut connection, 429, 5xx); ``pause`` seconds if the server named them."""
+    """A transient failure (a timeout, a cut connection, 429, 5xx); ``pause``: seconds, if the server gives them."""
 
     def __init__(self, message: str, pause: float | None = None) -> None:
         super().__init__(message)
@@ -34,31 +34,33 @@ class Passing(RuntimeError):
 
 
 class Late(Passing):
-    """No whole response within the timeout."""
+    """No complete response within the timeout."""
 
 
 class Refused(RuntimeError):
-    """The server understood and said no (4xx), or pointed elsewhere (3xx): asking again changes nothing."""
+    """The server refused the request (4xx) or redirected it (3xx): retrying would not help."""
 
 
 class Stopped(RuntimeError):
-    """The work a request belonged to has ended."""
+    """The work that a request belongs to was stopped."""
 
 
 class Transport:
-    """How one client talks to its server.
+    """The connection of one client to its server.
 
     Args:
-        who: what the server is called in messages, such as ``the critic``.
-        timeout: seconds one request may take from looking up the server's name to the last byte of its response.
-        retries: further tries of a request; pause: seconds before the first of them, doubled each time.
-        retry_late: try again what took longer than ``timeout``, too.
-        concurrency: requests under way at once; max_bytes: of a response that are read.
+        who: name of the server in messages, such as ``the critic``.
+        timeout: seconds for one request, from the lookup of the server's name to the last byte of its response.
+        retries: further attempts of a request.
+        pause: seconds before the first retry, doubled each time.
+        retry_late: also retry requests that exceed ``timeout``.
+        concurrency: requests in flight at once.
+        max_bytes: largest response.
         key_env: environment variable with the key (sent if it is set, never shown).
         sleep: waits, for tests.
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: a number is out of range.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Transport:
     ) -> None:
         if not 0 < timeout <= LONGEST or retries < 0 or concurrency < 1:
             raise ValueError(
-                f"{who}: need a timeout above 0 and up to {LONGEST:g} seconds, retries >= 0 and concurrency >= 1"
+                f"{who}: expected a timeout above 0 and up to {LONGEST:g} seconds, retries >= 0 and concurrency >= 1"
             )
         self.who, self.timeout, self.retries, self.pause = who, timeout, retries, pause
         self.retry_late = retry_late
@@ -87,13 +89,13 @@ class Transport:
     def send(self, url: str, body: bytes | None = None) -> bytes:
         """One request, a POST of JSON or (no ``body``) a GET; the response's bytes.
 
-        The work is done in a thread of its own, left behind when the time is over: no server, however it drips, and no
-        name service holds the caller longer.
+        The request runs in its own thread, which is abandoned at the deadline: neither a slow server nor name lookup
+        can block the caller longer.
 
         Raises:
-            Late: not all of the response came within ``timeout`` seconds.
-            Passing: what else may pass, too long a response among it.
-            Refused: a redirect, or any other HTTP status from 400; the message has the first of what the server said.
+            Late: the response was not complete within ``timeout`` seconds.
+            Passing: any other transient failure, including a response that is too long.
+            Refused: a redirect, or another HTTP status from 400; the message has the beginning of the response.
         """
         until = time.monotonic() + self.timeout
         done: Future[bytes] = Future()
@@ -101,7 +103,7 @@ class Transport:
         def work() -> None:
             try:
                 done.set_result(self._exchange(url, body, until))
-            except BaseException as error:  # raised where the result is waited for
+            except BaseException as error:  # raised again in the waiting thread
                 done.set_exception(error)
 
         threading.Thread(target=work, daemon=True).start()
@@ -124,8 +126,8 @@ class Transport:
             if 300 <= error.code < 400:
                 where = self._shown(str(error.headers.get("Location")))
                 raise Refused(
-                    f"{self.who} at {url} answered with a redirect (HTTP {error.code}) to {where}: none is followed, "
-                    "give the address that answers itself"
+                    f"{self.who} at {url} answered with a redirect (HTTP {error.code}) to {where}; redirects are "
+                    "not followed: give the final address"
                 ) from None
             shown = self._shown(said)
             if error.code in TRANSIENT or error.code >= 500:
@@ -139,29 +141,29 @@ class Transport:
         if len(data) > self.max_bytes:
             raise Passing(f"a response over {self.max_bytes} bytes")
         if missing:
-            raise Passing(f"a response that was cut: {missing} bytes are missing")
+            raise Passing(f"a truncated response: {missing} bytes are missing")
         return data
 
     def _read(self, response: http.client.HTTPResponse, until: float) -> tuple[bytes, int]:
-        """The body, a little more than ``max_bytes`` of it at most, and how many bytes of it never came."""
+        """The body, read up to slightly more than ``max_bytes``, and the number of missing bytes."""
         length, data = response.length, bytearray()
         while len(data) <= self.max_bytes and (length is None or len(data) < length):
             if time.monotonic() >= until:
                 raise self._late()
-            piece = response.read1(PIECE)  # what has come, not all of what was asked for
+            piece = response.read1(PIECE)  # returns the bytes received so far
             if not piece:
                 break
             data += piece
         return bytes(data), 0 if length is None else max(0, length - len(data))
 
     def _late(self) -> Late:
-        return Late(f"no whole response within {self.timeout:g} seconds")
+        return Late(f"no complete response within {self.timeout:g} seconds")
 
     def _shown(self, text: str) -> str:
         return (text.replace(self._key, "…") if self._key else text)[:200]
 
     def retrying(self, attempt: Callable[[], T]) -> T:
-        """``attempt()``, again after a pause where it raises ``Passing``; the last such failure is raised."""
+        """Call ``attempt()``, and again after a pause if it raises ``Passing``; raises the last such failure."""
         for number in range(self.retries + 1):
             if self._stopped.is_set():
                 raise Stopped(f"{self.who} was stopped")
@@ -185,7 +187,7 @@ class Transport:
                     found = [error for future in futures if future.done() and (error := future.exception())]
                     for error in (*(e for e in found if not isinstance(e, Stopped)), *found):
                         raise error
-                finally:  # after an error or Ctrl-C: start nothing more, and wait for no pause
+                finally:  # after an error or Ctrl-C: start nothing more, and do not wait for pauses
                     self._stopped.set()
                     for future in futures:
                         future.cancel()
@@ -194,17 +196,17 @@ class Transport:
             self._stopped.clear()
 
     def stop(self) -> None:
-        """End the present :meth:`map`: no request is tried again."""
+        """End the current :meth:`map`: no request is retried."""
         self._stopped.set()
 
     @property
     def times(self) -> str:
-        """How often a request is tried, in words."""
+        """The number of attempts in words."""
         return "once" if not self.retries else f"{self.retries + 1} times"
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """Opens http and https, through a proxy where the system names one, and nothing else: redirects are errors."""
+    """An opener for http and https only, through the system's proxy if any; redirects are errors."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
@@ -218,7 +220,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def check_url(url: str, what: str, example: str) -> str:
-    """``url`` without a last slash. Raises ``ValueError`` if it is no http address."""
+    """``url`` without a trailing slash. Raises ``ValueError`` if it is not an http address."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError(f"{what}: expected an address such as {example}, got {url!r}")
@@ -226,5 +228,5 @@ def check_url(url: str, what: str, example: str) -> str:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header; dates are not read."""
+    """Seconds of a Retry-After header; dates are ignored."""
     return float(value) if value is not None and re.fullmatch(r"\d{1,6}(\.\d+)?", value.strip()) else None

@@ -1,7 +1,7 @@
-"""Which rows of a packed row attend to which: spans of prompts and completions, and the index tables made from them.
+"""The attention pattern of a packed row: spans of prompts and completions, and index tables made from them.
 
-Pure integer tables, made once per batch and shared by all layers. ``Segments`` travels through the model's forward as
-the keyword ``fastrl_segments``.
+The tables are made once per batch and used by all layers. ``Segments`` is passed through the model's forward as the
+keyword ``fastrl_segments``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Span:
 class CompletionBlock:
     """Completions of one group with similar lengths, as one padded attention call.
 
-    ``rows`` [B, T]: the row of each (completion, step); padding repeats a completion's own first row, and is never seen
-    by a real row. ``valid`` [sum of lengths]: flat places in [B, T] of the real rows, and ``target`` the rows they are.
-    ``mask`` [T, P + T] bool: a step sees the prompt and its own completion up to itself.
+    ``rows`` [B, T]: the row of each (completion, step); padding repeats a completion's own first row, to which no real
+    row attends. ``valid`` [sum of lengths]: flat indices of the real rows in [B, T]; ``target``: their rows. ``mask``
+    [T, P + T] bool: a step attends to the prompt and to its own completion up to itself.
     """
 
     rows: Tensor
@@ -49,7 +49,7 @@ class CompletionBlock:
 
 @dataclass(frozen=True)
 class DenseGroup:
-    """One group's tables for scaled-dot-product attention: the prompt alone, then blocks of its completions."""
+    """One group's tables for scaled-dot-product attention: first the prompt, then blocks of its completions."""
 
     span: Span
     blocks: tuple[CompletionBlock, ...]
@@ -66,7 +66,7 @@ class DenseGroup:
 
 @dataclass(frozen=True)
 class DenseTables:
-    """All groups, and ``order`` [L] that brings their outputs, one after another, into row order (None: they are)."""
+    """All groups, and ``order`` [L] that brings their concatenated outputs into row order (None: already in order)."""
 
     groups: tuple[DenseGroup, ...]
     order: Tensor | None
@@ -74,12 +74,12 @@ class DenseTables:
 
 @dataclass(frozen=True)
 class VarlenTables:
-    """One variable-length call for the whole row: queries are the segments as they lie, keys are gathered.
+    """One variable-length call for the whole row: queries are the segments in row order, keys are gathered.
 
     ``key_rows`` [K] int64: row of each gathered key, ``[prompt | prompt, c1 | prompt, c2 | …]`` for each group.
     ``cu_q``, ``cu_k`` [S + 1] int32; every segment is causal, its queries aligned with its last keys. ``rows``: the
-    number of queries. ``copies``: for the gather's backward, pairs (rows, places): the j-th copy of ``rows`` stands at
-    ``places`` of the gathered keys, and within a pair no row comes twice: gradients are summed without atomics.
+    number of queries. ``copies``: for the gather's backward, pairs (rows, places): the j-th copy of ``rows`` is at
+    ``places`` of the gathered keys. No row occurs twice within a pair, so gradients are summed without atomics.
     """
 
     key_rows: Tensor
@@ -93,7 +93,7 @@ class VarlenTables:
 
 @dataclass(frozen=True)
 class Segments:
-    """The groups of one packed row, in row order, and the device its tables live on."""
+    """The groups of one packed row, in row order, and the device of its tables."""
 
     spans: tuple[Span, ...]
     device: torch.device = CPU
@@ -125,7 +125,8 @@ class Segments:
 
 
 def _blocks(span: Span) -> tuple[CompletionBlock, ...]:
-    """Sorted by length and cut where one is under half its block's longest: padding at most doubles the work."""
+    """Blocks by length, split where a completion is shorter than half its block's longest: padding at most doubles the
+    work."""
     starts = list(accumulate(span.completions, initial=span.start + span.prompt))
     order = sorted((n for n, length in enumerate(span.completions) if length), key=lambda n: (-span.completions[n], n))
     blocks: list[list[int]] = []

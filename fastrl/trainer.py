@@ -1,4 +1,4 @@
-"""The one training loop: records → groups → packed batches → log-probs → loss → update. Read :func:`Run.step` first."""
+"""The training loop: records → groups → packed batches → log-probs → loss → update. Read :func:`Run.step` first."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.data.blank import BlankImages
+from fastrl.data.decodable_stream import DecodableStream
 from fastrl.data.disk import require_space
 from fastrl.data.mixture import Curriculum, MixturePlan, parts_of
 from fastrl.data.pictures import PictureError
 from fastrl.data.records import Dataset, Record
-from fastrl.data.sound_stream import SoundStream
 from fastrl.data.stream import RecordStream
 from fastrl.engine import make_engine
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
@@ -59,13 +59,13 @@ if TYPE_CHECKING:
 
 
 BROKEN = (
-    "Nothing of this step was kept: go on from the last checkpoint with --resume --skip-bad, which passes over such "
-    "records, or mend the file; fastrl data SPEC --deep finds them all beforehand"
+    "This step was discarded: continue from the last checkpoint with --resume --skip-bad, which skips such records, or "
+    "repair the file; fastrl data SPEC --deep finds all of them beforehand"
 )
 
 
 class TrainingError(RuntimeError):
-    """Training stopped because going on would spoil the weights; they are those of the last good update."""
+    """Training stopped because continuing would damage the weights, which are those of the last good update."""
 
 
 @dataclass
@@ -105,12 +105,12 @@ def train(
 
     Args:
         recipe: the whole run.
-        resume: go on from the last checkpoint in the recipe's folder (from the beginning where there is none yet).
-        from_step: with ``resume``, go on from the checkpoint of that step; later ones are set aside.
-        accept_changed_data: with ``resume``, go on though the data is not what the run began with.
-        records: the data, where it is not to be loaded from ``recipe.data.spec``.
-        eval_records: what is evaluated on while training, where it is not to be loaded from ``recipe.eval.spec``.
-        policy: the model, where it is not to be loaded from ``recipe.model``; it is trained in place.
+        resume: continue from the last checkpoint in the recipe's folder (from the beginning if there is none yet).
+        from_step: with ``resume``, continue from the checkpoint of that step; later ones are set aside.
+        accept_changed_data: with ``resume``, continue even if the data has changed since the run started.
+        records: the data, instead of loading ``recipe.data.spec``.
+        eval_records: the data of evaluations during training, instead of loading ``recipe.eval.spec``.
+        policy: the model, instead of loading ``recipe.model``; it is trained in place.
         callbacks: objects with any of ``on_step(row)``, ``on_samples(rows)``, ``on_checkpoint(path)`` and
             ``on_eval(row)`` (``fastrl.run.callbacks.Callback``), called on the first rank. ``StopRun`` raised in one
             saves and ends the run.
@@ -119,18 +119,18 @@ def train(
         profile: write ``trace.json`` of a few steps into the recipe's folder (see ``fastrl.run.profiling``).
 
     Raises:
-        CheckpointError: the folder holds a run and ``resume`` is off, another process trains in it, a checkpoint is
-            damaged, or could not be written.
-        TrainingError: a loss or gradient that is not finite, a reward that is no usable number, or an evaluation that
-            could not be made; the message has the step and the records.
-        TypeError: a callback without a hook, or with a misspelt one.
-        ValueError: recipe, data and model do not fit each other.
+        CheckpointError: the folder contains a run and ``resume`` is off, another process trains in it, or a checkpoint
+            is damaged or could not be written.
+        TrainingError: a loss or gradient is not finite, a reward is invalid, or an evaluation failed; the message has
+            the step and the records.
+        TypeError: a callback has no hook or a misspelt one.
+        ValueError: recipe, data and model do not match.
     """
     start = time.monotonic()
     out = recipe.folder
     if not resume and (from_step is not None or accept_changed_data):
-        raise ValueError("from_step and accept_changed_data (--from-step, --accept-changed-data) go with resume")
-    writes = _is_first_rank(recipe)  # the other ranks of a distributed run write nothing but their part of checkpoints
+        raise ValueError("from_step and accept_changed_data (--from-step, --accept-changed-data) need resume")
+    writes = _is_first_rank(recipe)  # the other ranks only write their parts of checkpoints
     listeners = Callbacks(callbacks if writes else ())
     listeners.add(on_step=on_step)
     loggers = make_loggers(recipe.log.to) if writes else {}
@@ -148,7 +148,7 @@ def train(
             notes += more
         if done < recipe.optim.steps:
             run.check_space()
-        if writes:  # only now: whatever is wrong was said, and the folder is as it was
+        if writes:  # only now, so that errors found so far leave the folder unchanged
             notes += begin_run(recipe, done)
             notes += run.resume_best() if done else []
         steps, every = recipe.optim.steps, recipe.log.every
@@ -156,22 +156,22 @@ def train(
         about = RunInfo(out.resolve().name, out, recipe.log.project, recipe.model_dump(mode="json"), done)
         log = MetricsLog(out, loggers, about, progress.note) if writes else NoLog()
         stack.callback(log.close)
-        told = Outlets(log, progress, listeners)
+        outlets = Outlets(log, progress, listeners)
         for text in (run.skipped, run.evaluation.skipped, *notes):
-            told.note(done, text)
+            outlets.note(done, text)
         stop = stack.enter_context(stop_signals(progress.note))
         traced = stack.enter_context(profiled(out, steps=steps - done, enabled=profile and writes))
 
-        def asked() -> bool:
-            """Whether somebody asked the run to stop: every rank stops after the same step."""
-            return run.engine.maximum(float(stop.is_set() or told.reason is not None)) > 0
+        def stop_requested() -> bool:
+            """Whether the run is to stop after this step, agreed between all ranks."""
+            return run.engine.maximum(float(stop.is_set() or outlets.reason is not None)) > 0
 
         row: dict[str, Any] = {}
         stopping = False
         if run.evaluation.due(done):  # before the first step; or a stop had come before it was done
-            if run.evaluate(done, told) and writes:
+            if run.evaluate(done, outlets) and writes:
                 keep_best(out, done)
-            stopping = asked()
+            stopping = stop_requested()
         while done < steps and not stopping and not run.evaluation.over:
             done += 1
             back = run.bookmark()
@@ -181,27 +181,27 @@ def train(
                 if back is None or done == 1 or not isinstance(error.__cause__, RewardError):
                     raise
                 back()
-                run.save(done - 1, told)
-                raise TrainingError(f"{error}. Step {done - 1} was saved: go on from it with --resume") from error
+                run.save(done - 1, outlets)
+                raise TrainingError(f"{error}. Step {done - 1} was saved: continue from it with --resume") from error
             traced()
             for problem in run.broken_pictures():
-                told.say(f"passed over {problem}")
-            told.step(row, samples)
-            stopping = asked()
+                outlets.say(f"skipped {problem}")
+            outlets.step(row, samples)
+            stopping = stop_requested()
             better = False
-            if run.evaluation.due(done) and not stopping:  # else it is done when the run goes on
-                better = run.evaluate(done, told)
-                stopping = asked()
+            if run.evaluation.due(done) and not stopping:  # otherwise it follows when the run is resumed
+                better = run.evaluate(done, outlets)
+                stopping = stop_requested()
             if run.saves_after(done) or stopping or better or run.evaluation.over:
-                saved = run.save(done, told)
-                told.checkpoint(saved)
-                stopping = stopping or asked()
+                saved = run.save(done, outlets)
+                outlets.checkpoint(saved)
+                stopping = stopping or stop_requested()
         early = run.evaluation.over and done < steps
-        told.note(done, run.evaluation.verdict(done))
+        outlets.note(done, run.evaluation.verdict(done))
         interrupted = stopping and done < steps and not early
         if interrupted:
-            why = f" ({told.reason})" if told.reason is not None else ""
-            told.say(f"stopped after step {done}{why}; go on with --resume")
+            why = f" ({outlets.reason})" if outlets.reason is not None else ""
+            outlets.say(f"stopped after step {done}{why}; continue with --resume")
         run.engine.close()
     seconds = time.monotonic() - start
     return Summary(out, done, seconds, interrupted, saved, row, run.best_checkpoint, early)
@@ -224,14 +224,14 @@ class Run:
         functions = functions_of(recipe.reward, recipe.mix_rewards) if recipe.scores_groups else None
         # First: bad rows are reported at once
         data = records if records is not None else _load_records(recipe, functions)
-        self.skipped = data.summary if isinstance(data, Dataset) else ""  # rows that no record was made of
+        self.skipped = data.summary if isinstance(data, Dataset) else ""  # summary of rows that did not become records
         measured = held_out(recipe, eval_records, functions)
         if recipe.data.blank_images:
             data = BlankImages(data)
         _use_own_device(recipe)
         _seed(recipe.seed)
         self.policy = policy if policy is not None else load_model(recipe)
-        if self.policy.device.type == "cuda":  # whose events, random state and memory are read from here on
+        if self.policy.device.type == "cuda":  # its events, random state and memory are used below
             torch.cuda.set_device(self.policy.device)
         self.engine: Engine = make_engine(
             self.policy.model,
@@ -240,7 +240,7 @@ class Run:
             recipe.folder / ".ranks",
             alias=self.policy.family.alias,
         )
-        make_stream = SoundStream if recipe.data.skip_bad else RecordStream
+        make_stream = DecodableStream if recipe.data.skip_bad else RecordStream
         seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
         self.stream = make_stream(
             data,
@@ -254,7 +254,7 @@ class Run:
         )
         if functions is not None:
             self._try(functions)
-        _seed(recipe.seed + self.engine.rank)  # the steps draw the same numbers however much loading drew
+        _seed(recipe.seed + self.engine.rank)  # so that random numbers in the steps do not depend on loading
         rng = torch.Generator().manual_seed(recipe.seed + self.engine.rank)
         self.context = Context(
             policy=self.policy,
@@ -279,7 +279,7 @@ class Run:
         self.state = RunState(self.policy, self.engine, self.stream, rng, self.method, base, self.evaluation)
 
     def load(self, saved: Path, accept_changed_data: bool) -> checkpoint.Loaded:
-        """Go to where a checkpoint was written."""
+        """Restore a checkpoint."""
         try:
             return checkpoint.load_checkpoint(
                 saved,
@@ -290,7 +290,7 @@ class Run:
         except Damaged as error:
             raise offer_earlier(self.recipe.folder, saved, error) from None
 
-    def evaluate(self, number: int, told: Outlets) -> bool:
+    def evaluate(self, number: int, outlets: Outlets) -> bool:
         """Measure the weights after a step; whether they are the best so far. Where that cannot be done, the step is
         saved before ``TrainingError`` says so: the evaluation is made when the run goes on."""
         try:
@@ -298,9 +298,9 @@ class Run:
         except EvaluationError as error:
             if not number:
                 raise TrainingError(str(error)) from error
-            self.save(number, told)
-            raise TrainingError(f"{error}. Step {number} was saved: go on from it with --resume") from error
-        told.evaluation(found.row, found.short, found.text)
+            self.save(number, outlets)
+            raise TrainingError(f"{error}. Step {number} was saved: continue from it with --resume") from error
+        outlets.evaluation(found.row, found.short, found.text)
         return found.better
 
     def saves_after(self, number: int) -> bool:
@@ -309,14 +309,14 @@ class Run:
         last = number == self.recipe.optim.steps and settings.final
         return last or (settings.every > 0 and number % settings.every == 0)
 
-    def save(self, number: int, told: Outlets) -> Path:
+    def save(self, number: int, outlets: Outlets) -> Path:
         """Write the checkpoint of a step, after the log's rows; keep it where it is the best. Returns its folder."""
         out, first, count = self.recipe.folder, self.engine.rank == 0, self.recipe.checkpoint.keep
         self.check_weights(number)
-        told.log.sync()
+        outlets.log.sync()
         with self.clock.phase("checkpoint"):
             if first and not folder_of(out, number).exists():
-                told.note(number, watch_rewards(out, self._equal))
+                outlets.note(number, watch_rewards(out, self._equal))
             self._equal = False
             saved = checkpoint.save_checkpoint(out, number, self.state, keep=count)
             if first and self.evaluation.best.step == number:
@@ -337,25 +337,26 @@ class Run:
         return folder_of(self.recipe.folder, step) if step is not None else None
 
     def bookmark(self) -> Callable[[], None] | None:
-        """What takes back a step that a function of the user's own broke off; None: there is none, or several ranks."""
+        """A function that undoes a step aborted by a user function; None if there is no such function, or with several
+        ranks."""
         functions = self.context.functions
         alone = self.engine.world_size == 1
         return checkpoint.bookmark(self.state) if alone and functions is not None and functions.any else None
 
     def _try(self, functions: Functions) -> None:
-        """Try the user's own reward functions on the first record that is to come."""
+        """Call the user's reward functions for the first record of the stream."""
         for record in self.stream.peek(1) if functions.any else ():
             if "list" not in record.target:
                 functions.try_out(record, self.policy.encode)
 
     def check_space(self) -> None:
-        """Raise ``OSError`` where the disk has no room for the first checkpoint: no step is done in vain."""
+        """Raise ``OSError`` if the disk has no room for the first checkpoint, before any step is computed."""
         settings = self.recipe.checkpoint
         if settings.every or settings.final or self.evaluation.held_out is not None:
             require_space(self.recipe.folder / "checkpoints", checkpoint.bytes_needed(self.state))
 
     def step(self, number: int) -> tuple[dict[str, Any], list[Sample]]:
-        """One rollout batch and its updates. Returns the row of metrics and, when one is due, a table of samples."""
+        """One rollout batch and its updates. Returns the row of metrics and, if one is due, a table of samples."""
         recipe, method, meter = self.recipe, self.method, Meter()
         if self.context.features is not None:
             self.context.features.clear()
@@ -366,7 +367,7 @@ class Run:
             prepared = method.prepare(records)
         except RewardError as error:
             raise TrainingError(f"step {number}: {error}") from error
-        except FloatingPointError as error:  # the sampler met logits that are not finite
+        except FloatingPointError as error:  # non-finite logits in the sampler
             names = ", ".join(record.id for record in records[:20])
             raise TrainingError(f"step {number}: {error}. Records of the step: {names}") from None
         except ValueError as error:
@@ -397,37 +398,37 @@ class Run:
         return row, table
 
     def broken_pictures(self) -> list[Problem]:
-        """What was passed over since the last call because its pictures cannot be decoded."""
-        if not isinstance(self.stream, SoundStream):
+        """Records skipped since the last call because their pictures cannot be decoded."""
+        if not isinstance(self.stream, DecodableStream):
             return []
-        said, self.stream.said = self.stream.said, []
+        said, self.stream.unreported = self.stream.unreported, []
         return said
 
     def check_weights(self, number: int) -> None:
-        """Raise ``TrainingError`` where a trained weight is not finite: no good checkpoint may be replaced by it."""
+        """Raise ``TrainingError`` if a trained weight is not finite, so that no good checkpoint is replaced."""
         trained = [(n, p.detach()) for n, p in self.policy.core.named_parameters() if p.requires_grad and p.numel()]
         largest = torch.stack([p.abs().max().float() for _, p in trained])
         bad = [name for (name, _), good in zip(trained, largest.isfinite().tolist(), strict=True) if not good]
         if bad:
             raise TrainingError(
-                f"step {number}: weights that are not finite ({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}); "
-                "nothing was saved, the last checkpoint stays as it is (is optim.lr too large?)"
+                f"step {number}: weights are not finite ({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}); "
+                "nothing was saved, and the last checkpoint is unchanged (is optim.lr too large?)"
             )
 
     def _prefetch(self, records: Sequence[Record], *, more: bool) -> None:
-        """Begin on this step's images, and on those of the next one, which are then done while this one samples."""
+        """Start preprocessing this step's images, and those of the next step, which run while this one samples."""
         data = self.recipe.data
         if not data.workers:
             return
         coming: Sequence[Record] = []
         if more:
-            with suppress(OSError, ValueError):  # raised again, with its place, when the record's turn comes
+            with suppress(OSError, ValueError):  # raised again, with its location, when the record is used
                 coming = self.stream.peek(data.prompts_per_step)
         for record in (*records, *coming):
             self.policy.preprocessor.prefetch(record.images, data.workers, among=len(record.images))
 
     def _pack(self, prepared: Prepared, records: Sequence[Record]) -> list[_Batch]:
-        """Groups as micro-batches; every rank gets the same number, the surplus with weight 0."""
+        """Pack groups into micro-batches, the same number on every rank; extra ones have weight 0."""
         groups = prepared.groups
         batches = [_Batch(b) for b in pack(groups, self.recipe.optim.token_budget)]
         offset = 0
@@ -438,13 +439,13 @@ class Run:
         if missing:
             any_group = next(iter((*groups, *prepared.sampled)), None)
             prompt = any_group.prompt if any_group is not None else self.policy.encode(records[0])[0]
-            nothing = Completion(torch.tensor([self.policy.end_of_turn_id]))  # any token does: its loss weighs 0
+            nothing = Completion(torch.tensor([self.policy.end_of_turn_id]))  # any token, as its loss has weight 0
             spare = pack_row([PromptGroup(prompt, [nothing])])
             batches += [_Batch(spare, scale=0.0) for _ in range(missing)]
         return batches
 
     def _drop_features(self, batches: Sequence[_Batch]) -> None:
-        """Of shared vision features keep what the coming passes read: groups may have been dropped, or be of later
+        """Keep only the shared vision features that later passes read: groups may have been dropped, or belong to later
         steps."""
         features = self.context.features
         if features:
@@ -453,7 +454,7 @@ class Run:
                 del features[key]
 
     def _score_reference(self, batches: Sequence[_Batch]) -> None:
-        """Log-probs under the reference, once per step (skipped where the method brought them)."""
+        """Log-probs under the reference, once per step (skipped if the method has set them)."""
         with self.policy.reference():
             for batch in batches:
                 if batch.scale and "ref_logp" not in batch.packed.per_token:
@@ -463,7 +464,7 @@ class Run:
                     batch.packed.per_token["ref_logp"] = result.logp
 
     def _vision(self, packed: PackedBatch) -> dict[str, VisionFeatures] | None:
-        """Vision features that the step's passes share, the rollout among them; None: each pass computes its own."""
+        """Vision features shared by the step's passes, including the rollout; None: each pass computes its own."""
         features = self.context.features
         if features is None or not packed.images:
             return None
@@ -476,7 +477,7 @@ class Run:
     def _update(
         self, number: int, batches: Sequence[_Batch], meter: Meter, *, first: bool
     ) -> tuple[float, StepInfo | None]:
-        """One optimizer update over all micro-batches. With nothing to learn from, the weights stay as they are."""
+        """One optimizer update over all micro-batches; none if there is nothing to learn from."""
         if not batches:
             return 0.0, None
         optim = self.recipe.optim
@@ -496,7 +497,8 @@ class Run:
             if batch.scale:
                 gap = sampler_gap(logp, packed) if first and logp is not None else {}
                 meter.add(metrics | gap, len(packed.targets))
-            if keep_old and logp is not None:  # the weights have not moved since the rollout: these are the old ones
+            # the weights have not changed since the rollout, so these are the old log-probs
+            if keep_old and logp is not None:
                 batch.packed.per_token["old_logp"] = logp.detach()
         total = torch.stack(losses).double().cpu()
         bad = [b for b, finite in zip(batches, total.isfinite().tolist(), strict=True) if not finite]
@@ -510,16 +512,16 @@ class Run:
         return float((total * torch.tensor([b.scale for b in batches], dtype=torch.float64)).sum()), info
 
     def _loss(self, batch: _Batch, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Loss, metrics and log-probs of a micro-batch (None where it only keeps ranks in step)."""
+        """Loss, metrics and log-probs of a micro-batch (None if it only keeps ranks in step)."""
         features = self._vision(packed)
-        if not batch.scale:  # without the method, whose coefficients it does not have
+        if not batch.scale:  # it lacks the method's coefficients, so the method is not called
             return self.policy.logprob(packed, features=features).logp.sum(), {}, None
-        rows = self.method.rows(batch.packed)  # of the batch on the host: no wait for the device
+        rows = self.method.rows(batch.packed)  # from the batch on the host, without synchronising
         rows = rows.to(packed.device) if rows is not None else None
         if self.recipe.optim.row_local_head:
             hidden, weight = self.policy.hidden(packed, features=features), self.policy.head_weight
             head = {"head_grad": self.engine.gradient_of(weight), "grad_scale": batch.scale}
-            assert self.method.row_local_loss is not None  # the recipe saw to it
+            assert self.method.row_local_loss is not None  # checked by the recipe
             return self.method.row_local_loss(hidden, weight, packed, rows, **head)
         result = self.policy.logprob(
             packed,
@@ -532,7 +534,7 @@ class Run:
         return loss, metrics, result.logp
 
     def _counts(self, prepared: Prepared, batches: Sequence[_Batch], info: StepInfo | None) -> dict[str, Any]:
-        """Reward, advantage and length metrics, what was consumed, and the optimizer's numbers."""
+        """Metrics of rewards, advantages, lengths, consumed data and the optimizer."""
         return {
             **group_metrics(prepared.sampled),
             **source_metrics(prepared.sampled),
@@ -544,21 +546,21 @@ class Run:
             "update/tokens": float(sum(b.packed.input_ids.shape[1] for b in batches)),
             "data/consumed": self.stream.consumed,
             "data/epoch": self.stream.epochs,
-            **({"data/broken": float(self.stream.broken)} if isinstance(self.stream, SoundStream) else {}),
+            **({"data/broken": float(self.stream.broken)} if isinstance(self.stream, DecodableStream) else {}),
         }
 
 
 @dataclass
 class _Batch:
-    """A micro-batch and the groups it holds."""
+    """A micro-batch and its groups."""
 
     packed: PackedBatch
     groups: list[PromptGroup] = field(default_factory=list)
-    scale: float = 1.0  # 0: only here to keep ranks in step
+    scale: float = 1.0  # 0: only keeps ranks in step
 
 
 def load_model(recipe: Recipe) -> Policy:
-    """The policy a recipe names."""
+    """The policy that a recipe names."""
     from fastrl.models.open import open_policy
 
     model = recipe.model
@@ -584,7 +586,7 @@ def _load_records(recipe: Recipe, functions: Functions | None) -> Sequence[Recor
 
 
 def _plan(recipe: Recipe, data: Sequence[Record], seed: int, world_size: int) -> Callable[[int], list[int]] | None:
-    """The draws of a mixture, or of one data set under a curriculum; None: the data's own order is all there is."""
+    """The draws of a mixture, or of one data set with a curriculum; None: records are drawn in the data's order."""
     settings = recipe.data
     if not settings.mix and settings.curriculum is None:
         return None
@@ -612,16 +614,16 @@ def _seed(seed: int) -> None:
 
 
 def _is_first_rank(recipe: Recipe) -> bool:
-    return recipe.engine.kind == "local" or os.environ.get("RANK", "0") == "0"  # as its launcher sets it
+    return recipe.engine.kind == "local" or os.environ.get("RANK", "0") == "0"  # set by the launcher
 
 
 def _use_own_device(recipe: Recipe) -> None:
     if recipe.engine.kind == "deepspeed" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # as its launcher sets it
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # set by the launcher
 
 
 def _not_finite(what: str, step: int, batches: Sequence[_Batch], *, changed: bool = False) -> str:
     names = [g.record.id if g.record is not None else "?" for b in batches for g in b.groups]
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    weights = "The weights were changed: go on from the last checkpoint" if changed else "The weights were not changed"
+    weights = "The weights were changed: continue from the last checkpoint" if changed else "The weights are unchanged"
     return f"step {step}: {what}. {weights}. Records of the batch: {shown}"

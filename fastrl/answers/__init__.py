@@ -1,4 +1,4 @@
-"""Model text ↔ boxes, points and tracks, and the coordinate frames their numbers live in. Imports nothing heavy."""
+"""Model text ↔ boxes, points and tracks, and their coordinate frames. Imports nothing heavy."""
 
 from fastrl.answers.frames import (
     FRAMES,

@@ -1,4 +1,4 @@
-"""Model text → a choice: which option of several, or yes or no. Never raises; linear time; bounded input."""
+"""Model text → a choice: one of several options, or yes or no. Never raises; linear time; bounded input."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from fastrl.answers.text import canonical, plain_answer
 
-MAX_READ = 4096  # characters of an answer, without the thought before it, that are looked at, and of each option
-MAX_TEXT = 1 << 21  # characters of a reply in which its answer is looked for
+MAX_READ = 4096  # characters read of an answer (without the thought before it), and of each option
+MAX_TEXT = 1 << 21  # characters of a reply in which the answer is searched
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _LEAD = re.compile(r"\(?([A-Za-z])(?:[).:,]++(?:\s|$)|$)")
@@ -34,12 +34,12 @@ _STATEMENT = re.compile(r"(?:there(?:'s| is| are| appears?| seems?)|it (?:is|doe
 
 
 def parse_choice(text: str, choices: Sequence[str]) -> int | None:
-    """Which of ``choices`` an answer names: its place from 0, or None where that is none or not clear.
+    """The index (from 0) of the option that an answer names, or None if there is none or it is ambiguous.
 
-    Read in this order, each only if it means exactly one option: a letter at the start (``B``, ``(b)``, ``B. look
-    down``); the text of an option and nothing else; a number and nothing else (the option's place from 0, as data sets
-    write it); ``the answer is B``; a letter in parentheses; a letter at the end; the text of an option inside the
-    answer, as whole words (the longest, where one option contains another).
+    Tried in this order, each only if it matches exactly one option: a letter at the start (``B``, ``(b)``, ``B. look
+    down``); only the text of an option; only a number (the option's index from 0, as in data sets); ``the answer is
+    B``; a letter in parentheses; a letter at the end; the text of an option inside the answer, as whole words (the
+    longest, if one option contains another).
     """
     plain = _plain(text)
     limit = min(len(choices), len(LETTERS))
@@ -49,8 +49,8 @@ def parse_choice(text: str, choices: Sequence[str]) -> int | None:
     if lead is not None and (index := _index(lead.group(1), limit)) is not None:
         return index
     options = [_words(choice[:MAX_READ]) for choice in choices]
-    said = _words(plain)
-    same = [n for n, option in enumerate(options) if option and option == said]
+    answer_words = _words(plain)
+    same = [n for n, option in enumerate(options) if option and option == answer_words]
     if len(same) == 1:
         return same[0]
     number = _NUMBER.fullmatch(plain)
@@ -60,17 +60,17 @@ def parse_choice(text: str, choices: Sequence[str]) -> int | None:
         named = {_index(match.group(1), limit) for match in pattern.finditer(plain)} - {None}
         if len(named) == 1:
             return named.pop()
-    padded = f" {said} "
+    padded = f" {answer_words} "
     inside = [n for n, option in enumerate(options) if option and f" {option} " in padded]
     longest = [n for n in inside if not any(n != m and f" {options[n]} " in f" {options[m]} " for m in inside)]
     return longest[0] if len(longest) == 1 else None
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """Whether an answer means yes, or None where it says neither, both, or that it does not know.
+    """Whether an answer means yes; None if it says neither, both, or that it does not know.
 
-    Its first sentence counts. A first word of yes or no decides; else a negation anywhere means no (as POPE reads it),
-    a yes anywhere or a statement that there is something means yes.
+    Only its first sentence is read. A first word of yes or no decides; otherwise a negation anywhere means no (as in
+    POPE), and a yes anywhere or a statement that something is there means yes.
     """
     sentence = _SENTENCE_END.split(_plain(text), maxsplit=1)[0].lower().replace("’", "'")
     words = [word.strip("'") for word in re.findall(r"[a-z']+", sentence)]
@@ -97,7 +97,7 @@ def _plain(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    """Words without case and punctuation, a blank between them."""
+    """Lower-case words without punctuation, separated by blanks."""
     return " ".join(_WORD.findall(canonical(text).casefold()))
 
 

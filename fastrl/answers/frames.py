@@ -1,15 +1,15 @@
-"""Coordinate frames: what the numbers in an answer mean, and how they map to pixels of the original image.
+"""Coordinate frames: the unit of the numbers in an answer, and their mapping to pixels of the original image.
 
-Five frames, all with x to the right and y down, (0, 0) at the upper left corner:
+There are five frames, all with x to the right and y down, (0, 0) at the upper left corner:
 
 - ``original``: pixels of the image file. Every truth of a ``Record`` is in this frame.
 - ``resized``: pixels of the image as the model sees it, padding included (Qwen2.5-VL, which pads nothing).
-- ``thousand``: 0-1000 across each side (Qwen2-VL answers in these, and so do trajectory answers).
+- ``thousand``: 0-1000 across each side (used by Qwen2-VL and by trajectory answers).
 - ``unit``: 0-1 across each side.
-- ``padded_unit``: 0-1 across each side of what the model sees, padding included (LLaVA-1.5 answers in these: its
-  pictures are padded to squares). Without padding it is ``unit``.
+- ``padded_unit``: 0-1 across each side of the picture as the model sees it, padding included (used by LLaVA-1.5, whose
+  pictures are padded to squares). Without padding it equals ``unit``.
 
-``auto`` is not a frame: ``resolve_frame`` turns it into one by looking at how an answer is written.
+``auto`` is not a frame: ``resolve_frame`` replaces it by one that fits the notation of an answer.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 Frame = Literal["auto", "resized", "thousand", "original", "unit", "padded_unit"]
 FRAMES: tuple[str, ...] = ("auto", "resized", "thousand", "original", "unit", "padded_unit")
-SEEN = ("resized", "padded_unit")  # frames across what the model sees; the others lie across the image itself
-IN_THOUSAND = ("qwen2", "internvl", "glm", "gemma", "tracks")  # forms (``Parsed.format``) of one frame alone
+SEEN = ("resized", "padded_unit")  # frames of the picture as the model sees it; the others are of the image itself
+IN_THOUSAND = ("qwen2", "internvl", "glm", "gemma", "tracks")  # notations (``Parsed.format``) that imply ``thousand``
 IN_UNIT = ("molmo", "paligemma")
-TASK_FRAME = {"trajectory": "thousand"}  # tasks whose answers are in one frame whatever the family
+TASK_FRAME = {"trajectory": "thousand"}  # tasks with a fixed frame for all families
 
 
 @dataclass(frozen=True)
 class View:
-    """Original size of one image, and what of it a model sees at which size, in pixels.
+    """Original size of an image, and the part of it that a model sees with its resized size, in pixels.
 
-    A model sees a canvas of ``resized_width`` x ``resized_height``: the image resized, or first padded (or cropped).
-    Its extent in pixels of the original is ``canvas`` (left, top, right, bottom): (0, 0, width, height) unless given,
-    (0, -80, 640, 560) for a 640 x 480 image padded to a square, and within the image for a crop.
+    A model sees a canvas of ``resized_width`` x ``resized_height``: the resized image, possibly padded or cropped
+    first. Its extent in pixels of the original is ``canvas`` (left, top, right, bottom): (0, 0, width, height) by
+    default, (0, -80, 640, 560) for a 640 x 480 image padded to a square, and within the image for a crop.
     """
 
     width: int
@@ -55,12 +55,12 @@ class View:
 
     @classmethod
     def unresized(cls, width: int, height: int) -> View:
-        """A view whose model sees the image at its own size."""
+        """A view of the image at its own size."""
         return cls(width, height, width, height)
 
     @classmethod
     def padded(cls, width: int, height: int, side: int) -> View:
-        """A view whose model sees the image in the middle of a square, resized to ``side`` pixels."""
+        """A view of the image in the middle of a square that is resized to ``side`` pixels."""
         whole = max(width, height)
         left, top = -((whole - width) // 2), -((whole - height) // 2)
         return cls(width, height, side, side, (left, top, left + whole, top + whole))
@@ -90,8 +90,8 @@ class View:
         return cls(width, height, int(resized_width), int(resized_height))
 
     def size(self, frame: str) -> tuple[float, float]:
-        """(width, height) of the frame's whole extent in its units: of the image, or of what the model sees of it
-        (``SEEN``). Raises ``ValueError`` on ``auto`` or unknown."""
+        """(width, height) of the whole image, or of the model's view of it (``SEEN``), in the frame's units. Raises
+        ``ValueError`` for ``auto`` and unknown frames."""
         if frame == "original":
             return float(self.width), float(self.height)
         if frame == "resized":
@@ -101,7 +101,7 @@ class View:
         if frame in ("unit", "padded_unit"):
             return 1.0, 1.0
         check_frame(frame)
-        raise ValueError("frame 'auto' says nothing about coordinates yet: call resolve_frame first")
+        raise ValueError("frame 'auto' is not a coordinate frame: call resolve_frame first")
 
 
 def check_frame(frame: str) -> None:
@@ -125,7 +125,7 @@ def _pairs(coords: Sequence[float]) -> Iterator[tuple[float, int]]:
     return ((float(v), i % 2) for i, v in enumerate(coords))
 
 
-# Multiply before dividing: v * target / source is exact where v is a multiple of source, so corners stay corners.
+# Multiply before dividing: v * target / source is exact if v is a multiple of source, so corners stay exact.
 
 
 def to_original(coords: Sequence[float], frame: str, view: View) -> tuple[float, ...]:
@@ -141,12 +141,12 @@ def from_original(coords: Sequence[float], frame: str, view: View) -> tuple[floa
 
 
 def resolve_frame(parsed: Parsed | ParsedTracks, frame: str) -> str:
-    """``frame`` itself, or for ``auto`` the frame an answer is most likely written in.
+    """``frame`` itself, or for ``auto`` the most likely frame of an answer.
 
-    A form that only one frame is written in says it: Qwen2-VL's and GLM's box tokens, InternVL's tags, Gemma's
-    ``box_2d`` and trajectory text → ``thousand``. No value beyond 1 and at least one written with a decimal point →
-    ``unit``; anything else → ``resized``. Molmo's and PaliGemma's numbers are parts of the sides whatever ``frame``
-    says: the parser makes them that.
+    Notations with a fixed frame determine it: Qwen2-VL's and GLM's box tokens, InternVL's tags, Gemma's ``box_2d`` and
+    trajectory text → ``thousand``. No value beyond 1 and at least one written with a decimal point → ``unit``; anything
+    else → ``resized``. Molmo's and PaliGemma's numbers are fractions of the sides for any ``frame``: the parser
+    converts them.
     """
     check_frame(frame)
     if parsed.format in IN_UNIT:

@@ -1,12 +1,12 @@
-"""JSON-like objects of a model's text, read so that damage stays where it is.
+"""Error-tolerant reading of JSON-like objects in a model's text: damage affects only the entry in which it occurs.
 
-A model forgets a brace, puts a quote into a label or stops in the middle. A JSON decoder then loses the whole text, and
-a reader that pairs quotes misreads everything behind. This one anchors on *keys*: a short quoted name with a colon
-behind it. From a key it reads one value, then expects another key, a brace or a bracket; where it finds anything else
-it gives up on structure and looks for the next key, which stands within the same object or at the head of the next.
+A model may forget a brace, write a quote inside a label or stop in the middle. A JSON decoder then loses the whole
+text, and a parser that pairs quotes misreads everything after the error. This one anchors on *keys*: a short quoted
+name followed by a colon. After a key it reads one value, then expects another key, a brace or a bracket; at anything
+else it abandons the structure and searches for the next key, in the same object or at the start of the next.
 
-A string ends at a quote with the end of an entry behind it (``,`` ``}`` ``]``, another key), so a quote inside a label
-is part of it; a string without such an end reaches to the next key.
+A string ends at a quote that is followed by the end of an entry (``,`` ``}`` ``]``, another key), so a quote inside a
+label is part of it; a string without such an end extends to the next key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from fastrl.answers.scan import MAX_LABEL, NUMBER, Scanner, clean_label, numbers
 
 MAX_DEPTH = 32
-_KEYS_PER_OBJECT = 32  # read for each object asked for, and 1000 more: room for objects without coordinates
+_KEYS_PER_OBJECT = 32  # keys read per requested object (plus 1000 in total, for objects without coordinates)
 
 _QUOTED = r"\\?+[\"'“‘](?P<key>[^\"'“”‘’\\\n{}\[\]():,]{1,60}+)\\?+[\"'”’]"
 _BARE = r"(?P<bare>[A-Za-z_][A-Za-z0-9_]{0,60}+)"
@@ -30,7 +30,7 @@ _KEY = rf"(?:{_QUOTED}(?:{_COLON}|{_FORGOTTEN})|{_BARE}{_COLON})"
 
 
 def _again(pattern: str) -> str:
-    """The pattern without names, to stand beside itself."""
+    """The pattern without group names, so that it can be used twice."""
     return re.sub(r"\(\?P<\w+>", "(?:", pattern)
 
 
@@ -49,10 +49,10 @@ _CLOSING = "\"'”’"
 _WORD = re.compile(r"[^,;\[\]{}\"'“‘:\n]{0,200}+")
 _NO_TEXT = ("", "null", "none", "true", "false")
 _LIST = re.compile(r"[^\[\]()]+")
-_SOUND = r"(?P<sound>\s*+(?=[,;\]}]|\Z))?+"
+_CLOSED = r"(?P<closed>\s*+(?=[,;\]}]|\Z))?+"
 _STRINGS = {  # by the opening quote: a whole string, and where a damaged one ends
     opening: (
-        re.compile(rf"{opening}(?P<body>{body})(?:(?P<end>{closing}){_SOUND}|)", re.DOTALL),
+        re.compile(rf"{opening}(?P<body>{body})(?:(?P<end>{closing}){_CLOSED}|)", re.DOTALL),
         re.compile(
             rf"(?P<end>{closing})\s*+(?=[\]}}]|\Z|[,;]?+\s*+(?:{_again(_KEY)})|[,;]\s*+[\[{{])"
             rf"|\{{\s*+(?:{_again(_KEY)})|(?:[,;]|\n(?:[ \t]*+-)?+)\s*+(?:{_again(_KEY)})"
@@ -69,7 +69,7 @@ _STRINGS = {  # by the opening quote: a whole string, and where a damaged one en
 
 @dataclass(slots=True)
 class Value:
-    """One value: a text, or lists of numbers (a list that is malformed is None), or neither."""
+    """One value: a text, or lists of numbers (a malformed list is None), or neither."""
 
     text: str | None = None
     lists: tuple[tuple[float, ...] | None, ...] = ()
@@ -82,7 +82,7 @@ _NOTHING = Value()
 
 @dataclass(slots=True, eq=False)
 class Found:
-    """The entries of one object; by their names' letters and digits without case."""
+    """The entries of one object, by the lower-case letters and digits of their names."""
 
     values: dict[str, Value] = field(default_factory=dict)
     wanted: bool = False
@@ -94,9 +94,8 @@ def key_name(key: str) -> str:
 
 
 def read_objects(scan: Scanner, wanted: Set[str], limit: int) -> tuple[list[Found], bool]:
-    """Objects with an entry named in ``wanted``, in the order of those entries, at most ``limit`` and one more.
-
-    Second, whether reading stopped before the end of the text.
+    """Objects with an entry named in ``wanted``, in the order of these entries, at most ``limit`` + 1; and whether
+    reading stopped before the end of the text.
     """
     found: list[Found] = []
     stack: list[Found] = []
@@ -116,9 +115,9 @@ def read_objects(scan: Scanner, wanted: Set[str], limit: int) -> tuple[list[Foun
 
 
 def _entry(scan: Scanner, stack: list[Found], found: list[Found], name: str, wanted: Set[str]) -> str | None:
-    """Read the value of an entry and what stands behind it; the next key, or None where structure ends."""
+    """Read the value of an entry and what follows it; returns the next key, or None if the structure ends."""
     top = stack[-1]
-    if name in top.values and top.wanted:  # an object says one thing once: a brace is missing
+    if name in top.values and top.wanted:  # a repeated key: a brace is missing
         top = stack[-1] = Found()
     if name in wanted and not top.wanted:
         top.wanted = True
@@ -178,7 +177,7 @@ def _numbers(run: str, following: str) -> Value:
         return Value(lists=(None,))
     lists = [numbers(piece.strip().removeprefix(",")) for piece in _LIST.findall(run) if piece.strip(", \t\r\n")]
     if lists and run[-1].isdigit() and (following.isalnum() or following == "_"):
-        lists[-1] = None  # a number that runs on as something else
+        lists[-1] = None  # a number followed directly by other characters
     single = lists[0] if len(lists) == 1 else None
     scalar = single[0] if single is not None and len(single) == 1 and "[" not in run else None
     return Value(lists=tuple(lists) or (None,), scalar=scalar, decimal="." in run)
@@ -189,7 +188,7 @@ def _string(scan: Scanner, opening: str) -> str | None:
     whole, damaged = _STRINGS[opening]
     start = scan.position
     match = scan.at(whole)
-    if match["end"] is not None and match["sound"] is not None:
+    if match["end"] is not None and match["closed"] is not None:
         return _unescape(scan.text[match.start("body") : match.end("body")], opening)
     scan.position = start + 1
     stop = scan.seek(damaged)
@@ -206,6 +205,6 @@ def _unescape(inside: str, quote: str) -> str | None:
         body = inside.replace("\\'", "'")
         if quote == "'":
             body = body.replace('\\"', '"').replace('"', '\\"')
-        with contextlib.suppress(ValueError):  # a broken escape: the characters stay as they stand
+        with contextlib.suppress(ValueError):  # an invalid escape: the characters are kept
             inside = json.loads(f'"{body}"', strict=False)
     return clean_label(inside)

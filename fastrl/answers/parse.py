@@ -1,8 +1,8 @@
 """Model text → boxes and points. Model output is untrusted: nothing here raises, and time is linear in the text.
 
-One rule for each way of writing, tried in this order (the bare ones in the order of Perception-R1's released parser):
+One rule for each notation, tried in this order (bare lists in the order of Perception-R1's released parser):
 
-1. entries named as coordinates, JSON or what is left of it (``objects.py``): Qwen2.5-VL, Qwen3-VL, Gemma
+1. entries named as coordinates, in JSON or damaged JSON (``objects.py``): Qwen2.5-VL, Qwen3-VL, Gemma
 2. ``<|box_start|>…<|box_end|>`` (Qwen2-VL) and ``<box>…</box>`` (InternVL), with the reference text before them
 3. ``<point x="…" y="…">`` (Molmo), ``<loc0001>`` (PaliGemma)
 4. ``[x1,y1,x2,y2]``   5. ``(x1,y1,x2,y2)``   6. ``[[x1,y1],[x2,y2]]``   7. ``(x1,y1),(x2,y2)``
@@ -23,9 +23,9 @@ from fastrl.answers.objects import Found, Value, read_objects
 from fastrl.answers.scan import NUMBER, Scanner, clean_label, number
 from fastrl.answers.text import answer_region, strip_fence, strip_special_tokens
 
-MAX_ITEMS = 1000  # far above what fits a real answer; bounds the matching that follows
+MAX_ITEMS = 1000  # far more than in any real answer; bounds the cost of matching
 
-# Names of entries, without case, blanks, "_" and "-"; of several in one object the first of these that can be read.
+# Names of entries, without case, blanks, "_" and "-"; of several in one object the first valid one is used.
 Y_FIRST = "box2d"  # Gemma and Gemini write y before x under this name, in 0-1000
 _ANY = ("coordinates", "coordinate", "coords", "position", "location")
 BOX_KEYS = (
@@ -54,7 +54,7 @@ _LIKE_LABEL = re.compile(
 )
 SCORE_KEYS = ("score", "confidence", "confidencescore", "conf", "probability", "prob", "certainty")
 _CORNERS = (
-    ("x0", "y0", "x1", "y1"),  # first: its x1 is another's second corner
+    ("x0", "y0", "x1", "y1"),  # first, as here x1 is the second corner
     ("x1", "y1", "x2", "y2"),
     ("xmin", "ymin", "xmax", "ymax"),
     ("left", "top", "right", "bottom"),
@@ -74,7 +74,7 @@ _BOXES = (
 )
 _BRACKET_POINT = re.compile(_CORNER)
 _ONE_PAIR = re.compile(_PAIR)
-_GROUP = re.compile(  # a pair, or what a damaged one has left
+_GROUP = re.compile(  # a pair, or a damaged one
     rf"(?:\([^()\[\]{{}}<>]{{1,200}}+\)?+|(?<![\w.,(\[]){NUMBER}(?:{_GAP}{NUMBER})?+\s*+\))"
 )
 _GROUPS = re.compile(rf"{_GROUP.pattern}(?:(?:\s*+,\s*+|(?<![)\n])){_GROUP.pattern})*+")
@@ -119,7 +119,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Parsed(Sequence[Item]):
-    """What a text holds: a sequence of ``Item`` plus how it was written."""
+    """The items of a text as a sequence, with the notation it was written in."""
 
     items: tuple[Item, ...] = ()
     # json | gemma | qwen2 | internvl | glm | molmo | paligemma | brackets | parens | corners | pairs; None: nothing
@@ -127,16 +127,16 @@ class Parsed(Sequence[Item]):
     decimal: bool = False  # at least one coordinate is written with a decimal point
     dropped: int = 0  # items that looked like boxes and were malformed
     truncated: bool = False  # more than max_items were found
-    empty: bool = False  # the answer is an empty JSON list: "there is none", said properly
+    empty: bool = False  # the answer is an empty JSON list, which states that there is none
 
     @property
     def parsable(self) -> bool:
-        """The text holds at least one item, or says properly that there is none."""
+        """Whether the text has at least one item, or is an explicit empty list."""
         return bool(self.items) or self.empty
 
     @property
     def unlabelled(self) -> int:
-        """Items without a label that could be read."""
+        """Number of items without a readable label."""
         return sum(item.label is None for item in self.items)
 
     @overload
@@ -151,7 +151,7 @@ class Parsed(Sequence[Item]):
 
 
 def parse_boxes(text: str, max_items: int = MAX_ITEMS) -> Parsed:
-    """Boxes of a model's answer, at most ``max_items``, in the order and the numbers they are written in.
+    """Boxes of a model's answer, at most ``max_items``, in the text's order and numbers.
 
     Malformed items (non-finite or huge numbers, strings or booleans as coordinates, wrong length) are left out and
     counted in ``dropped``; those before and after them stay. Inverted corners are returned as written.
@@ -160,16 +160,16 @@ def parse_boxes(text: str, max_items: int = MAX_ITEMS) -> Parsed:
 
 
 def parse_points(text: str, max_items: int = MAX_ITEMS) -> Parsed:
-    """Points of a model's answer (``item.point``), as ``parse_boxes``; a box stands for its centre.
+    """Points of a model's answer (``item.point``), like ``parse_boxes``; a box gives its centre.
 
-    Where both readings are possible, as in ``(1,2),(3,4)``, the boxes are taken if all of them are boxes: that is how
-    counting answers are written. ``(1,2),(3,4),(5,6)`` is three points.
+    If both readings are possible, as in ``(1,2),(3,4)``, it is read as boxes if all items are, as in counting answers.
+    ``(1,2),(3,4),(5,6)`` is three points.
     """
     return parse_scanned(Scanner(answer_region(text)), max_items, points=True)
 
 
 def parse_scanned(scan: Scanner, max_items: int, *, points: bool) -> Parsed:
-    """``parse_boxes`` or ``parse_points`` of an answer region; ``scan.visited`` says how much work it was."""
+    """``parse_boxes`` or ``parse_points`` of an answer region; ``scan.visited`` measures the work done."""
     dropped, keyed = 0, False
     for read in (_from_objects, _from_marks, _from_point_tags, _from_locations, _from_bare):
         scan.position = 0
@@ -184,7 +184,7 @@ def parse_scanned(scan: Scanner, max_items: int, *, points: bool) -> Parsed:
 
 
 def _special(text: str, parsed: Parsed) -> Parsed:
-    """Bare lists between GLM's answer tokens are its own format; those said to be ``box_2d`` have y first."""
+    """Bare lists between GLM's answer tokens are GLM's format; ``box_2d`` entries have y first."""
     if parsed.format in ("brackets", "parens", "corners", "pairs"):
         if _SAYS_Y_FIRST.search(text) is not None:
             return replace(parsed, format="gemma", items=tuple(replace(i, coords=_swapped(i.coords)) for i in parsed))
@@ -199,7 +199,7 @@ def _swapped(coords: tuple[float, ...]) -> tuple[float, ...]:
 
 
 class _Items:
-    """Items as they are found, up to a bound."""
+    """Collects items up to a bound."""
 
     def __init__(self, max_items: int) -> None:
         self.items: list[Item] = []
@@ -208,7 +208,7 @@ class _Items:
     def add(
         self, coords: tuple[float, ...] | None, raw: str = "", label: str | None = None, score: float | None = None
     ) -> None:
-        """Keep an item, or count one that is malformed (None)."""
+        """Add an item, or count a malformed one (None)."""
         if coords is None:
             self.dropped += 1
         elif len(self.items) == self.max_items:
@@ -369,7 +369,7 @@ def _from_locations(scan: Scanner, max_items: int, points: bool) -> Parsed:
 
 
 def _from_bare(scan: Scanner, max_items: int, points: bool, marked: bool = False) -> Parsed:
-    """The first way of writing that finds anything. ``marked``: the text lies between box marks."""
+    """Parse with the first notation that finds anything. ``marked``: the text is between box marks."""
     dropped = 0
     for read in _bare_readings(points, marked):
         scan.position = 0

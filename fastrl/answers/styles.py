@@ -1,11 +1,11 @@
-"""How each model family writes boxes and points: its frame, its text, and what has exactly its form.
+"""Notations of model families for boxes and points: their frame, writing, and strict recognition.
 
-One object for each way of writing, found by name (``STYLES``) or by the ``model_type`` of a model's config
-(``style_of``). Reading needs no style: ``parse.py`` reads them all. A style says which frame the numbers are in, which
-no text can say for itself.
+There is one object per notation, found by name (``STYLES``) or by the ``model_type`` of a model's config
+(``style_of``). Parsing needs no style: ``parse.py`` reads them all. A style also determines the frame of the numbers,
+which the text does not show.
 
-Where a family has no form of its own for a task, it is given the nearest one it can be taught: JSON for labelled boxes
-of LLaVA, a box without extent for a point of a family that only has boxes.
+If a family has no notation for a task, it gets the closest one that it can learn: JSON for labelled boxes of LLaVA, a
+box without extent for a point of a family that only has boxes.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ _POINT = re.compile(r"<(points?)((?: [xy][0-9]*+=\"[0-9]{1,3}+(?:\.[0-9]++)?+\")
 
 @dataclass(frozen=True)
 class Style:
-    """One way of writing. Subclasses write and recognise; all numbers are of ``frame``.
+    """One notation. Subclasses write and recognise it; all numbers are in ``frame``.
 
     Args:
         name: in ``STYLES``.
-        frame: what the numbers mean (see ``frames``).
-        steps: whole numbers for each unit of the frame: 1 writes integers, 100 two decimals.
+        frame: of the numbers (see ``frames``).
+        steps: resolution per unit of the frame: 1 writes integers, 100 two decimals.
     """
 
     name: str
     frame: str
     steps: int = 1
-    points: ClassVar[bool] = False  # points have a form of their own; else they are boxes without extent
+    points: ClassVar[bool] = False  # whether points have a notation; otherwise they are boxes without extent
     boxes: ClassVar[bool] = True
 
     def numbers(self, coords: Sequence[float], view: View) -> tuple[float, ...]:
-        """Original pixels → the numbers written, x before y: rounded half up, clipped to the frame."""
+        """Original pixels → the numbers to write, x before y: rounded half up, clipped to the frame."""
         size = view.size(self.frame)
         values = from_original(coords, self.frame, view)
         rounded = (math.floor(v * self.steps + 0.5) / self.steps for v in values)
@@ -65,15 +65,15 @@ class Style:
         return tuple(int(v) for v in clipped) if self.steps == 1 else tuple(clipped)
 
     def write(self, task: str, items: Sequence[tuple[tuple[float, ...], str]], labels: bool) -> str:
-        """The answer that holds ``items``: numbers (a box, or a point) with their label, shown where ``labels``."""
+        """The answer with ``items``: numbers (a box or a point) with their label, which is written if ``labels``."""
         raise NotImplementedError
 
     def matches(self, task: str, text: str) -> bool:
-        """Whether a text (its end of turn taken off) is an answer to a task with coordinates, and nothing else."""
+        """Whether a text (without end of turn) is exactly an answer in this notation to a task with coordinates."""
         raise NotImplementedError
 
     def frame_of(self, task: str) -> str:
-        """The frame of an answer to ``task``: trajectories are in 0–1000 whatever the family."""
+        """The frame of an answer to ``task``: trajectories are in 0–1000 for all families."""
         return "thousand" if task == "trajectory" else self.frame
 
 
@@ -170,7 +170,7 @@ class GlmStyle(Style):
 
 @dataclass(frozen=True)
 class LlavaStyle(Style):
-    """``[0.12, 0.34, 0.56, 0.78]``: parts of the sides, with two decimals; labelled boxes as a JSON list."""
+    """``[0.12, 0.34, 0.56, 0.78]``: fractions of the sides, with two decimals; labelled boxes as a JSON list."""
 
     steps: int = 100
     points: ClassVar[bool] = True
@@ -194,7 +194,7 @@ class LlavaStyle(Style):
 class MolmoStyle(Style):
     """``<point x="63.5" y="44.5" alt="label">label</point>``, several as ``<points x1= y1= x2= …>``: per cent.
 
-    Numbers here are parts of the sides (``unit``), as ``parse_points`` gives them. Boxes have no form.
+    Numbers here are fractions of the sides (``unit``), as returned by ``parse_points``. Boxes have no notation.
     """
 
     steps: int = 1000
@@ -203,7 +203,7 @@ class MolmoStyle(Style):
 
     def write(self, task: str, items: Sequence[tuple[tuple[float, ...], str]], labels: bool) -> str:
         if task != "counting":
-            raise ValueError(f"{self.name} writes points only: it has no answer to {task}")
+            raise ValueError(f"{self.name} only writes points, so it has no answer format for {task}")
         name = items[0][1].translate(str.maketrans("", "", '"<>'))
         centres = [(0.5 * (c[0] + c[-2]), 0.5 * (c[1] + c[-1])) for c, _ in items]
         many = len(items) > 1
@@ -273,7 +273,7 @@ FAMILIES: tuple[str, ...] = tuple(_OF_FAMILY)
 
 
 def style_of(model_type: str) -> Style:
-    """The style of a family, by its config's ``model_type``. Raises ``ValueError`` for one that is not known."""
+    """The style of a family, by its config's ``model_type``. Raises ``ValueError`` for an unknown one."""
     if model_type not in _OF_FAMILY:
         raise ValueError(f"unknown model family {model_type!r}; known: {', '.join(FAMILIES)}")
     return STYLES[_OF_FAMILY[model_type]]
@@ -283,19 +283,19 @@ STYLE_FRAME = {name: style.frame for name, style in STYLES.items()}
 
 
 def style_named(name: str) -> Style:
-    """The style of a name. Raises ``ValueError`` for one that does not exist."""
+    """The style of that name. Raises ``ValueError`` if there is none."""
     if name not in STYLES:
         raise ValueError(f"unknown answer style {name!r}; allowed: {', '.join(STYLES)}")
     return STYLES[name]
 
 
 def without_end_of_turn(text: str) -> str:
-    """The text without the token that ends a turn, where it was kept."""
+    """The text without its end-of-turn token, if any."""
     end = next((token for token in END_OF_TURN if text.endswith(token)), "")
     return text.removesuffix(end)
 
 
-# What the forms are made of
+# Helpers
 
 
 def _whole(coords: Sequence[float]) -> list[float]:
@@ -314,7 +314,7 @@ def _is_lists(task: str, text: str) -> bool:
 
 
 def _matches_qwen2_grounding(text: str) -> bool:
-    """The pattern Perception-R1 intends: a reference span, a box span, nothing else."""
+    """The pattern that Perception-R1 intends: a reference span and a box span, nothing else."""
     if not text.startswith(_REF):
         return False
     name_end = text.find(_REF_END, len(_REF))
@@ -347,10 +347,10 @@ def matches_json_boxes(
     label: bool = False,
     empty: bool = False,
 ) -> bool:
-    """A JSON list, fenced or not, of objects with ``box`` (or ``point``), nothing around it.
+    """Whether the text is exactly a JSON list, fenced or not, of objects with ``box`` (or ``point``).
 
-    ``points=True`` is ``point="point_2d"``; ``label=True`` also asks each object for a non-empty string label;
-    ``empty=True`` lets ``[]`` pass.
+    ``points=True`` is ``point="point_2d"``; ``label=True`` also requires a non-empty string label in each object;
+    ``empty=True`` accepts ``[]``.
     """
     body = text.strip()
     if body.startswith("```"):

@@ -1,6 +1,6 @@
-"""Text clean-up shared by several tasks: thoughts, answer tags, special tokens, Markdown fences, white space.
+"""Text clean-up for several tasks: thoughts, answer tags, special tokens, Markdown fences, white space.
 
-Everything here runs in linear time on any text: plain ``find`` calls and patterns without backtracking.
+All functions take linear time for any text: they use ``find`` and patterns without backtracking.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-MAX_MARKS = 64  # combining marks in a row; no writing has as many, and putting them in order takes their square
+MAX_MARKS = 64  # combining marks in a row; no script has as many, and sorting them takes quadratic time
 
 _SPECIAL = re.compile(r"<\|[A-Za-z0-9_]{1,40}+\|>")
 _BOXED, _BOXED_END = "<|begin_of_box|>", "<|end_of_box|>"
@@ -30,7 +30,7 @@ def strip_special_tokens(text: str) -> str:
 def canonical(text: str) -> str:
     """The text in Unicode's composed form (NFC), in which canonically equal texts are equal.
 
-    A text with more than ``MAX_MARKS`` combining marks in a row is none that anyone reads, and stays as it is.
+    A text with more than ``MAX_MARKS`` combining marks in a row is returned unchanged.
     """
     if text.isascii():
         return text
@@ -43,22 +43,22 @@ def canonical(text: str) -> str:
 
 
 def collapse_whitespace(text: str) -> str:
-    """Each run of white space becomes one blank; none at the ends."""
+    """Replace each run of white space by one blank; strip both ends."""
     return " ".join(text.split())
 
 
 def thought_tags(text: str) -> list[str]:
-    """The tags of a text that open or close a thought, in its order and in lower case."""
+    """The tags that open or close a thought, in order, in lower case."""
     return [match.group().lower() for match in _THOUGHT.finditer(text)]
 
 
 def unfinished_thought(text: str) -> bool:
-    """A thought is opened and never closed: nothing behind the tag is an answer."""
+    """Whether a thought is opened and never closed, so that nothing after the tag is an answer."""
     return _without_thought(text)[1]
 
 
 def _without_thought(text: str) -> tuple[str, bool]:
-    """What stands behind the last closing tag and before an opening one, and whether there was such an opening one."""
+    """The text after the last closing tag and before an opening one, and whether there is such an opening one."""
     start, end, open_ = 0, len(text), False
     for match in _THOUGHT.finditer(text):
         if match["end"] or match["stop"] or match["close"]:
@@ -69,7 +69,7 @@ def _without_thought(text: str) -> tuple[str, bool]:
 
 
 def answer_region(text: str) -> str:
-    """The part of a reply that is the answer: outside of thoughts, and inside ``<answer>`` tags where present.
+    """The part of a reply that is the answer: outside of thoughts, and inside ``<answer>`` tags if present.
 
     Tags count in any case. A thought (``<think>``, ``<thinking>``, ``<thought>``, ``<reasoning>``, …) ends at the last
     closing tag; one that is never closed reaches to the end, and nothing in it is an answer. An ``<answer>`` that is
@@ -83,7 +83,7 @@ def answer_region(text: str) -> str:
 
 
 def strip_fence(text: str) -> str:
-    """The inside of the first Markdown code fence, or the text itself where there is none."""
+    """The contents of the first Markdown code fence, or the text itself if there is none."""
     opening = _FENCE_OPEN.search(text)
     if opening is None:
         return text
@@ -94,7 +94,7 @@ def strip_fence(text: str) -> str:
 def plain_answer(text: str) -> str:
     """A reply as plain text: its answer region without special tokens or a fence around the whole, ends stripped.
 
-    Where the region has GLM's ``<|begin_of_box|>…<|end_of_box|>``, the answer is what is inside.
+    If the region has GLM's ``<|begin_of_box|>…<|end_of_box|>``, the answer is the text between them.
     """
     region = answer_region(text)
     start = region.rfind(_BOXED)

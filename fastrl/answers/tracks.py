@@ -1,9 +1,8 @@
 """Trajectory text ↔ tracks: ``Track1: dog<Id1>Frame1:[x1,y1,x2,y2];Frame2:[x1,y1,x2,y2];</Id1>``.
 
-The spelling is Merlin's, which Video-UTR builds on (also without ``Track1:``); its coordinates are 0-1000. Frame
-numbers count from 1 within the clip. ``format_tracks`` then ``parse_tracks`` gives back the same tracks, and formatting
-those the same text.
-Parsing follows the rules of ``parse.py``: never raises, linear time, bounded counts.
+The notation is Merlin's, which Video-UTR builds on (also without ``Track1:``); its coordinates are 0-1000. Frame
+numbers count from 1 within the clip. ``parse_tracks`` of ``format_tracks`` gives the same tracks, and formatting these
+gives the same text. Parsing follows the rules of ``parse.py``: it never raises, takes linear time, and bounds counts.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ _FRAME = re.compile(  # a box that lost its bracket ends where the next thing be
     rf"frame[ \t]{{0,8}}+([0-9]{{1,9}}+)\s*+:\s*+\[(?:\s*+{FOUR}\s*+,?+\s*+(?:\]|(?=[;<]|frame)|\Z))?+", re.IGNORECASE
 )
 _HEADING = re.compile(r"track[ \t]{0,8}+[0-9]{0,9}+\s{0,8}+:", re.IGNORECASE)
-_SAID_WINDOW = 4096  # characters after a track that are kept of what is said about it
+_SAID_WINDOW = 4096  # characters after a track that are kept
 _NUMBER = r"-?[0-9]{1,9}+(?:\.[0-9]{1,9}+)?+"
 _STRICT = re.compile(
     r"(?:Track[0-9]{1,9}+: )?+[^<>;:\n\r]{1,100}+<Id(?P<id>[0-9]{1,9}+)>"
     rf"(?P<frames>(?:Frame[0-9]{{1,9}}+:\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\];)++)</Id(?P=id)>"
 )
-_NAME_WINDOW = 200  # characters before <Id> in which a track's name is looked for
+_NAME_WINDOW = 200  # characters before <Id> in which a track's name is searched
 _BEFORE_NAME = re.compile(r"[<>;:\n\r.]")
 _NOT_IN_NAME = "<>;:\n\r"
 
@@ -53,10 +52,10 @@ class Track:
 
 @dataclass(frozen=True)
 class ParsedTracks(Sequence[Track]):
-    """The tracks of a text, in its order; two of one identity stay two."""
+    """The tracks of a text, in order; two tracks of one identity are kept as two."""
 
     tracks: tuple[Track, ...] = ()
-    format: str | None = None  # "tracks", or None where nothing was recognised
+    format: str | None = None  # "tracks", or None if nothing was recognised
     decimal: bool = False
     dropped: int = 0  # malformed boxes and second boxes for a frame (the first one counts)
     truncated: bool = False  # more than max_tracks tracks or max_frames boxes were found
@@ -80,8 +79,8 @@ class ParsedTracks(Sequence[Track]):
 def parse_tracks(text: str, max_tracks: int = MAX_TRACKS, max_frames: int = MAX_FRAMES) -> ParsedTracks:
     """Tracks of a model's answer, in the text's own numbers.
 
-    A track runs from ``<Id1>`` to ``</Id1>``, the next track, or the end (an answer cut short keeps its boxes). Tracks
-    without a single box are left out. The name is what stands before ``<Id1>``, after ``Track1:`` where that is given.
+    A track extends from ``<Id1>`` to ``</Id1>``, the next track, or the end (a truncated answer keeps its boxes).
+    Tracks without a single box are left out. The name is the text before ``<Id1>``, after ``Track1:`` if present.
     """
     scan = Scanner(answer_region(text))
     text, plain = scan.text, scan.plain
@@ -130,9 +129,9 @@ def _name(scan: Scanner, start: int, end: int) -> str:
 
 
 def matches_tracks(text: str) -> bool:
-    """Whether a text has the form ``format_tracks`` writes: a line a track, each with frames in rising order.
+    """Whether a text has the form that ``format_tracks`` writes: one line per track, with frames in ascending order.
 
-    What a track's subject does may follow on its line, and more text (a caption) below the first track.
+    A track's actions may follow on its line, and other text (a caption) after the first track.
     """
     for place, line in enumerate(text.strip().split("\n")):
         match = _STRICT.match(line)

@@ -1,4 +1,4 @@
-"""Truth → the text a real model of a family would answer with, and checks that a text has exactly that form."""
+"""Truth → the answer text that a model of a family would write, and checks that a text has exactly that form."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def format_answer(
     *,
     labels: bool | None = None,
 ) -> str:
-    """The text a model that writes in ``style`` would give for ``target`` (a ``Record.target``: original pixels).
+    """The answer in ``style`` for ``target`` (a ``Record.target``, in original pixels).
 
-    ``styles.py`` has what each style writes. Numbers are rounded to what it can write. ``labels`` says whether JSON
-    items carry their label; by default detection and counting do and grounding does not. Nothing there to answer with
-    is ``[]``. Detection leaves crowd regions out. ``view`` is needed wherever there are coordinates.
+    ``styles.py`` defines the styles. Numbers are rounded to the style's resolution. ``labels``: whether JSON items have
+    their label; by default they do for detection and counting but not for grounding. An answer without objects is
+    ``[]``. Detection leaves out crowd regions. ``view`` is needed for tasks with coordinates.
 
-    Raises ``ValueError`` for an unknown task or style, a missing view, a task that the style has no form for, and
-    counting truth without boxes and points.
+    Raises ``ValueError`` for an unknown task or style, a missing view, a task that the style cannot write, and counting
+    truth without boxes and points.
     """
     writer = style_named(style)
     if task == "ocr":
@@ -81,20 +81,20 @@ def _truth(task: str, target: Mapping[str, Any]) -> tuple[list[Sequence[float]],
 
 
 def matches_grounding_format(text: str, style: str = "qwen2", *, loose: bool = False) -> bool:
-    """Whether a grounding answer has its style's form and nothing else, but for an end of turn that was kept.
+    """Whether a grounding answer has exactly its style's form, apart from an end-of-turn token.
 
     ``loose=True`` replicates Perception-R1's released regular expression, whose unescaped pipes make it an alternation
     that passes nearly any text starting with ``<``; the strict form of ``qwen2`` is the pattern it intends.
     """
     writer = style_named(style)
     if loose:
-        # The alternatives of "<|object_ref_start|>.*?<|…": each holds one of these literals at its start.
+        # The alternatives of "<|object_ref_start|>.*?<|…" each start with one of these literals.
         return text.startswith(("<", ">", "object_ref_start", "object_ref_end", "box_start", "box_end", "im_end"))
     return writer.matches("grounding", without_end_of_turn(text))
 
 
 def matches_format(task: str, text: str, style: str = "qwen2_5") -> bool:
-    """Whether an answer has the form ``format_answer`` writes for ``task``. Free-text tasks: any visible text."""
+    """Whether an answer has the form that ``format_answer`` writes for ``task``. Free-text tasks: any visible text."""
     writer = style_named(style)
     body = without_end_of_turn(text)
     if task in ("grounding", "counting", "detection"):

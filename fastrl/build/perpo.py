@@ -1,8 +1,8 @@
-"""``fastrl build perpo``: sample N answers a prompt, score them, keep the lists whose best and worst are far apart.
+"""``fastrl build perpo``: sample N answers per prompt, score them, keep lists with a large gap between best and worst.
 
-A build works through the data in portions. After each one the list file grows by whole lines and the summary beside it
-(``NAME.summary.json``) is replaced in one step; it says where the file then ended, so a build that was stopped, however
-it was, goes on from its last whole portion and ends with the same bytes. Every portion draws from its own seed.
+A build processes the data in portions. After each one, whole lines are appended to the list file and the summary next
+to it (``NAME.summary.json``) is replaced atomically; it records the length of the file, so an interrupted build
+continues after its last complete portion and produces the same bytes. Every portion has its own seed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BINS = 20  # of the histograms, over rewards 0 to 1
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build does; a build goes on only with the options it began with."""
+    """Options of a build; it can only be continued with the same options."""
 
     task: str
     model: str
@@ -61,18 +61,18 @@ class BuildOptions:
         if self.n < 2:
             raise ValueError(f"--n: a list needs at least 2 answers, got {self.n}")
         if not self.temperature > 0:
-            raise ValueError(f"--temperature: greedy answers are all equal; need more than 0, got {self.temperature}")
+            raise ValueError(f"--temperature: greedy answers are all equal; expected > 0, got {self.temperature}")
         if not self.min_gap >= 0:
-            raise ValueError(f"--min-gap: need 0 or more, got {self.min_gap}")
+            raise ValueError(f"--min-gap: expected 0 or more, got {self.min_gap}")
 
 
 @dataclass
 class Tally:
-    """What became of prompts and answers so far."""
+    """Counts of prompts and answers so far."""
 
     prompts: int = 0
     kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)  # prompts, by why
+    dropped: Counter[str] = field(default_factory=Counter)  # prompts by reason
     answers: Counter[str] = field(default_factory=Counter)  # sampled, kept, truncated, unreadable, duplicate
     best: float = 0.0  # sums over kept lists
     worst: float = 0.0
@@ -80,7 +80,7 @@ class Tally:
     seconds: float = 0.0
 
     def add(self, ranking: Ranking, sampled: int, min_gap: float) -> bool:
-        """Count one prompt's answers; whether its list is kept."""
+        """Count one prompt's answers; returns whether its list is kept."""
         self.prompts += 1
         self.answers.update(ranking.dropped)
         self.answers["sampled"] += sampled
@@ -102,17 +102,17 @@ class Tally:
 
     @classmethod
     def of(cls, saved: dict[str, Any], out: Path) -> Tally:
-        """The tally in the summary of ``out``. Raises ``ValueError`` where it is none."""
+        """The tally in the summary of ``out``. Raises ``ValueError`` if it is invalid."""
         try:
             return cls(**{**saved, "dropped": Counter(saved["dropped"]), "answers": Counter(saved["answers"])})
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{out}: its summary holds no tally of lists ({error}); remove both to build anew"
+                f"{out}: its summary has no tally of lists ({error}); remove both to start again"
             ) from None
 
 
 def make_options(task: str, model: str, data: str, **given: Any) -> BuildOptions:
-    """Options with the paper's values where nothing (or None) is given. Raises ``ValueError``: an unknown task."""
+    """Options with the paper's values as defaults (also for None). Raises ``ValueError`` for an unknown task."""
     if task not in DEFAULTS:
         raise ValueError(unknown("task to build lists for", task, DEFAULTS))
     n, gap, length = DEFAULTS[task]
@@ -128,22 +128,22 @@ def build_lists(
     records: Sequence[Record] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Build a list file, or go on with one that was stopped.
+    """Build a list file, or continue an interrupted one.
 
     Args:
         options: see :class:`BuildOptions`.
-        out: the JSONL file (``fastrl.data.lists`` has its format). Beside it: ``NAME.summary.json``,
-            ``NAME.rewards.png`` and, where the data's pictures are no files, ``NAME.images/``.
-        policy, records: given, they are used in place of what ``options.model`` and ``options.data`` name.
-        say: called with a line now and then.
+        out: the JSONL file (``fastrl.data.lists`` describes its format). Next to it: ``NAME.summary.json``,
+            ``NAME.rewards.png`` and, if the data's pictures are not files, ``NAME.images/``.
+        policy, records: used instead of ``options.model`` and ``options.data``.
+        say: called with progress messages.
 
     Returns:
         The summary: prompts seen, lists kept, prompts dropped and answers dropped by reason, mean best and worst reward
         of the kept lists, seconds.
 
     Raises:
-        ValueError: ``out`` exists and is not a build's, or one with other options; records of another task.
-        DataError: bad data.
+        ValueError: ``out`` exists and was not written by a build with the same options; or records have another task.
+        DataError: the data is bad.
     """
     chunk, size, found = resume(out, asdict(options))
     tally = Tally() if found is None else Tally.of(found, out)
@@ -153,11 +153,11 @@ def build_lists(
     for record in records:
         if record.task != options.task:
             raise ValueError(
-                f"{record.source or record.id}: a {record.task} record, lists of {options.task} were asked"
+                f"{record.source or record.id}: is a {record.task} record, but lists are built for {options.task}"
             )
     chunks = -(-len(records) // PORTION)
     if chunk:
-        say(f"going on after {min(chunk * PORTION, len(records))} of {len(records)} prompts")
+        say(f"continuing after {min(chunk * PORTION, len(records))} of {len(records)} prompts")
     if chunk < chunks:
         policy = (
             policy
@@ -217,7 +217,7 @@ class _Worker:
 
 
 def list_reward(task: str) -> Reward:
-    """The discriminative reward of a task: overlap for grounding, text similarity for OCR; no reward for the form."""
+    """The discriminative reward of a task: overlap for grounding, text similarity for OCR; no format reward."""
     return reward_for(task, **({"format": "none"} if task == "grounding" else {}))
 
 

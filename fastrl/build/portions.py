@@ -1,8 +1,8 @@
-"""A JSONL file built portion by portion, resumable to the byte.
+"""Builds a JSONL file portion by portion, resumable with byte-identical results.
 
-After each portion the file grows by whole lines and the summary beside it (``NAME.summary.json``) is replaced in one
-step; it says where the file then ended, so that a build that was stopped, however it was, goes on from its last whole
-portion and ends with the same bytes.
+After each portion, whole lines are appended to the file and the summary next to it (``NAME.summary.json``) is replaced
+atomically; it records the length of the file, so that a build that was interrupted in any way continues after its last
+complete portion and produces the same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from fastrl.data.disk import writing
 from fastrl.data.files import write_atomically
 
-Tally = dict[str, Any]  # JSON values; what became of the records so far
+Tally = dict[str, Any]  # counts of the records so far, as JSON values
 
 
 def build_portions(
@@ -28,12 +28,14 @@ def build_portions(
     *,
     after: Callable[[int, Tally], None] = lambda portion, tally: None,
 ) -> Tally:
-    """Build ``out``, or go on with it.
+    """Build ``out``, or continue it.
 
     Args:
         out: the file.
-        options: what the build does; one begun with other options does not go on.
-        portions: their number; work: lines of a portion, counting into the tally; start: the tally of nothing.
+        options: the build's options; a build is not continued with other options.
+        portions: number of portions.
+        work: returns the lines of a portion and updates the tally.
+        start: the empty tally.
         after: called after each portion with its number and the tally.
 
     Returns:
@@ -70,7 +72,7 @@ def build_portions(
 
 
 def resume(out: Path, options: Mapping[str, Any]) -> tuple[int, int, Any]:
-    """Portions done of ``out``, bytes of the file they made, and their tally (None: nothing is done).
+    """Number of completed portions of ``out``, their bytes in the file, and their tally (None: none completed).
 
     Raises:
         ValueError: ``out`` exists and is not a build's, or one with other options, or its summary is damaged.
@@ -78,7 +80,7 @@ def resume(out: Path, options: Mapping[str, Any]) -> tuple[int, int, Any]:
     state = out.with_suffix(".summary.json")
     if not state.is_file():
         if out.exists() and out.stat().st_size:
-            raise ValueError(f"{out} exists and is no build that could go on ({state.name} is missing); choose another")
+            raise ValueError(f"{out} exists and cannot be continued ({state.name} is missing); choose another --out")
         return 0, 0, None
     try:
         saved = json.loads(state.read_text(encoding="utf-8"))
@@ -86,11 +88,11 @@ def resume(out: Path, options: Mapping[str, Any]) -> tuple[int, int, Any]:
         portions, size = int(saved["portions"]), int(saved["bytes"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{state}: not a build's summary ({type(error).__name__}: {error}); remove it and {out.name} to build anew"
+            f"{state}: not a build's summary ({type(error).__name__}: {error}); remove it and {out.name} to start again"
         ) from None
     changed = [f"{k}: was {began.get(k)!r}, is {options[k]!r}" for k in options if began.get(k) != options[k]]
     if changed:
-        raise ValueError(f"{out} was begun with other options ({'; '.join(changed)}); choose another --out")
+        raise ValueError(f"{out} was started with other options ({'; '.join(changed)}); choose another --out")
     if not out.is_file() or out.stat().st_size < size:
-        raise ValueError(f"{out} is shorter than {state.name} says; remove both to build anew")
+        raise ValueError(f"{out} is shorter than recorded in {state.name}; remove both to start again")
     return portions, size, tally

@@ -1,8 +1,8 @@
 """``fastrl build reper``: captions at several temperatures, scored by a critic, turned into dialogues from bad to good.
 
-Per picture (RePer §3.2): one caption at each of eight temperatures, from one prefill; pictures whose best caption is
-good and whose captions differ are kept; a dialogue of one to three turns starts with the worst caption (if it has more
-than one turn), ends with the best, and has the critic's feedback in between.
+For each picture (RePer §3.2), one caption is sampled at each of eight temperatures, from one prefill. Pictures are kept
+if their best caption is good and their captions differ. A dialogue of one to three turns starts with the worst caption
+(if it has more than one turn), ends with the best, and has the critic's feedback in between.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fastrl.models.load import Policy
 
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
-# by whether scores come from rules: least best score, least gap between best and worst; both exclusive
+# For scores from rules and others: smallest best score and smallest gap between best and worst, both exclusive
 FILTERS = {False: (0.9, 0.4), True: (0.55, 0.2)}
 TURN_WEIGHTS = (3649, 2621, 3795)  # the paper's dialogues of one, two and three turns
 PORTION = 32  # pictures captioned together; part of what makes a build reproducible
@@ -40,7 +40,7 @@ PORTION = 32  # pictures captioned together; part of what makes a build reproduc
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build does; it goes on only with the options it began with."""
+    """Options of a build; it can only be continued with the same options."""
 
     model: str
     data: str
@@ -55,7 +55,7 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if len(self.temperatures) < 2 or not all(0 <= t < 10 for t in self.temperatures):
-            raise ValueError(f"--temperatures: need two or more from 0 to 10, got {list(self.temperatures)}")
+            raise ValueError(f"--temperatures: expected two or more from 0 to 10, got {list(self.temperatures)}")
         for name, value in (("--min-best", self.min_best), ("--min-gap", self.min_gap)):
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name}: expected a number, got {value}")
@@ -78,31 +78,34 @@ def build_dialogues(
     records: Sequence[Record] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Build a dialogue file, or go on with one that was stopped.
+    """Build a dialogue file, or continue an interrupted one.
 
     Args:
         options: see :class:`BuildOptions`.
-        out: the JSONL file (``fastrl.data.reflection`` has its format); the summary is written beside it.
-        policy, critic, records: given, they are used in place of what ``options`` names.
-        say: called with a line now and then.
+        out: the JSONL file (``fastrl.data.reflection`` describes its format); the summary is written next to it.
+        policy, critic, records: used instead of those that ``options`` names.
+        say: called with progress messages.
 
     Returns:
-        The summary: pictures seen, dialogues kept by turns, pictures dropped by reason, captions by what became of
-        them, mean best and worst score of the kept pictures, seconds.
+        The summary: pictures seen, dialogues kept by number of turns, pictures dropped by reason, captions by outcome,
+        mean best and worst score of the kept pictures, seconds.
 
     Raises:
-        ValueError: ``out`` is not this build's; records of another task. DataError: bad data.
-        CriticError: the critic failed; what is built so far stays, and the build goes on when called again.
+        ValueError: ``out`` belongs to another build, or records have another task.
+        DataError: the data is bad.
+        CriticError: the critic failed; completed portions are kept, and the build continues when called again.
     """
     records = load_data(options.data, skip_bad=options.skip_bad, deep=options.skip_bad) if records is None else records
     records = records[: options.limit] if options.limit is not None else records
     for record in records:
         if record.task != "caption":
-            raise ValueError(f"{record.source or record.id}: a {record.task} record, dialogues need captions")
+            raise ValueError(
+                f"{record.source or record.id}: is a {record.task} record, but dialogues need caption records"
+            )
     maker: list[_Maker] = []
 
     def work(portion: int, tally: Tally) -> list[str]:
-        if not maker:  # a build that is done already loads no model
+        if not maker:  # a completed build loads no model
             judge = critic if critic is not None else open_critic(options.critic, cache=out.with_suffix(".critic"))
             maker.append(_Maker(policy if policy is not None else open_policy(options.model), judge, options, out))
         started = time.perf_counter()
@@ -117,7 +120,7 @@ def build_dialogues(
     portions = -(-len(records) // PORTION)
     start: Tally = {"pictures": 0, "kept": 0, "turns": {}, "dropped": {}, "captions": {}}
     start |= {"best": 0.0, "worst": 0.0, "seconds": 0.0}
-    # As JSON has them, or a build with a tuple among its options would not know itself again
+    # As JSON values, so that options with tuples compare equal after reading them back
     plain = json.loads(json.dumps(asdict(options)))
     return _summary(build_portions(out, plain, portions, work, start, after=after))
 
@@ -180,12 +183,12 @@ class _Maker:
             answers = session.generate(Sampling(1, options.max_new_tokens, temperature), rng)
             for texts, (completion,) in zip(found, answers, strict=True):
                 text = completion.text.strip()
-                if completion.finished and text:  # a caption cut in the middle is no example of anything
+                if completion.finished and text:  # truncated captions are not used
                     texts[text] = None
         return [list(texts) for texts in found]
 
     def _refuse(self, ranked: Sequence[tuple[str, Critique]]) -> str:
-        """Why a picture is dropped; empty: it is kept."""
+        """The reason why a picture is dropped; empty if it is kept."""
         if len(ranked) < 2:
             return "fewer than two captions"
         worst, best = ranked[0][1].score or 0.0, ranked[-1][1].score or 0.0

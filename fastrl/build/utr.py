@@ -1,8 +1,9 @@
-"""``fastrl build utr``: tracked clips turned into dialogues that no few frames answer (Video-UTR's task).
+"""``fastrl build utr``: tracked clips → dialogues that cannot be answered from a few frames (Video-UTR's task).
 
-For each subject whose track covers several of a clip's frames, one dialogue of each kind asked for: its attribute is
-drawn among those that mean this subject only (``fastrl.data.dialogues`` says what that is), the answer is the subject
-through all frames. Subjects are numbered by when and where they are first seen; ``track`` keeps the source's number.
+For each subject whose track covers several of a clip's frames there is one dialogue of each requested kind: its
+attribute is drawn among those that identify this subject (see ``fastrl.data.dialogues``), and the answer follows the
+subject through all frames. Subjects are numbered by when and where they first appear; ``track`` has the source's
+number.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from fastrl.data.dialogues import (
     make_dialogue,
     number_subjects,
     one_frame_dialogue,
+    parsable_action,
     pick_query,
-    sound_action,
 )
 from fastrl.data.files import image_names
 from fastrl.data.scenes import Scenes
@@ -39,15 +40,15 @@ ANSWERS = ("trajectory", "frame")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build does; it goes on only with the options it began with."""
+    """Options of a build; it can only be continued with the same options."""
 
     data: str
     frames: int
     sample: str = "uniform"
     queries: tuple[str, ...] = ("spatial", "temporal")
     min_frames: int = 3  # of a subject's track in the chosen frames (of all of them in a shorter clip)
-    answers: str = "trajectory"  # frame: what the query's own frame tells, the set that temporal hacking thrives on
-    motion: bool = False  # subjects without actions: where they move, from their boxes
+    answers: str = "trajectory"  # frame: answers from the query's own frame, a set that allows temporal hacking
+    motion: bool = False  # derive actions of subjects without any from the movement of their boxes
     seed: int = 0
     limit: int | None = None
     skip_bad: bool = False
@@ -66,7 +67,7 @@ class BuildOptions:
 
 
 def parse_queries(text: str) -> tuple[str, ...]:
-    """``"spatial,temporal"`` as kinds of queries. Raises ``ValueError``: an unknown kind, or none."""
+    """``"spatial,temporal"`` as kinds of queries. Raises ``ValueError`` for an unknown kind, or none."""
     kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for kind in kinds:
         if kind not in QUERIES:
@@ -79,21 +80,22 @@ def parse_queries(text: str) -> tuple[str, ...]:
 def build_dialogues(
     options: BuildOptions, out: Path, *, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Build a dialogue file, or go on with one that was stopped.
+    """Build a dialogue file, or continue an interrupted one.
 
     Args:
         options: see :class:`BuildOptions`.
-        out: the JSONL file (``fastrl.data.utr`` has its format). Beside it: ``NAME.summary.json`` and, where the clips'
-            frames are no files, ``NAME.images/``.
-        say: called with a line now and then.
+        out: the JSONL file (``fastrl.data.utr`` describes its format). Next to it: ``NAME.summary.json`` and, if the
+            clips' frames are not files, ``NAME.images/``.
+        say: called with progress messages.
 
     Returns:
         The summary: clips and subjects seen, dialogues kept by attribute, what was dropped and why (one count for each
         subject, or for each subject and kind of query), ``notes`` on the data's tracks (boxes outside, gaps, identity
-        switches, tracks of no length) by kind, seconds.
+        switches, zero-length tracks) by kind, seconds.
 
     Raises:
-        ValueError: ``out`` is not this build's; data without tracked clips. DataError: bad data.
+        ValueError: ``out`` belongs to another build, or the data has no tracked clips.
+        DataError: the data is bad.
     """
     data = load_data(options.data, skip_bad=options.skip_bad, deep=options.skip_bad)
     notes = data.notes
@@ -155,7 +157,7 @@ def clip_rows_of(clip: Clip, options: BuildOptions, number: int, out: Path, tall
 
 
 def make_one(clip: Clip, subject: Subject, kind: str, options: BuildOptions) -> Dialogue | None:
-    """A dialogue of one kind about one subject, its id ``CLIP/NUMBER-KIND``; None where no query is unique."""
+    """A dialogue of one kind about one subject, its id ``CLIP/NUMBER-KIND``; None if no query is unique."""
     rng = random.Random(f"{options.seed}/{clip.id}/{subject.identity}/{kind}")
     query = pick_query(rng, clip, subject, kind)
     if query is None:
@@ -166,7 +168,7 @@ def make_one(clip: Clip, subject: Subject, kind: str, options: BuildOptions) -> 
 
 
 def _clips_of(data: Sequence[Any], spec: str) -> Callable[[int], Clip]:
-    """How to get clip i, with all its subjects, of a data set of tracked clips."""
+    """A function that returns clip i of a data set of tracked clips, with all its subjects."""
     records = data.records if isinstance(data, Dataset) else data
     if isinstance(records, Scenes):
         return records.clip
@@ -177,10 +179,10 @@ def _clips_of(data: Sequence[Any], spec: str) -> Callable[[int], Clip]:
 
 
 def _with_actions(clip: Clip, motion: bool) -> Clip:
-    """Subjects' actions as an answer can hold them; with ``motion`` those without get where they move."""
+    """The clip with actions in parsable form; with ``motion``, subjects without actions get their movement."""
     subjects = []
     for subject in clip.subjects:
-        spans = tuple(span._replace(action=sound_action(span.action)) for span in subject.spans)
+        spans = tuple(span._replace(action=parsable_action(span.action)) for span in subject.spans)
         spans = tuple(span for span in spans if span.action)
         if motion and not spans:
             spans = (motion_of(subject),)
@@ -189,9 +191,9 @@ def _with_actions(clip: Clip, motion: bool) -> Clip:
 
 
 def motion_of(subject: Subject) -> Span:
-    """Where a subject moves over its whole track: the direction of the longer side of its path, from its first box's
-    centre to its last one's; ``stays`` where that is less than half its mean side. In the picture, so that a camera's
-    own motion counts.
+    """The movement of a subject over its whole track: the main direction of the path from the centre of its first box
+    to that of its last one; ``stays`` if that is less than half its mean side. It is relative to the picture, so camera
+    motion counts.
     """
     first, last = min(subject.boxes), max(subject.boxes)
     a, b = subject.boxes[first], subject.boxes[last]

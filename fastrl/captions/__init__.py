@@ -1,7 +1,7 @@
-"""What captions say and how much of it is true: a rule-based parser, fact matching, and CHAIR's object hallucination.
+"""Facts of captions and their correctness: a rule-based parser, fact matching, and CHAIR's object hallucination.
 
-``parse_caption(text)`` gives objects, attributes and relations; ``compare`` and ``weighted_f1`` score them against
-``truth_of(record.target, where)``; ``chair`` counts COCO objects that are not in the picture.
+``parse_caption(text)`` returns objects, attributes and relations; ``compare`` and ``weighted_f1`` score them against
+``truth_of(record.target, where)``; ``chair`` counts mentioned COCO objects that are not in the picture.
 """
 
 from fastrl.captions.chair import Chair, chair, mentioned_categories

@@ -1,10 +1,9 @@
-"""CHAIR (arXiv:1809.02156): which of COCO's 80 objects a caption mentions that are not in the picture.
+"""CHAIR (arXiv:1809.02156): COCO objects that a caption mentions although they are not in the picture.
 
     CHAIR-i = hallucinated mentions / mentions        CHAIR-s = captions with a hallucinated mention / captions
 
-Mentions are found by COCO's category names and a synonym list of our own (``coco.py``), longest phrase first; what
-is in
-a picture are its annotated categories and those its reference captions mention.
+Mentions are found by COCO's category names and our own list of synonyms (``coco.py``), longest phrase first. The
+objects of a picture are its annotated categories and those that its reference captions mention.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fastrl.captions.parse import phrase_at, token_kind, words_of
 
 
 class Chair(NamedTuple):
-    """Shares in [0, 1], and the counts behind them."""
+    """Fractions in [0, 1], and the counts they are computed from."""
 
     chair_i: float
     chair_s: float

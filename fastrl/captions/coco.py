@@ -1,7 +1,7 @@
-"""COCO's 80 categories and the words captions use for them (a list of our own making), for CHAIR and for synonyms.
+"""COCO's 80 categories and the words that captions use for them (our own list), for CHAIR and for synonyms.
 
-A phrase is one or more singular words. The longest phrase wins, so that a hot dog is no dog; phrases that hold a
-category's word but mean something else map to none (a train track is no train).
+A phrase is one or more singular words. The longest phrase wins, so that a hot dog is not a dog; phrases that contain a
+category's word but mean something else map to no category (a train track is not a train).
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ person: human man woman boy girl child kid baby toddler guy lady gentleman adult
     surfer snowboarder skateboarder pedestrian passenger driver worker student chef cook waiter waitress police_officer
     officer policeman policewoman fireman firefighter soldier batter pitcher catcher umpire bride groom tourist shopper
     customer spectator fan audience biker cyclist bicyclist motorcyclist vendor farmer father mother mom dad son
-    daughter
-    brother sister couple family crowd infant female male athlete performer musician goalie referee
+    daughter brother sister couple family crowd infant female male athlete performer musician goalie referee
 bicycle: bike cycle tricycle mountain_bike push_bike
 car: automobile sedan suv taxi cab hatchback minivan jeep convertible police_car race_car coupe
 motorcycle: motorbike motor_bike scooter moped dirt_bike motor_cycle
 airplane: plane aircraft jet airliner aeroplane jumbo_jet biplane jetliner
 bus: double_decker double_decker_bus school_bus minibus trolley_bus tour_bus city_bus
 train: locomotive tram subway_train passenger_train freight_train trolley railcar steam_engine train_car
-truck: pickup pickup_truck lorry fire_truck firetruck semi semi_truck trailer_truck dump_truck tow_truck
-    garbage_truck van
+truck: pickup pickup_truck lorry fire_truck firetruck semi semi_truck trailer_truck dump_truck tow_truck garbage_truck
+    van
 boat: ship sailboat canoe kayak yacht ferry rowboat vessel raft motorboat gondola speedboat dinghy
 traffic light: traffic_signal stoplight stop_light street_light_signal traffic_lamp
 fire hydrant: hydrant
@@ -31,8 +30,7 @@ stop sign: stopsign
 parking meter: meter
 bench: park_bench pew
 bird: duck goose seagull gull pigeon parrot owl eagle hawk swan chicken rooster hen penguin flamingo ostrich crow
-    sparrow
-    heron pelican peacock duckling turkey
+    sparrow heron pelican peacock duckling turkey
 cat: kitten kitty feline tabby
 dog: puppy pup canine poodle labrador terrier bulldog retriever dachshund pug
 horse: pony colt foal stallion mare stallion racehorse
@@ -100,11 +98,10 @@ hair drier: hair_dryer hairdryer blow_dryer hairdrier
 toothbrush: tooth_brush
 """
 
-# These hold a category's word and mean something else.
+# Phrases that contain a category's word but mean something else.
 _OTHER = """
 home_plate license_plate train_track train_station train_platform railroad_track train_yard bus_stop bus_station
-car_seat
-car_door toilet_paper toilet_bowl toilet_brush book_shelf bookshelf bookcase bed_room bed_spread phone_booth
+car_seat car_door toilet_paper toilet_bowl toilet_brush book_shelf bookshelf bookcase bed_room bed_spread phone_booth
 computer_desk_chair clock_face cow_boy cowboy horse_back hot_plate tennis_court tennis_match tennis_player_uniform
 baseball_field baseball_game baseball_cap baseball_uniform soccer_field soccer_game football_field football_game
 basketball_court ski_slope ski_lift ski_resort ski_pole tree_bear table_cloth tablecloth cup_board cupboard kite_string
@@ -112,8 +109,7 @@ bird_house bird_feeder dog_house dog_bowl cat_food dog_food cake_stand knife_blo
 chair_lift chairlift bike_rack bike_lane bicycle_rack motorcycle_helmet bicycle_helmet bike_helmet horse_carriage
 bench_press remote_area remote_location remote_island orange_juice apple_juice carrot_cake_mix tv_stand couch_cushion
 bed_frame window_seat back_seat front_seat plant_life power_plant mouse_pad keyboard_key screen_door apple_tree
-orange_tree
-banana_tree surf_board_rack fire_place wild_life traffic_light_pole street_sign
+orange_tree banana_tree surf_board_rack fire_place wild_life traffic_light_pole street_sign
 """
 
 

@@ -1,6 +1,4 @@
-"""Word lists of the caption parser: what begins, describes, links and ends a noun phrase, and how plurals are
-undone.
-"""
+"""Word lists of the caption parser: words that begin, describe, link and end noun phrases, and rules for plurals."""
 
 from __future__ import annotations
 
@@ -27,25 +25,25 @@ NUMBERS: Mapping[str, str] = MappingProxyType(
 NEGATIONS = _words("no without not never neither nor")
 
 COLORS = _words(
-    "red green blue yellow purple orange cyan black white gray grey brown pink beige tan gold golden silver maroon "
-    "navy "
+    "red green blue yellow purple orange cyan black white gray "
+    "grey brown pink beige tan gold golden silver maroon navy "
     "teal turquoise violet magenta cream colorful blonde blond dark light bright pale"
 )
 ADJECTIVES = COLORS | _words(
     "small large big tiny huge little tall short long wide narrow thick thin giant massive miniature medium "
     "round square-shaped rectangular circular oval flat curved straight triangular "
-    "wooden metal metallic plastic leather stone concrete brick paved grassy sandy snowy rocky dirt glass ceramic "
-    "marble "
+    "wooden metal metallic plastic leather stone concrete brick "
+    "paved grassy sandy snowy rocky dirt glass ceramic marble "
     "striped plaid spotted checkered dotted floral patterned "
     "old young new modern antique vintage ancient elderly adult "
     "open closed empty full parked wet dry dirty clean broken stuffed sliced cooked fresh ripe baked grilled fried hot "
     "cold warm sunny cloudy rainy busy crowded quiet beautiful pretty lovely cute happy sad fluffy furry fuzzy hairy "
     "lush green-colored tasty delicious assorted mixed fancy nice cozy comfortable elegant decorative ornate "
     "double single white-colored wild domestic baby male female asian military professional urban rural public "
-    "smaller larger bigger taller shorter closer nearer older younger smallest largest biggest tallest main central "
-    "outdoor "
-    "indoor local snow-covered grass-covered multicolored multi-colored well-lit red-haired lit high low deep "
-    "shallow heavy"
+    "smaller larger bigger taller shorter closer nearer older younger "
+    "smallest largest biggest tallest main central outdoor "
+    "indoor local snow-covered grass-covered multicolored multi-colored "
+    "well-lit red-haired lit high low deep shallow heavy"
 )
 ADJECTIVE_ENDINGS = ("ous", "ful", "less", "ive")
 COPULAS = _words("is are was were be being been appears appear seems seem looks look")
@@ -56,11 +54,11 @@ VERBS = COPULAS | _words(
     "rides ride rode "
     "walks walk runs run plays play eats eat ate flies fly flew hangs hang hung carries carry pulls pull pushes push "
     "looks looked watches watch rests rest lays sleeps sleep jumps jump leans lean grazes graze drives drive drove "
-    "swims swim surfs skates throws throw catches hits hit swings swing reaches reach touches touch covers covered "
-    "cover surrounds "
+    "swims swim surfs skates throws throw catches hits hit swings swing "
+    "reaches reach touches touch covers covered cover surrounds "
     "surrounded surround filled fills lined placed located positioned situated seated parked_at attached made seen "
-    "uses use makes make takes take gets get goes go comes come gives give talks talk prepares prepare cuts cut "
-    "serves serve "
+    "uses use makes make takes take gets get goes go comes come gives "
+    "give talks talk prepares prepare cuts cut serves serve "
     "served topped decorated dressed tied loaded stacked arranged gathered displayed mounted visible do does did "
     "can could may might "
     "will would should must enjoys enjoy adds add creates create suggests suggest indicates indicate provides provide "
@@ -68,15 +66,15 @@ VERBS = COPULAS | _words(
 )
 ING_NOUNS = _words(
     "building ceiling clothing railing painting wing ring king string thing morning evening crossing awning siding "
-    "flooring lighting wiring topping icing frosting stuffing dressing pudding dumpling duckling sibling wedding "
-    "parking "
+    "flooring lighting wiring topping icing frosting stuffing dressing "
+    "pudding dumpling duckling sibling wedding parking "
     "shed sled seed weed bread bleed breed steed watershed "
     "sling spring bedding earring covering opening landing marking drawing engraving carving seating"
 )
 LY_NOUNS = _words(
     "family butterfly fly dragonfly lily belly jelly bully ally rally reply assembly supply anomaly doily"
 )
-# Linking phrases → the name under which relations are compared; longest first when read.
+# Linking phrases → the name under which relations are compared; longer ones are matched first.
 RELATIONS: Mapping[str, str] = MappingProxyType(
     {
         "to the left of": "left of",
@@ -141,12 +139,12 @@ RELATIONS: Mapping[str, str] = MappingProxyType(
         "as": "as",
     }
 )
-VAGUE_RELATIONS = frozenset({"of", "to", "for", "as", "from"})  # they link words, not things: no facts of the picture
-# Words that end a noun phrase and stand for nothing in it.
+VAGUE_RELATIONS = frozenset({"of", "to", "for", "as", "from"})  # they state no relation between objects
+# Words that end a noun phrase without being part of it.
 FUNCTION = _words(
     "and or but while who which that's where when what there it they them he she him i we you is it's as than then so "
-    "also too very quite just only even still together apart away out here near-by nearby possibly likely perhaps "
-    "overall "
+    "also too very quite just only even still together apart away "
+    "out here near-by nearby possibly likely perhaps overall "
     "additionally however because if both's s t who's each's something someone everything anything nothing itself "
     "themselves himself herself one's well not against's etc about during after before until since"
 )

@@ -1,9 +1,9 @@
-"""Facts of a caption against true ones: exact, then synonym, then soft matching; precision, recall and F1 by type.
+"""Matches facts of a caption with true facts: exactly, then by synonyms, then softly; precision, recall and F1 by type.
 
-CAPTURE's structure (its public metric code): matches of each stage are taken out before the next; soft matching adds
-the largest similarity of what is left, on the candidate's side to precision, on the reference's side to recall. A type
-that neither side mentions is left out and the weights of the others stand for all (CAPTURE's ε would count it as
-wrong).
+The structure is CAPTURE's (its public metric code): the matches of each stage are removed before the next. Soft
+matching adds the largest similarity of each remaining fact, for the candidate to precision, for the reference to
+recall. A type that neither side mentions is left out and the other weights are renormalised (CAPTURE's ε would count it
+as wrong).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastrl.captions.parse import Facts, parse_caption
 TYPES = ("objects", "attributes", "relations")
 REPER_WEIGHTS: Mapping[str, float] = MappingProxyType({"objects": 5.0, "attributes": 2.0, "relations": 2.0})
 CAPTURE_WEIGHTS: Mapping[str, float] = MappingProxyType({"objects": 0.5, "attributes": 0.5, "relations": 0.2})
-# Attributes that say the same; objects take COCO's groups, relations are normalised when read.
+# Attributes with the same meaning; objects use COCO's groups, relations are normalised by the parser.
 _SAME = (
     "large big huge giant massive",
     "small little tiny miniature",
@@ -35,10 +35,10 @@ Similarity = Callable[[Sequence[str], Sequence[str]], Sequence[Sequence[float]]]
 
 @dataclass(frozen=True)
 class Truth:
-    """What a picture shows, as one or more sets of facts that a caption is compared with (their scores are averaged).
+    """The true facts of a picture, as one or more sets with which a caption is compared (scores are averaged).
 
-    ``exact``: the facts are the picture's own, every thing once; a caption that names a thing twice invents one. Facts
-    read from reference captions say what is there, not how often.
+    ``exact``: every object is listed exactly once, so a caption that names one twice states a false fact. Facts parsed
+    from reference captions do not count objects.
     """
 
     facts: tuple[Facts, ...]
@@ -47,7 +47,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Match:
-    """Precision, recall and F1 of one type of facts; ``wrong``: what the caption states and the truth does not."""
+    """Precision, recall and F1 of one type of facts; ``wrong``: stated facts that are not true."""
 
     precision: float
     recall: float
@@ -58,10 +58,10 @@ class Match:
 
 
 def truth_of(target: Mapping[str, Any], where: str) -> Truth:
-    """The truth of a caption record's ``target``: its own facts where it has them, else those read from its references.
+    """The truth of a caption record's ``target``: its own facts, else those parsed from its references.
 
     Raises:
-        ValueError: it has neither; ``where`` (file and line) begins the message.
+        ValueError: it has neither; the message begins with ``where`` (file and line).
     """
     if all(kind in target for kind in TYPES):
         listed = {kind: target[kind] for kind in TYPES}
@@ -78,7 +78,7 @@ def truth_of(target: Mapping[str, Any], where: str) -> Truth:
 
 
 def compare(caption: Facts, truth: Truth, similarity: Similarity | None = None) -> dict[str, Match]:
-    """Each type's match, averaged over the truth's sets of facts; types that nobody mentions are left out."""
+    """Each type's match, averaged over the truth's sets of facts; types without any fact are left out."""
     found: dict[str, list[Match]] = {}
     for reference in truth.facts:
         for kind in TYPES:
@@ -91,7 +91,7 @@ def compare(caption: Facts, truth: Truth, similarity: Similarity | None = None) 
 
 
 def weighted_f1(matches: Mapping[str, Match], weights: Mapping[str, float] = REPER_WEIGHTS) -> float:
-    """Weighted mean of the F1 of the types that occur, in [0, 1]; 0 where none does."""
+    """Weighted mean of the F1 of the types that occur, in [0, 1]; 0 if none does."""
     total = sum(weights[kind] for kind in matches)
     return sum(weights[kind] * match.f1 for kind, match in matches.items()) / total if total else 0.0
 

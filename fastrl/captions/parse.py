@@ -1,9 +1,9 @@
-"""Caption text → objects, attributes, relations, by rules alone: no model, no download, linear time, never an error.
+"""Caption text → objects, attributes, relations, by rules: no model, no download, linear time, never an error.
 
-A noun phrase is a run of determiners, numbers, adjectives and unknown words; its head is the last unknown word. What
-stands between two phrases links them: a preposition, or a verb. A later phrase with a definite article means a thing
-named before, if one fits. CAPTURE reads captions with a trained scene-graph parser; these rules are weaker on free text
-and exact on scenes.
+A noun phrase is a run of determiners, numbers, adjectives and unknown words; its head is the last unknown word. The
+words between two phrases link them: a preposition, or a verb. A later phrase with a definite article refers to an
+object named before, if one fits. CAPTURE uses a trained scene-graph parser; these rules are weaker on free text and
+exact on scenes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from fastrl.captions.lexicon import (
     singular,
 )
 
-MAX_CHARACTERS = 20_000  # of a caption that are read
-MAX_OBJECTS = 200  # of a caption that are kept
+MAX_CHARACTERS = 20_000  # characters read of a caption
+MAX_OBJECTS = 200  # objects kept of a caption
 _WORD = re.compile(r"[a-z0-9]+(?:['’-][a-z0-9]+)*|[.,;:!?\n()]")
 _LINKS = sorted(((tuple(k.split()), v) for k, v in RELATIONS.items()), key=lambda pair: -len(pair[0]))
 _LINKS_BY_FIRST: dict[str, list[tuple[tuple[str, ...], str]]] = {}
@@ -58,7 +58,7 @@ class Token(NamedTuple):
 
 @dataclass
 class Thing:
-    """An object of a caption with what was said of it."""
+    """An object of a caption with its modifiers."""
 
     name: str
     attributes: list[str] = field(default_factory=list)
@@ -104,8 +104,8 @@ class _Reader:
         self._clear()
 
     def _start_sentence(self) -> None:
-        self._subject: Thing | None = None  # the thing named last
-        self._link: str | None = None  # what was said since
+        self._subject: Thing | None = None  # the object named last
+        self._link: str | None = None  # the link since then
         self._copula = False
         self._denied = False
 
@@ -164,7 +164,7 @@ class _Reader:
         self._subject, self._link, self._copula = thing, None, False
 
     def _known(self, name: str, modifiers: list[str]) -> Thing | None:
-        """The latest thing of that name of which all modifiers were said."""
+        """The latest object of that name with all these modifiers."""
         return next((t for t in reversed(self._by_name.get(name, [])) if set(modifiers) <= set(t.attributes)), None)
 
     @staticmethod
@@ -203,7 +203,7 @@ def _token(words: list[str], at: int) -> tuple[Token | None, int]:
         return Token("adj", "gray" if word == "grey" else word), 1
     if found is None and (word in VERBS or _is_participle(word)):
         if at and (words[at - 1] in DETERMINERS or words[at - 1] in ADJECTIVES) and word not in COPULAS:
-            # "a cross", "a smiling man": after what begins a noun phrase nothing is a verb
+            # "a cross", "a smiling man": after the beginning of a noun phrase no word is a verb
             return (None, 1) if _is_participle(word) else (Token("noun", singular(word)), 1)
         return Token("verb", _stem(word)), 1
     if found is None and word.endswith(ADJECTIVE_ENDINGS):

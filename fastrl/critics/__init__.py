@@ -1,8 +1,8 @@
-"""Critics: ``open_critic("rule" | "model:DIR" | "http:URL")`` → something that scores answers and says why.
+"""Critics: ``open_critic("rule" | "model:DIR" | "http:URL")`` → an object that scores answers and gives reasons.
 
-- ``rule[?feedback=request|score|reason][&soft=DIR]``: facts of the caption against the record's truth; with the
-  sentence-embedding model in DIR also soft matching
-- ``model:DIR``: any image-text model folder with the rubric prompt
+- ``rule[?feedback=request|score|reason][&soft=DIR]``: compares the caption's facts with the record's truth; with the
+  sentence-embedding model in DIR also by soft matching
+- ``model:DIR``: the model in any image-text folder, with the rubric prompt
 - ``http:URL[?model=NAME&…]``: an OpenAI-compatible chat endpoint (``https:`` too)
 """
 
@@ -22,15 +22,15 @@ __all__ = ["Case", "Critic", "CriticError", "Critique", "RuleCritic", "Turn", "o
 
 
 def open_critic(spec: str, *, cache: Path | None = None) -> Critic:
-    """The critic a spec names.
+    """The critic that a spec names.
 
     Args:
         spec: ``kind[:where][?key=value&…]``. Keys of ``rule``: ``feedback``, ``soft``; of ``model``: ``attempts``,
             ``max_new_tokens``; of ``http``: ``model``, ``timeout``, ``retries``, ``concurrency``, ``key_env``.
-        cache: folder in which an http critic keeps every reply (default ``critic-cache``).
+        cache: folder in which an http critic stores every reply (default ``critic-cache``).
 
     Raises:
-        ValueError: an unknown kind or key, or a value that does not fit.
+        ValueError: an unknown kind or key, or an invalid value.
     """
     kind, _, rest = spec.partition(":")
     if kind.partition("?")[0] == "rule":

@@ -1,4 +1,4 @@
-"""What a critic is: cases in, a score in [0, 1] and words about it out."""
+"""The interface of a critic: for each case, a score in [0, 1] and feedback."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fastrl.data.records import Record, question_of
 
 
 class CriticError(RuntimeError):
-    """The critic cannot score anything more (out of reach, refused, misconfigured)."""
+    """The critic cannot score any more cases (unreachable, refused, misconfigured)."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer of the policy with what the critic made of it; ``score`` None: it could not be scored."""
+    """One answer of the policy with the critic's score and feedback; ``score`` None: it could not be scored."""
 
     answer: str
     score: float | None = None  # in [0, 1]
@@ -38,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Critique:
-    """A critic's word on one case; ``score`` None with a ``problem`` where it gave none that could be read."""
+    """A critic's result for one case; ``score`` None, with a ``problem``, if its reply could not be parsed."""
 
     score: float | None
     feedback: str = ""
@@ -48,8 +48,8 @@ class Critique:
 class Critic(Protocol):
     """Anything that scores answers.
 
-    ``rules``: whether scores come from rules, whose dialogues carry requests without reasons and whose filters are
-    other ones (RePer §3.2).
+    ``rules``: whether scores come from rules. Dialogues of rule-based critics have requests without reasons, and other
+    filters (RePer §3.2).
     """
 
     rules: bool
@@ -58,6 +58,6 @@ class Critic(Protocol):
         """One critique per case, in order.
 
         Raises:
-            CriticError: nothing can be scored any more. A reply that cannot be read is a critique without a score.
+            CriticError: no more cases can be scored. A reply that cannot be parsed gives a critique without a score.
         """
         ...

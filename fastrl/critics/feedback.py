@@ -1,7 +1,7 @@
-"""How a critic's judgement is worded for the policy: the score, the reason, and the request for a better answer.
+"""The wording of a critic's feedback for the policy: the score, the reason, and the request for a better answer.
 
-The forms follow RePer's examples ("This caption can only get the score 5. … Could you generate a better one?"); the
-pools of paraphrases are our own.
+It follows RePer's examples ("This caption can only get the score 5. … Could you generate a better one?"); the pools of
+paraphrases are our own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REQUESTS = (
 )
 _LOW = "This caption can only get the score {}."
 _HIGH = "This caption qualifies for a score of {}."
-GOOD = 0.7  # scores from here on are worded as the good ones
+GOOD = 0.7  # from this score on, the wording for good answers is used
 
 
 def request(rng: random.Random) -> str:
@@ -36,5 +36,5 @@ def scored_feedback(score: float, reason: str, rng: random.Random) -> str:
 
 
 def rng_for(*parts: object) -> random.Random:
-    """A generator that depends on ``parts`` alone, so that wording does not depend on the order of work."""
+    """A generator that depends only on ``parts``, so that wording does not depend on the order of work."""
     return random.Random("/".join(str(part) for part in parts))

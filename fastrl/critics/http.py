@@ -1,8 +1,8 @@
 """``http:URL``: a critic behind an OpenAI-compatible chat endpoint, such as a served LLaVA-Critic or a GPT-class model.
 
-Requests run in a few threads, each with a timeout; what may pass (a timeout, a cut connection, 429, 5xx, a reply that
-cannot be read) is tried again after a growing pause, or the pause the server asks for. Every readable reply is kept on
-disk under the hash of its request, so that a build that was stopped asks nothing twice.
+Requests run in a few threads, each with a timeout. Transient failures (a timeout, a cut connection, 429, 5xx, an
+unparsable reply) are retried after a growing pause, or the pause that the server asks for. Every parsed reply is cached
+on disk under the hash of its request, so that a resumed build repeats no request.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fastrl.data.files import write_atomically
 from fastrl.data.pictures import data_url
 from fastrl.http import Passing, Refused, Stopped, Transport, check_url
 
-MAX_BYTES = 1 << 20  # of a response that are read
-GIVE_UP = 3  # cases in a row that the server could not answer, after all retries: it is gone
+MAX_BYTES = 1 << 20  # largest response
+GIVE_UP = 3  # consecutive cases without an answer, after all retries, from which the server counts as gone
 
 
 class _Unreadable(Passing):
@@ -34,14 +34,17 @@ class HttpCritic:
 
     Args:
         url: the endpoint's base, such as ``http://localhost:8000/v1`` (with or without ``/chat/completions``).
-        model: the served model's name; cache: folder of replies (None: keep none).
-        timeout: seconds one request may take as a whole.
-        retries: further tries of a case; pause: seconds before the first of them, doubled each time.
-        concurrency: requests under way at once; key_env: environment variable with the key (sent if it is set).
+        model: the served model's name.
+        cache: folder for replies (None: not stored).
+        timeout: seconds for one whole request.
+        retries: further attempts of a case.
+        pause: seconds before the first retry, doubled each time.
+        concurrency: requests in flight at once.
+        key_env: environment variable with the key (sent if it is set).
         sleep: waits, for tests.
 
     Raises:
-        ValueError: not an http address, or numbers out of range.
+        ValueError: not an http address, or a number is out of range.
     """
 
     rules = False
@@ -73,14 +76,14 @@ class HttpCritic:
             sleep=sleep,
         )
         self._lock = threading.Lock()
-        self._failures = 0  # in a row
-        self._lost = 0  # cases of one call that the server did not answer
+        self._failures = 0  # consecutive ones
+        self._lost = 0  # cases of a call that the server did not answer
 
     def score(self, cases: Sequence[Case]) -> list[Critique]:
-        """One critique per case, in order. Replies that cannot be read leave a case unscored.
+        """One critique per case, in order. A case whose replies cannot be parsed is not scored.
 
         Raises:
-            CriticError: the server refuses (4xx), or did not answer several cases in a row, or none at all.
+            CriticError: the server refuses (4xx), or did not answer several consecutive cases, or any case.
         """
         self._failures = self._lost = 0
         try:
@@ -110,7 +113,7 @@ class HttpCritic:
         return critique_of(case, reply)
 
     def _count(self, *, failed: bool, problem: str = "") -> None:
-        """Note whether the server answered a case at all; after several in a row that it did not, stop."""
+        """Count whether the server answered a case; raise after several consecutive failures."""
         with self._lock:
             self._failures = self._failures + 1 if failed else 0
             self._lost += failed
@@ -122,7 +125,7 @@ class HttpCritic:
         return f"the critic at {self.url} did not answer {what}, each tried {self.transport.times}; last: {problem}"
 
     def _ask(self, body: bytes) -> str:
-        """The text of one reply that holds a verdict. Raises ``Passing`` for what may pass, ``Refused`` else."""
+        """The text of one reply with a verdict. Raises ``Passing`` for transient failures, otherwise ``Refused``."""
         reply = _reply_text(self.transport.send(self.url, body))
         verdict = parse_reply(reply)
         if not isinstance(verdict, Verdict):
@@ -142,7 +145,7 @@ class HttpCritic:
 
 
 def _kept_reply(place: Path) -> str | None:
-    """A reply from the cache; None where the file cannot be read (it is then asked for again)."""
+    """A reply from the cache; None if the file cannot be read (the request is then repeated)."""
     try:
         reply = json.loads(place.read_text(encoding="utf-8"))["reply"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -154,7 +157,7 @@ def _reply_text(data: bytes) -> str:
     try:
         text = json.loads(data.decode("utf-8"))["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        raise Passing(f"a response that is no chat completion: {data[:80]!r}") from None
+        raise Passing(f"a response that is not a chat completion: {data[:80]!r}") from None
     if not isinstance(text, str):
         raise Passing("a chat completion without text")
     return text

@@ -1,6 +1,4 @@
-"""``model:DIR``: an image-text model as critic, with the rubric prompt; its reply is read strictly and asked for
-again.
-"""
+"""``model:DIR``: an image-text model as critic, with the rubric prompt; replies are parsed strictly and retried."""
 
 from __future__ import annotations
 
@@ -21,13 +19,14 @@ if TYPE_CHECKING:
 
 
 class ModelCritic:
-    """Scores with a policy folder's model: greedy first, then sampled, until a reply can be read.
+    """Scores with a policy folder's model: greedy first, then sampled, until a reply can be parsed.
 
     Args:
         policy: the critic's model.
-        attempts: replies asked for at most; a case whose replies cannot be read stays unscored.
+        attempts: largest number of replies; a case without a parsable reply is not scored.
         max_new_tokens: longest reply.
-        temperature: of the replies after the first; portion: cases answered together.
+        temperature: of the replies after the first.
+        portion: number of cases answered together.
     """
 
     rules = False
@@ -47,7 +46,7 @@ class ModelCritic:
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
 
     def score(self, cases: Sequence[Case]) -> list[Critique]:
-        """One critique per case; unscored where no reply could be read."""
+        """One critique per case, without a score if no reply could be parsed."""
         out: list[Critique] = []
         for start in range(0, len(cases), self.portion):
             out += self._portion(cases[start : start + self.portion])
@@ -56,7 +55,7 @@ class ModelCritic:
     def _portion(self, cases: Sequence[Case]) -> list[Critique]:
         from fastrl.rollout import Generator, Sampling
 
-        prompts = [self.policy.encode(_asked(case))[0] for case in cases]
+        prompts = [self.policy.encode(_prompt(case))[0] for case in cases]
         generator = Generator(self.policy)
         found: dict[int, Critique] = {}
         left = list(range(len(cases)))
@@ -73,7 +72,7 @@ class ModelCritic:
 
 
 def critique_of(case: Case, reply: str) -> Critique:
-    """A model's reply as a critique; without a score where it cannot be read."""
+    """A model's reply as a critique, without a score if it cannot be parsed."""
     verdict = parse_reply(reply)
     if not isinstance(verdict, Verdict):
         return Critique(None, problem=verdict)
@@ -81,7 +80,7 @@ def critique_of(case: Case, reply: str) -> Critique:
     return Critique(verdict.score, scored_feedback(verdict.score, verdict.reason, rng))
 
 
-def _asked(case: Case) -> Record:
-    """The critic's own prompt about the record's pictures."""
+def _prompt(case: Case) -> Record:
+    """A record with the critic's prompt about the case's pictures."""
     asked = question("critic", images=len(case.record.images), prompt=rubric_prompt(case))
     return replace(case.record, messages=asked)

@@ -1,8 +1,8 @@
-"""The rubric prompt for critics that are models, and the strict reading of their replies.
+"""The rubric prompt for critics that are models, and the strict parser of their replies.
 
-Five parts that add up to 10 (RePer §3.2: authenticity 4, correctness 2, detail 2, coherence 1, completeness 1), a
-reason, and a JSON object as the reply. The wording but for the parts and their points is our own: of the paper's prompt
-for scoring a data set the opening is published, of that for inference nothing.
+The rubric has five parts with 10 points in total (RePer §3.2: authenticity 4, correctness 2, detail 2, coherence 1,
+completeness 1) and asks for a reason; the reply is a JSON object. Except for the parts and their points, the wording is
+our own: only the opening of the paper's prompt for scoring a data set is published, and nothing of that for inference.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any, NamedTuple
 from fastrl.critics.base import Case, Turn
 
 PARTS = {"authenticity": 4, "correctness": 2, "detail": 2, "coherence": 1, "completeness": 1}
-MAX_REPLY = 20_000  # characters of a reply that are read
-MAX_REASON = 600  # characters of a reason that are passed on
+MAX_REPLY = 20_000  # characters read of a reply
+MAX_REASON = 600  # characters of a reason that are used
 _FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n\s*```\s*$", re.DOTALL)
 
 
 class Verdict(NamedTuple):
-    """A reply that could be read: score in [0, 1] and the reason."""
+    """A parsed reply: score in [0, 1] and reason."""
 
     score: float
     reason: str
 
 
 def rubric_prompt(case: Case) -> str:
-    """The text beside the picture: the rubric, the question, the history and the answer to judge."""
+    """The text of the prompt: the rubric, the question, the history and the answer to judge."""
     parts = "\n".join(f"- {name}: 0 to {points}" for name, points in PARTS.items())
     return (
         "You judge how well an answer describes the image. Give points for:\n"
@@ -45,7 +45,7 @@ def rubric_prompt(case: Case) -> str:
 
 
 def parse_reply(reply: str) -> Verdict | str:
-    """The verdict of a reply, or what is wrong with it. A reply is one JSON object, bare or in one code fence."""
+    """The verdict of a reply, or an error message. A reply is one JSON object, bare or in one code fence."""
     text = reply[:MAX_REPLY].strip()
     fenced = _FENCE.match(text)
     try:
@@ -59,7 +59,7 @@ def parse_reply(reply: str) -> Verdict | str:
         return f"score must be a number from 0 to 10, got {score!r:.80}"
     if not isinstance(reason, str):
         return f"reason must be a string, got {reason!r:.80}"
-    if any("\ud800" <= character <= "\udfff" for character in reason):  # JSON can spell half a character
+    if any("\ud800" <= character <= "\udfff" for character in reason):  # JSON escapes can encode a lone surrogate
         return f"reason must be text, got {reason!r:.80}"
     return Verdict(score / 10, " ".join(reason.split())[:MAX_REASON])
 

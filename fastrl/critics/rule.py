@@ -13,12 +13,12 @@ FEEDBACK = ("request", "score", "reason")
 
 
 class RuleCritic:
-    """Scores captions of records that carry their truth.
+    """Scores captions of records with truth.
 
     Args:
-        feedback: ``request`` asks for a better answer and says nothing else, as the paper's rule-scored dialogues do;
-            ``score`` adds the score on a scale of 10; ``reason`` also names up to ``named`` wrong statements (the truth
-            shows through: use it where a stronger critic would say as much).
+        feedback: ``request`` only asks for a better answer, as in the paper's rule-scored dialogues; ``score`` adds the
+            score on a scale of 10; ``reason`` also names up to ``named`` wrong statements (which reveals some of the
+            truth, as a strong critic would).
         similarity: soft matching (see ``fastrl.captions.match``).
     """
 
@@ -45,11 +45,11 @@ class RuleCritic:
 
 
 def _reason(matches: Mapping[str, Match], named: int) -> str:
-    """What is wrong, objects first: "There is no red star. The square is not green."."""
-    said = [_denial(fact) for match in matches.values() for fact in match.wrong][:named]
-    if not said and any(match.missing for match in matches.values()):
-        said = ["Something is missing."]
-    return " ".join(said)
+    """Wrong statements, objects first: "There is no red star. The square is not green."."""
+    statements = [_denial(fact) for match in matches.values() for fact in match.wrong][:named]
+    if not statements and any(match.missing for match in matches.values()):
+        statements = ["Something is missing."]
+    return " ".join(statements)
 
 
 def _denial(fact: Any) -> str:

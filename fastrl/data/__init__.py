@@ -1,13 +1,13 @@
 """Data: ``load_data("adapter:path?key=value")`` → records, checked before anything is trained on them.
 
-The adapter may be a function of a user's own, ``my_data.py:rows:path`` (see ``user``).
+The adapter may also be a user's function, ``my_data.py:rows:path`` (see ``user``).
 
-Adapters, each in its own module with a ``load(path, query)`` (a new format is one more module and one more line here):
+Adapters, each in its own module with a ``load(path, query)`` (a new format needs a module and a line here):
 
 - ``rows``: rows of EasyR1, verl, ms-swift, TRL, VLM-R1, LLaVA, Perception-R1, recognised by their columns
 - ``coco``: instance JSON → detection or counting     - ``refexp``: referring expressions → grounding
 - ``pixmo``: counts with points → counting            - ``ocr``: lines, words, pages → OCR
-- ``mot``, ``sav``, ``tracks``: tracked clips → trajectory   - ``scenes``: made-up pictures, every task
+- ``mot``, ``sav``, ``tracks``: tracked clips → trajectory   - ``scenes``: synthetic pictures, every task
 - ``lists``: several answers to a prompt with their rewards → PerPO
 - ``captions``: pictures with reference captions     - ``reflection``: policy/critic dialogues → RePer
 - ``utr``: questions about tracked clips with their answers → trajectory
@@ -24,8 +24,8 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from fastrl.config.registry import Registry, called
+from fastrl.data.decodable import decoded
 from fastrl.data.records import PROMPTS, Dataset, Record, question
-from fastrl.data.sound import decoded
 from fastrl.data.validate import DataError, Problem, fail, nearest
 
 __all__ = [
@@ -49,7 +49,7 @@ Load = Callable[[str, dict[str, str]], Iterable[Record]]  # (path, query) → re
 
 
 class Adapter(NamedTuple):
-    """How data of one format is read; ``keys`` of its query, None: ``load`` checks them itself."""
+    """The reader of one format; ``keys``: allowed query keys, None: ``load`` checks them itself."""
 
     load: Load
     keys: Collection[str] | None = None
@@ -59,7 +59,7 @@ class Adapter(NamedTuple):
 
 
 class Shipped(NamedTuple):
-    """An adapter of this package, imported when it is asked for."""
+    """An adapter of this package, imported on first use."""
 
     module: str
     function: str
@@ -68,7 +68,7 @@ class Shipped(NamedTuple):
         return f"{self.module}.{self.function}"
 
     def open(self, name: str) -> Adapter:
-        """Import it. The module's ``KEYS`` are its query keys, or a mapping to those of each of its adapters."""
+        """Import it. The module's ``KEYS`` are its query keys, or a mapping from its adapters' names to theirs."""
         module = importlib.import_module(self.module)
         keys = vars(module).get("KEYS")
         return Adapter(getattr(module, self.function), keys[name] if isinstance(keys, Mapping) else keys)
@@ -100,25 +100,25 @@ ADAPTERS: Registry[Adapter | Shipped] = Registry(
 
 
 def register(name: str, load: Load, *, keys: Collection[str] | None = None) -> Load:
-    """Make a data format known: ``name:path?key=value`` is then a valid spec.
+    """Register a data format, so that ``name:path?key=value`` is a valid spec.
 
     Args:
-        name: of the adapter; none of ``: ? & = /`` in it.
-        load: ``load(path, query)`` gives records, which are checked as a user's function's are (see ``user``); or a
-            ``Dataset``, or a sequence of its own class that makes records when asked, which are taken as they are.
-        keys: what the query may hold beside ``orient``, ``max_image_pixels`` and ``pictures``, which every spec may;
-            others are refused. None: ``load`` checks them.
+        name: of the adapter; must not contain any of ``: ? & = /``.
+        load: ``load(path, query)`` returns records, which are checked like those of a user's function (see ``user``);
+            or a ``Dataset`` or a sequence class that makes records on demand, which are not checked again.
+        keys: query keys that the adapter takes in addition to ``orient``, ``max_image_pixels`` and ``pictures``, which
+            every spec may have; others are refused. None: ``load`` checks them.
 
     Raises:
         TypeError: ``load`` cannot be called with a path and a query.
-        ValueError: another adapter has the name, or it is none.
+        ValueError: another adapter has the name, or the name is invalid.
     """
     try:
         inspect.signature(load).bind("path", {})
     except TypeError as error:
         raise TypeError(f"data adapter {name!r}: load must be a function of (path, query): {error}") from None
     if isinstance(name, str) and set(name) & set(":?&=/"):
-        raise ValueError(f"data adapter {name!r}: a name has none of : ? & = /")
+        raise ValueError(f"data adapter {name!r}: a name must not contain any of : ? & = /")
     from fastrl.data.rows import READING
 
     ADAPTERS.add(name, Adapter(load, None if keys is None else (*keys, *READING)))
@@ -129,7 +129,7 @@ _OWN = re.compile(r"((?:[^?:]*\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*):")  # a user's
 
 
 def own_spec(adapter: str | None, spec: str) -> str:
-    """``spec`` read by a function of the user's (``my_data.py:rows``), or as it is where there is none."""
+    """``spec`` with a user's function (``my_data.py:rows``) as its adapter; unchanged if ``adapter`` is None."""
     if adapter is None:
         return spec
     head, _, rest = spec.partition(":")
@@ -163,9 +163,9 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
 
 
 def with_options(spec: str, **options: str | int | None) -> str:
-    """``spec`` with query keys added; None adds nothing. Raises ``DataError``: the spec has the key with another value.
+    """``spec`` with query keys added (None: not added). Raises ``DataError`` if the spec has a key with another value.
 
-    Whether the adapter knows the key is checked when the data is loaded.
+    Whether the adapter takes the key is checked when the data is loaded.
     """
     adapter, path, query = parse_spec(spec)
     given = {key: str(value) for key, value in options.items() if value is not None}
@@ -178,7 +178,7 @@ def with_options(spec: str, **options: str | int | None) -> str:
 
 
 def without_pictures(spec: str) -> str:
-    """``spec`` for a use that needs no pixels: a file may be missing where its row states ``width`` and ``height``."""
+    """``spec`` for a use without pixels: picture files may be missing if their row states ``width`` and ``height``."""
     return with_reading(spec, pictures="stated") if "pictures" not in parse_spec(spec)[2] else spec
 
 
@@ -197,13 +197,13 @@ def load_data(
     deep: bool = False,
     misfit: Callable[[Record], str | None] | None = None,
 ) -> Dataset:
-    """Load the data set that ``spec`` names, every row checked.
+    """Load the data set that ``spec`` names and check every row.
 
-    ``misfit`` says why a sound record is of no use to whoever asks (None: it is of use); such a row is a bad one too.
-    With ``deep`` every picture file is decoded, not only its header read; a record with a broken one is a bad row.
-    With ``skip_bad`` bad rows are left out (``Dataset.skipped`` counts them, ``Dataset.reasons`` says why, and
-    ``Dataset.problems`` where); without, a ``DataError`` reports them all. Also raises ``DataError`` for an unknown
-    adapter or option (with the nearest valid name), an unreadable file, and when no record is left.
+    ``misfit`` returns why the caller cannot use a valid record, or None; such a row counts as bad too. With ``deep``
+    every picture file is decoded (instead of reading only its header), and a record with a broken one is a bad row.
+    With ``skip_bad`` bad rows are left out (``Dataset.skipped`` is their number, ``Dataset.reasons`` and
+    ``Dataset.problems`` tell why and where); otherwise a ``DataError`` reports all of them. Also raises ``DataError``
+    for an unknown adapter or option (with the nearest valid name), an unreadable file, or if no record is left.
     """
     dataset = read_data(spec)
     if deep:
@@ -218,7 +218,8 @@ def load_data(
 
 
 def read_data(spec: str) -> Dataset:
-    """What ``spec`` names, good and bad rows. Raises ``DataError`` as :func:`load_data` does, but not for bad rows."""
+    """The data set that ``spec`` names, including its bad rows. Raises ``DataError`` like :func:`load_data`, except for
+    bad rows."""
     adapter, path, query = parse_spec(spec)
     if adapter not in ADAPTERS:
         from fastrl.data.user import load
@@ -240,7 +241,7 @@ def read_data(spec: str) -> Dataset:
 
 
 def _other_adapter(spec: str, dataset: Dataset) -> str:
-    """A hint where most rows lack a column and are of another layout than the adapter's; else nothing."""
+    """A hint if most rows lack a column and have the layout of another adapter; else empty."""
     lacking = sum(problem.kind == "missing field" for problem in dataset.problems)
     adapter, path, query = parse_spec(spec)
     if 2 * lacking < len(dataset) + len(dataset.problems) or adapter not in ("refexp", "pixmo", "ocr", "rows"):

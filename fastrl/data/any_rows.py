@@ -1,12 +1,13 @@
-"""``rows:PATH``: rows as EasyR1, verl, ms-swift, TRL, VLM-R1, LLaVA, Perception-R1 or fastrl's own adapters have them.
+"""``rows:PATH``: rows in the layouts of EasyR1, verl, ms-swift, TRL, VLM-R1, LLaVA, Perception-R1 and fastrl's
+adapters.
 
-The file is JSONL, a JSON list, Parquet, Arrow, or a folder of the ``datasets`` library. Which layout it has is told by
-its columns (``layouts``) and said in a note; the task by ``task``, by the row, or else by the shape of its truth: a box
-is grounding, a number counting, a list of labelled boxes detection, yes or no a question. Free text has to be named:
-``task=ocr`` or ``task=caption``.
+The file is JSONL, a JSON list, Parquet, Arrow, or a folder of the ``datasets`` library. Its layout is recognised by its
+columns (``layouts``) and reported in a note. The task is given by ``task``, by the row, or else by the type of its
+truth: a box means grounding, a number counting, a list of labelled boxes detection, yes or no a question. For free text
+it must be given: ``task=ocr`` or ``task=caption``.
 
-Query keys: ``images`` (folder the image paths start from), ``split``, ``limit``, ``seed``, ``task``, ``frame`` (what
-coordinates of the truth are: ``original``, pixels; ``unit``, 0 to 1; ``thousand``), ``box`` (``xyxy`` or ``xywh``),
+Query keys: ``images`` (folder the image paths start from), ``split``, ``limit``, ``seed``, ``task``, ``frame`` (unit of
+the truth's coordinates: ``original``, pixels; ``unit``, 0 to 1; ``thousand``), ``box`` (``xyxy`` or ``xywh``),
 ``prompt`` (``row``: the row's own; ``paper``: Perception-R1's for the task).
 """
 
@@ -55,7 +56,7 @@ class _Options(NamedTuple):
 
 
 def load(path: str, query: Mapping[str, str]) -> Dataset:
-    """Read a file of rows in any known layout. Raises ``DataError`` for an unreadable file or option, or no layout."""
+    """Read a file of rows in any known layout. Raises ``DataError`` for an unreadable file, option or layout."""
     options = _Options(
         choice_option(query, "task", TASKS, path) if "task" in query else None,
         choice_option(query, "frame", tuple(SIDES), path) if "frame" in query else None,
@@ -80,7 +81,7 @@ def layout_of(path: str, split: str | None = None) -> tuple[list[str], str | Non
 
 
 def _columns(path: Path, split: str | None) -> list[str]:
-    """The columns of the first row that is one."""
+    """The columns of the first valid row."""
     first: Problem | None = None
     for _, _, fields in read_rows(path, split):
         if not isinstance(fields, Problem):
@@ -105,13 +106,13 @@ def _reader(columns: Collection[str], options: _Options, path: str) -> tuple[str
     raise fail(
         path,
         "unknown layout",
-        f"columns {', '.join(columns)}: no layout that is known ({known}; refexp: expression, bbox; pixmo: label, "
-        "count; ocr: text). data.adapter: my_data.py:rows reads any other",
+        f"columns {', '.join(columns)}: not a known layout ({known}; refexp: expression, bbox; pixmo: label, "
+        "count; ocr: text). To read another layout, use data.adapter: my_data.py:rows",
     )
 
 
 def own_layout(columns: Collection[str]) -> str | None:
-    """The adapter of fastrl whose rows have these columns."""
+    """The name of the fastrl adapter whose rows have these columns."""
     has = set(columns)
     if has & {*refexp.EXPRESSION_FIELDS} and has & {*refexp.BOX_FIELDS}:
         return "refexp"
@@ -148,21 +149,19 @@ def _record(row: Row, layout: Layout, options: _Options) -> Record | LeftOut | N
         return None
     if options.prompt == "paper":
         about = target.get("expression") or target.get("label") or ", ".join(target.get("categories", ()))
-        about = re.sub(r"^the\s+", "", about, flags=re.I)  # the prompts have it
+        about = re.sub(r"^the\s+", "", about, flags=re.I)  # the prompts already have "the"
         messages = question(task, about, images=len(images)) if task in PROMPTS else messages
     return Record(identity, task, tuple(image for image, _ in images), messages, target)
 
 
 def _task(row: Row, asked: Asked, truth: Any, options: _Options) -> str | None:
-    """The task that is asked for, that the row or its layout names, or that the truth's shape tells."""
+    """The task given as an option, by the row, by its layout, or else by the type of the truth."""
     named = [t for t in (options.task, row.fields.get("task"), row.fields.get("ability"), asked.task) if t in TASKS]
     if named:
         return str(named[0])
     shape = _shape(truth)
     if shape is None:
-        row.fail(
-            "unknown task", f"the truth {short(truth)} does not tell the task: say task={' | '.join(TASKS)} in the spec"
-        )
+        row.fail("unknown task", f"the truth {short(truth)} fits no task: give task={' | '.join(TASKS)} in the spec")
     return shape
 
 
@@ -195,7 +194,7 @@ class _Truth(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """The words of the last question."""
+        """The text of the last question."""
         return next((turn.text for turn in reversed(self.asked.turns) if turn.role == "user"), "")
 
     def box(self, value: Any, name: str) -> tuple[float, ...] | None:
@@ -266,7 +265,7 @@ def _detection(truth: _Truth) -> dict[str, Any] | None:
 
 
 def _text(truth: _Truth) -> str | None:
-    """The truth as it was written, without answer tags: text that looks like JSON stays text."""
+    """The truth as written, without answer tags; text that looks like JSON is not parsed."""
     value = truth.asked.truth
     if not isinstance(value, str) or not value.strip():
         truth.row.fail("wrong type", f"the truth must be a text, got {short(value)}")

@@ -1,4 +1,4 @@
-"""Records without their pictures: the image-unconditional study's control (PerPO §4.7)."""
+"""Records without their pictures, the control of the image-unconditional study (PerPO §4.7)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ GREY = (127, 127, 127)
 
 
 class BlankImages(Sequence[Record]):
-    """``records`` with every picture replaced by a grey one of its size, made on demand.
+    """``records`` with every picture replaced by a grey one of the same size, made on demand.
 
-    Prompts keep their length and coordinates their meaning; only what there is to see is gone.
+    The length of prompts and the meaning of coordinates do not change.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:

@@ -1,12 +1,12 @@
 """Reference captions: ``captions:FILE`` → caption records, from COCO's caption JSON or from rows.
 
 - COCO's ``captions_*.json``: one record per image with its captions as references. Query key ``instances`` names the
-  matching instance JSON, whose categories then count as being in the picture (for CHAIR).
+  matching instance JSON, whose categories then count as present in the picture (for CHAIR).
 - JSONL (or a JSON list): ``{"image": …, "references": [str, …], "prompt"?: str, "objects"?: [str, …], "id"?}``;
   ``captions`` and ``human_captions`` are read as ``references`` too.
 
 Other query keys: ``images`` (folder), ``limit``, ``seed``, ``prompt`` (the question; default RePer's). With
-``images=none`` records have no picture, for scoring captions that exist already.
+``images=none`` records have no picture, for scoring existing captions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One JSONL row → a tracked clip: what the ``tracks`` and ``utr`` adapters read alike, and checks of its pictures."""
+"""One JSONL row → a tracked clip, for the ``tracks`` and ``utr`` adapters; and checks of its pictures."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def _row_pictures(row: Row) -> tuple[tuple[Path, ...], Path | None, tuple[int, .
         row.fail("wrong type", f"frames must be a list of file names, got {short(frames)}")
     elif video is not None:
         numbers = row.truth("video_frames")
-        sound = isinstance(numbers, list) and all(isinstance(n, int) and n >= 0 for n in numbers)
-        if isinstance(video, str) and "\0" not in video and isinstance(numbers, list) and numbers and sound:
+        valid = isinstance(numbers, list) and all(isinstance(n, int) and n >= 0 for n in numbers)
+        if isinstance(video, str) and "\0" not in video and isinstance(numbers, list) and numbers and valid:
             return (), row.images.path(video), tuple(numbers)
         row.fail("wrong type", f"video needs video_frames, a list of frame numbers from 0; got {short(numbers)}")
     return (), None, ()
@@ -164,10 +164,10 @@ def _row_seconds(row: Row, pictures: int) -> tuple[float, ...] | None:
             row.fail("wrong type", f"fps must be a positive number, got {short(fps)}")
             return None
         return tuple(i / (fps or 1.0) for i in range(pictures))
-    sound = (
+    valid = (
         isinstance(seconds, list) and all(is_number(s) for s in seconds) and len(seconds) == (pictures or len(seconds))
     )
-    if sound and isinstance(seconds, list) and seconds and sorted(seconds) == seconds:
+    if valid and isinstance(seconds, list) and seconds and sorted(seconds) == seconds:
         return tuple(float(s) for s in seconds)
     row.fail("wrong type", f"seconds must be ascending times, one for each frame; got {short(seconds)}")
     return None

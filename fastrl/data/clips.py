@@ -1,7 +1,7 @@
-"""Tracked clips: one schema for every source of trajectories, its checks, and its frames as pictures.
+"""Tracked clips: one schema for all sources of trajectories, its checks, and its frames as pictures.
 
-Frames are numbered from 1 everywhere (as trajectory text numbers them): frame t is ``seconds[t - 1]``. Boxes are pixels
-of the original frame, (x1, y1, x2, y2), counted from 0.
+Frames are numbered from 1 everywhere (as in trajectory text): frame t is ``seconds[t - 1]``. Boxes are pixels of the
+original frame, (x1, y1, x2, y2), counted from 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing through a clip: who it is, how it looks, where it is in each frame that shows it, what it does when."""
+    """One tracked object of a clip: identity, name, appearance, its box in each frame that shows it, and its
+    actions."""
 
     identity: int
     name: str
@@ -51,7 +52,7 @@ class Clip:
     """Frames in order with their times and subjects.
 
     The pictures are ``frames`` (files or PIL images, one per frame), or frames ``video_frames`` (from 0) of the file
-    ``video``, or nowhere (annotations alone).
+    ``video``, or absent (annotations only).
     """
 
     id: str
@@ -69,7 +70,7 @@ class Clip:
         return len(self.seconds)
 
     def select(self, numbers: Sequence[int], id: str | None = None) -> Clip:
-        """The clip of these frames alone (ascending), renumbered from 1; subjects none of them shows are left out."""
+        """The clip with only these frames (ascending), renumbered from 1; subjects in none of them are left out."""
         place = {number: i for i, number in enumerate(numbers, start=1)}
         subjects = []
         for subject in self.subjects:
@@ -91,7 +92,7 @@ class Clip:
         )
 
     def tracks(self) -> list[Track]:
-        """The subjects as ``answers`` writes and reads them."""
+        """The subjects as tracks of ``fastrl.answers``."""
         return [Track(subject.identity, subject.name, dict(subject.boxes)) for subject in self.subjects]
 
     def images(self) -> tuple[AnyPicture, ...]:
@@ -101,7 +102,7 @@ class Clip:
         return tuple(read_video(self.video, self.video_frames))
 
     def target(self) -> dict[str, Any]:
-        """The truth a trajectory record carries."""
+        """The target of a trajectory record."""
         return {
             "tracks": [clip_subject(subject) for subject in self.subjects],
             "frames": len(self),
@@ -130,7 +131,7 @@ def clip_subject(subject: Subject) -> dict[str, Any]:
 
 
 class HasRecord(Protocol):
-    """What can be made a record; ``id`` is the record's."""
+    """Something that can be turned into a record with the same ``id``."""
 
     @property
     def id(self) -> str: ...
@@ -139,7 +140,7 @@ class HasRecord(Protocol):
 
 
 class ClipRecords(Sequence[Record]):
-    """Trajectory records of ``clips`` (or of dialogues about them), made, with their video frames, when asked for."""
+    """Trajectory records of ``clips`` (or of dialogues about them), made on demand, with their video frames."""
 
     def __init__(self, clips: Sequence[HasRecord]) -> None:
         self.clips = clips
@@ -161,7 +162,7 @@ class ClipRecords(Sequence[Record]):
 
 
 def sample_frames(total: int, count: int, how: str = "uniform", seed: int | str = 0) -> list[int]:
-    """``count`` frame numbers of 1 … ``total``, ascending; all of them where there are no more than that.
+    """``count`` frame numbers of 1 … ``total``, ascending; all of them if there are no more than that.
 
     ``uniform``: the middle of each of ``count`` equal stretches; ``first``: the first ones; ``random``: one drawn from
     each stretch. Raises ``ValueError`` for an unknown ``how``.
@@ -178,7 +179,7 @@ def sample_frames(total: int, count: int, how: str = "uniform", seed: int | str 
 
 
 def windows(clip: Clip, length: int, stride: int) -> list[Clip]:
-    """The stretches of ``length`` frames that begin every ``stride`` frames; what is left at the end is not used."""
+    """Windows of ``length`` frames that begin every ``stride`` frames; frames left over at the end are not used."""
     starts = range(1, len(clip) - length + 2, stride)
     return [clip.select(range(start, start + length), f"{clip.id}:{start}") for start in starts]
 
@@ -193,7 +194,7 @@ def frame_files(folder: Path) -> list[Path]:
 
 
 class VideoInfo(NamedTuple):
-    """What a video file's header says; ``frames`` is counted by reading where the header does not say."""
+    """Properties of a video file; ``frames`` is counted by decoding if the header does not state it."""
 
     width: int
     height: int
@@ -247,11 +248,11 @@ def read_video(path: Path, numbers: Sequence[int]) -> list[Image]:
 
 
 def settle(clip: Clip, *, short: bool = False) -> tuple[Clip, list[Problem], list[Problem]]:
-    """Check every track: (the clip with its boxes clipped, what is wrong, what is worth knowing).
+    """Check every track; returns the clip with its boxes clipped, the problems, and the notes.
 
-    Wrong: a box wholly outside the picture or without area, a frame number the clip does not have, one identity twice.
-    Worth knowing: boxes that reach outside (clipped), gaps, likely identity switches, and tracks of no length, which
-    are left out: an empty one, or (unless ``short``) a single box in a clip of several frames.
+    Problems: a box entirely outside the picture or without area, a frame number outside the clip, a repeated identity.
+    Notes: boxes that reach outside (clipped), gaps, likely identity switches, and zero-length tracks, which are left
+    out: an empty one, or (unless ``short``) a single box in a clip of several frames.
     """
     problems: list[Problem] = []
     notes: list[Problem] = []
@@ -305,7 +306,7 @@ def _settle_boxes(
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Overlap of two boxes over their union."""
+    """Intersection of two boxes over their union."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
@@ -314,7 +315,7 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 def _identity_switches(clip: Clip) -> list[Problem]:
-    """Frames where a track leaves its own last box and lands on another's: their identities were likely exchanged."""
+    """Frames where a track jumps from its own last box to another's: their identities were probably exchanged."""
     notes = []
     for subject in clip.subjects:
         for frame, box in subject.boxes.items():

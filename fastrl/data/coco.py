@@ -4,9 +4,9 @@ Query keys: ``images`` (folder of the image files), ``task`` (``detection`` or `
 separated by commas; default all), ``limit``, ``seed``, ``empty`` (detection: ``keep`` or ``drop`` images without an
 instance), ``min_count`` and ``max_count`` (counting).
 
-A detection record's id is the image id; a counting record's is ``image id/category``. Crowd regions stay in a
-detection truth, marked, and a category with one in an image is not counted there. The prompt names the categories.
-An image with one bad annotation is bad as a whole: its truth would be incomplete.
+A detection record's id is the image id; a counting record's is ``image id/category``. Crowd regions stay in the truth
+of detection, marked as such; a category with a crowd region in an image is not counted there. The prompt names the
+categories. An image with a bad annotation is bad as a whole, since its truth would be incomplete.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Instance(NamedTuple):
 
 class _Options(NamedTuple):
     task: str
-    names: list[str]  # categories asked for, in the file's order
+    names: list[str]  # requested categories, in the file's order
     ids: list[int | str]  # their ids in the file
     keep_empty: bool
     low: int
@@ -77,8 +77,8 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _categories(data: Mapping[str, Any], path: str) -> tuple[dict[Any, str], list[Problem]]:
-    """Names by id, and the categories that are left out: those that only name a group of others and have no instance
-    (exports of annotation tools list such)."""
+    """Names by id, and the categories that are left out: those that only group others and have no instance (in
+    exports of annotation tools)."""
     categories: dict[Any, str] = {}
     for i, category in enumerate(data["categories"]):
         name = category.get("name") if isinstance(category, dict) else None
@@ -128,7 +128,7 @@ def _find_folder(path: str, images: list[Any]) -> Path:
 
 
 def _by_image(data: Mapping[str, Any], path: str) -> tuple[dict[Any, list[tuple[int, dict]]], list[Problem]]:
-    """Annotations (with their place in the file) of each image id, and those that belong to none."""
+    """Annotations (with their index in the file) by image id, and those that belong to no image."""
     by_image: dict[Any, list[tuple[int, dict]]] = {}
     for image in data["images"]:
         if isinstance(image, dict) and _is_id(image.get("id")):
@@ -140,16 +140,16 @@ def _by_image(data: Mapping[str, Any], path: str) -> tuple[dict[Any, list[tuple[
             by_image[owner].append((i, annotation))
         else:
             where = _where(path, i, annotation)
-            orphans.append(Problem(where, "unknown image", f"image_id {short(owner)} is no image of the file"))
+            orphans.append(Problem(where, "unknown image", f"image_id {short(owner)} is not an image of the file"))
     return by_image, orphans
 
 
 class _Once:
-    """Notices an annotation that comes again: by its id, or with all that it says."""
+    """Detects repeated annotations, by id or by content."""
 
     def __init__(self) -> None:
         self._ids: dict[Any, int] = {}
-        self._said: dict[str, int] = {}
+        self._contents: dict[str, int] = {}
 
     def check(self, row: Row, annotation: Mapping[str, Any], index: int) -> None:
         identity = annotation.get("id")
@@ -158,10 +158,11 @@ class _Once:
         elif identity is not None and self._ids.setdefault(identity, index) != index:
             row.fail("repeated annotation", f"id {short(identity)} is already that of number {self._ids[identity]}")
             return
-        said = repr([annotation.get(key) for key in ("image_id", "category_id", "bbox", "iscrowd", "segmentation")])
-        if self._said.setdefault(said, index) != index:
+        content = repr([annotation.get(key) for key in ("image_id", "category_id", "bbox", "iscrowd", "segmentation")])
+        if self._contents.setdefault(content, index) != index:
             row.fail(
-                "repeated annotation", f"says all that number {self._said[said]} says: one object cannot be there twice"
+                "repeated annotation",
+                f"same content as number {self._contents[content]}; no object may occur twice",
             )
 
 
@@ -199,11 +200,11 @@ def _records(
         if row.problems:
             yield row.problems
             continue
-        sound = [instance for instance in instances if instance is not None and instance.label in options.names]
+        valid = [instance for instance in instances if instance is not None and instance.label in options.names]
         if options.task == "detection":
-            yield _detection(identity, file[0], sound, options, where)
+            yield _detection(identity, file[0], valid, options, where)
         else:
-            yield from _countings(identity, file[0], sound, options, where)
+            yield from _countings(identity, file[0], valid, options, where)
 
 
 def _instance(
@@ -212,22 +213,22 @@ def _instance(
     category = annotation.get("category_id")
     label = categories.get(category) if _is_id(category) else None
     if label is None:
-        row.fail("unknown category", f"category_id {short(category)} is no category of the file")
-    sound = row.box(corners(annotation.get("bbox")), size, "bbox (as x1, y1, x2, y2)")
+        row.fail("unknown category", f"category_id {short(category)} is not a category of the file")
+    valid = row.box(corners(annotation.get("bbox")), size, "bbox (as x1, y1, x2, y2)")
     area = annotation.get("area")
     if area is not None and not (is_number(area) and area >= 0):
         row.fail("wrong type", f"area must be a number of at least 0, got {short(area)}")
     crowd = annotation.get("iscrowd")
     if crowd is not None and crowd not in (0, 1):
         row.fail("wrong type", f"iscrowd must be 0 or 1, got {short(crowd)}")
-    return None if sound is None or label is None else _Instance(sound, label, bool(crowd))
+    return None if valid is None or label is None else _Instance(valid, label, bool(crowd))
 
 
 def _detection(
     identity: str, file: AnyPicture, instances: list[_Instance], options: _Options, where: str
 ) -> Record | tuple[Problem]:
     if not instances and not options.keep_empty:
-        return (Problem(where, "no instances", "no instance of the categories asked for"),)
+        return (Problem(where, "no instances", "no instance of the requested categories"),)
     target = {
         "boxes": [list(instance.box) for instance in instances],
         "labels": [instance.label for instance in instances],

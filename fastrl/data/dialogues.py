@@ -1,13 +1,13 @@
-"""UTR dialogues: what is asked about a tracked clip, what is answered, and when a question means one subject only.
+"""UTR dialogues: questions about tracked clips, their answers, and checks that a question refers to one subject only.
 
 Bidirectional querying (Video-UTR, arXiv:2502.12081, eq. 9): a *spatial* attribute in one frame (box, location or
 appearance) asks for identity, action and the trajectory over all frames; a *temporal* one (frames, time or action) asks
-for the subject and its boxes. The paper's figure names these attributes; how questions and answers are worded is a
-reconstruction after Merlin's trajectory text, for no such file was released:
+for the subject and its boxes. The paper's figure names these attributes; the wording of questions and answers is a
+reconstruction after Merlin's trajectory text, because no such file was released:
 
     Track1: red circle<Id1>Frame1:[0,119,286,405];Frame2:[…];…</Id1> It moves right in frames 1-3, then stays in …
 
-Coordinates are 0-1000, frames count from 1, and :func:`answer_text` of what was parsed gives the same text again.
+Coordinates are 0-1000, frames count from 1, and :func:`answer_text` of a parsed answer gives the same text.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from fastrl.data.records import Record, question
 SPATIAL = ("box", "location", "appearance")
 TEMPORAL = ("span", "time", "action")
 QUERIES = {"spatial": SPATIAL, "temporal": TEMPORAL}
-SAME_PLACE = 0.5  # IoU from which two boxes of one frame are no longer told apart by a box in the question
+SAME_PLACE = 0.5  # IoU from which a box in the question does not distinguish two boxes of a frame
 _COLUMNS, _ROWS = ("left", "center", "right"), ("upper", "middle", "lower")
 MAX_ACTION = 100  # characters of an action's words
-MAX_SPANS = 64  # read from one answer
+MAX_SPANS = 64  # parsed from one answer
 
 
 class Query(NamedTuple):
-    """What is asked: an attribute of a subject in ``frame`` (spatial) or over frames ``first`` to ``last``."""
+    """A question about an attribute of a subject in ``frame`` (spatial) or over frames ``first`` to ``last``."""
 
     kind: str
     attribute: str
@@ -42,7 +42,7 @@ class Query(NamedTuple):
     last: int | None = None
 
     def plain(self) -> dict[str, Any]:
-        """The query as JSON has it."""
+        """The query as JSON values."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
@@ -55,7 +55,7 @@ class Dialogue:
     query: Query
     question: str
     answer: str
-    tpl: float | None = None  # temporal perplexity of the answer, where it was measured
+    tpl: float | None = None  # temporal perplexity of the answer, if measured
 
     @property
     def id(self) -> str:
@@ -63,7 +63,7 @@ class Dialogue:
         return self.clip.id
 
     def record(self) -> Record:
-        """As one user turn of frames with their times, then the question. Frames of a video file are decoded now."""
+        """A record of one user turn: frames with their times, then the question. Decodes frames of a video file."""
         clip = self.clip
         images = clip.images()
         messages = question("trajectory", images=len(images), prompt=self.question, seconds=clip.seconds)
@@ -81,7 +81,7 @@ def make_dialogue(clip: Clip, subject: Subject, query: Query) -> Dialogue:
 
 
 def one_frame_dialogue(clip: Clip, subject: Subject, query: Query) -> Dialogue:
-    """A spatial query answered from its own frame alone: what temporal hacking thrives on, for comparison.
+    """A spatial query answered from its own frame only, for comparison: such questions allow temporal hacking.
 
     Raises ``ValueError`` for a temporal query.
     """
@@ -94,31 +94,31 @@ def one_frame_dialogue(clip: Clip, subject: Subject, query: Query) -> Dialogue:
 
 
 def select_frames(dialogue: Dialogue, count: int, how: str, seed: int | str) -> Dialogue:
-    """The dialogue about ``count`` of its frames: question, answer and boxes renumbered; the query's frames stay.
+    """The dialogue about ``count`` of its frames, with question, answer and boxes renumbered; keeps the query's frames.
 
-    Where it asks who is seen from one frame to another, the frames just before and after stay too: they tell the
-    subject from one that was seen longer.
+    If the question asks who is seen from one frame to another, the frames just before and after are needed too: they
+    distinguish the subject from one that is seen longer.
 
     Args:
-        dialogue: worded as this module words them.
+        dialogue: with the wording of this module.
         count, how, seed: see ``fastrl.data.clips.sample_frames``.
 
     Raises:
-        ValueError: a dialogue of other wording, which cannot be renumbered.
+        ValueError: the dialogue has another wording, so it cannot be renumbered.
     """
     clip, query, subject = dialogue.clip, dialogue.query, dialogue.subjects[0]
     make = next((m for m in (make_dialogue, one_frame_dialogue) if _is_made_by(m, dialogue)), None)
     if make is None:
-        raise ValueError("question and answer are not as fastrl build utr words them: their frames cannot be chosen")
+        raise ValueError("frames can only be chosen for questions and answers in the wording of fastrl build utr")
     numbers = sample_frames(len(clip), count, how, seed)
-    kept = {t for t in query[2:] if t is not None}
+    needed = {t for t in query[2:] if t is not None}
     if query.first is not None and query.last is not None and not _action(subject, query):
-        kept |= {t for t in (query.first - 1, query.last + 1) if 1 <= t <= len(clip)}
-    for frame in sorted(kept - set(numbers)):
-        spare = [t for t in numbers if t not in kept]
-        if spare:
-            numbers[numbers.index(min(spare, key=lambda t: abs(t - frame)))] = frame
-    numbers = sorted({*numbers, *kept})
+        needed |= {t for t in (query.first - 1, query.last + 1) if 1 <= t <= len(clip)}
+    for frame in sorted(needed - set(numbers)):
+        replaceable = [t for t in numbers if t not in needed]
+        if replaceable:
+            numbers[numbers.index(min(replaceable, key=lambda t: abs(t - frame)))] = frame
+    numbers = sorted({*numbers, *needed})
     chosen = clip.select(numbers)
     place = {number: i for i, number in enumerate(numbers, start=1)}
     moved = Query(query.kind, query.attribute, *(place.get(t) if t is not None else None for t in query[2:]))
@@ -127,7 +127,7 @@ def select_frames(dialogue: Dialogue, count: int, how: str, seed: int | str) -> 
 
 
 def _is_made_by(make: Callable[[Clip, Subject, Query], Dialogue], dialogue: Dialogue) -> bool:
-    """Whether the dialogue's words are those that ``make`` finds for its query."""
+    """Whether ``make`` gives the same question and answer for the dialogue's query."""
     try:
         again = make(dialogue.clip, dialogue.subjects[0], dialogue.query)
     except (ValueError, KeyError):  # no such question, or about a frame the subject is not in
@@ -136,7 +136,7 @@ def _is_made_by(make: Callable[[Clip, Subject, Query], Dialogue], dialogue: Dial
 
 
 def pick_query(rng: random.Random, clip: Clip, subject: Subject, kind: str) -> Query | None:
-    """A unique query of a kind about a subject, its attribute drawn first, then its frame or span; None: there is none.
+    """Draw a unique query of a kind about a subject: first its attribute, then frame or span. None if there is none.
 
     Raises ``ValueError`` for an unknown kind.
     """
@@ -153,12 +153,12 @@ def pick_query(rng: random.Random, clip: Clip, subject: Subject, kind: str) -> Q
 
 
 def number_subjects(clip: Clip) -> tuple[Clip, dict[int, int]]:
-    """The clip with its subjects numbered 1, 2, … by when they are first seen, then from left to right.
+    """Number the subjects 1, 2, … in the order in which they first appear, then from left to right.
 
-    Such numbers can be read off the frames; those of an annotation file cannot, and learning them is learning noise.
+    A model can infer these numbers from the frames; those of an annotation file would be noise.
 
     Returns:
-        The clip, and each new number's old one.
+        The clip, and a mapping from new to old numbers.
     """
     order = sorted(clip.subjects, key=lambda s: (min(s.boxes), s.boxes[min(s.boxes)][:2], s.identity))
     subjects = tuple(replace(subject, identity=i) for i, subject in enumerate(order, start=1))
@@ -177,8 +177,7 @@ def spatial_queries(subject: Subject) -> list[Query]:
 def temporal_queries(subject: Subject) -> list[Query]:
     """Every temporal query one could ask about a subject, unique or not.
 
-    What it does and when, by frames or by seconds, or what it does alone; where no action is known, in which frames
-    it is to be seen.
+    Its action with its time in frames or seconds, or the action only; without known actions, the frames that show it.
     """
     if not subject.spans:
         shown = sorted(subject.boxes)
@@ -187,12 +186,12 @@ def temporal_queries(subject: Subject) -> list[Query]:
 
 
 def is_unique(clip: Clip, subject: Subject, query: Query) -> bool:
-    """Whether ``subject`` is the only one of the clip that the question can mean.
+    """Whether the question can only refer to ``subject``.
 
     Box: no other box of that frame overlaps it by ``SAME_PLACE`` or more. Location: no other centre in the same ninth
-    of the picture. Appearance: nobody else in that frame looks the same or is called so. Span and time: nobody else
-    does the same in any of these frames (without actions: nobody else is first and last seen in the same frames).
-    Action: nobody else ever does it, and the subject itself does it only once.
+    of the picture. Appearance: no other subject in that frame has the same appearance or name. Span and time: no other
+    subject does the same in any of these frames (without actions: no other is first and last seen in the same frames).
+    Action: no other subject ever does it, and the subject itself does it only once.
     """
     others = [other for other in clip.subjects if other is not subject]
     if query.frame is not None:
@@ -216,7 +215,7 @@ def is_unique(clip: Clip, subject: Subject, query: Query) -> bool:
 
 
 def ask(clip: Clip, subject: Subject, query: Query) -> str:
-    """The question's text. Raises ``ValueError`` for an attribute there is no question for."""
+    """The question's text. Raises ``ValueError`` for an unknown attribute."""
     if query.frame is not None and query.attribute in SPATIAL:
         return f"In frame {query.frame} there is {_thing(clip, subject, query)}. {_SPATIAL_END}"
     if query.kind != "temporal" or query.attribute not in TEMPORAL:
@@ -231,7 +230,7 @@ _ONE_FRAME_END = "Who is it, and where is it in that frame?"
 
 
 def location(clip: Clip, box: Sequence[float]) -> str:
-    """In which ninth of the picture a box has its centre, as words (``upper left``, ``middle center``, …)."""
+    """The ninth of the picture that contains the centre of a box, as words (``upper left``, ``middle center``, …)."""
     x, y = (box[0] + box[2]) / 2 / clip.width, (box[1] + box[3]) / 2 / clip.height
     return f"{_ROWS[min(max(int(3 * y), 0), 2)]} {_COLUMNS[min(max(int(3 * x), 0), 2)]}"
 
@@ -247,7 +246,7 @@ def _thing(clip: Clip, subject: Subject, query: Query) -> str:
 
 
 def _action(subject: Subject, query: Query) -> str:
-    """What the subject does over exactly the query's frames; empty: the query is about being seen."""
+    """The subject's action over exactly the query's frames; empty if the query is about when it is seen."""
     return next((s.action for s in subject.spans if (s.first, s.last) == (query.first, query.last)), "")
 
 
@@ -273,14 +272,14 @@ _DOES = re.compile(
 
 
 def answer_text(subjects: Sequence[Subject], size: tuple[int, int], caption: str = "") -> str:
-    """The whole answer: every subject's track, what each does and when, then the caption.
+    """The whole answer: every subject's track and actions, then the caption.
 
     Args:
         subjects: in the order of the answer; boxes in pixels.
         size: (width, height) of the frames in pixels.
 
     Raises:
-        ValueError: a name that trajectory text cannot hold, or a subject without boxes.
+        ValueError: trajectory text cannot represent a name, or a subject has no boxes.
     """
     clip = Clip("", *size, (), tuple(subjects))
     lines = []
@@ -296,16 +295,16 @@ def action_text(spans: Sequence[Span]) -> str:
     return f"It {', then '.join(parts)}." if parts else ""
 
 
-def sound_action(action: str) -> str:
-    """An action's words without what :func:`parse_actions` could not read back (punctuation, a leading ``then``)."""
+def parsable_action(action: str) -> str:
+    """An action's words without parts that :func:`parse_actions` cannot parse (punctuation, a leading ``then``)."""
     words = re.sub(r"[,.;:<>\[\]\s]+", " ", action).strip()[:MAX_ACTION]
     return re.sub(r"^(?:then )+|(?: in frames? [0-9-]+)+", "", words, flags=re.IGNORECASE).strip()
 
 
 def parse_actions(text: str) -> tuple[Span, ...]:
-    """What an answer says is done and when, in its order: the inverse of :func:`action_text` over a whole answer.
+    """The actions in an answer with their spans, in order: the inverse of :func:`action_text` for a whole answer.
 
-    Never raises; spans that end before they begin, and what is beyond ``MAX_SPANS``, are left out.
+    Never raises; spans that end before they begin, and those beyond ``MAX_SPANS``, are left out.
     """
     found = []
     for match in _DOES.finditer(re.sub(r"<Id.*?(?:</Id[0-9]*>|$)", ";", answer_region(text), flags=re.I | re.S)):

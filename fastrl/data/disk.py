@@ -1,4 +1,4 @@
-"""Writing to a disk that may be full: errors name the file and the bytes, and what cannot fit is not begun."""
+"""Writing to a disk that may be full: errors name the file and its size, and files that cannot fit are not started."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 
 @contextmanager
 def writing(path: Path, needed: int) -> Iterator[None]:
-    """Inside: ``needed`` bytes are written to ``path``. An ``OSError`` gets both, and how many bytes are free."""
+    """Add path, needed and free bytes to an ``OSError`` raised while ``needed`` bytes are written to ``path``."""
     try:
         yield
     except OSError as error:
-        said = f"{error.strerror or error} ({sizes(path, needed)})"
-        raise OSError(error.errno or errno.EIO, said, str(path)) from None
+        message = f"{error.strerror or error} ({sizes(path, needed)})"
+        raise OSError(error.errno or errno.EIO, message, str(path)) from None
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Raise ``OSError`` where the disk of ``path`` has no room for ``needed`` more bytes."""
+    """Raise ``OSError`` if the disk of ``path`` has no room for ``needed`` more bytes."""
     free = free_bytes(path)
     if free is not None and free < needed:
         raise OSError(errno.ENOSPC, f"No space left on device ({sizes(path, needed)})", str(path))
@@ -35,7 +35,7 @@ def sizes(path: Path, needed: int) -> str:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that may still be written where ``path`` is or would be; None where the system does not say."""
+    """Free bytes on the disk of ``path``, which need not exist yet; None if the system does not report them."""
     place = path
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -53,7 +53,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file, whole or not at all. Raises ``OSError`` with the path and the bytes needed."""
+    """Replace a file atomically. Raises ``OSError`` with the path and the bytes needed."""
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with writing(path, len(data)):

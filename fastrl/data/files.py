@@ -1,4 +1,4 @@
-"""Files that are written: small ones whole or not at all, and the pictures that rows of a written file name."""
+"""Writing files: small ones atomically, and the pictures that rows of a written file refer to."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fastrl.data.pictures import AnyPicture, file_of, open_picture
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file, whole or not at all. Raises ``OSError`` with the path and the bytes needed."""
+    """Replace a small text file atomically. Raises ``OSError`` with the path and the bytes needed."""
     replace_file(path, text.encode())
 
 
 def image_names(images: Sequence[AnyPicture], number: int, out: Path) -> list[str]:
-    """How a built file names record ``number``'s images; pictures that are no files are written to ``NAME.images``."""
+    """Names of record ``number``'s images for a built file; pictures in memory are written to ``NAME.images``."""
     names = []
     home = out.parent.resolve()
     for place, image in enumerate(images):

@@ -1,9 +1,9 @@
-"""What a data set is, so that a resumed run notices when it is another: ids in order, truths, messages and pictures.
+"""The identity of a data set (ids in order, truths, messages, pictures), by which a resumed run detects changes.
 
-Of every record three digests are kept: of its ``target`` (with task and frame), its ``messages`` and its ``pictures``.
-A picture file counts by name, size and time of last change (``stat``), or by name and content (``bytes``, which reads
-every picture once). Pictures in memory count by their pixels. Of records that are drawn on demand (scenes), which come
-from a seed and no file, up to 32 spread over the data are looked at.
+Each record has three digests: of its ``target`` (with task and frame), its ``messages`` and its ``pictures``. A picture
+file is identified by name, size and modification time (``stat``), or by name and content (``bytes``, which reads every
+picture once); a picture in memory by its pixels. Of records made on demand (scenes), which come from a seed and not
+from a file, up to 32 spread over the data are digested.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from fastrl.data.pictures import Picture
 from fastrl.data.records import Dataset, Record
 
 PARTS = ("target", "messages", "pictures")
-SAMPLED = 32  # of records made on demand
-SHOWN = 3  # ids named for one kind of change
+SAMPLED = 32  # records digested of data made on demand
+SHOWN = 3  # ids named for each kind of change
 Pictures = Literal["stat", "bytes"]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """``digests[part][i]`` is of the record ``ids[i]``. ``count``: records of the data, more than ids where they are
-    made on demand. ``pictures``: how picture files were looked at."""
+    """``digests[part][i]`` belongs to the record ``ids[i]``. ``count``: number of records, more than ids if they are
+    made on demand. ``pictures``: how picture files are identified."""
 
     count: int
     ids: list[str]
@@ -40,7 +40,7 @@ class Identity:
 
     @property
     def whole(self) -> bool:
-        """Whether every record was looked at."""
+        """Whether every record was digested."""
         return len(self.ids) == self.count
 
     def plain(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Change:
     new: list[str]
     moved: bool
     changed: dict[str, list[str]]
-    note: str = ""  # what differs besides
+    note: str = ""  # other differences
 
     def __bool__(self) -> bool:
         return self.counts[0] != self.counts[1] or any((self.gone, self.new, self.moved, self.changed, self.note))
@@ -79,7 +79,7 @@ class Change:
 
 
 def identify(records: Sequence[Record], pictures: Pictures = "stat") -> Identity:
-    """The identity of a data set. Pictures that cannot be read count as what the system says about them."""
+    """The identity of a data set. A picture that cannot be read is identified by the error."""
     found = _whole(records)
     if found is None:
         n = len(records)
@@ -91,7 +91,7 @@ def identify(records: Sequence[Record], pictures: Pictures = "stat") -> Identity
 
 
 def read_identity(value: Any) -> Identity:
-    """What :meth:`Identity.plain` gave. Raises ``ValueError``: it is nothing of the kind."""
+    """The inverse of :meth:`Identity.plain`. Raises ``ValueError`` for any other value."""
     try:
         identity = Identity(value["count"], value["ids"], value["digests"], value["pictures"])
         lists = [identity.ids, *(identity.digests[part] for part in PARTS)]
@@ -106,7 +106,7 @@ def read_identity(value: Any) -> Identity:
 
 
 def compare(old: Identity, new: Identity) -> Change:
-    """What is different in ``new``; nothing (false) where they are the same."""
+    """The differences of ``new`` from ``old``; false if there are none."""
     before, now = ({name: i for i, name in enumerate(ids)} for ids in (old.ids, new.ids))
     common = [name for name in old.ids if name in now]
     same_look = old.pictures == new.pictures
@@ -126,7 +126,7 @@ def compare(old: Identity, new: Identity) -> Change:
 
 
 def _whole(records: Sequence[Any]) -> Sequence[Any] | None:
-    """Every record, or what it is made of; None where records are drawn on demand."""
+    """All records, or the objects they are made of; None if records are made on demand."""
     while isinstance(records, Dataset | BlankImages):
         records = records.records
     if isinstance(records, ClipRecords):
@@ -143,14 +143,14 @@ def _clips(records: Sequence[Any]) -> bool:
 
 
 class _Look:
-    """Looks at records; at each picture file once."""
+    """Digests records, reading each picture file once."""
 
     def __init__(self, pictures: Pictures) -> None:
         self.pictures = pictures
         self._seen: dict[Path, str] = {}
 
     def digests(self, record: Any) -> tuple[str, str, str]:
-        """Of target, messages and pictures. A clip has its questions in what counts as its target."""
+        """Digests of target, messages and pictures. The target of a clip includes its questions."""
         pictures: list[Any] = []
         if isinstance(record, Record):
             truth = _digest([record.task, record.frame, record.target], pictures)
@@ -171,7 +171,7 @@ class _Look:
         return self._seen[path]
 
     def _described(self, picture: Picture) -> str:
-        """A picture that is more than a path; of one inside a table, the table's file counts, or its own bytes."""
+        """Describes a picture that is not just a path; one inside a table by the table's file or by its own bytes."""
         inside = picture.data is not None
         if inside and (self.pictures == "bytes" or picture.path is None):
             said = hashlib.sha256(picture.read()).hexdigest()
@@ -192,7 +192,7 @@ class _Look:
 
 
 def _plain(value: Any, pictures: list[Any]) -> Any:
-    """``value`` as JSON has it; picture files and pictures in it go to ``pictures``."""
+    """``value`` as JSON values; pictures and picture files in it are appended to ``pictures``."""
     if isinstance(value, str | int | float | bool | None):
         return value
     if isinstance(value, Mapping):
@@ -211,7 +211,7 @@ def _plain(value: Any, pictures: list[Any]) -> Any:
 
 
 def _digest(value: Any, pictures: list[Any]) -> str:
-    """Of a value's JSON; pictures in it go to ``pictures``."""
+    """Digest of a value's JSON; pictures in it are appended to ``pictures``."""
     try:
         text = json.dumps(value, sort_keys=True)  # most are plain, and this is fast
     except TypeError:

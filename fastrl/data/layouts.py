@@ -1,4 +1,4 @@
-"""How other trainers write a row: each layout is recognised by its columns and read into the same four things.
+"""Row layouts of other trainers: each is recognised by its columns and read into the same structure.
 
 - **EasyR1**: ``images, problem, answer``
 - **verl**: ``prompt`` (messages), ``images``, ``reward_model.ground_truth``; also ``data_source``, ``extra_info``
@@ -7,7 +7,7 @@
 - **VLM-R1 and LLaVA**: ``image, conversations`` (``from``, ``value``); the last ``gpt`` turn is the truth
 - **Perception-R1 (PR1)**: ``image, problem``, ``solution`` or ``normalized_solution``
 
-``<image>`` in a text is where a picture stands; where there is none, the pictures come first.
+``<image>`` in a text marks the place of a picture; without it, the pictures come first.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Turn(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A row in any layout: the prompt, the truth and what is said about the two."""
+    """A row read from any layout: the prompt, the truth, and their frame and task."""
 
     turns: list[Turn]
     truth: Any
-    frame: str | None = None  # of the truth's coordinates, where the layout says
-    task: str | None = None  # where the layout says
+    frame: str | None = None  # of the truth's coordinates, if the layout states it
+    task: str | None = None  # if the layout states it
 
 
 class Layout(NamedTuple):
-    """A way to write rows."""
+    """A row layout."""
 
     name: str
-    columns: tuple[str, ...]  # it is recognised by having all of these
-    read: Callable[[Row], Asked | None]  # None: the row's problems say why
+    columns: tuple[str, ...]  # recognised if all of these are present
+    read: Callable[[Row], Asked | None]  # None: see the row's problems
 
 
 def recognise(columns: Collection[str]) -> Layout | None:
@@ -188,7 +188,7 @@ def _before_answer(turns: list[Turn]) -> list[Turn]:
 
 def _last_turn(row: Row, turns: list[Turn], name: str) -> Asked | None:
     if turns[-1].role != "assistant" or len(turns) < 2:
-        row.fail("missing field", f"{name} must end with the answer that is the truth, or the row have a solution")
+        row.fail("missing field", f"{name} must end with the answer (the truth), or the row must have a solution")
         return None
     return Asked(turns[:-1], turns[-1].text)
 
@@ -241,7 +241,7 @@ def _fill(row: Row, text: str, left: Mapping[str, list[Any]]) -> str:
 
 
 def content_of(turns: Sequence[Turn], images: int) -> tuple[Mapping[str, Any], ...] | None:
-    """Turns as a record's messages; None where they have another number of pictures than ``images``."""
+    """Turns as a record's messages; None if their number of pictures is not ``images``."""
     places = sum(part is None for turn in turns for part in turn.parts)
     if places not in (0, images):
         return None

@@ -1,17 +1,17 @@
 """Ranked lists: several answers to one prompt with their rewards, one JSON object a line → records for PerPO.
 
-``fastrl build perpo`` writes such a file; one from anywhere else will do::
+``fastrl build perpo`` writes such files; files from other sources need the same form::
 
     {"id": "17", "task": "grounding", "images": ["img/17.png"], "prompt": "Output the bounding box of …",
      "answers": ["[{\\"bbox_2d\\": [4, 9, 60, 71]}]", …], "rewards": [0.91, …], "target": {"box": [5, 9, 60, 70]}}
 
 - ``images`` is a list of files, or ``image`` one; all of them come before ``prompt``, a text.
-- ``answers`` are in any order, one or more, and ``rewards`` has one finite number for each. Where there are no
-  ``rewards`` (or with ``rewards=target``) they are computed from ``target`` when the list is used: ``{"box": …}`` in
-  pixels of the original image for grounding, ``{"text": …}`` for OCR.
+- ``answers`` are in any order, one or more, and ``rewards`` has one finite number for each. Without ``rewards`` (or
+  with ``rewards=target``) they are computed from ``target`` when the list is used: ``{"box": …}`` in pixels of the
+  original image for grounding, ``{"text": …}`` for OCR.
 - ``resized`` (written by the builder) is the [width, height] of each image as the model saw it. Coordinates in the
-  answers mean nothing at another size, so training with other pixel limits is then an error.
-- ``task`` names the reward; not given, it goes by the target's key. ``id`` is the line number if there is none.
+  answers are only valid at that size, so training with other pixel limits is an error.
+- ``task`` names the reward; by default it is derived from the target's key. ``id`` defaults to the line number.
 
 Query keys: ``images`` (folder the image paths start from; default the file's own), ``limit``, ``seed``, ``rewards``
 (``auto`` or ``target``).
@@ -28,17 +28,17 @@ from fastrl.data.rows import choice_option, load_rows
 from fastrl.data.validate import Row, is_number, short
 
 KEYS = (*rows.KEYS, "rewards")
-MAX_ANSWERS = 1024  # of one list; the kernel's limit
-LARGEST = 1e30  # of a reward's magnitude, far inside float32
+MAX_ANSWERS = 1024  # per list; the kernel's limit
+LARGEST = 1e30  # largest magnitude of a reward, well within float32
 _TASK_OF_TARGET = {"box": "grounding", "text": "ocr"}
 
 
 class RankedList(NamedTuple):
-    """What a record of this adapter carries in ``target["list"]``."""
+    """The value of ``target["list"]`` in records of this adapter."""
 
     answers: tuple[str, ...]
     rewards: tuple[float, ...] | None  # None: to be computed from the rest of the target
-    resized: tuple[tuple[int, int], ...] | None = None  # (width, height) of the images the answers are about
+    resized: tuple[tuple[int, int], ...] | None = None  # (width, height) of the images that the answers refer to
 
 
 def load(path: str, query: Mapping[str, str]) -> Dataset:
@@ -48,7 +48,7 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
 
 
 def ranked_list(record: Record) -> RankedList | None:
-    """The list that a record brings, if it brings one."""
+    """A record's list, or None."""
     found = record.target.get("list")
     return found if isinstance(found, RankedList) else None
 
@@ -58,7 +58,7 @@ def list_row(record: Record, images: Sequence[str], answers: Sequence[str], rewa
 
     Args:
         record: the prompt as the policy saw it; one user turn of images, then text.
-        images: how the file names the record's images.
+        images: the names of the record's images in the file.
         answers, rewards: one reward for each answer.
 
     Raises:
@@ -81,7 +81,7 @@ def list_row(record: Record, images: Sequence[str], answers: Sequence[str], rewa
 def _prompt_text(record: Record) -> str:
     where = record.source or record.id
     if len(record.messages) != 1 or record.messages[0]["role"] != "user":
-        raise ValueError(f"{where}: a list needs a prompt of one user turn, this has {len(record.messages)} turns")
+        raise ValueError(f"{where}: a list needs a prompt of one user turn, but there are {len(record.messages)} turns")
     content = record.messages[0]["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
     if [p["type"] for p in parts] != ["image"] * len(record.images) + ["text"]:
@@ -98,8 +98,8 @@ def _record(row: Row, recompute: bool) -> Record | None:
     given = None if recompute else row.truth("rewards")
     rewards = _rewards(row, given, answers) if given is not None else None
     if given is None and not any(_TASK_OF_TARGET[key] == task for key in _TASK_OF_TARGET if key in target):
-        why = "rewards=target was asked for" if recompute else "there are no rewards"
-        row.fail("missing field", f"{why}, but target has neither a box (grounding) nor a text (ocr) to make them from")
+        why = "rewards=target is set" if recompute else "there are no rewards"
+        row.fail("missing field", f"{why}, but target has neither a box (grounding) nor a text (ocr) to compute them")
     if row.problems or prompt is None:
         return None
     asked = question(task, images=len(images), prompt=prompt)

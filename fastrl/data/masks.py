@@ -1,4 +1,4 @@
-"""COCO run-length masks → bounding boxes, without decoding them and without trusting them."""
+"""COCO run-length masks → bounding boxes, validated and without decoding."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ Box = tuple[float, float, float, float]
 def rle_runs(counts: Any) -> list[int]:
     """The run lengths of a COCO RLE, compressed (a string) or not (a list). Raises ``ValueError`` for anything else.
 
-    Compressed: each number in groups of 5 bits, least first, as characters from 48, bit 6 saying that more follow; from
-    the third number on (counting from 0) the difference to the one two before.
+    Compressed format: each number is a sequence of 5-bit groups, lowest first, as characters from 48 on, with bit 6 set
+    if more follow; from number 3 on (counting from 0) it is the difference to the number two before.
     """
     if isinstance(counts, list):
         if not all(isinstance(run, int) and not isinstance(run, bool) and run >= 0 for run in counts):
@@ -43,9 +43,9 @@ def rle_runs(counts: Any) -> list[int]:
 
 
 def rle_box(counts: Any, height: int, width: int) -> Box | None:
-    """Bounding box (x1, y1, x2, y2; the far edges exclusive) of a COCO RLE mask, or None of an empty one.
+    """Bounding box (x1, y1, x2, y2; the far edges exclusive) of a COCO RLE mask, or None for an empty one.
 
-    Raises ``ValueError`` when the runs are no mask of ``height`` x ``width`` pixels.
+    Raises ``ValueError`` if the runs are not a mask of ``height`` x ``width`` pixels.
     """
     runs = rle_runs(counts)
     if sum(runs) != height * width:

@@ -1,16 +1,17 @@
-"""Several data sets in one run: how often each comes, in which order its rows do, and where a run is in all that.
+"""Mixtures of several data sets: how often each is drawn, the order of its rows, and the position of a run.
 
 Every ``data.mix`` entry is split by task into *units*. Draw ``k`` of the run takes the next row of one unit:
 
-- **shares**: ``by row``, a unit's share is its weight times its rows (weight 2: each of its rows comes twice as often);
-  ``by task``, a task's share is the mean weight of its entries, whatever their sizes, and within a task rows count.
-  A weight may change with the steps: ``{0: 1.0, 200: 0.25}`` is followed on straight lines between those.
-- **draws** follow the shares as closely as whole numbers can (largest credit first), and are shuffled within a step, so
-  that every step has its part of each unit, and every rank too.
-- **rows** of a unit come in shuffled passes of its own. A curriculum draws them, while it lasts, at random from the
-  easiest part of the unit, which grows from ``start`` to the whole over its steps.
+- **proportions**: ``by row``, a unit's proportion is its weight times its number of rows (weight 2: each of its rows is
+  drawn twice as often); ``by task``, a task's proportion is the mean weight of its entries, independent of their sizes,
+  and is split by rows within the task. A weight may change with the step: ``{0: 1.0, 200: 0.25}`` is interpolated
+  linearly.
+- **draws** follow the proportions as closely as integers allow (largest credit first), and are shuffled within a step,
+  so that units are spread evenly over steps and ranks.
+- **rows** of a unit are drawn in shuffled passes over it. During a curriculum they are drawn at random from the easiest
+  part of the unit, which grows from ``start`` to the whole over its steps.
 
-All is a function of seed and draw: a run goes on from a position as if it had never stopped.
+Everything is a function of seed and draw, so a resumed run continues as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Weight = float | Mapping[int, float]
 
 
 class Part(NamedTuple):
-    """One data set of a mixture; ``name`` is what its records' ``origin`` and the metrics say."""
+    """One data set of a mixture; ``name`` is its records' ``origin`` and its name in metrics."""
 
     name: str
     records: Sequence[Record]
@@ -49,7 +50,7 @@ class MixtureEntry(NamedTuple):
 
 
 def entry_names(entries: Sequence[tuple[str | None, str]]) -> list[str]:
-    """A name for each (name or None, spec): its own, else its path's last part, numbered where two would be one."""
+    """A name for each (name or None, spec): the given one, else the last part of its path, numbered if not unique."""
     names: list[str] = []
     taken = {name for name, _ in entries if name is not None}
     for name, spec in entries:
@@ -65,7 +66,8 @@ def entry_names(entries: Sequence[tuple[str | None, str]]) -> list[str]:
 def load_mixture(
     entries: Sequence[MixtureEntry], *, skip_bad: bool = False, misfit: Callable[[Record], str | None] | None = None
 ) -> Mixture:
-    """Load every entry as ``load_data`` would. Raises ``DataError``: of all entries at once, named by their specs."""
+    """Load every entry like ``load_data``. Raises one ``DataError`` for all entries, which names them by their
+    specs."""
     parts, problems = [], []
     for entry in entries:
         fits = (lambda record, name=entry.name: misfit(replace(record, origin=name))) if misfit is not None else None
@@ -88,7 +90,7 @@ class Curriculum(NamedTuple):
 
 
 class Mixture(Sequence[Record]):
-    """All records of the parts, one part after another, each with its part's name as ``origin`` and before its id."""
+    """The records of all parts in sequence, each with its part's name as ``origin`` and as a prefix of its id."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
@@ -116,7 +118,7 @@ class Mixture(Sequence[Record]):
 
     @property
     def summary(self) -> str:
-        """What was skipped of each part."""
+        """The rows skipped in each part."""
         said = [(part.name, getattr(part.records, "summary", "")) for part in self.parts]
         return "\n".join(f"{name}: {line}" for name, text in said for line in text.split("\n") if line)
 
@@ -127,37 +129,37 @@ class Mixture(Sequence[Record]):
 
 @dataclass
 class _Unit:
-    """The rows of one task in one part, easiest first where there is a curriculum."""
+    """The rows of one task in one part, easiest first if there is a curriculum."""
 
     rows: list[int]
     task: str
     weight: Weight
-    drawn: int = 0  # of its rows, so far
+    drawn: int = 0  # number of rows drawn so far
     credit: float = 0.0
-    easy: int = 0  # draws made while the curriculum lasted, which are no part of its passes
-    order: list[int] | None = None  # of the present pass
+    easy: int = 0  # draws made during the curriculum, which do not count in its passes
+    order: list[int] | None = None  # of the current pass
 
 
 def parts_of(records: Sequence[Record]) -> Mixture:
-    """A mixture, also with its pictures blanked, or any other data as the one part of one: what a plan is made for."""
+    """A mixture (possibly with blanked pictures), or any other data as a mixture of one part, for ``MixturePlan``."""
     inner = records.records if isinstance(records, BlankImages) else records
     return inner if isinstance(inner, Mixture) else Mixture([Part("", inner)])
 
 
 class MixturePlan:
-    """Which record each draw of a run takes.
+    """Assigns a record to each draw of a run.
 
     Args:
         mixture: the data.
         seed: of shuffles.
-        step: draws of one optimizer step, over all ranks.
-        by: ``row`` or ``task``: see above.
-        order: of a unit's rows: ``shuffle`` or ``file``.
-        buffer: of the shuffle (``orders.shuffled``).
-        curriculum: from easy to hard, if so.
+        step: draws per optimizer step, over all ranks.
+        by: ``row`` or ``task``, see above.
+        order: order of a unit's rows, ``shuffle`` or ``file``.
+        buffer: buffer size of the shuffle (``orders.shuffled``).
+        curriculum: from easy to hard, if set.
 
     Raises:
-        DataError: a record without the value that the curriculum goes by.
+        DataError: a record lacks the value that the curriculum uses.
     """
 
     def __init__(
@@ -175,10 +177,10 @@ class MixturePlan:
         self.order, self.buffer, self.curriculum = order, buffer, curriculum
         self._rows = _rows_by_unit(mixture, curriculum)
         self._units: list[_Unit] = []
-        self._next = 0  # the epoch that the units stand before
+        self._next = 0  # the next epoch to draw from the units
 
     def epoch(self, number: int) -> list[int]:
-        """Indices of the draws of an epoch, which has as many as the mixture has records."""
+        """Record indices of the draws of an epoch, which has as many draws as the mixture has records."""
         if number < self._next or not self._units:
             self._units = [_Unit(rows, task, weight) for rows, task, weight in self._rows]
             self._next = 0
@@ -194,14 +196,14 @@ class MixturePlan:
         while len(taken) < size:
             first = epoch * size + len(taken)
             step, within = divmod(first, self.step)
-            shares = self._shares(step)
-            found = [self._take(shares, step) for _ in range(min(self.step - within, size - len(taken)))]
+            proportions = self._proportions(step)
+            found = [self._take(proportions, step) for _ in range(min(self.step - within, size - len(taken)))]
             random.Random(f"{self.seed}/{first}").shuffle(found)
             taken += found
         return taken
 
-    def _shares(self, step: int) -> list[float]:
-        """Each unit's part of the draws at a step; they add up to 1."""
+    def _proportions(self, step: int) -> list[float]:
+        """Each unit's proportion of the draws at a step; they sum to 1."""
         weights = [weight_at(unit.weight, step) for unit in self._units]
         worth = [weight * len(unit.rows) for weight, unit in zip(weights, self._units, strict=True)]
         if self.by == "task":
@@ -218,9 +220,9 @@ class MixturePlan:
             raise fail(f"step {step}", "bad weights", "every weight of data.mix is 0 here")
         return [value / total for value in worth]
 
-    def _take(self, shares: Sequence[float], step: int) -> int:
-        for unit, share in zip(self._units, shares, strict=True):
-            unit.credit += share
+    def _take(self, proportions: Sequence[float], step: int) -> int:
+        for unit, proportion in zip(self._units, proportions, strict=True):
+            unit.credit += proportion
         place = max(range(len(self._units)), key=lambda p: (self._units[p].credit, -p))
         unit = self._units[place]
         unit.credit -= 1
@@ -238,7 +240,7 @@ class MixturePlan:
 
 
 def weight_at(weight: Weight, step: int) -> float:
-    """The weight at a step: constant, or on straight lines between the steps that are given."""
+    """The weight at a step: constant, or interpolated linearly between the given steps."""
     if not isinstance(weight, Mapping):
         return float(weight)
     steps = sorted(weight)
@@ -250,10 +252,10 @@ def weight_at(weight: Weight, step: int) -> float:
 
 
 def difficulty(record: Record, by: str) -> float:
-    """How hard a record is: a number of its columns or target, or the length of a list or text there.
+    """The difficulty of a record: a number in its columns or target, or the length of a list or text there.
 
     Raises:
-        DataError: it has none.
+        DataError: the record has no such value.
     """
     value: Any = record.columns.get(by, record.target.get(by))
     if isinstance(value, str | list | tuple):
@@ -262,7 +264,7 @@ def difficulty(record: Record, by: str) -> float:
         have = ", ".join(sorted({*record.columns, *record.target}))
         where = record.source or record.id
         raise fail(
-            where, "no difficulty", f"no number, list or text in {by!r} to go by (data.curriculum.by); has {have}"
+            where, "no difficulty", f"data.curriculum.by: no number, list or text in {by!r}; the record has {have}"
         )
     return float(value)
 
@@ -286,6 +288,6 @@ def _rows_by_unit(mixture: Mixture, curriculum: Curriculum | None) -> list[tuple
 
 
 def _looked_at(records: Sequence[Record]) -> Sequence[Record]:
-    """Records whose tasks are looked at; those made on demand are all of one task, and the first one tells."""
+    """The records from which tasks are read: only the first if they are made on demand, as all have the same task."""
     inner = records.records if isinstance(records, Dataset) else records
     return inner if isinstance(inner, list) else [records[0]]

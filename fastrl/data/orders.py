@@ -1,4 +1,4 @@
-"""In which order records come: functions of a seed and an epoch's number alone, so that a position is a number."""
+"""The order of records as a function of seed and epoch only, so that a data position is a number."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 def shuffled(n: int, seed: int, epoch: int = 0, *, buffer: int | None = None) -> list[int]:
     """The numbers below ``n``, shuffled.
 
-    With ``buffer`` rows are shuffled among that many neighbours and these blocks among each other: what is read at one
-    time lies close together, as a large file wants it.
+    With ``buffer``, rows are shuffled within blocks of that many neighbours, and the blocks among each other, so that
+    rows read together are close together in a large file.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     if buffer is None or buffer >= n:

@@ -1,6 +1,6 @@
 """Text lines, words and pages → OCR records.
 
-Either a row file with ``image`` and ``text``, or a folder of page images, each with its transcript beside it
+Either a row file with ``image`` and ``text``, or a folder of page images, each with its transcript next to it
 (``page.png`` and ``page.txt``; the record's id is the file's stem).
 
 Query keys: ``images`` (folder the image paths start from), ``limit``, ``seed``.

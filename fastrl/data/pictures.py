@@ -1,6 +1,6 @@
-"""Pictures as the world writes them → RGB pixels. The one place where a picture is opened.
+"""Picture files of all supported formats → RGB pixels. All pictures are opened here.
 
-What is read, what is refused and why: ``docs/data.md``. A file is decoded whole, never at a reduced size.
+``docs/data.md`` lists what is read and what is refused. A file is always decoded at full size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastrl.config.limits import MAX_IMAGE_PIXELS
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = MAX_IMAGE_PIXELS  # width x height of a picture that is opened, unless somebody says otherwise
+MAX_PIXELS = MAX_IMAGE_PIXELS  # default limit of width x height
 BAND = 1 << 20  # pixels that are converted at a time
 LARGE = 16_000_000  # pixels above which pictures are decoded and prepared one at a time
 WHITE = (255, 255, 255)
@@ -28,23 +28,24 @@ _ORIENTATION = 0x0112  # the EXIF (and TIFF) tag
 _TURNED = (5, 6, 7, 8)  # its values that swap width and height
 _AS_IT_IS = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}  # formats that any server reads
 _large = threading.RLock()
-_header = threading.Lock()  # of PIL's own limit, which is one for the whole process
+_header = threading.Lock()  # guards PIL's own limit, which is global
 
 
 class PictureError(OSError):
-    """A picture that is missing, broken, too large, or of a kind that has no pixels a model could see."""
+    """A picture that is missing, broken, too large, or of a kind that cannot be converted to RGB."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is not decoded yet, and how it is to be read: where a bare path does not say it all.
+    """A picture that is not decoded yet, with options for reading it; used if a path alone is not enough.
 
     Args:
-        path: its file; or, with ``data``, the file that holds it among others, if any.
-        data: the bytes of a picture file, or what gives them; name: what messages call it.
-        turned: by its EXIF tag; else the pixels are taken as they are stored.
-        max_pixels: width x height above which it is refused.
-        stated: its (width, height) as a row states it, where the file is not there.
+        path: its file; or, with ``data``, the file that contains it, if any.
+        data: the bytes of a picture file, or a function that returns them.
+        name: its name in messages.
+        turned: apply its EXIF orientation; otherwise pixels are used as stored.
+        max_pixels: limit of width x height.
+        stated: (width, height) stated by a row, if the file does not exist.
     """
 
     path: Path | None = None
@@ -58,7 +59,7 @@ class Picture:
         return self.name or str(self.path)
 
     def read(self) -> bytes:
-        """The picture's file, byte for byte. Raises ``PictureError``: it is not there."""
+        """The bytes of the picture's file. Raises ``PictureError`` if it does not exist."""
         if callable(self.data):
             return self.data()
         if self.data is not None:
@@ -72,11 +73,11 @@ AnyPicture: TypeAlias = "Path | str | Picture | Image"
 
 
 class Header(NamedTuple):
-    """What a picture says of itself before it is decoded."""
+    """A picture's properties before it is decoded."""
 
-    size: tuple[int, int]  # (width, height) in pixels, as it is read
-    orientation: int  # of its EXIF tag: 1 (none) to 8
-    turned: bool  # whether that tag is followed
+    size: tuple[int, int]  # (width, height) in pixels after orientation
+    orientation: int  # its EXIF tag: 1 (none) to 8
+    turned: bool  # whether that tag is applied
     kind: str  # PIL's name of the format; empty for a picture in memory
     plain: bool  # 8-bit grey or RGB, opaque
 
@@ -102,8 +103,8 @@ def read_header(image: AnyPicture) -> Header:
 def open_picture(image: AnyPicture) -> Image:
     """The RGB pixels of a file, of its bytes, or of a PIL image.
 
-    Transparent pictures lie on white; 16-bit grey is scaled by the range its file states; of an animation it is the
-    first frame. Raises ``PictureError``, which names the file.
+    Transparent pictures are composed on white; 16-bit grey is scaled by the range that its file states; of an animation
+    the first frame is read. Raises ``PictureError``, which names the file.
     """
     with opened_picture(image) as picture:
         return picture
@@ -111,7 +112,7 @@ def open_picture(image: AnyPicture) -> Image:
 
 @contextmanager
 def opened_picture(image: AnyPicture) -> Iterator[Image]:
-    """:func:`open_picture` for the length of a block; while it is a large picture's, no other large one is opened."""
+    """:func:`open_picture` for a block; during the block of a large picture, no other large one is opened."""
     source = as_picture(image)
     if source is None:
         assert not isinstance(image, Path | str | Picture)
@@ -125,7 +126,7 @@ def opened_picture(image: AnyPicture) -> Iterator[Image]:
         with _large if large else nullcontext():
             picture = _decode(raw, header, str(source))
             if picture is not raw:
-                raw.close()  # the compressed bytes and PIL's own copy are not needed any more
+                raw.close()  # frees the compressed bytes and PIL's own copy
             yield picture
     except BaseException:
         raw.close()
@@ -138,7 +139,7 @@ def picture_size(image: AnyPicture) -> tuple[int, int]:
 
 
 def as_picture(image: AnyPicture) -> Picture | None:
-    """A file as a ``Picture``; None for a PIL image, whose pixels are there already."""
+    """A file as a ``Picture``; None for a PIL image, which is already decoded."""
     if isinstance(image, Picture):
         return image
     return Picture(Path(image)) if isinstance(image, Path | str) else None
@@ -152,8 +153,8 @@ def file_of(image: AnyPicture) -> Path | None:
 
 
 def data_url(image: AnyPicture) -> str:
-    """A picture as a data URL that a server sees as fastrl does: a file's own bytes where any reader gets the same
-    pixels from them, else PNG. Raises ``PictureError``."""
+    """A picture as a data URL with the same pixels for any reader: the file's own bytes if they are unambiguous, else
+    PNG. Raises ``PictureError``."""
     header, source = read_header(image), as_picture(image)
     if source is not None and header.plain and header.orientation == 1 and header.kind in _AS_IT_IS:
         return _as_url(_AS_IT_IS[header.kind], source.read())
@@ -170,7 +171,7 @@ def _as_url(kind: str, data: bytes) -> str:
 
 
 def _open(source: Picture) -> Image:
-    """The file opened by PIL, its header read and found sound. Whoever asks closes it."""
+    """The file opened by PIL, with its header read and checked. The caller closes it."""
     name = str(source)
     if source.data is None and (source.path is None or not source.path.is_file()):
         raise PictureError(f"image not found: {name}")
@@ -205,13 +206,13 @@ def _read(source: Picture) -> Image:
             return pil.open(file)
         except MemoryError:
             raise
-        except Exception as error:  # PIL's readers raise anything on a damaged file
+        except Exception as error:  # PIL's readers raise many types of errors for a damaged file
             raise _unreadable(str(source), error) from error
 
 
 @contextmanager
 def _no_limit() -> Iterator[None]:
-    """PIL's own limit set aside: the caller's stands instead, and names the key that raises it."""
+    """Turn off PIL's own limit: the caller applies ours, whose message names the key that raises it."""
     from PIL import Image as pil
 
     usual, pil.MAX_IMAGE_PIXELS = pil.MAX_IMAGE_PIXELS, None
@@ -222,14 +223,14 @@ def _no_limit() -> Iterator[None]:
 
 
 def _unreadable(name: str, error: Exception) -> PictureError:
-    why = "it is no picture of a known format" if "cannot identify" in str(error) else error
+    why = "it is not a picture of a known format" if "cannot identify" in str(error) else error
     return PictureError(f"image cannot be read: {name} ({type(error).__name__}: {why})")
 
 
 def _header_of(raw: Image, source: Picture) -> Header:
     orientation = _orientation(raw)
     width, height = raw.size
-    if raw.format == "TIFF":  # whose size may be the turned one already
+    if raw.format == "TIFF":  # PIL may report the size after orientation
         width, height = (int(raw.tag_v2[tag]) for tag in (256, 257))  # type: ignore[attr-defined]
     if source.turned and orientation in _TURNED:
         width, height = height, width
@@ -239,18 +240,18 @@ def _header_of(raw: Image, source: Picture) -> Header:
 def _orientation(raw: Image) -> int:
     from PIL import Image as pil
 
-    try:  # PNG's own getexif would decode the picture to look behind it
+    try:  # PNG's own getexif would decode the picture to find a tag after it
         value = pil.Image.getexif(raw).get(_ORIENTATION, 1)
-    except Exception:  # a damaged tag turns nothing; the picture itself may be sound
+    except Exception:  # a damaged tag is ignored; the picture itself may be intact
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _decode(raw: Image, header: Header, name: str) -> Image:
-    """The picture's RGB pixels: those of ``raw`` itself, where it has such and its file is done with."""
+    """The picture's RGB pixels; ``raw`` itself if it holds plain RGB and PIL no longer needs its file."""
     levels = _levels(raw) if raw.mode.startswith("I") else None
     try:
-        if raw.width * raw.height > LARGE:  # PIL may measure it once more
+        if raw.width * raw.height > LARGE:  # PIL may check its limit again
             with _header, _no_limit():
                 raw.load()
         else:
@@ -261,12 +262,12 @@ def _decode(raw: Image, header: Header, name: str) -> Image:
         raise _unreadable(name, error) from error
     done = getattr(raw, "fp", None) is None and not getattr(raw, "is_animated", False)
     picture = raw if done and raw.mode == "RGB" and _is_plain(raw) else _to_rgb(raw, name, levels)
-    if raw.format == "TIFF":  # PIL has turned it
+    if raw.format == "TIFF":  # PIL has already applied the orientation
         return picture if header.turned else _turn(picture, _BACK.get(header.orientation, header.orientation))
     return _turn(picture, header.orientation) if header.turned else picture
 
 
-_BACK = {6: 8, 8: 6}  # what undoes an orientation; the others undo themselves
+_BACK = {6: 8, 8: 6}  # inverse orientations; the others are their own inverse
 
 
 def _turn(picture: Image, orientation: int) -> Image:
@@ -296,7 +297,7 @@ def _is_plain(image: Image) -> bool:
 
 
 def _check_mode(image: Image, name: str) -> None:
-    """Raise ``PictureError`` for pixels that nothing says how to see."""
+    """Raise ``PictureError`` for pixels whose value range is unknown."""
     if image.mode == "F":
         raise PictureError(f"image of floating-point numbers: {name}; {_UNSEEN}")
     if image.mode.startswith("I"):
@@ -308,13 +309,13 @@ def _check_mode(image: Image, name: str) -> None:
 
 
 class _Levels(NamedTuple):
-    low: int  # what is black
-    high: int  # what is white
-    inverted: bool  # the other way round
+    low: int  # value of black
+    high: int  # value of white
+    inverted: bool  # if true, low is white and high is black
 
 
 _MOST_LEVELS = 1 << 20
-_UNSEEN = "what is white in it is not known: save it with 8 bits, or 16 from 0 to 65535"
+_UNSEEN = "its value of white is unknown: save it with 8 bits, or with 16 bits from 0 to 65535"
 
 
 def _to_rgb(image: Image, name: str, levels: _Levels | None = None) -> Image:
@@ -331,7 +332,7 @@ def _to_rgb(image: Image, name: str, levels: _Levels | None = None) -> Image:
 
 
 def bands(image: Image) -> Iterator[tuple[tuple[int, int, int, int], Image]]:
-    """A picture's bands of whole rows, from the top, with where each lies: about ``BAND`` pixels at a time."""
+    """Split a picture into bands of whole rows of about ``BAND`` pixels: the box and the pixels of each, from the top."""
     width, height = image.size
     rows = max(1, BAND // max(1, width))
     for top in range(0, height, rows):
@@ -340,7 +341,7 @@ def bands(image: Image) -> Iterator[tuple[tuple[int, int, int, int], Image]]:
 
 
 def _by_bands(image: Image, make: Callable[[Image], Image]) -> Image:
-    """A picture made of another one's bands of rows: what is needed on the way is never there for all of it at once."""
+    """Convert a picture band by band, so that intermediate results never exist for all of it at once."""
     from PIL import Image as pil
 
     result = pil.new("RGB", image.size)
@@ -359,9 +360,9 @@ def _on_white(image: Image) -> Image:
 
 
 def _levels(image: Image) -> _Levels | None:
-    """The range of a picture of integers; None where the file states none."""
+    """The value range of a picture of integers; None if the file states none."""
     if image.format != "TIFF":
-        return _Levels(0, 65535, False)  # PNG, PGM and JPEG 2000 come scaled to this, whatever depth they have
+        return _Levels(0, 65535, False)  # PIL scales PNG, PGM and JPEG 2000 to this range from any depth
     tags: Any = image.tag_v2  # type: ignore[attr-defined]
     bits, signed = tags.get(258, (16,))[0], tags.get(339, (1,))[0] == 2
     low, high = _first(tags, (340, 280)), _first(tags, (341, 281))  # SMinSampleValue, MinSampleValue; the same of Max
@@ -372,7 +373,7 @@ def _levels(image: Image) -> _Levels | None:
 
 
 def _first(tags: Any, names: tuple[int, ...]) -> int | None:
-    """The value of the first of these tags that a file has; of one for each channel, its first."""
+    """The value of the first of these tags that is present; of one value per channel, the first."""
     for name in names:
         value = tags.get(name)
         value = value[0] if isinstance(value, tuple) and value else value

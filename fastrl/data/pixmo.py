@@ -1,12 +1,12 @@
 """Counting in the layout of PixMo-Count → counting records.
 
 Rows: ``image`` (a file; PixMo's own ``image_url`` must be downloaded first), ``label``, ``count``, and ``points`` in
-pixels, as ``{"x": [...], "y": [...]}``, ``[{"x": ..., "y": ...}, ...]`` or ``[[x, y], ...]``; null, none or empty where
+pixels, as ``{"x": [...], "y": [...]}``, ``[{"x": ..., "y": ...}, ...]`` or ``[[x, y], ...]``; null, absent or empty if
 only the count is known (validation and test splits).
 
-Query keys: ``images`` (folder the image paths start from), ``limit``, ``seed``, ``frame``
-(what the points' numbers are: ``original``, pixels; ``unit``, 0 to 1; ``thousand``), ``min_count``, ``max_count`` (rows
-beyond are left out and counted; PixMo-Count itself holds 2 to 10).
+Query keys: ``images`` (folder the image paths start from), ``limit``, ``seed``, ``frame`` (unit of the points:
+``original``, pixels; ``unit``, 0 to 1; ``thousand``), ``min_count``, ``max_count`` (other rows are left out and
+counted; PixMo-Count itself has 2 to 10).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def record(row: Row, frame: str, low: int, high: int | None) -> Record | LeftOut
     if row.problems or image is None or label is None or count is None:
         return None
     if points is not None and not points and count:
-        points = None  # as PixMo's validation and test rows are: counted, and no points known
+        points = None  # as in PixMo's validation and test rows, which have a count only
     if points is not None and len(points) != count:
         row.fail("count and points differ", f"count is {count} and there are {len(points)} points")
         return None

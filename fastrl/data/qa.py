@@ -7,7 +7,7 @@
 - ``pope:FILE``: POPE's JSONL (``question_id, image, text, label``; ``label`` is yes or no). Query keys: ``images``
   (folder of the pictures), ``limit``, ``seed``.
 
-Without ``videos`` or ``images`` the records have no pictures: enough to score answers from a file, not to ask a model.
+Without ``videos`` or ``images`` the records have no pictures, which is enough to score answers from a file.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def load_pope(path: str, query: Mapping[str, str]) -> Dataset:
 
 
 def choice_question(text: str, choices: Sequence[str]) -> str:
-    """A multiple-choice question as a model is asked: the options with their letters, one a line."""
+    """A multiple-choice question as the model gets it: the options with their letters, one per line."""
     options = [f"{LETTERS[n]}. {choice}" for n, choice in enumerate(choices)]
     return "\n".join([text, *options, CHOICE_PROMPT])
 
@@ -113,7 +113,7 @@ def _yes_no_record(row: Row, pictures: bool) -> Record | None:
 
 
 def _csv_rows(path: str) -> Rows:
-    """Rows of a CSV file as ``read_rows`` gives those of JSONL; a row of another length is a problem."""
+    """Rows of a CSV file in the form of ``read_rows``; a row with another number of columns is a problem."""
     reader = csv.reader(read_text(Path(path)).splitlines())
     rows: list[tuple[int, str, Mapping[str, Any] | Problem]] = []
     try:
@@ -137,7 +137,7 @@ def _csv_rows(path: str) -> Rows:
 
 @dataclass(frozen=True)
 class Frames:
-    """Which frames of a video a model sees; ``fps`` is the rate of folders of frames, whose times are else unknown."""
+    """Which frames of a video the model gets; ``fps`` is the rate for folders of frames, which have no times."""
 
     count: int
     how: str
@@ -154,7 +154,7 @@ class VideoFrames(NamedTuple):
 
 
 class VideoRecords(Sequence[Record]):
-    """Records with the frames of their videos, read when asked for."""
+    """Records with the frames of their videos, read on demand."""
 
     def __init__(self, records: Sequence[Record], files: Mapping[str, Path], frames: Frames) -> None:
         self.records, self.files, self.frames = records, files, frames

@@ -1,4 +1,4 @@
-"""``Record``: one row of data, whatever file format it came from; ``Dataset``: many, and what was left out of them."""
+"""``Record``: one row of data from any file format; ``Dataset``: many records, and the rows that were left out."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def question(
 ) -> tuple[Mapping[str, Any], ...]:
     """The messages of a record: one user turn with its images, then ``prompt`` or that of ``task`` about ``text``.
 
-    With ``seconds`` (one for each image) the images are the frames of a clip: a text with number and time stands right
-    before each, ``Frame1 0.5s:``.
+    With ``seconds`` (one for each image) the images are the frames of a clip: each is preceded by a text with its
+    number and time, ``Frame1 0.5s:``.
     """
     words = PROMPTS[task].format(text) if prompt is None else prompt
     content: list[dict[str, Any]] = []
@@ -41,7 +41,7 @@ def question(
 
 
 def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Text of the last user turn; not the labels right before its images."""
+    """Text of the last user turn, without the labels before its images."""
     for message in reversed(messages):
         if message.get("role") == "user":
             content = message.get("content", "")
@@ -55,7 +55,7 @@ def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def frame_label(number: int, seconds: float) -> str:
-    """What stands before a frame in a prompt: its number (from 1) and its time to the hundredth of a second."""
+    """The label before a frame in a prompt: its number (from 1) and its time to a hundredth of a second."""
     return f"Frame{number} {round(seconds, 2):g}s:"
 
 
@@ -70,10 +70,10 @@ class Record:
     - counting: ``label``, ``count``, ``points`` [(x, y), ...] or None, ``boxes`` or None
     - detection: ``boxes`` [[x1, y1, x2, y2], ...], ``labels`` [str, ...], ``crowd`` [bool, ...], ``categories`` [str]
     - ocr: ``text``
-    - caption: ``references`` [str, ...], and where known ``objects``, ``attributes``, ``relations``
+    - caption: ``references`` [str, ...], and if known ``objects``, ``attributes``, ``relations``
     - trajectory: ``tracks`` [{``id``, ``name``, ``boxes`` {frame number from 1: (x1, y1, x2, y2)}}, ...], ``frames``,
-      ``seconds``, ``size``; of a dialogue also ``answer`` (the text to learn), ``query``, and ``tpl`` where known
-    - qa: ``choices`` [str, ...] and ``answer`` (the place of the right one, from 0), or ``answer`` yes or no; ``type``
+      ``seconds``, ``size``; for a dialogue also ``answer`` (the text to learn), ``query``, and ``tpl`` if known
+    - qa: ``choices`` [str, ...] and ``answer`` (index of the right one, from 0), or ``answer`` yes or no; ``type``
     """
 
     id: str
@@ -82,20 +82,20 @@ class Record:
     messages: tuple[Mapping[str, Any], ...]
     target: Mapping[str, Any]
     source: str = ""  # "file:line", for messages about this row
-    origin: str = ""  # which entry of a mixture it is of
-    # The row's own columns but for its pictures, as they were read; for rewards of a user's own
+    origin: str = ""  # name of its entry in a mixture
+    # The row's columns as they were read, except pictures; for user reward functions
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    views: tuple[View, ...] = field(default=())  # original and resized size of each image, once a processor is known
-    frame: str = "auto"  # what a model's coordinates mean (``fastrl.answers.FRAMES``)
-    style: str = ""  # how the model writes answers (``fastrl.answers.STYLES``), once it is known
+    views: tuple[View, ...] = field(default=())  # original and resized size of each image, filled in by the encoder
+    frame: str = "auto"  # meaning of the model's coordinates (``fastrl.answers.FRAMES``)
+    style: str = ""  # how the model writes answers (``fastrl.answers.STYLES``), filled in by the encoder
 
 
 class Dataset(Sequence[Record]):
-    """Records in order, with what did not become one.
+    """Records in order, and the rows that did not become one.
 
-    ``problems`` are rows that are wrong; ``left_out`` are sound rows that hold nothing to train on (such as a referring
-    expression to an object that is not there). Both count as ``skipped``. ``notes`` are worth knowing and skipped no
-    row (such as a gap in a track).
+    ``problems`` are bad rows; ``left_out`` are valid rows with nothing to train on (such as a referring expression for
+    an object that is absent). Both count as ``skipped``. ``notes`` are observations about rows that were kept (such as
+    a gap in a track).
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Dataset(Sequence[Record]):
         self.notes = tuple(notes)
 
     def fitting(self, misfit: Callable[[Record], str | None]) -> Dataset:
-        """The records that ``misfit`` has nothing against; the others are problems. Records that are made on demand
-        (drawn scenes, clips) are not looked at: that would make them all."""
-        from fastrl.data.validate import Problem  # it builds on this module
+        """The records for which ``misfit`` returns None; the others become problems. Records that are made on demand
+        (drawn scenes, clips) are not checked, because that would make all of them."""
+        from fastrl.data.validate import Problem  # imported here, as it imports this module
 
         if not isinstance(self.records, list):
             return self
@@ -129,12 +129,12 @@ class Dataset(Sequence[Record]):
 
     @property
     def skipped(self) -> int:
-        """Rows that did not become a record."""
+        """Number of rows that did not become a record."""
         return len({problem.where for problem in (*self.problems, *self.left_out)})
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Why rows were skipped: kind → how often, most frequent first."""
+        """Reasons for skipped rows: kind → count, most frequent first."""
         return dict(Counter(problem.kind for problem in (*self.problems, *self.left_out)).most_common())
 
     @property
@@ -145,7 +145,7 @@ class Dataset(Sequence[Record]):
 
     @property
     def summary(self) -> str:
-        """A line on the rows that were skipped and one on each kind of note; empty where there are none."""
+        """A line about skipped rows and one for each kind of note; empty if there are none."""
         lines = [self.skips] if self.skips else []
         first = {note.kind: note for note in reversed(self.notes)}
         for kind, count in Counter(note.kind for note in self.notes).items():

@@ -1,16 +1,16 @@
 """Referring expressions, one row each → grounding records.
 
-Layouts (told apart by the row's own fields):
+Layouts (recognised by the row's fields):
 
 - VLM-R1 / Perception-R1: ``image``, ``problem``, ``solution`` [x1, y1, x2, y2] in pixels or ``normalized_solution`` in
-  0-1000; the bare expression is ``normal_caption``, or is taken out of ``problem``
+  0-1000; the bare expression is ``normal_caption``, or is extracted from ``problem``
 - plain: ``image``, ``expression``, ``bbox``
 
-A null box says that no such object is there: the row is left out and counted, since grounding has nothing to answer.
+A null box means that the object is absent: the row is left out and counted, since grounding needs a box.
 
-Query keys: ``images`` (folder the image paths start from), ``limit``, ``seed``, ``box`` (``xyxy`` or ``xywh``: how
-boxes are written), ``frame`` (what their numbers are: ``original``, pixels; ``unit``, 0 to 1; ``thousand``), ``prompt``
-(``paper``: Perception-R1's; ``row``: the row's own ``problem``).
+Query keys: ``images`` (folder the image paths start from), ``limit``, ``seed``, ``box`` (``xyxy`` or ``xywh``),
+``frame`` (unit of the boxes: ``original``, pixels; ``unit``, 0 to 1; ``thousand``), ``prompt`` (``paper``:
+Perception-R1's; ``row``: the row's own ``problem``).
 """
 
 from __future__ import annotations
@@ -52,19 +52,20 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
 
 
 def check_expressions(data: Sequence[Record], path: str) -> None:
-    """Raise ``DataError`` where every row's expression is one and the same instruction: another column has what it is
-    about."""
+    """Raise ``DataError`` if all rows have the same instruction as their expression, because the expression must then
+    be in another column."""
     said = {record.target["expression"] for record in data}
     if len(data) > 1 and len(said) == 1 and _INSTRUCTION.search(text := said.pop()):
         message = (
-            f"the expression is {short(text)} in all {len(data)} rows: that is an instruction, not what to find. It is "
-            f"read from the first of the columns {', '.join(EXPRESSION_FIELDS)}: put what each box shows in expression"
+            f"the expression is {short(text)} in all {len(data)} rows, which is an instruction and names no object. It "
+            f"is read from the first of the columns {', '.join(EXPRESSION_FIELDS)}; put the name of each box's object "
+            "in the column expression"
         )
         raise fail(path, "one instruction in every row", message)
 
 
 def bare_expression(text: str) -> str:
-    """The expression inside a question that asks for it, or the text itself; no image tag, no full stop at the end."""
+    """The expression inside a question that asks for it, or the text itself, without image tag and final full stop."""
     text = text.replace("<image>", "").strip()
     for pattern in _QUESTIONS:
         match = pattern.fullmatch(text)
@@ -92,7 +93,7 @@ def record(row: Row, written: str, frame: str, prompt: str) -> Record | LeftOut 
     box = _box(row, name, value, (written, frame), image[1]) if image else None
     if image is None or box is None or not expression:
         return None
-    # "the {}" is part of the prompt already.
+    # "the {}" is already part of the prompt.
     asked = re.sub(r"^the\s+", "", expression, flags=re.I)
     messages = question("grounding", asked, prompt=own_prompt)
     return Record(identity, "grounding", (image[0],), messages, {"box": box, "expression": expression})

@@ -6,15 +6,13 @@ One JSON object per line, as ``fastrl build reper`` writes them:
      "turns": [{"answer": "…", "score": 0.41, "feedback": "Could you …?"}, {"answer": "…", "score": 0.93}],
      "candidates": [{"answer": "…", "score": 0.41}, …], "target"?: {"references": […], …}}
 
-- ``turns``: one or more, in the order they are spoken; every ``score`` in [0, 1] (σ of the loss), ``feedback``
-text after
-  every turn but the last. The paper sorts them from low to high; other orders load too.
-- ``candidates`` (optional): all scored answers of the picture; what ``kind: dpo``, ``lipo`` and ``sft`` train on.
-Without
-  them the turns stand in.
+- ``turns``: one or more, in the order of the dialogue; every ``score`` is in [0, 1] (σ of the loss), and every turn but
+  the last has a ``feedback`` text. The paper sorts them from low to high; other orders are accepted.
+- ``candidates`` (optional): all scored answers for the picture, on which ``kind: dpo``, ``lipo`` and ``sft`` train;
+  default: the turns.
 - ``target`` (optional): the truth, for rule scores.
 
-A record's messages are the question alone; ``target["dialogue"]`` holds the turns, ``target["list"]`` the candidates.
+A record's messages are only the question; ``target["dialogue"]`` holds the turns, ``target["list"]`` the candidates.
 """
 
 from __future__ import annotations
@@ -46,11 +44,11 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
 
 
 def dialogue_of(record: Record) -> tuple[SpokenTurn, ...]:
-    """The dialogue of a record. Raises ``ValueError`` where it has none."""
+    """The dialogue of a record. Raises ``ValueError`` if it has none."""
     turns = record.target.get("dialogue")
     if not isinstance(turns, tuple) or not turns:
         where = record.source or record.id
-        raise ValueError(f"{where}: a record without a dialogue; use --data reflection:FILE")
+        raise ValueError(f"{where}: the record has no dialogue; use --data reflection:FILE")
     return turns
 
 

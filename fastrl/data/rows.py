@@ -1,4 +1,4 @@
-"""Row files → records: reading, ordering, limiting, shared by all adapters of rows.
+"""Row files → records: reading, ordering and limiting, for all adapters of row files.
 
 A row file is JSONL, a JSON list of objects, or a table (Parquet, Arrow, a folder of the ``datasets`` library).
 """
@@ -21,24 +21,24 @@ from fastrl.data.validate import ImageFolder, Problem, Reading, Row, fail, find_
 READING = ("orient", "max_image_pixels", "pictures")  # query keys of every adapter that opens picture files
 KEYS = ("images", "split", "limit", "seed", *READING)  # query keys every row adapter takes
 IMAGE_FIELDS = ("image", "image_path", "file_name")
-PICTURES = ("image", "images")  # columns that may hold pictures, not only names of files
-LOOKED_AT = 64  # rows of a table whose image names tell which folder they start from
+PICTURES = ("image", "images")  # columns that may contain pictures as well as file names
+LOOKED_AT = 64  # rows of a table from whose image names the folder is found
 T = TypeVar("T")
 
 
 class LeftOut(NamedTuple):
-    """A sound row with nothing to train on: why."""
+    """The reason why a valid row has nothing to train on."""
 
     kind: str
     message: str
 
 
 Build = Callable[[Row], Record | LeftOut | None]
-Result = Record | list[Problem] | tuple[Problem, ...]  # a record, what is wrong with a row, or why it is left out
+Result = Record | list[Problem] | tuple[Problem, ...]  # a record, the problems of a bad row, or why a row is left out
 
 
 def int_option(query: Mapping[str, str], key: str, where: str, minimum: int = 0) -> int | None:
-    """The integer value of a query key, or None where it is not given. Raises ``DataError``."""
+    """The integer value of a query key, or None if it is not given. Raises ``DataError``."""
     if key not in query:
         return None
     try:
@@ -51,7 +51,7 @@ def int_option(query: Mapping[str, str], key: str, where: str, minimum: int = 0)
 
 
 def choice_option(query: Mapping[str, str], key: str, allowed: Sequence[str], where: str) -> str:
-    """The value of a query key among ``allowed``; the first of them where it is not given. Raises ``DataError``."""
+    """The value of a query key among ``allowed``; default the first of them. Raises ``DataError``."""
     value = query.get(key, allowed[0])
     if value not in allowed:
         raise fail(where, "bad option", f"{key} must be one of {', '.join(allowed)}, got {value!r}")
@@ -59,14 +59,14 @@ def choice_option(query: Mapping[str, str], key: str, allowed: Sequence[str], wh
 
 
 def reading(query: Mapping[str, str], where: str) -> Reading:
-    """How ``orient``, ``max_image_pixels`` and ``pictures`` want pictures to be read. Raises ``DataError``."""
+    """How to read pictures, from ``orient``, ``max_image_pixels`` and ``pictures``. Raises ``DataError``."""
     turned = choice_option(query, "orient", ("stored", "exif"), where) == "exif"
     stated = choice_option(query, "pictures", ("files", "stated"), where) == "stated"
     return Reading(turned, int_option(query, "max_image_pixels", where, 1) or MAX_PIXELS, stated)
 
 
 def ordered(items: Sequence[T], seed: int | None) -> list[T]:
-    """``items`` as they are, or in the order that ``seed`` shuffles them to."""
+    """``items`` in their own order, or shuffled with ``seed``."""
     result = list(items)
     if seed is not None:
         random.Random(seed).shuffle(result)
@@ -78,7 +78,7 @@ def read_text(path: Path) -> str:
     if not path.exists():
         raise fail(str(path), "missing file", "no such file or folder")
     if path.is_dir():
-        raise fail(str(path), "missing file", "is a folder; a file is needed")
+        raise fail(str(path), "missing file", "is a folder; expected a file")
     try:
         return path.read_text(encoding="utf-8-sig", errors="strict")
     except (OSError, UnicodeDecodeError) as error:
@@ -86,14 +86,15 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The JSON value of ``text``, or a ``Problem``. NaN and Infinity are read, for the row's checks to name."""
+    """The JSON value of ``text``, or a ``Problem``. NaN and Infinity are accepted, so that the row's checks name
+    them."""
     try:
         value = json.loads(text)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError:
-        return Problem(where, "bad text", "holds half of a surrogate pair (an escape like \\ud800): that is no text")
+        return Problem(where, "bad text", "contains half of a surrogate pair (an escape like \\ud800)")
     except RecursionError:
         return Problem(where, "unreadable JSON", "unreadable JSON: nested too deeply")
     except ValueError as error:
@@ -101,9 +102,9 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_rows(path: Path, split: str | None = None) -> Iterator[tuple[int, str, Mapping[str, Any] | Problem]]:
-    """(line from 0, ``file:line`` from 1, fields or what is wrong) of each row; blank lines are no rows.
+    """(line from 0, ``file:line`` from 1, fields or problem) of each row; blank lines are ignored.
 
-    ``split`` chooses among those of a table.
+    ``split`` selects a split of a table.
     """
     if is_table(path):
         yield from table_rows(path, split)
@@ -118,7 +119,7 @@ def read_rows(path: Path, split: str | None = None) -> Iterator[tuple[int, str, 
             return
         rows = [(i, f"{path}:row {i + 1}", value) for i, value in enumerate(values)]
     else:
-        # Not splitlines(): JSON strings may hold characters that Python, but no other tool, counts as line ends.
+        # Not splitlines(): JSON strings may contain characters that only Python treats as line ends.
         lines = ((i, f"{path}:{i + 1}", line) for i, line in enumerate(text.split("\n")) if line.strip())
         rows = ((i, where, parse_json(line, where)) for i, where, line in lines)
     for number, where, value in rows:
@@ -134,7 +135,7 @@ def load_rows(path: str, query: Mapping[str, str], build: Build, given: Rows | N
     """Read a row file (or take its rows as ``given``) and turn each row into a record with ``build``.
 
     ``build`` returns a record, ``LeftOut``, or None after noting problems on the row. ``seed`` shuffles; ``limit``
-    stops after that many records, and rows behind it are not looked at.
+    stops after that many records, without checking the remaining rows.
     """
     file = Path(path)
     limit, seed, split = int_option(query, "limit", path, 1), int_option(query, "seed", path), query.get("split")

@@ -1,4 +1,4 @@
-"""What a data set holds, for a person or a program to look at."""
+"""The contents of a data set, as text or JSON values."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.data import read_data
+from fastrl.data.decodable import decoded
 from fastrl.data.pictures import Picture
 from fastrl.data.records import Dataset, Record
-from fastrl.data.sound import decoded
 from fastrl.data.validate import DataError
 
 SHOWN = 3  # records
-LINES = 20  # of what is wrong
+LINES = 20  # lines of problems
 
 
 def contents(spec: str, *, deep: bool = False) -> Dataset:
-    """The data of a spec, whatever is wrong with its rows. Raises ``DataError``: there is nothing to look at."""
+    """The data of a spec, including its bad rows. Raises ``DataError`` if there is nothing to show."""
     dataset = read_data(spec)
     return decoded(dataset) if deep else dataset
 
@@ -31,7 +31,7 @@ def drawn(dataset: Sequence[Record], seed: int = 0) -> list[Record]:
 
 
 def shown(dataset: Dataset, records: Sequence[Record]) -> dict[str, Any]:
-    """``{n, bad, tasks, records}``: numbers of good and of bad rows, of records by task, and a few of them."""
+    """``{n, bad, tasks, records}``: number of good and of bad rows, records by task, and a few records."""
     return {
         "n": len(dataset),
         "bad": len({problem.where for problem in dataset.problems}),
@@ -41,12 +41,12 @@ def shown(dataset: Dataset, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def tasks(dataset: Dataset) -> dict[str, int]:
-    """How many records there are of each task, the most frequent first."""
+    """Number of records of each task, the most frequent first."""
     return dict(Counter(record.task for record in _light(dataset)).most_common())
 
 
 def contents_text(dataset: Dataset, records: Sequence[Record]) -> str:
-    """The same, and what is wrong with bad rows, as lines."""
+    """The same as text, with the problems of bad rows."""
     values = shown(dataset, records)
     counts = ", ".join(f"{task} {count}" for task, count in values["tasks"].items())
     lines = [f"{len(dataset)} records" + (f": {counts}" if counts else "")]
@@ -63,7 +63,7 @@ def contents_text(dataset: Dataset, records: Sequence[Record]) -> str:
 
 
 def _light(dataset: Dataset) -> Sequence[Record]:
-    """Records to count by task; of those made on demand, which are all of one, a single one stands for all."""
+    """The records to count by task; a single one if they are made on demand, as these have the same task."""
     if isinstance(dataset.records, list) or not len(dataset):
         return dataset
     return [dataset[0]] * len(dataset)
@@ -86,7 +86,7 @@ def _image_name(image: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values; named tuples as mappings, and what JSON has no word for as its text."""
+    """JSON values; named tuples become mappings, and other types their text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):

@@ -13,23 +13,23 @@ from fastrl.data.records import Record
 
 
 class DataChanged(ValueError):
-    """A run would go on with other data than it began with."""
+    """A run would continue with different data than it started with."""
 
 
 class RecordStream:
-    """Records without end. The order of an epoch depends on the seed and the epoch's number alone.
+    """An endless stream of records. The order of an epoch depends only on the seed and the epoch's number.
 
     Args:
-        records: the data; every rank gets the same.
+        records: the data, the same on every rank.
         seed: of the shuffle.
         order: ``shuffle``, or ``file`` for the order of ``records``.
-        buffer: rows that are shuffled among each other (``orders.shuffled``); none: all.
-        plan: the indices of an epoch by its number, in place of ``order``: a mixture's draws.
-        rank, world_size: this rank sees every ``world_size``-th record, beginning at ``rank``.
+        buffer: number of rows that are shuffled together (``orders.shuffled``); None: all.
+        plan: epoch number → indices, instead of ``order``: a mixture's draws.
+        rank, world_size: this rank gets every ``world_size``-th record, starting at ``rank``.
         pictures: how picture files are compared on a resume (see ``fastrl.data.identity``).
 
     Raises:
-        ValueError: fewer records than ranks.
+        ValueError: there are fewer records than ranks.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RecordStream:
         pictures: Pictures = "stat",
     ) -> None:
         if len(records) < max(1, world_size):
-            raise ValueError(f"data has {len(records)} records, training needs at least {max(1, world_size)}")
+            raise ValueError(f"data has {len(records)} records; training needs at least {max(1, world_size)}")
         self.records = records
         self.seed = seed
         self.order = order
@@ -56,19 +56,20 @@ class RecordStream:
         self.consumed = 0
         self._pictures: Pictures = pictures
         self._identity: Identity | None = None
-        self._rest: list[int] | None = None  # of an epoch that began with other data: what all ranks still have to see
-        self._passed = 0  # records this rank saw of such an epoch before
+        # remaining indices, for all ranks, of an epoch that started with other data
+        self._rest: list[int] | None = None
+        self._passed = 0  # records of such an epoch that this rank had already taken
         self._indices = self._epoch_indices()
-        self._ahead: dict[int, Record] = {}  # records looked at and not taken yet, by index: each is made once
+        self._ahead: dict[int, Record] = {}  # records peeked at but not taken yet, by index, so that each is made once
 
     def take(self, n: int) -> list[Record]:
-        """The next ``n`` records, across the end of an epoch where need be."""
+        """The next ``n`` records, continuing into the next epoch if necessary."""
         records = [self._ahead.pop(index, None) or self.records[index] for index in self._advance(n)]
         self.consumed += n
         return records
 
     def peek(self, n: int) -> list[Record]:
-        """The ``n`` records that come after those taken so far; the position stays, and :meth:`take` gives these."""
+        """The next ``n`` records without advancing; :meth:`take` returns the same ones."""
         indices = copy.copy(self)._advance(n)
         for index in indices:
             if index not in self._ahead:
@@ -76,7 +77,7 @@ class RecordStream:
         return [self._ahead[index] for index in indices]
 
     def _advance(self, n: int) -> list[int]:
-        """Indices of the next ``n`` records; the position moves behind them."""
+        """Advance by ``n`` records and return their indices."""
         indices = []
         for _ in range(n):
             if self.position == len(self._indices):
@@ -94,13 +95,13 @@ class RecordStream:
         return self.epoch + (self._passed + self.position) / max(1, self._passed + len(self._indices))
 
     def identity(self) -> Identity:
-        """What the data is; looked at once."""
+        """The identity of the data, computed once."""
         if self._identity is None:
             self._identity = identify(self.records, self._pictures)
         return self._identity
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` needs to go on from here, beside :meth:`identity`."""
+        """The state that :meth:`load` needs, besides :meth:`identity`, to continue from here."""
         state = {
             "seed": self.seed,
             "order": self.order,
@@ -114,23 +115,23 @@ class RecordStream:
     def load(
         self, state: dict[str, Any], before: Identity | None, *, accept: bool = False, accept_gone: bool = False
     ) -> Change | None:
-        """Go to a saved position.
+        """Restore a saved position.
 
         Args:
-            state: what :meth:`state` gave.
-            before: the data's identity then; None: it was not kept (a checkpoint of an older fastrl), and the number of
-                records and some ids are compared.
-            accept: go on with other data. What is left of the epoch is what was left of it, in its order, without
-                records that are gone; new ones come with the next epoch. (Where records were drawn on demand, and in a
-                mixture, the epoch goes on at the same place.)
-            accept_gone: the same where records are gone and nothing else differs.
+            state: a value of :meth:`state`. before: the data's identity at that time; None: not saved (a checkpoint of
+            an older fastrl), so that only the
+                number of records and some ids are compared.
+            accept: continue with changed data. The rest of the epoch keeps its order, without records that are gone;
+                new records follow in the next epoch. (With records made on demand, and in a mixture, the epoch
+                continues at the same position.)
+            accept_gone: continue if records are gone and nothing else differs.
 
         Returns:
-            What differs, if anything does.
+            The differences, if any.
 
         Raises:
-            DataChanged: the data is other than it was, and that is not accepted.
-            ValueError: another seed or order, or no saved position.
+            DataChanged: the data has changed, which is not accepted.
+            ValueError: the seed or order differs, or ``state`` is not a saved position.
         """
         _check_state(state)
         for name, now in (("seed", self.seed), ("order", self.order)):
@@ -138,14 +139,14 @@ class RecordStream:
                 raise ValueError(f"cannot resume: data {name} was {state[name]!r} and is now {now!r}")
         if before is not None and before.count != state["records"]:
             raise ValueError(
-                f"the data position is of {state['records']} records, its data's identity of {before.count}"
+                f"the data position is for {state['records']} records, but its data's identity for {before.count}"
             )
         if before is None:
             change = self._compare_with_older(state)
         else:
             change = compare(before, self.identity())
         if change and not accept and not (accept_gone and change.only_gone):
-            raise DataChanged(f"cannot resume: the data is not what the run began with: {change}")
+            raise DataChanged(f"cannot resume: the data has changed since the run started: {change}")
         self.epoch, self.position, self.consumed = state["epoch"], state["position"], state["consumed"]
         self._rest, self._passed, self._ahead = state.get("rest"), state.get("passed", 0), {}
         if change and self._plan is None and before is not None and before.whole and self.identity().whole:
@@ -155,7 +156,7 @@ class RecordStream:
         return change or None
 
     def _go_on_with_others(self, before: list[str], count: int) -> None:
-        """Make the rest of the epoch, whose indices are of ``before``, one of the present records."""
+        """Convert the rest of the epoch from indices into ``before`` to indices into the current records."""
         order = self._epoch_order(count)
         seen = self.position * self.world_size
         place = {name: i for i, name in enumerate(self.identity().ids)}
@@ -165,7 +166,7 @@ class RecordStream:
         self.position = 0
 
     def _compare_with_older(self, state: dict[str, Any]) -> Change:
-        """A state of a fastrl that kept the ids of 32 records alone."""
+        """Compare with a state of an older fastrl, which saved only the ids of 32 records."""
         n = len(self.records)
         digest = hashlib.sha256()
         for index in sorted({i * (n - 1) // 31 for i in range(32)}):
@@ -175,7 +176,7 @@ class RecordStream:
         return Change((state["records"], n), [], [], False, {}, note="" if same else "other ids")
 
     def _epoch_order(self, n: int) -> list[int]:
-        """The present epoch's indices of ``n`` records, for all ranks together."""
+        """The current epoch's indices of ``n`` records, for all ranks."""
         if self._rest is not None:
             return self._rest
         if self._plan is not None:
@@ -186,19 +187,19 @@ class RecordStream:
 
     def _epoch_indices(self) -> list[int]:
         order = self._epoch_order(len(self.records))
-        share = len(order) // self.world_size  # every rank the same number, or they would drift apart
-        return order[self.rank :: self.world_size][:share]
+        per_rank = len(order) // self.world_size  # the same on every rank, so that ranks stay in step
+        return order[self.rank :: self.world_size][:per_rank]
 
 
 def _check_state(state: Any) -> None:
-    """Raise ``ValueError`` where a saved position has a part missing or of the wrong type."""
+    """Raise ``ValueError`` if a part of a saved position is missing or has the wrong type."""
     counts = ("epoch", "position", "consumed", "records", "seed")
     optional = ("passed",)
     if not isinstance(state, dict):
-        raise ValueError("the data position is no JSON object")
+        raise ValueError("the data position is not a JSON object")
     for name in (*counts, *(name for name in optional if name in state)):
         if not isinstance(state.get(name), int) or isinstance(state[name], bool) or state[name] < 0:
-            raise ValueError(f"the data position has {name} {state.get(name)!r}, which is no count")
+            raise ValueError(f"the data position has {name} {state.get(name)!r}, which is not a count")
     rest = state.get("rest", [])
     if not isinstance(state.get("order"), str) or not isinstance(rest, list):
         raise ValueError("the data position has an order of the wrong type")

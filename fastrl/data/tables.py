@@ -1,7 +1,7 @@
-"""Parquet and Arrow files as rows: read in order a few rows at a time, and their pictures again when they are needed.
+"""Parquet and Arrow files as rows: read in order, a few rows at a time; pictures are read again when needed.
 
-A table is a ``.parquet`` or ``.arrow`` file, a folder of such files, or a folder that the ``datasets`` library saved
-(with ``split`` where it holds several). Nothing of a picture is kept: a record has its place in the table.
+A table is a ``.parquet`` or ``.arrow`` file, a folder of such files, or a folder saved by the ``datasets`` library
+(with ``split`` if it has several). Pictures are not kept in memory: a record refers to its place in the table.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from fastrl.data.validate import fail, nearest
 
 SUFFIXES = (".parquet", ".arrow")
-BATCH = 64  # rows held at once while a table is read through
-CACHE_BYTES = 256 << 20  # of row groups kept for pictures that are asked for again
+BATCH = 64  # rows in memory at once while a table is read
+CACHE_BYTES = 256 << 20  # size of the cache of row groups from which pictures are read again
 
 
 class TableRow(dict[str, Any]):
-    """A row's columns, its file, and how to get a picture's bytes out of it again."""
+    """A row's columns, its file, and a function that reads a picture's bytes from it again."""
 
     file: Path
     cell: Callable[[str, int | None], Callable[[], bytes]]
@@ -38,7 +38,7 @@ def table_rows(path: Path, split: str | None = None) -> Iterator[tuple[int, str,
     """(number from 0, ``file:row`` from 1, columns) of each row.
 
     Raises:
-        DataError: a damaged or missing file, several splits and none chosen, or pyarrow is not installed.
+        DataError: a file is damaged or missing, no split is chosen of several, or pyarrow is not installed.
     """
     number = 0
     for file in table_files(path, split):
@@ -65,7 +65,7 @@ def table_files(path: Path, split: str | None = None) -> list[Path]:
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
-    """Files by split: of a saved ``DatasetDict`` its folders, of loose files their names up to ``-00000-of-00002``."""
+    """Files by split: the folders of a saved ``DatasetDict``, or file names without ``-00000-of-00002``."""
     listed = folder / "dataset_dict.json"
     if listed.is_file():
         names = json.loads(listed.read_text(encoding="utf-8"))["splits"]
@@ -90,7 +90,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 class _Cell:
-    """One row's place in a table."""
+    """The place of one row in a table."""
 
     def __init__(self, table: _Parquet | _Arrow, place: int) -> None:
         self._table, self._place = table, place
@@ -117,7 +117,7 @@ def _open(file: Path) -> _Parquet | _Arrow:
 
 
 class _Parquet:
-    """A Parquet file. Pictures come again by whole row groups, of which the last few are kept."""
+    """A Parquet file. Pictures are read again by whole row groups, of which the last few are cached."""
 
     def __init__(self, file: Path) -> None:
         import pyarrow.parquet as pq

@@ -3,7 +3,7 @@
 - ``mot:FOLDER``: one sequence (``seqinfo.ini``, ``gt/gt.txt``, ``img1/``) or a folder of them. Its pixels count from 1.
 - ``sav:FILE``: one ``*_manual.json`` or ``*_auto.json``. Masks become their bounding boxes; names are not annotated.
 - ``tracks:FILE``: JSONL, one clip a row: ``id``; ``frames`` (picture files), or ``video`` with ``video_frames``, or
-  neither; ``width``, ``height``, ``seconds`` (or ``fps``) where the pictures do not say; ``caption``; ``subjects``,
+  neither; ``width``, ``height``, ``seconds`` (or ``fps``) if the pictures do not give them; ``caption``; ``subjects``,
   each with ``id``, ``name``, ``boxes`` {frame from 1: [x1, y1, x2, y2]}, ``appearance``, ``spans`` [{action, first,
   last}]. ``clips.clip_to_dict`` writes such rows.
 
@@ -103,7 +103,7 @@ def load_jsonl(path: str, query: Mapping[str, str]) -> Dataset:
 def _dataset(
     clips: Sequence[Clip | list[Problem]], query: Mapping[str, str], path: str, images: ImageFolder
 ) -> Dataset:
-    """Check, cut and sample clips, and make them a data set."""
+    """Check, cut and sample clips, and return them as a data set."""
     limit, seed = int_option(query, "limit", path, 1), int_option(query, "seed", path)
     window, stride = int_option(query, "window", path, 1), int_option(query, "stride", path, 1)
     count, how = int_option(query, "frames", path, 1), choice_option(query, "sample", SAMPLING, path)
@@ -117,7 +117,7 @@ def _dataset(
             problems += clip
             continue
         if clip.id in seen:
-            problems.append(Problem(clip.source, "duplicate id", f"a clip before it has the id {clip.id!r}"))
+            problems.append(Problem(clip.source, "duplicate id", f"an earlier clip has the id {clip.id!r}"))
             continue
         seen.add(clip.id)
         settled, wrong, worth_knowing = settle(clip)
@@ -138,7 +138,7 @@ def _dataset(
 
 
 def _unwritable(clip: Clip) -> list[Problem]:
-    """Names that trajectory text cannot hold."""
+    """Problems for names that trajectory text cannot represent."""
     problems = []
     for track in clip.tracks():
         try:
@@ -178,7 +178,7 @@ def _mot_clip(folder: Path, person: str, images: ImageFolder) -> Clip | list[Pro
 
 
 def _mot_rows(file: Path, person: str, problems: list[Problem]) -> list[tuple[int, int, str, Box]]:
-    """(identity, frame, name, box) of the lines that count: MOT16 and later mark the others with a 0 in column 7."""
+    """(identity, frame, name, box) of valid lines: MOT16 and later mark the others with a 0 in column 7."""
     rows: dict[tuple[int, int], tuple[int, int, str, Box]] = {}
     try:
         lines = read_text(file).splitlines()

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_CHARACTERS = 1 << 24  # of text that is looked at as JSON
+MAX_CHARACTERS = 1 << 24  # longest text that is parsed as JSON
 # Entries of an object, in any case; of several the first that is not null.
 BOX_NAMES = ("bbox_2d", "bbox", "box")
 POINT_NAMES = ("point_2d", "point", "points")
@@ -41,11 +41,11 @@ def unwrapped(text: str) -> str:
 
 
 def read_truth(value: Any) -> Any:
-    """The value that a truth column holds.
+    """The value of a truth column.
 
     JSON text of a list, an object, a number or null (also inside ``<answer>`` tags or a ``json`` fence) gives that
-    value, arrays (numpy, torch) give lists; any other text, broken JSON among it, comes back as it is, for a check to
-    name.
+    value, arrays (numpy, torch) give lists; any other text, including broken JSON, is returned unchanged, so that later
+    checks name it.
     """
     if isinstance(value, str):
         text = unwrapped(value).strip()

@@ -1,7 +1,7 @@
 """Checking data before it is trained on: every bad row is found and reported at once, with file and line.
 
-An adapter reads each row through a ``Row``: its methods return a sound value, or note a ``Problem`` and return None.
-Images are checked by their header alone, once per file.
+An adapter reads each row through a ``Row``: its methods return a valid value, or note a ``Problem`` and return None.
+Images are checked by their header only, once per file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastrl.data.truth import (
 )
 
 SHOWN = 20  # problems listed in one error message
-HUNDREDS = 100  # pixels of a picture's longer side from which a box within 0 to 1 cannot be meant in pixels
+HUNDREDS = 100  # longer side of a picture from which a box within 0 to 1 cannot be in pixels
 SIDES: Mapping[str, float | None] = MappingProxyType({"original": None, "unit": 1.0, "thousand": 1000.0})
 TOLERANCE = 1.0  # pixels a box or point may lie outside its image: annotations are rounded and masks touch borders
 T = TypeVar("T")
@@ -36,7 +36,7 @@ MAX_ASPECT_RATIO = 200  # the Qwen-VL image processors refuse more
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: ``where`` is ``file:line``, ``kind`` a few words to count by."""
+    """One problem: ``where`` is ``file:line``, ``kind`` a few words by which problems are counted."""
 
     where: str
     kind: str
@@ -47,8 +47,8 @@ class Problem:
 
 
 class DataError(ValueError):
-    """Everything that is wrong with a data set; ``problems`` has all of it, the message the first ``SHOWN`` kinds of
-    it: what is said of several rows in the same words comes once, with their number. ``hint``: a line at its end."""
+    """All problems of a data set; ``problems`` has all of them, the message the first ``SHOWN`` distinct ones: equal
+    messages of several rows are shown once, with their number. ``hint``: a line at the end."""
 
     def __init__(self, problems: Sequence[Problem], hint: str = "") -> None:
         self.problems = tuple(problems)
@@ -70,9 +70,9 @@ def _line(message: str, places: Sequence[str]) -> str:
 class Reading(NamedTuple):
     """How a data set's pictures are read."""
 
-    turned: bool = False  # by their EXIF tags; else as their pixels are stored
-    max_pixels: int = MAX_PIXELS  # width x height above which one is refused
-    stated: bool = False  # a file may be missing where the row states its size: answers are scored without pictures
+    turned: bool = False  # apply EXIF orientation; otherwise pixels are used as stored
+    max_pixels: int = MAX_PIXELS  # limit of width x height
+    stated: bool = False  # a file may be missing if the row states its size (to score answers without pictures)
 
 
 def fail(where: str, kind: str, message: str) -> DataError:
@@ -89,7 +89,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def corners(xywh: Any) -> Any:
-    """[x, y, width, height] → [x1, y1, x2, y2]; what is not four numbers comes back as it is."""
+    """[x, y, width, height] → [x1, y1, x2, y2]; anything but four numbers is returned unchanged."""
     xywh = box_value(xywh)
     if isinstance(xywh, list | tuple) and len(xywh) == 4 and all(is_number(v) for v in xywh):
         return [xywh[0], xywh[1], xywh[0] + xywh[2], xywh[1] + xywh[3]]
@@ -97,11 +97,11 @@ def corners(xywh: Any) -> Any:
 
 
 class ImageFolder:
-    """Where a data set's image paths start, and what is known of each image asked for (read from its header once).
+    """The folder of a data set's images, with a cache of their headers.
 
     Args:
         folder: where relative paths start.
-        reading: how its pictures are to be read: turned by their EXIF tags or not, and the largest area.
+        reading: how to read its pictures.
     """
 
     def __init__(self, folder: Path, reading: Reading = Reading()) -> None:
@@ -111,39 +111,41 @@ class ImageFolder:
         self._seen: dict[Path, Header | str] = {}
 
     def path(self, name: str) -> Path:
-        """The file ``name`` means; absolute names stand for themselves."""
+        """The path of ``name``; absolute names are used as they are."""
         return self.folder / name
 
     def picture(self, path: Path) -> Path | Picture:
-        """The file as records name it: how it is read goes with it where that is not the usual way."""
+        """The picture as records refer to it: a path, or a ``Picture`` if it is not read with default options."""
         if self.reading._replace(stated=False) == Reading():
             return path
         return Picture(path, turned=self.reading.turned, max_pixels=self.reading.max_pixels)
 
     def header(self, path: Path) -> Header | str:
-        """What the file says of itself, or what is wrong with it."""
+        """The file's header, or an error message."""
         if path not in self._seen:
             self._seen[path] = self.check(self.picture(path), str(path))
         return self._seen[path]
 
     def size(self, path: Path) -> tuple[int, int] | str:
-        """(width, height) in pixels, or what is wrong with the file."""
+        """(width, height) in pixels, or an error message."""
         found = self.header(path)
         return found if isinstance(found, str) else found.size
 
     def embedded(self, data: bytes | Callable[[], bytes], name: str, file: Path | None) -> Picture:
-        """A picture that lies inside another file, such as a table."""
+        """A picture inside another file, such as a table."""
         return Picture(file, data, name, turned=self.reading.turned, max_pixels=self.reading.max_pixels)
 
     def check(self, picture: AnyPicture, name: str) -> Header | str:
-        """What a picture says of itself, or what is wrong with it."""
+        """A picture's header, or an error message."""
         try:
             header = read_header(picture)
         except PictureError as error:
             return str(error)
         width, height = header.size
         if min(width, height) < 1 or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            return f"image of {width}x{height} pixels: sides may differ at most {MAX_ASPECT_RATIO} times ({name})"
+            return (
+                f"image of {width}x{height} pixels: sides may differ by a factor of at most {MAX_ASPECT_RATIO} ({name})"
+            )
         return header
 
 
@@ -160,7 +162,7 @@ def why_turned(header: Header, declared: Sequence[Any]) -> str:
 
 
 def find_image_folder(file: Path, names: Iterable[str], extra: Iterable[Path] = ()) -> Path:
-    """What image paths are relative to, when nobody says: the first folder in which one of ``names`` exists.
+    """Find the folder of relative image paths: the first folder in which one of ``names`` exists.
 
     Tried: ``extra``, the data file's folder, its ``images`` folder, then the folders above (up to five).
     """
@@ -171,7 +173,7 @@ def find_image_folder(file: Path, names: Iterable[str], extra: Iterable[Path] = 
 
 
 class Row:
-    """One row being read. Methods give sound values; otherwise they note what is wrong and give None."""
+    """One row being read. Methods return a valid value, or note a problem and return None."""
 
     def __init__(self, fields: Mapping[str, Any], where: str, number: int, images: ImageFolder) -> None:
         self.fields = fields
@@ -185,8 +187,8 @@ class Row:
         self.problems.append(Problem(self.where, kind, message))
 
     def first(self, names: Sequence[str]) -> tuple[str, Any]:
-        """The first of ``names`` that the row has, with its value, one that is not null before one that is (tables
-        have every column in every row); (first name, None) if it has none."""
+        """The first of ``names`` that the row has, with its value, preferring values that are not null (in tables every
+        row has every column); (first name, None) if it has none."""
         had = [name for name in names if name in self.fields]
         name = next((name for name in had if self.fields[name] is not None), had[0] if had else names[0])
         return name, self.fields.get(name)
@@ -215,7 +217,7 @@ class Row:
     def image(self, *names: str) -> tuple[AnyPicture, tuple[int, int]] | None:
         """The row's image and its (width, height); declared ``width`` and ``height`` must agree with it.
 
-        It is a file's name, the bytes of a file (in a table also as ``{"bytes", "path"}``), or a PIL image.
+        The column holds a file name, the bytes of a file (in a table also as ``{"bytes", "path"}``), or a PIL image.
         """
         name, value = self.first(names)
         if name not in self.fields:
@@ -224,7 +226,8 @@ class Row:
         return self._picture(name, value)
 
     def pictures(self) -> list[tuple[AnyPicture, tuple[int, int]]]:
-        """Every image of the row, of its list ``images`` or its one ``image``, each as :meth:`image` gives it."""
+        """All images of the row, from the list ``images`` or the single ``image``, each in the form of
+        :meth:`image`."""
         name, value = self.first(("images", "image"))
         value = read_truth(value) if isinstance(value, str) and name == "images" else value
         if isinstance(value, list | tuple) and value:
@@ -238,14 +241,15 @@ class Row:
 
     def _picture(self, name: str, value: Any, place: int | None = None) -> tuple[AnyPicture, tuple[int, int]] | None:
         where = f"{name}[{place}]" if place is not None else name
-        if isinstance(value, Mapping) and ("bytes" in value or "path" in value):  # as the datasets library keeps them
+        if isinstance(value, Mapping) and ("bytes" in value or "path" in value):  # the form of the datasets library
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         picture: AnyPicture
         if isinstance(value, str):
             return self._file(where, value.strip())
         if isinstance(value, bytes):
             cell = getattr(self.fields, "cell", None)
-            again = cell(name, place) if cell is not None else value  # a table gives the bytes again: none are kept
+            # bytes in a table are read again when needed, not kept
+            again = cell(name, place) if cell is not None else value
             called = f"{self.where}, {where}"
             picture = held = self.images.embedded(again, called, getattr(self.fields, "file", None))
             header = self.images.check(replace(held, data=value), called)
@@ -267,7 +271,7 @@ class Row:
             self.fail(f"empty {where}", f"{where} is empty")
             return None
         if "://" in name:
-            self.fail("missing image", f"image is an address, not a file: {short(name)}; download it and name the file")
+            self.fail("missing image", f"image is a URL, not a file: {short(name)}; download it and give the file name")
             return None
         try:
             path = self.images.path(name)
@@ -283,22 +287,23 @@ class Row:
         return (self.images.picture(path), header.size) if self._agrees(str(path), header) else None
 
     def _stated_size(self) -> tuple[int, int] | None:
-        """The (width, height) a row declares, where that is enough."""
+        """The (width, height) that a row declares, if files may be missing."""
         width, height = (whole_number(self.fields.get(side)) for side in ("width", "height"))
         if not self.images.reading.stated or width is None or height is None or min(width, height) < 1:
             return None
         return width, height
 
     def _agrees(self, path: str, header: Header) -> bool:
-        """Whether the size the row declares (if it does) is the picture's."""
+        """Whether the size that the row declares, if any, is the picture's."""
         given, size = [self.fields.get(side) for side in ("width", "height")], header.size
         declared = tuple(map(whole_number, given))
         if None in declared and None not in given:
             self.fail("wrong type", f"width and height must be whole numbers of pixels, got {short(given)}")
             return False
         if None in declared or declared == size:
-            told = None not in declared and header.swaps  # then the size says how the row sees the picture
-            if header.orientation != 1 and not header.turned and not told:
+            # then the size shows whether the row applies the orientation
+            decided = None not in declared and header.swaps
+            if header.orientation != 1 and not header.turned and not decided:
                 self.images.unheeded.append(path)
             return True
         message = f"row says {declared[0]}x{declared[1]} pixels, {path} has {size[0]}x{size[1]}"
@@ -306,7 +311,7 @@ class Row:
         return False
 
     def truth(self, name: str, usual: Any = None) -> Any:
-        """The value of a truth column, however it is written (see ``truth.read_truth``)."""
+        """The value of a truth column in any notation (see ``truth.read_truth``)."""
         value = self.fields.get(name)
         return usual if value is None else read_truth(value)
 
@@ -327,8 +332,8 @@ class Row:
     ) -> tuple[float, float, float, float] | None:
         """A box (x1, y1, x2, y2) of positive area inside an image of ``size`` pixels, clipped to it.
 
-        ``frame`` says what its numbers are: pixels (``original``), or parts of the sides (``unit``: 1, ``thousand``:
-        1000). What comes back is pixels.
+        ``frame`` is the unit of its numbers: pixels (``original``), or fractions of the sides (``unit``: 1,
+        ``thousand``: 1000). Returns pixels.
         """
         box = self.told(name, read_box, value)
         if box is None:
@@ -352,7 +357,7 @@ class Row:
     def points(
         self, value: Any, size: tuple[int, int], name: str = "points", frame: str = "original"
     ) -> list[tuple[float, float]] | None:
-        """Points (x, y) in pixels inside an image of ``size``, clipped to it; numbers as ``frame`` says (see ``box``).
+        """Points (x, y) in pixels inside an image of ``size``, clipped to it; ``frame``: see :meth:`box`.
 
         How they are written: ``truth.read_points``.
         """
@@ -376,7 +381,7 @@ class Row:
     def _clip(
         point: tuple[float, float], size: tuple[int, int], scale: tuple[float, float]
     ) -> tuple[float, float] | None:
-        """The point in pixels, clipped to the image; None where it lies farther outside than ``TOLERANCE``."""
+        """The point in pixels, clipped to the image; None if it is farther outside than ``TOLERANCE``."""
         x, y = (v * factor for v, factor in zip(point, scale, strict=True))
         if not all(-TOLERANCE <= v <= side + TOLERANCE for v, side in zip((x, y), size, strict=True)):
             return None

@@ -1,4 +1,4 @@
-"""Engines: what turns a loss into an update, on one process (``local``) or several (``deepspeed``)."""
+"""Engines turn a loss into an update, in one process (``local``) or several (``deepspeed``)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def make_engine(
     model: nn.Module, optim: OptimRecipe, engine: EngineRecipe, folder: Path, *, alias: Callable[[str], str] = unchanged
 ) -> Engine:
-    """The engine a recipe names, over the trainable parameters of ``model`` (``alias``: see ``parameter_groups``);
-    ``folder`` is seen by all its ranks."""
+    """The engine that a recipe names, for the trainable parameters of ``model`` (``alias``: see ``parameter_groups``);
+    all ranks must have access to ``folder``."""
     if engine.kind == "deepspeed":
         from fastrl.engine.deepspeed import DeepSpeedEngine
 

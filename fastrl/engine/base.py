@@ -1,5 +1,5 @@
-"""What the trainer needs of an engine (backward · step · save · load), and what all engines share: the learning-rate
-schedule and the parameter groups."""
+"""The interface of an engine for the trainer (backward · step · save · load), and code common to all engines: the
+learning-rate schedule and the parameter groups."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class StepInfo(NamedTuple):
 
 
 class Engine(Protocol):
-    """What the trainer needs of an engine. ``rank`` and ``world_size`` count data-parallel processes, ``updates`` the
-    updates made."""
+    """The interface of an engine. ``rank`` and ``world_size`` count data-parallel processes, ``updates`` the updates
+    made."""
 
     rank: int
     world_size: int
@@ -41,25 +41,26 @@ class Engine(Protocol):
         ...
 
     def step(self) -> StepInfo:
-        """Clip, update, clear. A gradient that is not finite raises ``NonFiniteError`` and leaves the weights alone."""
+        """Clip, update and clear gradients. A non-finite gradient raises ``NonFiniteError``; weights are unchanged."""
         ...
 
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None:
-        """Go on from what :meth:`save` wrote. Raises ``ValueError``, with the file, where it is not of this engine."""
+        """Restore what :meth:`save` wrote. Raises ``ValueError``, which names the file, if it does not fit this
+        engine."""
         ...
 
     def saved_bytes(self) -> int:
-        """About how many bytes :meth:`save` writes, of all ranks together."""
+        """Approximate number of bytes that :meth:`save` writes, for all ranks together."""
         ...
 
     def gradient_of(self, parameter: Tensor) -> Tensor | None:
-        """The float32 gradient :meth:`step` will read, zeros where there is none yet; None: this engine shows none."""
+        """The float32 gradient that :meth:`step` will read, zeros if there is none yet; None: not accessible."""
         ...
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Inside: the head's weight is whole (it always is up to ZeRO 2)."""
+        """A context in which the head's weight is not sharded (up to ZeRO 2 it never is)."""
         ...
 
     def average(self, value: float) -> float: ...
@@ -67,13 +68,13 @@ class Engine(Protocol):
     def maximum(self, value: float) -> float: ...
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gives here, in the order of ranks."""
+        """The ``value`` of each rank, in the order of ranks."""
         ...
 
     def barrier(self) -> None: ...
 
     def close(self) -> None:
-        """At the end of a run that ended well, on every rank."""
+        """Called on every rank at the end of a successful run."""
         ...
 
 
@@ -94,7 +95,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters by learning rate and weight decay, with their names, in the order the model lists them.
 
-    ``alias`` gives a name with the common word for its part of the model (see ``fastrl.engine.names.matches``).
+    ``alias`` replaces a name's prefix by the name of its part of the model (see ``fastrl.engine.names.matches``).
 
     Raises:
         ValueError: nothing is trainable, or a pattern of ``optim.groups`` names no trainable parameter.

@@ -1,7 +1,7 @@
-"""DeepSpeed behind the engine's verbs: data parallel with ZeRO 0 to 2. Imported only when a recipe names it.
+"""DeepSpeed as an engine: data parallel with ZeRO 0 to 2. Imported only if a recipe names it.
 
-ZeRO 3 is refused: rollouts would gather every layer for every token, and the head's weight is used outside its module.
-ZeRO 2 or LoRA is what a model of this size wants.
+ZeRO 3 is not supported: rollouts would gather every layer for every token, and the head's weight is used outside its
+module. For models of this size, ZeRO 2 or LoRA is suitable.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastrl.config.sections import EngineRecipe, OptimRecipe
 
 _TAG = "engine"
-LATER = 60.0  # seconds after the watch that the backend gives up waiting: the watch says for whom
+LATER = 60.0  # seconds by which the backend's timeout exceeds the watch's, so that the watch can report the rank
 
 
 def deepspeed_available() -> bool:
@@ -40,9 +40,9 @@ def deepspeed_available() -> bool:
 def deepspeed_config(
     optim: OptimRecipe, engine: EngineRecipe, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for a recipe. Micro-batches are counted by the trainer, so accumulation is 1 here.
+    """DeepSpeed's configuration for a recipe. The trainer counts micro-batches, so accumulation is 1 here.
 
-    AdamW is torch's own: DeepSpeed's wants a compiler on the machine, and only the one on the host is worth that.
+    AdamW is torch's: DeepSpeed's needs a compiler on the machine, which only pays off for the one on the host.
     """
     fused = {} if engine.offload_optimizer else {"torch_adam": True, "fused": device.type == "cuda"}
     return {
@@ -71,7 +71,7 @@ def deepspeed_config(
 class DeepSpeedEngine:
     """Data-parallel training through ``deepspeed.initialize``. Gradients are averaged over ranks.
 
-    ``folder`` is seen by all ranks: in it they tell each other how far they are (see ``fastrl.engine.watch``).
+    All ranks must have access to ``folder``, in which they record their progress (see ``fastrl.engine.watch``).
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class DeepSpeedEngine:
             del group["names"]
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         dtype, self._device = self._parameters[0].dtype, self._parameters[0].device
-        # Neither ZeRO nor bf16: torch's optimizer as it is, which knows nothing of norms and steps over a NaN.
+        # With neither ZeRO nor bf16, torch's optimizer is used directly: it computes no norm and does not stop at NaN.
         self._bare = engine.zero_stage == 0 and dtype != torch.bfloat16
         self._began = not torch.distributed.is_initialized()
         deepspeed.init_distributed(  # pyright: ignore[reportAttributeAccessIssue]
@@ -124,7 +124,8 @@ class DeepSpeedEngine:
             self._engine.backward(loss)
 
     def step(self) -> StepInfo:
-        """Clip, update, clear. DeepSpeed leaves out an update whose gradient is not finite; here that is an error."""
+        """Clip, update and clear gradients. DeepSpeed skips an update with a non-finite gradient; here it is an
+        error."""
         scale = lr_scale(self.updates, self.optim)
         for group, lr in zip(self._engine.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * scale
@@ -142,11 +143,11 @@ class DeepSpeedEngine:
         return StepInfo(grad_norm=norm, lr=self._base_lrs[0] * scale)
 
     def _bare_norm(self) -> float:
-        """Norm of the reduced gradients where they lie beside their parameters."""
+        """Norm of the reduced gradients if they are stored in their parameters."""
         return float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
 
     def save(self, folder: Path) -> None:
-        """Every rank writes its share."""
+        """Every rank writes its part."""
         with self._watch.waiting("a checkpoint"):
             self._engine.save_checkpoint(
                 str(folder),
@@ -157,7 +158,7 @@ class DeepSpeedEngine:
             )
 
     def load(self, folder: Path) -> None:
-        """Every rank reads its share. Raises ``ValueError``, on all ranks alike, where one of them cannot."""
+        """Every rank reads its part. If one of them cannot, all raise ``ValueError``."""
         mine = fault(folder / _TAG, self.rank, self.world_size, self._expected())
         for found in self.gather(mine):
             if found is not None:
@@ -165,7 +166,7 @@ class DeepSpeedEngine:
         try:
             with self._watch.waiting("the checkpoint to resume from"):
                 path, client = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        except Exception as error:  # whatever it says, the message names the folder
+        except Exception as error:  # DeepSpeed's messages do not name the folder
             said = " ".join(str(error).split())[:200]
             raise ValueError(f"{folder / _TAG}: DeepSpeed cannot load it ({type(error).__name__}: {said})") from error
         if path is None:
@@ -183,7 +184,7 @@ class DeepSpeedEngine:
         )
 
     def _with_moments(self) -> int:
-        """How many parameters have moments, where each has its own."""
+        """Number of parameters with moments of their own (0 under ZeRO, which partitions them)."""
         inner = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
         return 0 if self._engine.zero_optimization() else sum(bool(state) for state in inner.state.values())
 
@@ -196,7 +197,7 @@ class DeepSpeedEngine:
         return None
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Parameters are whole up to ZeRO 2."""
+        """Parameters are not sharded up to ZeRO 2."""
         return nullcontext()
 
     def average(self, value: float) -> float:
@@ -212,7 +213,7 @@ class DeepSpeedEngine:
         self._ranks.barrier()
 
     def close(self) -> None:
-        """Leave together: a rank whose neighbours are gone, or that still holds DeepSpeed's threads, aborts at exit."""
+        """Shut down together: a rank would abort at exit if others are gone or DeepSpeed's threads are still alive."""
         self._ranks.barrier()
         self._watch.close()
         if self._began:

@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 class LocalEngine:
     """One process, one device, AdamW.
 
-    ``optim.states`` says where and how the moments live: ``fp32`` beside the weights, ``8bit`` (see
-    ``fastrl.engine.optimizers``), or ``offload``: moments and the float32 weights stay on the host, gradients leave the
-    device as they are completed, and the host updates. ``optim.gradient_release`` updates each parameter within the
-    backward, as soon as its gradient is complete, and frees the gradient: with one micro-batch the gradients are never
-    there all at once.
+    ``optim.states`` sets the storage of moments: ``fp32`` on the device, ``8bit`` (see ``fastrl.engine.optimizers``),
+    or ``offload``: moments and float32 weights are on the host, each gradient is moved there when it is complete, and
+    the host does the update. ``optim.gradient_release`` updates each parameter within the backward, as soon as its
+    gradient is complete, and frees the gradient: with one micro-batch, gradients never exist all at once.
     """
 
     rank = 0
@@ -41,9 +40,9 @@ class LocalEngine:
         self.optim = optim
         self.updates = 0
         self._parameters: dict[str, nn.Parameter] = {}
-        self._masters: dict[str, Tensor] = {}  # what the optimizer steps: the parameter itself, or its float32 copy
-        self._last = False  # the backward under way is the last before the update
-        self._released: list[Tensor] = []  # norms of gradients that were used within the backward
+        self._masters: dict[str, Tensor] = {}  # what the optimizer updates: the parameter itself, or its float32 copy
+        self._last = False  # whether the current backward is the last before the update
+        self._released: list[Tensor] = []  # norms of gradients that were applied within the backward
         groups = parameter_groups(model, optim, alias)
         for group in groups:
             named = dict(zip(group.pop("names"), group["params"], strict=True))
@@ -72,10 +71,10 @@ class LocalEngine:
         return [Kind([{**group, "params": [p]}], **options) for group in groups for p in group["params"]]
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add the gradient of ``loss`` (in float32, whatever the parameters are).
+        """Add the gradient of ``loss``, in float32 for parameters of any dtype.
 
         Raises:
-            NonFiniteError: with gradient release, a loss that is not finite; no weight was changed.
+            NonFiniteError: with gradient release, the loss is not finite; no weight was changed.
         """
         if self.optim.gradient_release:
             if not bool(loss.isfinite()):
@@ -89,8 +88,8 @@ class LocalEngine:
         """Clip by global norm, update, clear the gradients.
 
         Raises:
-            NonFiniteError: a gradient that is not finite. The weights are as before, except with gradient release: they
-            were updated with 0 in place of such numbers.
+            NonFiniteError: a gradient is not finite. The weights are unchanged, except with gradient release: then they
+                were updated with 0 in place of non-finite values.
         """
         masters = list(self._masters.values())
         gradients = [m.grad for m in masters if m.grad is not None]
@@ -107,7 +106,7 @@ class LocalEngine:
         if self.optim.clip_norm is not None and gradients:
             torch.nn.utils.clip_grads_with_norm_(masters, self.optim.clip_norm, norm)
         rate = self._set_rates()
-        for optimizer in self._optimizers:  # parameters without a gradient are left alone
+        for optimizer in self._optimizers:  # parameters without a gradient are not updated
             optimizer.step()
         self._write_back(self._parameters)
         self.clear()
@@ -115,7 +114,7 @@ class LocalEngine:
         return StepInfo(grad_norm=grad_norm, lr=rate)
 
     def _set_rates(self) -> float:
-        """Learning rates of this update; the first group's."""
+        """Set the learning rates of this update; returns the first group's."""
         scale = lr_scale(self.updates, self.optim)
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         for group in groups:
@@ -128,14 +127,14 @@ class LocalEngine:
             return
         master = self._masters[name]
         assert master.grad is not None
-        self._released.append(master.grad.norm())  # tells step of a number that is not finite, without waiting for it
+        self._released.append(master.grad.norm())  # shows non-finite values in step() without synchronising here
         torch.nan_to_num_(master.grad, 0.0, 0.0, 0.0)
         self._optimizer_of[name].step()
         self._write_back([name])
         master.grad = parameter.grad = None
 
     def gradient_of(self, parameter: Tensor) -> Tensor | None:
-        """The float32 gradient of a trained parameter (None: it is not trained, or its gradient leaves the device)."""
+        """The float32 gradient of a trained parameter (None: not trained, or its gradient is moved to the host)."""
         name = next((n for n, p in self._parameters.items() if p is parameter), None)
         if name is None or self.optim.states == "offload":
             return None
@@ -145,12 +144,13 @@ class LocalEngine:
         return master.grad
 
     def clear(self) -> None:
-        """Forget all gradients."""
+        """Drop all gradients."""
         for parameter in (*self._masters.values(), *self._parameters.values()):
             parameter.grad = None
 
     def save(self, folder: Path) -> None:
-        """Write ``optimizer.safetensors`` (weights as the optimizer holds them, its state) and ``optimizer.json``."""
+        """Write ``optimizer.safetensors`` (the optimizer's copy of the weights, and its state) and
+        ``optimizer.json``."""
         from safetensors.torch import save_file
 
         tensors = {key: tensor.detach().contiguous() for key, tensor in self._state()}
@@ -164,8 +164,8 @@ class LocalEngine:
         return int(sum(master.numel() for master in self._masters.values()) * per_weight)
 
     def load(self, folder: Path) -> None:
-        """Restore weights and moments. Raises ``ValueError`` where names, shapes or states are not this engine's; the
-        engine is then as it was."""
+        """Restore weights and moments. Raises ``ValueError`` if names, shapes or states do not fit, without changing
+        anything."""
         path = folder / "optimizer.safetensors"
         updates, with_moments = _read_counts(folder / "optimizer.json")
         saved = _read_tensors(path)
@@ -181,7 +181,8 @@ class LocalEngine:
                 master.copy_(saved[f"weight.{name}"])
         for name, state in states.items():
             master, optimizer = self._masters[name], self._optimizer_of[name]
-            fused = optimizer.defaults.get("fused")  # keeps its step count beside the weights, the others on the CPU
+            # fused keeps the step count on the weights' device, the others on the CPU
+            fused = optimizer.defaults.get("fused")
             optimizer.state[master] = {
                 key: value.to(master.device) if fused or key != "step" else value for key, value in state.items()
             }
@@ -191,33 +192,33 @@ class LocalEngine:
     def _check_states(
         self, path: Path, saved: dict[str, Tensor], updates: int, with_moments: list[str] | None
     ) -> dict[str, dict[str, Tensor]]:
-        """The saved state of each parameter that has one, every part there and of the right shape."""
+        """The saved state of each parameter that has one, checked to be complete and of the right shape."""
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, value in saved.items():
             kind, _, rest = key.partition(".")
             if kind == "state":
                 entry, _, name = rest.partition(".")
                 by_name.setdefault(name, {})[entry] = value
-        # A parameter that never had a gradient has no moments. Older files do not say which; all had none before the
-        # first update.
+        # A parameter that never had a gradient has no moments. Older files do not list these; before the first update
+        # there are no moments at all.
         missing = [] if with_moments is None else [name for name in with_moments if name not in by_name]
         if missing or (with_moments is None and updates and not by_name):
             names = missing or list(self._masters)
             raise ValueError(f"{path}: the moments of {len(names)} parameters are missing, the first: {names[0]}")
         for name, state in by_name.items():
             if name not in self._masters:
-                raise ValueError(f"{path}: holds moments of {name}, which is not trained")
+                raise ValueError(f"{path}: contains moments of {name}, which is not trained")
             if ("exp_avg_scale" in state) != (self.optim.states == "8bit"):
                 raise ValueError(f"{path}: saved with other optimizer states than optim.states: {self.optim.states}")
             expected = self._empty_state(self._masters[name])
             if odd := sorted(state.keys() ^ expected.keys()):
-                raise ValueError(f"{path}: the moments of {name} lack or have one too many: {', '.join(odd)}")
+                raise ValueError(f"{path}: the moments of {name} have a missing or an extra part: {', '.join(odd)}")
             for key, value in state.items():
                 _check_like(path, f"{key} of {name}", value, expected[key])
         return by_name
 
     def _empty_state(self, master: Tensor) -> dict[str, Tensor]:
-        """Tensors like those the optimizer keeps of a parameter, without memory."""
+        """Tensors like the optimizer's state of a parameter, without storage."""
         like = torch.empty_like(master, device="meta")
         if self.optim.states == "8bit":
             from fastrl.engine.optimizers import empty_state
@@ -252,7 +253,7 @@ class LocalEngine:
         master = parameter.detach().to(place, torch.float32, copy=True).requires_grad_(True)
 
         def move(p: Tensor) -> None:
-            # As soon as a gradient is complete: accumulated in float32, and the low-precision one freed.
+            # When a gradient is complete, accumulate it in float32 and free the low-precision one.
             if p.grad is not None:
                 gradient = p.grad.to(place)
                 master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
@@ -282,7 +283,7 @@ def _check_like(path: Path, what: str, saved: Tensor, expected: Tensor) -> None:
         ("type", saved.dtype, expected.dtype),
     ):
         if there != here:
-            raise ValueError(f"{path}: {what} was saved with {name} {there}, is {here}")
+            raise ValueError(f"{path}: {what} was saved with {name} {there}, but is now {here}")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -296,7 +297,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_counts(path: Path) -> tuple[int, list[str] | None]:
-    """Updates made, and which parameters have moments (None: the file is older than that list)."""
+    """Number of updates, and the parameters that have moments (None: an older file without that list)."""
     try:
         value = json.loads(path.read_text())
         updates, moments = value["updates"], value.get("moments")

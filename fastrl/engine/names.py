@@ -1,4 +1,4 @@
-"""Which parameters a pattern of a recipe names: for learning rates, freezing and what is trained beside adapters."""
+"""Patterns for parameter names in recipes: for learning rates, freezing and modules trained in addition to adapters."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 
 def unchanged(name: str) -> str:
-    """A model whose parts have no common words."""
+    """The alias function of a model whose parts have no names."""
     return name
 
 
 def matches(pattern: str, name: str, alias: Callable[[str], str] = unchanged) -> bool:
-    """Whether a pattern names a parameter: a glob over its full name, or a run of whole parts of it.
+    """Whether a pattern matches a parameter: a glob over its full name, or consecutive components of it.
 
-    ``alias`` gives the same name with the common word for the part it lies in (``vision``, ``projector``,
-    ``language``) for a beginning. Patterns that begin with such a word are compared with it too; all others with the
-    full name alone, so that ``*proj*`` does not come to mean the projector.
+    ``alias`` replaces the prefix of a name by the name of its part (``vision``, ``projector``, ``language``). Patterns
+    that begin with the name of a part are also compared with the alias; all others only with the full name, so that
+    ``*proj*`` does not match the projector.
     """
     if _fits(pattern, name):
         return True

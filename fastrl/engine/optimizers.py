@@ -1,14 +1,14 @@
 """AdamW with 8-bit states: two bytes a parameter for both moments instead of eight.
 
-Each block of 256 numbers shares a float32 scale, its largest magnitude; a number x is kept as one of 255 levels
+Each block of 256 numbers has a float32 scale, its largest magnitude; a number x is stored as one of 255 levels
 
     first moment   sign · (q / 127)³ · scale, q in −127 … 127        second moment   (q / 255)⁴ · scale, q in 0 … 255
 
-which lie dense near zero, where moments lie. Blocks with scales of their own are those of arXiv:2110.02861. Rounding
-is stochastic between the two neighbouring levels, so that a moment is kept right in expectation: a decay of 0.1 % a
-step is less than the distance to the next level, and would be lost by rounding to the nearest. A second moment that is
-not zero never becomes zero, or its parameter would leap. The random numbers come from the step and the parameter's
-place alone: a resumed run goes on bit for bit.
+which are dense near zero, like moments. Block-wise scales are from arXiv:2110.02861. Rounding between the two
+neighbouring levels is stochastic, so that moments are correct in expectation: a decay of 0.1 % per step is less than
+the distance to the next level and would be lost by rounding to the nearest. A nonzero second moment is never rounded to
+zero, as its parameter would make a huge step. The random numbers depend only on the step and the parameter's index, so
+a resumed run is bitwise identical.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256
-CHUNK = 1 << 22  # numbers worked on at once: bounds the temporaries
+CHUNK = 1 << 22  # numbers processed at once, which bounds the temporaries
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -126,8 +126,8 @@ def encode(value: Tensor, dtype: torch.dtype, rng: torch.Generator) -> tuple[Ten
     unit = value.abs() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     low = (unit ** (1 / power)).mul_(most).floor_().clamp_(0, most)
     below, above = (low / most) ** power, ((low + 1) / most) ** power
-    share = (unit - below).div_(above - below)
-    up = torch.rand(value.shape, generator=rng, device=value.device) < share
+    fraction = (unit - below).div_(above - below)
+    up = torch.rand(value.shape, generator=rng, device=value.device) < fraction
     levels = (low + up).clamp_(0, most)
     if dtype == torch.uint8:
         levels = torch.where(value > 0, levels.clamp_(min=1), levels)

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, over whichever backend ``torch.distributed`` was set up with."""
+"""Communication between the processes of a run, with the backend of ``torch.distributed``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LostRank(RuntimeError):
 
 
 class Ranks:
-    """Numbers of all ranks, each call a wait that ``watch`` watches. ``device``: where the backend wants tensors."""
+    """Collective operations, each timed by ``watch``. ``device``: device of tensors for the backend."""
 
     def __init__(self, watch: Watch, device: torch.device) -> None:
         self.watch, self.device = watch, device
@@ -32,14 +32,14 @@ class Ranks:
         return self._reduce(value, dist.ReduceOp.MAX, "a maximum")
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gives here, in the order of ranks."""
+        """The ``value`` of each rank, in the order of ranks."""
         gathered: list[Any] = [None] * self.world_size
         with self._joined("a gathering of metrics"):
             dist.all_gather_object(gathered, value)
         return gathered
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all ranks."""
         with self._joined("a barrier"):
             dist.barrier()
 
@@ -47,14 +47,14 @@ class Ranks:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         with self._joined(what):
             dist.all_reduce(tensor, op=op)
-            return float(tensor)  # on a GPU the wait is here
+            return float(tensor)  # synchronises on a GPU
 
     @contextmanager
     def _joined(self, what: str) -> Iterator[None]:
         with self.watch.waiting(what):
             try:
                 yield
-            except RuntimeError as error:  # as backends report a connection that broke
+            except RuntimeError as error:  # the type by which backends report a broken connection
                 said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise LostRank(
                     f"rank {self.rank} lost another in {what}; missing: {self.watch.missing()} ({said})"

@@ -1,11 +1,10 @@
-"""Who keeps the others waiting: ranks tell each other how far they are, and one that waits too long stops and says for
-whom.
+"""Detects missing ranks: ranks record their progress, and one that waits too long reports which ranks are missing and
+stops.
 
-A collective that a frozen process never joins holds every other process for ever, inside a library that nothing can
-interrupt. So each rank has a thread that writes, into a folder that all ranks see (a run's checkpoints need one), how
-many waits its rank has entered, and a beat that shows that the process lives. A rank that has waited longer than the
-timeout looks whose count is behind its own, or who gives no sign of life, says so, and exits. As every rank that waits
-does the same, the run stops.
+If a frozen process never joins a collective operation, all other processes hang in a library call that cannot be
+interrupted. So each rank has a thread that writes into a folder accessible to all ranks (a run's checkpoints need one)
+the number of waits that its rank has entered, and a heartbeat. A rank that has waited longer than the timeout reports
+the ranks with a lower count or without a heartbeat, and exits. As every waiting rank does so, the run stops.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-EXIT = 75  # of a process that stopped waiting (EX_TEMPFAIL: going on with --resume may well work)
-BEATS = 8  # within a timeout, at least
-LONGEST_PAUSE = 5.0  # seconds between two of them
+EXIT = 75  # exit status of a process that stopped waiting (EX_TEMPFAIL, as --resume may succeed)
+BEATS = 8  # heartbeats per timeout, at least
+LONGEST_PAUSE = 5.0  # seconds between two heartbeats
 
 
 @dataclass
 class Seen:
-    """What another rank last wrote, and when that was first seen here."""
+    """The last record of another rank, and when it was first seen here."""
 
-    waits: int = -1  # no word yet
+    waits: int = -1  # nothing read yet
     beat: int = -1
     what: str = "setting up"
     since: float = 0.0
@@ -39,9 +38,9 @@ class Watch:
     """Watches the waits of one rank.
 
     Args:
-        folder: seen by all ranks of this run, and by no other.
-        rank, world_size: who this is, and of how many.
-        timeout: seconds one wait may take.
+        folder: accessible to all ranks of this run, and used by no other run.
+        rank, world_size: this rank and the number of ranks.
+        timeout: seconds allowed for one wait.
         stop: ends the process, for tests.
     """
 
@@ -58,17 +57,17 @@ class Watch:
         self._pause = min(timeout / BEATS, LONGEST_PAUSE)
         self._stop = stop or _exit
         self._waits, self._what = 0, "setting up"
-        self._since: float | None = None  # when the present wait began
+        self._since: float | None = None  # start of the current wait
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._others = {other: Seen(since=time.monotonic()) for other in range(world_size) if other != rank}
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Inside: this rank does what it cannot end without the others. All ranks have the same waits in one order.
+        """A block in which this rank waits for the others. All ranks must have the same waits in the same order.
 
         Raises:
-            RuntimeError: from a library that lost another rank, with the ranks that are missing.
+            RuntimeError: a library lost another rank; the message has the missing ranks.
         """
         if self._thread is None and self.world_size > 1:
             self._thread = threading.Thread(target=self._run, daemon=True, name="fastrl-watch")
@@ -80,7 +79,7 @@ class Watch:
             self._since = None
 
     def missing(self) -> str:
-        """The ranks that are behind, or give no sign of life; in words."""
+        """A description of the ranks that are behind or show no sign of life."""
         now = time.monotonic()
         silent = {r for r, seen in self._others.items() if now - seen.since > 4 * self._pause}
         behind = {r for r, seen in self._others.items() if seen.waits < self._waits}
@@ -90,7 +89,7 @@ class Watch:
         return "; ".join(self._described(r, r in silent, now) for r in wanted)
 
     def close(self) -> None:
-        """Stop watching; the others are told nothing more."""
+        """Stop watching and writing heartbeats."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -107,7 +106,7 @@ class Watch:
         beat = 0
         while not self._ended.is_set():
             beat += 1
-            with suppress(OSError):  # a folder that fails for a moment is no reason to stop
+            with suppress(OSError):  # a temporary failure of the folder is ignored
                 self._write(beat)
             self._look()
             since, what = self._since, self._what
@@ -137,6 +136,6 @@ class Watch:
 
 
 def _exit(text: str) -> None:
-    """Say why and leave, whatever the main thread hangs in."""
+    """Print the reason and exit, even if the main thread hangs."""
     print(f"error: {text}; stopping (engine.timeout). Go on with --resume", file=sys.stderr, flush=True)
     os._exit(EXIT)

@@ -1,6 +1,6 @@
-"""The paper's evaluation protocols: ``evaluate(task, records, answers)`` on answers from anywhere.
+"""The papers' evaluation protocols: ``evaluate(task, records, answers)``, for answers from any source.
 
-``load_predictions(path, records)`` reads answers that another system wrote to a file.
+``load_predictions(path, records)`` reads answers from a file written by another system.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def evaluate(
     similarity: Similarity | None = None,
     normalise: Normalise = "nfc",
 ) -> Metrics:
-    """Metrics of ``answers[i]`` as an answer to ``records[i]``; all but the counts are shares or means in [0, 1].
+    """Metrics of ``answers[i]`` as an answer to ``records[i]``; all but the counts are fractions or means in [0, 1].
 
     - grounding: ``acc@0.5 acc@0.75 acc@0.95 mean_iou``
     - counting: ``accuracy``
-    - detection: ``AP AP50 AP75`` (None where the data holds no object: it is not defined then), and
-      ``dropped unlabelled unknown_label``, boxes that are not scored (``evaluate_detection``)
+    - detection: ``AP AP50 AP75`` (None, i.e. undefined, if the data has no object), and
+      ``dropped unlabelled unknown_label``, numbers of boxes that are not scored (``evaluate_detection``)
     - caption: ``score capture``, ``object_precision … relation_f1``, ``false_facts false_captions chair_i chair_s``
       (see ``evaluate_caption``, which ``similarity`` is for)
     - ocr: ``edit_distance`` (lower is better) ``f1 precision recall bleu meteor``
@@ -54,11 +54,12 @@ def evaluate(
     - trajectory: ``mean_iou recall@0.5 identity_accuracy``, with py-motmetrics ``mota idf1`` (``evaluate_trajectory``)
     - qa: ``accuracy``, ``accuracy_TYPE``, of yes/no questions ``precision recall f1 yes_rate``
 
-    and always ``n`` (answers) and ``unparsable`` (answers in which nothing could be read). Coordinates are read in each
-    record's ``frame``, with the sizes in its ``views``.
+    and always ``n`` (answers) and ``unparsable`` (answers that could not be parsed). Coordinates are interpreted in
+    each record's ``frame``, with the sizes in its ``views``.
 
     Raises:
-        ValueError: an unknown task, no records, records of another task, or not one answer per record.
+        ValueError: the task is unknown, there are no records, records have another task, or the numbers of answers and
+            records differ.
     """
     if task not in EVALUATIONS:
         raise ValueError(unknown("task to evaluate", task, EVALUATIONS))

@@ -1,7 +1,7 @@
 """Captions: precision, recall and F1 of objects, attributes and relations (CAPTURE's structure), and hallucination.
 
-Truth is a record's own facts (scenes), or what its reference captions say. Matching is by rules: exact, then synonym;
-``similarity`` adds CAPTURE's soft matching.
+The truth is a record's own facts (scenes), or those of its reference captions. Matching is by rules: exact, then by
+synonyms; ``similarity`` adds CAPTURE's soft matching.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ def evaluate_caption(
     """Metrics of captions, all in [0, 1] but the counts.
 
     ``score`` (weights 5:2:2, RePer's rule score) and ``capture`` (0.5 : 0.5 : 0.2); ``object_precision`` …
-    ``relation_f1``,
-    each a mean over the records where that type occurs; ``false_facts``, the share of stated facts that are not true,
-    and ``false_captions``, the share of captions with one; ``chair_i`` and ``chair_s``, the same for objects alone:
-    COCO's 80 categories where truth comes from references, every object where a record lists its facts.
+    ``relation_f1``, each a mean over the records in which that type occurs; ``false_facts``, the fraction of stated
+    facts that are not true, and ``false_captions``, the fraction of captions with one; ``chair_i`` and ``chair_s``, the
+    same for objects only: COCO's 80 categories if truth comes from references, all objects if a record lists its facts.
 
     Raises:
-        ValueError: a record without truth.
+        ValueError: a record has no truth.
     """
     scores: dict[str, list[float]] = {name: [] for name in ("score", "capture")}
     stated = false = false_captions = unparsable = 0
-    listed = [0, 0, 0]  # objects, those not there, captions with one: of records that list their facts
+    listed = [0, 0, 0]  # for records that list their facts: objects, false objects, captions with one
     free: list[int] = []
     for i, (record, answer) in enumerate(zip(records, answers, strict=True)):
         facts, truth = parse_caption(answer), truth_of(record.target, record.source or record.id)
@@ -72,6 +71,6 @@ def evaluate_caption(
 
 
 def _present(record: Record) -> list[str]:
-    """Names of what is in a record's picture: its annotated objects and what its references mention."""
+    """Names of the objects in a record's picture: annotated ones and those its references mention."""
     said = [name for text in record.target.get("references", ()) for name in mentioned_categories(text)]
     return [*record.target.get("objects", ()), *said]

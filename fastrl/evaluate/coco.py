@@ -1,4 +1,4 @@
-"""Detection evaluation: COCO average precision through pycocotools, with score 1 for boxes that carry none."""
+"""Detection evaluation: COCO average precision with pycocotools; boxes without a score get score 1."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def category_names(records: Sequence[Record]) -> Mapping[int | str, str]:
     """Category id → name for result files about ``records``.
 
     Taken from the targets' ``category_ids`` (the COCO adapter sets them, in the order of ``categories``); records
-    without them are taken to have the ids of COCO 2017.
+    without them are assumed to have the ids of COCO 2017.
 
     Raises:
         ValueError: records without ids have a category that is not COCO's.
@@ -55,13 +55,13 @@ def category_names(records: Sequence[Record]) -> Mapping[int | str, str]:
 
 
 def evaluate_detection(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float | None]:
-    """``AP`` (mean over IoU 0.5 to 0.95), ``AP50``, ``AP75``, ``n``, ``unparsable``, and what explains a low AP.
+    """``AP`` (mean over IoU 0.5 to 0.95), ``AP50``, ``AP75``, ``n``, ``unparsable``, and counts that explain a low AP.
 
-    AP is None where the data holds no object: it is not defined then. Boxes are brought to pixels of the original
-    image. Labels are compared without regard to case. Of the boxes of all answers, ``dropped`` are malformed,
-    ``unlabelled`` have no label that could be read, and ``unknown_label`` have one outside the records' categories:
-    none of these is scored, and none counts against the answer. Boxes of equal score rank by image id, then as the
-    answer lists them, so the order of the records changes nothing. Crowd regions are ignored as in COCO.
+    AP is None (undefined) if the data has no object. Boxes are converted to pixels of the original image. Labels are
+    case-insensitive. Of the boxes of all answers, ``dropped`` are malformed, ``unlabelled`` have no readable label, and
+    ``unknown_label`` have one outside the records' categories; none of these is scored or counts against the answer.
+    Boxes of equal score rank by image id, then in the answer's order, so the order of the records does not matter.
+    Crowd regions are ignored as in COCO.
     """
     names = sorted({label_key(name) for record in records for name in record.target["categories"]})
     category_of = {name: i for i, name in enumerate(names, 1)}
@@ -91,7 +91,7 @@ def evaluate_detection(records: Sequence[Record], answers: Sequence[str]) -> dic
 
 
 def _image_ids(records: Sequence[Record]) -> list[int]:
-    """Distinct numbers for the records: their ids where all are numbers (as in COCO), else their rank by id."""
+    """Distinct numbers for the records: their ids if all are numbers (as in COCO), else their rank by id."""
     names = [record.id for record in records]
     if len(set(names)) != len(names):
         twice = sorted(name for name in set(names) if names.count(name) > 1)[0]
@@ -105,7 +105,7 @@ def _image_ids(records: Sequence[Record]) -> list[int]:
 
 
 def _row(number: int, image_id: int, category: int, box: Sequence[float]) -> dict[str, Any]:
-    """One annotation in COCO's form; inverted corners make a box without extent, which matches nothing."""
+    """One annotation in COCO's form; inverted corners give an empty box, which matches nothing."""
     x, y = float(box[0]), float(box[1])
     width, height = max(float(box[2]) - x, 0.0), max(float(box[3]) - y, 0.0)
     place = {"id": number, "image_id": image_id, "category_id": category}
@@ -137,4 +137,5 @@ def _average_precision(
         scored.evaluate()
         scored.accumulate()
         scored.summarize()
-    return [round(float(value), 12) for value in scored.stats[:3]]  # its epsilon keeps all-right a hair below 1
+    # pycocotools' epsilon keeps a perfect score slightly below 1
+    return [round(float(value), 12) for value in scored.stats[:3]]

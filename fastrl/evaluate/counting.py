@@ -1,4 +1,4 @@
-"""Counting evaluation: the share of answers with exactly the right number of objects (Perception-R1 on PixMo-Count)."""
+"""Counting evaluation: fraction of answers with exactly the right number of objects (Perception-R1 on PixMo-Count)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastrl.rewards.counting import CountingReward
 def evaluate_counting(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
     """``accuracy`` (number of boxes or points in the answer = true count), ``n`` and ``unparsable``.
 
-    An answer that cannot be read is wrong, also where the count is zero; an explicit empty list means zero.
+    An unparsable answer is wrong, even if the count is zero; an explicit empty list means zero.
     """
     reward = CountingReward(score_by="count", format="none", max_items=20_000)
     exact = reward.score(answers, records)["points"]

@@ -1,4 +1,4 @@
-"""Which frame answers were read in, and how much hangs on it: a wrong one is said, not silently scored."""
+"""The frame in which answers were read, and its effect on the scores, so that a wrong frame is reported."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from fastrl.rewards import reward_for
 from fastrl.rewards.reading import read_boxes, read_points, view_of
 
 OTHERS = ("original", "resized", "thousand", "unit", "padded_unit")
-SLACK = 1.01  # of a frame's extent: models overshoot a little
-BETTER = 0.05  # of the mean score, from which another frame is worth a word
+SLACK = 1.01  # factor on a frame's extent, as models overshoot a little
+BETTER = 0.05  # increase of the mean score from which another frame is reported
 
 
 class FrameReport(NamedTuple):
-    """How the coordinates of a set of answers were read."""
+    """The frame of the coordinates in a set of answers."""
 
-    frame: str  # the frames they were read in, most frequent first
-    changes: int  # answers that another plausible frame would have scored otherwise
-    better: tuple[str, float, float] | None  # another frame, the mean score as read, and what it would be in that one
+    frame: str  # the frames in which they were read, most frequent first
+    changes: int  # number of answers whose score would differ in another plausible frame
+    better: tuple[str, float, float] | None  # a better frame, the mean score as read, and the mean score in that frame
 
     def words(self, guessed: bool) -> list[str]:
-        """What to tell whoever evaluates: which frame was guessed, and that another one fits better."""
+        """Messages for the user: which frame was guessed, and whether another one fits better."""
         lines = []
         if guessed and self.frame != "auto":
-            lines.append(f"frame: read as {self.frame}, by how the answers are written; --family or --frame says it")
+            lines.append(f"frame: read as {self.frame}, guessed from the answers; set it with --family or --frame")
         if self.better is not None:
             name, old, new = self.better
             lines.append(
                 f"frame: read as {self.frame} the answers score {old:.3f} on average, as {name} they would score "
-                f"{new:.3f}: say whose they are with --family, or --frame {name}"
+                f"{new:.3f}: set the model with --family, or --frame {name}"
             )
         return lines
 
 
 def frame_report(task: str, records: Sequence[Record], answers: Sequence[str]) -> FrameReport | None:
-    """How much of an evaluation hangs on the frame; None for tasks whose answers have no boxes and points.
+    """The effect of the frame on an evaluation; None for tasks whose answers have no boxes and points.
 
-    Each answer is scored again in every frame in which its numbers could be meant: they lie within its extent, and
-    numbers within 0 to 1 are parts of the sides and nothing else. What counts is IoU for grounding, mean IoU and F1 of
-    the matched boxes for detection, and for counting the number of objects, on which no frame has a say.
+    Each answer is scored again in every plausible frame: its numbers are within the frame's extent, and numbers within
+    0 to 1 are only read as fractions of the sides. The score is IoU for grounding, mean IoU and F1 of the matched boxes
+    for detection, and for counting the number of objects, which does not depend on the frame.
     """
     if task not in ("grounding", "counting", "detection"):
         return None
@@ -76,14 +76,14 @@ def frame_report(task: str, records: Sequence[Record], answers: Sequence[str]) -
 
 
 def _sized(record: Record) -> Record:
-    """The record with its sizes at hand, read the same."""
+    """The record with its sizes filled in."""
     view = view_of(record)
     return record if record.views or view is None else replace(record, views=(view,))
 
 
 def _frame(parsed: Parsed, record: Record) -> str:
-    """The frame an answer is read in, by the name that says most: pixels of a picture that was not resized are its
-    own, and so are numbers that no size is known for."""
+    """The frame of an answer, with ``original`` instead of an equivalent frame: for pixels of a picture that was not
+    resized, and for numbers without a known size."""
     frame = resolve_frame(parsed, record.frame)
     if not record.views:
         return "original"
@@ -100,7 +100,7 @@ def _seen_in(record: Record, frame: str) -> Record:
 
 
 def _plausible(parsed: Parsed, frame: str, record: Record) -> bool:
-    """Whether an answer's numbers could be meant in a frame."""
+    """Whether an answer's numbers are plausible in a frame."""
     if not parsed.items or not record.views:
         return False
     width, height = record.views[0].size(frame)

@@ -11,8 +11,8 @@ from fastrl.data.records import Record
 from fastrl.rewards.ocr import Normalise, answer_readings, edit_distance
 from fastrl.rewards.reading import MAX_CHARACTERS
 
-MAX_WORDS = 10_000  # BLEU and METEOR look at this many words of a text; a dense page has about a thousand
-MAX_STEM_CHARACTERS = 64  # NLTK before 3.10 recurses along runs of "y"; longer strings are no words
+MAX_WORDS = 10_000  # words of a text used for BLEU and METEOR; a dense page has about a thousand
+MAX_STEM_CHARACTERS = 64  # NLTK before 3.10 recurses along runs of "y"; longer strings are not words
 
 # One token per ideograph or kana, runs of other non-blank characters otherwise.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -60,7 +60,7 @@ def bleu(answer: Sequence[str], truth: Sequence[str]) -> float:
 
 
 class _NoSynonyms:
-    """Stands in for WordNet, so METEOR matches exact words and stems and nothing is downloaded."""
+    """Replaces WordNet, so that METEOR only matches exact words and stems, and nothing is downloaded."""
 
     def synsets(self, word: str) -> list[object]:
         return []
@@ -81,7 +81,7 @@ class _BoundedStemmer:
 def meteor(answer: Sequence[str], truth: Sequence[str]) -> float:
     """METEOR (Lavie and Agarwal 2007; NLTK, α 0.9, β 3, γ 0.5) with exact and Porter-stem matching, no synonyms.
 
-    A text of m words scores 1 − 0.5/m³ against itself, for the fragmentation penalty counts it as one chunk.
+    A text of m words scores 1 − 0.5/m³ against itself, because the fragmentation penalty counts it as one chunk.
     """
     from nltk.translate.meteor_score import single_meteor_score
 
@@ -98,10 +98,10 @@ def evaluate_ocr(
 ) -> dict[str, float]:
     """Means over pages of ``edit_distance f1 precision recall bleu meteor``; an empty answer counts as unparsable.
 
-    Answers are read as the reward reads them (``rewards.ocr.answer_readings``); of two readings, the one nearer to the
-    page is taken. White space at the ends does not count. Inside, texts are compared as they are: the reward collapses
-    white space, the published metric does not. ``normalise="none"`` compares answer and page as they are, the form that
-    was published: no tags and fences removed, no Unicode normalisation, ends included.
+    Answers are read like in the reward (``rewards.ocr.answer_readings``); of two readings, the one closer to the page
+    is used. White space at the ends does not count. White space inside is kept, unlike in the reward, as in the
+    published metric. ``normalise="none"`` compares answer and page unchanged, as published: without removing tags and
+    fences, without Unicode normalisation, including white space at the ends.
     """
     rows: list[tuple[float, ...]] = []
     unparsable = 0

@@ -1,4 +1,4 @@
-"""Predictions made elsewhere, as files: JSONL of ``{"id", "answer"}`` in raw model text, or COCO result JSON."""
+"""Reads files of predictions: JSONL of ``{"id", "answer"}`` with raw model text, or COCO result JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESIZE = (56 * 56, 16384 * 28 * 28)  # min_pixels and max_pixels in Qwen2.5-VL's
 
 
 class PredictionError(DataError):
-    """Everything that is wrong with a file of predictions: ``problems`` has all of it, the message the first twenty."""
+    """All problems of a file of predictions; ``problems`` has all of them, the message the first twenty."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__(problems)
@@ -49,20 +49,20 @@ def load_predictions(
     A file whose first character is ``[`` and whose entries have an ``image_id`` is COCO result JSON, for detection:
     ``image_id`` is the record's id, ``bbox`` is x, y, width, height in pixels of the original image, and an image
     without an entry has no detections. Any other file is JSONL with one ``{"id": …, "answer": "raw model text"}`` per
-    record, in any order (or one JSON list of such objects in a ``.json`` file). ``"resized": [width, height]`` in a row
-    is the size at which the model saw its one picture (``"canvas"``: which part of it, see ``View``), ``"frame"`` what
-    its coordinates mean and ``"style"`` how it is written, where ``frame`` and ``family`` do not say it; ``fastrl eval
-    --out`` writes them.
+    record, in any order (or one JSON list of such objects in a ``.json`` file). A row may have ``"resized": [width,
+    height]``, the size at which the model saw its picture (``"canvas"``: which part of it, see ``View``), and the
+    ``"frame"`` and ``"style"`` of the answer, as defaults for ``frame`` and ``family``; ``fastrl eval --out`` writes
+    them.
 
     Args:
-        frame: what the coordinates of the answers mean: ``auto`` (the row's or the record's own frame where it has one,
-            else that of ``family``, else by the answer's format, whose pixels are the original's where no row says
-            otherwise), or one of ``FRAMES``. COCO results are always ``original``.
-        family: the ``model_type`` of the config of the model that answered (``fastrl.answers.FAMILIES``).
-        pixels: the processor's ``(min_pixels, max_pixels)``: with ``resized``, pictures of rows that name no size were
-            seen as Qwen-VL's processor resizes them between these. With ``padded_unit`` they were padded to a square.
-        categories: COCO category id → name for COCO results; default: the data's own, else those of COCO 2017.
-        known: ids of further records, whose answers are passed over.
+        frame: frame of the answers' coordinates: ``auto`` (that of the row or the record, else that of ``family``, else
+            guessed from the answer's notation, with pixels of the original unless the row states a size), or one of
+            ``FRAMES``. COCO results are always ``original``.
+        family: ``model_type`` of the answering model's config (``fastrl.answers.FAMILIES``).
+        pixels: the processor's ``(min_pixels, max_pixels)``: with ``resized``, pictures of rows without a size are
+            assumed to be resized by Qwen-VL's processor with these limits; with ``padded_unit``, padded to a square.
+        categories: COCO category id → name for COCO results; default: those of the data, else those of COCO 2017.
+        known: ids of other records, whose answers are ignored.
 
     Raises:
         PredictionError: bad JSON, a missing, duplicate or unknown id, or a field of the wrong type; all at once, each
@@ -76,7 +76,7 @@ def load_predictions(
     seen: set[str] = set()
     for record in records:
         if record.id in seen:
-            raise ValueError(f"two records have the id {record.id!r}: predictions cannot be told apart")
+            raise ValueError(f"two records have the id {record.id!r}, so predictions cannot be assigned")
         seen.add(record.id)
     text = read_text(path)
     if text.lstrip()[:1] == "[":
@@ -91,7 +91,7 @@ def load_predictions(
 
 
 def row_of(record: Record, answer: str) -> dict[str, Any]:
-    """The row that says all that :func:`load_predictions` needs of an answer to a record as its model saw it."""
+    """The row with all that :func:`load_predictions` needs about an answer to a record as its model saw it."""
     row: dict[str, Any] = {"id": record.id, "answer": answer}
     if record.frame != "auto":
         row["frame"] = record.frame
@@ -105,7 +105,7 @@ def row_of(record: Record, answer: str) -> dict[str, Any]:
 
 
 def _framed(record: Record, row: Mapping[str, Any], frame: str, style: str, pixels: tuple[int, int]) -> Record:
-    """The record with what its answer's coordinates mean and how it is written."""
+    """The record with the frame and style of its answer."""
     style = style or row.get("style", record.style)
     usual = style_named(style).frame_of(record.task) if style else "auto"
     named = [given for given in (frame, row.get("frame", "auto"), record.frame, usual) if given != "auto"]
@@ -122,7 +122,7 @@ def _framed(record: Record, row: Mapping[str, Any], frame: str, style: str, pixe
 
 
 def _usual_view(record: Record, view: View, frame: str, pixels: tuple[int, int]) -> View:
-    """How a picture is seen by the family that answers in a frame, where no row says it."""
+    """The view of a picture by a family that answers in a frame, if the row does not state it."""
     if frame == "padded_unit":
         return View.padded(view.width, view.height, max(view.width, view.height))
     try:
@@ -166,7 +166,7 @@ def _from_rows(path: Path, ids: set[str], known: Collection[str]) -> dict[str, d
 
 
 def _extra_problem(row: Mapping[str, Any]) -> str | None:
-    """What is wrong with what a row says of its coordinates."""
+    """The problem of a row's optional fields, or None."""
     frame, style = row.get("frame", "auto"), row.get("style", "")
     size, canvas = row.get("resized", [1, 1]), row.get("canvas")
     if not isinstance(frame, str) or frame not in FRAMES:
@@ -174,8 +174,8 @@ def _extra_problem(row: Mapping[str, Any]) -> str | None:
     if style != "" and (not isinstance(style, str) or style not in STYLES):
         return f"'style' must be one of {', '.join(STYLES)}, got {short(style)}"
     if canvas is not None:
-        sound = isinstance(canvas, list) and len(canvas) == 4 and all(is_number(v) for v in canvas)
-        if not sound or not (canvas[0] < canvas[2] and canvas[1] < canvas[3]):
+        valid = isinstance(canvas, list) and len(canvas) == 4 and all(is_number(v) for v in canvas)
+        if not valid or not (canvas[0] < canvas[2] and canvas[1] < canvas[3]):
             return f"'canvas' must be [left, top, right, bottom] in pixels, got {short(canvas)}"
     whole = isinstance(size, list) and len(size) == 2 and all(type(v) is int and v > 0 for v in size)
     return None if whole else f"'resized' must be [width, height] in pixels, got {short(size)}"
@@ -201,7 +201,7 @@ def _from_coco(
             continue
         problem = _coco_problem(row, found, names)
         if problem is None and (first := place.setdefault(json.dumps(row, sort_keys=True), index)) != index:
-            problem = "repeated result", f"says all that entry {first + 1} says: one detection, there twice"
+            problem = "repeated result", f"has the same content as entry {first + 1}"
         if problem is not None:
             problems.append(Problem(f"{path}:entry {index + 1}", *problem))
             continue
@@ -210,13 +210,13 @@ def _from_coco(
         found[str(row["image_id"])].append({**item, "score": row.get("score", 1.0)})
     if problems:
         raise PredictionError(problems)
-    # The detections become the text of an answer, so that one path scores both kinds of file.
+    # The detections are converted to answer text, so that both kinds of file are scored by the same code.
     framed = [replace(record, frame="original") for record in records]
     return Predictions(framed, [json.dumps(found[record.id]) for record in records])
 
 
 def _coco_problem(row: Any, images: Mapping[str, object], names: Mapping[int | str, str]) -> tuple[str, str] | None:
-    """What is wrong with one entry of a COCO result file: (kind, message)."""
+    """The problem of one entry of a COCO result file as (kind, message), or None."""
     if not isinstance(row, dict):
         return "wrong type", f"expected an object with image_id, category_id, bbox and score, got {short(row)}"
     image, category, box = row.get("image_id"), row.get("category_id"), row.get("bbox")
@@ -225,11 +225,11 @@ def _coco_problem(row: Any, images: Mapping[str, object], names: Mapping[int | s
     if str(image) not in images:
         return "unknown id", f"image_id {short(image)} is not in the data"
     if isinstance(category, bool) or not isinstance(category, int | str) or category not in names:
-        return "unknown category", f"category_id {short(category)} is no category of the data"
+        return "unknown category", f"category_id {short(category)} is not a category of the data"
     if not isinstance(box, list) or len(box) != 4 or not all(is_number(v) for v in box):
         return "wrong type", f"'bbox' must be four finite numbers x, y, width, height, got {short(box)}"
     if min(box[2:]) < 0:
-        return "inverted box", f"'bbox' is x, y, width, height, and neither of the last two below 0; got {short(box)}"
+        return "inverted box", f"'bbox' must be x, y, width, height with the last two at least 0, got {short(box)}"
     if not is_number(row.get("score", 1.0)):
         return "wrong type", f"'score' must be a finite number, got {short(row.get('score'))}"
     return None

@@ -1,8 +1,8 @@
 """Perception in reflection (RePer, algorithm 1): the policy answers, the critic scores and explains, the policy answers
 again with the whole history before it.
 
-Images and history go through the model once: a session keeps their keys and values between turns, and each turn reads
-only what was said since.
+Images and history are processed only once: a session keeps their keys and values between turns, and each turn only adds
+the new text.
 """
 
 from __future__ import annotations
@@ -38,15 +38,14 @@ class Reflection:
 
     @property
     def answer(self) -> str:
-        """The last answer, as algorithm 1 returns it; where the critic failed, the best that was scored (or the "
-        "last)."""
+        """The last answer, as in algorithm 1; if the critic failed, the best scored answer (or the last one)."""
         scored = [turn for turn in self.turns if turn.score is not None]
         if self.error and scored:
             return max(scored, key=lambda turn: turn.score or 0.0).answer
         return self.turns[-1].answer if self.turns else ""
 
     def row(self) -> dict[str, Any]:
-        """As one JSON object."""
+        """The dialogue as a JSON object."""
         turns = [
             {"answer": t.answer, "score": t.score, "feedback": t.feedback}
             | ({"problem": t.problem} if t.problem else {})
@@ -71,22 +70,24 @@ def reflect(
     """Let the policy answer each record's question ``turns`` times, with the critic's feedback in between.
 
     Args:
-        policy, critic, records: who answers, who judges, what about. A record's messages are its question.
-        turns: answers per record; all are given (the paper never stops early) unless ``stop_at`` is.
-        max_new_tokens, temperature, rng: of the answers; greedy by default.
+        policy: gives the answers.
+        critic: scores them.
+        records: a record's messages are its question.
+        turns: answers per record; all are sampled (the paper never stops early) unless ``stop_at`` is set.
+        max_new_tokens, temperature, rng: for sampling answers; greedy by default.
         stop_at: a dialogue ends with its first answer of at least this score.
-        portion: dialogues that go on together.
+        portion: number of dialogues processed together.
         on_turn: called after each turn of a portion with its number from 1 and the portion's dialogues.
 
     Returns:
-        One reflection per record. An answer that could not be scored is followed by a plain request. Where the critic
-        fails altogether, the portion ends there with ``error`` set, and nothing after it is started.
+        One reflection per record. An answer that could not be scored is followed by a plain request. If the critic
+        fails, the portion ends there with ``error`` set, and later portions are not started.
 
     Raises:
-        ValueError: ``turns`` under 1, ``stop_at`` no number.
+        ValueError: ``turns`` is less than 1, or ``stop_at`` is not a number.
     """
     if turns < 1:
-        raise ValueError(f"turns: need 1 or more, got {turns}")
+        raise ValueError(f"turns: expected 1 or more, got {turns}")
     if stop_at is not None and math.isnan(stop_at):
         raise ValueError(f"stop_at: expected a score, got {stop_at}")
     out: list[Reflection] = []
@@ -111,7 +112,7 @@ def _loop(
     rng: torch.Generator | None,
     stop_at: float | None,
 ) -> Iterator[int]:
-    """Algorithm 1 on dialogues that go on together; yields each turn's number when it is done."""
+    """Algorithm 1 for dialogues that are processed together; yields each turn's number when it is done."""
     from fastrl.rollout import Generator, Sampling
 
     sampling = Sampling(1, max_new_tokens, temperature)
@@ -135,7 +136,7 @@ def _loop(
         over = [stop_at is not None and (d.turns[-1].score or 0.0) >= stop_at for d in live]
         if number == turns or all(over):
             return
-        if any(over):  # the rest goes on by itself
+        if any(over):  # continue with the other dialogues only
             live = [d for d, ended in zip(live, over, strict=True) if not ended]
             session = Generator(policy).session([policy.encode(_so_far(d))[0] for d in live])
         else:
@@ -148,13 +149,13 @@ def _go_on(policy: Policy, session: Session, dialogues: Sequence[Reflection]) ->
 
 
 def _so_far(dialogue: Reflection) -> Record:
-    """The record with everything said so far as its messages."""
+    """The record with the whole dialogue so far as its messages."""
     spoken = [SpokenTurn(turn.answer, turn.score or 0.0, turn.feedback) for turn in dialogue.turns]
     return replace(dialogue.record, messages=dialogue_messages(dialogue.record.messages, spoken))
 
 
 def _spoken(dialogue: Reflection) -> Record:
-    """The record with everything said up to the last answer as its messages."""
+    """The record with the dialogue up to the last answer as its messages."""
     so_far = _so_far(dialogue)
     return replace(so_far, messages=so_far.messages[:-1] if dialogue.turns[-1].feedback else so_far.messages)
 
@@ -178,12 +179,13 @@ def reflect_on_image(
     Args:
         image, asked: the picture and the question.
         model, critic: a model folder or ``tiny:NAME``, and a critic's spec.
-        references: true captions of the picture; the rule critic needs one at least.
+        references: true captions of the picture; the rule critic needs at least one.
         turns, max_new_tokens, stop_at: see :func:`reflect`.
-        attention: folder for where each answer looked; draw: draws it (see :func:`write_attention`).
+        attention: folder for the attention maps of the answers.
+        draw: draws them (see :func:`write_attention`).
 
     Raises:
-        ValueError, FileNotFoundError: what was asked for cannot be used.
+        ValueError, FileNotFoundError: an argument is invalid, or a file does not exist.
     """
     from fastrl.models.open import open_policy
 
@@ -219,12 +221,12 @@ def reflect_on_image(
 def write_attention(
     policy: Policy, reflections: Sequence[Reflection], folder: Path, draw: HeatMaps | None = None
 ) -> dict[str, Any]:
-    """Read where the answers of finished reflections looked, and write ``attention.json`` and, where ``draw`` is given
+    """Compute the attention maps of finished reflections, and write ``attention.json`` and, if ``draw`` is given
     (``fastrl.report.figures.heat_maps``), ``attention.png``.
 
     Returns:
-        The summary of ``fastrl.models.attention.readout.save_attention``; ``mean_mass`` is the share of
-        attention on image tokens by turn.
+        The summary of ``fastrl.models.attention.readout.save_attention``; ``mean_mass`` is the fraction of attention on
+        image tokens by turn.
     """
     from fastrl.models.attention.readout import read_attention, save_attention
 
@@ -257,11 +259,12 @@ def evaluate_reflection(
         pixels: least and largest area of a resized picture; None: the model folder's.
         limit, skip_bad: of the data; soft: sentence-embedding model for soft matching in the metrics.
         out: write the dialogues to this JSONL file.
-        attention: folder for where answers looked; the mean by turn is a metric, too (``turn1/image_attention``).
-        draw: draws it (see :func:`write_attention`).
+        attention: folder for attention maps; the mean by turn is also a metric (``turn1/image_attention``).
+        draw: draws them (see :func:`write_attention`).
 
     Raises:
-        ValueError: records of another task or without truth. CriticError: the critic failed.
+        ValueError: records have another task or no truth.
+        CriticError: the critic failed.
     """
     from fastrl.data import load_data
     from fastrl.evaluate import evaluate

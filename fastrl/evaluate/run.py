@@ -1,4 +1,4 @@
-"""Run a protocol: records → a model's answers (or a file's) → metrics."""
+"""Runs an evaluation: records → answers of a model or from a file → metrics."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def sample_records(
     *,
     generator: Generator | VllmGenerator | None = None,
 ) -> Iterator[tuple[Record, list[Completion]]]:
-    """Each record, as the policy sees it (views and frame filled in), with its completions.
+    """Each record as the policy sees it (with views and frame), with its completions.
 
-    Records are read, encoded and answered ``portion`` at a time. Sampling is reproducible from ``seed``. ``generator``
-    is what answers; None: one of the policy's own.
+    Records are read, encoded and answered ``portion`` at a time. ``seed`` makes sampling reproducible. ``generator``
+    generates the answers; None: the policy creates one.
     """
     if generator is None:
         from fastrl.rollout import Generator
@@ -95,7 +95,8 @@ def run_evaluation(
     says how pages are compared (see ``evaluate_ocr``; None: ``nfc``).
 
     Raises:
-        ValueError: an unknown task, not exactly one of ``model`` and ``predictions``, bad data or other records.
+        ValueError: the task is unknown, not exactly one of ``model`` and ``predictions`` is given, the data is bad, or
+            records have another task.
     """
     if task not in EVALUATIONS:
         raise ValueError(unknown("task to evaluate", task, EVALUATIONS))
@@ -127,7 +128,7 @@ def run_evaluation(
     if blank_images:
         records = BlankImages(records)
     with nothing_empty_left(*([out] if out is not None else [])):
-        if out is not None:  # a file that cannot be written is an error now, not when all answers are there
+        if out is not None:  # raise now, and not after all answers, if the file cannot be written
             out.parent.mkdir(parents=True, exist_ok=True)
             out.open("a").close()
         if predictions is not None:
@@ -150,7 +151,7 @@ def run_evaluation(
 
 
 def caption_similarity(task: str, soft: str | None) -> Similarity | None:
-    """Soft matching by the model in ``soft``. Raises ``ValueError`` for another task than captions."""
+    """Soft matching by the model in ``soft``. Raises ``ValueError`` for other tasks than captions."""
     if soft is None:
         return None
     if task != "caption":

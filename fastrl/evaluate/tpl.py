@@ -2,19 +2,19 @@
 
     TPL = R(all frames, y) − R(a single frame, y)
 
-Low: one frame explains the text, which is where temporal hacking thrives; high: the text needs what happens in between.
-The paper gives the difference and its reading. What R is, over which single frames, and with which sign is a
-**reconstruction**, for neither code nor the full text was released: with ℓ(F) = mean over the answer's tokens of
+If it is low, one frame explains the text, which allows temporal hacking; if it is high, the text needs several frames.
+The paper gives the difference and its interpretation. The definition of R, the choice of single frames and the sign are
+a **reconstruction**, because neither code nor the full text was released: with ℓ(F) = mean over the answer's tokens of
 log p(y_k | F, question, y_<k), teacher forced, without the end of turn,
 
     log:  TPL = ℓ(all) − mean_f ℓ({f})                       in nats per token
     ppl:  TPL = mean_f exp(−ℓ({f})) − exp(−ℓ(all))           perplexities, so that larger still means more is needed
 
-over ``samples`` random frames f (without repetition), or the first, middle, last or best one. ``best`` takes the
-frame that explains the text best, the most cautious reading: all frames are then scored.
+over ``samples`` random frames f (without repetition), or the first, middle, last or best one. ``best`` uses the
+frame that explains the text best, which is the most conservative choice: all frames are then scored.
 
-Every subset of a clip's frames is a prompt of its own in the packed batch; they share the images, so the vision tower
-sees each frame once however many subsets hold it.
+Every subset of a clip's frames is a separate prompt in the packed batch; they share the images, so the vision tower
+processes each frame only once.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ FORMS = ("log", "ppl")
 
 
 class TemporalPerplexity(NamedTuple):
-    """TPL of one record and what it was made from. Scores ℓ are mean log-probs per answer token, in nats."""
+    """TPL of one record and its components. Scores ℓ are mean log-probs per answer token, in nats."""
 
     id: str
     tpl: float
     full: float  # ℓ with all frames
     single: float  # mean ℓ of the chosen frames
     chosen: tuple[int, ...]  # their numbers, from 1
-    curve: Mapping[int, float]  # ℓ with that frame alone, for every frame that was scored
+    curve: Mapping[int, float]  # ℓ with only that frame, for every frame that was scored
     frames: int
     tokens: int  # of the answer
 
@@ -72,18 +72,18 @@ def temporal_perplexity(
 
     Args:
         policy: the model; nothing is trained.
-        records: clips whose text is ``target["answer"]`` (else what ``format_answer`` writes for the truth). The
-            prompt is the record's, with a subset of its images (see :func:`frame_subset`).
-        samples: random frames per record, at most all; read by ``single="random"`` alone.
-        single: which single frame(s) the whole clip is compared with.
+        records: clips whose text is ``target["answer"]`` (else the truth written by ``format_answer``). The prompt is
+            the record's, with a subset of its images (see :func:`frame_subset`).
+        samples: random frames per record, at most all; only read with ``single="random"``.
+        single: the single frame(s) with which the whole clip is compared.
         form: ``log`` or ``ppl``.
-        seed: of the random frames. They depend on it and on the record's id, not on the other records.
-        curve: score every frame alone, for ``TemporalPerplexity.curve``; TPL itself stays that of the chosen ones.
-        token_budget: tokens of one packed batch; a prompt is never split. Changes nothing but memory and time.
+        seed: of the random frames, which also depend on the record's id but not on the other records.
+        curve: score every single frame, for ``TemporalPerplexity.curve``; TPL itself only uses the chosen ones.
+        token_budget: tokens of one packed batch; a prompt is never split. Only affects memory and time.
 
     Raises:
-        ValueError: an unknown ``single`` or ``form``, no sample, or a record without images or answer.
-        EncodeError: what the policy cannot encode.
+        ValueError: ``single`` or ``form`` is unknown, ``samples`` is less than 1, or a record has no images or answer.
+        EncodeError: the policy cannot encode a record.
     """
     check_choices(samples, single, form)
     scorer = _Scorer(policy, token_budget)
@@ -108,21 +108,21 @@ def temporal_perplexity(
 
 
 def check_choices(samples: int, single: str, form: str) -> None:
-    """Raise ``ValueError`` for what :func:`temporal_perplexity` does not know."""
+    """Raise ``ValueError`` for options that :func:`temporal_perplexity` does not support."""
     for name, value, known in (("single", single, SINGLES), ("form", form, FORMS)):
         if value not in known:
             raise ValueError(f"--{name}: " + unknown("choice", value, known))
     if samples < 1:
-        raise ValueError(f"--samples: need at least 1, got {samples}")
+        raise ValueError(f"--samples: expected at least 1, got {samples}")
 
 
 def frame_subset(record: Record, numbers: Sequence[int]) -> Record:
-    """The record with only the images ``numbers`` (from 1), each with the text part right before it (its label).
+    """The record with only the images ``numbers`` (from 1), each with the text part directly before it (its label).
 
-    Everything else of the messages stays.
+    The rest of the messages is unchanged.
 
     Raises:
-        ValueError: a number that there is no image of.
+        ValueError: there is no image of that number.
     """
     if not set(numbers) <= set(range(1, len(record.images) + 1)):
         raise ValueError(f"record {record.id!r} has images 1 to {len(record.images)}, got {list(numbers)}")
@@ -200,14 +200,14 @@ def _choose(name: str, count: int, samples: int, single: str, seed: int) -> tupl
 
 
 class _Scorer:
-    """Scores clips a batch's worth at a time; each frame of one batch's worth goes through the tower once."""
+    """Scores clips in batches; each frame of a batch goes through the vision tower once."""
 
     def __init__(self, policy: Policy, token_budget: int) -> None:
         self.policy, self.token_budget = policy, token_budget
         self._features: dict[str, VisionFeatures] = {}
 
     def score(self, clips: Iterable[_Clip]) -> Iterator[tuple[_Clip, list[float]]]:
-        """Each clip with ℓ of its groups, in order."""
+        """Each clip with the ℓ of its groups, in order."""
         waiting: list[_Clip] = []
         for clip in clips:
             if waiting and sum(each.size for each in waiting) + clip.size > self.token_budget:
@@ -222,7 +222,7 @@ class _Scorer:
         images = {image.key: image for clip in clips for image in clip.images}
         known = {key: self._features[key] for key in images if key in self._features}
         missing = [image for key, image in images.items() if key not in known]
-        self._features = known | self.policy.features(missing)  # neighbours are often about the same frames
+        self._features = known | self.policy.features(missing)  # consecutive clips often have the same frames
         scores: list[float] = []
         for batch in pack((group for clip in clips for group in clip.groups), self.token_budget):
             logp = self.policy.logprob(batch.to(self.policy.device), features=self._features).logp
@@ -242,4 +242,4 @@ def _tpl(full: float, alone: Sequence[float], form: str) -> float:
 
 
 def _perplexity(score: float) -> float:
-    return math.exp(min(-score, 700.0))  # finite, however improbable
+    return math.exp(min(-score, 700.0))  # finite for any log-prob

@@ -1,4 +1,4 @@
-"""``fastrl tpl``: measure temporal perplexity over a file, draw its distribution, keep the rows that need the clip."""
+"""``fastrl tpl``: measure temporal perplexity of a file, draw its distribution, and keep the rows with high values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastrl.models.open import open_policy
 
 @dataclass(frozen=True)
 class TplOptions:
-    """What ``fastrl tpl`` measures and keeps; see ``temporal_perplexity`` for the first ones."""
+    """Options of ``fastrl tpl``; see also ``temporal_perplexity``."""
 
     model: str
     data: str  # a file of dialogues, or any adapter:path
@@ -31,7 +31,7 @@ class TplOptions:
     form: str = "log"
     seed: int = 0
     curve: bool = False
-    keep_top: float | None = None  # a share up to 1, above that a percentage
+    keep_top: float | None = None  # a fraction up to 1; above that a percentage
     limit: int | None = None
     skip_bad: bool = False
     min_pixels: int | None = None
@@ -43,11 +43,11 @@ class TplOptions:
         return f"utr:{self.data}" if Path(self.data).is_file() else self.data
 
     @property
-    def share(self) -> float:
-        """The share of records that is kept. Raises ``ValueError``: not above 0 or beyond 100."""
+    def fraction(self) -> float:
+        """The fraction of records to keep. Raises ``ValueError`` unless ``keep_top`` is above 0 and at most 100."""
         keep = 1.0 if self.keep_top is None else self.keep_top
         if not 0 < keep <= 100:
-            raise ValueError(f"--keep-top: a share in (0, 1], or a percentage up to 100; got {keep:g}")
+            raise ValueError(f"--keep-top: expected a fraction in (0, 1], or a percentage up to 100, got {keep:g}")
         return keep if keep <= 1 else keep / 100
 
 
@@ -64,20 +64,20 @@ def run_tpl(
     Args:
         options: see :class:`TplOptions`.
         out: write the kept rows of the data file here, in their order, each with its ``tpl``.
-        plot: PNG of the distribution; default beside ``out``, else ``runs/tpl-NAME.png``.
-        draw: draws it, as ``fastrl.report.tpl.draw_tpl`` does; None: no figure.
-        say: called with a line now and then.
+        plot: PNG of the distribution; default next to ``out``, else ``runs/tpl-NAME.png``.
+        draw: draws it, such as ``fastrl.report.tpl.draw_tpl``; None: no figure.
+        say: called with progress messages.
 
     Returns:
-        Mean, spread and quantiles of TPL, what was kept, ``plot``, and ``values``: one object per record (``id``,
-        ``tpl``, ``full``, ``single``, ``chosen``, ``curve``, ``explaining``, …).
+        Mean, spread and quantiles of TPL, the number of kept rows, ``plot``, and ``values``: one object per record
+        (``id``, ``tpl``, ``full``, ``single``, ``chosen``, ``curve``, ``explaining``, …).
 
     Raises:
-        ValueError: bad options or data; ``keep_top`` without ``out``; rows that cannot be written back.
+        ValueError: options or data are bad, ``keep_top`` is given without ``out``, or rows cannot be written back.
     """
     started = time.perf_counter()
     check_choices(options.samples, options.single, options.form)
-    share = options.share
+    fraction = options.fraction
     if options.keep_top is not None and out is None:
         raise ValueError("--keep-top needs --out: the file for the rows that are kept")
     adapter, path, _ = parse_spec(options.spec)
@@ -96,7 +96,7 @@ def run_tpl(
         curve=options.curve,
         token_budget=options.token_budget,
     )
-    kept = keep_top(results, share)
+    kept = keep_top(results, fraction)
     threshold = min(results[i].tpl for i in kept)
     if out is not None:
         lines = [_line(rows[i], records[i], i, results[i], Path(path), out) for i in kept]
@@ -118,10 +118,10 @@ def run_tpl(
     }
 
 
-def keep_top(results: Sequence[TemporalPerplexity], share: float) -> list[int]:
-    """Places of the ``share`` with the highest TPL (rounded up), in the order of the data; of equals, the first."""
+def keep_top(results: Sequence[TemporalPerplexity], fraction: float) -> list[int]:
+    """Indices of the ``fraction`` with the highest TPL (rounded up), in the order of the data; of equals, the first."""
     ranked = sorted(range(len(results)), key=lambda i: (-results[i].tpl, i))
-    return sorted(ranked[: math.ceil(share * len(results) - 1e-9)])
+    return sorted(ranked[: math.ceil(fraction * len(results) - 1e-9)])
 
 
 def summary(results: Sequence[TemporalPerplexity]) -> dict[str, Any]:
@@ -141,16 +141,16 @@ def summary(results: Sequence[TemporalPerplexity]) -> dict[str, Any]:
 
 
 def plain(result: TemporalPerplexity) -> dict[str, Any]:
-    """A result as JSON has it."""
+    """A result as JSON values."""
     values = result._asdict()
     values["curve"] = {str(frame): score for frame, score in result.curve.items()}
     return values | {"chosen": list(result.chosen), "explaining": result.explaining()}
 
 
 def _rows(path: Path, adapter: str, records: Sequence[Record], out: Path) -> dict[int, Mapping[str, Any]]:
-    """The file's row of each record, by the record's place. Raises ``ValueError`` where there is none."""
+    """The file's row of each record, by the record's index. Raises ``ValueError`` if there is none."""
     if not path.is_file():
-        raise ValueError(f"--out writes rows of a data file back; {adapter}:{path} is no file of rows")
+        raise ValueError(f"--out writes rows of a data file back; {adapter}:{path} is not a file of rows")
     if out.resolve() == path.resolve():
         raise ValueError(f"--out: {out} is the data itself; choose another file")
     by_place = {where: row for _, where, row in read_rows(path) if isinstance(row, Mapping)}
@@ -158,7 +158,7 @@ def _rows(path: Path, adapter: str, records: Sequence[Record], out: Path) -> dic
     for i in range(len(records)):
         row = by_place.get(records[i].source)
         if row is None:
-            raise ValueError(f"--out: record {records[i].id!r} ({records[i].source}) is no single row of {path}")
+            raise ValueError(f"--out: record {records[i].id!r} ({records[i].source}) is not a single row of {path}")
         found[i] = row
     return found
 
@@ -166,7 +166,7 @@ def _rows(path: Path, adapter: str, records: Sequence[Record], out: Path) -> dic
 def _line(
     row: Mapping[str, Any], record: Record, number: int, result: TemporalPerplexity, path: Path, out: Path
 ) -> str:
-    """The row with its TPL; names of pictures are made to hold from the new file's folder."""
+    """The row with its TPL; picture paths are made relative to the new file's folder."""
     row = {**row, "tpl": result.tpl}
     if out.parent.resolve() != path.parent.resolve():
         frames = row.get("frames")
@@ -188,7 +188,7 @@ def _figure(
     say: Callable[[str], None],
     **shown: Any,
 ) -> str | None:
-    """Draw ``plot``; None where nothing was drawn."""
+    """Draw ``plot``; returns None if nothing was drawn."""
     if draw is None:
         return None
     try:

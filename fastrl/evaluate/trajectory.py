@@ -15,22 +15,22 @@ FOUND = 0.5  # IoU from which a true box counts as found (the MOT challenge's)
 
 
 def evaluate_trajectory(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
-    """Metrics of trajectory answers; all but ``mota`` (at most 1, unbounded below) lie in [0, 1].
+    """Metrics of trajectory answers; all but ``mota`` (at most 1, unbounded below) are in [0, 1].
 
-    Answer tracks are matched one to one, as wholes, to the true ones of their record by the greatest total IoU.
+    Answer tracks are matched one to one, as a whole, to the true ones of their record by the largest total IoU.
 
     - ``mean_iou``: a track's mean IoU over all frames with a true box (0 where the answer has none), averaged over all
       true tracks; surplus boxes and tracks do not lower it.
-    - ``recall@0.5``: share of all true boxes whose matched track has IoU ≥ 0.5 there.
-    - ``identity_accuracy``: of the true boxes that *any* track of the answer has found (IoU ≥ 0.5), the share found by
-      the track that is matched to this subject and bears its name. Exchanged identities and wrong names lower it. 0
-      where nothing was found.
-    - ``mota`` and ``idf1`` over all clips at IoU 0.5, with py-motmetrics; left out where that is not installed.
-      Identity numbers are labels there as here: only their consistency counts.
+    - ``recall@0.5``: fraction of all true boxes whose matched track has IoU ≥ 0.5 there.
+    - ``identity_accuracy``: of the true boxes that *any* track of the answer finds (IoU ≥ 0.5), the fraction found by
+      the track that is matched to the subject and has its name. Exchanged identities and wrong names lower it. 0 if
+      nothing was found.
+    - ``mota`` and ``idf1`` over all clips at IoU 0.5, with py-motmetrics; left out if that is not installed. Identity
+      numbers are only labels: they need to be consistent, not equal to the true ones.
     - ``n`` and ``unparsable``, answers without a single box of a track.
 
     Raises:
-        ValueError: a record without true boxes.
+        ValueError: a record has no true boxes.
     """
     truth = [true_tracks(record.target) for record in records]
     found = [read_tracks(answer, record) for answer, record in zip(answers, records, strict=True)]

@@ -1,1 +1,1 @@
-"""Other trainers with fastrl's forward: prompts and their pictures computed once for all their answers."""
+"""fastrl's forward in other trainers: prompts and their pictures are computed once for all their answers."""

@@ -6,14 +6,15 @@
     class Trainer(SharedPrefixGRPOMixin, GRPOTrainer):
         pass
 
-TRL scores a micro-batch as padded rows, each with its prompt and pictures again. Here answers of one micro-batch that
-have the same prompt and the same pictures are one group of a packed row (``fastrl.batch``): the vision tower and the
-prompt's layers run once for it. So that they meet in a micro-batch, the answers that one optimizer step uses are sorted
-by prompt after TRL has shuffled them. Losses and weights are plain TRL's to rounding; what TRL logs as a mean of its
-micro-batches' means (entropy, KL, clip fractions) is taken over other micro-batches.
+TRL scores a micro-batch as padded rows, each with its own copy of prompt and pictures. Here the answers of a
+micro-batch with the same prompt and pictures are one group of a packed row (``fastrl.batch``): the vision tower and the
+prompt's layers run once for it. To bring them into the same micro-batch, the answers of one optimizer step are sorted
+by prompt after TRL has shuffled them. Losses and weights equal those of TRL up to rounding; metrics that TRL logs as a
+mean over micro-batches (entropy, KL, clip fractions) are taken over different micro-batches.
 
-For the families of ``fastrl.models.families``. Pictures are shared for those whose processor gives ``image_grid_thw``
-(the Qwen-VL line); other picture prompts, and an MoE's router loss, take TRL's padded rows, on the fused head.
+This works for the families of ``fastrl.models.families``. Pictures are shared for those whose processor returns
+``image_grid_thw`` (the Qwen-VL line); other prompts with pictures, and an MoE's router loss, use TRL's padded rows with
+the fused head.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from fastrl.models.policy import packed_states
 from fastrl_kernels.integrations._head import replace_forward
 from fastrl_kernels.integrations.trl import FusedGRPOMixin, fuse_head, padded_states
 
-_OF_EACH_BATCH = ("bnpo",)  # normalised within a micro-batch: which answers share one is part of the loss
+_OF_EACH_BATCH = ("bnpo",)  # normalised within a micro-batch, so the loss depends on its composition
 _OTHER_PICTURES = ("pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes", "image_position_ids")
 
 
 class SharedPrefixGRPOMixin(FusedGRPOMixin):
-    """Put before ``GRPOTrainer`` in a class's bases; takes its arguments, keeps its results.
+    """Mixin to put before ``GRPOTrainer`` in a class's bases; same arguments and results.
 
     Raises:
-        ValueError: a model whose family fastrl does not know.
+        ValueError: fastrl does not support the model's family.
     """
 
     _buffered_inputs: Any
@@ -65,7 +66,7 @@ class SharedPrefixGRPOMixin(FusedGRPOMixin):
         def forward(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("packed") is not None:
                 return fused(*args, **kwargs)
-            with attention(family, model, language=own):  # generation, padded rows: as the model attends by itself
+            with attention(family, model, language=own):  # generation and padded rows use the model's own attention
                 return fused(*args, **kwargs)
 
         replace_forward(model, forward)
@@ -80,13 +81,13 @@ class SharedPrefixGRPOMixin(FusedGRPOMixin):
         steps, window = len(buffered), self.args.gradient_accumulation_steps
         if window % steps == 0:
             window = steps
-        if steps % window == 0:  # else optimizer steps begin and end within the buffer's parts of one
+        if steps % window == 0:  # otherwise optimizer steps do not align with the buffer's parts
             parts = [sort_by_prompt(buffered[start : start + window]) for start in range(0, steps, window)]
             self._buffered_inputs = [batch for part in parts for batch in part]
         return self._buffered_inputs[at]
 
     def _may_sort(self) -> bool:
-        """Whether the loss of an optimizer step is the same however its answers are spread over micro-batches."""
+        """Whether the loss of an optimizer step is independent of the distribution of answers over micro-batches."""
         each = self.loss_type in _OF_EACH_BATCH or self.top_entropy_quantile < 1.0 or self._entropy_bonus_enabled
         return not each
 
@@ -138,14 +139,14 @@ def _states(core: Any, named: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 class Rows:
-    """A padded micro-batch of TRL's, on the host: the prompt, pictures and answer of each row."""
+    """A padded micro-batch from TRL, on the host: the prompt, pictures and answer of each row."""
 
     def __init__(
         self,
         prompts: list[Tensor],  # ids [P] of each row
         answers: list[Tensor],  # ids [T]
         images: list[list[ImageInput]],
-        width: int,  # columns that answers have
+        width: int,  # number of answer columns
         family: Family,
     ) -> None:
         self.prompts, self.answers, self.images, self.width, self.family = prompts, answers, images, width, family
@@ -154,13 +155,13 @@ class Rows:
     def of(
         cls, input_ids: Tensor, attention_mask: Tensor, answer: int, pictures: dict[str, Any], family: Family
     ) -> Rows | None:
-        """``answer``: columns of the answers, on the right. None: pictures or masks that are not what is known here."""
+        """``answer``: number of answer columns, on the right. Returns None for unsupported pictures or masks."""
         if any(pictures.get(name) is not None for name in _OTHER_PICTURES):
             return None
         ids, mask = input_ids.cpu(), attention_mask.bool().cpu()
         lengths = mask[:, -answer:].sum(1)
         if not torch.equal(mask[:, -answer:], torch.arange(answer) < lengths[:, None]):
-            return None  # an answer with a hole
+            return None  # an answer with a gap
         counts = pictures.get("num_images")
         if pictures.get("pixel_values") is None:
             images: list[list[ImageInput]] = [[] for _ in ids]
@@ -175,7 +176,7 @@ class Rows:
         return cls(prompts, answers, images, answer, family)
 
     def pack(self, rows: Sequence[int]) -> tuple[PackedBatch, Tensor]:
-        """These rows as a packed batch, and where its N log-probs belong in [rows, answer columns], flat [N]."""
+        """These rows as a packed batch, and the flat indices [N] of its log-probs in [rows, answer columns]."""
         groups: list[list[int]] = []
         for row in rows:
             same = next((group for group in groups if self._same(group[0], row)), None)
@@ -189,7 +190,7 @@ class Rows:
         return pack_row(packed), torch.cat(places)
 
     def _same(self, one: int, other: int) -> bool:
-        """Whether two rows have the same prompt and pictures, to the last bit."""
+        """Whether two rows have bitwise the same prompt and pictures."""
         mine, theirs = self.images[one], self.images[other]
         return (
             torch.equal(self.prompts[one], self.prompts[other])
@@ -198,11 +199,11 @@ class Rows:
         )
 
     def _prompt(self, row: int) -> Prompt:
-        """The row's prompt, its pictures laid out anew: what comes out must be the ids that TRL has."""
+        """The row's prompt with its pictures laid out again, which must give TRL's ids."""
         ids, images = self.prompts[row], self.images[row]
         layout = self.family.lay_out(_collapsed(self.family, ids, images), images)
         if not torch.equal(layout.ids, ids):
-            raise ValueError("a prompt's picture tokens are not where its processor's pictures would have them")
+            raise ValueError("the image tokens of a prompt do not match the pictures of its processor")
         return Prompt(layout.ids, layout.positions, tuple(images), layout.slots)
 
 
@@ -211,7 +212,7 @@ def _collapsed(family: Family, ids: Tensor, images: Sequence[ImageInput]) -> Ten
     pieces, at = [], 0
     for image in images:
         run = torch.tensor(family.expansion(image))
-        first = int((run == family.image_token).nonzero()[0])  # markers may stand before it
+        first = int((run == family.image_token).nonzero()[0])  # markers may precede it
         found = (ids[at:] == family.image_token).nonzero()
         start = at + int(found[0]) - first if len(found) else len(ids)
         if start < at or not torch.equal(ids[start : start + len(run)], run):
@@ -222,7 +223,7 @@ def _collapsed(family: Family, ids: Tensor, images: Sequence[ImageInput]) -> Ten
 
 
 def sort_by_prompt(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of TRL's micro-batches spread over as many anew, rows with equal prompts together; else in order."""
+    """Redistribute the rows of TRL's micro-batches over as many, with equal prompts together, otherwise in order."""
     parts: list[dict[str, Any]] = [split_pixel_values_by_grid(batch) for batch in batches]
     merged: dict[str, Any] = {}
     for name, first in parts[0].items():

@@ -1,1 +1,1 @@
-"""Pictures and pages drawn from a run's files."""
+"""Figures and pages made from a run's files."""

@@ -68,9 +68,9 @@ def draw_answer(axis: Any, record: Record, answer: str) -> None:
 
 
 def heat_maps(pictures: Sequence[tuple[Any, Sequence[Any]]], path: Path) -> None:
-    """Draw each picture (a file or PIL image) in a row of its own, once plain and once under each of its maps.
+    """Draw each picture (a file or PIL image) in its own row, once plain and once with each of its maps.
 
-    A map [rows, columns] lies over the whole picture. Colours of a row share one scale, 0 to the row's largest value.
+    A map [rows, columns] covers the whole picture. All maps of a row have one colour scale, from 0 to their maximum.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -37,32 +37,31 @@ FAMILIES = {
     "speed": ("speed/",),
     "memory (GiB)": ("memory/",),
 }
-PICTURES = 12  # sample answers that are drawn
-DRAWN = 100_000  # characters of an answer that are looked at for boxes
+PICTURES = 12  # number of sample answers that are drawn
+DRAWN = 100_000  # characters of an answer in which boxes are searched
 TASKS_WITH_BOXES = ("grounding", "counting", "detection")
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
-h1, h2 { font-weight: 600 } h2 { margin-top: 2.5rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem }
-.charts img, .pictures img { width: 100% } .pictures { display: grid; grid-template-columns: repeat(6, 1fr); gap: .5rem }
-table { border-collapse: collapse; width: 100% } td, th { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top }
-td.answer { font-family: ui-monospace, monospace; font-size: .85em; word-break: break-word } pre { background: #f6f6f6; padding: 1rem; overflow: auto }
-"""  # noqa: E501
+STYLE = """ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color:
+#222 } h1, h2 { font-weight: 600 } h2 { margin-top: 2.5rem } .charts { display: grid; grid-template-columns:
+repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem } .charts img, .pictures img { width: 100% } .pictures { display: grid;
+grid-template-columns: repeat(6, 1fr); gap: .5rem } table { border-collapse: collapse; width: 100% } td, th {
+border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top } td.answer { font-family:
+ui-monospace, monospace; font-size: .85em; word-break: break-word } pre { background: #f6f6f6; padding: 1rem; overflow:
+auto } """
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the page of the run in folder ``run`` to ``out`` (default ``run/report.html``) and return its path.
 
-    Curves are drawn of every number in ``metrics.jsonl``. Sample answers are drawn over their pictures where the run's
-    data can still be read; a page without pictures says why. What of the logs cannot be read is left out and counted.
+    Curves are drawn for every number in ``metrics.jsonl``. Sample answers are drawn on their pictures if the run's data
+    can still be read; otherwise the page states the reason. Unreadable lines of the logs are left out and counted.
 
     Raises:
-        FileNotFoundError: the folder holds no ``metrics.jsonl``.
+        FileNotFoundError: the folder has no ``metrics.jsonl``.
         ValueError: ``metrics.jsonl`` has no row.
     """
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
-        raise FileNotFoundError(f"{run} is no run folder: it holds no metrics.jsonl")
+        raise FileNotFoundError(f"{run} is not a run folder: it has no metrics.jsonl")
     rows, others = read_anyhow(metrics)
     if not rows:
         raise ValueError(f"{metrics} has no row yet")
@@ -97,7 +96,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _with_steps(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
-    """Rows that have a step (in their order where none has one), and a line about the others."""
+    """Rows that have a step (all rows if none has one), and a message about the others."""
     stepped = [row for row in rows if is_step(row.get("step"))]
     if not stepped:
         return [
@@ -129,7 +128,7 @@ def _minutes(rows: Sequence[Mapping[str, Any]], key: str) -> str:
 
 
 def families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The keys of the metrics by family, without those that never hold a number; what fits none is ``other``."""
+    """The keys of the metrics by family, without keys that never have a number; the rest is ``other``."""
     numbers = dict.fromkeys(k for row in rows for k, v in row.items() if is_number(v) and k != "step")
     found: dict[str, list[str]] = {}
     for key in numbers:
@@ -174,8 +173,7 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def _chart(name: str, keys: Sequence[str], rows: Sequence[Mapping[str, Any]], mark: int | None = None) -> str:
-    """A chart of some metrics over the steps, as the address of an image that is in the page itself. ``mark``: a step
-    with a dotted line."""
+    """A chart of some metrics over the steps, as a data URL. ``mark``: a step to mark with a dotted line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -221,7 +219,7 @@ def _sample_row(sample: Mapping[str, Any]) -> str:
 
 
 def _pictures(samples: Sequence[Mapping[str, Any]], recipe: Path) -> str:
-    """The last samples drawn over their pictures: truth green, answer red."""
+    """The last samples drawn on their pictures: truth green, answer red."""
     drawable = [s for s in samples if s.get("task") in TASKS_WITH_BOXES and s.get("views")][-PICTURES:]
     if not drawable:
         return ""
@@ -234,7 +232,7 @@ def _pictures(samples: Sequence[Mapping[str, Any]], recipe: Path) -> str:
         record = records.get(str(sample.get("id")))
         try:
             drawn += [_picture(sample, record)] if record is not None else []
-        except (ValueError, TypeError, KeyError, OSError, OverflowError):  # views that are none, a picture that is gone
+        except (ValueError, TypeError, KeyError, OSError, OverflowError):  # invalid views, a missing picture
             failed += 1
     left = f" Not drawn: {failed} whose picture or sizes cannot be read." if failed else ""
     return f'<p>Truth green, answer red.{left}</p><div class="pictures">{"".join(drawn)}</div>'

@@ -1,4 +1,4 @@
-"""Text of unknown origin (answers, questions, names) made fit for a page: harmless, readable by any tool, bounded."""
+"""Makes untrusted text (answers, questions, names) safe for a page: escaped, valid and bounded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ END_ISOLATE, END_EMBEDDING = "\u2069", "\u202c"
 
 
 def shown(value: object, limit: int = LONGEST) -> str:
-    """HTML of a text in a ``bdi`` element: whatever direction it sets ends with it."""
+    """HTML of a text in a ``bdi`` element, which limits the effect of directional marks."""
     return f"<bdi>{html.escape(plain(value, limit))}</bdi>"
 
 
@@ -26,24 +26,24 @@ def label(value: object, limit: int = 60) -> str:
 
 
 def plain(value: object, limit: int) -> str:
-    """A text cut to ``limit`` characters, and then with its length; without characters that no text has, directional
-    marks closed."""
+    """A text cut to ``limit`` characters (then with its length), without invalid characters and with directional marks
+    closed."""
     text = str(value)
     cut = closed("".join("\ufffd" if _odd(c) else c for c in text[:limit]))
     return cut if len(text) <= limit else f"{cut}… ({len(text):,} characters)"
 
 
 def closed(text: str) -> str:
-    """``text`` with every directional mark in it ended in it, and without ends of what did not begin in it."""
+    """``text`` with every directional mark closed, and without unmatched closing marks."""
     out: list[str] = []
-    begun: list[str] = []  # the ends that are due
+    begun: list[str] = []  # closing marks that are still needed
     for c in text:
         if c in ISOLATES or c in EMBEDDINGS:
             begun.append(END_ISOLATE if c in ISOLATES else END_EMBEDDING)
         elif c == END_ISOLATE:
             if c not in begun:
                 continue
-            while begun.pop() != c:  # ends the embeddings inside it, too
+            while begun.pop() != c:  # also closes the embeddings inside
                 pass
         elif c == END_EMBEDDING:
             if not begun or begun[-1] != c:

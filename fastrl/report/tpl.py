@@ -1,4 +1,4 @@
-"""Figure of temporal perplexities: their distribution, and which frames explain the answers by themselves."""
+"""Figure of temporal perplexities: their distribution, and the scores of single frames."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ POSITIONS = 20  # bins along a clip, for clips of different length
 
 
 def draw_tpl(results: Sequence[TemporalPerplexity], path: Path, *, form: str, threshold: float | None = None) -> None:
-    """Draw a histogram of TPL (with the filter's threshold), and beside it the score of single frames along the clip.
+    """Draw a histogram of TPL (with the filter's threshold), and next to it the score of single frames along the clip.
 
-    The right part is the mean over records of ℓ(frame alone) − ℓ(all frames) by the frame's place in its clip (0: the
-    first frame, 1: the last): near 0 where such a frame tells as much as the clip.
+    The right part is the mean over records of ℓ(frame alone) − ℓ(all frames) by the frame's position in its clip (0:
+    the first frame, 1: the last); near 0, a single frame is as informative as the clip.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def draw_tpl(results: Sequence[TemporalPerplexity], path: Path, *, form: str, th
 
 
 def mean_curve(results: Sequence[TemporalPerplexity]) -> tuple[list[float], list[float]]:
-    """Places in the clip (0 to 1) and the mean over records of ℓ(frame alone) − ℓ(all frames) there."""
+    """Positions in the clip (0 to 1), and the mean over records of ℓ(frame alone) − ℓ(all frames) there."""
     found: dict[float, list[float]] = {}
     for result in results:
         for frame, score in result.curve.items():

@@ -24,15 +24,15 @@ R = TypeVar("R", bound=type[Reward])
 
 
 def register(task: str, reward: R) -> R:
-    """Make the reward of ``task`` known: records of that task are then scored by it.
+    """Register the reward that scores records of ``task``.
 
     Args:
-        task: as ``Record.task`` has it.
-        reward: a subclass of ``Reward``, a frozen dataclass whose fields are its options. Where it names no ``task`` of
-            its own, it is given this one.
+        task: the value of ``Record.task``.
+        reward: a subclass of ``Reward``, a frozen dataclass whose fields are its options. If it sets no ``task``, it
+            gets this one.
 
     Raises:
-        TypeError: no such class, or one with a part missing, misspelt or of the wrong kind.
+        TypeError: not such a class, or an attribute or hook is missing, misspelt or of the wrong kind.
         ValueError: another reward has that task.
     """
     found = _faults(reward)
@@ -45,7 +45,7 @@ def register(task: str, reward: R) -> R:
 
 
 def _faults(reward: type[Reward]) -> list[str]:
-    """What keeps a class from being a reward."""
+    """Reasons why a class is not a valid reward."""
     if not (isinstance(reward, type) and issubclass(reward, Reward)):
         return faults(reward, Reward)
     found = faults(reward, Reward, own=reward.options())
@@ -56,7 +56,7 @@ def _faults(reward: type[Reward]) -> list[str]:
     if reward.score is Reward.score:
         found.append("score is missing")
     if not reward.parts:
-        found.append("parts has to name the components that score returns")
+        found.append("parts must name the components that score returns")
     return found
 
 
@@ -70,7 +70,7 @@ def reward_for(task: str, **options: Any) -> Reward:
     ``options`` are fields of its class.
 
     Raises:
-        ValueError: an unknown task, option or value of an option; the message names the nearest valid one.
+        ValueError: a task, option or value is unknown; the message names the nearest valid one.
     """
     if task not in REWARDS:
         raise ValueError(unknown("task for a reward", task, REWARDS))

@@ -1,14 +1,13 @@
 """fastrl rewards under other trainers' calling conventions: TRL's ``reward_funcs`` and verl's ``compute_score``.
 
-Both hand over loose values (dataset columns, a ground truth, extra info) where fastrl has a ``Record``;
-:func:`record_from` is the one place that turns the former into the latter. An error about the *truth* is raised and
-names the column; nothing in an *answer* ever raises.
+Both pass loose values (dataset columns, a ground truth, extra info) instead of a ``Record``; :func:`record_from`
+converts them. An error in the *truth* raises and names the column; nothing in an *answer* ever raises.
 
-A truth may be a list, an array, or JSON text (also in ``<answer>`` tags): all mean the same. Under TRL a row of another
-task gives None, which TRL leaves out of the sum.
+A truth may be a list, an array, or JSON text (also in ``<answer>`` tags). Under TRL a row of another task gives None,
+which TRL leaves out of the sum.
 
-Coordinates: when the row gives the image's size (``width``/``height``, or a PIL image in ``image``/``images``), the
-truth is in pixels of that image and the answer's frame is read as everywhere in fastrl (``frame``,
+Coordinates: if the row has the image's size (``width``/``height``, or a PIL image in ``image``/``images``), the truth
+is in pixels of that image and the answer's frame is determined as elsewhere in fastrl (``frame``,
 ``resized_width``/``resized_height``, or the ``family`` of the model: a column, or an option of the reward). Without a
 size, answer and truth are compared number by number.
 """
@@ -36,7 +35,7 @@ from fastrl.data.truth import (
 from fastrl.rewards.base import Reward, unknown
 
 T = TypeVar("T")
-# What a column may be called, by the field of the target that it fills. The first name is fastrl's own.
+# Accepted names of columns, by the field of the target that they fill. The first name is fastrl's own.
 _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "grounding": {"box": ("box", "bbox", "bbox_2d", "solution"), "expression": ("expression", "normal_caption")},
     "counting": {"count": ("count",), "points": ("points",), "boxes": ("boxes",), "label": ("label",)},
@@ -49,8 +48,8 @@ _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "ocr": {"text": ("text",)},
     "trajectory": {"tracks": ("tracks",), "frames": ("frames",), "size": ("size",)},
 }
-_TEXTS = ("expression", "label", "text")  # fields of the target that are text: what looks like JSON is none there
-# Columns that only rows of one task have. (``boxes`` and ``label`` are of two.)
+_TEXTS = ("expression", "label", "text")  # text fields of the target, which are not parsed as JSON
+# Columns that only rows of one task have. (``boxes`` and ``label`` belong to two tasks.)
 _OWN: dict[str, tuple[str, ...]] = {
     "grounding": _ALIASES["grounding"]["box"],
     "counting": ("count", "points"),
@@ -96,7 +95,7 @@ def _need(target: Mapping[str, Any], task: str, name: str, where: str) -> Any:
 
 
 def _check_target(task: str, target: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The target with checked types, as the reward of ``task`` reads it."""
+    """The target with checked types for the reward of ``task``."""
     if task == "ocr":
         text = _need(target, task, "text", where)
         if not isinstance(text, str):
@@ -143,7 +142,7 @@ def _track(track: Any, where: str) -> dict[str, Any]:
 
 
 def _size(row: Mapping[str, Any], where: str) -> View | None:
-    """Original and resized size of the row's image in pixels; None where the row does not say."""
+    """Original and resized size of the row's image in pixels; None if the row does not have them."""
     width, height = row.get("width"), row.get("height")
     if width is None or height is None:
         images = row.get("images") or row.get("image")
@@ -160,7 +159,7 @@ def _size(row: Mapping[str, Any], where: str) -> View | None:
 
 
 def _styled(record: Record, family: Any, where: str) -> Record:
-    """The record with frame, form and padding of the family that answers, where its row does not name a frame."""
+    """The record with frame, style and padding of the answering family, unless its row names a frame."""
     if family is None:
         return record
     if family not in FAMILIES:
@@ -171,7 +170,7 @@ def _styled(record: Record, family: Any, where: str) -> Record:
 
 
 def _padded(record: Record) -> Record:
-    """The record with its picture padded to a square where coordinates are parts of that."""
+    """The record with its picture padded to a square if coordinates refer to that."""
     if record.frame != "padded_unit" or not record.views or record.views[0].canvas is not None:
         return record
     view = record.views[0]
@@ -179,14 +178,14 @@ def _padded(record: Record) -> Record:
 
 
 def record_from(task: str, row: Mapping[str, Any], where: str = "row", family: str | None = None) -> Record:
-    """One row of loose columns as a ``Record``; ``family`` where the row names none.
+    """One row of loose columns as a ``Record``; ``family``: default if the row names none.
 
     The truth is looked for in the columns of its own names (``box``, ``count``, ``points``, ``boxes``, ``labels``,
     ``text``; also ``bbox``, ``solution``, …), then in ``target`` or ``ground_truth``: a mapping of such names, or one
     value or JSON text that stands for it (``fastrl.data.truth.fields_of``).
 
     Raises:
-        ValueError: no truth for ``task``, or one of the wrong type or length, with ``where`` in the message.
+        ValueError: there is no truth for ``task``, or it has the wrong type or length; the message has ``where``.
     """
     if task not in _ALIASES:
         raise ValueError(f"{where}: " + unknown("task", task, _ALIASES))
@@ -222,7 +221,7 @@ def _whole(task: str, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if isinstance(truth, str) and task != "ocr":
         truth = read_truth(truth)
         if isinstance(truth, str):
-            raise ValueError(f"{where}: ground truth is no JSON: {truth[:60]!r}")
+            raise ValueError(f"{where}: ground truth is not JSON: {truth[:60]!r}")
     if truth is None or (isinstance(truth, Mapping) and any(truth.get(name) is not None for name in names)):
         return truth or {}
     return {"text": truth} if task == "ocr" else fields_of(task, truth)
@@ -231,8 +230,8 @@ def _whole(task: str, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 def is_of_another_task(task: str, row: Mapping[str, Any]) -> bool:
     """Whether a row of a mixed data set belongs to another task.
 
-    Its ``task`` column says so; without one, it has columns of another task and none of this one's. A row with no truth
-    at all is not meant: that is an error.
+    This is decided by its ``task`` column; without one, by having columns of another task and none of this one. A row
+    without any truth does not count as another task: it is an error later.
     """
     named = row.get("task")
     if isinstance(named, str) and named in _OWN:
@@ -254,12 +253,11 @@ def trl_rewards(
     log_metric: Callable[[str, float], None] | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """The weighted sum per completion, called as TRL calls a reward function (all rows of a step at once).
+    """The weighted sum per completion, with the signature of TRL's reward functions (all rows of a step at once).
 
-    ``columns`` are the dataset's columns, one value per completion; values that are no list of that length (the
+    ``columns`` are the dataset's columns, one value per completion; values that are not lists of that length (the
     trainer's state, callbacks) are ignored. Rows of another task (see :func:`is_of_another_task`) give None. Each
-    component's mean, and the means of the counts that explain a ``class`` of 0, go to ``log_metric`` when TRL passes
-    it.
+    component's mean, and the means of the counts that explain a ``class`` of 0, go to ``log_metric`` if TRL passes it.
     """
     n = len(completions)
     rows = {name: values for name, values in columns.items() if isinstance(values, list | tuple) and len(values) == n}
@@ -291,12 +289,11 @@ def verl_score(
 
     ``ground_truth`` is the target as a mapping, its JSON text, or the bare box, count or text; sizes and frame come
     from ``extra_info``. verl decodes without special tokens, so give ``frame`` or ``family`` for models that answer in
-    0–1000.
-    ``options`` (verl's ``reward_kwargs``) override the reward's own; verl's further arguments (``reward_…``) are left
-    alone.
+    0–1000. ``options`` (verl's ``reward_kwargs``) override the reward's own; other arguments from verl (``reward_…``)
+    are ignored.
 
     Raises:
-        ValueError: an unknown option, or a truth that is missing or malformed.
+        ValueError: an option is unknown, or the truth is missing or malformed.
     """
     options = {name: value for name, value in options.items() if not name.startswith("reward_")}
     for name in options:
@@ -315,7 +312,7 @@ def compute_score(
     """verl's entry point for mixed tasks: set ``custom_reward_function`` to this file and this name.
 
     The task is ``extra_info["task"]``, else the part of ``data_source`` before the first "/" (``grounding/refcoco``).
-    ``options`` as in :func:`verl_score`. Only the weighted sum is returned, for verl wants the same keys from every
+    ``options`` as in :func:`verl_score`. Only the weighted sum is returned, because verl needs the same keys from every
     row of a batch.
     """
     from fastrl.rewards import reward_for

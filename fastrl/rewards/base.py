@@ -1,4 +1,4 @@
-"""What every reward shares: options with checked names and values, one way to be called, and the weighted sum.
+"""Base of all rewards: options with checked names and values, call conventions, and the weighted sum.
 
 A reward is a small frozen dataclass whose fields are its options. Calling it with the answers to one record gives named
 components, one value per answer; :meth:`Reward.score` does the same for answers to many records in one kernel call.
@@ -20,7 +20,7 @@ Components = dict[str, list[float]]
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """The message for a name that does not exist: what it is, the nearest valid one, all valid ones."""
+    """The message for an unknown name, with the nearest valid one and all valid ones."""
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -55,9 +55,9 @@ class Reward:
     Args:
         weights: component → weight, used by :meth:`total`; a component not named weighs 1.
         frame: what the answers' coordinates mean (see :mod:`fastrl.answers`); None: each record's own ``frame``.
-        family: ``model_type`` of the config of the model that answers, where records do not know it (under TRL and
-            verl): it says frame and form (``fastrl.answers.FAMILIES``).
-        max_items: boxes or points read from one answer; what follows is not looked at, which bounds time and memory.
+        family: ``model_type`` of the answering model's config, if records do not have it (under TRL and verl); it
+            determines frame and style (``fastrl.answers.FAMILIES``).
+        max_items: largest number of boxes or points read from one answer, which bounds time and memory.
     """
 
     task: ClassVar[str] = ""
@@ -91,7 +91,7 @@ class Reward:
             raise ValueError(f"{self.task} reward: max_items must be a positive integer, got {self.max_items!r}")
 
     def _check_type(self, name: str, hint: Any) -> None:
-        """Numbers and switches come from recipes and command lines, where anything may stand."""
+        """Check the type of an option; values come from recipes and command lines."""
         kinds = {float: (int | float, "a finite number"), int: (int, "a whole number"), bool: (bool, "true or false")}
         if hint in kinds:
             value, (kind, expected) = getattr(self, name), kinds[hint]
@@ -106,16 +106,16 @@ class Reward:
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """Names of the options ``reward_for`` takes for this task."""
+        """Names of the options that ``reward_for`` takes for this task."""
         return tuple(f.name for f in fields(cls))
 
     @property
     def absent(self) -> dict[str, str]:
-        """Components of ``parts`` that do not occur with these options → the option that leaves them out."""
+        """Components of ``parts`` that these options leave out → the option that does so."""
         return {"format": "format='none'"} if getattr(self, "format", None) == "none" else {}
 
     def misfit(self, record: Record) -> str | None:
-        """Why answers to a record cannot be scored, whatever they say; None: they can."""
+        """Why no answer to a record can be scored; None: answers can be scored."""
         return None
 
     def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
@@ -123,13 +123,13 @@ class Reward:
         raise NotImplementedError
 
     def readable(self, answers: Sequence[str], records: Sequence[Record]) -> list[bool]:
-        """Whether each answer could be read as an answer to this task at all (an explicit empty list can)."""
+        """Whether each answer can be parsed as an answer to this task (an explicit empty list can)."""
         return [True] * len(answers)
 
     def diagnose(self, answers: Sequence[str], records: Sequence[Record]) -> dict[str, list[int]]:
-        """What explains a low reward and is no part of it: name → a count for each answer.
+        """Counts that explain low rewards without being part of them: name → one count per answer.
 
-        ``unparsable`` is 1 for an answer in which nothing could be read; tasks with labels or coordinates add more.
+        ``unparsable`` is 1 for an answer that could not be parsed; tasks with labels or coordinates add more.
         """
         return {"unparsable": [int(not sound) for sound in self.readable(answers, records)]}
 
@@ -138,7 +138,7 @@ class Reward:
         return total(components, self.weights)
 
     def __call__(self, answers: Sequence[str] | None = None, record: Record | None = None, /, **call: Any) -> Any:
-        """Score answers; three call conventions, told apart by their arguments.
+        """Score answers; the arguments determine which of three call conventions is used.
 
         - fastrl, ``reward(answers, record)``: dict of components, one float per answer.
         - TRL, ``reward(prompts=…, completions=…, **columns)``: list of weighted sums
@@ -147,14 +147,14 @@ class Reward:
           components (:func:`fastrl.rewards.adapters.verl_score`).
 
         Raises:
-            TypeError: neither of these.
+            TypeError: the arguments fit none of these.
             ValueError: the truth (never the answer) is missing or malformed.
         """
         if answers is not None and record is not None and not call:
             if isinstance(answers, str):
                 raise TypeError(f"{self.__name__}: answers must be a sequence of strings, got one string")
             return self.score(answers, [record] * len(answers))
-        from fastrl.rewards import adapters  # it builds on this module
+        from fastrl.rewards import adapters  # imported here, as it imports this module
 
         if answers is None and "completions" in call:
             return adapters.trl_rewards(self, **call)

@@ -1,4 +1,4 @@
-"""What a reward gives back, checked before it is used: a fault is named with its record, component and answer."""
+"""Checks the results of rewards; errors name the record, component and answer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
 
-# Beyond, squares of differences leave the range of numbers in which an advantage is computed, or small differences
-# between other answers vanish beside it. No reward of a task comes near.
+# For larger rewards, squared differences would leave the range in which advantages are computed, or small differences
+# between other answers would vanish. The rewards of all tasks are far smaller.
 LARGEST = 1e9
 _SHOWN = 60  # characters of an answer in a message
 
 
 class RewardError(ValueError):
-    """A reward that raised, or gave something that is no reward. The message names record, component and answer."""
+    """A reward raised an error or returned an invalid value. The message names record, component and answer."""
 
 
 def checked_scores(reward: Reward, answers: Sequence[str], records: Sequence[Record]) -> tuple[Components, list[float]]:
@@ -26,9 +26,9 @@ def checked_scores(reward: Reward, answers: Sequence[str], records: Sequence[Rec
     for which all are None has no reward.
 
     Raises:
-        RewardError: the reward raised; gave no mapping of names to lists, or lists of another length than the answers;
-            a value that is no number (a string, a tensor), not finite, or beyond ±``LARGEST``; None from every
-            component for one answer.
+        RewardError: the reward raised; did not return a mapping of names to lists of the answers' length; a value is
+            not a number (but a string or tensor), not finite, or beyond ±``LARGEST``; or all components are None for an
+            answer.
     """
     try:
         given: Any = reward.score(answers, records)
@@ -55,7 +55,7 @@ def checked_scores(reward: Reward, answers: Sequence[str], records: Sequence[Rec
 
 
 def wrong_value(value: Any) -> str | None:
-    """Why a value is no reward; None: it is one, or None."""
+    """Why a value is not a valid reward; None if it is valid or None."""
     if value is None:
         return None
     if not isinstance(value, numbers.Real):
@@ -68,18 +68,18 @@ def wrong_value(value: Any) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    huge = isinstance(value, int) and value.bit_length() > 4096  # Python prints no such number
+    huge = isinstance(value, int) and value.bit_length() > 4096  # Python refuses to print such numbers
     return f"an integer of {value.bit_length()} bits" if huge else f"{value!r:.60}"
 
 
 def place(name: str, record: Record, answer: str) -> str:
-    """Which answer to which record a reward's message is about."""
+    """The record and answer of a message about a reward."""
     shown = answer if len(answer) <= _SHOWN else f"{answer[:_SHOWN]}…"
     return f"{name}: record {record.id!r}{f' ({record.source})' if record.source else ''}, answer {shown!r}"
 
 
 def _raised(reward: Reward, answers: Sequence[str], records: Sequence[Record], error: Exception) -> str:
-    """Which answer it is that the reward raises on; where each alone is well, only what was raised."""
+    """The message for an error of a reward, with the answer that causes it if it also raises for that answer alone."""
     for answer, record in zip(answers, records, strict=True):
         try:
             reward.score([answer], [record])

@@ -18,7 +18,7 @@ DIAGONAL = 1000.0 * math.sqrt(2.0)  # of an image in 0–1000 coordinates
 
 
 def true_points(record: Record) -> list[Coords] | None:
-    """The record's points, or centres of its boxes, in original pixels; None where it knows neither."""
+    """The record's points, or centres of its boxes, in original pixels; None if it has neither."""
     points, boxes = record.target.get("points"), record.target.get("boxes")
     if points is not None:
         return [(float(x), float(y)) for x, y in points]
@@ -30,7 +30,7 @@ def true_points(record: Record) -> list[Coords] | None:
 def matched_distances(
     predicted: Sequence[Sequence[Coords]], truth: Sequence[Sequence[Coords]], scale: float
 ) -> list[list[float]]:
-    """L2 distances of the matched pairs of each problem; one-to-one, with the greatest total of 1 − d / ``scale``.
+    """L2 distances of the matched pairs of each problem; one-to-one, with the largest total of 1 − d / ``scale``.
 
     Only pairs with d < ``scale`` are matched. All in 0–1000 coordinates.
     """
@@ -50,7 +50,7 @@ def matched_distances(
 class CountingReward(Reward):
     """Components ``points``, ``count`` (with ``exact_bonus``) and ``format``.
 
-    Boxes of an answer stand for their centres. All distances are in 0–1000 coordinates of the image.
+    Boxes of an answer count as their centres. All distances are in 0–1000 coordinates of the image.
 
     Args:
         score_by: ``matched``: Σ over matched pairs of ``max(0, 1 − d / (1000 √2))``, divided by the larger of the two
@@ -79,8 +79,8 @@ class CountingReward(Reward):
         if self.score_by == "count" or true_points(record) is not None:
             return None
         return (
-            f"counting reward score_by={self.score_by!r} needs true points or boxes and this record has only a count; "
-            "score_by='count' needs none"
+            f"counting reward score_by={self.score_by!r} needs true points or boxes, but this record has only a count; "
+            "use score_by='count'"
         )
 
     def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
@@ -111,7 +111,7 @@ class CountingReward(Reward):
             view = view_of(record)
             predicted.append(to_thousand(to_pixels(parsed, record, self.frame, boxes=False), view))
             truth.append(to_thousand(known, view))
-        # The precursor matches every pair, however far apart.
+        # The precursor matches pairs at any distance.
         distances = matched_distances(predicted, truth, 4 * LIMIT if self.score_by == "precursor" else DIAGONAL)
         return [
             self._pair_scores(d, parsed, len(p), len(t))
@@ -120,7 +120,7 @@ class CountingReward(Reward):
 
     def _pair_scores(self, distances: Sequence[float], parsed: Parsed, n_pred: int, n_truth: int) -> float:
         if not n_pred and not n_truth:
-            return float(parsed.parsable)  # an explicit empty list is right, prose is not
+            return float(parsed.parsable)  # an explicit empty list is correct, unparsable text is not
         if not distances:
             return 0.0
         if self.score_by == "precursor":

@@ -20,19 +20,20 @@ Labelled = tuple[list[Coords], list[str]]  # boxes in one unit, and a normalised
 
 
 def label_key(label: str | None) -> str:
-    """Labels are compared without regard to case, white space at the ends and Unicode's ways of composing letters."""
+    """A label in the form in which it is compared: without case, outer white space and differences of composition."""
     return "" if label is None else canonical(label).strip().casefold()
 
 
 def label_counts(parsed: Parsed, target: Any) -> tuple[int, int]:
-    """Boxes without a label that could be read, and boxes whose label is none of the record's categories."""
+    """Number of boxes without a readable label, and of boxes whose label is not a category of the record."""
     known = {label_key(name) for name in (*(target.get("categories") or ()), *target["labels"])}
     keys = [label_key(item.label) for item in parsed if item.label is not None]
     return parsed.unlabelled, sum(key not in known for key in keys)
 
 
 def true_boxes(target: Any) -> Labelled:
-    """Boxes (original pixels) and label keys of a detection target, without crowd regions: those are no one object."""
+    """Boxes (original pixels) and label keys of a detection target, without crowd regions, which are not single
+    objects."""
     crowd = target.get("crowd") or [False] * len(target["boxes"])
     kept = [i for i, is_crowd in enumerate(crowd) if not is_crowd]
     return [tuple(map(float, target["boxes"][i])) for i in kept], [label_key(target["labels"][i]) for i in kept]
@@ -43,13 +44,13 @@ class DetectionReward(Reward):
     """Components ``location``, ``class``, ``f1``, ``missing`` and ``format``.
 
     Predictions and truths are matched one to one across categories. ``location`` is the mean IoU and ``class`` the
-    share of equal labels over matched pairs that overlap at all; ``f1`` counts the pairs with IoU ≥ ``threshold``
-    (surplus and duplicate boxes lower its precision). These lie in [0, 1]. ``missing`` is minus the share of truths
-    without such a pair, in [−1, 0]. Nothing predicted where nothing is (an explicit empty list) earns 1 on each
-    positive component; text that holds no boxes and is no empty list earns 0 there.
+    fraction of equal labels over matched pairs that overlap; ``f1`` counts the pairs with IoU ≥ ``threshold`` (surplus
+    and duplicate boxes lower its precision). These are in [0, 1]. ``missing`` is minus the fraction of truths without
+    such a pair, in [−1, 0]. If there is no truth, an explicit empty list earns 1 on each positive component, and any
+    other text without boxes 0.
 
     Args:
-        matching: ``optimal`` (greatest total IoU), or ``sequence`` (the i-th box against the i-th truth: the paper's
+        matching: ``optimal`` (largest total IoU), or ``sequence`` (the i-th box with the i-th truth: the paper's
             ablation without reward matching).
         threshold: IoU from which a pair counts as found.
         format: ``strict`` (1 for the model family's exact form, else 0) or ``none``.
@@ -69,7 +70,7 @@ class DetectionReward(Reward):
 
     def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
         predicted: list[Labelled] = []
-        honest_empty = []  # an empty list was said, not just nothing readable
+        honest_empty = []  # explicit empty lists, as opposed to unparsable text
         for answer, record in zip(answers, records, strict=True):
             parsed = read_boxes(answer, self.max_items)
             predicted.append((to_pixels(parsed, record, self.frame), [label_key(item.label) for item in parsed]))
@@ -85,8 +86,8 @@ class DetectionReward(Reward):
         return [read_boxes(answer, 1).parsable for answer in answers]
 
     def diagnose(self, answers: Sequence[str], records: Sequence[Record]) -> dict[str, list[int]]:
-        """``unparsable``, ``dropped`` (malformed items), and of the boxes that were read ``unlabelled`` and
-        ``unknown_label`` (a label that is none of the record's categories): they earn nothing of ``class``."""
+        """``unparsable``, ``dropped`` (malformed items), and of the parsed boxes ``unlabelled`` and ``unknown_label``
+        (a label that is not a category of the record), which earn nothing for ``class``."""
         read = [read_boxes(answer, self.max_items) for answer in answers]
         labels = [label_counts(parsed, record.target) for parsed, record in zip(read, records, strict=True)]
         return {
@@ -119,7 +120,7 @@ class DetectionReward(Reward):
 
 
 def _label_ids(keys: Sequence[tuple[list[str], list[str]]], side: int, width: int) -> Tensor:
-    """Labels of one side as ids [B, width]: equal keys of one problem, equal ids, whichever side they are on."""
+    """Labels of one side as ids [B, width]: within a problem, equal keys of both sides get equal ids."""
     ids = torch.full((len(keys), width), -1, dtype=torch.int64)
     for i, both in enumerate(keys):
         table = {key: n for n, key in enumerate(dict.fromkeys([*both[1], *both[0]]))}

@@ -1,9 +1,9 @@
-"""A user's own reward functions, named in a recipe: ``my_rewards.py:score`` or ``package.module:score``.
+"""User reward functions, named in a recipe: ``my_rewards.py:score`` or ``package.module:score``.
 
-They are called as TRL calls its ``reward_funcs``, with keywords that each hold one value per answer: ``prompts``,
+They are called like TRL's ``reward_funcs``, with keywords that each have one value per answer: ``prompts``,
 ``completions``, ``completion_ids``, the fields of the target and the other columns of the row; also ``task``, ``id``
-and ``records``. They give a number for each answer, or None where the row is another task's. ``async`` ones are
-awaited. What is named may also be a ``Reward``, or a class, which is made without arguments.
+and ``records``. They return a number for each answer, or None if the row belongs to another task. ``async`` functions
+are awaited. The name may also refer to a ``Reward``, or to a class, which is created without arguments.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastrl.data.records import Record
 from fastrl.rewards.base import Reward
 from fastrl.rewards.checked import RewardError, checked_scores, place, wrong_value
 
-TAKEN = ("mean", "min", "max", "std", "group_std")  # metrics reward/NAME of their own
+TAKEN = ("mean", "min", "max", "std", "group_std")  # names of other metrics reward/NAME
 _SHOWN = 5  # records named in a message about many
 
 
@@ -38,15 +38,15 @@ class Answer(NamedTuple):
 
 
 class RewardFunction:
-    """One function of a user's.
+    """One user function.
 
     Args:
-        name: as the recipe has it, ``place:function``.
-        text: completions are strings; else TRL's conversational form.
-        timeout: seconds one call may take; None: any time.
+        name: ``place:function``, as in the recipe.
+        text: completions are strings; otherwise TRL's conversational form.
+        timeout: seconds allowed for one call; None: no limit.
 
     Raises:
-        ValueError: the name leads to nothing that can be called.
+        ValueError: the name does not refer to something callable.
     """
 
     def __init__(self, name: str, *, text: bool, timeout: float | None) -> None:
@@ -60,18 +60,18 @@ class RewardFunction:
             raise ValueError(f"reward.function: {error}") from None
         except Exception as error:
             what = f"{where_it_raised(error)}{type(error).__name__}: {error}"
-            raise ValueError(f"reward.function: {name} cannot be made without arguments: {what}") from error
+            raise ValueError(f"reward.function: {name} cannot be created without arguments: {what}") from error
         if not callable(self._target):
             raise ValueError(f"reward.function: objects of {name} cannot be called")
         if self.label in TAKEN:
-            raise ValueError(f"reward.function: {name}: reward/{self.label} is a metric already; call it otherwise")
+            raise ValueError(f"reward.function: {name}: reward/{self.label} is already a metric; rename the function")
         self._parameters = _parameters(self._target)
 
     def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
         """A reward for each answer, all in one call.
 
         Raises:
-            RewardError: it raised, hung, or gave something else than a finite number or None for each answer.
+            RewardError: it raised, timed out, or did not return a finite number or None for each answer.
         """
         if not answers:
             return []
@@ -89,13 +89,13 @@ class RewardFunction:
         return self._checked(given, answers)
 
     def try_out(self, record: Record) -> list[float | None]:
-        """What it gives two answers to a record whose views and style are known: the truth as the model would write
-        it, and a text that says nothing. Raises ``RewardError``."""
+        """Its rewards for two answers to a record with views and style: the truth as the model would write it, and a
+        text without an answer. Raises ``RewardError``."""
         missing = [name for name in self._required() if name not in self._columns([Answer("", [], record)])]
         if missing:
             known = ", ".join(self._columns([Answer("", [], record)]))
             raise RewardError(
-                f"{self.name}: asks for {', '.join(missing)}, which record {record.id!r} does not have; it has {known}"
+                f"{self.name}: needs {', '.join(missing)}, which record {record.id!r} does not have; it has {known}"
                 ". An argument that only some rows have needs a default"
             )
         return self([Answer(text, [0], record) for text in (_truth(record), "nothing")])
@@ -111,7 +111,7 @@ class RewardFunction:
         return self._waited(lambda: self._target(**columns))
 
     def _columns(self, answers: Sequence[Answer]) -> dict[str, list[Any]]:
-        """Every keyword that can be given, one value per answer; None where a row lacks the column."""
+        """All available keywords, one value per answer; None if a row lacks the column."""
         records = [answer.record for answer in answers]
         rows = [{"task": r.task, "id": r.id, **r.columns, **r.target} for r in records]
         columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)}
@@ -128,14 +128,14 @@ class RewardFunction:
         return [name for name, needed in (self._parameters or {}).items() if needed]
 
     def _waited(self, call: Callable[[], Any]) -> Any:
-        """What a call gives, made in a thread of its own: one that hangs cannot be ended, only left behind."""
+        """The result of a call in its own thread; one that hangs cannot be ended, so its thread is abandoned."""
         done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def work() -> None:
             try:
                 given = call()
                 done.put((self._awaited(given) if inspect.isawaitable(given) else given, None))
-            except BaseException as error:  # sys.exit too: raised again where the call is waited for
+            except BaseException as error:  # also sys.exit; raised again in the waiting thread
                 done.put((None, error))
 
         threading.Thread(target=work, name=self.name, daemon=True).start()
@@ -148,7 +148,8 @@ class RewardFunction:
         return given
 
     def _awaited(self, given: Awaitable[Any]) -> Any:
-        """Await in one event loop for all calls, for a client that the user's file keeps belongs to its first loop."""
+        """Await in one event loop for all calls, as a client in the user's file is bound to the loop of its first
+        use."""
 
         async def result() -> Any:
             return await given
@@ -172,7 +173,7 @@ class RewardFunction:
         return [None if value is None else float(value) for value in given]
 
     def _place(self, answers: Sequence[Answer]) -> str:
-        """The answer it raises on, found by halves; where each half is well alone, all of them."""
+        """The answer for which it raises, found by bisection; all answers if neither half raises alone."""
         while len(answers) > 1:
             middle = len(answers) // 2
             half = next((part for part in (answers[:middle], answers[middle:]) if self._raises(part)), None)
@@ -190,7 +191,7 @@ class RewardFunction:
 
 
 class Functions:
-    """The functions of a run's reward sections; one that several sections name is made once.
+    """The functions of a run's reward sections; one that several sections name is created once.
 
     Args:
         sections: the recipe's own under "", and those of a mixture's entries by name.
@@ -203,7 +204,7 @@ class Functions:
 
     @property
     def any(self) -> bool:
-        """Whether there is one in any section."""
+        """Whether any section has one."""
         return any(section.function for section in self._sections.values())
 
     def of(self, origin: str = "") -> list[RewardFunction]:

@@ -13,17 +13,17 @@ from fastrl.rewards.base import Components, Reward
 
 Normalise = Literal["nfc", "none"]
 
-# Edit-distance cells (characters × characters) computed for one answer: 64 of them are one machine-word step, so this
-# is about a tenth of a second. Two texts of 65,536 characters each are still exact.
+# Limit of edit-distance cells (characters × characters) per answer: 64 of them take one machine-word operation, so this
+# is about a tenth of a second. Two texts of 65,536 characters each are still compared exactly.
 MAX_CELLS = 1 << 32
 
 
 def edit_distance(a: str, b: str, max_cells: int = MAX_CELLS) -> int:
     """Levenshtein distance in characters, unit costs.
 
-    Exact while ``len(a) * len(b) <= max_cells``. Beyond, both texts are cut so that the rest fits and the longer of the
-    two cut-off ends is added in full. That is the cost of one valid edit script, so the result never falls below the
-    true distance (a reward made from it is never too high) and never exceeds ``max(len(a), len(b))``.
+    Exact if ``len(a) * len(b) <= max_cells``. Otherwise both texts are cut to fit, and the length of the longer cut-off
+    end is added. This is the cost of a valid edit script, so the result is never less than the true distance (the
+    reward is never too high) and never more than ``max(len(a), len(b))``.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -40,9 +40,9 @@ def edit_distance(a: str, b: str, max_cells: int = MAX_CELLS) -> int:
 def text_similarity(answer: str, truth: str, normalise: Normalise = "nfc") -> float:
     """``max(0, 1 − lev(answer, truth) / max(len(answer), len(truth)))`` after collapsing whitespace, in [0, 1].
 
-    The answer is read as :func:`answer_readings` says; of several readings the one nearest to the truth counts. Two
-    empty texts are equal: 1, but a thought that never ends is no text: 0. ``normalise="none"`` compares the texts as
-    they are (white space apart), the form that was published.
+    The answer is read by :func:`answer_readings`; of several readings the one closest to the truth counts. Two empty
+    texts are equal (1), but an unfinished thought is not a text (0). ``normalise="none"`` compares the raw texts (apart
+    from white space), as published.
     """
     if normalise == "none":
         return _similarity(answer, truth)
@@ -52,11 +52,11 @@ def text_similarity(answer: str, truth: str, normalise: Normalise = "nfc") -> fl
 
 
 def answer_readings(answer: str, truth: str) -> list[str]:
-    """What an answer may be taken to say of a page with the text ``truth``, in Unicode's composed form.
+    """Possible readings of an answer about a page with the text ``truth``, in Unicode's composed form.
 
-    First the answer without what may stand around it: thoughts, answer tags, special tokens, a code fence. Where the
-    page has such marks itself, also the answer as it is, provided that it has the page's own thought tags and no more:
-    what a model thinks is never read.
+    The first is the answer without thoughts, answer tags, special tokens and a code fence. If the page itself contains
+    such marks, the raw answer is another, provided that it has exactly the page's thought tags: a model's thoughts are
+    never read.
     """
     readings = [plain_answer(answer)]
     if plain_answer(truth) != truth.strip() and thought_tags(answer) == thought_tags(truth):
@@ -75,8 +75,8 @@ class OcrReward(Reward):
     """Component ``text`` in [0, 1]: :func:`text_similarity` of answer and ``record.target["text"]``. No format part.
 
     Args:
-        normalise: ``nfc`` (canonically equal texts are equal; tags, fences and thoughts do not count) or ``none`` (the
-            texts as they are).
+        normalise: ``nfc`` (canonically equal texts are equal; tags, fences and thoughts do not count) or ``none`` (raw
+            texts).
     """
 
     task: ClassVar[str] = "ocr"

@@ -1,4 +1,4 @@
-"""Answers as rewards and metrics need them: boxes and points of a text in pixels of the record's original image."""
+"""Boxes and points of an answer in pixels of the record's original image, for rewards and metrics."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_boxes(answer: str, max_items: int) -> Parsed:
 def read_points(answer: str, max_items: int) -> Parsed:
     """The first ``max_items`` points, or boxes (whose ``point`` is the centre), of a model's answer.
 
-    A box with its corners the wrong way round encloses nothing and counts as malformed.
+    A box with inverted corners counts as malformed.
     """
     parsed = parse_points(answer[:MAX_CHARACTERS], max_items)
     sound = tuple(item for item in parsed if not item.inverted)
@@ -48,7 +48,7 @@ def read_points(answer: str, max_items: int) -> Parsed:
 def view_of(record: Record) -> View | None:
     """Sizes of the record's (first) image in pixels; None for a record that has neither views nor images.
 
-    Without views the model is taken to see the image at its own size. Only a file's header is read.
+    Without views, the model is assumed to see the image at its own size. Only a file's header is read.
     """
     if record.views:
         return record.views[0]
@@ -65,8 +65,8 @@ def clamp(coords: Sequence[float]) -> Coords:
 def to_pixels(parsed: Parsed, record: Record, frame: str | None = None, *, boxes: bool = True) -> list[Coords]:
     """Boxes (or, with ``boxes=False``, centres) in pixels of the record's original image, in the answer's order.
 
-    ``frame`` overrides the record's own; ``auto`` goes by the answer's format. A record without any image size leaves
-    the numbers as they are. Every coordinate is finite and within ±``LIMIT``.
+    ``frame`` overrides the record's own; ``auto`` depends on the answer's notation. Without any image size in the
+    record, numbers are not converted. Every coordinate is finite and within ±``LIMIT``.
     """
     coords = [clamp(item.box) for item in parsed]
     resolved = resolve_frame(parsed, frame or record.frame)
@@ -95,7 +95,7 @@ def pad(rows: Sequence[Sequence[Coords]], width: int) -> Padded:
 def batches(n_pred: Sequence[int], n_truth: Sequence[int], cells: int = 1 << 20) -> Iterator[list[int]]:
     """Indices of problems in batches whose padded cost matrices stay within ``cells``, small problems together.
 
-    One answer that repeats a box five hundred times then does not pad all the others to its size.
+    Otherwise one answer that repeats a box five hundred times would pad all others to its size.
     """
     order = sorted(range(len(n_pred)), key=lambda i: (n_pred[i], n_truth[i]))
     batch: list[int] = []

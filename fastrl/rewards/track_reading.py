@@ -1,4 +1,4 @@
-"""Trajectory answers as the reward and the metrics need them: tracks in pixels, matched as wholes to the true ones."""
+"""Reads trajectory answers for reward and metrics: tracks in pixels, matched as a whole to the true tracks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CELLS = 1 << 18  # overlaps computed at once; bounds memory
 
 
 class Tracks(NamedTuple):
-    """Tracks of one answer or one truth; equal positions of the lists are one track."""
+    """Tracks of one answer or one truth; item i of every list belongs to track i."""
 
     names: list[str]
     boxes: list[dict[int, Coords]]  # frame from 1 → (x1, y1, x2, y2) in pixels of the original frame
@@ -28,12 +28,12 @@ class Tracks(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Boxes of all tracks."""
+        """Number of boxes of all tracks."""
         return sum(len(boxes) for boxes in self.boxes)
 
 
 def name_key(name: str) -> str:
-    """Names and actions are compared without regard to case and white space."""
+    """A name or action in the form in which it is compared, without case and extra white space."""
     return canonical(" ".join(name.split())).casefold()
 
 
@@ -65,8 +65,8 @@ def _by_frame(spans: Sequence[Mapping[str, Any]], boxes: Mapping[int, Coords]) -
 def read_tracks(answer: str, record: Record, frame: str | None = None, max_tracks: int = MAX_TRACKS) -> Tracks:
     """Tracks of a model's answer; never raises, bounded time.
 
-    Two tracks of one identity stay two. ``frame`` overrides the record's own; ``auto`` means 0-1000, which is how
-    trajectory text is written. Without any size the numbers stay as they are.
+    Two tracks of one identity are kept as two. ``frame`` overrides the record's own; ``auto`` means 0-1000, the frame
+    of trajectory text. Without any size, numbers are not converted.
     """
     parsed = parse_tracks(answer[:MAX_CHARACTERS], min(max_tracks, MAX_TRACKS))
     resolved = resolve_frame(parsed, frame or record.frame)
@@ -86,7 +86,7 @@ def read_tracks(answer: str, record: Record, frame: str | None = None, max_track
 
 
 def true_frames(target: Mapping[str, Any]) -> int:
-    """Number of the last frame any true track has a box in."""
+    """Number of the last frame with a true box."""
     return max((int(t) for track in target.get("tracks") or () for t in track["boxes"]), default=0)
 
 
@@ -143,8 +143,8 @@ def overlaps(found: Sequence[Tracks], truth: Sequence[Tracks]) -> list[Tensor]:
 def match_tracks(overlap: Sequence[Tensor]) -> list[list[tuple[int, int]]]:
     """For each answer its pairs (answer's track, true track): one to one, with the greatest total IoU over all frames.
 
-    A track is matched as a whole: what follows one subject and then another is one identity all the same. Tracks that
-    overlap nowhere stay unmatched.
+    A track is matched as a whole: one that follows first one subject and then another is still one identity. Tracks
+    without any overlap stay unmatched.
     """
     result: list[list[tuple[int, int]]] = [[] for _ in overlap]
     n_found, n_truth = [len(each) for each in overlap], [each.shape[1] for each in overlap]

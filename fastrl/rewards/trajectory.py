@@ -1,25 +1,25 @@
-"""Trajectory reward: where a subject is and what it does over all frames, worth nothing that a single frame can tell.
+"""Trajectory reward: position and actions of a subject over all frames, beyond what a single frame could tell.
 
-No paper has this reward (Video-UTR trains by likelihood alone); its aim is UTR's: text about a video should need the
-whole video. Overlap alone does not ask for that. A box copied from one frame overlaps a slow subject in all of them, so
-every component pays for what an answer has *beyond its own best single box*.
+This reward is not from a paper (Video-UTR trains by likelihood only); its aim is UTR's: text about a video should
+require the whole video. Overlap does not ensure that: a box copied from one frame overlaps a slow subject in all
+frames. So every component rewards what an answer has *beyond its own best single box*.
 
-One formula. Let the subject be shown in n frames, and let a(s, t) in [0, 1] say how well the answer's entry for frame s
-would do as an entry for frame t (0 where the answer has none), b(s, t) the same for the truth's entry of frame s. Then
+Let the subject be shown in n frames. Let a(s, t) in [0, 1] be the quality of the answer's entry for frame s as an entry
+for frame t (0 if the answer has none), and b(s, t) the same for the truth's entry for frame s. Then
 
     c      = Σ_t a(t, t) / n                                                    as if frames were independent pictures
     v      = (Σ_t a(t, t) − max_s Σ_t a(s, t)) / max(n − max_s Σ_t b(s, t), n·still)       what following it has added
     credit = c / n + (1 − 1/n) · max(0, min(c, v))
 
-with s and t over the frames in which answer and truth both have an entry (for b: all n). What follows from it:
+with s and t over the frames in which answer and truth both have an entry (for b: all n). Consequences:
 
-- One entry, whichever it is, given for any one, any several or all of the frames: Σ_t a(t, t) = Σ_t a(s, t), so v = 0
-  and credit = c / n ≤ 1/n. Answers from the first frame, copied boxes and constant boxes are such answers.
-- j frames answered: credit ≤ c ≤ j/n. The whole truth: credit 1, if the subject moves enough.
-- Limits. A subject that does not move has b(s, t) = 1, so the truth itself is a constant and earns 1/n: over such clips
-  nobody can tell who watched. Where the best single true box does nearly as well (mean above 1 − ``still``), v is
-  scaled by ``still`` instead, so that rounding to whole coordinates is not paid as motion. Answers with two different
-  entries are two frames' worth of knowledge, and no bound is claimed for them. A guess is one too: the first frame's
+- The same entry for any one, several or all of the frames: Σ_t a(t, t) = Σ_t a(s, t), so v = 0 and credit = c / n ≤
+  1/n. Answers from the first frame, copied boxes and constant boxes are of this kind.
+- An answer for j frames: credit ≤ c ≤ j/n. The whole truth: credit 1, if the subject moves enough.
+- Limits. A subject that does not move has b(s, t) = 1, so the truth itself is constant and earns 1/n: such clips cannot
+  show whether an answer used all frames. If the best single true box does nearly as well (mean above 1 − ``still``), v
+  is scaled by ``still`` instead, so that rounding to whole coordinates is not rewarded as motion. No bound is claimed
+  for answers with two different entries. A guess can be one: the first frame's
   box, moved on in a random direction at the true speed, earned an ``iou`` of 0.12 on average over 600 clips of six
   frames (``scenes:trajectory?n=600&seed=3&size=84``; a copied box 0.08, the truth 0.91).
 
@@ -60,7 +60,7 @@ def credit(agreement: Tensor, given: Tensor, ideal: Tensor, shown: Tensor, still
         given: [M, T] bool, frames for which the answer has an entry.
         ideal: b(s, t) [M, T, T], the truth against itself.
         shown: [M, T] bool, frames for which the truth has an entry; a pair without any earns 0.
-        still: least share of the frames that the best constant entry must miss for full credit.
+        still: smallest fraction of the frames that the best constant entry must miss for full credit.
 
     Returns:
         [M] in the dtype of ``agreement``.
@@ -78,7 +78,7 @@ def credit(agreement: Tensor, given: Tensor, ideal: Tensor, shown: Tensor, still
 
 
 def _best_constant(agreement: Tensor, frames: Tensor) -> Tensor:
-    """The most that one entry of ``frames`` earns over all of ``frames`` [M]; 0 without any."""
+    """The highest sum over ``frames`` that a single one of its entries reaches [M]; 0 without any."""
     pairs = frames[:, :, None] & frames[:, None, :]
     return (agreement * pairs).sum(-1).amax(-1)
 
@@ -91,11 +91,11 @@ class TrajectoryReward(Reward):
     each is the sum over true tracks of n · credit (see the module), divided by the number of true entries plus that of
     surplus boxes (of unmatched tracks, or in frames where the subject is not shown). ``iou`` credits overlap,
     ``coverage`` frames with IoU ≥ ``threshold``, ``order`` frames with the right action, at most as much as the boxes
-    of that track have earned (so that words alone earn nothing); it is 0 where the truth names no actions.
+    of that track have earned (so that words alone earn nothing); it is 0 if the truth has no actions.
 
-    ``format`` is 0 for a well-formed answer and −1 for any other: as a bonus it would be the same for one frame as for
-    all. So an answer from one frame of T earns at most 1/T of every component, and of any weighted sum: exactly, at
-    most the share of the true boxes that lie in that frame, which is 1/T where every subject is shown in all T frames.
+    ``format`` is 0 for a well-formed answer and −1 otherwise: a bonus would be the same for one frame as for all. So an
+    answer from one frame of T earns at most 1/T of every component and of any weighted sum: more exactly, at most the
+    fraction of the true boxes that are in that frame, which is 1/T if every subject is shown in all T frames.
 
     Args:
         threshold: IoU from which a frame counts as covered.
@@ -171,7 +171,7 @@ class TrajectoryReward(Reward):
         keys = {action: n for n, action in enumerate(dict.fromkeys(x for t in truth for x in t.actions[0].values()))}
         said, done = (_action_ids(side, frames, keys) for side in (found, truth))
         same = (said[:, :, None] == done[:, None, :]).double()
-        # An action counts for a frame that the answer gives a box for.
+        # An action only counts for frames in which the answer has a box.
         order = credit(
             same, given & (said != -1), (done[:, :, None] == done[:, None, :]).double(), done != -1, self.still
         )
@@ -205,7 +205,7 @@ def _frames_of(boxes: Sequence[dict[int, tuple[float, ...]]], frames: int) -> Te
 
 
 def _action_ids(tracks: Sequence[Tracks], frames: int, keys: dict[str, int]) -> Tensor:
-    """[M, frames] int64: the number of each frame's action in ``keys``; −1: none said, −2: one that is never true."""
+    """[M, frames] int64: the index of each frame's action in ``keys``; −1: no action, −2: one that is never true."""
     result = torch.full((len(tracks), frames), -1, dtype=torch.int64)
     for row, each in zip(result, tracks, strict=True):
         for t, action in each.actions[0].items():

@@ -1,1 +1,1 @@
-"""What a run keeps: its folder, checkpoints, metrics, progress, traces and the signals that stop it."""
+"""Files and control of a run: its folder, checkpoints, metrics, progress, traces, and signals that stop it."""

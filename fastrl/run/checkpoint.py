@@ -1,17 +1,17 @@
-"""Checkpoints: written whole or not at all, the last few kept, and everything a run needs to go on bit for bit.
+"""Checkpoints: written atomically, the last few kept, with everything that a bitwise identical continuation needs.
 
 ```
 OUT/checkpoints/step-00000020/
-    model/                  an ordinary Hugging Face folder
-    optimizer.safetensors   weights as the optimizer holds them, and its moments (or DeepSpeed's own files)
+    model/                  a standard Hugging Face folder
+    optimizer.safetensors   the optimizer's copy of the weights, and its moments (or DeepSpeed's own files)
     rank-0.json, rank-0.safetensors   data position and random states of each rank
-    data.json               what the data was (fastrl.data.identity)
+    data.json               identity of the data (fastrl.data.identity)
     state.json              step, versions, the checksum of every other file
 OUT/model -> checkpoints/step-…/model
 ```
 
-A checkpoint is written under a temporary name, flushed to the disk, and renamed: a process killed at any moment leaves
-the last complete one. Which ones stay: ``keeping``; whether one is whole: ``integrity``.
+A checkpoint is written under a temporary name, flushed to disk, and renamed: a process killed at any time leaves the
+last complete one. ``keeping`` decides which ones are kept; ``integrity`` checks that one is complete.
 """
 
 from __future__ import annotations
@@ -56,35 +56,36 @@ class Keeps(Protocol):
 
 @dataclass
 class RunState:
-    """The parts of a run that a checkpoint holds."""
+    """The parts of a run that a checkpoint contains."""
 
     policy: Policy
     engine: Engine
     stream: RecordStream
     rng: torch.Generator
     method: Method | None = None
-    base: str = ""  # fingerprint of the weights the run began with: those of its reference, or under its adapters
+    # fingerprint of the weights that the run started with: those of its reference, or under its adapters
+    base: str = ""
     evaluation: Keeps | None = None
 
 
 class Loaded(NamedTuple):
-    """What was loaded: the checkpoint's step, and what a user should know about it."""
+    """The step of a loaded checkpoint, and notes for the user."""
 
     step: int
     notes: list[str]
 
 
 def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
-    """Write the checkpoint of ``step``, drop those that are not kept, return its folder. Every rank calls this.
+    """Write the checkpoint of ``step``, remove those that are not kept, and return its folder. Every rank calls this.
 
     Raises:
-        CheckpointError: it does not fit on the disk (seen before anything is written), or cannot be written; earlier
-            checkpoints stay, and nothing of this one is left.
+        CheckpointError: it does not fit on the disk (checked before anything is written), or cannot be written; earlier
+            checkpoints are kept, and nothing of this one remains.
     """
     root = out / "checkpoints"
     folder, temporary = folder_of(out, step), root / f"{TEMPORARY}{step:08d}"
     if folder.exists():
-        return folder  # complete, by the way it got its name, and a step is the same however often it is reached
+        return folder  # complete, as only complete ones get their name, and repeating a step gives the same result
     first = run.engine.rank == 0
     needed = bytes_needed(run)
 
@@ -114,7 +115,7 @@ def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         earlier = list_checkpoints(out)
-        stays = f"the last checkpoint, {earlier[-1].name}, stays" if earlier else "there is no earlier checkpoint"
+        stays = f"the last checkpoint, {earlier[-1].name}, is kept" if earlier else "there is no earlier checkpoint"
         raise CheckpointError(f"{folder}: not written: {error}; {sizes(folder, needed)}; {stays}") from error
     try:
         _on_all_ranks(run.engine, (lambda: rotate(out, keep)) if first else None)
@@ -124,7 +125,7 @@ def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
 
 
 def bookmark(run: RunState) -> Callable[[], None]:
-    """What puts data position, random states and what the method keeps back to where they are now."""
+    """Returns a function that restores data position, random states and the method's state to their current values."""
     stream, kept = run.stream.state(), run.method.state() if run.method is not None else {}
     python, legacy, generator, sampler = (
         random.getstate(),
@@ -149,40 +150,43 @@ def bookmark(run: RunState) -> Callable[[], None]:
 
 
 def bytes_needed(run: RunState) -> int:
-    """About how many bytes a checkpoint takes on the disk."""
+    """Approximate size of a checkpoint in bytes."""
     return sum(p.numel() * p.element_size() for p in run.policy.core.parameters()) + run.engine.saved_bytes()
 
 
 def load_checkpoint(
     folder: Path, run: RunState, *, accept_changed_data: bool = False, accept_gone_rows: bool = False
 ) -> Loaded:
-    """Put a run back to where the checkpoint was written.
+    """Restore a run from a checkpoint.
 
     Args:
-        folder: of a checkpoint whose files were checked (``fastrl.run.integrity.inspect``).
-        run: of the same recipe.
-        accept_changed_data: go on with other data; accept_gone_rows: where rows are gone and nothing else differs.
+        folder: a checkpoint whose files were checked (``fastrl.run.integrity.inspect``).
+        run: a run of the same recipe.
+        accept_changed_data: continue with changed data.
+        accept_gone_rows: continue if rows are gone and nothing else differs.
 
     Raises:
-        CheckpointError: not a complete checkpoint, another version, another number of ranks, or of a run that began
-            with other weights.
-        ValueError: other parameters or other data than those it was written with.
+        CheckpointError: the checkpoint is incomplete, has another version or number of ranks, or belongs to a run that
+            started with other weights.
+        ValueError: the parameters or the data differ from those of the checkpoint.
     """
     header = read_header(folder, step_of(folder))
     if header.world_size != run.engine.world_size:
-        raise CheckpointError(f"{folder}: written by {header.world_size} ranks, this run has {run.engine.world_size}")
-    notes = [] if header.checked else [f"{folder} is older than checksums: its files were not compared with any"]
+        raise CheckpointError(
+            f"{folder}: written by {header.world_size} ranks, but this run has {run.engine.world_size}"
+        )
+    notes = [] if header.checked else [f"{folder} has no checksums (an older version): its files were not verified"]
     state = _read_rank(folder, run)
     change = _load_position(folder, state, run, accept_changed_data, accept_gone_rows)
     if change:
-        notes.append(f"going on with other data than before: {change}")
+        notes.append(f"continuing with changed data: {change}")
     run.engine.load(folder)
     _load_rank(folder, state, run)
     return Loaded(header.step, notes)
 
 
 def fingerprint(core: torch.nn.Module) -> str:
-    """A hash of a few numbers of every weight, adapters left out, the same whether they are loaded in 16 or 32 bits."""
+    """A hash of a few numbers of every weight except adapters, the same for weights loaded in 16 and 32 bits."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in core.named_parameters():
         if ".lora_" not in name:
@@ -193,10 +197,10 @@ def fingerprint(core: torch.nn.Module) -> str:
 
 @contextlib.contextmanager
 def lock_run(out: Path) -> Iterator[None]:
-    """Hold a run folder for this process. Raises ``CheckpointError`` where another one trains in it."""
+    """Lock a run folder for this process. Raises ``CheckpointError`` if another process trains in it."""
     try:
         import fcntl
-    except ImportError:  # not a POSIX system: no lock, as on any other file there
+    except ImportError:  # not a POSIX system: no lock
         yield
         return
     with (out / ".lock").open("w") as file:
@@ -204,12 +208,12 @@ def lock_run(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError(f"{out}: another process is training in this folder") from None
-        yield  # released with the file, also by a kill
+        yield  # the lock is released with the file, even if the process is killed
 
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Writing a model must not draw over the run's own display."""
+    """Turn off progress bars of model writing, which would disturb the run's own display."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -254,8 +258,8 @@ def _read_rank(folder: Path, run: RunState) -> dict[str, Any]:
             raise Damaged(f"{path}: {name} is missing or of the wrong type")
     if state.get("base", run.base) != run.base:
         raise CheckpointError(
-            f"{folder}: the run began with other weights than the model it would go on with: model.path has to be that "
-            "of the beginning (what was trained since is in the checkpoint)"
+            f"{folder}: the run started with other weights than those of model.path: set model.path to the model that "
+            "the run started with (the trained weights are in the checkpoint)"
         )
     return state
 
@@ -273,7 +277,7 @@ def _load_position(
     try:
         return run.stream.load(state["stream"], before, accept=accept, accept_gone=accept_gone)
     except DataChanged as error:
-        raise DataChanged(f"{error}. Restore it, or go on with it by --accept-changed-data") from None
+        raise DataChanged(f"{error}. Restore it, or continue with --accept-changed-data") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / f'rank-{run.engine.rank}.json'}: {error}") from None
 
@@ -283,7 +287,7 @@ def _load_rank(folder: Path, state: dict[str, Any], run: RunState) -> None:
 
     path = folder / f"rank-{run.engine.rank}.json"
     if "method" in state and run.method is not None:
-        with _usable(path, "what the method kept"):
+        with _usable(path, "the method's state"):
             run.method.load(state["method"])
     if "evaluation" in state and run.evaluation is not None:
         with _usable(path, "what evaluations found"):
@@ -305,7 +309,7 @@ def _load_rank(folder: Path, state: dict[str, Any], run: RunState) -> None:
 
 @contextlib.contextmanager
 def _usable(path: Path, what: str) -> Iterator[None]:
-    """Inside: values of a file are put to use; whatever is wrong with them is one line with the file."""
+    """Turn any error while values of a file are used into a one-line error that names the file."""
     from safetensors import SafetensorError
 
     wrong = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, SafetensorError)
@@ -316,18 +320,18 @@ def _usable(path: Path, what: str) -> Iterator[None]:
 
 
 class _WriteError(RuntimeError):
-    """Something could not be written, here or on another rank."""
+    """A write failed on this or another rank."""
 
 
 def _on_all_ranks(engine: Engine, work: Callable[[], object] | None) -> None:
-    """Do the work and wait for the others'. Where it fails on one rank it fails on all."""
+    """Do the work and wait for the other ranks; if it fails on one rank it fails on all."""
     from safetensors import SafetensorError
 
     failed: Exception | None = None
     if work is not None:
         try:
             work()
-        except (OSError, SafetensorError, RuntimeError) as error:  # as which libraries report a disk that is full
+        except (OSError, SafetensorError, RuntimeError) as error:  # types by which libraries report a full disk
             failed = error
     if engine.maximum(float(failed is not None)) > 0:
         if isinstance(failed, OSError) and failed.strerror:
@@ -336,7 +340,7 @@ def _on_all_ranks(engine: Engine, work: Callable[[], object] | None) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Everything below ``folder`` onto the disk."""
+    """Flush everything below ``folder`` to disk."""
     for path, _, files in os.walk(folder):
         for name in files:
             with open(os.path.join(path, name), "rb") as file:

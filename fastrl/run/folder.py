@@ -1,4 +1,4 @@
-"""A run's folder: refused where it holds another run or what it holds is damaged, else made ready to begin or go on."""
+"""A run's folder: refused if it contains another run or damaged files, otherwise prepared for starting or resuming."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastrl.run.keeping import clear_unfinished, kept, list_checkpoints, set_asi
 from fastrl.run.logs import cut_rows, has_rows
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
-# A resumed run may be longer, log otherwise and lie elsewhere; whatever else changes makes it another run.
+# A resumed run may change its length, logging and location; any other change makes it another run.
 FREE = (
     "optim.steps",
     "checkpoint.",
@@ -36,30 +36,30 @@ FREE = (
 
 
 class Opened(NamedTuple):
-    """A run's folder that may be used: the checkpoint to go on from, if any, and what a user should know."""
+    """A usable run folder: the checkpoint to resume from, if any, and notes for the user."""
 
     checkpoint: Path | None
     notes: list[str]
 
 
 def open_run_folder(recipe: Recipe, *, resume: bool, writes: bool, from_step: int | None = None) -> Opened:
-    """Check the folder and choose the checkpoint to resume from; nothing in it is changed.
+    """Check the folder and choose the checkpoint to resume from, without changing anything.
 
     Args:
-        recipe: its ``folder``.
-        resume: go on with the run in the folder.
-        writes: this is the rank that writes: it checks; the others choose the same checkpoint.
-        from_step: go on from the checkpoint of this step instead of the newest.
+        recipe: its ``folder`` is used.
+        resume: resume the run in the folder.
+        writes: whether this rank writes; it checks the files, the others choose the same checkpoint.
+        from_step: resume from the checkpoint of this step instead of the newest.
 
     Raises:
-        CheckpointError: the folder holds a run and ``resume`` is off; the run began with other settings; the checkpoint
-            is damaged (the message names the file and the last sound one), missing, or was once there.
+        CheckpointError: the folder contains a run and ``resume`` is off; the run started with other settings; or the
+            checkpoint is damaged (the message names the file and the last intact one), missing, or was deleted.
     """
     out = recipe.folder
     found = list_checkpoints(out)
     if not resume:
         if writes and (found or has_rows(out / LOGS[0])):
-            raise CheckpointError(f"{out} already holds a run: go on with --resume, or choose another --out")
+            raise CheckpointError(f"{out} already contains a run: continue with --resume, or choose another --out")
         return Opened(None, [])
     chosen = _choose(out, found, from_step)
     if not writes:
@@ -77,8 +77,8 @@ def open_run_folder(recipe: Recipe, *, resume: bool, writes: bool, from_step: in
 
 
 def begin_run(recipe: Recipe, done: int) -> list[str]:
-    """Make the folder ready to go on after step ``done``: the resolved recipe, logs cut back, checkpoints of later
-    steps set aside. Returns what a user should know."""
+    """Prepare the folder for continuing after step ``done``: write the resolved recipe, truncate logs, and set
+    checkpoints of later steps aside. Returns notes for the user."""
     out = recipe.folder
     clear_unfinished(out)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -90,15 +90,15 @@ def begin_run(recipe: Recipe, done: int) -> list[str]:
 
 
 def offer_earlier(out: Path, damaged: Path, error: Exception) -> CheckpointError:
-    """The error of a damaged checkpoint, with the last sound one before it."""
+    """The error of a damaged checkpoint, with the last intact one before it."""
     for path in reversed([p for p in list_checkpoints(out) if step_of(p) < step_of(damaged)]):
         try:
             inspect(path, step_of(path))
         except CheckpointError:
             continue
         step = step_of(path)
-        return CheckpointError(f"{error}; the last sound checkpoint is of step {step}: --resume --from-step {step}")
-    return CheckpointError(f"{error}; no earlier checkpoint is sound: restore the file, or begin anew in another --out")
+        return CheckpointError(f"{error}; the last intact checkpoint is of step {step}: --resume --from-step {step}")
+    return CheckpointError(f"{error}; no earlier checkpoint is intact: restore the file, or start in another --out")
 
 
 def _choose(out: Path, found: list[Path], from_step: int | None) -> Path | None:
@@ -108,26 +108,27 @@ def _choose(out: Path, found: list[Path], from_step: int | None) -> Path | None:
         if step_of(path) == from_step:
             return path
     there = ", ".join(str(step_of(path)) for path in found) or "none"
-    raise CheckpointError(f"{out}: no checkpoint of step {from_step}; there is: {there}")
+    raise CheckpointError(f"{out}: no checkpoint of step {from_step}; available: {there}")
 
 
 def _check_nothing_vanished(out: Path) -> None:
-    """A run makes the folder ``checkpoints`` when it begins, and the link ``model`` with its first checkpoint."""
+    """Raise if files are gone: a run creates ``checkpoints`` when it starts, and ``model`` with its first
+    checkpoint."""
     if not any(has_rows(out / name) for name in LOGS):
         return
     if not (out / "checkpoints").is_dir() or os.path.islink(out / "model"):
         raise CheckpointError(
-            f"{out / 'checkpoints'}: gone, though {out / LOGS[0]} is of a run that has been here: restore it, or begin "
-            "anew in another --out"
+            f"{out / 'checkpoints'}: missing, though {out / LOGS[0]} belongs to an earlier run: restore it, or start "
+            "again with another --out"
         )
 
 
 def _check_same_run(recipe: Recipe, stored: Path) -> list[str]:
     if not stored.exists():
-        return [f"{stored} is gone: whether the settings are those the run began with was not checked"]
+        return [f"{stored} is missing: the settings were not compared with those the run started with"]
     changes = differences(load_recipe(stored), recipe)
     changed = {key: values for key, values in changes.items() if not key.startswith(FREE)}
     if changed:
         listed = "\n".join(f"  {key}: was {was!r}, is {now!r}" for key, (was, now) in changed.items())
-        raise CheckpointError(f"{stored.parent}: cannot resume with other settings than the run began with:\n{listed}")
+        raise CheckpointError(f"{stored.parent}: cannot resume with settings that have changed since:\n{listed}")
     return []

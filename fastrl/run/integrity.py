@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: the checksum of every file in ``state.json``, and files that read as what they are."""
+"""Checks that a checkpoint is intact: the checksum of every file in ``state.json``, and that all files are readable."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class CheckpointError(RuntimeError):
 
 
 class Damaged(CheckpointError):
-    """A file of a checkpoint that is not what was written; the message begins with it."""
+    """A file of a checkpoint is not as it was written; the message begins with its path."""
 
 
 class Header(NamedTuple):
-    """What ``state.json`` says of a checkpoint. ``checked``: it has checksums, and every file has its own."""
+    """The contents of ``state.json``. ``checked``: it has checksums, and those of all files are correct."""
 
     step: int
     world_size: int
@@ -30,7 +30,7 @@ class Header(NamedTuple):
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of every file below ``folder``, by its path there."""
+    """Size in bytes and SHA-256 of every file below ``folder``, by relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(READERS) as pool:
         digests = list(pool.map(_sha256, paths))
@@ -44,9 +44,9 @@ def inspect(folder: Path, step: int) -> Header:
     """Check every file of the checkpoint of ``step``.
 
     Raises:
-        Damaged: a file is missing, of another size or content than its checksum says, or does not read as JSON or
-            safetensors; or the state is of another step.
-        CheckpointError: of another version.
+        Damaged: a file is missing, does not match its size or checksum, or is not valid JSON or safetensors; or the
+            state belongs to another step.
+        CheckpointError: the checkpoint has another version.
     """
     header = read_header(folder, step)
     listed = read_json(folder / STATE).get("files")
@@ -68,7 +68,7 @@ def inspect(folder: Path, step: int) -> Header:
 
 
 def read_header(folder: Path, step: int) -> Header:
-    """What ``state.json`` says. Raises as :func:`inspect`."""
+    """Read ``state.json``. Raises like :func:`inspect`."""
     path = folder / STATE
     state = read_json(path)
     if state.get("version") != VERSION:
@@ -77,20 +77,20 @@ def read_header(folder: Path, step: int) -> Header:
         if not is_count(state.get(name)):
             raise Damaged(f"{path}: {name} is {state.get(name)!r}, not a count")
     if state["step"] != step:
-        raise Damaged(f"{path}: says step {state['step']}, its folder {folder.name}")
+        raise Damaged(f"{path}: has step {state['step']}, but its folder is {folder.name}")
     return Header(step, state["world_size"], "files" in state)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ``Damaged``: unreadable, or other JSON."""
+    """Read a JSON object. Raises ``Damaged`` if the file is unreadable or has another JSON type."""
     value = _load_json(path)
     if not isinstance(value, dict):
-        raise Damaged(f"{path}: holds {_kind(value)} where an object is needed")
+        raise Damaged(f"{path}: expected an object, got {_kind(value)}")
     return value
 
 
 def is_count(value: Any) -> bool:
-    """Whether a JSON value is a whole number from 0."""
+    """Whether a JSON value is a non-negative integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -129,7 +129,7 @@ def _load_json(path: Path) -> Any:
 
 
 def _open_tensors(path: Path) -> None:
-    """The header alone; it says how long the file has to be."""
+    """Read the header only, which determines the length of the file."""
     from safetensors import SafetensorError, safe_open
 
     try:

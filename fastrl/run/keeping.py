@@ -1,8 +1,9 @@
-"""Which checkpoints a run has, and which of them stay: the last few, and those that ``checkpoints/keep.json`` names.
+"""A run's checkpoints, and which of them are kept: the last few, and those that ``checkpoints/keep.json`` names.
 
-``keep.json`` maps a reason to a step. ``best`` is for whoever evaluates (:func:`keep_best`): ``checkpoints/best`` then
-leads to that checkpoint, and ``OUT/best`` to its model. :data:`BEFORE_EQUAL` is the last checkpoint from before rewards
-became equal within all groups of a step: a sign that the policy may have collapsed, and the place to go back to.
+``keep.json`` maps a reason to a step. ``best`` is set after an evaluation (:func:`keep_best`): ``checkpoints/best``
+then links to that checkpoint, and ``OUT/best`` to its model. :data:`BEFORE_EQUAL` is the last checkpoint before rewards
+became equal within all groups of a step, which may mean that the policy has collapsed; training can be continued from
+it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def list_checkpoints(out: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step a checkpoint folder's name says."""
+    """The step in a checkpoint folder's name."""
     match = _NAME.fullmatch(folder.name)
     if match is None:
         raise CheckpointError(f"{folder}: not a checkpoint's name (step-00000020)")
@@ -48,31 +49,31 @@ def folder_of(out: Path, step: int) -> Path:
 
 
 def latest_checkpoint(out: Path) -> Path | None:
-    """The last complete checkpoint of a run, if there is one; what a killed process left half-written is removed."""
+    """The last complete checkpoint of a run, if any; removes incomplete ones left by a killed process."""
     clear_unfinished(out)
     found = list_checkpoints(out)
     return found[-1] if found else None
 
 
 def clear_unfinished(out: Path) -> None:
-    """Remove what a killed process left half-written or half-deleted."""
+    """Remove partly written or partly deleted checkpoints left by a killed process."""
     for path in (out / "checkpoints").glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def kept(out: Path) -> dict[str, int]:
-    """Steps whose checkpoints stay, by reason. Raises ``CheckpointError`` where ``keep.json`` cannot be read."""
+    """Steps whose checkpoints are kept, by reason. Raises ``CheckpointError`` if ``keep.json`` cannot be read."""
     path = out / "checkpoints" / _KEPT
     if not path.exists():
         return {}
     steps = read_json(path)
     if not all(is_count(step) for step in steps.values()):
-        raise CheckpointError(f"{path}: has to map reasons to steps, has {json.dumps(steps)[:80]}")
+        raise CheckpointError(f"{path}: must map reasons to steps, got {json.dumps(steps)[:80]}")
     return steps
 
 
 def keep(out: Path, reason: str, step: int | None) -> None:
-    """Keep the checkpoint of ``step`` for ``reason``, in place of the one kept for it so far (None: of none)."""
+    """Keep the checkpoint of ``step`` for ``reason``, instead of the previous one (None: keep none)."""
     steps = kept(out)
     if steps.get(reason) == step:
         return
@@ -104,10 +105,10 @@ def _link_best(out: Path, step: int | None) -> None:
 
 
 def watch_rewards(out: Path, equal: bool) -> str:
-    """Before a save: ``equal``, whether a step since the last one had nothing but groups of equal rewards.
+    """Call before a save; ``equal``: whether in a step since the last save all groups had equal rewards.
 
-    Then the newest checkpoint stays until a save that no such step came before. Returns a line that names it when it
-    begins to be kept, else nothing.
+    If so, the newest checkpoint is kept until the first save without such a step before it. Returns a message when a
+    checkpoint begins to be kept, else an empty string.
     """
     steps = kept(out)
     if not equal:
@@ -126,12 +127,12 @@ def rotate(out: Path, count: int) -> None:
     for old in list_checkpoints(out)[:-count]:
         if step_of(old) not in steps:
             dropped = old.with_name(f"{TEMPORARY}dropped-{old.name}")
-            os.rename(old, dropped)  # a kill now leaves no half-deleted folder that looks complete
+            os.rename(old, dropped)  # if killed now, no partly deleted folder looks complete
             shutil.rmtree(dropped)
 
 
 def set_aside(out: Path, after: int) -> list[Path]:
-    """Rename the checkpoints of steps behind ``after``, which will be done anew; their new paths."""
+    """Rename the checkpoints of steps after ``after``, which will be repeated; returns their new paths."""
     moved = []
     for path in list_checkpoints(out):
         if step_of(path) > after:
@@ -146,7 +147,7 @@ def set_aside(out: Path, after: int) -> list[Path]:
 
 
 def link(place: Path, target: Path) -> None:
-    """Point the link ``place`` at a model; where links are not allowed there is none."""
+    """Point the link ``place`` to a model; does nothing if links are not supported."""
     if place.exists() and not place.is_symlink():
         return
     temporary = place.with_name(f".{place.name}.link")

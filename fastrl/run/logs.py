@@ -1,4 +1,4 @@
-"""A run's logs, one JSON row a line: reading them, and cutting them back to a step without losing a row unsaid."""
+"""A run's logs with one JSON row per line: reading them, and truncating them to a step while reporting lost rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastrl.data.disk import replace_file, writing
 
 
 class Appended:
-    """A file that is written at its end: a piece is there whole or not at all. It is made by the first piece."""
+    """A file to which pieces are appended atomically. It is created by the first one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: FileIO | None = None
 
     def write(self, text: str) -> None:
-        """Append. Raises ``OSError`` with the path and the bytes needed; nothing of the piece is then left."""
+        """Append. Raises ``OSError`` with the path and the bytes needed, in which case nothing is appended."""
         data = text.encode("utf-8")
         with writing(self.path, len(data)):
             if self._file is None:
@@ -32,7 +32,7 @@ class Appended:
                 while left:
                     left = left[self._file.write(left) :]
             except OSError:
-                with contextlib.suppress(OSError):  # what is no file cannot be cut
+                with contextlib.suppress(OSError):  # only regular files can be truncated
                     os.ftruncate(self._file.fileno(), end)
                 raise
 
@@ -48,7 +48,7 @@ class Appended:
 
 
 class Cut(NamedTuple):
-    """What :func:`cut_rows` did: rows of later steps that are gone, and lines that were set aside in ``bad``."""
+    """The result of :func:`cut_rows`: number of removed rows of later steps, and of lines moved to ``bad``."""
 
     later: int
     unreadable: int
@@ -65,7 +65,7 @@ class Cut(NamedTuple):
 
 
 def scan(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """(number from 1, line, row) of each line that is not blank; None: the line is no row, an object with a step."""
+    """(number from 1, line, row) of each non-blank line; row None: the line is not an object with a step."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -73,7 +73,7 @@ def scan(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log; a last line that a run is still writing is no row. Raises ``ValueError``: other lines."""
+    """Rows of a log, without a last line that is still being written. Raises ``ValueError`` for other invalid lines."""
     rows = []
     for number, line, row in scan(path):
         if row is not None:
@@ -84,7 +84,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_anyhow(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """What can be read of a log: every JSON object in it, and how many lines are something else."""
+    """Every JSON object in a log, and the number of other lines."""
     rows, others = [], 0
     with path.open("rb") as file:
         for line in filter(bytes.strip, file):
@@ -96,7 +96,7 @@ def read_anyhow(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def cut_rows(path: Path, step: int) -> Cut:
-    """Keep a log's rows of steps up to ``step``, in their order. Lines that are no rows go to ``NAME.jsonl.bad``."""
+    """Keep a log's rows of steps up to ``step``, in order. Lines that are not rows are moved to ``NAME.jsonl.bad``."""
     bad = path.with_name(f"{path.name}.bad")
     if not path.is_file():
         return Cut(0, 0, bad)
@@ -119,7 +119,7 @@ def cut_rows(path: Path, step: int) -> Cut:
 
 
 def has_rows(path: Path) -> bool:
-    """Whether a log holds anything."""
+    """Whether a log is not empty."""
     return path.is_file() and path.stat().st_size > 0
 
 

@@ -1,4 +1,4 @@
-"""What a step reports: numbers from its groups and micro-batches, written to ``metrics.jsonl`` and to loggers."""
+"""Metrics of a step from its groups and micro-batches, written to ``metrics.jsonl`` and to loggers."""
 
 from __future__ import annotations
 
@@ -21,28 +21,27 @@ from fastrl.run.samples import Sample, with_picture
 if TYPE_CHECKING:
     from fastrl.batch import PackedBatch, PromptGroup
 
-# Rows of two runs of one recipe are equal but for keys that begin with these.
+# Rows of two runs of one recipe are equal except for keys that begin with these.
 VOLATILE = ("time/", "speed/", "memory/")
 
 
 class Meter:
     """Metrics of micro-batches → one number each for the step. Values stay on the device until :meth:`read`.
 
-    A key that ends in ``max`` is reduced by maximum, every other one by its mean weighted with the tokens it stands
-    for.
+    A key that ends in ``max`` is reduced by maximum, every other one by its mean weighted by tokens.
     """
 
     def __init__(self) -> None:
         self._values: dict[str, list[tuple[Tensor, int]]] = {}
 
     def add(self, metrics: Mapping[str, Tensor], tokens: int) -> None:
-        """Metrics of a micro-batch (0-d tensors) that stand for ``tokens`` tokens."""
+        """Add metrics of a micro-batch (0-d tensors) with ``tokens`` tokens."""
         if tokens:
             for key, value in metrics.items():
                 self._values.setdefault(key, []).append((value.detach().double(), tokens))
 
     def read(self) -> dict[str, float]:
-        """One number per key, with a single wait for the device."""
+        """One number per key, with a single synchronisation."""
         reduced = {}
         for key, pairs in self._values.items():
             values = torch.stack([value for value, _ in pairs])
@@ -57,12 +56,12 @@ class Meter:
 
 
 def sampler_gap(logp: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-    """How far the trainer's log-probs are from the sampler's, on the same tokens: mean and largest |Δ|, and the mean
+    """The difference of the trainer's and the sampler's log-probs for the same tokens: mean and largest |Δ|, and mean
     ratio.
 
-    Tokens whose log-prob is +inf were not evaluated and do not count. Empty where the batch has no sampler log-probs.
-    Both are over the full vocabulary at the sampling temperature, so with equal weights only rounding is left; more
-    than that means rollouts and training disagree about the model.
+    Tokens whose log-prob is +inf were not evaluated and do not count. Empty if the batch has no sampler log-probs. Both
+    are over the full vocabulary at the sampling temperature, so with equal weights they differ only by rounding; a
+    larger difference means that rollout and training compute different models.
     """
     sampler = batch.per_token.get("sampler_logp")
     if sampler is None or sampler.numel() == 0:
@@ -81,8 +80,8 @@ def group_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
     """Rewards, advantages and lengths of a step's groups, from their completions.
 
     ``reward/mean`` and one ``reward/NAME`` per component, ``reward/group_std`` (mean over groups), ``advantage/*``,
-    ``completion/length_*`` in tokens, ``completion/truncated`` (fraction cut at max_new_tokens). Keys whose numbers the
-    completions do not carry are left out.
+    ``completion/length_*`` in tokens, ``completion/truncated`` (fraction cut at max_new_tokens). Keys for which the
+    completions have no values are left out.
     """
     completions = [c for g in groups for c in g.completions]
     if not completions:
@@ -119,8 +118,8 @@ def group_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
 
 
 def source_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
-    """Of each part of a mixture, ``source/NAME/``: ``prompts`` of the step, its rewards and ``completion/truncated``
-    as ``group_metrics`` has them. Nothing where the data is no mixture."""
+    """``source/NAME/`` metrics of each part of a mixture: ``prompts`` of the step, and rewards and
+    ``completion/truncated`` as in ``group_metrics``. Empty if the data is not a mixture."""
     parts: dict[str, list[PromptGroup]] = {}
     for group in groups:
         if group.record is not None and group.record.origin:
@@ -148,8 +147,8 @@ def work_metrics(groups: Sequence[PromptGroup], seconds: Mapping[str, float]) ->
 
 
 def over_ranks(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One row of metrics for the rows of all ranks: speeds add up, times and memory are the largest, the rest is the
-    mean over the ranks that have the key (``…max`` and ``…min``: theirs)."""
+    """Combine the metrics of all ranks: the sum for throughputs, the maximum for times and memory, otherwise the mean
+    over the ranks that have the key (``…max`` and ``…min``: maximum and minimum)."""
     reduced: dict[str, float] = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         values = [row[key] for row in rows if key in row]
@@ -159,7 +158,7 @@ def over_ranks(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
             reduced[key] = min(values)
         elif key.startswith("speed/"):
             reduced[key] = sum(values)
-        else:  # equal ones stay as they are, integers too
+        else:  # equal values are kept unchanged, so that integers stay integers
             reduced[key] = values[0] if len(set(values)) == 1 else statistics.fmean(values)
     return reduced
 
@@ -180,17 +179,17 @@ def memory() -> dict[str, float]:
 
 
 class MetricsLog:
-    """``OUT/metrics.jsonl`` (one row a step), ``OUT/samples.jsonl``, ``OUT/eval.jsonl`` (one row an evaluation),
-    ``OUT/notes.jsonl`` (what the run was told or found, as a resume from other data), and the loggers of ``log.to``.
+    """``OUT/metrics.jsonl`` (one row per step), ``OUT/samples.jsonl``, ``OUT/eval.jsonl`` (one row per evaluation),
+    ``OUT/notes.jsonl`` (events of the run, such as a resume with changed data), and the loggers of ``log.to``.
 
-    A row is there whole or not at all. Where one cannot be written, an ``OSError`` names the file; what a logger
-    raises is said and noted.
+    Rows are written atomically. If one cannot be written, an ``OSError`` names the file; an error of a logger is only
+    reported and noted.
 
     Args:
         out: the run's folder.
         loggers: of ``make_loggers``.
-        run: what they are told of the run; needed where there are any.
-        say: shows a line to whoever watches the run.
+        run: information about the run for the loggers; required if there are any.
+        say: shows a line to the user.
     """
 
     def __init__(
@@ -214,27 +213,27 @@ class MetricsLog:
         self._loggers = Loggers(loggers, run, tell) if loggers and run is not None else None
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One row; numbers that are not finite become null, as JSON has no word for them."""
+        """Write one row; non-finite numbers become null, as JSON cannot represent them."""
         self._rows.write(_json_line(row))
         self._log(row)
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        """One row of an evaluation."""
+        """Write the row of an evaluation."""
         self._evaluations.write(_json_line(row))
         self._log(row)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Sample answers of a step."""
+        """Write sample answers of a step."""
         self._samples.write("".join(_json_line({"step": step, **sample.row}) for sample in samples))
         if self._loggers is not None:
             self._loggers.samples(step, lambda: [with_picture(sample) for sample in samples])
 
     def note(self, step: int, text: str) -> None:
-        """Something about the run, found after ``step``."""
+        """Write a note about the run after ``step``."""
         self._notes.write(_json_line({"step": step, "note": text}))
 
     def sync(self) -> None:
-        """Flush to the disk (before a checkpoint, so that it never knows of a step the log does not)."""
+        """Flush to disk (before a checkpoint, so that the log has all steps of the checkpoint)."""
         for file in self._files:
             file.sync()
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-STEPS = 2  # traced
-BEFORE = 2  # not traced: they load, compile and make buffers
+STEPS = 2  # traced steps
+BEFORE = 2  # steps before them, which load, compile and allocate
 
 
 @contextmanager
 def profiled(out: Path, *, steps: int, enabled: bool = True) -> Iterator[Callable[[], None]]:
-    """Trace some of the ``steps`` that follow, of the CPU and of a GPU; yields what to call after each step.
+    """Trace some of the next ``steps`` on CPU and GPU; yields a function to call after each step.
 
     Writes ``OUT/trace.json`` with the phases of :class:`fastrl.clock.Clock` as ranges. The third and fourth step are
     traced, or the last ones of a shorter run.
@@ -33,7 +33,7 @@ def profiled(out: Path, *, steps: int, enabled: bool = True) -> Iterator[Callabl
         profiler.export_chrome_trace(str(out / "trace.json"))
 
     warm = min(before, 1)
-    with warnings.catch_warnings():  # a run this short has no step to warm up with
+    with warnings.catch_warnings():  # a very short run has no step for warm-up
         warnings.filterwarnings("ignore", message="Profiler won't be using warmup")
         plan = schedule(skip_first=before - warm, wait=0, warmup=warm, active=min(STEPS, max(steps, 1)), repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:

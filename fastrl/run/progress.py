@@ -1,4 +1,4 @@
-"""What a run shows while it trains, on stderr: a live line with ETA on a terminal, plain lines elsewhere."""
+"""Progress of a run on stderr: a live line with ETA on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Progress:
     """Progress display of a run.
 
     Args:
-        steps: the last step's number; ``done``: steps a resumed run already has.
-        every: steps between lines where there is no terminal.
+        steps: number of the last step.
+        done: steps that a resumed run has already done.
+        every: steps between lines without a terminal.
         stream: where to write (default stderr); ``show=False`` writes nothing at all.
     """
 
@@ -43,7 +44,7 @@ class Progress:
             self._live.stop()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """A step is done; ``row`` is its line of metrics."""
+        """Show a finished step; ``row`` has its metrics."""
         self.done = int(row["step"])
         parts = [f"{_NAMES.get(k, k)} {row[k]:.4g}" for k in _SHOWN if isinstance(row.get(k), int | float)]
         text = "  ".join([*parts, *([f"eval {self._evaluated}"] if self._evaluated else [])])
@@ -54,7 +55,7 @@ class Progress:
             self._line(f"step {self.done}/{self.steps}  {text}{speed}  ETA {self.eta()}")
 
     def eta(self) -> str:
-        """Time left at the pace so far, as [h:]mm:ss."""
+        """Estimated remaining time as [h:]mm:ss."""
         made = self.done - self._first
         left = (time.monotonic() - self._start) / made * (self.steps - self.done) if made else 0.0
         minutes, seconds = divmod(round(left), 60)
@@ -67,7 +68,7 @@ class Progress:
         self.note(text)
 
     def note(self, message: str) -> None:
-        """A line about the run."""
+        """Show a message about the run."""
         if self._live is not None:
             self._live.console.print(message, markup=False, highlight=False)
         elif self._show:
@@ -92,7 +93,7 @@ class Progress:
 
 
 def printable(text: object, limit: int) -> str:
-    """Model output as one harmless line: control characters (terminal commands among them) escaped, long text cut."""
+    """Model output as one safe line: control characters (including terminal commands) escaped, long text cut."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to stop after its step instead of ending it in the middle."""
+"""Ctrl-C and SIGTERM stop a run after its current step instead of in the middle of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def stop_signals(note: Callable[[str], None]) -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM ask the run to stop after its step; a second Ctrl-C stops it at once."""
+    """On Ctrl-C or SIGTERM, set an event that stops the run after its step; a second Ctrl-C stops it immediately."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

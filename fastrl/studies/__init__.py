@@ -1,1 +1,1 @@
-"""The papers' claims, each an experiment."""
+"""Experiments that test the papers' claims."""

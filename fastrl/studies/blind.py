@@ -1,8 +1,8 @@
 """The image-unconditional study (PerPO §4.7): the same training with and without images, before and after.
 
-A preference can be learned from the text alone: the shape of good answers, the likely places. For a perception model
-that is reward hacking, and it shows as a gain that training on blank pictures brings as well. What a method gains
-beyond that, it gains from looking.
+A model can learn preferences from the text alone: the form of good answers, likely positions. For a perception model
+this is reward hacking, and it appears as a gain also when training on blank pictures. Only the additional gain of a
+method comes from the images.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run_study(
     max_new_tokens: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Train twice from the same model, data, seed and steps: on the pictures, and on grey ones of their size.
+    """Train twice with the same model, data, seed and steps: on the pictures, and on grey ones of the same size.
 
     Args:
         recipe: the run; its ``data.blank_images`` and ``out`` are set here.
@@ -54,15 +54,15 @@ def run_study(
         out: folder for both runs (default ``runs/study-NAME``).
         limit: measure on the first records only.
         max_new_tokens: longest answer (default the protocol's).
-        say: called with a line now and then.
+        say: called with progress messages.
 
     Returns:
         ``metric`` and ``cells``: training (``with image``, ``without image``) → ``before``, ``after`` measured on
         pictures, and ``blank_before``, ``blank_after`` measured on grey ones; ``metrics`` has all numbers of each.
 
     Raises:
-        ValueError: held-out records of several tasks, or of one that has no evaluation.
-        CheckpointError: the folder holds a study already.
+        ValueError: held-out records have several tasks, or one without an evaluation.
+        CheckpointError: the folder already contains a study.
     """
     started = time.perf_counter()
     records = load_data(held_out)
@@ -73,7 +73,7 @@ def run_study(
     length = max_new_tokens or MAX_NEW_TOKENS[task]
     out = out if out is not None else Path("runs") / f"study-{recipe.name}"
     if any((out / _folder(blank)).exists() for blank in ROWS.values()):
-        raise CheckpointError(f"{out} already holds a study: choose another --out")
+        raise CheckpointError(f"{out} already contains a study: choose another --out")
     metrics: dict[str, dict[str, Metrics]] = {}
     before: dict[str, Metrics] | None = None
     for name, blank in ROWS.items():
@@ -86,7 +86,7 @@ def run_study(
             say(f"measuring {len(records)} held-out records before training …")
             before = _measure(policy, records, task, length)
         if before["seen"][SHOWN[task]] is None:
-            raise ValueError(f"{held_out}: holds no object, so {SHOWN[task]} is not defined")
+            raise ValueError(f"{held_out}: has no object, so {SHOWN[task]} is not defined")
         say(f"training {name}: {run.optim.steps} steps …")
         train(run, policy=policy)
         say("measuring again …")

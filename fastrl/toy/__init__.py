@@ -1,1 +1,1 @@
-"""The small models that ship with fastrl: how they are taught, and the demos on them."""
+"""The small models that ship with fastrl: their training, and the demos that use them."""

@@ -56,7 +56,7 @@ def test_budget_keeps_order_never_splits_a_group_and_lets_a_large_one_stand_alon
     assert [len(b.segments.spans) for b in pack(groups, 1)] == [1, 1, 1, 1]
     assert [len(b.segments.spans) for b in pack(groups, 1000)] == [4], "a group without completions is left out"
     assert pack([], 10) == []
-    with pytest.raises(ValueError, match="token_budget: need at least 1, got 0"):
+    with pytest.raises(ValueError, match="token_budget: expected at least 1, got 0"):
         pack(groups, 0)
 
 

@@ -219,7 +219,7 @@ def test_what_a_loader_gives_is_checked() -> None:
         fastrl.data.register("other", lambda path: [])  # type: ignore[arg-type, misc]
     with pytest.raises(TypeError, match="function of"):
         fastrl.data.register("other", 3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="none of"):
+    with pytest.raises(ValueError, match="not contain any of"):
         fastrl.data.register("a:b", rows)
 
 
@@ -275,7 +275,7 @@ def test_a_misspelt_fact_of_an_instance_is_an_error_before_it_trains() -> None:
     [
         ({"scores": lambda self, answers, records: {}}, "did you mean score?"),
         ({"score": lambda self, answers: {}}, "score takes"),
-        ({"parts": ()}, "parts has to name"),
+        ({"parts": ()}, "parts must name"),
         ({"__annotations__": {"limit": "int"}, "limit": 3}, "limit"),
         ({"score": Reward.score}, "score is missing"),
     ],

@@ -344,7 +344,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_folder: Folder, tmp_path
         if row["step"] == 2:
             policy.head_weight.data[0, 0] = torch.nan
 
-    with pytest.raises(TrainingError, match=r"step 2: weights that are not finite \(.*\); nothing was saved"):
+    with pytest.raises(TrainingError, match=r"step 2: weights are not finite \(.*\); nothing was saved"):
         train(recipe, records=make_records(), policy=policy, on_step=spoil, show=False)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000001"]
 

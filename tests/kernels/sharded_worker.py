@@ -301,7 +301,7 @@ def what_cannot_be_is_said(mesh: DeviceMesh) -> None:
     sharded = distribute_tensor(data["hidden"], mesh, [Shard(0)])
     weight = distribute_tensor(data["weight"], mesh, [Shard(0)])
     for call, message in (
-        (lambda: linear_logprob(sharded, weight, data["target"], rows=torch.tensor([1])), "rows: cannot be told"),
+        (lambda: linear_logprob(sharded, weight, data["target"], rows=torch.tensor([1])), "rows: not supported"),
         (lambda: linear_logprob(sharded, weight, data["target"][:4]), "target: expected"),
         (lambda: linear_logprob(
             distribute_tensor(data["hidden"], mesh, [Replicate()]), weight, data["target"] + 31), "which no slice"),

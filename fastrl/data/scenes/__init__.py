@@ -1,9 +1,9 @@
-"""Scenes: a seeded generator of pictures and clips with exact truth, the CPU test bed of every method.
+"""Scenes: a seeded generator of pictures and clips with exact truth, for trying all methods on a CPU.
 
 ``scenes:grounding?n=256&seed=1&difficulty=2`` names a data set: task, number of records, seed, difficulty 1 to 4;
 ``size`` is the side of the pictures in pixels, ``frames`` the length of clips (``trajectory``: follow a named shape;
-``utr``: a dialogue; ``shown``: what a clip shows, which each frame tells). Records are made when asked for, and the
-same name gives the same records.
+``utr``: a dialogue; ``shown``: the clip's content, which each single frame shows). Records are made on demand, and the
+same spec gives the same records.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Scenes(Sequence[Record]):
         self.task, self.n, self.seed = task, n, seed
         self.options = {"difficulty": difficulty, "size": size, "frames": frames}
         if n:
-            self[0]  # a wrong task, difficulty or size is an error now, not in the middle of a run
+            self[0]  # raises now, and not during a run, if task, difficulty or size are invalid
 
     def __len__(self) -> int:
         return self.n
@@ -47,12 +47,12 @@ class Scenes(Sequence[Record]):
         return scene_record(self.task, index % self.n, self.seed, **self.options)
 
     def clip(self, index: int) -> Clip:
-        """The clip that record ``index`` is about, with every shape in it. Raises ``ValueError``: not of clips."""
+        """The clip of record ``index``, with all its shapes. Raises ``ValueError`` if the task has no clips."""
         return scene_clip(self.task, index, self.seed, **self.options)
 
 
 def load(path: str, query: Mapping[str, str]) -> Scenes:
-    """The data set ``scenes:PATH?QUERY``. Raises ``ValueError``: unknown task or key, a value that is no integer."""
+    """The data set ``scenes:PATH?QUERY``. Raises ``ValueError`` for an unknown task or key, or a non-integer value."""
     options = dict(_DEFAULTS)
     for key, value in query.items():
         if key not in options:

@@ -29,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Mover:
-    """One shape through a clip: a box per frame (pixels) and what it does when."""
+    """One shape of a clip: a box per frame (pixels) and its actions."""
 
     kind: str
     color: str
@@ -61,7 +61,7 @@ def sample_clip(
 ) -> Clip:
     """Draw a clip of ``difficulty`` (1 to 4) shapes with distinct names, each moving in one or two directions.
 
-    With ``turns`` a shape may change its action half-way, so that no single frame tells its trajectory.
+    With ``turns`` a shape may change its action half-way, so that no single frame determines its trajectory.
     """
     if frames < 1:
         raise ValueError(f"frames: at least 1, got {frames}")

@@ -1,4 +1,4 @@
-"""Referring expressions over a scene: built as predicates, so "means exactly one shape" is checked, not hoped for."""
+"""Referring expressions for a scene, built as predicates, so that each is checked to match exactly one shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUPERLATIVES: dict[str, tuple[int, int]] = {
     "topmost": (1, -1),
     "lowest": (1, 1),
 }
-MARGIN = 0.06  # share of the picture by which positions must differ before a spatial word is used
+MARGIN = 0.06  # fraction of the picture's side by which positions must differ for a spatial word
 
 
 def related(subject: Shape, phrase: str, anchor: Shape, side: int) -> bool:
@@ -34,7 +34,7 @@ def matching(scene: Scene, test: Callable[[Shape], bool]) -> list[Shape]:
 
 
 def expressions(scene: Scene, target: Shape) -> dict[str, list[str]]:
-    """Every expression that means ``target`` and nothing else, by type: attribute, superlative, relation."""
+    """Every expression that matches only ``target``, by type: attribute, superlative, relation."""
     return {
         "attribute": list(_attributes(scene, target)),
         "superlative": list(_superlatives(scene, target)),

@@ -17,11 +17,11 @@ from fastrl.data.scenes.expressions import RELATIONS, pick_expression, related
 from fastrl.data.scenes.world import KINDS, Scene, Shape, render, sample_scene
 
 SHOWN = "What does the clip show?"
-OCR_FONT = 26  # pixels: words that are to be read are larger than those that are only in the way
+OCR_FONT = 26  # pixels: words to be read are larger than distractors
 
 
 def ocr_snap(difficulty: int) -> int:
-    """Grid in pixels on which the words of an OCR scene lie: easy ones stand in print-like columns and lines."""
+    """Grid in pixels to which the words of an OCR scene snap: easy scenes have print-like columns and lines."""
     return 14 if difficulty <= 2 else 1
 
 
@@ -35,7 +35,7 @@ def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: in
     if task in CLIP_MAKERS:
         return CLIP_MAKERS[task](rng, sample_clip(rng, frames, difficulty, size), identity)
     words = rng.randint(1, min(difficulty, 3)) if task == "ocr" else int(rng.random() < 0.3)
-    while True:  # an unlucky scene may have nothing to ask about: draw another
+    while True:  # draw again if a scene has nothing to ask about
         font, snap = (OCR_FONT, ocr_snap(difficulty)) if task == "ocr" else (17, 1)
         scene = sample_scene(rng, difficulty, size, words, font, snap)
         record = MAKERS[task](rng, scene, identity, difficulty)
@@ -52,7 +52,7 @@ def scene_clip(task: str, index: int, seed: int, difficulty: int = 2, size: int 
 
 
 def grounding_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
-    """Which box is meant by an expression that fits exactly one shape."""
+    """The box of an expression that matches exactly one shape."""
     if not scene.shapes:
         return None
     target = rng.choice(scene.shapes)
@@ -82,7 +82,7 @@ def picture(scene: Scene) -> Image:
 
 
 def counting_labels(shape: Shape) -> list[tuple[str, Callable[[Shape], bool]]]:
-    """The sets a shape can stand for in a counting question."""
+    """The sets of shapes that a counting question about a shape may ask for."""
     return [
         (f"{shape.kind}s", lambda s: s.kind == shape.kind),
         (f"{shape.color} shapes", lambda s: s.color == shape.color),
@@ -103,7 +103,7 @@ def detection_record(rng: random.Random, scene: Scene, identity: str, difficulty
 
 
 def ocr_record(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
-    """The words from top to bottom, one a line."""
+    """The words from top to bottom, one per line."""
     if not scene.words:
         return None
     text = "\n".join(w.text for w in sorted(scene.words, key=lambda w: (w.box[1], w.box[0])))
@@ -126,7 +126,7 @@ def caption_record(rng: random.Random, scene: Scene, identity: str, difficulty: 
 
 
 def describe(shapes: list[Shape], side: int) -> tuple[str, list[list[str]]]:
-    """A caption in reading order, each later shape placed relative to the one before where that is clear."""
+    """A caption in reading order; each shape after the first is placed relative to the one before if unambiguous."""
     sentences, relations = [], []
     for previous, shape in zip([None, *shapes], shapes, strict=False):
         phrase = None
@@ -152,7 +152,7 @@ def follow_one(rng: random.Random, clip: tracked.Clip) -> Record:
 
 
 def tracked_clip(clip: Clip, identity: str) -> tracked.Clip:
-    """The clip with its frames drawn, in the schema all tracked clips share; a shape's colour is its appearance."""
+    """The clip with rendered frames in the schema of tracked clips; a shape's colour is its appearance."""
     subjects = tuple(
         tracked.Subject(
             number,
@@ -174,7 +174,7 @@ def utr_record(rng: random.Random, clip: Clip, identity: str) -> Record:
 
 
 def pick_dialogue(rng: random.Random, clip: tracked.Clip) -> Dialogue:
-    """A unique query about a subject of a clip of shapes, all drawn: their names differ, so that there is one."""
+    """A random unique query about a random subject of a clip of shapes; their names differ, so one exists."""
     for subject in rng.sample(clip.subjects, len(clip.subjects)):
         for kind in rng.sample(list(QUERIES), len(QUERIES)):
             query = pick_query(rng, clip, subject, kind)
@@ -184,7 +184,7 @@ def pick_dialogue(rng: random.Random, clip: tracked.Clip) -> Dialogue:
 
 
 def shown_record(rng: random.Random, clip: Clip, identity: str) -> Record:
-    """What a clip shows: a text that every single frame explains."""
+    """A description of the clip that every single frame supports."""
     return shown_in(tracked_clip(clip, identity))
 
 

@@ -1,8 +1,7 @@
 """The small world: shapes and words on a picture, with exact truth.
 
-A scene is data first (kinds, colours, integer boxes) and pixels second: ``render`` draws exactly what the scene says,
-so a box is exact to the pixel. Boxes are ``(x1, y1, x2, y2)`` in pixels, upper edges exclusive. A covered shape keeps
-its whole box.
+A scene is data (kinds, colours, integer boxes) from which ``render`` draws the picture, so boxes are exact to the
+pixel. Boxes are ``(x1, y1, x2, y2)`` in pixels, upper edges exclusive. A partly covered shape keeps its whole box.
 """
 
 from __future__ import annotations
@@ -124,13 +123,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """What a difficulty level means. Sizes are pixels on a 112-pixel picture and scale with it."""
+    """The parameters of a difficulty level. Sizes are pixels on a 112-pixel picture and scale with it."""
 
     shapes: tuple[int, int]
     kinds: int
     small: tuple[int, int]
     large: tuple[int, int]
-    overlap: float  # largest share of the smaller box that another may cover
+    overlap: float  # largest fraction of the smaller box that another may cover
 
 
 LEVELS = {
@@ -146,13 +145,13 @@ def sample_scene(
 ) -> Scene:
     """Draw a scene. ``difficulty`` 1 to 4 (``LEVELS``), ``size``: side in pixels. Raises ``ValueError``.
 
-    ``words`` is how many words to write, ``font`` their height in pixels on a 112-pixel picture, and ``snap`` the grid
-    in pixels that their corners lie on, as in print.
+    ``words`` is the number of words, ``font`` their height in pixels on a 112-pixel picture, and ``snap`` the grid in
+    pixels of their corners, as in print.
     """
     if difficulty not in LEVELS:
         raise ValueError(f"difficulty: expected one of {sorted(LEVELS)}, got {difficulty!r}")
     if not 56 <= size <= 4096:
-        raise ValueError(f"size: a scene is 56 to 4096 pixels wide, got {size}")
+        raise ValueError(f"size: expected 56 to 4096 pixels, got {size}")
     level, scale = LEVELS[difficulty], size / 112
     placed: list[Box] = []
     texts = [
@@ -175,7 +174,7 @@ def _place_shape(rng: random.Random, level: Difficulty, size: int, scale: float,
         if all(covered(box, other) <= level.overlap for other in placed):
             placed.append(box)
             return Shape(kind, color, label, box)
-    return None  # no room left: a scene may hold fewer shapes than drawn for
+    return None  # no room left: a scene may have fewer shapes than requested
 
 
 def _place_word(rng: random.Random, size: int, font: int, snap: int, placed: list[Box]) -> Word | None:
@@ -199,7 +198,7 @@ def _random_box(rng: random.Random, width: int, height: int, size: int, snap: in
 
 
 def covered(a: Box, b: Box) -> float:
-    """Share of the smaller of two boxes that the other covers."""
+    """Fraction of the smaller of two boxes that the other covers."""
     w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if w <= 0 or h <= 0:
         return 0.0

@@ -39,8 +39,8 @@ _LINEAR = (
     "most of its text layers are recurrent, and sharing a prompt's attention would not pass their state to the answers"
 )
 _GEMMA = (
-    "its image tokens attend in both directions and its sliding windows follow the dialogue, neither of which packed "
-    "rows support"
+    "its image tokens attend in both directions and its sliding windows "
+    "follow the dialogue, neither of which packed rows support"
 )
 # Families that would load and run but compute wrong results, and why.
 REFUSED: Mapping[str, str] = {

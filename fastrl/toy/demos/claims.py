@@ -1,4 +1,4 @@
-"""What a demo claims of its results over seeds: one sentence, and the check that finds where it is not so."""
+"""Claims of the demos about their results over seeds: one sentence each, with a check that finds violations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Claim:
     checks: tuple[Check, ...]
 
     def broken(self, results: Sequence[Result]) -> list[str]:
-        """What does not hold of the results of one demo on several seeds, a line each; empty: the claim holds."""
+        """Violations in the results of one demo on several seeds, one line each; empty if the claim holds."""
         return [line for check in self.checks for line in check(results)]
 
 

@@ -1,7 +1,7 @@
 """Perception-R1's demo: GRPO on scene grounding or counting, measured on the same held-out scenes before and after.
 
-The small model was taught on pictures of 112 pixels; the recipes ask about smaller ones, where its boxes are off. No
-answer is ever shown to it: it learns where to point from rewards alone.
+The small model was trained on pictures of 112 pixels; the recipes use smaller ones, for which its boxes are inaccurate.
+It gets no answers: it only learns from rewards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Measured:
 
     sampled: float  # mean reward of answers sampled at temperature 1
     greedy: float
-    exact: float | None  # counting: share of sampled answers with the right number, wherever their points lie
+    exact: float | None  # counting: fraction of sampled answers with the right number, at any positions
     greedy_exact: float | None
     answers: list[tuple[Record, str]]
 
@@ -102,8 +102,8 @@ def run(
 def measure(policy: Policy, records: Any, task: str, max_new_tokens: int, samples: int = 2) -> Measured:
     """Mean reward of ``samples`` answers per record at temperature 1 (a fixed seed), and of the greedy one.
 
-    Matched points alone flatter: an answer that never looked, with the usual number of points spread out, scores 0.79.
-    So counting also has the share of answers with the exact number.
+    Matched points alone overestimate: an answer independent of the picture, with the usual number of evenly spread
+    points, scores 0.79. So counting also reports the fraction of answers with the exact number.
     """
     from fastrl.rollout import Sampling
 
@@ -130,7 +130,7 @@ def measure(policy: Policy, records: Any, task: str, max_new_tokens: int, sample
 
 
 def _exact(before: Measured, after: Measured) -> dict[str, float]:
-    """``exact_before``, ``exact_after`` and the same of greedy answers; nothing for tasks that count nothing."""
+    """``exact_before``, ``exact_after`` and the same of greedy answers; empty for tasks other than counting."""
     if before.exact is None or before.greedy_exact is None or after.exact is None or after.greedy_exact is None:
         return {}
     sampled = {"exact_before": before.exact, "exact_after": after.exact}

@@ -1,6 +1,6 @@
-"""PerPO's demo: one set of ranked lists of scene answers, three ways to learn from it, one held-out measurement.
+"""PerPO's demo: three methods trained on one set of ranked lists of scene answers, measured on held-out scenes.
 
-PerPO, DPO (best against worst) and SFT (best only) start from the same model and see the same lists in the same order
+PerPO, DPO (best against worst) and SFT (best only) start from the same model and use the same lists in the same order
 for the same number of steps.
 """
 
@@ -58,8 +58,8 @@ def run(
     prompts: int = PROMPTS,
     steps: int = STEPS,
 ) -> dict[str, Any]:
-    """Measure, build lists, train three ways, measure each; writes ``lists.jsonl`` with its histogram, a run folder per
-    method, ``comparison.png`` and ``before_after.png`` in ``out``.
+    """Measure, build lists, train with three methods, measure each; writes ``lists.jsonl`` with its histogram, a run
+    folder per method, ``comparison.png`` and ``before_after.png`` in ``out``.
 
     Raises:
         ValueError: an unknown task.

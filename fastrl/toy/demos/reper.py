@@ -1,9 +1,9 @@
 """RePer's demo: scene captions in three turns of reflection, on the same held-out scenes before and after training.
 
-The small model has been taught dialogues, and what was said before leads it astray: asked again, it says more that is
-false. It captions scenes at eight temperatures, the rule critic scores the captions against the scenes' truth,
-dialogues from bad to good train it; then it reflects on scenes it has not seen. The critic's feedback asks for a better
-caption and tells nothing of the truth.
+The small model was trained on dialogues, but earlier turns mislead it: asked again, it states more false facts. It
+captions scenes at eight temperatures, the rule critic scores the captions against the scenes' truth, and it is trained
+on dialogues from bad to good captions; then it reflects on scenes it has not seen. The critic's feedback asks for a
+better caption without revealing the truth.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def run(
     """Measure, build dialogues, train, measure again; writes ``dialogues.jsonl``, ``captions.jsonl`` (of the
     held-out scenes, before and after) and a run folder in ``out``.
 
-    ``before`` and ``after`` are mean scores of the third turn; ``false_captions_*`` the shares of third-turn captions
-    that state something false.
+    ``before`` and ``after`` are mean scores of the third turn; ``false_captions_*`` the fractions of third-turn
+    captions with a false statement.
 
     Raises:
         ValueError: an unknown task.

@@ -1,4 +1,4 @@
-"""The scenes a demo measures on: like those its recipe trains on, of another seed."""
+"""The held-out scenes of a demo: like those its recipe trains on, with another seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ HELD_OUT_SEED = 1_000_003  # no recipe and no demo trains on scenes of this seed
 
 
 def scenes_like(spec: str, *, n: int, seed: int = HELD_OUT_SEED) -> str:
-    """``spec`` with other ``n`` and ``seed``; task, difficulty and picture size stay.
+    """``spec`` with other ``n`` and ``seed`` and the same task, difficulty and picture size.
 
     Raises:
         ValueError: not a data specification.

@@ -1,10 +1,10 @@
-"""UTR's demo: the same clips asked two ways, the same training, and what each teaches about whole clips.
+"""UTR's demo: the same training on two kinds of questions about the same clips, compared on whole trajectories.
 
-A hack-prone set (what does the clip show? every single frame tells) and a UTR set of equal size (where is this one in
-all frames, and what does it do?) are made from the same scene clips. A copy of the small video model is trained on each
-for the same steps; both are measured on UTR questions about clips neither has seen: overlap of the whole trajectory,
-and temporal perplexity, which is how much better the model explains the true answer from all frames than from one. The
-clips are longer than those the small model was taught with.
+A hack-prone set (what does the clip show? answerable from any frame) and a UTR set of equal size (where is this subject
+in all frames, and what does it do?) are made from the same scene clips. A copy of the small video model is trained on
+each for the same steps. Both are measured on UTR questions about unseen clips: by the overlap of the whole trajectory,
+and by temporal perplexity, which is how much better the model predicts the true answer from all frames than from one.
+The clips are longer than those the small model was trained on.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Measured:
     tpl: float  # mean over the held-out answers
 
     def numbers(self) -> dict[str, float]:
-        """What the table shows."""
+        """The numbers in the table."""
         return {
             "mean_iou": self.sampled["mean_iou"],
             "greedy_mean_iou": self.greedy["mean_iou"],

@@ -1,8 +1,8 @@
 """Make the small models: a Qwen2.5-VL built from a config and taught the scene tasks by supervised training.
 
-Nothing here is special to fastrl's trainer: the result is an ordinary Hugging Face folder. A training row is one scene
-seen once and asked several questions: the shared start (system turn and image) is followed by the questions with their
-answers as branches that see the start and themselves, which is the packed layout with a fixed picture size.
+The result is a standard Hugging Face folder, independent of fastrl's trainer. A training row is one scene with several
+questions: the shared start (system turn and image) is followed by the questions with their answers as branches that
+attend to the start and themselves, which is the packed layout with a fixed picture size.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def model_config(
 def corpus(answer: Callable[[Record], str], seed: int, clips: bool = False) -> Iterator[str]:
     """Texts the tokenizer is trained on: questions and answers of every task, and every coordinate spelled out.
 
-    With ``clips`` those of dialogues about clips too, and the numbers and times of frames.
+    With ``clips`` also those of dialogues about clips, and the numbers and times of frames.
     """
     for task in (*tasks.MAKERS, *(("utr", "shown") if clips else ())):
         for index in range(400):
@@ -92,8 +92,8 @@ def corpus(answer: Callable[[Record], str], seed: int, clips: bool = False) -> I
 
 
 def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
-    """Pad rows of equal starts to one length. Positions of every branch continue from the start; it sees that and
-    itself."""
+    """Pad rows of equal starts to one length. Positions of every branch continue from the start; it attends to the
+    start and itself."""
     length = max(len(r.ids) for r in rows)
     start = rows[0].start
     axes, shared = start.shape
@@ -114,7 +114,7 @@ def collate(rows: list[Row], pad_id: int) -> dict[str, Tensor]:
             positions[:, i, first:end] = base + torch.arange(end - first)
     sees = (branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] == 0)
     mask = sees & torch.ones(length, length, dtype=torch.bool).tril() & (branch[:, None, :] >= 0)
-    mask |= torch.eye(length, dtype=torch.bool)  # padding sees itself, so that no row of the softmax is empty
+    mask |= torch.eye(length, dtype=torch.bool)  # padding attends to itself, so that no row of the softmax is empty
     return {
         "ids": ids,
         "answer": answer,
@@ -176,7 +176,7 @@ def train(
 def save_folder(
     model: Any, tokenizer: Any, preprocessor: ImagePreprocessor, out: Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write an ordinary Hugging Face folder: weights in ``dtype``, tokenizer with chat template, image processor."""
+    """Write a standard Hugging Face folder: weights in ``dtype``, tokenizer with chat template, image processor."""
     out.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).to(dtype).save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -184,7 +184,8 @@ def save_folder(
 
 
 def scene_answer(record: Record) -> str:
-    """The answer a model is taught for a scene record: the Qwen2.5-VL form, labels only where they are asked for."""
+    """The answer a model is taught for a scene record: in Qwen2.5-VL's style, with labels only if they are
+    requested."""
     if "answer" in record.target:
         return record.target["answer"]
     width, height = record.images[0].size  # type: ignore[union-attr]
@@ -206,8 +207,8 @@ def build(
 ) -> None:
     """Build, teach and save the small model ``kind``. The same arguments give the same weights on the same machine.
 
-    With ``start`` it begins with what that small model has learned (see ``transfer.take_over``) and, unless
-    ``retokenize``, with its vocabulary. Raises ``ValueError`` for an unknown kind.
+    With ``start`` it is initialised from that small model (see ``transfer.take_over``) and, unless ``retokenize``, uses
+    its vocabulary. Raises ``ValueError`` for an unknown kind.
     """
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -220,7 +221,7 @@ def build(
         tokenizer = train_tokenizer(corpus(scene_answer, seed, clips=CURRICULA[kind].frames > 1))
     else:
         tokenizer = load_tokenizer(start)
-    # Larger pictures are brought down to the size it was taught at: it reads nothing in others.
+    # Larger pictures are resized to the size it was trained on, as it cannot read others.
     preprocessor = QwenPreprocessor(Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=CURRICULA[kind].size ** 2))
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))

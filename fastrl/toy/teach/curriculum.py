@@ -1,7 +1,7 @@
-"""What the small models are taught: scenes with questions about them, as token rows.
+"""The training data of the small models: scenes with questions about them, as token rows.
 
-A row is one scene seen once: the shared start (system turn and image), then each question with its answer as a branch
-that sees the start and itself. A dialogue is one branch.
+A row is one scene: the shared start (system turn and image), then each question with its answer as a branch that
+attends to the start and itself. A dialogue is one branch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAKERS = {**tasks.MAKERS, "dialogue": dialogue_record}
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What a small model is taught: question mix per scene, difficulty levels, picture size, frames."""
+    """The training data of a small model: question mix per scene, difficulty levels, picture size, frames."""
 
     questions: dict[str, int]  # task (or dialogue) -> questions per row
     levels: tuple[int, ...] = (1, 2, 3, 4)
@@ -39,7 +39,7 @@ class Curriculum:
 
 
 CURRICULA = {
-    # Captions name kinds and colours: without them the model learns where shapes are and not which one is meant.
+    # Captions name kinds and colours: without them the model learns where shapes are, but not to distinguish them.
     "perception": Curriculum({"grounding": 4, "counting": 2, "detection": 1, "caption": 1}, levels=(1, 2, 2, 3)),
     "language": Curriculum({"ocr": 2, "caption": 2, "grounding": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT),
     # tiny:language is made in two stages: fastrl tiny build language --out A, then
@@ -47,7 +47,7 @@ CURRICULA = {
     "dialogues": Curriculum(
         {"ocr": 2, "caption": 2, "grounding": 1, "dialogue": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT
     ),
-    # Begun with the "perception" model of its day, which knew fewer names than today's
+    # Initialised from an earlier "perception" model, which knew fewer names than the current one
     "video": Curriculum({"trajectory": 2, "utr": 1, "shown": 1}, levels=(1, 2, 2, 3), size=84, frames=6),
 }
 
@@ -103,13 +103,13 @@ class RowMaker:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _told(self, record: Record) -> list[tuple[str, bool]]:
-        """Each turn's answer, and whether it is taught: a dialogue's true captions are."""
+    def _turn_answers(self, record: Record) -> list[tuple[str, bool]]:
+        """Each turn's answer, and whether it is trained on, as only true captions of a dialogue are."""
         turns = record.target.get("dialogue")
         return [(t.answer, t.score == 1.0) for t in turns] if turns else [(self.answer(record), True)]
 
-    def _spoken(self, record: Record) -> list[str]:
-        """What stands before each turn's answer: system and question, then what follows the answer before."""
+    def _turn_prompts(self, record: Record) -> list[str]:
+        """The text before each turn's answer: system and question, then the text after the previous answer."""
         turns: tuple[SpokenTurn, ...] = record.target.get("dialogue") or (SpokenTurn("", 1.0),)
         parts, at = [], 0
         for number in range(len(turns)):
@@ -130,8 +130,8 @@ class RowMaker:
         answer: list[bool] = []
         starts: list[int] = []
         for number, record in enumerate(records, start=1):
-            (first, *more), told = self._spoken(record), self._told(record)
-            cut = first.rindex(_asked(record))
+            (first, *more), told = self._turn_prompts(record), self._turn_answers(record)
+            cut = first.rindex(_question(record))
             if not ids:
                 laid_out = self.family.lay_out(torch.tensor(self._encode(first[:cut])), images)
                 start = laid_out.positions
@@ -147,8 +147,8 @@ class RowMaker:
         return Row(ids, branch, starts, answer, start, images)
 
 
-def _asked(record: Record) -> str:
-    """What a record's first message says behind its last picture."""
+def _question(record: Record) -> str:
+    """The text of a record's first message after its last picture."""
     parts = record.messages[0]["content"]
     last = max(n for n, part in enumerate(parts) if part["type"] == "image")
     return "".join(part["text"] for part in parts[last + 1 :])

@@ -1,7 +1,7 @@
-"""Dialogues for the small language model: a caption, a word of feedback, a caption again, as instruction data has them.
+"""Dialogues for the small language model: a caption, feedback, and another caption, as in instruction data.
 
-LLaVA's instruction data holds dialogues, so the models RePer starts from can answer a second time. Only true captions
-are taught; captions with mistakes stand before them as what was said.
+LLaVA's instruction data contains dialogues, so the models that RePer starts from can answer a second time. Only true
+captions are trained on; captions with mistakes are earlier turns of the dialogue.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastrl.data.reflection import SpokenTurn
 from fastrl.data.scenes import tasks
 from fastrl.data.scenes.world import COLORS, KINDS, SIZES, Scene, Shape
 
-TRUE = 0.3  # share of the captions before the last that are true, too
+TRUE = 0.3  # fraction of the captions before the last that are true as well
 WORDINGS = ("request", "request", "score", "reason")  # of the feedback; see RuleCritic
 _CRITICS = {wording: RuleCritic(feedback=wording) for wording in set(WORDINGS)}
 

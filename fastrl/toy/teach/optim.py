@@ -1,4 +1,4 @@
-"""How the small models are taught: orthogonalised momentum for matrices, AdamW for the rest, warm-up and cosine."""
+"""Optimizers of the small models: orthogonalised momentum for matrices, AdamW for the rest, warm-up and cosine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def schedule(step: int, steps: int, warmup: int = 50, floor: float = 0.02) -> float:
-    """Share of the peak learning rate: linear warm-up, then cosine down to ``floor``."""
+    """Fraction of the peak learning rate: linear warm-up, then cosine down to ``floor``."""
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -28,7 +28,7 @@ def make_optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optim
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon in fp32: ``torch.optim.Muon`` works in bf16, a hundred times slower on CPUs without units for it."""
+    """Muon in fp32: ``torch.optim.Muon`` works in bf16, a hundred times slower on CPUs without bf16 units."""
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})

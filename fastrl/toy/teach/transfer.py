@@ -1,4 +1,4 @@
-"""Beginning a small model with what another has learned, also under another vocabulary."""
+"""Initialising a small model from another one, possibly with another vocabulary."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def coordinate_twins(tokenizer: Any, old_tokenizer: Any, side: int) -> dict[int, int]:
-    """Tokens of 0-1000 coordinates → those of the pixels they stand for, in pictures of ``side`` pixels.
+    """Tokens of 0-1000 coordinates → tokens of the corresponding pixels in pictures of ``side`` pixels.
 
-    A model that names pixels need not learn again where places are, only what they are now called.
+    With these, a model that answers in pixels only has to learn new names for positions.
     """
     twins = {}
     for pixel in range(side + 1):
@@ -27,9 +27,9 @@ def coordinate_twins(tokenizer: Any, old_tokenizer: Any, side: int) -> dict[int,
 def take_over(
     model: torch.nn.Module, tokenizer: Any, old: torch.nn.Module, old_tokenizer: Any, twins: Mapping[int, int]
 ) -> None:
-    """Begin with another small model's weights; of its embeddings, those of the tokens both vocabularies have.
+    """Copy another small model's weights; of its embeddings, those of tokens in both vocabularies.
 
-    ``twins`` adds tokens that mean the same as others there: id here → id there.
+    ``twins`` adds pairs of tokens with the same meaning: id here → id there.
     """
     theirs = dict(old.named_parameters())
     ours, others = tokenizer.get_vocab(), old_tokenizer.get_vocab()

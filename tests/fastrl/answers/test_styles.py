@@ -177,7 +177,7 @@ def test_every_family_has_a_style() -> None:
     assert style_of("qwen3_vl").frame_of("trajectory") == "thousand"
     with pytest.raises(ValueError, match="unknown model family 'bert'; known: qwen2_vl"):
         style_of("bert")
-    with pytest.raises(ValueError, match="molmo writes points only"):
+    with pytest.raises(ValueError, match="molmo only writes points"):
         format_answer("grounding", {"box": (0, 0, 1, 1)}, "molmo", View.unresized(10, 10))
 
 

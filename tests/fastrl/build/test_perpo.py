@@ -122,13 +122,13 @@ def test_a_build_does_not_go_on_with_other_options(monkeypatch: pytest.MonkeyPat
         build_lists(make_options("grounding", "m", SPEC), out, policy=policy)
     foreign = tmp_path / "other.jsonl"
     foreign.write_text("{}\n")
-    with pytest.raises(ValueError, match="no build"):
+    with pytest.raises(ValueError, match="cannot be continued"):
         build_lists(make_options("grounding", "m", SPEC), foreign, policy=policy)
     assert foreign.read_text() == "{}\n"
     sound = json.loads(out.with_suffix(".summary.json").read_text())
     for tally in ({}, {**sound["tally"], "unknown": 1}):
         out.with_suffix(".summary.json").write_text(json.dumps({**sound, "tally": tally}))
-        with pytest.raises(ValueError, match=r"l\.jsonl: its summary holds no tally"):
+        with pytest.raises(ValueError, match=r"l\.jsonl: its summary has no tally"):
             build_lists(make_options("grounding", "m", SPEC, min_gap=0.5), out, policy=policy)
     for damaged in ("{", "{}", "[]", '{"options": 3}'):
         out.with_suffix(".summary.json").write_text(damaged)
@@ -159,7 +159,7 @@ def test_the_papers_constants_are_the_defaults() -> None:
 
 
 def test_records_of_another_task_and_bad_data_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a grounding record, lists of ocr"):
+    with pytest.raises(ValueError, match="is a grounding record, but lists are built for ocr"):
         build_lists(make_options("ocr", "m", SPEC), tmp_path / "l.jsonl")
     with pytest.raises(DataError, match=r"missing\.jsonl"):
         build_lists(make_options("ocr", "m", "ocr:missing.jsonl"), tmp_path / "l.jsonl")

@@ -148,5 +148,5 @@ def test_bad_options(tmp_path: Path) -> None:
     for name in ("min_best", "min_gap"):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: expected a number, got nan"):
             options(**{name: float("nan")})
-    with pytest.raises(ValueError, match="dialogues need captions"):
+    with pytest.raises(ValueError, match="dialogues need"):
         build_dialogues(options(data="scenes:counting?n=2"), tmp_path / "x.jsonl")

@@ -81,7 +81,7 @@ def test_a_build_stops_and_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch
     again = build_dialogues(options, broken)
     assert broken.read_text().replace("b.images", "a.images") == whole.read_text()
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
-    with pytest.raises(ValueError, match="begun with other options"):
+    with pytest.raises(ValueError, match="started with other options"):
         build_dialogues(BuildOptions(SCENES, frames=5), broken)
     records = load_data(f"utr:{broken}")
     assert len(records) == summary["kept"]

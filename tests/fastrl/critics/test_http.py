@@ -268,7 +268,9 @@ def test_no_redirect_is_followed_and_the_key_goes_nowhere(
     port = elsewhere.server_address[1]
     target = f"{scheme}://127.0.0.1:{port}/v1/secret-key" if scheme else "/v1/other"
     server.script = [status(code, Location=target)]
-    with pytest.raises(CriticError, match=rf"answered with a redirect \(HTTP {code}\) to .*none is followed") as error:
+    with pytest.raises(
+        CriticError, match=rf"answered with a redirect \(HTTP {code}\) to .*redirects are not followed"
+    ) as error:
         critic(server, key_env="JUDGE_KEY").score([case()])
     assert "secret-key" not in str(error.value)
     assert len(server.seen) == 1
@@ -314,5 +316,5 @@ def test_a_dripping_server_holds_nobody_longer_than_the_timeout(
     assert critique.score == 0.8  # of the second try
     assert pauses == [1.0]
     server.script = [trouble]
-    with pytest.raises(CriticError, match=r"last: no whole response within 0.3 seconds"):
+    with pytest.raises(CriticError, match=r"last: no complete response within 0.3 seconds"):
         critic(server, timeout=0.3, retries=0).score([case()])

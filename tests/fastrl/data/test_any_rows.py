@@ -306,7 +306,7 @@ def test_dialogues_keep_their_earlier_turns(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "query", "message"),
     [
-        ({"answer": "some words"}, "", r"does not tell the task: say task=grounding \| "),
+        ({"answer": "some words"}, "", r"fits no task: give task=grounding \| "),
         ({"answer": "[1, 2, 3"}, "task=grounding", "must be four numbers"),
         ({"answer": "[0.1, 0.2, 0.5, 0.9]"}, "", "within 0 to 1 on a picture of 240x160"),
         ({"answer": "many"}, "task=counting", "must be a whole number"),
@@ -346,9 +346,7 @@ def test_frames_and_prompts_are_chosen(folder: Path) -> None:
 
 
 def test_unknown_columns_name_what_is_known(folder: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"columns picture, words: no layout that is known \(verl: prompt, reward_model; "
-    ):
+    with pytest.raises(DataError, match=r"columns picture, words: not a known layout \(verl: prompt, reward_model; "):
         load_data(f"rows:{write(folder, {'picture': 'a.png', 'words': 'x'})}")
 
 

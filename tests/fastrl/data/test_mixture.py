@@ -108,7 +108,7 @@ def test_what_has_a_length_or_a_number_tells_how_hard_a_row_is(columns: dict[str
     rows = records("a", 9, **columns)
     plan = MixturePlan(Mixture([Part("a", rows)]), seed=2, step=1, curriculum=Curriculum(by, steps=1, start=0.1))
     assert draws(plan)[0].id == "a/8"
-    with pytest.raises(DataError, match=r"no number, list or text in 'hardness' .* has .*text"):
+    with pytest.raises(DataError, match=r"no number, list or text in 'hardness'.* has .*text"):
         MixturePlan(Mixture([Part("a", rows)]), seed=2, step=1, curriculum=Curriculum("hardness", steps=1))
 
 

@@ -60,7 +60,7 @@ def test_another_seed_or_no_state_is_refused() -> None:
     for name, value in (("epoch", "1"), ("position", -1), ("consumed", None), ("records", True), ("order", 3)):
         with pytest.raises(ValueError, match="the data position has"):
             RecordStream(records(5)).load({**state, name: value}, identity)
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         RecordStream(records(5)).load([1], identity)  # type: ignore[arg-type]
 
 
@@ -94,7 +94,7 @@ def test_data_that_changed_is_refused_and_named(change: Callable[[list[Record]],
     """Every row counts, not a sample of ids."""
     begun = [replace(r, images=(Image.new("RGB", (8, 8)),)) for r in records(6)]
     stream = RecordStream(begun)
-    with pytest.raises(DataChanged, match=f"not what the run began with: .*{said}"):
+    with pytest.raises(DataChanged, match=f"data has changed since the run started: .*{said}"):
         RecordStream(change(begun)).load(stream.state(), stream.identity())
     again = RecordStream(change(begun))
     assert str(again.load(stream.state(), stream.identity(), accept=True))

@@ -25,10 +25,10 @@ from fastrl.data.dialogues import (
     make_dialogue,
     number_subjects,
     one_frame_dialogue,
+    parsable_action,
     parse_actions,
     pick_query,
     select_frames,
-    sound_action,
 )
 from fastrl.data.utr import dialogue_row
 
@@ -119,8 +119,8 @@ def test_reading_actions_never_fails(text: str) -> None:
 
 @pytest.mark.parametrize("action", ["then runs, and: jumps.", "sits in frames 1-2", "walks <fast>;\n slowly"])
 def test_any_action_can_be_made_one_that_reads_back(action: str) -> None:
-    sound = sound_action(action)
-    assert parse_actions(action_text([Span(sound, 2, 3)])) == (Span(sound, 2, 3),)
+    parsable = parsable_action(action)
+    assert parse_actions(action_text([Span(parsable, 2, 3)])) == (Span(parsable, 2, 3),)
 
 
 def test_subjects_are_numbered_by_when_and_where_they_are_seen() -> None:
@@ -142,7 +142,7 @@ def test_frames_of_a_dialogue_can_be_chosen(how: str) -> None:
         assert list(kept.values()) == old  # the query still means the same boxes
     single = one_frame_dialogue(clip(asked), asked, Query("spatial", "box", 3))
     assert len(parse_tracks(select_frames(single, 2, how, 0).answer)[0].boxes) == 1
-    with pytest.raises(ValueError, match="cannot be chosen"):
+    with pytest.raises(ValueError, match="frames can only be chosen"):
         select_frames(replace(single, answer="other words"), 2, how, 0)
 
 

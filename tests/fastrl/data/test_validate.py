@@ -126,7 +126,7 @@ def test_image_token_mismatch_fails_at_data_load_with_the_offending_row(folder: 
     with pytest.raises(DataError) as error:
         load_data(f"refexp:{file}")
     assert [problem.where for problem in error.value.problems] == [f"{file}:{line}" for line in (2, 3, 4)]
-    assert "differ at most 200 times" in str(error.value)
+    assert "differ by a factor of at most 200" in str(error.value)
     assert "row says 80x60 pixels" in str(error.value)
 
 
@@ -277,7 +277,7 @@ def test_exif_is_named_where_sizes_disagree_warned_of_once_where_none_are_given_
     stored, seen = {**row, "width": 40, "height": 30}, {**row, "width": 30, "height": 40}
     file = write(folder, stored)
     assert load_data(f"ocr:{file}").summary == ""
-    with pytest.raises(DataError, match=r"turned\.jpg has 30x40 .*its EXIF tag .* orient=exif follows"):
+    with pytest.raises(DataError, match=r"turned\.jpg has 30x40 .*its EXIF tag .* orient=exif applies"):
         load_data(f"ocr:{file}?orient=exif")
     file = write(folder, seen)
     with pytest.raises(DataError, match=r"row says 30x40 pixels, .*turned\.jpg has 40x30 .*EXIF.*add orient=exif"):
@@ -352,7 +352,7 @@ def test_a_bad_coco_annotation_is_named_and_skips_its_image(folder: Path, change
 def test_coco_annotations_that_say_the_same_again_are_named(folder: Path) -> None:
     content = instances()
     content["annotations"].append({**content["annotations"][0], "id": 12})
-    with pytest.raises(DataError, match=r"annotation 12 \(number 2\): says all that number 0 says"):
+    with pytest.raises(DataError, match=r"annotation 12 \(number 2\): same content as number 0"):
         load_data(f"coco:{write(folder, content, name='instances.json')}")
 
 

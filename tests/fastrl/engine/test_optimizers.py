@@ -222,5 +222,5 @@ def test_a_run_with_release_stops_at_a_bad_gradient(tiny_folder: Callable[[str],
         return found._replace(logp=found.logp * torch.nan)
 
     policy.logprob = spoiled  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match="go on from the last checkpoint"):
+    with pytest.raises(TrainingError, match="continue from the last checkpoint"):
         train(recipe, records=make_records(), policy=policy, show=False)

@@ -137,16 +137,16 @@ def test_category_ids_come_from_the_data_then_the_caller_then_coco(tmp_path: Pat
     ("entry", "message"),
     [
         ({"image_id": 9, "category_id": 18, "bbox": [1, 2, 3, 4]}, "image_id 9 is not in the data"),
-        ({"image_id": 7, "category_id": 12, "bbox": [1, 2, 3, 4]}, "category_id 12 is no category"),
-        ({"image_id": 7, "category_id": [18], "bbox": [1, 2, 3, 4]}, "category_id .18. is no category"),
+        ({"image_id": 7, "category_id": 12, "bbox": [1, 2, 3, 4]}, "category_id 12 is not a category"),
+        ({"image_id": 7, "category_id": [18], "bbox": [1, 2, 3, 4]}, "category_id .18. is not a category"),
         ({"image_id": 7, "category_id": 18, "bbox": [1, 2, 3]}, "'bbox' must be four finite numbers"),
         ({"image_id": 7, "category_id": 18, "bbox": [1, 2, 3, float("nan")]}, "'bbox' must be four finite numbers"),
         ({"image_id": 7, "category_id": 18, "bbox": [1, 2, 3, 4], "score": "high"}, "'score' must be a finite number"),
         ("text", "expected an object with image_id"),
         ({"image_id": True, "category_id": 18, "bbox": [1, 2, 3, 4]}, "image_id must be an integer or a string"),
-        ({"image_id": 7, "category_id": True, "bbox": [1, 2, 3, 4]}, "category_id True is no category"),
-        ({"image_id": 7, "category_id": 18, "bbox": [1, 2, -3, 4]}, "'bbox' is x, y, width, height"),
-        ({"score": 1.0, "image_id": 7, "category_id": 18, "bbox": [1, 2, 3, 4]}, "says all that entry 1 says"),
+        ({"image_id": 7, "category_id": True, "bbox": [1, 2, 3, 4]}, "category_id True is not a category"),
+        ({"image_id": 7, "category_id": 18, "bbox": [1, 2, -3, 4]}, "'bbox' must be x, y, width, height"),
+        ({"score": 1.0, "image_id": 7, "category_id": 18, "bbox": [1, 2, 3, 4]}, "has the same content as entry 1"),
     ],
 )
 def test_wrong_coco_entries_are_named(tmp_path: Path, entry: Any, message: str) -> None:

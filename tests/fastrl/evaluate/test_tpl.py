@@ -157,7 +157,7 @@ def test_the_truth_is_written_where_a_record_has_no_answer(policy: Policy) -> No
     [
         ({"single": "frist"}, "--single: unknown choice 'frist'; did you mean 'first'"),
         ({"form": "nats"}, "--form: unknown choice 'nats'.*known: log, ppl"),
-        ({"samples": 0}, "--samples: need at least 1, got 0"),
+        ({"samples": 0}, "--samples: expected at least 1, got 0"),
     ],
 )
 def test_wrong_options_are_refused(policy: Policy, options: dict[str, Any], message: str) -> None:
@@ -220,9 +220,9 @@ def test_the_filter_keeps_the_rows_that_need_the_clip(
     ("data", "keep", "out", "message"),
     [
         ("{file}", 0.5, None, "--keep-top needs --out"),
-        ("{file}", 0.0, "o.jsonl", r"--keep-top: a share in \(0, 1\], or a percentage"),
+        ("{file}", 0.0, "o.jsonl", r"--keep-top: expected a fraction in \(0, 1\], or a percentage"),
         ("{file}", 0.5, "{file}", "is the data itself"),
-        ("scenes:utr?n=2&size=56&frames=2", 0.5, "o.jsonl", "scenes:utr is no file of rows"),
+        ("scenes:utr?n=2&size=56&frames=2", 0.5, "o.jsonl", "scenes:utr is not a file of rows"),
     ],
 )
 def test_what_cannot_be_kept_is_said_before_any_work(
@@ -257,8 +257,8 @@ def test_keep_top_rounds_up_and_keeps_the_order(share: float, kept: list[int]) -
 
 
 def test_percentages_above_one_are_percentages() -> None:
-    assert TplOptions("m", "d", keep_top=30).share == pytest.approx(0.3)
-    assert TplOptions("m", "d", keep_top=1).share == 1.0
+    assert TplOptions("m", "d", keep_top=30).fraction == pytest.approx(0.3)
+    assert TplOptions("m", "d", keep_top=1).fraction == 1.0
 
 
 def test_the_curve_is_laid_over_the_clip_s_length() -> None:

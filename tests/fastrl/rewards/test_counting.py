@@ -111,7 +111,7 @@ def test_exact_bonus_and_count_only() -> None:
     row = record(None, count=2)
     answers = [as_boxes([(5, 5), (9, 9)]), as_boxes([(5, 5)]), "two"]
     assert reward_for("counting", score_by="count")(answers, row)["points"] == [1.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="score_by='count' needs none"):
+    with pytest.raises(ValueError, match="use score_by='count'"):
         reward_for("counting")(answers, row)
 
 

@@ -158,7 +158,7 @@ def test_a_fault_names_file_function_and_record(folder: Path, name: str, message
         ({"function": "gone.py:score"}, "reward.function: no such file: gone.py"),
         ({"function": "my_rewards.py:scoer"}, "my_rewards.py has no function 'scoer'; it has .*score"),
         ({"function": "my_rewards.py"}, "must be my_file.py:function"),
-        ({"function": "my_rewards.py:mean"}, "reward/mean is a metric already"),
+        ({"function": "my_rewards.py:mean"}, "reward/mean is already a metric"),
         ({"function": "my_rewards.py:text"}, "text is already a component of the task"),
         ({"function": ["my_rewards.py:nan", "fastrl_own:nan"]}, "have the same name"),
         ({"function": "my_rewards.py:score", "weights": {"scoer": 1.0}}, "'scoer'; did you mean 'score'"),
@@ -202,7 +202,7 @@ def test_it_is_tried_before_anything_is_sampled(folder: Path, tiny_folder: Folde
     section = {"function": f"my_rewards.py:{name}", "builtin": False}
     recipe = make_recipe(tiny_folder("qwen2_5"), folder / "run", reward=section)
     said = {
-        "asks": "asks for solutions, which record 'r1' does not have; it has task, id, text",
+        "asks": "needs solutions, which record 'r1' does not have; it has task, id, text",
         "raises": "record 'r1'",
         "nothing": "nothing scores record 'r1' of task ocr: all give None",
     }
@@ -215,7 +215,7 @@ def test_a_fault_later_loses_nothing(folder: Path, tiny_folder: Folder) -> None:
     section = {"function": "my_rewards.py:breaks_later"}
     changes: dict[str, Any] = {"reward": section, "checkpoint__every": 0, "optim__steps": 4}
     recipe = make_recipe(tiny_folder("qwen2_5"), folder / "run", **changes)
-    message = r"step \d: my_rewards.py:breaks_later: .*the service is gone.*Step \d was saved: go on .* --resume"
+    message = r"step \d: my_rewards.py:breaks_later: .*the service is gone.*Step \d was saved: continue .* --resume"
     with pytest.raises(TrainingError, match=message):
         train(recipe, records=make_records(), show=False)
     train(recipe, records=make_records(), show=False, resume=True)

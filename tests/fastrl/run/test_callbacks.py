@@ -88,7 +88,7 @@ def test_every_hook_is_called_and_the_first_reason_is_kept() -> None:
 
     callbacks = Callbacks([Any_()])
     callbacks.step({"step": 1})
-    assert callbacks.reason == "a callback said so"
+    assert callbacks.reason == "a callback raised StopRun"
     callbacks.samples(1, [])
     callbacks.checkpoint(Path())
     callbacks.evaluation({})
@@ -98,7 +98,7 @@ def test_every_hook_is_called_and_the_first_reason_is_kept() -> None:
 @pytest.mark.parametrize(
     ("attributes", "said"),
     [
-        ({"on_steps": print}, "on_steps is no hook; did you mean on_step"),
+        ({"on_steps": print}, "on_steps is not a hook; did you mean on_step"),
         ({"on_step": print, "on_checkpoints": print}, "did you mean on_checkpoint"),
         ({"on_step": 3}, "on_step must be a function, got 3"),
         ({}, "has none of the hooks: on_step, on_samples, on_checkpoint, on_eval"),

@@ -125,11 +125,11 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
     [
         ('{"version": 99, "step": 1, "world_size": 1}', "version 99"),
         ('{"version": 1, "step": 1, "world_size": 4}', "4 ranks"),
-        ('{"version": 1, "step": 2, "world_size": 1}', "state.json: says step 2, its folder step-00000001"),
+        ('{"version": 1, "step": 2, "world_size": 1}', "state.json: has step 2, but its folder is step-00000001"),
         ('{"version": 1, "step": "1", "world_size": 1}', "state.json: step is '1', not a count"),
         ('{"version": 1, "step": 1, "world_size": true}', "state.json: world_size is True, not a count"),
-        ("[1, 2]", "state.json: holds a list where an object is needed"),
-        ("null", "state.json: holds null"),
+        ("[1, 2]", "state.json: expected an object, got a list"),
+        ("null", "state.json: expected an object, got null"),
         ("{", "state.json: not readable as JSON"),
         ("[" * 100_000, "state.json: not readable as JSON"),
     ],
@@ -169,21 +169,24 @@ def drop(*keys: str) -> Callable[[dict[str, Tensor]], object]:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (edit_tensors(OPTIMIZER, drop("state.exp_avg.weight")), "moments of weight lack .*: exp_avg"),
+        (edit_tensors(OPTIMIZER, drop("state.exp_avg.weight")), "moments of weight have a missing .*: exp_avg"),
         (
             edit_tensors(OPTIMIZER, drop(*(f"state.{k}.weight" for k in ("step", "exp_avg", "exp_avg_sq")))),
             "the moments of 1 parameters are missing, the first: weight",
         ),
         (edit_tensors(OPTIMIZER, lambda t: t.update({"state.exp_avg.bias": torch.ones(3)})), r"bias .*shape \[3\]"),
         (edit_tensors(OPTIMIZER, lambda t: t.update({"weight.bias": torch.ones(2, 2)})), r"bias .*shape \[2, 2\]"),
-        (edit_tensors(OPTIMIZER, lambda t: t.update({"weight.bias": torch.ones(2).half()})), "float16, is .*float32"),
+        (
+            edit_tensors(OPTIMIZER, lambda t: t.update({"weight.bias": torch.ones(2).half()})),
+            "float16, but is now .*float32",
+        ),
         (edit_tensors(OPTIMIZER, drop("weight.bias")), "other trainable parameters; 1 differ, the first: bias"),
         (lambda folder: (folder / OPTIMIZER).write_bytes(b"x" * 50), "optimizer.safetensors: cannot be read"),
         (lambda folder: (folder / OPTIMIZER).unlink(), "optimizer.safetensors: cannot be read"),
         (edit_json("optimizer.json", lambda v: [v]), "optimizer.json: cannot be read"),
         (edit_json("optimizer.json", lambda v: v.update(updates="1")), "optimizer.json: updates"),
         (edit_json("optimizer.json", lambda v: v.update(moments=3)), "optimizer.json: cannot be read"),
-        (edit_json("rank-0.json", lambda v: [v]), "rank-0.json: holds a list"),
+        (edit_json("rank-0.json", lambda v: [v]), "rank-0.json: expected an object, got a list"),
         (edit_json("rank-0.json", lambda v: v.pop("stream") and None), "rank-0.json: stream is missing"),
         (edit_json("rank-0.json", lambda v: v["stream"].update(epoch="0")), "rank-0.json: the data position has epoch"),
         (edit_json("rank-0.json", lambda v: v.update(python=[3])), "rank-0.json: the random state of Python"),
@@ -198,7 +201,7 @@ def drop(*keys: str) -> Callable[[dict[str, Tensor]], object]:
             "rank-0.safetensors: the random state of torch",
         ),
         (edit_json("data.json", lambda v: v.update(ids=3)), "data.json: not the identity"),
-        (edit_json("data.json", lambda v: [v]), "data.json: holds a list"),
+        (edit_json("data.json", lambda v: [v]), "data.json: expected an object, got a list"),
     ],
 )
 def test_a_file_that_is_not_what_was_written_is_one_line(
@@ -237,7 +240,7 @@ def test_a_checkpoint_older_than_checksums_loads_with_one_note(tmp_path: Path) -
     inspect(folder, 1)
     step, notes = checkpoint.load_checkpoint(folder, run_state())
     assert (step, len(notes)) == (1, 1)
-    assert "older than checksums" in notes[0]
+    assert "has no checksums" in notes[0]
 
 
 def test_every_file_has_a_checksum_and_any_change_of_it_is_named(tmp_path: Path) -> None:
@@ -273,7 +276,7 @@ def test_a_write_that_fails_names_the_path_and_the_bytes_and_leaves_the_last_che
     advance(run)
     said = (
         rf"^{tmp_path}/checkpoints/step-00000002: not written: .*(too large|os error 27).*; "
-        r"needs \d+ bytes, [\d,]+ are free; the last checkpoint, step-00000001, stays$"
+        r"needs \d+ bytes, [\d,]+ are free; the last checkpoint, step-00000001, is kept$"
     )
     with file_size_limit(size), pytest.raises(CheckpointError, match=said):
         checkpoint.save_checkpoint(tmp_path, 2, run, keep=1)

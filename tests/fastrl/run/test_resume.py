@@ -70,7 +70,7 @@ def test_a_run_goes_on_only_from_the_weights_it_began_with(tiny_folder: Folder, 
     out = tmp_path / "run"
     train(make_recipe(tiny_folder("qwen2_5"), out, **changes), records=make_records(), show=False)
     changes["optim__steps"] = 3
-    with pytest.raises(CheckpointError, match="began with other weights"):
+    with pytest.raises(CheckpointError, match="started with other weights"):
         train(make_recipe(out / "model", out, **changes), records=make_records(), resume=True, show=False)
     moved = shutil.copytree(tiny_folder("qwen2_5"), tmp_path / "moved")
     assert train(make_recipe(moved, out, **changes), records=make_records(), resume=True, show=False).steps == 3
@@ -212,14 +212,14 @@ def test_a_damaged_checkpoint_is_named_and_the_last_sound_one_is_offered(
     with pytest.raises(CheckpointError) as error:
         train(recipe, records=make_records(), resume=True, show=False)
     said = (
-        f"{newest / name}: damaged: its checksum is not the one in state.json; the last sound checkpoint is of step 2"
+        f"{newest / name}: damaged: its checksum is not the one in state.json; the last intact checkpoint is of step 2"
     )
     assert str(error.value) == f"{said}: --resume --from-step 2"
     assert state_of(run) == before
     if name != "optimizer.safetensors":
         return
     flip(run / "checkpoints" / "step-00000002" / name)
-    with pytest.raises(CheckpointError, match="no earlier checkpoint is sound"):
+    with pytest.raises(CheckpointError, match="no earlier checkpoint is intact"):
         train(recipe, records=make_records(), resume=True, show=False)
 
 
@@ -228,7 +228,7 @@ def test_going_on_from_an_earlier_checkpoint_ends_where_the_run_would_have(
 ) -> None:
     flip(run / "checkpoints" / "step-00000004" / "optimizer.safetensors")
     recipe = make_recipe(tiny_folder("qwen2_5"), run)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; there is: 2, 4"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; available: 2, 4"):
         train(recipe, records=make_records(), resume=True, from_step=3, show=False)
     with pytest.raises(ValueError, match="--from-step, --accept-changed-data"):
         train(recipe, records=make_records(), from_step=2, show=False)
@@ -254,7 +254,7 @@ def test_a_failed_resume_changes_nothing(tiny_folder: Folder, run: Path) -> None
     before = state_of(run)
     longer = make_recipe(tiny_folder("qwen2_5"), run, optim__steps=9)
     for changes in ({"records": make_records(5)}, {"records": make_records(5), "from_step": 2}):
-        with pytest.raises(ValueError, match="not what the run began with"):
+        with pytest.raises(ValueError, match="data has changed since the run started"):
             train(longer, resume=True, show=False, **changes)
     with pytest.raises(FileNotFoundError):
         train(make_recipe(Path("/nowhere"), run, optim__steps=9), records=make_records(), resume=True, show=False)
@@ -273,7 +273,9 @@ def test_checkpoints_that_vanished_are_noticed(tiny_folder: Folder, run: Path, h
         assert train(recipe, records=make_records(), resume=True, show=False).steps == 1
         return
     before = state_of(run)
-    with pytest.raises(CheckpointError, match=r"checkpoints: gone, though .*metrics.jsonl is of a run"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints: missing, though .*metrics.jsonl belongs to an earlier run"
+    ):
         train(recipe, records=make_records(), resume=True, show=False)
     assert state_of(run) == before
 
@@ -295,7 +297,7 @@ def test_changed_data_is_named_and_may_be_accepted(tiny_folder: Folder, run: Pat
         train(recipe, records=changed, resume=True, show=False)
     summary = train(recipe, records=changed, resume=True, accept_changed_data=True, show=False)
     assert summary.steps == 5
-    assert "going on with other data than before: other target of 'r0'" in notes(run)
+    assert "continuing with changed data: other target of 'r0'" in notes(run)
     assert train(recipe, records=changed, resume=True, show=False).steps == 5  # it is the run's data now
 
 

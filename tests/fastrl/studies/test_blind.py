@@ -90,7 +90,7 @@ def test_the_study_trains_twice_and_prints_two_by_two(tmp_path: Path, capsys: py
     shown = capsys.readouterr().out
     assert "without image" in shown
     assert "grey pictures" in shown
-    with pytest.raises(CheckpointError, match="already holds a study"):
+    with pytest.raises(CheckpointError, match="already contains a study"):
         make_study(tmp_path / "study")
 
 

@@ -1,17 +1,17 @@
-"""The data position of a run that passes over records with broken pictures."""
+"""The data stream of a run that skips records with broken pictures."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from fastrl.data.decodable import broken_picture
 from fastrl.data.records import Record
-from fastrl.data.sound import broken_picture
 from fastrl.data.stream import RecordStream
 from fastrl.data.validate import DataError, Problem
 
 
-class SoundStream(RecordStream):
-    """A stream that passes over records whose pictures cannot be decoded, and counts them.
+class DecodableStream(RecordStream):
+    """A stream that skips records whose pictures cannot be decoded, and counts them.
 
     Its arguments are those of ``RecordStream``. :meth:`take` and :meth:`peek` raise ``DataError`` when no record can be
     decoded.
@@ -19,8 +19,8 @@ class SoundStream(RecordStream):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.broken = 0  # records passed over for their pictures, each time they came
-        self.said: list[Problem] = []  # of those not yet told to anyone
+        self.broken = 0  # number of times a record was skipped for its pictures
+        self.unreported: list[Problem] = []  # their problems that have not been reported yet
         self._known: dict[str, Problem | None] = {}
 
     def take(self, n: int) -> list[Record]:
@@ -29,36 +29,36 @@ class SoundStream(RecordStream):
         fruitless = 0
         while len(kept) < n:
             found = super().take(n - len(kept))
-            sound = [record for record in found if self._problem(record) is None]
-            self.broken += len(found) - len(sound)
-            fruitless = 0 if sound else fruitless + len(found)
+            decodable = [record for record in found if self._problem(record) is None]
+            self.broken += len(found) - len(decodable)
+            fruitless = 0 if decodable else fruitless + len(found)
             self._give_up_after(fruitless)
-            kept += sound
+            kept += decodable
         return kept
 
     def peek(self, n: int) -> list[Record]:
-        """The ``n`` that :meth:`take` would give."""
+        """The ``n`` records that :meth:`take` would return."""
         look = n
         while True:
-            sound = [record for record in super().peek(look) if self._problem(record) is None]
-            if len(sound) >= n:
-                return sound[:n]
-            self._give_up_after(0 if sound else look)
-            look += n - len(sound)
+            decodable = [record for record in super().peek(look) if self._problem(record) is None]
+            if len(decodable) >= n:
+                return decodable[:n]
+            self._give_up_after(0 if decodable else look)
+            look += n - len(decodable)
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "broken": self.broken}
 
     def load(self, state: dict[str, Any], *args: Any, **options: Any) -> Any:
         result = super().load(state, *args, **options)
-        self.broken = state.get("broken", 0)  # a run that began without --skip-bad counted none
+        self.broken = state.get("broken", 0)  # a run that started without --skip-bad has no count
         return result
 
     def _problem(self, record: Record) -> Problem | None:
         if record.id not in self._known:
             self._known[record.id] = found = broken_picture(record)
             if found is not None:
-                self.said.append(found)
+                self.unreported.append(found)
         return self._known[record.id]
 
     def _give_up_after(self, fruitless: int) -> None:

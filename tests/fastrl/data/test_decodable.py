@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fastrl.data import DataError, load_data
-from fastrl.data.sound_stream import SoundStream
+from fastrl.data.decodable_stream import DecodableStream
 from fastrl.run.logs import read_rows
 from fastrl.trainer import TrainingError, train
 from tests.helpers.training import make_recipe, steady_rows
@@ -62,17 +62,17 @@ def test_frames_of_clips_are_decoded_too(tmp_path: Path) -> None:
 
 def test_the_stream_passes_over_them_in_order_and_goes_on_exactly(tmp_path: Path) -> None:
     records = load_data(write_rows(tmp_path, {0, 3}))
-    stream = SoundStream(records, order="file")
+    stream = DecodableStream(records, order="file")
     assert [r.id for r in stream.peek(3)] == ["r1", "r2", "r4"]
     assert [r.id for r in stream.take(3)] == ["r1", "r2", "r4"]
     assert stream.broken == 2
-    assert [p.where[-1] for p in stream.said] == ["1", "4"]
+    assert [p.where[-1] for p in stream.unreported] == ["1", "4"]
     state = stream.state()
     want = [r.id for r in stream.take(6)]
     assert want == ["r5", "r1", "r2", "r4", "r5", "r1"]
     assert stream.broken == 5  # counted each time, said once
-    assert len(stream.said) == 2
-    again = SoundStream(records, order="file")
+    assert len(stream.unreported) == 2
+    again = DecodableStream(records, order="file")
     again.load(state, None)
     assert [r.id for r in again.take(6)] == want
     assert again.broken == 5
@@ -82,7 +82,7 @@ def test_nothing_but_broken_pictures_is_an_error(tmp_path: Path) -> None:
     records = load_data(write_rows(tmp_path, {0, 1, 2}, n=3))
     for ask in ("take", "peek"):
         with pytest.raises(DataError, match="3 problems"):
-            getattr(SoundStream(records), ask)(1)
+            getattr(DecodableStream(records), ask)(1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -98,7 +98,7 @@ def test_a_run_skips_and_counts_or_names_the_file_and_the_way_on(
         tiny_folder("qwen2_5"), tmp_path / "run", data__skip_bad=True, checkpoint__every=1, **changes
     )
     train(skipping, resume=True)  # added at a resume
-    assert "passed over " + str(tmp_path / "rows.jsonl:5") in capsys.readouterr().err
+    assert "skipped " + str(tmp_path / "rows.jsonl:5") in capsys.readouterr().err
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert [row.get("data/broken") for row in rows] == [None, 1, 1]
     whole = make_recipe(tiny_folder("qwen2_5"), tmp_path / "whole", data__skip_bad=True, **changes)

@@ -1,4 +1,4 @@
-"""Records whose pictures can be decoded: a header is read when data is loaded, what lies behind it only here."""
+"""Finds records whose pictures can be decoded; loading data only reads picture headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastrl.data.validate import Problem
 
 
 def broken_picture(record: Record) -> Problem | None:
-    """What is wrong with the first of the record's pictures that cannot be decoded; None: all can."""
+    """The problem of the record's first picture that cannot be decoded; None if all can."""
     for image in record.images:
         try:
             with opened_picture(image):
@@ -23,7 +23,7 @@ def broken_picture(record: Record) -> Problem | None:
 
 
 class Chosen(Sequence[Record]):
-    """Some of the records that are made on demand, still made on demand."""
+    """A subset of records that are made on demand."""
 
     def __init__(self, records: Sequence[Record], indices: Sequence[int]) -> None:
         self.records, self.indices = records, indices
@@ -42,9 +42,9 @@ class Chosen(Sequence[Record]):
 
 
 def decoded(data: Dataset) -> Dataset:
-    """The records whose pictures can be decoded, each of which is; the others are problems.
+    """The records whose pictures can be decoded, which is tried for all of them; the others become problems.
 
-    Where the first record's pictures are in memory (drawn scenes, frames of a video file) all are, and none is decoded.
+    If the first record's pictures are in memory (drawn scenes, frames of a video file), all are, and none is decoded.
     """
     records = data.records
     if not records or not any(isinstance(image, Path | str | Picture) for image in records[0].images):
