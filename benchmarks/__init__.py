@@ -1,4 +1,4 @@
-"""Benchmarks: every public kernel against its peers and the physical floor. See README.md beside this file."""
+"""Benchmarks: every public kernel against its peers and the physical floor. See README.md in this folder."""
 
 import os
 

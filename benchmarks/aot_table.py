@@ -1,4 +1,5 @@
-"""``python -m benchmarks.aot_table DOC``: puts results/aot.json as a compact table between two marks of a document."""
+"""``python -m benchmarks.aot_table DOC``: writes results/aot.json as a compact table between two marks of a
+document."""
 
 from __future__ import annotations
 

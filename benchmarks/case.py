@@ -13,7 +13,7 @@ from torch import Tensor
 Inputs = dict[str, Any]
 Run = Callable[[Inputs], tuple[Tensor, ...]]
 
-SIZES = ("tiny", "cpu", "gpu")  # for tests; for a laptop; the sizes that goals are stated for
+SIZES = ("tiny", "cpu", "gpu")  # for tests; for a laptop; the sizes for which goals are stated
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Case:
     bytes: float = 0.0  # least traffic
     dtype: torch.dtype = torch.float32
     graph: bool = False  # launch-bound: on a GPU it is captured once and replayed
-    rounds: int | None = None  # at most so many, and none with a cold cache: a call takes seconds
+    rounds: int | None = None  # limit on rounds, without cold-cache rounds, for calls that take seconds
     compare: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], dict[str, Any]] | None = None  # found, ours → JSON
     reset: Callable[[Inputs], None] | None = None  # undoes what a call does to its inputs; not timed
     extra: dict[str, Any] = field(default_factory=dict)  # anything worth recording beside the shape
 
 
 def dtype_for(size: str) -> torch.dtype:
-    """bfloat16 where goals are stated (GPU), float32 elsewhere."""
+    """bfloat16 on a GPU, for which goals are stated, float32 elsewhere."""
     return torch.bfloat16 if size == "gpu" else torch.float32
 
 
 def installed(module: str, *, gpu: bool = False) -> bool:
-    """Whether a peer can run here: its module is there, and a CUDA device where it needs one."""
+    """Whether a peer can run here: its module is installed, and there is a CUDA device if it needs one."""
     return importlib.util.find_spec(module) is not None and (torch.cuda.is_available() or not gpu)
 
 

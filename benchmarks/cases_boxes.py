@@ -37,7 +37,7 @@ def cases(size: str) -> list[Case]:
 
 
 def host_rounds(problems: int) -> int | None:
-    """Few rounds where a peer solves many problems one after another on the host, seconds a call."""
+    """Few rounds if a peer solves many problems one by one on the host, which takes seconds per call."""
     return 5 if problems > 32 and torch.cuda.is_available() else None
 
 

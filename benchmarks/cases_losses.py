@@ -1,7 +1,7 @@
 """Losses and decoding: group advantages with the policy loss, listwise ranking, unlikelihood, shared-prompt attention,
-what a decoder layer does between its products.
+and the operations of a decoder layer between its matrix products.
 
-Peers in eager torch are written from the formulas, as trainers without a kernel run them.
+Peers in eager torch are written from the formulas, like in trainers without kernels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Rollouts: answers of a forced length to prompts with a picture, against transformers' ``generate``; decoding alone.
 
 The model has random weights (Qwen2.5-VL-3B's sizes on a GPU). Floors are bytes: in each step all weights of the
-language model, each prompt's keys once, and each row's own keys; with prompts to read first, also their one pass.
+language model, each prompt's keys once, and each row's own keys; for cases with prefill, also one pass over the
+prompts.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def cases(size: str) -> list[Case]:
 
 
 class RandomPolicy:
-    """What ``Generator`` asks of a policy, around a model that is read from nowhere."""
+    """The parts of a policy that ``Generator`` uses, around a model that is not loaded from a folder."""
 
     eos_token_ids: tuple[int, ...] = ()  # answers have the forced length
     suppressed_token_ids = (IMAGE, VIDEO, VISION_START, VISION_END)
@@ -98,7 +99,7 @@ class RandomPolicy:
 
 
 def build(size: Size, device: torch.device, dtype: torch.dtype) -> RandomPolicy:
-    """A model of this size with random weights, from torch's present seed."""
+    """A model of this size with random weights, from torch's current seed."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     depth, width, intermediate, heads = size.vision
@@ -160,7 +161,7 @@ def make_prompts(size: Size) -> list[Prompt]:
 
 @contextmanager
 def plain(core: Any) -> Iterator[None]:
-    """Inside, the model attends as transformers does by default."""
+    """Make the model use transformers' default attention."""
     try:
         with attention(family_of(core.config), core, language="sdpa", vision="sdpa"):
             yield
@@ -183,7 +184,7 @@ def given(x: Inputs, ids: Tensor | None = None) -> dict[str, Tensor]:
 
 
 def generate(x: Inputs, size: Size, *, samples: int) -> Tensor:
-    """New tokens [prompts x samples, answer] of transformers' ``generate``; greedy where one sample is asked for."""
+    """New tokens [prompts x samples, answer] of transformers' ``generate``; greedy for one sample."""
     policy = x["policy"]
     options: dict[str, Any] = {"do_sample": False} if samples == 1 else {"do_sample": True, "top_k": 0, "top_p": 1.0}
     with plain(policy.core), torch.no_grad():
@@ -204,7 +205,7 @@ def tokens_of(answers: list[list[Any]]) -> Tensor:
 
 
 def uncached(x: Inputs, size: Size) -> Tensor:
-    """The likeliest token after each prefix of our greedy answers [prompts, answer], by one forward without a cache."""
+    """The most likely token after each prefix of our greedy answers [prompts, answer], by a forward without cache."""
     policy, answers = x["policy"], x["answers"].to(x["policy"].device)
     prompts = torch.stack([p.token_ids for p in x["prompts"]]).to(policy.device)
     with plain(policy.core), torch.no_grad():
@@ -218,7 +219,7 @@ def uncached(x: Inputs, size: Size) -> Tensor:
 
 
 def differing(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Share of tokens that are other ones."""
+    """Fraction of tokens that differ."""
     return {"differing_tokens": float((found[0] != expected[0]).double().mean())}
 
 
@@ -227,7 +228,7 @@ def _maker(size: Size, dtype: torch.dtype, *, session: bool = False) -> Any:
         x: Inputs = {"policy": build(size, device, dtype), "prompts": make_prompts(size)}
         if session:
             x["sessions"] = {
-                way: Generator(x["policy"], decode=way).session(x["prompts"]) for way in ("auto", "static", "eager")
+                mode: Generator(x["policy"], decode=mode).session(x["prompts"]) for mode in ("auto", "static", "eager")
             }
         return x
 
@@ -267,7 +268,7 @@ def _sampled_case(size: str) -> Case:
     rows = work.prompts * work.group
 
     def lengths(tokens: Tensor) -> tuple[Tensor, ...]:
-        """Samples differ from side to side; that each has its length does not."""
+        """Compare lengths only, as samples differ between the sides."""
         return ((tokens >= 0).sum(1),)
 
     def ours(x: Inputs) -> tuple[Tensor, ...]:
@@ -279,13 +280,13 @@ def _sampled_case(size: str) -> Case:
 
 
 def _decode_case(size: str) -> Case:
-    """Prompts read beforehand: what decoding alone takes, by each of our ways."""
+    """Prompts are prefilled beforehand: the time of decoding only, in each of our modes."""
     work, dtype = SIZES[size], dtype_for(size)
 
-    def decode(x: Inputs, way: str) -> tuple[Tensor, ...]:
+    def decode(x: Inputs, mode: str) -> tuple[Tensor, ...]:
         rng = torch.Generator().manual_seed(0)
-        return (tokens_of(x["sessions"][way].generate(Sampling(work.group, work.answer), rng)),)
+        return (tokens_of(x["sessions"][mode].generate(Sampling(work.group, work.answer), rng)),)
 
-    peers: dict[str, Run | None] = {way: lambda x, way=way: decode(x, way) for way in ("static", "eager")}
+    peers: dict[str, Run | None] = {mode: lambda x, mode=mode: decode(x, mode) for mode in ("static", "eager")}
     make, rows = _maker(work, dtype, session=True), work.prompts * work.group
     return _case(size, "decode only", rows, make, lambda x: decode(x, "auto"), peers, compare=differing)

@@ -1,4 +1,4 @@
-"""Random answers through everything that reads answers: nothing may raise, every reward lies in its range.
+"""Runs random answers through all parsers and rewards: nothing may raise, and every reward must be in its range.
 
 ``python -m benchmarks.fuzz_answers`` reads a million: each text by every parser, by the check of one form and task, and
 by one reward, which take turns. ``make test`` reads five thousand. The same seed gives the same texts.
@@ -104,7 +104,7 @@ def score_all(texts: Sequence[str], frame: str, rewards: Sequence[Reward] = REWA
 
 
 def fuzz(n: int, seed: int, *, turns: bool = False) -> int:
-    """Read and score ``n`` random texts; how many characters they had. Raises at the first that is not survived.
+    """Parse and score ``n`` random texts; returns their number of characters. Raises at the first failure.
 
     ``turns``: each text meets one form, each batch one reward.
     """

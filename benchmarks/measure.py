@@ -1,4 +1,4 @@
-"""How a callable is measured: time, temporary memory, and what the device could do at best."""
+"""Measures a callable: time, temporary memory, and the device's peak rates."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def device_peaks(device: torch.device) -> dict[str, Any]:
 
 
 def _best(call: Call, device: torch.device) -> float:
-    rounds = 100 if device.type == "cpu" else 7  # a CPU that was idle takes a second to reach its speed
+    rounds = 100 if device.type == "cpu" else 7  # an idle CPU takes a second to reach its full clock
     return min(min(times["warm"].data) for times in interleaved({"": call}, device, rounds, cold=False).values())
 
 
 def interleaved(
     calls: dict[str, Call], device: torch.device, rounds: int, *, reset: Call | None = None, cold: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """Times each call once per round, in turn, so that a disturbance meets all of them.
+    """Times each call once per round, in turn, so that disturbances affect all of them.
 
     Returns per name ``{"warm": Stats}`` (pytest-benchmark's statistics, seconds), on a GPU also ``"cold"``: the same
     with the L2 cache overwritten before. Calls of less than a millisecond on a CPU are timed several at a time.
@@ -113,7 +113,7 @@ def graphed(call: Call) -> Call:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Most bytes of tensors that were alive during one call beyond those before it; results count."""
+    """Peak bytes of tensors alive during one call, minus those before it; results count."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -128,7 +128,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def running_peak(profile: Any) -> int:
-    """Most bytes allocated at once inside a profile with ``profile_memory``, beyond what was there when it began."""
+    """Peak bytes allocated inside a profile with ``profile_memory``, minus those at its start."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -31,7 +31,7 @@ FASTRL_INLINE int64_t clamp_count(const int64_t* counts, int64_t b, int64_t size
   return counts[b] < 0 ? 0 : (counts[b] > size ? size : counts[b]);
 }
 
-// Cleans entries on their way in: sign set for minimising, NaN and -inf turned into +inf (forbidden), and noted.
+// Cleans entries while copying: sets the sign for minimising, and turns NaN and -inf into +inf (forbidden) and a flag.
 template <class T>
 struct Cleaner {
   using Flag = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as T: the loops vectorise
@@ -78,7 +78,7 @@ FASTRL_INLINE void transpose4(Vector* r) {
 #endif
 }
 
-// to[j][i] = from[i][j], four lines of four at a time.
+// to[j][i] = from[i][j], in 4x4 blocks.
 template <class T>
 FASTRL_INLINE void load_transposed(const T* from, int64_t m, int64_t rows, int64_t cols, int64_t stride,
                                    Cleaner<T>& clean, T* to) {
@@ -101,7 +101,7 @@ FASTRL_INLINE void load_transposed(const T* from, int64_t m, int64_t rows, int64
   }
 }
 
-// Copies one problem, shorter side as rows. Returns whether there were entries that neither count nor forbid.
+// Copies one problem with the shorter side as rows. Returns whether there were invalid entries (NaN or -inf).
 template <class T>
 FASTRL_INLINE bool load_problem(const T* from, int64_t m, int64_t rows, int64_t cols, bool maximize, T* to) {
   const bool swap = rows > cols;
@@ -171,7 +171,7 @@ int run(const Batch<T>& batch, int64_t problems, int threads) {
 #define FASTRL_API extern "C" __attribute__((visibility("default")))
 
 // cost [B, n, m] contiguous, float (is_double 0) or double (1); counts int64 [B] or null; total has cost's type.
-// Returns 0, or 1 when memory ran out.
+// Returns 0, or 1 if out of memory.
 FASTRL_API int fastrl_linear_assignment(int is_double, const void* cost, const int64_t* n_rows, const int64_t* n_cols,
                                         int64_t problems, int64_t n, int64_t m, int maximize, int64_t* match,
                                         void* total, int32_t* status, int threads) {

@@ -1,7 +1,7 @@
 // Shortest-augmenting-path assignment of one problem, rows <= columns, all arithmetic in double.
 //
-// Costs lie in a padded row-major buffer [rows, stride] of float or double; forbidden and padding entries are +inf.
-// The dual variables of the rows are never stored: a matched row r at column j has u = c[r][j] - v[j].
+// Costs are in a padded row-major buffer [rows, stride] of float or double; forbidden and padding entries are +inf.
+// The rows' dual variables are not stored: a matched row r at column j has u = c[r][j] - v[j].
 #pragma once
 
 #include "common.hpp"
@@ -63,7 +63,7 @@ FASTRL_INLINE double lowest(f64x4 x) {
 }
 
 // Running minimum with its index, per lane; ties keep the earlier index. Indices are doubles (exact below 2^53), so
-// that value and index share one kind of register and one kind of minimum.
+// that value and index use the same registers and the same minimum instruction.
 struct Best {
   f64x4 value = splat(kInf);
   f64x4 index = splat(kInf);
@@ -74,7 +74,7 @@ struct Best {
   }
 };
 
-// The lowest value of both and its lowest index; index -1 where every value is +inf.
+// The lowest value of both and its lowest index; index -1 if every value is +inf.
 FASTRL_INLINE void reduce(const Best& a, const Best& b, double& value, int64_t& index) {
   value = lowest(lower(a.value, b.value));
   const f64x4 want = splat(value), inf = splat(kInf);
@@ -87,7 +87,7 @@ struct Pick {
   int64_t free_index, any_index;
 };
 
-// Lowers dist through one row reached at offset h, and finds the nearest free column and the nearest of all.
+// Lowers dist through one row reached at offset h, and finds the nearest free column and the nearest column.
 template <class Cost>
 FASTRL_INLINE Pick relax(const Problem<Cost>& p, const Cost* row, double h, int64_t at) {
   Best free0, free1, any0, any1;
@@ -122,7 +122,7 @@ struct FirstChoice {
   int64_t free_index;
 };
 
-// What relax() would find from the root, without writing any distance: enough where the row gets its first choice.
+// The result of relax() from the root without writing distances; sufficient if the row gets its first choice.
 template <class Cost>
 FASTRL_INLINE FirstChoice first_choice(const Problem<Cost>& p, const Cost* row) {
   Best free0, free1;
@@ -155,12 +155,12 @@ FASTRL_INLINE void augment(const Problem<Cost>& p, int64_t root, int64_t end) {
   }
 }
 
-// One search from an unmatched row. Optional: a row may stay unmatched at cost 0, so a path may also end by giving up
-// one row of the tree. Returns false if no column can be reached (the state is then as before).
+// One search from an unmatched row. Optional: a row may stay unmatched at cost 0, so a path may also end by leaving one
+// row of the tree unmatched. Returns false if no column can be reached (the state is then unchanged).
 template <class Cost, bool Optional>
 FASTRL_INLINE bool search(const Problem<Cost>& p, int64_t root) {
   const FirstChoice choice = first_choice(p, p.cost + root * p.stride);
-  if (Optional && !(choice.any_value < 0.0)) return true;  // best left unmatched
+  if (Optional && !(choice.any_value < 0.0)) return true;  // cheapest to leave unmatched
   if (!(choice.any_value < kInf)) return false;
   if (choice.free_value <= choice.any_value) {
     p.owner[choice.free_index] = root;
@@ -234,7 +234,7 @@ FASTRL_INLINE TwoLowest two_lowest(const Problem<Cost>& p, const Cost* row) {
   }
   TwoLowest out;
   reduce(best0, best1, out.low, out.index);
-  // The second lowest: some lane's second, or the best of a lane that is not the winner's.
+  // The second lowest is a lane's second, or the lowest of another lane than the winner's.
   const f64x4 winner = splat(static_cast<double>(out.index)), inf = splat(kInf);
   const f64x4 others = lower(best0.index == winner ? inf : best0.value, best1.index == winner ? inf : best1.value);
   out.second = lowest(lower(others, lower(second0, second1)));
@@ -242,12 +242,12 @@ FASTRL_INLINE TwoLowest two_lowest(const Problem<Cost>& p, const Cost* row) {
 }
 
 // Augmenting row reduction (Jonker and Volgenant): each row takes its cheapest column and lowers that column's dual to
-// make it indifferent to its second choice; whoever held the column tries again. Duals only fall, and only on columns
-// that end up matched, so it is valid for rows < columns too. Rows left over are written to queue; returns their number.
+// make it indifferent to its second choice; the row that had the column tries again. Duals only decrease, and only for
+// columns that end up matched, so it is valid for rows < columns too. Remaining rows go to queue; returns their number.
 template <class Cost>
 FASTRL_INLINE int64_t row_reduction(const Problem<Cost>& p, int64_t* queue) {
   int64_t left = 0;
-  int64_t budget = 3 * p.rows + 8;  // in floats, bids can shrink for ever: what is left over is searched instead
+  int64_t budget = 3 * p.rows + 8;  // in floating point, bids can shrink for ever; remaining rows are then searched
   for (int64_t start = 0; start < p.rows; ++start) {
     int64_t row = start;
     while (row >= 0) {
@@ -258,7 +258,7 @@ FASTRL_INLINE int64_t row_reduction(const Problem<Cost>& p, int64_t* queue) {
         break;
       }
       int64_t j = t.index;
-      if (p.owner[j] >= 0 && !(t.low < t.second)) {  // a tie may hold a free column
+      if (p.owner[j] >= 0 && !(t.low < t.second)) {  // a tie may contain a free column
         for (int64_t k = 0; k < p.cols; ++k) {
           if (p.owner[k] < 0 && static_cast<double>(cost[k]) - p.v[k] == t.low) {
             j = k;
@@ -280,10 +280,10 @@ FASTRL_INLINE int64_t row_reduction(const Problem<Cost>& p, int64_t* queue) {
   return left;
 }
 
-// Minimum-cost matching of every row. With many columns to a row there are few conflicts and searches are short: they run
-// alone then, in row order, so that ties fall as in the other implementations (free first, then the lowest index).
-// Returns false when some row cannot be matched; the matching then has the greatest
-// possible number of rows, earlier rows first, at the least cost of those rows.
+// Minimum-cost matching of every row. With many columns per row there are few conflicts and searches are short: then
+// only searches are run, in row order, so that ties are broken as in the other implementations (free first, then the
+// lowest index). Returns false if some row cannot be matched; the matching then has the largest possible number of
+// rows, earlier rows first, at the lowest cost for those rows.
 template <class Cost>
 FASTRL_INLINE bool solve_complete(Problem<Cost>& p, int64_t* queue) {
   p.reset();

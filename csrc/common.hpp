@@ -1,6 +1,6 @@
-// What every source file here shares: SIMD value types, per-ISA compilation, aligned scratch, batch threads.
+// Common to all source files here: SIMD types, per-ISA compilation, aligned scratch, batch threads.
 //
-// No torch headers and no Python objects: Python hands over raw pointers through ctypes (which releases the GIL).
+// No torch headers and no Python objects: Python passes raw pointers through ctypes (which releases the GIL).
 #pragma once
 
 #include <atomic>
@@ -24,12 +24,12 @@ using f64x4 = double __attribute__((vector_size(32)));
 using i64x4 = int64_t __attribute__((vector_size(32)));
 using f32x4 = float __attribute__((vector_size(16)));
 using i32x4 = int32_t __attribute__((vector_size(16)));
-constexpr int64_t kLanes = 8;  // every inner loop takes two f64x4 a turn, so rows are padded to a multiple of 8
+constexpr int64_t kLanes = 8;  // inner loops process two f64x4 per iteration, so rows are padded to a multiple of 8
 
 #define FASTRL_INLINE inline __attribute__((always_inline))
 
-// One body, two instruction sets. FMA is left out on purpose: both versions round alike, so results do not depend on
-// the machine.
+// One function body for two instruction sets. FMA is not used, so that both versions round the same and results do not
+// depend on the machine.
 #if defined(__x86_64__)
 #define FASTRL_HAS_AVX2_BUILD 1
 #define FASTRL_AVX2 __attribute__((target("avx2")))
@@ -68,8 +68,8 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
-// What the threads of one call share. Helper threads are detached and keep it alive: one that the system schedules too
-// late finds no problem left and leaves, and nobody waits for it.
+// State shared by the threads of one call. Helper threads are detached and keep it alive: one that is scheduled too
+// late finds no problem left and exits, and nothing waits for it.
 struct Progress {
   std::atomic<int64_t> next{0};
   std::atomic<int> failed{0};
@@ -79,15 +79,15 @@ struct Progress {
 };
 
 // Runs work(scratch, b) for every b in [0, n), one Scratch per thread. Problems differ in cost, so threads draw small
-// blocks from a counter. Threads live for the call only: a kept pool would not survive fork(). Returns 0, or 1 when
-// memory ran out.
+// blocks from a counter. Threads live for the call only: a thread pool would not survive fork(). Returns 0, or 1 if out
+// of memory.
 template <class Scratch, class Work>
 int for_each_problem(int64_t n, int threads, double steps_per_problem, const Work& work) {
-  // A thread costs some 50 us to start, 1e6 inner-loop steps take some 300 us: one more thread for each such load.
+  // Starting a thread takes about 50 us, 1e6 inner-loop steps about 300 us: use one more thread per 1e6 steps.
   const int64_t useful = 1 + static_cast<int64_t>(static_cast<double>(n) * steps_per_problem / 1e6);
   const int64_t count = useful < threads ? useful : threads;
-  const int64_t share = count > 0 ? n / (count * 8) : n;
-  const int64_t block = share > 1 ? share : 1;
+  const int64_t per_block = count > 0 ? n / (count * 8) : n;
+  const int64_t block = per_block > 1 ? per_block : 1;
   auto progress = std::make_shared<Progress>();
   const Work* task = &work;  // outlives every block: the caller waits until all are done
   auto run = [progress, task, n, block]() {
@@ -110,7 +110,7 @@ int for_each_problem(int64_t n, int threads, double steps_per_problem, const Wor
   try {
     for (int64_t t = 1; t < count; ++t) std::thread(run).detach();
   } catch (const std::exception&) {
-    // the system would not start another thread: those that run do all the work
+    // no further thread could be started: the running ones do all the work
   }
   run();
   std::unique_lock<std::mutex> lock(progress->mutex);

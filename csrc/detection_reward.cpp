@@ -1,7 +1,7 @@
 // Batched detection reward: fastrl_detection_reward.
 //
-// Per answer: qualities of all pairs (IoU of boxes, or 1 - distance / scale of points) into a small per-thread buffer,
-// the matching of greatest total quality, then location, label, precision, recall, F1 and missing.
+// For each answer: qualities of all pairs (IoU of boxes, or 1 - distance / scale of points) in a small per-thread
+// buffer, the matching of largest total quality, then location, label, precision, recall, F1 and missing.
 
 #include <cmath>
 
@@ -38,11 +38,11 @@ struct Lanes {  // one answer's predictions, coordinate by coordinate
   T *x1, *y1, *x2, *y2, *area;
 };
 
-// Bounds of what counts as a box, as in pairwise_iou: every coordinate below, every union above.
+// Bounds for valid boxes, as in pairwise_iou: coordinates must be below kFarthest, unions above kEmpty.
 constexpr double kFarthest = 1099511627776.0;                 // 2^40
 constexpr double kEmpty = 1.0 / 1208925819614629174706176.0;  // 2^-80
 
-// A box that is inverted, flat or not finite is put where nothing meets it.
+// A box that is inverted, flat or not finite is moved to where it overlaps nothing.
 template <class T>
 FASTRL_INLINE void read_box(const T* box, T& x1, T& y1, T& x2, T& y2, T& area) {
   const T inf = std::numeric_limits<T>::infinity(), far = T(kFarthest);
@@ -116,13 +116,13 @@ FASTRL_INLINE void summarise(const Answers<T>& a, int64_t b, int64_t preds, int6
     same += !a.pred_label || a.pred_label[b * a.n + j] == a.gt_label[b * a.m + match[j]];
   }
   const bool nothing = preds == 0 && truths == 0;
-  auto share = [&](double part, int64_t whole) { return whole > 0 ? part / static_cast<double>(whole) : double(nothing); };
+  auto rate = [&](double part, int64_t whole) { return whole > 0 ? part / static_cast<double>(whole) : double(nothing); };
   auto put = [&](Part part, double value) { a.parts[part * a.problems + b] = static_cast<T>(value); };
-  put(kLocation, share(sum, matched));
-  put(kLabel, share(double(same), matched));
-  put(kPrecision, share(double(hits), preds));
-  put(kRecall, share(double(hits), truths));
-  put(kF1, share(2.0 * double(hits), preds + truths));
+  put(kLocation, rate(sum, matched));
+  put(kLabel, rate(double(same), matched));
+  put(kPrecision, rate(double(hits), preds));
+  put(kRecall, rate(double(hits), truths));
+  put(kF1, rate(2.0 * double(hits), preds + truths));
   put(kMissing, truths > 0 ? double(hits - truths) / double(truths) : 0.0);
 }
 
@@ -194,7 +194,7 @@ int run(const void* pred, const void* gt, void* quality, void* parts, double thr
 #define FASTRL_API extern "C" __attribute__((visibility("default")))
 
 // pred [B, n, 4|2], gt [B, m, 4|2] contiguous, float (is_double 0) or double (1); counts int64 [B]; labels int64 or
-// both null; quality [B, n] and parts [6, B] have pred's type. Returns 0, or 1 when memory ran out.
+// both null; quality [B, n] and parts [6, B] have pred's type. Returns 0, or 1 if out of memory.
 FASTRL_API int fastrl_detection_reward(int is_double, const void* pred, const void* gt, const int64_t* n_pred,
                                        const int64_t* n_gt, const int64_t* pred_label, const int64_t* gt_label,
                                        int64_t problems, int64_t n, int64_t m, int boxes, int sequence,

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-// Raised whenever a signature changes; _native.py refuses a library that answers otherwise.
+// Incremented whenever a signature changes; _native.py refuses a library of another version.
 extern "C" __attribute__((visibility("default"))) int32_t fastrl_abi_version(void) { return 1; }
 
 static PyModuleDef module = {

@@ -101,7 +101,7 @@ def test_compute_score_picks_the_task_and_loads_by_path_as_verl_does() -> None:
         ),
         ("grounding", {"box": [1, 2, 3]}, "row 3: 'box' must be four numbers .x1, y1, x2, y2., got .1, 2, 3."),
         ("grounding", {"box": [1, 2, 3, float("inf")]}, "'box' must be four finite numbers"),
-        ("grounding", {"ground_truth": "{not json"}, "row 3: ground truth is no JSON"),
+        ("grounding", {"ground_truth": "{not json"}, "row 3: ground truth is not JSON"),
         ("detection", {"boxes": [[1, 2, 3, 4]], "labels": []}, "1 boxes, 0 labels and 1 crowd flags"),
         ("detection", {"boxes": [[1, 2, 3, 4]], "labels": [5]}, "'labels' must be a list of names"),
         ("counting", {"label": "x"}, "needs 'points', 'boxes' or 'count'"),
