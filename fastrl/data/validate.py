@@ -154,7 +154,7 @@ def why_turned(header: Header, declared: Sequence[Any]) -> str:
     if not header.swaps or tuple(declared) != header.size[::-1]:
         return ""
     how = (
-        "which orient=exif follows: leave that out"
+        "which orient=exif applies: remove that option"
         if header.turned
         else "which is not followed: pixels are taken as they are stored; add orient=exif to read it turned"
     )

@@ -94,7 +94,7 @@ def test_continuation_is_the_rest_of_the_prompt(policy: Policy) -> None:
     for n in (1, 2):
         going = policy.encode_continuation(replace(record, messages=dialogue_messages(record.messages, spoken[:n])))
         assert torch.equal(torch.cat([prompts[n - 1], going]), prompts[n])
-    with pytest.raises(ValueError, match="can go on"):
+    with pytest.raises(ValueError, match="to continue, a dialogue needs"):
         policy.encode_continuation(record)
 
 

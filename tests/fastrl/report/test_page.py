@@ -115,7 +115,7 @@ def test_nothing_is_loaded_from_elsewhere_and_model_text_stays_text(run: Path, t
     assert all(address.startswith("data:") for address in addresses)
 
 
-@pytest.mark.parametrize(("content", "said"), [(None, "holds no metrics.jsonl"), ("", "has no row yet")])
+@pytest.mark.parametrize(("content", "said"), [(None, "it has no metrics.jsonl"), ("", "has no row yet")])
 def test_a_folder_without_a_run_is_refused(content: str | None, said: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
