@@ -332,7 +332,7 @@ def _to_rgb(image: Image, name: str, levels: _Levels | None = None) -> Image:
 
 
 def bands(image: Image) -> Iterator[tuple[tuple[int, int, int, int], Image]]:
-    """Split a picture into bands of whole rows of about ``BAND`` pixels: the box and the pixels of each, from the top."""
+    """Split a picture into bands of whole rows, about ``BAND`` pixels each; yields box and pixels from the top."""
     width, height = image.size
     rows = max(1, BAND // max(1, width))
     for top in range(0, height, rows):

@@ -1,6 +1,6 @@
-"""What DeepSpeed wrote, looked at before DeepSpeed reads it: it passes over weights and moments that are missing, and
-what it says of a damaged file is a traceback on one rank while the others wait.
+"""Checks of a DeepSpeed checkpoint's files before DeepSpeed reads them.
 
+DeepSpeed silently skips missing weights and moments, and a damaged file raises on one rank only, while the others wait.
 A checkpoint's folder holds ``mp_rank_00_model_states.pt`` (the trained weights; without ZeRO the moments too) and, with
 ZeRO, ``…zero_pp_rank_N_mp_rank_00_optim_states.pt`` of each rank.
 """
@@ -20,17 +20,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Expected(NamedTuple):
-    """What the engine holds that is about to load a checkpoint."""
+    """Names and shapes in the engine that will load a checkpoint."""
 
     shapes: Mapping[str, Sequence[int]]  # of the trained parameters, by name
     known: frozenset[str]  # names of all of the model's weights and buffers
     ordered: Sequence[Sequence[int]]  # the same shapes, in the order of the optimizer's groups
-    parts: Sequence[int] | None  # with ZeRO: how many numbers of each parameter group this rank updates
+    parts: Sequence[int] | None  # with ZeRO: elements of each parameter group that this rank updates
 
 
 def fault(folder: Path, rank: int, world_size: int, expected: Expected) -> str | None:
-    """What keeps a rank from loading its part of the checkpoint in ``folder``: one line that begins with the file.
-    None: nothing."""
+    """Why a rank cannot load its part of the checkpoint in ``folder``: one line that begins with the file, or None."""
     try:
         model = _read(folder / MODEL)
         updates = _check_model(folder / MODEL, model, expected)
@@ -51,13 +50,13 @@ class _Unusable(ValueError):
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise _Unusable(f"{path}: missing")
-    try:  # as DeepSpeed reads it; tensors stay in the file
+    try:  # with the options DeepSpeed uses; tensors stay on disk
         value = torch.load(path, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         said = " ".join(str(error).split())[:200]
         raise _Unusable(f"{path}: cannot be read ({type(error).__name__}: {said})") from None
     if not isinstance(value, Mapping):
-        raise _Unusable(f"{path}: holds {type(value).__name__} where a dictionary is needed")
+        raise _Unusable(f"{path}: expected a dictionary, got {type(value).__name__}")
     return value
 
 
@@ -65,17 +64,17 @@ def _shard(folder: Path, rank: int) -> Path:
     name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
     found = sorted(folder.glob(f"*{name}"))
     if not found:
-        raise _Unusable(f"{folder / name}: missing: the moments of rank {rank}")
+        raise _Unusable(f"{folder / name}: missing; it has the moments of rank {rank}")
     return found[0]
 
 
 def _check_model(path: Path, state: Mapping[str, Any], expected: Expected) -> int:
-    """The number of updates. Raises where the weights are not those that are trained."""
+    """Return the number of updates. Raises if the weights are not those of the trained parameters."""
     weights, updates = state.get("module"), state.get("updates")
     if not isinstance(updates, int) or isinstance(updates, bool) or updates < 0:
         raise _Unusable(f"{path}: updates is {updates!r:.60}, not a count")
     if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise _Unusable(f"{path}: holds no weights")
+        raise _Unusable(f"{path}: has no weights")
     odd = sorted((expected.shapes.keys() - weights.keys()) | (weights.keys() - expected.known))
     if odd:
         raise _Unusable(f"{path}: saved for other trainable parameters; {len(odd)} differ, the first: {odd[0]}")
@@ -89,13 +88,13 @@ def _check_moments(path: Path, state: Mapping[str, Any], updates: int, shapes: S
     optimizer = state.get("optimizer")
     inner = optimizer.get("optimizer_state_dict", optimizer) if isinstance(optimizer, Mapping) else None
     found = inner.get("state") if isinstance(inner, Mapping) else None
-    had = state.get("moments", 1)  # parameters with moments; older checkpoints do not say
+    had = state.get("moments", 1)  # parameters with moments; missing in older checkpoints
     if not isinstance(found, Mapping) or (updates and len(found) < had):
         missing = had - len(found) if isinstance(found, Mapping) and "moments" in state else len(shapes)
         raise _Unusable(f"{path}: the moments of {missing} parameters are missing")
     for place, entry in found.items():
         if not isinstance(place, int) or not 0 <= place < len(shapes):
-            raise _Unusable(f"{path}: holds moments of parameter {place!r:.60}, of {len(shapes)}")
+            raise _Unusable(f"{path}: has moments of parameter {place!r:.60}; allowed: 0 to {len(shapes) - 1}")
         _check_entry(path, f"of parameter {place}", entry, shapes[place])
 
 
@@ -104,7 +103,7 @@ def _check_parts(path: Path, shard: Mapping[str, Any], updates: int, parts: Sequ
     state = shard.get("optimizer_state_dict")
     held = state.get("single_partition_of_fp32_groups") if isinstance(state, Mapping) else None
     if not isinstance(state, Mapping) or not isinstance(held, Sequence) or len(held) != len(parts):
-        raise _Unusable(f"{path}: does not hold the weights of {len(parts)} parameter groups")
+        raise _Unusable(f"{path}: does not have the weights of {len(parts)} parameter groups")
     base = state.get("base_optimizer_state")
     found = base.get("state") if isinstance(base, Mapping) else None
     for place, (piece, numel) in enumerate(zip(held, parts, strict=True)):
@@ -127,4 +126,4 @@ def _check_entry(path: Path, what: str, entry: Any, shape: Sequence[int]) -> Non
 def _check_shape(path: Path, what: str, value: Any, shape: Sequence[int]) -> None:
     found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if found != list(shape):
-        raise _Unusable(f"{path}: {what} was saved with shape {found}, is {list(shape)}")
+        raise _Unusable(f"{path}: {what} was saved with shape {found}, but is now {list(shape)}")

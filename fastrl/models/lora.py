@@ -17,7 +17,7 @@ from fastrl.models.families import PARTS, Family
 
 LANGUAGE_LINEARS = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),
-    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # GLM has gate and up in one layer
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # GLM fuses gate and up into one layer
 )
 
 
@@ -79,8 +79,8 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any], family: Family) ->
 
 @contextmanager
 def _without_model_type(core: Any) -> Iterator[None]:
-    """Inside, the config names no model type, by which peft would move the targets of some mixtures of experts from
-    linear layers to the experts' fused weights and leave out layers without experts."""
+    """Hide ``config.model_type`` from peft, which would otherwise move the targets of some mixtures of experts from
+    linear layers to the experts' fused weights and skip layers without experts."""
     own = vars(core.config)
     before = {key: own[key] for key in ("model_type",) if key in own}
     core.config.model_type = ""

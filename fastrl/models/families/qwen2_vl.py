@@ -209,7 +209,7 @@ class Qwen2_5VL(Qwen2VL):
         return Qwen2_5_VLForConditionalGeneration
 
 
-# Processors that resize as View.qwen says. (GLM's, which also take Qwen's patches, round otherwise.)
+# Processors that resize like View.qwen. (GLM's processors use the same patches but round differently.)
 _RESIZED_AS_VIEW = ("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor")
 
 
@@ -228,8 +228,8 @@ class QwenPreprocessor(ImagePreprocessor):
         return ImageInput(out["pixel_values"].float(), (t, h, w), key), View(*picture.size, w * patch, h * patch)
 
     def _processed(self, picture: Image) -> Any:
-        """What the processor makes of a picture. A large one is resized here, as the processor would, which makes
-        further copies of it on the way."""
+        """Process one picture. A large one is first resized here, to the same size as the processor would, because the
+        processor keeps several full-size copies while it resizes."""
         width, height = picture.size
         if width * height <= LARGE or type(self.processor).__name__ not in _RESIZED_AS_VIEW:
             return self.processor(images=[picture], return_tensors="pt")

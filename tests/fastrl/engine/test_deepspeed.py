@@ -145,7 +145,7 @@ def test_what_deepspeed_would_pass_over_is_refused_by_every_rank(tiny_folder: An
     shard.unlink()
     out = launch(RUN, model, run, 4, 1, 1, folder=tmp_path)
     assert out.count("REFUSED") == 2
-    assert out.count("zero_pp_rank_1_mp_rank_00_optim_states.pt: missing: the moments of rank 1") == 2
+    assert out.count("zero_pp_rank_1_mp_rank_00_optim_states.pt: missing; it has the moments of rank 1") == 2
     shard.write_bytes(kept)
     weights = folder / "engine" / "mp_rank_00_model_states.pt"
     weights.write_bytes(weights.read_bytes()[:-100])

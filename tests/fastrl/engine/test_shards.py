@@ -60,20 +60,26 @@ def test_sound_files_are_sound(tmp_path: Path) -> None:
 
 ZERO: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda f: f.pop(MODEL), "mp_rank_00_model_states.pt: missing"),
-    (lambda f: f.pop(SHARD.format(1)), "zero_pp_rank_1_mp_rank_00_optim_states.pt: missing: the moments of rank 1"),
+    (
+        lambda f: f.pop(SHARD.format(1)),
+        "zero_pp_rank_1_mp_rank_00_optim_states.pt: missing; it has the moments of rank 1",
+    ),
     (lambda f: f.update({MODEL: b"no pickle"}), "model_states.pt: cannot be read (UnpicklingError: "),
     (lambda f: f.update({MODEL: b""}), "model_states.pt: cannot be read (EOFError: "),
     (lambda f: f.update({MODEL: b"PK\x03\x04 cut"}), "model_states.pt: cannot be read ("),
-    (lambda f: f.update({MODEL: [1]}), "model_states.pt: holds list where a dictionary is needed"),
+    (lambda f: f.update({MODEL: [1]}), "model_states.pt: expected a dictionary, got list"),
     (lambda f: f[MODEL].pop("updates"), "updates is None, not a count"),
     (lambda f: f[MODEL].update(updates=True), "updates is True, not a count"),
     (lambda f: f[MODEL].update(updates="2"), "updates is '2', not a count"),
-    (lambda f: f[MODEL].update(module=[1]), "holds no weights"),
+    (lambda f: f[MODEL].update(module=[1]), "has no weights"),
     (lambda f: f[MODEL]["module"].pop("a.bias"), "1 differ, the first: a.bias"),
     (lambda f: f[MODEL]["module"].update(b=torch.zeros(1)), "1 differ, the first: b"),
-    (lambda f: f[MODEL]["module"].update({"a.bias": torch.zeros(5)}), "a.bias was saved with shape [5], is [4]"),
+    (
+        lambda f: f[MODEL]["module"].update({"a.bias": torch.zeros(5)}),
+        "a.bias was saved with shape [5], but is now [4]",
+    ),
     (lambda f: f.update({SHARD.format(0): b"x"}), "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt: cannot be read"),
-    (lambda f: f[SHARD.format(0)].clear(), "does not hold the weights of 1 parameter groups"),
+    (lambda f: f[SHARD.format(0)].clear(), "does not have the weights of 1 parameter groups"),
     (
         lambda f: f[SHARD.format(0)]["optimizer_state_dict"].pop("base_optimizer_state"),
         "the moments of parameter group 0 are missing",
@@ -84,20 +90,23 @@ ZERO: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     ),
     (
         lambda f: f[SHARD.format(0)]["optimizer_state_dict"]["base_optimizer_state"]["state"].update({0: moments(9)}),
-        "exp_avg of parameter group 0 was saved with shape [9], is [8]",
+        "exp_avg of parameter group 0 was saved with shape [9], but is now [8]",
     ),
     (
         lambda f: f[SHARD.format(0)]["optimizer_state_dict"].update(single_partition_of_fp32_groups=[torch.ones(3)]),
-        "the piece of parameter group 0 was saved with shape [3], is [8]",
+        "the piece of parameter group 0 was saved with shape [3], but is now [8]",
     ),
 ]
 ALONE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda f: f[MODEL].pop("optimizer"), "the moments of 2 parameters are missing"),
     (lambda f: f[MODEL]["optimizer"]["state"].clear(), "the moments of 2 parameters are missing"),
     (lambda f: f[MODEL]["optimizer"]["state"].pop(1), "the moments of 1 parameters are missing"),
-    (lambda f: f[MODEL]["optimizer"]["state"].update({7: moments(1)}), "holds moments of parameter 7, of 2"),
+    (lambda f: f[MODEL]["optimizer"]["state"].update({7: moments(1)}), "has moments of parameter 7; allowed: 0 to 1"),
     (lambda f: f[MODEL]["optimizer"]["state"][1].pop("exp_avg"), "the moments of parameter 1 are missing"),
-    (lambda f: f[MODEL]["optimizer"]["state"].update({1: moments(5)}), "parameter 1 was saved with shape [5], is [4]"),
+    (
+        lambda f: f[MODEL]["optimizer"]["state"].update({1: moments(5)}),
+        "parameter 1 was saved with shape [5], but is now [4]",
+    ),
 ]
 
 
