@@ -17,8 +17,8 @@ import torch
 
 from fastrl.data import load_data
 from fastrl.data.blank import BlankImages
+from fastrl.data.decodable import Chosen, decoded
 from fastrl.data.records import Dataset, Record
-from fastrl.data.sound import Chosen, decoded
 from fastrl.evaluate import EVALUATIONS, evaluate
 from fastrl.evaluate.best import SAMPLED, Best, Mode, check_metric
 from fastrl.evaluate.run import MAX_NEW_TOKENS, check_answerable, sample_records
