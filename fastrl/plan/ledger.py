@@ -1,8 +1,9 @@
 """Counting bytes and floating-point operations of code that runs on the meta device, where nothing is computed.
 
 The model's own forward and backward run on tensors without data; every storage is counted when it is made and when it
-dies, as an allocator would see it. What operators allocate inside and free again is added where it matters: the head's
-scratch. Attention, which has no meta kernel to run through, is replaced by stand-ins that keep what it keeps.
+dies, as an allocator would see it. What operators allocate inside and free again is added as their own files say it
+(``fastrl_kernels._counting``). Attention, which has no meta kernel to run through, is replaced by stand-ins that keep
+what it keeps.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import register_flop_formula
 
 from fastrl.models.attention import prefix as prefix_attention
 from fastrl.models.attention.switch import attention, register
 from fastrl.models.families import family_of
 from fastrl.models.flops import flop_counter, segment_attention_flops
-from fastrl_kernels._linear_logprob_driver import EAGER_ROWS, plan_tiles
-from fastrl_kernels._linear_logprob_tiles import eager_block_bytes, eager_row_bytes
+from fastrl_kernels._counting import Scratch, flops_of, named_arguments, scratch, scratch_of
 
 GROUPED = getattr(torch.ops.aten._grouped_mm, "default", None) if hasattr(torch.ops.aten, "_grouped_mm") else None
 GPU = "fastrl_plan_prefix", "fastrl_plan_flash_vision"  # of language and vision
@@ -37,13 +36,14 @@ class Ledger(TorchDispatchMode):
 
     Args:
         known: tensors made before, which are not counted.
-        gpu: count as on a GPU (variable-length attention, the head's Triton path), else as on a CPU.
-        scratch_bytes: the head's budget.
+        gpu: count as on a GPU (variable-length attention, operators' Triton path), else as on a CPU.
+
+    ``head_scratch`` is the most that an operator allocated under a budget of its own.
     """
 
-    def __init__(self, known: Iterable[Tensor], *, gpu: bool, scratch_bytes: int = 1 << 30) -> None:
+    def __init__(self, known: Iterable[Tensor], *, gpu: bool) -> None:
         super().__init__()
-        self.gpu, self.scratch_bytes = gpu, scratch_bytes
+        self.gpu = gpu
         self.live = 0
         self.peak = 0
         self.head_scratch = 0
@@ -53,19 +53,17 @@ class Ledger(TorchDispatchMode):
         self._known = {id_of(t): t.untyped_storage() for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = _grouped_mm(*args[:3]) if func is GROUPED else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = _grouped_mm(**named_arguments(func, args, kwargs)) if func is GROUPED else func(*args, **kwargs)
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += formula(*args, **kwargs, out_val=out)
         for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, Tensor) and leaf.is_meta:
                 self._see(leaf)
-        if func.namespace == "fastrl" and "linear_logprob" in func.name():
-            self.transient(self._head_scratch("backward" in func.name(), args))
-        elif func.name() == "fastrl::linear_policy_loss":
-            self.transient(self._row_local_scratch(*args[:2]))
-        elif func.name() == "fastrl::planned_attention_backward":  # dq is summed in float32
-            self.transient(4 * args[1].numel())
+        inside = scratch(func, args, kwargs, triton=self.gpu)
+        self.head_scratch = max(self.head_scratch, inside.bounded)
+        self.transient(sum(inside))
         return out
 
     def transient(self, size: int) -> None:
@@ -87,44 +85,15 @@ class Ledger(TorchDispatchMode):
 
         self._storages[key] = weakref.ref(storage, gone)
 
-    def _head_scratch(self, backward: bool, args: Any) -> int:
-        hidden, weight = (args[2], args[3]) if backward else (args[0], args[1])
-        rows = args[9] if backward else None
-        n, (vocabulary, width) = len(hidden) if rows is None else len(rows), weight.shape
-        size = hidden.dtype.itemsize if self.gpu else 4
-        cast = hidden.dtype.itemsize != size
-        per_row = (width * size if backward or cast else 0) + (0 if self.gpu else eager_row_bytes(size, False))
-        per_column = width * size * cast * (1 + backward)
-        limit = (n if backward else 4096) if self.gpu else 1024
-        tile = plan_tiles(
-            n, vocabulary, self.scratch_bytes,
-            per_element=size, per_row=per_row, per_column=per_column, row_limit=limit,
-        )  # fmt: skip
-        blocks = 0 if self.gpu or backward else 1 + (args[12] or args[8] != 1.0)
-        eager = blocks * eager_block_bytes(size, vocabulary)
-        copied = width * size if cast or (backward and (self.gpu or rows is not None)) else 0
-        found = tile.rows * (tile.stride * size + eager + copied) + tile.columns * per_column
-        self.head_scratch = max(self.head_scratch, found)
-        return found + (n * width * 4 if backward and hidden.dtype.itemsize < 4 else 0)
 
-    def _row_local_scratch(self, hidden: Tensor, weight: Tensor) -> int:
-        """Whole rows of logits, beside each row's state and its gradient, as many as the budget holds."""
-        size = hidden.dtype.itemsize if self.gpu else 4
-        per_row = size * (weight.shape[0] + 2 * weight.shape[1])
-        per_row += 0 if self.gpu else eager_block_bytes(size, len(weight))
-        rows = len(hidden) if self.gpu else min(len(hidden), EAGER_ROWS)
-        found = min(self.scratch_bytes, rows * per_row)
-        self.head_scratch = max(self.head_scratch, found)
-        return found
-
-
-def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None) -> Tensor:
+def _grouped_mm(*, mat2: Tensor, offs: Tensor | None, **named: Any) -> Tensor:
     """Experts' products without data; torch's own meta kernel refuses all types but bfloat16."""
-    rows, columns = a.shape[-2], b.shape[-1]
-    if a.dim() == b.dim() == 2:  # the groups lie along what is summed
-        assert offsets is not None
-        return a.new_empty(len(offsets), rows, columns)
-    return a.new_empty(rows, columns) if a.dim() == 2 or b.dim() == 2 else a.new_empty(len(a), rows, columns)
+    a: Tensor = named["self"]
+    rows, columns = a.shape[-2], mat2.shape[-1]
+    if a.dim() == mat2.dim() == 2:  # the groups lie along what is summed
+        assert offs is not None
+        return a.new_empty(len(offs), rows, columns)
+    return a.new_empty(rows, columns) if a.dim() == 2 or mat2.dim() == 2 else a.new_empty(len(a), rows, columns)
 
 
 def id_of(tensor: Tensor) -> int:
@@ -171,14 +140,19 @@ def _differentiate(ctx: Any, grad: Tensor, _: Any) -> Any:
 _planned_attention.register_autograd(_differentiate, setup_context=_keep)
 
 
-@register_flop_formula(torch.ops.fastrl.planned_attention)
-def _(q: Any, k: Any, v: Any, flops: int, **_: Any) -> int:
+@flops_of(torch.ops.fastrl.planned_attention)
+def _(*, flops: int, **_: Any) -> int:
     return flops
 
 
-@register_flop_formula(torch.ops.fastrl.planned_attention_backward)
-def _(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, flops: int, **_: Any) -> int:
+@flops_of(torch.ops.fastrl.planned_attention_backward)
+def _(*, flops: int, **_: Any) -> int:
     return flops * 5 // 2  # five products for two, as torch counts it
+
+
+@scratch_of(torch.ops.fastrl.planned_attention_backward)
+def _(*, q: Tensor, **_: Any) -> Scratch:
+    return Scratch(beside=4 * q.numel())  # its gradient is summed in float32
 
 
 @cache

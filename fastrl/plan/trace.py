@@ -17,6 +17,8 @@ from fastrl.models.lora import add_lora, freeze
 from fastrl.models.policy import keyed_features, predicted_states
 from fastrl.plan.ledger import Ledger, planned_attention
 from fastrl.recipe import ModelRecipe
+from fastrl_kernels.linear_logprob import linear_logprob
+from fastrl_kernels.linear_policy_loss import linear_policy_loss
 
 META = torch.device("meta")
 
@@ -60,7 +62,6 @@ def trace_batch(
     row_local: bool = False,
     accumulates: bool = False,
     release: bool = False,
-    scratch_bytes: int = 1 << 30,
 ) -> Trace:
     """Run a micro-batch's training pass through ``core`` and count.
 
@@ -72,10 +73,9 @@ def trace_batch(
         row_local: head and loss make their gradients in the forward (``optim.row_local_head``).
         accumulates: gradients of an earlier micro-batch are there already.
         release: each gradient is used and dropped as soon as it is complete.
-        scratch_bytes: the head's budget.
     """
     batch = _on_meta(batch)
-    ledger = Ledger(_known(core, batch), gpu=gpu, scratch_bytes=scratch_bytes)
+    ledger = Ledger(_known(core, batch), gpu=gpu)
     gradients: dict[nn.Parameter, Tensor] = {}
     hooks = [_collect(p, gradients, ledger, release) for p in core.parameters() if p.requires_grad]
     vision = forward = kept = before = 0
@@ -134,9 +134,6 @@ def _pass(core: Any, batch: PackedBatch, head: _LogProb | _RowLocal, ledger: Led
     return vision, forward, kept
 
 
-# The heads call operators themselves: their Python wrappers ask about autocast, which the meta device does not know.
-
-
 @dataclass(frozen=True)
 class _LogProb:
     """Log-probs [N], from which the loss makes its gradient."""
@@ -144,8 +141,7 @@ class _LogProb:
     entropy: bool
 
     def __call__(self, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> Tensor:
-        tensors = hidden, weight, batch.targets, None, None, None, None, None
-        return torch.ops.fastrl.linear_logprob(*tensors, 1.0, 1.0, None, -100, self.entropy, False, 1 << 30)[0]
+        return linear_logprob(hidden, weight, batch.targets, return_entropy=self.entropy).logp
 
 
 @dataclass(frozen=True)
@@ -155,12 +151,11 @@ class _RowLocal:
     into: Tensor | None
 
     def __call__(self, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> Tensor:
-        ops, per_row = torch.ops.fastrl, torch.empty(len(batch.targets), device=META)
-        loss, _, _, *made = ops.linear_policy_loss(
-            hidden.detach(), weight.detach(), batch.targets, None, None, None, self.into, 1.0, None, -100, 1.0, 1 << 30,
-            [True, weight.requires_grad, False], per_row, batch.completion_of_token, per_row,
-        )  # fmt: skip
-        return ops.with_gradients(loss, hidden, weight, None, *made, 1.0)
+        advantage = torch.empty(len(batch.completions), device=META)
+        constant = torch.empty(len(batch.targets), device=META)
+        return linear_policy_loss(
+            hidden, weight, batch.targets, advantage, batch.completion_of_token, weight=constant, head_grad=self.into
+        ).loss
 
 
 def _head_gradient(core: Any, gradients: dict[nn.Parameter, Tensor]) -> Tensor | None:

@@ -13,18 +13,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl_kernels._counting import Scratch
 from fastrl_kernels._linear_logprob_driver import (
     EAGER_ROWS,
     Head,
     Plan,
+    Route,
     accumulator_dtype,
     matmul_into,
     plan_tiles,
     ranges,
+    route_of,
     take_rows,
     tile_dtype,
 )
-from fastrl_kernels._linear_logprob_tiles import RowTerms, differentiate_tile, eager_row_bytes, triton_path
+from fastrl_kernels._linear_logprob_tiles import (
+    RowTerms,
+    differentiate_row_bytes,
+    differentiate_tile,
+    eager_row_bytes,
+    triton_path,
+)
 
 
 class Needs(NamedTuple):
@@ -37,11 +46,10 @@ class Needs(NamedTuple):
     lora_b: bool
 
 
-def _backward_plan(hidden: Tensor, head: Head, n: int, needs: Needs) -> Plan:
-    dtype, triton_tiles = tile_dtype(hidden), triton_path(hidden)
-    size = dtype.itemsize
-    copied_slab = bool(head.rank) or dtype != head.weight.dtype
+def _backward_plan(hidden: Tensor, head: Head, n: int, needs: Needs, route: Route) -> Plan:
+    dtype, size = route.dtype, route.dtype.itemsize
     per_row = (head.width + bool(head.rank) * head.weight.shape[1]) * size
+    copied_slab = head.slab_copy(dtype).kept > 0
     per_column = copied_slab * (head.width + bool(head.rank) * head.weight.shape[1]) * size
 
     def plan(extra_per_column: int) -> Plan:
@@ -50,9 +58,9 @@ def _backward_plan(hidden: Tensor, head: Head, n: int, needs: Needs) -> Plan:
             head.weight.shape[0],
             head.scratch_bytes,
             per_element=size,
-            per_row=per_row + (0 if triton_tiles else eager_row_bytes(size, head.softcap is not None)),
+            per_row=per_row + (0 if route.triton else eager_row_bytes(size, head.softcap is not None)),
             per_column=per_column + extra_per_column,
-            row_limit=n if triton_tiles else EAGER_ROWS,
+            row_limit=n if route.triton else EAGER_ROWS,
         )
 
     accumulated = head.width * accumulator_dtype(dtype).itemsize
@@ -62,6 +70,44 @@ def _backward_plan(hidden: Tensor, head: Head, n: int, needs: Needs) -> Plan:
     if whole.rows >= n or dtype == accumulator_dtype(dtype):
         return whole
     return plan(accumulated)
+
+
+def backward_bytes(
+    hidden: Tensor, head: Head, index: Tensor | None, needs: Needs, route: Route, *, entropy: bool
+) -> Scratch:
+    """What ``backward`` holds at once beside its arguments, results and vectors, no gradient of a row being zero."""
+    n = (hidden if index is None else index).shape[0]
+    if n == 0:
+        return Scratch()
+    plan, size = _backward_plan(hidden, head, n, needs, route), route.dtype.itemsize
+    kind, whole = accumulator_dtype(hidden.dtype), plan.rows >= n
+    rows = head.rows_copy(hidden, route.dtype, taken=index is not None, masked=route.triton)
+    slab = head.slab_copy(route.dtype)
+    sums = 0
+    for needed, gradient in ((needs.weight, head.weight), (needs.lora_b, head.lora_b)):
+        if needed and gradient is not None and not _summed_in_place(gradient, kind, route.dtype, whole=whole):
+            sums += gradient.shape[1] * kind.itemsize
+    softcap = head.softcap is not None
+    turning = differentiate_row_bytes(size, head.weight.shape[0], entropy=entropy, softcap=softcap)
+    tiles = plan.bytes(
+        size,
+        (rows.making, 0 if whole else slab.kept + sums),
+        (rows.kept, slab.making),
+        (rows.kept + (0 if route.triton else turning), slab.kept + sums),
+    )
+    summed = n * _input_columns(head, needs) * kind.itemsize  # lies where the result will, as far as that reaches
+    result = hidden.numel() * hidden.dtype.itemsize if needs.hidden else 0
+    return Scratch(tiles, max(0, summed - result))
+
+
+def _input_columns(head: Head, needs: Needs) -> int:
+    """Columns of the widened input that need a gradient: its last ones."""
+    return head.width if needs.hidden else head.rank if needs.lora_a else 0
+
+
+def _summed_in_place(gradient: Tensor, kind: torch.dtype, dtype: torch.dtype, *, whole: bool) -> bool:
+    """Whether a slab's gradient is summed where it is returned: in the accumulator's dtype, or rounded once."""
+    return gradient.dtype == kind or (whole and gradient.dtype == dtype)
 
 
 def backward(
@@ -121,8 +167,8 @@ class _Backward:
         self.silent = rows.target == head.options.ignore_index
         self.silent |= grad_logp == 0 if grad_entropy is None else (grad_logp == 0) & (grad_entropy == 0)
         (vocabulary, size), rank = head.weight.shape, head.rank
-        self.x_from = 0 if needs.hidden else size  # columns of the widened input that need a gradient
-        x_width = head.width - self.x_from if needs.hidden or needs.lora_a else 0
+        x_width = _input_columns(head, needs)
+        self.x_from = 0 if needs.hidden else size
         self.d_x = hidden.new_zeros((self.count, x_width), dtype=self.kind)
 
         def zeros(wanted: bool, like: Tensor | None, *shape: int) -> Tensor:
@@ -144,7 +190,7 @@ class _Backward:
     def run(self) -> None:
         if self.count == 0:
             return
-        plan = _backward_plan(self.hidden, self.head, self.count, self.needs)
+        plan = _backward_plan(self.hidden, self.head, self.count, self.needs, route_of(self.hidden))
         buffer = plan.tile_buffer(self.hidden, self.dtype)
         chunks = list(ranges(self.count, plan.rows))
         x = self._features(*chunks[0]) if len(chunks) == 1 else None
@@ -170,7 +216,7 @@ class _Backward:
                 slab.add(tile, rows_x, add=start > 0)
                 del rows_x
             slab.write()
-            del w
+            del w, slab  # before those of the next slab are made
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         head, size = self.head, self.head.weight.shape[1]
@@ -208,7 +254,7 @@ class _SlabGradients:
         for needed, gradient, columns in wanted:
             if needed:
                 part = gradient[first:last]
-                direct = part.dtype == work.kind or (whole and part.dtype == work.dtype)
+                direct = _summed_in_place(part, work.kind, work.dtype, whole=whole)
                 self.targets.append((part, part if direct else torch.empty_like(part, dtype=work.kind), columns))
         self.bias = work.d_bias[first:last] if work.needs.bias else None
         self.bias_sum = torch.zeros(last - first, dtype=work.kind, device=work.hidden.device)

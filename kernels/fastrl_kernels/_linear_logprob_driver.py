@@ -21,6 +21,7 @@ from fastrl_kernels._linear_logprob_tiles import (
     RowTerms,
     TileOptions,
     eager_row_bytes,
+    fold_row_bytes,
     fold_tile,
     triton_path,
 )
@@ -29,6 +30,13 @@ _HAS_OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")  # fp32 result of a 
 _FORWARD_ROWS = 4096  # tokens per tile on a GPU: the weight is read once per tile
 EAGER_ROWS = 1024  # tokens per tile on a CPU
 _SLAB_COLUMNS = 4096  # narrower slabs make the matmuls slow, so the number of rows is reduced first
+
+
+class Copy(NamedTuple):
+    """Bytes for each row of what is copied: the most while the copy is made, and what is kept."""
+
+    making: int
+    kept: int
 
 
 class Head(NamedTuple):
@@ -62,12 +70,30 @@ class Head(NamedTuple):
         slab = self.weight[first:last].to(dtype)
         return slab if self.lora_b is None else torch.cat([slab, self.lora_b[first:last].to(dtype)], 1)
 
+    def slab_copy(self, dtype: torch.dtype) -> Copy:
+        """What ``slab`` makes for each of its rows."""
+        cast = self.weight.shape[1] * dtype.itemsize if dtype != self.weight.dtype else 0
+        if self.lora_b is None:
+            return Copy(cast, cast)
+        cast += self.rank * dtype.itemsize if dtype != self.lora_b.dtype else 0
+        return Copy(cast + self.width * dtype.itemsize, self.width * dtype.itemsize)
+
     def widen(self, hidden: Tensor) -> Tensor:
         """``[hidden, hidden (s A)^T]`` [n, width]."""
         if self.lora_a is None:
             return hidden
         scaled = (self.lora_a.to(accumulator_dtype(hidden.dtype)) * self.lora_scale).to(hidden.dtype)
         return torch.cat([hidden, hidden @ scaled.T], 1)
+
+    def rows_copy(self, hidden: Tensor, dtype: torch.dtype, *, taken: bool = False, masked: bool = False) -> Copy:
+        """What each row of ``hidden`` costs that is taken by an index, cast, masked and widened, as far as need be."""
+        size, making, kept = self.weight.shape[1], 0, 0
+        for made, item in ((taken, hidden.dtype), (dtype != hidden.dtype, dtype), (masked, dtype)):
+            if made:
+                making, kept = max(making, kept + size * item.itemsize), size * item.itemsize
+        if not self.rank:
+            return Copy(making, kept)
+        return Copy(max(making, kept + (self.rank + self.width) * dtype.itemsize), self.width * dtype.itemsize)
 
 
 class Plan(NamedTuple):
@@ -83,15 +109,34 @@ class Plan(NamedTuple):
     def view(self, buffer: Tensor, rows: int, columns: int) -> Tensor:
         return buffer.as_strided((rows, columns), (self.stride, 1))
 
+    def bytes(self, per_element: int, *moments: tuple[int, int]) -> int:
+        """Of the tile, and the most that is held beside it: at some moments, for each of its rows and columns."""
+        tile = self.rows * self.stride * per_element
+        return tile + max(self.rows * row + self.columns * column for row, column in moments)
+
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+class Route(NamedTuple):
+    """How tiles are computed: through Triton or torch, and in which dtype."""
+
+    triton: bool
+    dtype: torch.dtype
+
+
+def route_of(hidden: Tensor, *, triton: bool | None = None) -> Route:
+    """The inputs' own dtype through Triton, the accumulator's in torch. ``triton`` None: as a call on ``hidden`` goes,
+    else as one on a device goes whose tiles pass through Triton, or not."""
+    through = triton_path(hidden) if triton is None else triton and hidden.dtype != torch.float64
+    return Route(through, hidden.dtype if through else accumulator_dtype(hidden.dtype))
+
+
 def tile_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype in which tiles are computed: the inputs' for Triton, the accumulator's for torch."""
-    return hidden.dtype if triton_path(hidden) else accumulator_dtype(hidden.dtype)
+    """The dtype in which tiles are computed."""
+    return route_of(hidden).dtype
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -126,20 +171,38 @@ def ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, total)
 
 
-def _forward_plan(hidden: Tensor, head: Head, n: int, gathered: bool) -> Plan:
-    dtype, triton_tiles = tile_dtype(hidden), triton_path(hidden)
-    size = dtype.itemsize
-    copied_rows = gathered or bool(head.rank) or dtype != hidden.dtype
-    copied_slab = bool(head.rank) or dtype != head.weight.dtype
+def _forward_plan(hidden: Tensor, head: Head, n: int, route: Route, *, gathered: bool) -> Plan:
+    size = route.dtype.itemsize
+    copied_rows = head.rows_copy(hidden, route.dtype, taken=gathered).kept > 0
+    copied_slab = head.slab_copy(route.dtype).kept > 0
     return plan_tiles(
         n,
         head.weight.shape[0],
         head.scratch_bytes,
         per_element=size,
         per_row=copied_rows * (head.width + head.weight.shape[1]) * size
-        + (0 if triton_tiles else eager_row_bytes(size, head.softcap is not None)),
+        + (0 if route.triton else eager_row_bytes(size, head.softcap is not None)),
         per_column=copied_slab * (head.width + bool(head.rank) * head.weight.shape[1]) * size,
-        row_limit=_FORWARD_ROWS if triton_tiles else EAGER_ROWS,
+        row_limit=_FORWARD_ROWS if route.triton else EAGER_ROWS,
+    )
+
+
+def forward_bytes(hidden: Tensor, head: Head, route: Route, *, entropy: bool, plain: bool) -> int:
+    """What ``forward`` holds at once beside its arguments and vectors, no row ignored.
+
+    ``plain``: logits are not changed before the softmax.
+    """
+    n, vocabulary = hidden.shape[0], head.weight.shape[0]
+    if n == 0:
+        return 0
+    plan, size = _forward_plan(hidden, head, n, route, gathered=False), route.dtype.itemsize
+    rows, slab = head.rows_copy(hidden, route.dtype), head.slab_copy(route.dtype)
+    folding = 0 if route.triton else fold_row_bytes(size, vocabulary, entropy=entropy, plain=plain)
+    return plan.bytes(
+        size,
+        (rows.making, slab.kept),
+        (rows.kept, slab.making),
+        (rows.kept + folding, slab.kept),
     )
 
 
@@ -175,7 +238,8 @@ def forward(
         rows = rows.select(index)
     count = rows.target.shape[0]
     if count:
-        _forward_tiles(hidden, head, rows, index, _forward_plan(hidden, head, count, index is not None), vocabulary)
+        plan = _forward_plan(hidden, head, count, route_of(hidden), gathered=index is not None)
+        _forward_tiles(hidden, head, rows, index, plan, vocabulary)
     if index is not None:
         results[0][index], results[1][index] = rows.logp, rows.lse
         if rows.entropy is not None:
@@ -191,7 +255,7 @@ def _forward_tiles(
     buffer = plan.tile_buffer(hidden, dtype)
     chunks, slabs = list(ranges(count, plan.rows)), list(ranges(vocabulary, plan.columns))
     tiles = [(chunk, slab) for chunk in chunks for slab in slabs]
-    if head.rank or dtype != head.weight.dtype:  # slabs are copies: make each only once
+    if head.slab_copy(dtype).kept:  # slabs are copies: make each only once
         tiles = [(chunk, slab) for slab in slabs for chunk in chunks]
     x = w = hidden  # replaced before use
     at_chunk = at_slab = -1

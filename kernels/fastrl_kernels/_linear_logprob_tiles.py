@@ -114,9 +114,14 @@ def eager_row_bytes(itemsize: int, softcap: bool) -> int:
     return (2 + softcap) * _EAGER_BLOCK * itemsize
 
 
-def eager_block_bytes(itemsize: int, vocabulary: int) -> int:
-    """Bytes of one temporary: the gradient has none, folding one, and another for entropy or a temperature."""
-    return min(vocabulary, _EAGER_BLOCK) * itemsize
+def fold_row_bytes(itemsize: int, vocabulary: int, *, entropy: bool, plain: bool) -> int:
+    """Of those, what ``fold_tile`` makes: shifted logits, and a copy or exponentials beside them where they stay."""
+    return (1 + (entropy or not plain)) * min(vocabulary, _EAGER_BLOCK) * itemsize
+
+
+def differentiate_row_bytes(itemsize: int, vocabulary: int, *, entropy: bool, softcap: bool) -> int:
+    """Of those, what ``differentiate_tile`` makes beside the tile it writes over: probabilities, tangents."""
+    return (entropy + softcap) * min(vocabulary, _EAGER_BLOCK) * itemsize
 
 
 def _is_plain(options: TileOptions, rows: RowTerms) -> bool:
@@ -200,6 +205,7 @@ def _differentiate_eager(
         if grad_entropy is not None and rows.entropy is not None:
             p = s.clamp_(min=_LOWEST / 1e20).exp()
             s.add_(rows.entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logp[:, None]).mul_(p).neg_()
+            del p  # or it would live on beside the next block's
         else:
             s.exp_().mul_(-grad_logp[:, None])
         column = rows.target - (first_column + start)
@@ -209,6 +215,7 @@ def _differentiate_eager(
             s.mul_(rows.inverse_temperature[:, None])
         if tanh is not None:
             s.mul_(tanh.square_().neg_().add_(1))
+            del tanh
         if some_nothing:  # masked_fill and not a product, as these rows may hold NaN
             s.masked_fill_(nothing[:, None], 0)
         if out is not tile:

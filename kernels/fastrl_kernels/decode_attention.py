@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels._common import (
     FLOATS,
@@ -36,6 +35,7 @@ from fastrl_kernels._common import (
     readable,
     use_triton,
 )
+from fastrl_kernels._counting import flops_of
 from fastrl_kernels._triton import tl, triton
 
 _LOG2E = math.log2(math.e)
@@ -257,8 +257,8 @@ def _(q: Tensor, *_: Any) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-@register_flop_formula(torch.ops.fastrl.decode_attention)
-def _(q: Any, prefix_k: Any, prefix_v: Any, own_k: Any, *rest: Any, **named: Any) -> int:
+@flops_of(torch.ops.fastrl.decode_attention)
+def _(*, q: Any, prefix_k: Any, own_k: Any, **_: Any) -> int:
     """Two products of every row with its prompt's keys and its own, padding counted."""
     rows, heads, width = q
     return 4 * rows * heads * width * (prefix_k[2] + own_k[2])

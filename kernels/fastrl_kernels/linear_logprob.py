@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels import _linear_logprob_backward, _linear_logprob_driver
 from fastrl_kernels._common import (
@@ -36,9 +35,10 @@ from fastrl_kernels._common import (
     check_shape,
     refuse_forward_mode,
 )
+from fastrl_kernels._counting import Scratch, flops_of, scratch_of
 from fastrl_kernels._dtensor import is_dtensor
 from fastrl_kernels._linear_logprob_backward import Needs
-from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype
+from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype, route_of
 from fastrl_kernels._linear_logprob_tiles import RowTerms
 from fastrl_kernels.token_logprob import (
     LogProb,
@@ -164,19 +164,42 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.fastrl.linear_logprob)
-def _(hidden: Any, weight: Any, target: Any, bias: Any, temperature: Any, lora_a: Any, *rest: Any, **named: Any) -> int:
+@flops_of(torch.ops.fastrl.linear_logprob)
+def _(*, hidden: Any, weight: Any, lora_a: Any, **_: Any) -> int:
     return 2 * hidden[0] * weight[0] * (hidden[1] + (0 if lora_a is None else lora_a[0]))
 
 
-@register_flop_formula(torch.ops.fastrl.linear_logprob_backward)
-def _(grad_logp: Any, grad_entropy: Any, hidden: Any, weight: Any, *rest: Any, **named: Any) -> int:
+@scratch_of(torch.ops.fastrl.linear_logprob)
+def _(
+    *, hidden: Tensor, temperature: Any, temperature_value: float, return_entropy: bool, triton: bool, **named: Any
+) -> Scratch:
+    head = _head(**named)
+    plain = head.bias is None and head.softcap is None and temperature is None and temperature_value == 1.0
+    route = route_of(hidden, triton=triton)
+    return Scratch(_linear_logprob_driver.forward_bytes(hidden, head, route, entropy=return_entropy, plain=plain))
+
+
+@flops_of(torch.ops.fastrl.linear_logprob_backward)
+def _(*, hidden: Any, weight: Any, lora_a: Any, rows: Any, needs: Any, **_: Any) -> int:
     """Recomputed logits and one product per needed gradient, over the named rows; zeros found later are unknown."""
-    lora_a, rows, needs = rest[3], rest[5], Needs(*rest[-1])
+    needs = Needs(*needs)
     count, rank = hidden[0] if rows is None else rows[0], 0 if lora_a is None else lora_a[0]
     columns = hidden[1] + rank + needs.weight * hidden[1] + needs.lora_b * rank
     columns += hidden[1] + rank if needs.hidden else needs.lora_a * rank
     return 2 * count * weight[0] * columns
+
+
+@scratch_of(torch.ops.fastrl.linear_logprob_backward)
+def _(*, hidden: Tensor, rows: Any, grad_entropy: Any, needs: list[bool], triton: bool, **named: Any) -> Scratch:
+    route, entropy = route_of(hidden, triton=triton), grad_entropy is not None
+    return _linear_logprob_backward.backward_bytes(hidden, _head(**named), rows, Needs(*needs), route, entropy=entropy)
+
+
+def _head(
+    *, weight: Tensor, bias: Any, lora_a: Any, lora_b: Any, lora_scale: float, softcap: Any, ignore_index: Any,
+    scratch_bytes: int, **_: Any,
+) -> Head:  # fmt: skip
+    return Head(weight, bias, lora_a, lora_b, lora_scale, softcap, ignore_index, scratch_bytes)
 
 
 def linear_logprob(

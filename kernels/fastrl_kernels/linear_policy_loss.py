@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastrl_kernels._common import (
     FLOATS,
@@ -36,17 +35,28 @@ from fastrl_kernels._common import (
     check_shape,
     refuse_forward_mode,
 )
+from fastrl_kernels._counting import Scratch, flops_of, scratch_of
 from fastrl_kernels._linear_logprob_driver import (
     EAGER_ROWS,
     Head,
     Plan,
+    Route,
     accumulator_dtype,
     matmul_into,
     ranges,
+    route_of,
     take_rows,
     tile_dtype,
 )
-from fastrl_kernels._linear_logprob_tiles import RowTerms, differentiate_tile, eager_row_bytes, fold_tile, triton_path
+from fastrl_kernels._linear_logprob_tiles import (
+    RowTerms,
+    differentiate_row_bytes,
+    differentiate_tile,
+    eager_row_bytes,
+    fold_row_bytes,
+    fold_tile,
+    triton_path,
+)
 from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, options_schema
 from fastrl_kernels._policy_rows import PARTIALS, policy_row_terms, policy_totals, sequence_importance
 from fastrl_kernels.linear_logprob import autocast_pair, check_rows, linear_logprob_reference
@@ -93,15 +103,14 @@ class _Gradients(NamedTuple):
     bias: Tensor  # [V] in the accumulator dtype
 
 
-def _plan(hidden: Tensor, head: Head, n: int) -> tuple[Plan, int]:
-    """(tile of whole rows, columns of a slab of the weight where it must be cast)."""
-    dtype, triton_tiles = tile_dtype(hidden), triton_path(hidden)
-    (vocabulary, size), item = head.weight.shape, dtype.itemsize
+def _plan(head: Head, n: int, route: Route) -> tuple[Plan, int, int]:
+    """(tile of whole rows, columns of a slab of the weight where it must be cast, bytes of its copy)."""
+    (vocabulary, size), item = head.weight.shape, route.dtype.itemsize
     slab, slab_bytes = vocabulary, 0
-    if dtype != head.weight.dtype:
+    if head.slab_copy(route.dtype).kept:
         slab = max(64, min(vocabulary, head.scratch_bytes // 8 // max(1, size * item)))
         slab_bytes = slab * size * item
-    row_bytes = 2 * size * item + (0 if triton_tiles else eager_row_bytes(item, head.softcap is not None))
+    row_bytes = 2 * size * item + (0 if route.triton else eager_row_bytes(item, head.softcap is not None))
     whole = -(-vocabulary // 64) * 64
     budget = head.scratch_bytes - slab_bytes
     least = slab_bytes + row_bytes + whole * item
@@ -110,8 +119,24 @@ def _plan(hidden: Tensor, head: Head, n: int) -> tuple[Plan, int]:
             f"scratch_bytes: {head.scratch_bytes} is too small for a row of {vocabulary} logits: expected at least "
             f"{least} (linear_logprob works with less)"
         )
-    rows = min(n, budget // (row_bytes + whole * item), n if triton_tiles else EAGER_ROWS)
-    return Plan(-(-n // -(-n // max(1, rows))), vocabulary, whole), slab
+    rows = min(n, budget // (row_bytes + whole * item), n if route.triton else EAGER_ROWS)
+    return Plan(-(-n // -(-n // max(1, rows))), vocabulary, whole), slab, slab_bytes
+
+
+def _held_bytes(hidden: Tensor, head: Head, n: int, route: Route, *, need_hidden: bool, plain: bool) -> int:
+    """What ``_run`` over ``n`` rows holds at once beside its arguments, the gradients and vectors."""
+    if n == 0:
+        return 0
+    plan, _, slab_bytes = _plan(head, n, route)
+    (vocabulary, size), item = head.weight.shape, route.dtype.itemsize
+    rows = head.rows_copy(hidden, route.dtype, taken=not route.triton, masked=route.triton)
+    turning = 0
+    if not route.triton:
+        softcap = differentiate_row_bytes(item, vocabulary, entropy=False, softcap=head.softcap is not None)
+        turning = max(fold_row_bytes(item, vocabulary, entropy=False, plain=plain), softcap)
+    slab = -(-slab_bytes // plan.rows)
+    gradient = need_hidden * size * item
+    return plan.bytes(item, (rows.making, 0), (rows.kept + turning, 0), (rows.kept + gradient + slab, 0))
 
 
 def _run(
@@ -127,7 +152,7 @@ def _run(
     count, dtype = rows.target.shape[0], tile_dtype(hidden)
     if count == 0:
         return rows.logp.new_zeros((0, PARTIALS))
-    plan, slab = _plan(hidden, head, count)
+    plan, slab, _ = _plan(head, count, route_of(hidden))
     buffer = plan.tile_buffer(hidden, dtype)
     vocabulary = head.weight.shape[0]
     state = torch.empty(4, plan.rows, dtype=rows.logp.dtype, device=hidden.device)
@@ -260,15 +285,23 @@ def _(
     )
 
 
-@register_flop_formula(torch.ops.fastrl.linear_policy_loss)
-def _(
-    hidden: Any, head_weight: Any, target: Any, bias: Any, temperature: Any, rows: Any, head_grad: Any,
-    temperature_value: float, softcap: Any, ignore_index: Any, grad_scale: float, scratch_bytes: int,
-    needs: list[bool], *_: Any, **named: Any,
-) -> int:  # fmt: skip
+@flops_of(torch.ops.fastrl.linear_policy_loss)
+def _(*, hidden: Any, head_weight: Any, rows: Any, needs: list[bool], **_: Any) -> int:
     """Logits, and one product per needed gradient."""
     count = hidden[0] if rows is None else rows[0]
     return 2 * count * hidden[1] * head_weight[0] * (1 + needs[0] + needs[1])
+
+
+@scratch_of(torch.ops.fastrl.linear_policy_loss)
+def _(
+    *, hidden: Tensor, head_weight: Tensor, bias: Any, temperature: Any, rows: Any, temperature_value: float,
+    softcap: Any, ignore_index: Any, scratch_bytes: int, needs: list[bool], triton: bool, **_: Any,
+) -> Scratch:  # fmt: skip
+    """Over the named rows: those without weight are unknown."""
+    head = Head(head_weight, bias, None, None, 1.0, softcap, ignore_index, scratch_bytes)
+    n = hidden.shape[0] if rows is None else rows.shape[0]
+    plain = bias is None and softcap is None and temperature is None and temperature_value == 1.0
+    return Scratch(_held_bytes(hidden, head, n, route_of(hidden, triton=triton), need_hidden=needs[0], plain=plain))
 
 
 @torch.library.custom_op("fastrl::with_gradients", mutates_args=())

@@ -1,0 +1,195 @@
+"""What operators say they cost: by argument name, and as their own code allocates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import count
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from fastrl_kernels import _counting, _linear_logprob_driver
+from fastrl_kernels._counting import flops_of, named_arguments, scratch, scratch_of
+from fastrl_kernels.linear_logprob import linear_logprob
+from fastrl_kernels.linear_policy_loss import linear_policy_loss
+from tests.helpers.planned import counted_peak
+
+N, V, H, RANK = 1500, 5000, 96, 8
+fastrl = torch.ops.fastrl
+
+
+# By name
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.library.Library]:
+    monkeypatch.setattr(_counting, "_SCRATCH", dict(_counting._SCRATCH))
+    with torch.library._scoped_library("counting_test", "FRAGMENT") as made:
+        yield made
+
+
+_numbers = count()
+
+
+def with_arguments_reversed(library: torch.library.Library, op: Any) -> Any:
+    """An operator with the arguments and results of ``op``, the last argument first."""
+    arguments, results = re.fullmatch(r"\w+::\w+\((.*)\) -> (.*)", str(op.default._schema)).groups()  # type: ignore[union-attr]
+    name = f"reversed_{next(_numbers)}"
+    parts = [re.sub(r"=.*", "", part).replace("(a!)", "") for part in reversed(arguments.split(", "))]
+    library.define(f"{name}({', '.join(parts)}) -> {results}")
+    library.impl(name, lambda *_: None, "Meta")
+    return getattr(torch.ops.counting_test, name)
+
+
+def calls() -> dict[Any, tuple[Any, ...]]:
+    """A call of each operator, all its arguments told, on the meta device."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ids, vector, rows = meta(N, dtype=torch.int64), meta(N), meta(N // 3, dtype=torch.int64)
+    head = (meta(N, H), meta(V, H), ids, None, None, meta(RANK, H), meta(V, RANK), rows)
+    return {
+        fastrl.linear_logprob: (*head, 1.0, 0.5, None, -100, True, False, 1 << 22),
+        fastrl.linear_logprob_backward: (
+            *(vector, None, *head, vector, None, vector, 1.0, 0.5, None, -100, False, 1 << 22),
+            [True, True, False, True, True],
+        ),
+        fastrl.linear_policy_loss: (
+            *(meta(N, H), meta(V, H), ids, None, None, rows, None, 1.0, None, -100, 1.0, 1 << 22, [True, False, False]),
+            *(meta(8), ids, vector),
+        ),
+        fastrl.decode_attention: (
+            *(meta(4, 8, 16), *[meta(2, 2, 9, 16)] * 2, *[meta(4, 2, 3, 16)] * 2),
+            *(*[meta(2, dtype=torch.int32)] * 3, 2, 1.0),
+        ),
+    }
+
+
+@pytest.mark.parametrize("op", calls(), ids=str)
+def test_an_operator_whose_arguments_change_places_counts_the_same(library: torch.library.Library, op: Any) -> None:
+    """The formulas as they are registered, for an operator of the same arguments the other way round."""
+    args = calls()[op]
+    named = named_arguments(op.default, args, {})
+    other = with_arguments_reversed(library, op)
+    backwards = [named[argument.name] for argument in other.default._schema.arguments]
+    assert [argument.name for argument in other.default._schema.arguments] == list(reversed(list(named)))
+
+    flops_of(other)(formula_of(flop_registry[op]))
+    try:
+        assert flop_registry[other](*backwards) == flop_registry[op](*args) > 0
+    finally:
+        del flop_registry[other]
+    if op in _counting._SCRATCH:
+        scratch_of(other)(_counting._SCRATCH[op])
+        for triton in (False, True):
+            told = [scratch(o.default, given, {}, triton=triton) for o, given in ((op, args), (other, backwards))]
+            assert told[0] == told[1]
+            assert told[0].bounded > 0
+
+
+def formula_of(registered: Any) -> Any:
+    """The formula within what ``flops_of`` hands torch, which torch wraps once."""
+    held = [cell.cell_contents for cell in registered.__wrapped__.__closure__]
+    (formula,) = [found for found in held if isinstance(found, FunctionType)]
+    return formula
+
+
+def test_arguments_that_a_call_leaves_out_have_their_defaults(library: torch.library.Library) -> None:
+    library.define("toy(Tensor x, int n, *, float scale=2.5, bool on=True) -> Tensor")
+    op = torch.ops.counting_test.toy.default
+    x = torch.ones(2)
+    assert named_arguments(op, (x, 3), {"on": False}) == {"x": x, "n": 3, "scale": 2.5, "on": False}
+    assert named_arguments(op, (), {"n": 3, "x": x}) == {"x": x, "n": 3, "scale": 2.5, "on": True}
+
+
+def test_an_operator_that_registers_nothing_has_no_scratch() -> None:
+    assert scratch(torch.ops.aten.mm.default, (torch.ones(2, 2), torch.ones(2, 2)), {}, triton=True) == (0, 0)
+
+
+# As allocated: on this CPU, in one call of the operator
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, H, generator=rng).to(dtype) for n in (N, V))
+    return hidden, weight, torch.randint(0, V, (N,), generator=rng)
+
+
+class Told(TorchDispatchMode):
+    """Scratch of each operator called, as the planner asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.bytes[func.__name__] = sum(scratch(func, args, kwargs or {}, triton=False))
+        return func(*args, **(kwargs or {}))
+
+
+VECTORS = 12 * 4 * N  # numbers a row: log-probs, their sums, places of targets
+BUDGETS = {"in one tile": 1 << 30, "in many tiles": 6 << 20}
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=list(BUDGETS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"return_entropy": True}, {"temperature": 0.7}, {"softcap": 5.0}, {"lora": 0.5}], ids=str
+)
+def test_the_heads_scratch_is_what_it_allocates(budget: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    hidden, weight, target = (x.requires_grad_(x.is_floating_point()) for x in inputs(dtype))
+    if "lora" in options:
+        a, b = torch.randn(RANK, H, requires_grad=True), torch.randn(V, RANK, requires_grad=True)
+        options = {"lora": (a, b, options["lora"])}
+    made: list[Tensor] = []
+
+    def forward() -> None:
+        out = linear_logprob(hidden, weight, target, scratch_bytes=budget, **options)
+        made[:] = [out.logp.sum() if out.entropy is None else out.logp.sum() + out.entropy.sum()]
+
+    with Told() as told:
+        forward()
+        made[0].backward()
+    results = sum(x.numel() * x.element_size() for x in (hidden, weight, *options.get("lora", ())[:2]))
+    counted = counted_peak(forward), counted_peak(made[0].backward)
+    planned = told.bytes["linear_logprob.default"], told.bytes["linear_logprob_backward.default"]
+    assert planned[0] == pytest.approx(counted[0] - VECTORS, rel=0.01)
+    assert planned[1] + results == pytest.approx(counted[1], rel=0.01)
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=list(BUDGETS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_row_local_heads_scratch_is_what_it_allocates(budget: int, dtype: torch.dtype) -> None:
+    hidden, weight, target = (x.requires_grad_(x.is_floating_point()) for x in inputs(dtype))
+    ids, advantage = torch.arange(N) // 100, torch.randn(N // 100)
+
+    def forward() -> Any:
+        return linear_policy_loss(hidden, weight, target, advantage, ids, scratch_bytes=budget)
+
+    with Told() as told:
+        forward()
+    counted = counted_peak(forward)
+    results = hidden.numel() * hidden.element_size() + 4 * weight.numel()
+    assert told.bytes["linear_policy_loss.default"] + results == pytest.approx(counted - VECTORS, rel=0.02)
+
+
+def test_scratch_follows_the_code_that_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = (*calls()[fastrl.linear_logprob][:-1], 1 << 30)
+    before = scratch(fastrl.linear_logprob.default, args, {}, triton=False)
+    monkeypatch.setattr(_linear_logprob_driver, "EAGER_ROWS", 64)
+    after = scratch(fastrl.linear_logprob.default, args, {}, triton=False)
+    assert after.bounded < before.bounded / 2
+
+
+def test_flops_are_read_through_torchs_own_counter() -> None:
+    hidden, weight, target = inputs(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        linear_logprob(hidden, weight, target)
+    assert counter.get_total_flops() == 2 * N * V * H
