@@ -35,6 +35,7 @@ __all__ = [
     "Dataset",
     "Problem",
     "Record",
+    "brings",
     "load_data",
     "own_spec",
     "parse_spec",
@@ -49,10 +50,14 @@ Load = Callable[[str, dict[str, str]], Iterable[Record]]  # (path, query) → re
 
 
 class Adapter(NamedTuple):
-    """The reader of one format; ``keys``: allowed query keys, None: ``load`` checks them itself."""
+    """The reader of one format; ``keys``: allowed query keys, None: ``load`` checks them itself.
+
+    ``brings``: see :func:`brings`.
+    """
 
     load: Load
     keys: Collection[str] | None = None
+    brings: str | None = None
 
     def __str__(self) -> str:
         return called(self.load)
@@ -63,6 +68,7 @@ class Shipped(NamedTuple):
 
     module: str
     function: str
+    brings: str | None = None
 
     def __str__(self) -> str:
         return f"{self.module}.{self.function}"
@@ -71,7 +77,8 @@ class Shipped(NamedTuple):
         """Import it. The module's ``KEYS`` are its query keys, or a mapping from its adapters' names to theirs."""
         module = importlib.import_module(self.module)
         keys = vars(module).get("KEYS")
-        return Adapter(getattr(module, self.function), keys[name] if isinstance(keys, Mapping) else keys)
+        keys = keys[name] if isinstance(keys, Mapping) else keys
+        return Adapter(getattr(module, self.function), keys, self.brings)
 
 
 ADAPTERS: Registry[Adapter | Shipped] = Registry(
@@ -88,9 +95,9 @@ ADAPTERS: Registry[Adapter | Shipped] = Registry(
             "mot": ("fastrl.data.tracks", "load_mot"),
             "sav": ("fastrl.data.tracks", "load_sav"),
             "tracks": ("fastrl.data.tracks", "load_jsonl"),
-            "lists": ("fastrl.data.lists", "load"),
+            "lists": ("fastrl.data.lists", "load", "answers"),
             "captions": ("fastrl.data.captions", "load"),
-            "reflection": ("fastrl.data.reflection", "load"),
+            "reflection": ("fastrl.data.reflection", "load", "dialogues"),
             "utr": ("fastrl.data.utr", "load"),
             "nextqa": ("fastrl.data.qa", "load_nextqa"),
             "pope": ("fastrl.data.qa", "load_pope"),
@@ -99,7 +106,7 @@ ADAPTERS: Registry[Adapter | Shipped] = Registry(
 )
 
 
-def register(name: str, load: Load, *, keys: Collection[str] | None = None) -> Load:
+def register(name: str, load: Load, *, keys: Collection[str] | None = None, brings: str | None = None) -> Load:
     """Register a data format, so that ``name:path?key=value`` is a valid spec.
 
     Args:
@@ -108,6 +115,7 @@ def register(name: str, load: Load, *, keys: Collection[str] | None = None) -> L
             or a ``Dataset`` or a sequence class that makes records on demand, which are not checked again.
         keys: query keys that the adapter takes in addition to ``orient``, ``max_image_pixels`` and ``pictures``, which
             every spec may have; others are refused. None: ``load`` checks them.
+        brings: what the records contain besides prompts (see :func:`brings`).
 
     Raises:
         TypeError: ``load`` cannot be called with a path and a query.
@@ -121,7 +129,7 @@ def register(name: str, load: Load, *, keys: Collection[str] | None = None) -> L
         raise ValueError(f"data adapter {name!r}: a name must not contain any of : ? & = /")
     from fastrl.data.rows import READING
 
-    ADAPTERS.add(name, Adapter(load, None if keys is None else (*keys, *READING)))
+    ADAPTERS.add(name, Adapter(load, None if keys is None else (*keys, *READING), brings))
     return load
 
 
@@ -160,6 +168,16 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
             raise fail(spec, "bad spec", f"option {option!r} must be key=value, each key once")
         query[key] = unquote(value)
     return adapter, path, query
+
+
+def brings(spec: str) -> str | None:
+    """What the records of a spec bring beside their prompts, so that nothing is sampled for them.
+
+    ``"answers"``: ranked answers (``target["list"]``); ``"dialogues"``: dialogues with candidates; None: neither, or a
+    user's function, of which it is not known before it is called.
+    """
+    entry = ADAPTERS.get(spec.partition(":")[0])
+    return entry.brings if entry is not None else None
 
 
 def with_options(spec: str, **options: str | int | None) -> str:
@@ -226,7 +244,8 @@ def read_data(spec: str) -> Dataset:
 
         return load(adapter, path, query)
     entry = ADAPTERS[adapter]
-    load, keys = entry.open(adapter) if isinstance(entry, Shipped) else entry
+    opened = entry.open(adapter) if isinstance(entry, Shipped) else entry
+    load, keys = opened.load, opened.keys
     for key in query:
         if keys is not None and key not in keys:
             raise fail(spec, "bad option", f"unknown option {key!r} of {adapter}{nearest(key, keys)}")

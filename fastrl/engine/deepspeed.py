@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.engine.base import NonFiniteError, StepInfo, lr_scale, parameter_groups
+from fastrl.engine.costs import FLOAT, moment_bytes
 from fastrl.engine.names import unchanged
 from fastrl.engine.ranks import Ranks
 from fastrl.engine.shards import Expected, fault
@@ -190,7 +191,8 @@ class DeepSpeedEngine:
 
     def saved_bytes(self) -> int:
         """The trained weights, in their type and in float32, and two moments."""
-        return sum(p.numel() * (p.element_size() + 12) for p in self._parameters)
+        states = FLOAT + moment_bytes(self.optim.states)
+        return int(sum(p.numel() * (p.element_size() + states) for p in self._parameters))
 
     def gradient_of(self, parameter: Tensor) -> None:
         """DeepSpeed keeps gradients in buffers of its own."""

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.engine.base import NonFiniteError, StepInfo, lr_scale, parameter_groups
+from fastrl.engine.costs import FLOAT, moment_bytes
 from fastrl.engine.names import unchanged
+from fastrl.engine.optimizers import AdamW8bit, adamw_state
 
 if TYPE_CHECKING:
     from fastrl.config.sections import OptimRecipe
@@ -62,7 +64,7 @@ class LocalEngine:
         optim = self.optim
         options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         if optim.states == "8bit":
-            from fastrl.engine.optimizers import AdamW8bit as Kind
+            Kind: Any = AdamW8bit
         else:
             Kind = torch.optim.AdamW
             options["fused"] = next(iter(self._parameters.values())).is_cuda
@@ -160,7 +162,7 @@ class LocalEngine:
 
     def saved_bytes(self) -> int:
         """Weights in float32 and two moments."""
-        per_weight = 4 + (2 + 8 / 256 if self.optim.states == "8bit" else 8)
+        per_weight = FLOAT + moment_bytes(self.optim.states)
         return int(sum(master.numel() for master in self._masters.values()) * per_weight)
 
     def load(self, folder: Path) -> None:
@@ -210,21 +212,12 @@ class LocalEngine:
                 raise ValueError(f"{path}: contains moments of {name}, which is not trained")
             if ("exp_avg_scale" in state) != (self.optim.states == "8bit"):
                 raise ValueError(f"{path}: saved with other optimizer states than optim.states: {self.optim.states}")
-            expected = self._empty_state(self._masters[name])
+            expected = adamw_state(self._masters[name], self.optim.states)
             if odd := sorted(state.keys() ^ expected.keys()):
                 raise ValueError(f"{path}: the moments of {name} have a missing or an extra part: {', '.join(odd)}")
             for key, value in state.items():
                 _check_like(path, f"{key} of {name}", value, expected[key])
         return by_name
-
-    def _empty_state(self, master: Tensor) -> dict[str, Tensor]:
-        """Tensors like the optimizer's state of a parameter, without storage."""
-        like = torch.empty_like(master, device="meta")
-        if self.optim.states == "8bit":
-            from fastrl.engine.optimizers import empty_state
-
-            return empty_state(like)
-        return {"step": torch.zeros((), device="meta"), "exp_avg": like, "exp_avg_sq": like}
 
     def gathered(self) -> AbstractContextManager[None]:
         """Nothing is sharded here."""

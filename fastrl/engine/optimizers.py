@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 256
+CHUNK_BYTES = 42  # of the temporaries of _update_chunk for each of its numbers, at their peak (in encode)
 CHUNK = 1 << 22  # numbers processed at once, which bounds the temporaries
 
 
@@ -84,6 +85,25 @@ def empty_state(parameter: Tensor) -> dict[str, Tensor]:
         "exp_avg_scale": made(blocks),
         "exp_avg_sq_scale": made(blocks),
     }
+
+
+def adamw_state(parameter: Tensor, states: str) -> dict[str, Tensor]:
+    """Tensors like those that the optimizer of ``optim.states`` keeps of a parameter, without memory."""
+    like = torch.empty_like(parameter, device="meta")
+    if states == "8bit":
+        return empty_state(like)
+    return {"step": torch.zeros((), device="meta"), "exp_avg": like, "exp_avg_sq": like}
+
+
+def step_scratch(numbers: int, states: str, *, fused: bool) -> int:
+    """Bytes that AdamW's step allocates for a moment, for a largest parameter of so many numbers.
+
+    The fused kernel allocates nothing, torch's loop the second moment's square root and its quotient, the 8-bit step
+    what ``_update_chunk`` makes of a chunk.
+    """
+    if states == "8bit":
+        return CHUNK_BYTES * min(numbers, CHUNK)
+    return 0 if fused else 2 * torch.float32.itemsize * numbers
 
 
 def _update_chunk(

@@ -12,25 +12,30 @@ from fastrl.rewards.checked import RewardError, checked_scores, place
 from fastrl.rewards.functions import Answer, Functions, RewardFunction
 
 if TYPE_CHECKING:
-    from fastrl.config.sections import RewardRecipe
+    from fastrl.config.sections import RewardRecipe, RolloutRecipe
     from fastrl.data.records import Record
     from fastrl.rewards import Reward
-
-
-def sample_groups(context: Context, records: Sequence[Record]) -> list[PromptGroup]:
-    """Encode each record once and sample its answers according to the recipe's rollout section."""
     from fastrl.rollout import Sampling
 
-    rollout = context.rollout
-    with context.clock.phase("preprocess"):
-        encoded = [context.policy.encode(record) for record in records]
-    sampling = Sampling(
+
+def sampling_of(rollout: RolloutRecipe) -> Sampling:
+    """How a recipe's rollout section samples."""
+    from fastrl.rollout import Sampling
+
+    return Sampling(
         n=rollout.group_size,
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
     )
+
+
+def sample_groups(context: Context, records: Sequence[Record]) -> list[PromptGroup]:
+    """Encode each record once and sample its answers according to the recipe's rollout section."""
+    with context.clock.phase("preprocess"):
+        encoded = [context.policy.encode(record) for record in records]
+    sampling = sampling_of(context.rollout)
     answers = context.generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
     return [PromptGroup(p, completions, record) for (p, record), completions in zip(encoded, answers, strict=True)]
 

@@ -56,7 +56,7 @@ def load_policy(
     folder = resolve_model(folder)
     family = family_of(read_config(folder), folder)
     device = _device(device)
-    dtype = dtype if dtype is not None else torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype if dtype is not None else default_dtype(device)
     tokenizer = load_tokenizer(folder)
     preprocessor = family.preprocessor(folder, min_pixels=min_pixels, max_pixels=max_pixels)
     core = family.load(folder, dtype)
@@ -67,6 +67,11 @@ def load_policy(
     if gradient_checkpointing:
         use_checkpointing(policy.core, offload=offload_activations)
     return policy
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Of the weights, where nobody asks for another."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def use_checkpointing(core: Any, *, offload: bool = False) -> None:

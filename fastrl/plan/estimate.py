@@ -1,39 +1,39 @@
 """A recipe's memory and work on one GPU, phase by phase.
 
 Bytes of the update come from running the real forward and backward on the meta device (``trace.py``); weights,
-gradients and optimizer states from the model's parameters; the rollout's from the sizes of its caches. Times divide
+gradients and optimizer states from the model's parameters and what the engine says it holds of each; the rollout's from
+running the generator's own calls. Times divide
 FLOPs and bytes by the data sheet's rates times a stated efficiency: estimates, never measurements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastrl.batch import PackedBatch
+from fastrl.engine.costs import FLOAT, gradients_leave, held, moved, on_host
+from fastrl.engine.optimizers import step_scratch
 from fastrl.methods import method_for
 from fastrl.models.families import family_of
-from fastrl.models.flops import segment_attention_flops
+from fastrl.models.load import default_dtype
 from fastrl.plan.configs import config_of, image_limit
-from fastrl.plan.hardware import Gpu
-from fastrl.plan.trace import Trace, adamw_scratch, meta_model, trace_batch, trace_prompts
+from fastrl.plan.hardware import HOST_BANDWIDTH, Gpu
+from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_rollout
 from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe
+from fastrl.rollout.decode import decode_mode, own_keys
 
 EFFICIENCY = 0.4
-# Bytes a number of both moments on the GPU: float32, 8 bits each and a scale for every 256, none.
-STATES = {"fp32": 8.0, "8bit": 2.0 + 8 / 256, "offload": 0.0}
-HOST_BANDWIDTH = 100e9  # bytes/s of a server's memory
-MAX_ROWS = 1024  # answers the generator decodes at once
-GRAPHS = ("auto", "graph")  # ways of decoding that are graphs on a GPU
+CUDA = torch.device("cuda")
 
 
 @dataclass(frozen=True)
 class Model:
-    """Counts of a model's numbers, and the shapes its caches have."""
+    """Counts of a model's numbers."""
 
     parameters: int
     trainable: int
@@ -41,11 +41,7 @@ class Model:
     largest: int  # numbers of the largest trainable parameter
     weight_bytes: int
     trained_bytes: int  # of the weights that are trained
-    language: int  # numbers a decode step reads: layers and head
-    layers: int
-    kv_heads: int
-    heads: int
-    head_dim: int
+    language: int  # numbers a decode step reads: layers (every expert, which many rows visit) and head
     hidden: int
     vocabulary: int
     itemsize: int
@@ -132,7 +128,7 @@ def make_plan(
     core = meta_model(config_of(recipe.model.path), recipe.model, dtype_of(recipe))
     family = family_of(core.config)
     work = workload_of(recipe, family, image_limit=image_limit(recipe.model.path, family), **(sizes or {}))
-    model = count_model(core)
+    model, release = count_model(core), release_of(recipe, work)
 
     def trace(batch: PackedBatch) -> Trace:
         return trace_batch(
@@ -141,30 +137,31 @@ def make_plan(
             gpu=True,
             entropy=method_for(recipe.method).needs_entropy,
             row_local=recipe.optim.row_local_head,
-            accumulates=work.micro_batches > 1 and recipe.optim.states != "offload",
-            release=releases(recipe, work),
+            accumulates=work.micro_batches > 1 and release is None,
+            release=release,
         )
 
     fullest, full = work.fullest_batch(), work.full_batch()
     traced = trace(fullest)
     counted = traced if fullest.segments.spans == full.segments.spans else trace(full)
-    prefill = trace_prompts(core, work.prefill_batch(), gpu=True) if work.samples else (0, 0)
-    memory = memory_of(recipe, model, work, traced, prefill, gpus=gpus)
-    return Plan(
-        recipe, gpu, gpus, efficiency, model, work, memory, work_of(recipe, model, work, counted, gpu, efficiency)
-    )
+    rollout = RolloutTrace()
+    if work.sampling is not None:
+        rollout = trace_rollout(core, work.chunk(), limits=work.limits, sampling=work.sampling, gpu=True)
+    memory = memory_of(recipe, model, work, traced, rollout, gpus=gpus)
+    done = work_of(recipe, model, work, counted, rollout, gpu, efficiency)
+    return Plan(recipe, gpu, gpus, efficiency, model, work, memory, done)
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
     """Of the weights on a GPU."""
-    return torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
+    return default_dtype(CUDA) if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
 
 
 def count_model(core: Any) -> Model:
     """Sizes of a model (on any device)."""
     parameters = list(core.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    text, family = core.config.get_text_config(), family_of(core.config)
+    family = family_of(core.config)
     parts = family.parts(core)
     embedding, head = parts.embedding.weight, parts.head.weight
     tied = head is embedding
@@ -177,10 +174,6 @@ def count_model(core: Any) -> Model:
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         trained_bytes=sum(p.numel() * p.element_size() for p in trained),
         language=language + (0 if tied else head.numel()),
-        layers=text.num_hidden_layers,
-        kv_heads=text.num_key_value_heads,
-        heads=text.num_attention_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         hidden=head.shape[1],
         vocabulary=head.shape[0],
         itemsize=embedding.element_size(),
@@ -198,10 +191,13 @@ def needs_copy(recipe: Recipe) -> bool:
     return reads_reference(recipe) and recipe.model.lora is None
 
 
-def releases(recipe: Recipe, work: Workload) -> bool:
-    """Whether the update never has all gradients on the device: each is used, or moved, as it is completed."""
-    offload = recipe.optim.states == "offload"
-    return offload or (recipe.optim.gradient_release and work.micro_batches == 1)
+def release_of(recipe: Recipe, work: Workload) -> Callable[[int], int] | None:
+    """Bytes that the device needs to use a gradient of so many numbers as soon as it is complete; None: all stay."""
+    if not gradients_leave(recipe.optim, micro_batches=work.micro_batches):
+        return None
+    if on_host(recipe.optim, recipe.engine):
+        return lambda numbers: 0
+    return lambda numbers: step_scratch(numbers, recipe.optim.states, fused=True)
 
 
 def memory_of(
@@ -209,7 +205,7 @@ def memory_of(
     model: Model,
     work: Workload,
     traced: Trace,
-    prefill: tuple[int, int],
+    rollout: RolloutTrace,
     *,
     gpus: int = 1,
     gpu: bool = True,
@@ -217,30 +213,22 @@ def memory_of(
     """Bytes by kind, and the peaks of the phases (see :class:`Memory`).
 
     Args:
-        traced, prefill: what a micro-batch's training pass, the vision tower and a call over prompts need at their
-            peaks.
+        traced, rollout: what a micro-batch's training pass and the calls of a rollout need at their peaks.
         gpus: data-parallel ranks that share optimizer states (``engine.zero_stage`` above 0) and gradients (2).
         gpu: count AdamW as on a GPU, else as on a CPU.
     """
-    stage = recipe.engine.zero_stage if gpus > 1 else 0
-    shared = gpus if stage > 0 else 1
-    states = recipe.optim.states
-    copies = 4.0 * (model.trainable - model.wide) / shared
-    moments = STATES[states] * model.trainable / shared
-    whole = 0.0 if releases(recipe, work) else 4.0 * model.trainable
-    gradients = whole / gpus if stage == 2 else whole
-    host = 0.0
-    on_host = states == "offload" or recipe.engine.offload_optimizer
-    if on_host:  # float32 weights, moments, gradients: this rank's
-        host, copies, moments = 16.0 * model.trainable / shared, 0.0, 0.0
+    optim = recipe.optim
+    each = held(optim, recipe.engine, ranks=gpus, micro_batches=work.micro_batches)
+    copies, moments = each.copy * (model.trainable - model.wide), each.moments * model.trainable
+    gradients = each.gradient * model.trainable
+    whole = 0.0 if gradients_leave(optim, micro_batches=work.micro_batches) else FLOAT * model.trainable
     reference = model.trained_bytes if needs_copy(recipe) else 0
-    features = (
-        0 if model.trains_vision else work.prompts * work.images * work.image_tokens * model.hidden * model.itemsize
-    )
+    features = 0 if model.trains_vision else traced.features * work.prompts
     resident = model.weight_bytes + copies + moments + reference + features
-    step = 0 if on_host else adamw_scratch(model.largest, gpu=gpu, states=states)
-    sampled = rollout_bytes(model, work, prefill)
-    pool = sampling_bytes(model, work) if gpu and work.samples and recipe.rollout.decode in GRAPHS else 0
+    step = 0 if on_host(optim, recipe.engine) else step_scratch(model.largest, optim.states, fused=gpu)
+    sampled = rollout_bytes(work, rollout, shared=not model.trains_vision)
+    graph = gpu and work.samples and decode_mode(recipe.rollout.decode, CUDA) == "graph"
+    pool = rollout.drawing if graph else 0
     return Memory(
         weights=model.weight_bytes,
         copies=copies,
@@ -249,70 +237,49 @@ def memory_of(
         gradients=gradients,
         activations=traced.kept,
         head_scratch=traced.head_scratch,
-        kv_cache=kv_bytes(model, work),
+        kv_cache=kv_bytes(work, rollout),
         features=features,
         pool=pool,
         update=resident + pool + max(traced.peak - whole + gradients, traced.kept),
         optimizer=resident + pool + gradients + step,
-        rollout=resident + features * (work.steps_at_once - 1) + sampled if work.samples else 0.0,
-        host=host,
+        rollout=resident - features + sampled if work.samples else 0.0,
+        host=each.host * model.trainable,
     )
 
 
-def rollout_bytes(model: Model, work: Workload, prefill: tuple[int, int]) -> int:
-    """Peak of a rollout above what is resident: in the vision tower, while prompts are read, or in the last step of
-    the decode."""
-    if not work.samples:
-        return 0
-    vision, language = prefill
-    decode = kv_bytes(model, work) + sampling_bytes(model, work)
-    return max(vision, kv_bytes(model, work, own=False) + language, decode)
+def rollout_bytes(work: Workload, rollout: RolloutTrace, *, shared: bool = False) -> int:
+    """Peak of a rollout above what is resident, the features of its images included: in the vision tower, while prompts
+    are read, or where the first tokens are drawn (keys and values of all answers have their place by then).
+
+    ``shared``: features stay for the passes of the update; else each chunk's are dropped before it decodes.
+    """
+    prompts = work.prompts * work.steps_at_once if shared else work.prompts_at_once
+    features = rollout.features * prompts
+    reading = features + max(rollout.vision, kv_bytes(work, rollout, own=False) + rollout.language)
+    return max(reading, (features if shared else 0) + kv_bytes(work, rollout) + rollout.first + rollout.drawing)
 
 
-def kv_bytes(model: Model, work: Workload, *, own: bool = True) -> int:
+def kv_bytes(work: Workload, rollout: RolloutTrace, *, own: bool = True) -> int:
     """Keys and values of the rollout: each prompt's once, and (``own``) each answer's, for the rows that decode at
     once."""
-    if not work.samples:
-        return 0
-    prompts = prompts_at_once(work)
-    answers = work.group * max(work.answer_tokens - 1, 1) if own else 0
-    return prompts * (work.prompt_tokens + answers) * kv_token_bytes(model)
+    answers = work.group * own_keys(work.answer_tokens) if own else 0
+    return work.prompts_at_once * (work.prompt_tokens + answers) * rollout.token
 
 
-def prompts_at_once(work: Workload) -> int:
-    """Prompts whose answers decode together."""
-    return min(work.prompts * work.steps_at_once, max(1, MAX_ROWS // work.group))
-
-
-def kv_token_bytes(model: Model) -> int:
-    """Of one token in all layers."""
-    return 2 * model.layers * model.kv_heads * model.head_dim * model.itemsize
-
-
-def sampling_bytes(model: Model, work: Workload) -> int:
-    """Logits of the rows that decode at once, and what drawing from them makes: float32 scores and probabilities (once
-    more where they do not fall into whole blocks); under top-p alone, the whole vocabulary sorted, with its ids."""
-    rows = work.group * prompts_at_once(work)
-    drawing = 34 if work.sorts else 12 if model.vocabulary % 128 else 8
-    return rows * model.vocabulary * (model.itemsize + drawing)
-
-
-def work_of(recipe: Recipe, model: Model, work: Workload, traced: Trace, gpu: Gpu, efficiency: float) -> Work:
+def work_of(
+    recipe: Recipe, model: Model, work: Workload, traced: Trace, rollout: RolloutTrace, gpu: Gpu, efficiency: float
+) -> Work:
     """FLOPs, bytes and seconds of one step (see :class:`Work`). ``traced``: a micro-batch of full groups."""
     batches = work.prompts / work.groups_per_batch
-    linear = 2 * (model.language - model.vocabulary * model.hidden)
-    head = 2 * model.vocabulary * model.hidden
-    heads, dim = model.heads, model.head_dim
     flops = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "reference": 0.0}
     decode_bytes = 0.0
     if work.samples:
         prompt, answer, rows = work.prompt_tokens, work.answer_tokens, work.rows
-        attention = model.layers * segment_attention_flops([(prompt, prompt)], heads, dim)
-        flops["prefill"] = work.prompts * (linear * prompt + attention + head)
-        own = model.layers * segment_attention_flops([(answer, prompt + answer // 2)], heads, dim)
-        flops["decode"] = rows * (answer * (linear + head) + own)
+        layers, head, pair = rollout.token_flops, rollout.head_flops, rollout.pair_flops
+        flops["prefill"] = work.prompts * (prompt * (layers + prompt * pair) + head)
+        flops["decode"] = rows * answer * (layers + head + (prompt + answer // 2) * pair)
         read = work.prompts * prompt + rows * answer / 2
-        decode_bytes = answer * (model.language * model.itemsize + read * kv_token_bytes(model))
+        decode_bytes = answer * (model.language * model.itemsize + read * rollout.token)
     if work.samples or not model.trains_vision:
         flops["vision"] = batches * traced.vision_flops
     forward = traced.forward_flops + (traced.vision_flops if model.trains_vision else 0)  # frozen: once for all passes
@@ -321,23 +288,18 @@ def work_of(recipe: Recipe, model: Model, work: Workload, traced: Trace, gpu: Gp
     passes = recipe.optim.updates_per_batch
     flops["forward"] = passes * batches * forward
     flops["backward"] = passes * batches * traced.backward_flops
-    states = recipe.optim.states
-    # Norm and clip 12, gradient 4, moments in and out, float32 weight in and out, weight.
-    moved = passes * model.trainable * (12 + 4 + 2 * STATES[states] + 8 + model.itemsize)
+    update = moved(recipe.optim, recipe.engine, itemsize=model.itemsize, micro_batches=work.micro_batches)
+    numbers = passes * model.trainable
     seconds = {name: value / (gpu.flops * efficiency) for name, value in flops.items()}
     seconds["decode"] = max(seconds["decode"], decode_bytes / (gpu.bandwidth * efficiency))
-    if states == "offload":  # gradients out after each micro-batch, weights back; the host's own memory for the rest
-        moved = passes * model.trainable * model.itemsize * (work.micro_batches + 1)
-        update = passes * model.trainable * 36 / HOST_BANDWIDTH
-        seconds["optimizer"] = (moved / gpu.link + update) / efficiency
-    else:
-        seconds["optimizer"] = moved / (gpu.bandwidth * efficiency)
+    rates = update.device / gpu.bandwidth + update.link / gpu.link + update.host / HOST_BANDWIDTH
+    seconds["optimizer"] = numbers * rates / efficiency
     total = sum(seconds.values())
     answers = work.prompts * work.group * work.answer_tokens
     return Work(
         flops=flops,
         decode_bytes=decode_bytes,
-        optimizer_bytes=moved,
+        optimizer_bytes=numbers * (update.device + update.link),
         seconds=seconds,
         answer_tokens_per_s=answers / total,
         tokens_per_s=(answers + work.prompts * work.prompt_tokens) / total,

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 
 GIB = 2**30
+HOST_BANDWIDTH = 100e9  # bytes/s of a server's memory
 
 
 @dataclass(frozen=True)

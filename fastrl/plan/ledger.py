@@ -27,6 +27,7 @@ from fastrl.models.flops import flop_counter, segment_attention_flops
 from fastrl_kernels._counting import Scratch, flops_of, named_arguments, scratch, scratch_of
 
 GROUPED = getattr(torch.ops.aten._grouped_mm, "default", None) if hasattr(torch.ops.aten, "_grouped_mm") else None
+CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 GPU = "fastrl_plan_prefix", "fastrl_plan_flash_vision"  # of language and vision
 CPU = "fastrl_plan_cpu_prefix", "fastrl_plan_cpu_flash_vision"
 
@@ -38,7 +39,8 @@ class Ledger(TorchDispatchMode):
         known: tensors made before, which are not counted.
         gpu: count as on a GPU (variable-length attention, operators' Triton path), else as on a CPU.
 
-    ``head_scratch`` is the most that an operator allocated under a budget of its own.
+    ``head_scratch`` is the most that an operator allocated under a budget of its own, ``attention_flops`` the part of
+    ``flops`` that grows with queries times keys.
     """
 
     def __init__(self, known: Iterable[Tensor], *, gpu: bool) -> None:
@@ -47,7 +49,7 @@ class Ledger(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.head_scratch = 0
-        self.flops = 0
+        self.flops = self.attention_flops = 0
         self._formulas = flop_counter().flop_registry  # the counter itself follows modules, which keeps tensors alive
         self._storages: dict[int, Any] = {}
         self._known = {id_of(t): t.untyped_storage() for t in known}
@@ -57,7 +59,9 @@ class Ledger(TorchDispatchMode):
         out = _grouped_mm(**named_arguments(func, args, kwargs)) if func is GROUPED else func(*args, **kwargs)
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+            done = formula(*args, **kwargs, out_val=out)
+            self.flops += done
+            self.attention_flops += done if func._overloadpacket in ATTENTION else 0
         for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, Tensor) and leaf.is_meta:
                 self._see(leaf)
@@ -103,13 +107,13 @@ def id_of(tensor: Tensor) -> int:
 
 @torch.library.custom_op("fastrl::planned_attention", mutates_args=())
 def _planned_attention(q: Tensor, k: Tensor, v: Tensor, flops: int) -> tuple[Tensor, Tensor]:
-    """Stands for variable-length flash attention: q [Tq, Hq, D], k and v [Tk, Hkv, D] → out like q, lse [Hq, Tq]."""
+    """Stands for flash attention: q [..., D] of all query heads, k and v of the key heads → out like q, lse [...]."""
     raise NotImplementedError("planned attention computes nothing: it runs on the meta device only")
 
 
 @_planned_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, flops: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("fastrl::planned_attention_backward", mutates_args=())
@@ -125,6 +129,9 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, flops: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+ATTENTION = {torch.ops.fastrl.planned_attention, torch.ops.fastrl.planned_attention_backward, CPU_FLASH}
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
@@ -152,7 +159,7 @@ def _(*, flops: int, **_: Any) -> int:
 
 @scratch_of(torch.ops.fastrl.planned_attention_backward)
 def _(*, q: Tensor, **_: Any) -> Scratch:
-    return Scratch(beside=4 * q.numel())  # its gradient is summed in float32
+    return Scratch(beside=torch.float32.itemsize * q.numel())  # its gradient is summed in float32
 
 
 @cache
@@ -180,7 +187,8 @@ def _language_attention(
     lengths = [
         (n, k) for s in segments.spans for n, k in [(s.prompt, s.prompt), *((c, s.prompt + c) for c in s.completions)]
     ]
-    flops = segment_attention_flops(lengths, query.shape[1], query.shape[3])
+    _, heads, _, dim = query.shape
+    flops = segment_attention_flops(lengths, heads, dim)
 
     def call(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         return _planned_attention(q, k, v, flops)[0]
@@ -194,12 +202,12 @@ def _vision_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     cu = kwargs.get("cu_seq_lens_q")
+    batch, heads, length, dim = query.shape
     if cu is None:  # equal images: [B, H, L, D]
-        batch, heads, length, dim = query.shape
         flops = segment_attention_flops([(length, length)] * batch, heads, dim)
         q, k, v = (x.transpose(1, 2).reshape(-1, heads, dim) for x in (query, key, value))
         return _planned_attention(q, k, v, flops)[0].view(batch, length, heads, dim), None
-    flops = segment_attention_flops([(n, n) for n in (cu[1:] - cu[:-1]).tolist()], query.shape[1], query.shape[3])
+    flops = segment_attention_flops([(n, n) for n in (cu[1:] - cu[:-1]).tolist()], heads, dim)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return _planned_attention(q, k, v, flops)[0][None], None
 
@@ -216,9 +224,21 @@ class CpuAttention(TorchFunctionMode):
         mask = kwargs.get("attn_mask")
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        return CPU_FLASH(
             query, key, value, 0.0, kwargs.get("is_causal", False), attn_mask=mask, scale=kwargs.get("scale")
         )[0]
+
+
+class GpuAttention(TorchFunctionMode):
+    """Inside, scaled-dot-product attention on the meta device is counted as a GPU's flash attention."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention or not args[0].is_meta:
+            return func(*args, **(kwargs or {}))
+        query, key, value, *_ = args
+        batch, heads, length, dim = query.shape
+        flops = segment_attention_flops([(length, key.shape[2])] * batch, heads, dim)
+        return _planned_attention(query, key, value, flops)[0]
 
 
 @contextmanager

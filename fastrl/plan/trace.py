@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastrl.batch import PackedBatch
-from fastrl.engine.optimizers import CHUNK
+from fastrl.batch import PackedBatch, Prompt
 from fastrl.models.attention.prefix import use_prefix_attention
-from fastrl.models.families import family_of
+from fastrl.models.families import VisionFeatures, family_of
 from fastrl.models.load import use_checkpointing
 from fastrl.models.lora import add_lora, freeze
 from fastrl.models.policy import keyed_features, predicted_states
-from fastrl.plan.ledger import Ledger, planned_attention
+from fastrl.plan.ledger import CpuAttention, GpuAttention, Ledger, planned_attention
 from fastrl.recipe import ModelRecipe
+from fastrl.rollout.cache import PromptCache, rollout_mode
+from fastrl.rollout.generator import prefill, rows_per_prompt
+from fastrl.rollout.limits import Limits
+from fastrl.rollout.sampler import Sampling, sample
 from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
 
@@ -36,6 +40,26 @@ class Trace:
     vision_flops: int
     forward_flops: int  # language model and head
     backward_flops: int  # with what checkpointing computes again
+    features: int = 0  # bytes of the features of a prompt's images
+
+
+@dataclass(frozen=True)
+class RolloutTrace:
+    """Of a rollout: bytes at the peaks of its phases, above what lives between steps, and FLOPs.
+
+    ``token_flops`` are those of the layers but for attention (of the experts, those that a token goes to);
+    ``pair_flops`` attention's for one query and one key.
+    """
+
+    features: int = 0  # bytes of a prompt's features
+    vision: int = 0  # bytes of the vision tower's largest call, beside features
+    language: int = 0  # bytes of one forward over prompts, beside features, keys and values
+    token: int = 0  # bytes of one token's keys and values
+    first: int = 0  # bytes of the logits behind the prompts, beside those drawn from first
+    drawing: int = 0  # bytes of the logits of all rows that decode at once, and of what drawing from them makes
+    token_flops: float = 0.0
+    pair_flops: float = 0.0
+    head_flops: float = 0.0  # of the logits of one row
 
 
 def meta_model(config: dict[str, Any], recipe: ModelRecipe, dtype: torch.dtype) -> Any:
@@ -61,7 +85,7 @@ def trace_batch(
     entropy: bool = False,
     row_local: bool = False,
     accumulates: bool = False,
-    release: bool = False,
+    release: Callable[[int], int] | None = None,
 ) -> Trace:
     """Run a micro-batch's training pass through ``core`` and count.
 
@@ -72,22 +96,23 @@ def trace_batch(
         entropy: the head also gives entropies.
         row_local: head and loss make their gradients in the forward (``optim.row_local_head``).
         accumulates: gradients of an earlier micro-batch are there already.
-        release: each gradient is used and dropped as soon as it is complete.
+        release: each gradient is used and dropped as soon as it is complete, which takes so many bytes for a parameter
+            of so many numbers; None: gradients stay.
     """
     batch = _on_meta(batch)
     ledger = Ledger(_known(core, batch), gpu=gpu)
     gradients: dict[nn.Parameter, Tensor] = {}
     hooks = [_collect(p, gradients, ledger, release) for p in core.parameters() if p.requires_grad]
-    vision = forward = kept = before = 0
+    passed, before = _Pass(0, 0, 0, 0), 0
     try:
         with planned_attention(core, gpu=gpu):
             for _ in range(1 + accumulates):
                 ledger.peak, before = ledger.live, ledger.live
                 ledger.flops = 0
                 with ledger:
-                    into = _head_gradient(core, gradients) if row_local and not release else None
+                    into = _head_gradient(core, gradients) if row_local and release is None else None
                     head = _RowLocal(into) if row_local else _LogProb(entropy)
-                    vision, forward, kept = _pass(core, batch, head, ledger)
+                    passed = _pass(core, batch, head, ledger)
     finally:
         for hook in hooks:
             hook.remove()
@@ -95,24 +120,68 @@ def trace_batch(
             parameter.grad = None
     return Trace(
         peak=ledger.peak,
-        kept=kept - before,
+        kept=passed.kept - before,
         head_scratch=ledger.head_scratch,
-        vision_flops=vision,
-        forward_flops=forward - vision,
-        backward_flops=ledger.flops - forward,
+        vision_flops=passed.vision,
+        forward_flops=passed.forward - passed.vision,
+        backward_flops=ledger.flops - passed.forward,
+        features=passed.features // batch.n_groups,
     )
 
 
-def trace_prompts(core: Any, batch: PackedBatch, *, gpu: bool) -> tuple[int, int]:
-    """Peak bytes of the vision tower over the batch's images, and then of one forward over its prompts, both without
-    gradients or a cache."""
-    batch = _on_meta(batch)
-    ledger = Ledger(_known(core, batch), gpu=gpu)
-    with planned_attention(core, gpu=gpu), torch.no_grad(), ledger:
-        features = keyed_features(core, batch.images)
-        vision, ledger.peak = ledger.peak, ledger.live
-        predicted_states(core, batch, features)
-    return vision, ledger.peak
+def trace_rollout(
+    core: Any, prompts: Sequence[Prompt], *, limits: Limits, sampling: Sampling, gpu: bool
+) -> RolloutTrace:
+    """Run the calls of a rollout that need the most through ``core``, as the generator makes them, and count.
+
+    Args:
+        core: from :func:`meta_model`.
+        prompts: those that are answered together (a chunk of ``limits``), ``sampling.n`` completions each.
+        limits: of the generator.
+        sampling: how tokens are drawn; its length is not read.
+        gpu: count as a GPU would run it, else as a CPU.
+    """
+    family, rows = family_of(core.config), len(prompts) * rows_per_prompt(sampling)
+    images = [image for prompt in prompts for image in prompt.images]
+    first = [prompts[i] for i in next(limits.prefill_calls([len(p.token_ids) for p in prompts]))]
+    read = {image.key for prompt in first for image in prompt.images}
+    features: dict[str, VisionFeatures] = {}
+    ledger = Ledger([*core.parameters(), *core.buffers(), *(image.pixel_values for image in images)], gpu=gpu)
+    attention = GpuAttention() if gpu else CpuAttention()
+    with planned_attention(core, gpu=gpu), rollout_mode(core), attention, ledger:
+        for call in limits.vision_calls([family.patches(image) for image in images]):
+            if features and read <= features.keys():
+                break
+            features |= keyed_features(core, [images[i] for i in call])
+        kept = ledger.live
+        vision, ledger.peak = ledger.peak - kept, kept
+        ledger.flops = ledger.attention_flops = 0
+        cache = PromptCache(len(first))
+        ends = prefill(core, cache, list(range(len(first))), first, features, META)
+        tokens = len(first) * cache.capacity
+        linear, attended = ledger.flops - ledger.attention_flops, ledger.attention_flops
+        language = ledger.peak - kept - cache.bytes
+        states = ends.new_empty(rows, ends.shape[1])
+        before = ledger.peak = ledger.live
+        ledger.flops = 0
+        logits = family.parts(core).head(states)
+        uniform = torch.empty(rows, dtype=torch.float64, device=META)
+        sample(logits, sampling, uniform, torch.empty(0, dtype=torch.int64, device=META))
+    return RolloutTrace(
+        features=_bytes(features) * len(images) // max(1, len(features) * len(prompts)),
+        vision=vision,
+        language=language,
+        token=cache.token_bytes,
+        first=len(prompts) * logits.shape[1] * logits.element_size(),
+        drawing=ledger.peak - before,
+        token_flops=linear / tokens,
+        pair_flops=attended / (tokens * cache.capacity),
+        head_flops=ledger.flops / rows,
+    )
+
+
+def _bytes(features: Mapping[str, VisionFeatures]) -> int:
+    return sum(level.numel() * level.element_size() for found in features.values() for level in (found[0], *found[1]))
 
 
 def _known(core: Any, batch: PackedBatch) -> list[Tensor]:
@@ -120,18 +189,27 @@ def _known(core: Any, batch: PackedBatch) -> list[Tensor]:
     return [*core.parameters(), *core.buffers(), *tensors, *(image.pixel_values for image in batch.images)]
 
 
-def _pass(core: Any, batch: PackedBatch, head: _LogProb | _RowLocal, ledger: Ledger) -> tuple[int, int, int]:
-    """Forward and backward; FLOPs after the vision tower and after the head, and the bytes alive between the two."""
+class _Pass(NamedTuple):
+    """FLOPs after the vision tower and after the head; bytes alive between forward and backward, and of features."""
+
+    vision: int
+    forward: int
+    kept: int
+    features: int
+
+
+def _pass(core: Any, batch: PackedBatch, head: _LogProb | _RowLocal, ledger: Ledger) -> _Pass:
     core.train()
     features = keyed_features(core, batch.images)
     vision = ledger.flops
+    size = _bytes(features)
     hidden = predicted_states(core, batch, features)
     del features
     result = head(hidden, core.get_output_embeddings().weight, batch)
     del hidden
     forward, kept = ledger.flops, ledger.live
     result.backward(torch.ones_like(result))
-    return vision, forward, kept
+    return _Pass(vision, forward, kept, size)
 
 
 @dataclass(frozen=True)
@@ -168,7 +246,12 @@ def _head_gradient(core: Any, gradients: dict[nn.Parameter, Tensor]) -> Tensor |
     return gradients[weight]
 
 
-def _collect(parameter: nn.Parameter, gradients: dict[nn.Parameter, Tensor], ledger: Ledger, release: bool) -> Any:
+def _collect(
+    parameter: nn.Parameter,
+    gradients: dict[nn.Parameter, Tensor],
+    ledger: Ledger,
+    release: Callable[[int], int] | None,
+) -> Any:
     """What the engine does with a complete gradient: kept in float32, or used and dropped."""
 
     def use(p: nn.Parameter) -> None:
@@ -176,21 +259,13 @@ def _collect(parameter: nn.Parameter, gradients: dict[nn.Parameter, Tensor], led
             assert p.grad is not None
             made = gradients[p].add_(p.grad) if p in gradients else p.grad.float()
             p.grad = None
-            if not release:
+            if release is None:
                 gradients[p] = made
-        if release:
-            ledger.transient(adamw_scratch(p.numel(), gpu=ledger.gpu))
+        if release is not None:
+            ledger.transient(release(p.numel()))
             p.grad = None
 
     return parameter.register_post_accumulate_grad_hook(use)  # type: ignore[arg-type]
-
-
-def adamw_scratch(largest: int, *, gpu: bool, states: str = "fp32") -> int:
-    """Bytes AdamW allocates for a moment, for a largest parameter of so many numbers: the fused kernel none, the plain
-    loop the square root of the second moment and its quotient, the 8-bit one some chunks."""
-    if states == "8bit":
-        return 9 * 4 * min(largest, CHUNK)
-    return 0 if gpu else 8 * largest
 
 
 def _on_meta(batch: PackedBatch) -> PackedBatch:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from fastrl.batch import Completion, ImageInput, PackedBatch, Prompt, PromptGroup, pack_row
+from fastrl.data import brings, own_spec
 from fastrl.methods import method_for
+from fastrl.methods.rollouts import sampling_of
 from fastrl.models.families import Family
 from fastrl.recipe import Recipe
+from fastrl.rollout import Sampling
+from fastrl.rollout.generator import rows_per_prompt
+from fastrl.rollout.limits import Limits
 
 TEXT_TOKENS = 128  # of a prompt beside its images: system turn, question, markers
 DIALOGUE_TOKENS = 1024  # of a method that trains on ready-made dialogues
-PREFILL_TOKENS = 16384  # of the generator's calls over prompts
 DEFAULT_PIXELS = 1_000_000  # where neither the recipe nor the model's folder bounds an image
 
 
@@ -31,9 +35,9 @@ class Workload:
     family: Family
     image: ImageInput  # each of them, without data
     token_budget: int
-    samples: bool  # whether answers are sampled here (by a server: elsewhere)
+    sampling: Sampling | None  # how answers are sampled here; None: they are not (but by a server, or given)
     steps_at_once: int = 1  # whose prompts one rollout serves
-    sorts: bool = False  # drawing sorts the whole vocabulary: top-p alone
+    limits: Limits = field(default_factory=Limits)  # of the generator
 
     @property
     def image_tokens(self) -> int:
@@ -41,7 +45,7 @@ class Workload:
 
     @property
     def prompt_tokens(self) -> int:
-        return self.text_tokens + self.images * self.image_tokens
+        return self.text_tokens + self.images * len(self.family.expansion(self.image))
 
     @property
     def group_tokens(self) -> int:
@@ -55,6 +59,19 @@ class Workload:
     @property
     def micro_batches(self) -> int:
         return math.ceil(self.prompts / self.groups_per_batch)
+
+    @property
+    def samples(self) -> bool:
+        """Whether answers are sampled here."""
+        return self.sampling is not None
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Prompts whose answers decode together."""
+        if self.sampling is None:
+            return 0
+        lengths = [self.prompt_tokens] * (self.prompts * self.steps_at_once)
+        return len(self.limits.chunks(lengths, rows_per_prompt(self.sampling))[0])
 
     @property
     def rows(self) -> int:
@@ -78,10 +95,20 @@ class Workload:
     def _full_groups(self) -> list[tuple[int, ...]]:
         return [(self.answer_tokens,) * self.group] * self.groups_per_batch
 
-    def prefill_batch(self) -> PackedBatch:
-        """The prompts of one prefill call of the rollout, each with one more token."""
-        count = max(1, min(self.prompts, PREFILL_TOKENS // self.prompt_tokens))
-        return packed(self.family, self.text_tokens, [self.image] * self.images, [(1,)] * count)
+    def chunk(self) -> list[Prompt]:
+        """The prompts that the rollout answers together."""
+        return blank_prompts(self.family, self.text_tokens, [self.image] * self.images, self.prompts_at_once)
+
+
+def blank_prompts(family: Family, text: int, images: Sequence[ImageInput], count: int) -> list[Prompt]:
+    """So many prompts of these sizes (see :func:`packed`) with nothing in them."""
+    token = family.image_token
+    ids = torch.tensor([token] * len(images) + [int(token == 0)] * text, dtype=torch.int64)
+    ids, slots, positions = family.lay_out(ids, images)
+    return [
+        Prompt(ids, positions, tuple(replace(image, key=f"{n}/{i}") for i, image in enumerate(images)), slots)
+        for n in range(count)
+    ]
 
 
 def packed(family: Family, text: int, images: Sequence[ImageInput], answers: list[tuple[int, ...]]) -> PackedBatch:
@@ -93,15 +120,9 @@ def packed(family: Family, text: int, images: Sequence[ImageInput], answers: lis
         images: pictures of each prompt, without data; in the batch all are different.
         answers: for each group, the tokens of its answers.
     """
-    token = family.image_token
-    ids = torch.tensor([token] * len(images) + [int(token == 0)] * text, dtype=torch.int64)
-    ids, slots, positions = family.lay_out(ids, images)
-    groups = []
-    for number, lengths in enumerate(answers):
-        pictures = tuple(replace(image, key=f"{number}/{i}") for i, image in enumerate(images))
-        prompt = Prompt(ids, positions, pictures, slots)
-        groups.append(PromptGroup(prompt, [Completion(torch.zeros(n, dtype=torch.int64)) for n in lengths]))
-    return pack_row(groups)
+    made = [[Completion(torch.zeros(n, dtype=torch.int64)) for n in lengths] for lengths in answers]
+    prompts = blank_prompts(family, text, images, len(made))
+    return pack_row([PromptGroup(prompt, some) for prompt, some in zip(prompts, made, strict=True)])
 
 
 def workload_of(
@@ -137,12 +158,14 @@ def workload_of(
             f"image pixels: {image_pixels} is over the recipe's model.max_pixels {recipe.model.max_pixels}"
         )
     method = method_for(recipe.method)
-    dialogues = recipe.data.spec.startswith("reflection:")
-    made = dialogues or recipe.data.spec.startswith("lists:")  # the data brings the answers
+    sources = [recipe.data, *recipe.data.mix]
+    brought = {brings(own_spec(source.adapter, source.spec)) for source in sources if source.spec}
+    dialogues, given = brought == {"dialogues"}, None not in brought
     grouped = recipe.scores_groups
     group = recipe.rollout.group_size if grouped else 1
-    if made:  # and some baselines learn from one or two of them
+    if given:  # some baselines learn from one or two of the answers that the data brings
         group = method.answers_used(recipe.method, group)
+    sampled = grouped and not given and recipe.rollout.backend == "local"
     return Workload(
         prompts=recipe.data.prompts_per_step,
         group=group,
@@ -153,7 +176,6 @@ def workload_of(
         family=family,
         image=family.blank(image_pixels or most),
         token_budget=recipe.optim.token_budget,
-        samples=grouped and not made and recipe.rollout.backend == "local",
+        sampling=sampling_of(recipe.rollout) if sampled else None,
         steps_at_once=method.steps_at_once(recipe.method),
-        sorts=recipe.rollout.top_p < 1 and recipe.rollout.top_k == 0,
     )

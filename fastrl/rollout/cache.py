@@ -37,6 +37,17 @@ class PromptCache:
         self.values: dict[int, Tensor] = {}
         self.capacity = 0
 
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's keys and values in all layers; a row's own (``RowCache``) are as large. 0 before a call."""
+        buffers = [*self.keys.values(), *self.values.values()]
+        return sum(held.shape[1] * held.shape[3] * held.element_size() for held in buffers)
+
+    @property
+    def bytes(self) -> int:
+        """Of all keys and values, padding included."""
+        return len(self.length) * self.capacity * self.token_bytes
+
     def append(self, rows: list[int], lengths: list[int]) -> _Append:
         """Begin a call that appends ``lengths`` new tokens to ``rows``, right-padded to the longest."""
         return _Append(self, rows, lengths)

@@ -54,6 +54,11 @@ def decode_mode(mode: str, device: torch.device) -> str:
     return mode
 
 
+def own_keys(max_new_tokens: int) -> int:
+    """Tokens of a row whose keys and values are kept: all of an answer but the last, which no later one attends to."""
+    return max(max_new_tokens - 1, 1)
+
+
 class Decode:
     """B prompts with n rows each. All state lives in buffers changed in place, so that ``step`` may be captured.
 
@@ -78,7 +83,7 @@ class Decode:
         self.head, self.sampling, self.eos, self.suppressed = family.parts(core).head, sampling, eos, suppressed
         self.layers: Layers = family.decode_layers(core) or ModelLayers(family, core)
         self.static = mode != "eager"
-        self.cache = RowCache(start.cache, n, max(steps - 1, 1), static=self.static)
+        self.cache = RowCache(start.cache, n, own_keys(steps), static=self.static)
         # One extra row at the end, which the rows that only fill a bucket read and write.
         self.uniform = None if uniform is None else F.pad(uniform, (0, 0, 0, 1))  # [B n + 1, T] float64
         self.all_tokens = torch.zeros(size + 1, steps, dtype=torch.int64, device=device)

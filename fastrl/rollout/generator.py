@@ -6,7 +6,7 @@ values are stored once for all its rows (``cache.py``). All rows of all prompts 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastrl.clock import Clock
 from fastrl.models.families import Placed, VisionFeatures, family_of
 from fastrl.rollout.cache import PromptCache, rollout_mode
 from fastrl.rollout.decode import Decode, Start, decode_mode
+from fastrl.rollout.limits import Limits
 from fastrl.rollout.sampler import Sampling
 
 
@@ -27,33 +28,27 @@ class Generator:
 
     Args:
         policy: a ``fastrl.models`` policy; its ``core``, ``features``, ``decode`` and token ids are used.
-        max_rows: rows decoded at once, which bounds memory: prompts are taken in chunks of about this many
-            completions (at least one prompt).
-        prefill_tokens: tokens, padding included, in one forward over prompts.
-        vision_patches: patches in one call of the vision tower.
+        max_rows, prefill_tokens, vision_patches: what is processed at once, which bounds memory (see ``Limits``).
         decode: the decode mode (see ``fastrl.rollout.decode``): ``"auto"`` is ``"graph"`` on a GPU and ``"eager"``
             elsewhere; ``"static"`` computes the same as ``"graph"`` without capturing.
         clock: records the time of the phases ``vision``, ``prefill`` and ``decode``.
         features: vision features by image key, which ``generate`` reads and adds to. The owner empties it when the
-            vision tower's weights change. None: features are dropped when ``generate`` returns.
+            vision tower's weights change. None: features are dropped once all prompts that show them are prefilled.
     """
 
     def __init__(
         self,
         policy: Any,
         *,
-        max_rows: int = 1024,
-        prefill_tokens: int = 16384,
-        vision_patches: int = 65536,
+        max_rows: int = Limits.max_rows,
+        prefill_tokens: int = Limits.prefill_tokens,
+        vision_patches: int = Limits.vision_patches,
         decode: str = "auto",
         clock: Clock | None = None,
         features: dict[str, VisionFeatures] | None = None,
     ) -> None:
-        for name, value in (("max_rows", max_rows), ("prefill_tokens", prefill_tokens)):
-            if value < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {value}")
         self.policy = policy
-        self.max_rows, self.prefill_tokens, self.vision_patches = max_rows, prefill_tokens, vision_patches
+        self.limits = Limits(max_rows, prefill_tokens, vision_patches)
         self.decode = decode_mode(decode, policy.device)
         self.phase = clock.phase if clock is not None else nullcontext
         self.features = features
@@ -84,8 +79,13 @@ class Generator:
         uniform = _uniform(len(prompts), sampling, rng)
         features = self.features if self.features is not None else {}
         out: list[list[Completion]] = [[] for _ in prompts]
-        for chunk in _chunks([len(p.token_ids) for p in prompts], max(1, self.max_rows // rows)):
+        chunks = self.limits.chunks([len(p.token_ids) for p in prompts], rows)
+        for number, chunk in enumerate(chunks):
             session = self._session([prompts[i] for i in chunk], features)
+            if self.features is None:  # what no later chunk reads is freed before this one decodes
+                read = {image.key for later in chunks[number + 1 :] for i in later for image in prompts[i].images}
+                for key in features.keys() - read:
+                    del features[key]
             own = None if uniform is None else uniform.view(len(prompts), rows, -1)[chunk].flatten(0, 1)
             for i, completions in zip(chunk, session.sample(sampling, own), strict=True):
                 out[i] = completions
@@ -106,18 +106,13 @@ class Generator:
         return Session(self, prompts, features)
 
     def _features(self, images: Sequence[ImageInput]) -> dict[str, VisionFeatures]:
-        """Vision features by image key, each computed once, in calls of at most about ``vision_patches`` patches."""
+        """Vision features by image key, each computed once."""
         found: dict[str, VisionFeatures] = {}
         patches = family_of(self.policy.core.config).patches
+        unique = list({image.key: image for image in images}.values())
         with self.phase("vision"), rollout_mode(self.policy.core):
-            call: list[ImageInput] = []
-            for image in {image.key: image for image in images}.values():
-                if call and sum(patches(i) for i in [*call, image]) > self.vision_patches:
-                    found.update(self.policy.features(call))
-                    call = []
-                call.append(image)
-            if call:
-                found.update(self.policy.features(call))
+            for call in self.limits.vision_calls([patches(image) for image in unique]):
+                found.update(self.policy.features([unique[i] for i in call]))
         return found
 
 
@@ -136,12 +131,9 @@ class Session:
         self._cache.reserve(max((len(p.token_ids) for p in prompts), default=0))
         self._hidden: list[Tensor] = [torch.empty(0)] * len(prompts)  # [H] of each dialogue's last token
         with generator.phase("prefill"), rollout_mode(self._policy.core):
-            embed = self._policy.core.get_input_embeddings()
-            for rows in self._calls([len(p.token_ids) for p in prompts]):
-                ids = pad_sequence([prompts[i].token_ids for i in rows], batch_first=True).to(device)
-                positions = pad_sequence([prompts[i].positions.T for i in rows]).permute(2, 1, 0).to(device)
-                placed = _placed([prompts[i] for i in rows], features, ids.shape[1], device)
-                self._append(rows, [len(prompts[i].token_ids) for i in rows], embed(ids), positions, placed)
+            for rows in generator.limits.prefill_calls([len(p.token_ids) for p in prompts]):
+                ends = prefill(self._policy.core, self._cache, rows, [prompts[i] for i in rows], features, device)
+                self._keep(rows, ends)
 
     def extend(self, token_ids: Tensor | Sequence[Tensor]) -> None:
         """Append text to each dialogue, such as a chosen completion and the next turn of the user.
@@ -156,7 +148,7 @@ class Session:
         device = self._policy.device
         some = [i for i, ids in enumerate(added) if len(ids)]
         with self._generator.phase("prefill"), rollout_mode(self._policy.core):
-            for call in self._calls([len(added[i]) for i in some]):
+            for call in self._generator.limits.prefill_calls([len(added[i]) for i in some]):
                 rows = [some[i] for i in call]
                 ids = pad_sequence([added[i] for i in rows], batch_first=True).to(device)
                 first = torch.tensor([self.next_position[i] for i in rows], device=device)
@@ -164,7 +156,9 @@ class Session:
                     self._family.position_axes, -1, -1
                 )
                 embeds = self._policy.core.get_input_embeddings()(ids)
-                self._append(rows, [len(added[i]) for i in rows], embeds, positions)
+                self._keep(
+                    rows, _read(self._policy.core, self._cache, rows, [len(added[i]) for i in rows], embeds, positions)
+                )
                 for i in rows:
                     self.next_position[i] += len(added[i])
 
@@ -203,26 +197,52 @@ class Session:
             return [[copy_completion(flat[b]) for _ in range(sampling.n)] for b in range(len(flat))]
         return [flat[b * rows : (b + 1) * rows] for b in range(len(self.next_position))]
 
-    def _calls(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices grouped by similar length into calls within ``prefill_tokens`` (at least one text per call)."""
-        call: list[int] = []
-        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if call and (len(call) + 1) * lengths[i] > self._generator.prefill_tokens:
-                yield call
-                call = []
-            call.append(i)
-        if call:
-            yield call
+    def _keep(self, rows: list[int], ends: Tensor) -> None:
+        for i, hidden in zip(rows, ends, strict=True):
+            self._hidden[i] = hidden
 
-    def _append(
-        self, rows: list[int], lengths: list[int], embeds: Tensor, positions: Tensor, placed: Placed | None = None
-    ) -> None:
-        append = self._cache.append(rows, lengths)
-        hidden = self._family.hidden(self._policy.core, embeds, positions, placed, fastrl_cache=append)
-        append.commit()
-        last = torch.tensor([row * hidden.shape[1] + n - 1 for row, n in enumerate(lengths)], device=hidden.device)
-        for i, ends in zip(rows, hidden.flatten(0, 1).index_select(0, last), strict=True):
-            self._hidden[i] = ends
+
+def prefill(
+    core: Any,
+    cache: PromptCache,
+    rows: list[int],
+    prompts: Sequence[Prompt],
+    features: Mapping[str, VisionFeatures],
+    device: torch.device,
+) -> Tensor:
+    """One forward over prompts, within ``rollout_mode``.
+
+    Args:
+        core: the model, on ``device``.
+        cache: gets the prompts' keys and values; room for the longest is made if need be.
+        rows: the cache's texts, empty so far, that these prompts are.
+        features: vision features by image key.
+
+    Returns:
+        [len(prompts), hidden]: of each prompt's last token.
+    """
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    ids = pad_sequence([prompt.token_ids for prompt in prompts], batch_first=True).to(device)
+    positions = pad_sequence([prompt.positions.T for prompt in prompts]).permute(2, 1, 0).to(device)
+    placed = _placed(prompts, features, ids.shape[1], device)
+    return _read(core, cache, rows, lengths, core.get_input_embeddings()(ids), positions, placed)
+
+
+def _read(
+    core: Any,
+    cache: PromptCache,
+    rows: list[int],
+    lengths: list[int],
+    embeds: Tensor,
+    positions: Tensor,
+    placed: Placed | None = None,
+) -> Tensor:
+    """Append ``lengths`` tokens to the cache's texts ``rows``: hidden states [rows, H] of the last of them."""
+    append = cache.append(rows, lengths)
+    hidden = family_of(core.config).hidden(core, embeds, positions, placed, fastrl_cache=append)
+    append.commit()
+    last = torch.tensor([row * hidden.shape[1] + n - 1 for row, n in enumerate(lengths)], device=hidden.device)
+    return hidden.flatten(0, 1).index_select(0, last)
 
 
 def _placed(
@@ -239,12 +259,6 @@ def _placed(
 def rows_per_prompt(sampling: Sampling) -> int:
     """Rows decoded per prompt: greedy completions of a prompt are equal, so one row is enough."""
     return 1 if sampling.greedy else sampling.n
-
-
-def _chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in chunks of ``size``, prompts of similar length together."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def _uniform(prompts: int, sampling: Sampling, rng: torch.Generator | None) -> Tensor | None:

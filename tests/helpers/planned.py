@@ -12,9 +12,10 @@ import torch
 
 from fastrl.batch import PackedBatch
 from fastrl.engine.local import LocalEngine
+from fastrl.engine.optimizers import step_scratch
 from fastrl.models import load_policy
 from fastrl.plan.estimate import count_model
-from fastrl.plan.trace import adamw_scratch, meta_model, trace_batch
+from fastrl.plan.trace import meta_model, trace_batch
 from fastrl.recipe import LoraRecipe, ModelRecipe, OptimRecipe
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
 
@@ -71,4 +72,4 @@ def measured_and_planned(
     assert sum(p.numel() for p in core.parameters()) == sum(p.numel() for p in policy.core.parameters())
     traced = trace_batch(core, batch, gpu=False, accumulates=passes > 1, row_local=row_local)
     model = count_model(core)
-    return counted, max(traced.peak, 4 * model.trainable + adamw_scratch(model.largest, gpu=False))
+    return counted, max(traced.peak, 4 * model.trainable + step_scratch(model.largest, "fp32", fused=False))

@@ -16,11 +16,12 @@ from fastrl.models import load_policy
 from fastrl.models.families import family_of
 from fastrl.models.flops import flop_counter
 from fastrl.plan.estimate import count_model, memory_of, rollout_bytes
-from fastrl.plan.trace import Trace, meta_model, trace_batch, trace_prompts
+from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_rollout
 from fastrl.plan.workload import Workload, packed
 from fastrl.recipe import LoraRecipe, ModelRecipe, load_recipe
 from fastrl.rollout import Generator, Sampling
 from tests.fastrl.conftest import build_config, build_folder, build_tokenizer
+from tests.helpers.families import BUILDS, build_family
 from tests.helpers.planned import counted_peak, measured_and_planned
 
 WITHIN = 0.10
@@ -108,7 +109,7 @@ def test_the_parts_add_up_to_what_lives_between_steps(folders: Callable[[str], P
     engine = LocalEngine(policy.model, recipe.optim)
     engine.backward(policy.logprob(filled(*SHAPES["image, short answers"])).logp.mean())
     engine.step()
-    memory = memory_of(recipe, count_model(policy.core), WORK, Trace(0, 0, 0, 0, 0, 0), (0, 0))
+    memory = memory_of(recipe, count_model(policy.core), WORK, Trace(0, 0, 0, 0, 0, 0), RolloutTrace())
     copies = sum(t.numel() * t.element_size() for t in engine._masters.values())
     held = [value for state in engine._optimizers[0].state.values() for value in state.values() if value.ndim]
     weights = sum(p.numel() * p.element_size() for p in policy.core.parameters())
@@ -125,7 +126,7 @@ WORK = Workload(
     family=FAMILY,
     image=FAMILY.blank(224 * 224),
     token_budget=4096,
-    samples=True,
+    sampling=Sampling(n=8, max_new_tokens=120),
 )
 
 
@@ -143,8 +144,62 @@ def test_a_rollout(folders: Callable[[str], Path], side: int, answer_tokens: int
     counted = counted_peak(lambda: Generator(policy).generate(prompts, sampling, torch.Generator()))
     recipe = ModelRecipe(path=str(folder))  # type: ignore[call-arg]
     core = meta_model(json.loads((folder / "config.json").read_text()), recipe, torch.float32)
-    prefill = trace_prompts(core, work.prefill_batch(), gpu=False)
-    assert rollout_bytes(count_model(core), work, prefill) == pytest.approx(counted, rel=WITHIN)
+    traced = trace_rollout(core, work.chunk(), limits=work.limits, sampling=sampling, gpu=False)
+    assert rollout_bytes(work, traced) == pytest.approx(counted, rel=WITHIN)
+
+
+FAMILIES = [pytest.param(name, marks=[] if name == "qwen3_vl_moe" else pytest.mark.gate) for name in sorted(BUILDS)]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_rollout_of_every_family(tmp_path: Path, model_type: str) -> None:
+    """Bytes of the whole rollout, and the floating-point operations of its prefill: of experts, the active ones'."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "vocab_size": 3000}
+    sizes["num_attention_heads"] = 8
+    policy = load_policy(build_family(tmp_path, model_type, **sizes), device="cpu")
+    policy.eos_token_ids = (10**6,)
+    family, sampling = policy.family, Sampling(n=8, max_new_tokens=12)
+    work = replace(WORK, family=family, image=family.blank(224 * 224), answer_tokens=12, sampling=sampling)
+    core = meta_model(json.loads((tmp_path / "config.json").read_text()), ModelRecipe(path=""), torch.float32)  # type: ignore[call-arg]
+    traced = trace_rollout(core, work.chunk(), limits=work.limits, sampling=sampling, gpu=False)
+    prompts = [
+        replace(p, images=tuple(replace(i, pixel_values=torch.rand(i.pixel_values.shape)) for i in p.images))
+        for p in work.chunk()
+    ]
+    counted = counted_peak(lambda: Generator(policy).generate(prompts, sampling, torch.Generator()))
+    assert rollout_bytes(work, traced) == pytest.approx(counted, rel=0.02)
+    flops = []
+    images = [image for prompt in prompts for image in prompt.images]
+    for run in (lambda: Generator(policy).session(prompts), lambda: policy.features(images)):
+        with torch.no_grad(), flop_counter() as counter:
+            run()
+        flops.append(counter.get_total_flops())
+    length = work.prompt_tokens
+    assert work.prompts * length * (traced.token_flops + length * traced.pair_flops) == flops[0] - flops[1]
+
+
+EXPERTS = {
+    "qwen3_vl_moe": ("num_experts", "num_experts_per_tok", 3),
+    "glm4v_moe": ("n_routed_experts", "num_experts_per_tok", 1),  # the first of its two layers is dense
+}
+
+
+@pytest.mark.parametrize("model_type", list(EXPERTS))
+def test_a_token_costs_the_experts_it_goes_to(model_type: str) -> None:
+    count, chosen, layers = EXPERTS[model_type]
+
+    def traced(experts: int, active: int) -> RolloutTrace:
+        build = BUILDS[model_type]
+        config = build.config(build.tokenizer(), **{count: experts, chosen: active}).to_dict()
+        core = meta_model(config, ModelRecipe(path=""), torch.bfloat16)  # type: ignore[call-arg]
+        family, sampling = family_of(config), Sampling(n=2, max_new_tokens=4)
+        work = replace(WORK, prompts=2, group=2, family=family, image=family.blank(56 * 56), sampling=sampling)
+        return trace_rollout(core, work.chunk(), limits=work.limits, sampling=sampling, gpu=True)
+
+    few, many, wide = traced(4, 2), traced(8, 2), traced(4, 4)
+    hidden, inner = 64, 48
+    assert many.token_flops - few.token_flops == layers * 2 * hidden * 4  # the router alone
+    assert wide.token_flops - few.token_flops == layers * 2 * 2 * 3 * hidden * inner
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

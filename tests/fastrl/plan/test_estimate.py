@@ -107,7 +107,7 @@ def test_top_p_alone_sorts_the_vocabulary() -> None:
         make_plan(small(biased, *more), gpu_named("l4")).memory.pool
         for more in ((), ("rollout.top_p=0.9",), ("rollout.top_p=0.9", "rollout.top_k=50"))
     )
-    assert nucleus > 2 * plain == 2 * few
+    assert nucleus > 2 * plain > 2 * few  # of few tokens, the cumulative sum is short
 
 
 def test_the_reference_copies_what_is_trained() -> None:

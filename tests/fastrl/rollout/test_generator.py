@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import pytest
@@ -139,6 +140,35 @@ def test_vision_once_per_image_and_prefill_once_per_prompt(policy) -> None:
     core.model.visual.register_forward_pre_hook(lambda _m, a: calls.update(patches=len(a[0]), vision=1))
     Generator(policy, max_rows=1, vision_patches=1).generate(prompts, Sampling(2, 2), rng())
     assert calls["patches"] == sum(len(image.pixel_values) for image in images.values())
+
+
+def test_features_that_no_later_prompt_shows_are_freed_before_the_decode(qwen2_5, monkeypatch) -> None:
+    """Unless their owner keeps them."""
+    prompts = encode(qwen2_5)
+    shown = [{image.key for image in prompt.images} for prompt in prompts]
+    alive: dict[str, weakref.ref] = {}
+    left: list[set[str]] = []
+    features, sample = qwen2_5.features, Session.sample
+
+    def seen(images):
+        found = features(images)
+        alive.update({key: weakref.ref(f.tokens) for key, f in found.items()})
+        return found
+
+    def spy(self, *args):
+        left.append({key for key, ref in alive.items() if ref() is not None})
+        return sample(self, *args)
+
+    monkeypatch.setattr(qwen2_5, "features", seen)
+    monkeypatch.setattr(Session, "sample", spy)
+    Generator(qwen2_5, max_rows=1, vision_patches=1).generate(prompts, Sampling(2, 2), rng())
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+    assert left[-1] == set()
+    for number, kept in enumerate(left):
+        assert kept <= set().union(*(shown[i] for i in order[number + 1 :]))
+    left.clear()
+    Generator(qwen2_5, max_rows=1, features={}).generate(prompts, Sampling(2, 2), rng())
+    assert left[-1] == set().union(*shown)
 
 
 def test_prompt_keys_are_stored_once(qwen2_5, monkeypatch) -> None:
