@@ -303,6 +303,15 @@ def test_a_sample_without_a_picture_is_shown_without_one(record: Record | None) 
 # The built-in ones, for real
 
 
+def write_alone(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """:func:`write` in a process of its own, which must print nothing: a command's standard output is its result."""
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    command = [sys.executable, "-m", "tests.helpers.logged", name, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
 def test_tensorboard_holds_numbers_texts_and_pictures(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert write("tensorboard", tmp_path) == []
@@ -318,6 +327,7 @@ def test_tensorboard_holds_numbers_texts_and_pictures(tmp_path: Path) -> None:
 
 
 def test_wandb_holds_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: the last rows may reach the file only when the process ends."""
     pytest.importorskip("wandb")
     from tests.helpers.wandb_file import history
 
@@ -325,7 +335,7 @@ def test_wandb_holds_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    assert write("wandb", tmp_path / "out") == []
+    write_alone("wandb", tmp_path / "out", monkeypatch)
     rows = {row["_step"]: row for row in history(tmp_path / "out" / "wandb")}
     assert {step: (row["reward/mean"], row["eval/f1"]) for step, row in rows.items()} == {
         1: (0.125, 0.5),
@@ -347,11 +357,7 @@ def test_trackio_holds_a_run_in_a_local_folder(tmp_path: Path, monkeypatch: pyte
     """In a process of its own, as trackio reads its folder when it is imported."""
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    monkeypatch.setenv("PYTHONPATH", str(REPO))
-    command = [sys.executable, "-m", "tests.helpers.logged", "trackio", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""  # what it prints is no result of a command
+    write_alone("trackio", tmp_path / "out", monkeypatch)
     with sqlite3.connect(tmp_path / "trackio" / "birds.db") as base:
         rows = base.execute("select run_name, step, metrics from metrics order by id").fetchall()
     found = [(name, step, json.loads(metrics)) for name, step, metrics in rows]
