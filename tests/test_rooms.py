@@ -106,8 +106,11 @@ def test_the_tests_mirror_the_tree() -> None:
     for package in ("fastrl", "kernels"):
         here, source = REPO / "tests" / package, REPO / package
         source = source / "fastrl_kernels" if package == "kernels" else source
-        folders = {str(path.parent.relative_to(here)) for path in here.rglob("test_*.py")}
+        folders = {path.parent.relative_to(here) for path in here.rglob("test_*.py")}
         assert [folder for folder in folders if not (source / folder).is_dir()] == []
+        assert {path.parent.relative_to(source) for path in source.rglob("*.py")} - folders == set()
+    tests = [path for package in ("fastrl", "kernels") for path in (REPO / "tests" / package).rglob("*.py")]
+    assert [path for path in tests if not path.name.startswith("test_") and path.name != "conftest.py"] == []
     shared = [
         f"{path.relative_to(REPO)}:{line}"
         for path in (REPO / "tests").rglob("*.py")

@@ -16,7 +16,7 @@ import torch
 import fastrl_kernels
 from fastrl_kernels._common import interpreting
 from fastrl_kernels._triton import HAS_TRITON
-from tests.kernels.ptx_cases import Case, cases, outcomes
+from tests.helpers.ptx_cases import Case, cases, outcomes
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or interpreting(), reason="needs Triton's compiler")
 

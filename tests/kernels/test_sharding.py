@@ -1,4 +1,7 @@
-"""Sharded heads on two gloo processes: results and gradients of the unsharded call (checks: ``sharded_worker.py``)."""
+"""Sharded heads on two gloo processes: results and gradients of the unsharded call.
+
+The checks are in ``tests/helpers/sharded_worker.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("sharded_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "sharded_worker.py"
 pytestmark = pytest.mark.gate
 
 ROWS, HEADS = ("R", "S(0)", "S(1)"), ("R", "S(0)")
