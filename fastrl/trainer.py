@@ -79,7 +79,7 @@ class Summary:
     checkpoint: Path | None  # the newest one
     last: dict[str, Any] = field(default_factory=dict)  # the last row of metrics
     best: Path | None = None  # the checkpoint of the best evaluation
-    stopped_early: bool = False  # as evaluations did not get better (eval.patience)
+    stopped_early: bool = False  # because evaluations did not improve (eval.patience)
 
     @property
     def model(self) -> Path | None:
@@ -168,7 +168,7 @@ def train(
 
         row: dict[str, Any] = {}
         stopping = False
-        if run.evaluation.due(done):  # before the first step; or a stop had come before it was done
+        if run.evaluation.due(done):  # before the first step, or left over from an interrupted run
             if run.evaluate(done, outlets) and writes:
                 keep_best(out, done)
             stopping = stop_requested()
@@ -220,7 +220,7 @@ class Run:
     ) -> None:
         self.recipe = recipe
         self.clock = Clock()
-        self._equal = False  # whether in a step since the last save all groups had equal rewards
+        self._equal = False  # whether all groups had equal rewards in a step since the last save
         functions = functions_of(recipe.reward, recipe.mix_rewards) if recipe.scores_groups else None
         # First: bad rows are reported at once
         data = records if records is not None else _load_records(recipe, functions)
@@ -291,8 +291,8 @@ class Run:
             raise offer_earlier(self.recipe.folder, saved, error) from None
 
     def evaluate(self, number: int, outlets: Outlets) -> bool:
-        """Measure the weights after a step; whether they are the best so far. Where that cannot be done, the step is
-        saved before ``TrainingError`` says so: the evaluation is made when the run goes on."""
+        """Evaluate the weights after a step; return whether they are the best so far. If this fails, the step is saved
+        and ``TrainingError`` raised; the evaluation is repeated when the run is resumed."""
         try:
             found = self.evaluation.measure(number)
         except EvaluationError as error:
@@ -304,13 +304,13 @@ class Run:
         return found.better
 
     def saves_after(self, number: int) -> bool:
-        """Whether a step is followed by a checkpoint, whatever else happened."""
+        """Whether the schedule requires a checkpoint after a step."""
         settings = self.recipe.checkpoint
         last = number == self.recipe.optim.steps and settings.final
         return last or (settings.every > 0 and number % settings.every == 0)
 
     def save(self, number: int, outlets: Outlets) -> Path:
-        """Write the checkpoint of a step, after the log's rows; keep it where it is the best. Returns its folder."""
+        """Sync the log, then write the checkpoint of a step; keep it if it is the best. Returns its folder."""
         out, first, count = self.recipe.folder, self.engine.rank == 0, self.recipe.checkpoint.keep
         self.check_weights(number)
         outlets.log.sync()
@@ -325,14 +325,14 @@ class Run:
         return saved
 
     def resume_best(self) -> list[str]:
-        """After a checkpoint was loaded: keep the one that was the best then. Returns what a user should know."""
+        """After loading a checkpoint, keep the one that was the best at that time. Returns messages for the user."""
         if self.evaluation.held_out is None:
             return []
         return [self.evaluation.note, keep_best(self.recipe.folder, self.evaluation.best.step)]
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The checkpoint of the best evaluation, if it is there."""
+        """The checkpoint of the best evaluation, if it exists."""
         step = kept(self.recipe.folder).get(BEST) if self.evaluation.held_out is not None else None
         return folder_of(self.recipe.folder, step) if step is not None else None
 
@@ -394,7 +394,7 @@ class Run:
         table = sample_table(prepared.sampled, recipe.log.samples) if every and (number - 1) % every == 0 else []
         row |= work_metrics(prepared.sampled, self.clock.read())
         row = over_ranks(self.engine.gather(row))
-        self._equal |= row.get("reward/group_std") == 0.0  # no group has anything to learn from
+        self._equal |= row.get("reward/group_std") == 0.0  # no group has different rewards to learn from
         return row, table
 
     def broken_pictures(self) -> list[Problem]:

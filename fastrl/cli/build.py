@@ -18,15 +18,17 @@ def build_perpo(
     task: Annotated[str, typer.Option(help="grounding or ocr")],
     model: Annotated[str, typer.Option(metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")],
     data: Annotated[str, typer.Option(metavar="SPEC", help="adapter:path[?key=value&…]")],
-    out: Annotated[Path, typer.Option(help="JSONL of ranked lists; an unfinished one is gone on with.")],
+    out: Annotated[Path, typer.Option(help="JSONL of ranked lists; an unfinished one is continued.")],
     n: Annotated[int | None, typer.Option(help="Answers per prompt [grounding 20, ocr 5].")] = None,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
     min_gap: Annotated[float | None, typer.Option(help="Least best − worst reward [grounding 0.8, ocr 0.04].")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer [grounding 128, ocr 2048].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     min_pixels: Annotated[int | None, typer.Option(min=1, help="Least area of a resized image.")] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest; train with the same limits.")] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Largest area; use the same limits in training.")
+    ] = None,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
@@ -58,13 +60,13 @@ def build_reper(
     model: Annotated[str, typer.Option(metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")],
     critic: Annotated[str, typer.Option(metavar="SPEC", help="rule, model:DIR or http:URL")],
     data: Annotated[str, typer.Option(metavar="SPEC", help="adapter:path[?key=value&…]")],
-    out: Annotated[Path, typer.Option(help="JSONL of dialogues; an unfinished one is gone on with.")],
-    temperatures: Annotated[str, typer.Option(help="One caption at each.")] = "0,0.2,0.4,0.6,0.8,1,1.2,1.4",
+    out: Annotated[Path, typer.Option(help="JSONL of dialogues; an unfinished one is continued.")],
+    temperatures: Annotated[str, typer.Option(help="Sample one caption at each.")] = "0,0.2,0.4,0.6,0.8,1,1.2,1.4",
     min_best: Annotated[float | None, typer.Option(help="Least best score [0.9; rule 0.55].")] = None,
     min_gap: Annotated[float | None, typer.Option(help="Least best − worst score [0.4; rule 0.2].")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest caption.")] = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling and of the dialogues.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of the dialogues.")] = 0,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
@@ -93,18 +95,18 @@ def build_reper(
 def build_utr(
     data: Annotated[str, typer.Option(metavar="SPEC", help="mot:, sav:, tracks: or scenes:trajectory")],
     frames: Annotated[int, typer.Option(min=2, help="Frames of each clip.")],
-    out: Annotated[Path, typer.Option(help="JSONL of dialogues; an unfinished one is gone on with.")],
+    out: Annotated[Path, typer.Option(help="JSONL of dialogues; an unfinished one is continued.")],
     queries: Annotated[str, typer.Option(help="Kinds of queries.")] = "spatial,temporal",
     sample: Annotated[str, typer.Option(help="Which frames: uniform, first or random.")] = "uniform",
     min_frames: Annotated[int, typer.Option(min=2, help="Frames a subject's track must cover.")] = 3,
-    answers: Annotated[str, typer.Option(help="trajectory, or frame: what one frame tells.")] = "trajectory",
-    motion: Annotated[bool, typer.Option("--motion", help="Where subjects without actions move.")] = False,
+    answers: Annotated[str, typer.Option(help="trajectory, or frame: what one frame shows.")] = "trajectory",
+    motion: Annotated[bool, typer.Option("--motion", help="Describe the motion of subjects without actions.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first clips.")] = None,
-    seed: Annotated[int, typer.Option(help="Of queries and of random frames.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of queries and of random frames.")] = 0,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Ask about tracked clips what no few frames answer, with the answers (Video-UTR)."""
+    """Ask questions about tracked clips that a few frames cannot answer, with the answers (Video-UTR)."""
     from fastrl.build.utr import BuildOptions, build_dialogues, parse_queries
 
     options = BuildOptions(
@@ -126,7 +128,7 @@ def build_utr(
 
 
 def _show(summary: Mapping[str, Any], out: Path, as_json: bool, what: str, counts: Sequence[str]) -> None:
-    """A builder's summary: as JSON, or what was kept and a line for each of its ``counts``."""
+    """Print a builder's summary: as JSON, or as text with a line for each of its ``counts``."""
     if as_json:
         print_json({**summary, "out": str(out)})
         return

@@ -1,4 +1,4 @@
-"""``fastrl data``: what a data spec holds, before anything is trained on it."""
+"""``fastrl data``: inspect the data of a spec before training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastrl.cli.terminal import Json, print_json
 
 def data(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="adapter:path[?key=value&…]")],
-    deep: Annotated[bool, typer.Option("--deep", help="Decode every picture, not only its header.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every picture, not just its header.")] = False,
     seed: Annotated[int, typer.Option(help="Which three records are shown.")] = 0,
-    draw: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw their pictures with the truth.")] = None,
+    draw: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw their pictures with the ground truth.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a data spec holds: counts, bad rows, and three records with their truth."""
+    """Show the data of a spec: counts, bad rows, and three records with their ground truth."""
     from fastrl.data.show import contents, contents_text, drawn, shown
 
     dataset = contents(spec, deep=deep)

@@ -1,4 +1,4 @@
-"""What works here: versions, device, the path every kernel takes and why, and the optional libraries."""
+"""The environment: versions, device, the path of every kernel and why, and optional libraries."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def report() -> dict[str, Any]:
 
 
 def version(name: str) -> str | None:
-    """Installed version of a distribution, None where it is missing."""
+    """Installed version of a distribution; None if it is missing."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -67,7 +67,7 @@ def kernel_names() -> list[str]:
 
 
 def kernel_path(name: str) -> str:
-    """Which implementation tensors of the default device take, and why."""
+    """The implementation used for tensors on the default device, and why."""
     from fastrl_kernels import _native
     from fastrl_kernels._common import interpreting
     from fastrl_kernels._triton import HAS_TRITON
@@ -82,7 +82,7 @@ def kernel_path(name: str) -> str:
 
 
 def attention() -> dict[str, str]:
-    """The way training's attention takes on the default device, and why; which variable-length library was found."""
+    """The attention path of training on the default device, and why; which variable-length library was found."""
     from fastrl.models.attention import varlen
 
     cuda = torch.cuda.is_available()

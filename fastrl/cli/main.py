@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # as markup, the defaults in brackets would vanish from the help
+    rich_markup_mode=None,  # markup would remove the defaults in brackets from the help
     help="Reinforcement-learning post-training for perception MLLMs.",
 )
 tiny_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The small models that ship with fastrl.")
@@ -39,11 +39,13 @@ app.command(name="recipes")(recipes_command)
 
 Data = Annotated[str | None, typer.Option("--data", metavar="SPEC", help="adapter:path[?key=value&…]")]
 Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")]
-Blank = Annotated[bool, typer.Option("--blank-images", help="Grey pictures of the same size in place of the data's.")]
+Blank = Annotated[
+    bool, typer.Option("--blank-images", help="Replace the data's pictures by grey ones of the same size.")
+]
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _say_version(wanted: bool) -> None:
+    if wanted:
         print(f"fastrl {__version__}")
         raise typer.Exit
 
@@ -80,19 +82,23 @@ def train(
     data: Data = None,
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Run folder [runs/NAME].")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in the run folder.")
+    ] = False,
     from_step: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="With --resume: from the checkpoint of step N.")
     ] = None,
     accept_changed_data: Annotated[
-        bool, typer.Option("--accept-changed-data", help="With --resume: go on though the data changed.")
+        bool, typer.Option("--accept-changed-data", help="With --resume: continue although the data changed.")
     ] = False,
     skip_bad: SkipBad = False,
     blank_images: Blank = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Write trace.json of a few steps to the folder.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a trace.json of a few steps to the folder.")
+    ] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
 ) -> None:
-    """Train as a recipe says."""
+    """Train a recipe."""
     from fastrl.recipe import load_recipe
     from fastrl.trainer import train as run
 
@@ -126,25 +132,30 @@ def evaluate(
     predictions: Annotated[Path | None, typer.Option(help="JSONL of {id, answer}, or COCO result JSON.")] = None,
     frame: Annotated[
         str,
-        typer.Option(help="Of --predictions' coordinates: auto, original, resized, thousand, unit or padded_unit."),
+        typer.Option(
+            help="Frame of --predictions' coordinates: auto, original, resized, thousand, unit or padded_unit."
+        ),
     ] = "auto",
     family: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="Whose --predictions are: a config.model_type, as qwen3_vl.")
+        str | None,
+        typer.Option(metavar="TYPE", help="Model family of --predictions: a config.model_type such as qwen3_vl."),
     ] = None,
     min_pixels: Annotated[
         int | None,
-        typer.Option(min=1, help="Least area of a resized picture; of --predictions with --frame resized."),
+        typer.Option(min=1, help="Least area of a resized picture; also for --predictions with --frame resized."),
     ] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest area; the same.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest area; likewise.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer [the protocol's].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first N records.")] = None,
     skip_bad: SkipBad = False,
     blank_images: Blank = False,
-    reflect: Annotated[int | None, typer.Option(min=1, help="Captions: this many turns with a critic.")] = None,
+    reflect: Annotated[int | None, typer.Option(min=1, help="Captions: number of turns with a critic.")] = None,
     critic: Annotated[str, typer.Option(metavar="SPEC", help="With --reflect: rule, model:DIR or http:URL")] = "rule",
-    attention: Annotated[Path | None, typer.Option(metavar="DIR", help="With --reflect: where answers look.")] = None,
+    attention: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --reflect: write attention maps here.")
+    ] = None,
     soft: Annotated[str | None, typer.Option(metavar="DIR", help="Captions: sentence-embedding model.")] = None,
-    normalise: Annotated[str | None, typer.Option(help="OCR: nfc, or none (the texts as they are) [nfc].")] = None,
+    normalise: Annotated[str | None, typer.Option(help="OCR: nfc, or none (texts unchanged) [nfc].")] = None,
     out: Annotated[Path | None, typer.Option(help="Write answers and metrics to this JSONL file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -154,7 +165,7 @@ def evaluate(
         from fastrl.report.figures import heat_maps
 
         if task != "caption" or model is None or predictions is not None or blank_images:
-            raise ValueError("--reflect goes with eval caption --model DIR, and neither predictions nor blank images")
+            raise ValueError("--reflect needs eval caption --model DIR, without --predictions and --blank-images")
         metrics = evaluate_reflection(
             data,
             model=model,
@@ -173,7 +184,7 @@ def evaluate(
         _print_metrics(metrics, as_json)
         return
     if attention is not None:
-        raise ValueError("--attention goes with --reflect")
+        raise ValueError("--attention needs --reflect")
     from fastrl.evaluate.run import run_evaluation
 
     metrics = run_evaluation(
@@ -214,14 +225,16 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Data-parallel GPUs.")] = 1,
     model: Model = None,
     images: Annotated[int | None, typer.Option(min=0, help="Images a prompt [data.frames, or 1].")] = None,
-    image_pixels: Annotated[int | None, typer.Option(min=1, help="Area of each [the recipe's largest].")] = None,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt beside its images.")] = 128,
-    answer_tokens: Annotated[int | None, typer.Option(min=1, help="Of each answer [the recipe's longest].")] = None,
-    efficiency: Annotated[float, typer.Option(help="Share of the GPU's rates that is reached.")] = 0.4,
+    image_pixels: Annotated[int | None, typer.Option(min=1, help="Area of each image [the recipe's largest].")] = None,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt besides its images.")] = 128,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each answer [the recipe's longest].")
+    ] = None,
+    efficiency: Annotated[float, typer.Option(help="Fraction of the GPU's peak rates that is reached.")] = 0.4,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Memory, work and time of a recipe's step on a GPU, and what to change where it does not fit. Loads no weights."""
+    """Memory, work and time of a recipe's step on a GPU, and what to change if it does not fit. Loads no weights."""
     from fastrl.plan import advise, gpu_named, make_plan, plan_text, plan_values
     from fastrl.recipe import load_recipe
 
@@ -255,18 +268,18 @@ def tpl_command(
     samples: Annotated[int, typer.Option(min=1, help="Random single frames per clip.")] = 4,
     single: Annotated[str, typer.Option(help="Which single frame: random, first, middle, last or best.")] = "random",
     form: Annotated[str, typer.Option(help="log: nats per token; ppl: perplexities.")] = "log",
-    keep_top: Annotated[float | None, typer.Option(help="Keep this share (or percentage) of the rows.")] = None,
+    keep_top: Annotated[float | None, typer.Option(help="Keep this fraction (or percentage) of the rows.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the kept rows here, with a tpl field.")] = None,
-    curve: Annotated[bool, typer.Option("--curve", help="Score every frame alone.")] = False,
+    curve: Annotated[bool, typer.Option("--curve", help="Score every frame on its own.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Figure [beside --out, else runs/tpl-NAME.png].")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random frames.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random frames.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.")] = None,
     min_pixels: Annotated[int | None, typer.Option(min=1, help="Least area of a resized image.")] = None,
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest area of a resized image.")] = None,
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
-    """Temporal perplexity: how much each answer needs the whole clip, and a filter by it (Video-UTR)."""
+    """Temporal perplexity: how much each answer depends on the whole clip; filter rows by it (Video-UTR)."""
     from fastrl.evaluate.tpl_run import TplOptions, run_tpl
     from fastrl.report.tpl import draw_tpl
 
@@ -303,12 +316,14 @@ def reflect_command(
     model: Annotated[str, typer.Option(metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")],
     critic: Annotated[str, typer.Option(metavar="SPEC", help="rule, model:DIR or http:URL")],
     image: Annotated[Path, typer.Option(help="The picture.")],
-    question: Annotated[str, typer.Option(help="What is asked about it.")] = PROMPTS["caption"],
-    turns: Annotated[int, typer.Option(min=1, help="Answers; all are given.")] = 3,
+    question: Annotated[str, typer.Option(help="The question about it.")] = PROMPTS["caption"],
+    turns: Annotated[int, typer.Option(min=1, help="Number of answers; all are printed.")] = 3,
     stop_at: Annotated[float | None, typer.Option(help="Stop early at an answer of at least this score.")] = None,
     reference: Annotated[list[str] | None, typer.Option(help="A true caption (rule critic; repeatable).")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    attention: Annotated[Path | None, typer.Option(metavar="DIR", help="Write where each answer looks.")] = None,
+    attention: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write attention maps of each answer here.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Let a model answer, a critic score and explain, and the model answer again (RePer)."""
@@ -337,16 +352,16 @@ def reflect_command(
 @app.command()
 def study(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")],
-    held_out: Annotated[str, typer.Option("--held-out", metavar="SPEC", help="What to measure on.")],
+    held_out: Annotated[str, typer.Option("--held-out", metavar="SPEC", help="Data to evaluate on.")],
     data: Data = None,
     model: Model = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of both runs [runs/study-NAME].")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first N records.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for both runs [runs/study-NAME].")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first N records.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer [the protocol's].")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train with and without images, and print both before and after: does what was learned need the image?"""
+    """Train with and without images and compare both, to see whether what was learned depends on the images."""
     from fastrl.recipe import load_recipe
     from fastrl.studies.blind import print_study, run_study
 
@@ -365,8 +380,10 @@ def tiny_build(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     rows: Annotated[int, typer.Option(min=1, help="Scenes per step.")] = 16,
-    start: Annotated[str | None, typer.Option("--from", metavar="DIR", help="Begin with this small model's.")] = None,
-    retokenize: Annotated[bool, typer.Option("--retokenize", help="With --from: a vocabulary of its own.")] = False,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="DIR", help="Start from the weights of this small model.")
+    ] = None,
+    retokenize: Annotated[bool, typer.Option("--retokenize", help="With --from: train a new vocabulary.")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
 ) -> None:
@@ -389,16 +406,16 @@ def tiny_build(
 
 
 def main() -> None:
-    """Run the command; an error the user can mend is one message on stderr and exit status 2."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # where it was said helps no user
+    """Run the command; an error that the user can fix becomes one message on stderr and exit status 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # the source line does not help users
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not type(error).__module__.startswith("fastrl"):
             raise
         file = error.filename if isinstance(error, OSError) else None
-        said = f"{file}: {error.strerror}" if isinstance(error, OSError) and file is not None else str(error)
-        sys.stderr.write(f"error: {said}\n")
+        message = f"{file}: {error.strerror}" if isinstance(error, OSError) and file is not None else str(error)
+        sys.stderr.write(f"error: {message}\n")
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         sys.stderr.write(f"error: {error.name} is not installed; {MISSING}\n")

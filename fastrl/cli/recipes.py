@@ -1,4 +1,4 @@
-"""``fastrl recipes``: which recipes there are, one of them with every key filled in, and what each key means."""
+"""``fastrl recipes``: list recipes, show one with every key, and explain keys."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ WIDTH = 100
 def recipes(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="[RECIPE]", help="Show this one, with every key: a name or a YAML file."),
+        typer.Argument(metavar="[RECIPE]", help="Recipe to show with every key: a name or a YAML file."),
     ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="Every key with its default, range and meaning.")] = False,
-    match: Annotated[str, typer.Option(metavar="TEXT", help="Only recipes, or keys, whose name holds this.")] = "",
+    match: Annotated[str, typer.Option(metavar="TEXT", help="Only recipes, or keys, whose name contains this.")] = "",
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the shipped recipes; show one with every key filled in; or say what each key means."""
+    """List the shipped recipes, show one with every key filled in, or explain the keys."""
     if recipe is not None and (keys or match):
-        raise ValueError("RECIPE shows one recipe, --keys what keys mean and --match chooses among several: give one")
+        raise ValueError(
+            "RECIPE shows one recipe, --keys explains keys and --match filters a list: give only one of them"
+        )
     if overrides and recipe is None:
-        raise ValueError("--set changes a recipe: name one")
+        raise ValueError("--set changes a recipe: give its name too")
     if recipe is not None:
         _show(recipe, overrides or [], as_json)
     elif keys:
@@ -36,15 +38,15 @@ def recipes(
 
 
 def _list(match: str, as_json: bool) -> None:
-    from fastrl.config.shipped import described, shipped_recipes  # without torch: this is done at once
+    from fastrl.config.shipped import described, shipped_recipes  # does not import torch, so it is fast
 
     found = {name: described(name) for name in shipped_recipes() if match in name}
     if as_json:
         print_json({"recipes": found})
         return
     width = max(map(len, found), default=0)
-    for name, said in found.items():
-        print(f"{name:<{width}}  {said}")
+    for name, description in found.items():
+        print(f"{name:<{width}}  {description}")
 
 
 def _show(recipe: str, overrides: list[str], as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the modules of the ``fastrl`` command share: common options, and where text and results go."""
+"""Shared by the modules of the ``fastrl`` command: common options, and output of messages and results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and skip bad ro
 
 
 def say(text: str) -> None:
-    """A line about the work, on stderr."""
+    """Print a progress line on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """The result, as one line on stdout."""
+    """Print the result as one line on stdout."""
     print(json.dumps(value), flush=True)

@@ -302,33 +302,33 @@ class CheckpointRecipe(Section):
 
 
 class EvalRecipe(Section):
-    """Evaluation while training, by the protocols of ``fastrl eval``."""
+    """Evaluation during training, with the protocols of ``fastrl eval``."""
 
     spec: str = ""
-    """The data to evaluate on, as `fastrl eval --data` takes it; none: no evaluation while training."""
+    """Evaluation data, as for `fastrl eval --data`; none: no evaluation during training."""
     adapter: str | None = None
     """As `data.adapter`."""
     every: int = Field(100, ge=1)
-    """Steps between evaluations; the last step is evaluated in any case."""
+    """Steps between evaluations; the last step is always evaluated."""
     at_start: bool = True
-    """Evaluate before the first step as well, to compare with."""
+    """Also evaluate before the first step, as a baseline."""
     n: int | None = Field(None, ge=1)
-    """Evaluate on the first records alone; none: on all."""
+    """Number of records to evaluate, from the first; none: all."""
     metric: str | None = Field(None, min_length=1)
-    """The metric that says which step is the best, without `eval/`; none: the first of the task's protocol."""
+    """The metric that selects the best step, without `eval/`; none: the first of the task's protocol."""
     mode: Literal["max", "min"] | None = None
-    """Whether more or less of the metric is better; none: as is known of it."""
+    """Whether the metric is to be maximised or minimised; none: its known direction."""
     samples: int = Field(1, ge=0)
-    """Answers to each record beside the greedy one, sampled as in training (`eval/sampled/…`: their means); `0`:
+    """Answers per record besides the greedy one, sampled as in training (their means are `eval/sampled/…`); `0`:
     none."""
     max_new_tokens: int | None = Field(None, ge=1, le=2**20)
-    """Longest answer; none: the protocol's. Lower it where answers are short, to save time."""
+    """Longest answer in tokens; none: the protocol's. Lower it if answers are short, to save time."""
     batch: int = Field(64, ge=1)
-    """Prompts answered at once. Lower it where memory is short."""
+    """Prompts answered at once. Lower it if memory is short."""
     patience: int | None = Field(None, ge=1)
-    """Stop the run after this many evaluations in a row without a better one; none: never."""
+    """Stop after this many consecutive evaluations without improvement; none: never."""
     min_delta: float = Field(0.0, ge=0)
-    """What is better has to be so by more than this."""
+    """A new best must improve on the previous one by more than this."""
 
     @field_validator("spec", mode="before")
     @classmethod
@@ -347,21 +347,21 @@ class LogRecipe(Section):
     samples: int = Field(4, ge=1)
     """Answers in such a table."""
     to: list[str] | None = None
-    """Where numbers and samples go beside the run's folder: `tensorboard`, `wandb`, `trackio`, or a class of your own,
-    `my_logger.py:Logger`; none: `tensorboard`, where it is installed."""
+    """Loggers besides the run's folder: `tensorboard`, `wandb`, `trackio`, or your own class, `my_logger.py:Logger`;
+    none: `tensorboard` if it is installed."""
     project: str | None = Field(None, min_length=1)
-    """Of wandb and trackio; none: `WANDB_PROJECT`, else `fastrl`."""
+    """Project name for wandb and trackio; none: `WANDB_PROJECT`, else `fastrl`."""
 
     @model_validator(mode="before")
     @classmethod
     def _tensorboard(cls, values: Any) -> Any:
-        """``tensorboard: true`` or ``false``, of recipes from before ``to``."""
+        """Accept ``tensorboard: true`` or ``false`` from older recipes and convert it to ``to``."""
         if not isinstance(values, Mapping) or "tensorboard" not in values:
             return values
         values = dict(values)
         wanted, to = values.pop("tensorboard"), values.get("to")
         if not isinstance(wanted, bool):
-            raise ValueError(f"tensorboard is true or false, got {wanted!r:.40}; log.to replaces it")
+            raise ValueError(f"tensorboard must be true or false, got {wanted!r:.40}; log.to replaces it")
         named = [to] if isinstance(to, str) else to
         if not wanted:
             values["to"] = [name for name in named or () if name != "tensorboard"]

@@ -1,4 +1,4 @@
-"""Which of a run's evaluations is the best, and whether it is time to stop: by one metric whose direction is known."""
+"""Select the best evaluation of a run by one metric, and decide on early stopping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastrl.config.registry import nearest
 
 Mode = Literal["max", "min"]
 
-# What a protocol's numbers are better at, by the metric's name, or its last part (object_recall: recall).
+# Direction of the protocols' metrics, by full name or by first or last part (object_recall: recall).
 DIRECTIONS: Mapping[str, Mode] = MappingProxyType(
     {
         **dict.fromkeys(
@@ -36,14 +36,14 @@ SAMPLED = "sampled/"
 
 
 def direction(metric: str) -> Mode | None:
-    """Whether more or less of a metric is better; None: it is not known."""
+    """Whether a metric is to be maximised or minimised; None if unknown."""
     name = metric.rpartition("/")[2]
     parts = (name, name.partition("_")[0], name.rpartition("_")[2])  # accuracy_TYPE; object_recall
     return next((DIRECTIONS[part] for part in parts if part in DIRECTIONS), None)
 
 
 def check_metric(metric: str, known: Iterable[str], mode: Mode | None) -> Mode:
-    """The direction of a metric of those ``known``. Raises ``ValueError``, with what is allowed."""
+    """The direction of a metric. Raises ``ValueError``, which lists what is allowed, if it is not in ``known``."""
     names = list(known)
     if metric not in names:
         bare = metric.removeprefix("eval/")
@@ -52,21 +52,20 @@ def check_metric(metric: str, known: Iterable[str], mode: Mode | None) -> Mode:
         raise ValueError(f"eval.metric: no metric {metric!r} here{hint} There are: {', '.join(names)}")
     found = mode or direction(metric)
     if found is None:
-        raise ValueError(f"eval.metric: whether more {metric} is better is not known: set eval.mode to max or min")
+        raise ValueError(f"eval.metric: the direction of {metric} is not known: set eval.mode to max or min")
     return found
 
 
 @dataclass
 class Best:
-    """The best value of one metric so far, and for how many evaluations there was none better.
+    """The best value of one metric so far, and the number of evaluations since.
 
     Args:
-        mode: whether more or less is better.
-        min_delta: by how much a value has to be better than the best so far.
-        patience: after how many evaluations in a row without a better one a run is over; None: never.
+        mode: whether the metric is maximised or minimised.
+        min_delta: a new best must improve on the previous one by more than this.
+        patience: consecutive evaluations without improvement after which training stops; None: no limit.
 
-    ``step`` and ``value`` are those of the best (None: there is none yet); ``start`` is the value before the first
-    step.
+    ``step`` and ``value`` belong to the best (None: none yet); ``start`` is the value before the first step.
     """
 
     mode: Mode
@@ -78,8 +77,10 @@ class Best:
     start: float | None = None
 
     def take(self, step: int, value: float | None) -> bool:
-        """Whether the value of an evaluation after ``step`` is the best so far. One that is not defined never is; that
-        of step 0 is only there to compare with, as no checkpoint holds those weights."""
+        """Record the value of an evaluation after ``step``; return whether it is the best so far.
+
+        An undefined value never is. The value of step 0 is only a baseline, as no checkpoint has those weights.
+        """
         value = value if value is not None and math.isfinite(value) else None
         if step == 0:
             self.start = value
@@ -92,15 +93,15 @@ class Best:
 
     @property
     def over(self) -> bool:
-        """Whether the patience is at its end."""
+        """Whether the patience is exhausted."""
         return self.patience is not None and self.waited >= self.patience
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {"step": self.step, "value": self.value, "waited": self.waited, "start": self.start}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`. Raises ``KeyError`` and ``TypeError``."""
+        """Restore :meth:`state`. Raises ``KeyError`` or ``TypeError`` if it is malformed."""
         self.step, self.value = _maybe(int, state["step"]), _maybe(float, state["value"])
         self.waited, self.start = int(state["waited"]), _maybe(float, state["start"])
 

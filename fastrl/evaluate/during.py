@@ -1,7 +1,7 @@
-"""Evaluation while training: a set of records measured every so many steps, by the protocols of ``fastrl eval``.
+"""Periodic evaluation during training on a fixed set of records, with the protocols of ``fastrl eval``.
 
-Nothing of the training changes by it: random states are put back, and its time is not the step's. What it found lies
-in the run's checkpoints (:meth:`Evaluation.state`): a resumed run knows the best so far and how long it has waited.
+Evaluation does not affect training: random states are restored, and its time does not count as the step's. The best
+value and the patience used so far are part of checkpoints (:meth:`Evaluation.state`), so a resumed run has them too.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ if TYPE_CHECKING:
     from fastrl.rewards.functions import Functions
 
 T = TypeVar("T")
-REWARD = "reward"  # the mean reward of the recipe: of tasks without a protocol, and where it is asked for
-# What a set or a model may do to an evaluation. Anything else is a fault of this package, and shows as one.
+REWARD = "reward"  # the recipe's mean reward: for tasks without a protocol, or if chosen as eval.metric
+# Errors that data or model can cause; they are reported as EvaluationError. Any other error is a bug and propagates.
 FAULTS = (ValueError, OSError, ArithmeticError, RolloutError, torch.OutOfMemoryError)
 
 
 class EvaluationError(RuntimeError):
-    """An evaluation that could not be made; the run's weights are as they were."""
+    """An evaluation failed; the run's weights are unchanged."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is measured: records by task, and the metric that decides which weights are the best."""
+    """An evaluation set: records by task, and the metric that selects the best weights."""
 
     tasks: Mapping[str, Sequence[Record]]
     metric: str
     mode: Mode
-    rewards: RecipeRewards | None  # None: protocols alone
-    summary: str = ""  # rows that no record was made of
+    rewards: RecipeRewards | None  # None: protocols only
+    summary: str = ""  # summary of rows that did not become records
 
     def __len__(self) -> int:
         return sum(map(len, self.tasks.values()))
 
     def metrics(self, answers: Mapping[str, Sequence[Answer]]) -> dict[str, float | None]:
-        """Metrics of each task's answers; with several tasks, their names begin with the task's."""
+        """Metrics of each task's answers; with several tasks, names are prefixed with the task."""
         found: dict[str, float | None] = {}
         for task, given in answers.items():
             if task in EVALUATIONS:
@@ -74,29 +74,28 @@ class Evaluated(NamedTuple):
     """One evaluation."""
 
     row: dict[str, Any]  # of ``eval.jsonl``
-    better: bool  # the best so far
-    short: str  # for a line about the step
-    text: str  # for a line of its own
+    better: bool  # whether it is the best so far
+    short: str  # to append to progress lines
+    text: str  # a line for the log
 
 
 def held_out(
     recipe: Recipe, records: Sequence[Record] | None = None, functions: Functions | None = None
 ) -> HeldOut | None:
-    """The evaluation set of a recipe, checked as far as it can be without a model; None: the recipe has none.
+    """The evaluation set of a recipe, checked as far as possible without a model; None if the recipe has none.
 
     Args:
         recipe: its ``eval`` section.
-        records: the set, where it is not to be loaded from ``eval.spec``.
-        functions: the user's own reward functions, where they were made before.
+        records: the set, instead of loading ``eval.spec``.
+        functions: the user's reward functions, if already loaded.
 
     Raises:
-        ValueError: a set that cannot be loaded or measured, a metric that it does not have, or one of unknown
-            direction.
+        ValueError: the set cannot be loaded or evaluated, or the metric is unknown or has an unknown direction.
     """
     section = recipe.eval
     if not section.spec and records is None:
         if section.model_dump(exclude_defaults=True):
-            raise ValueError("eval.spec: which data to evaluate on is missing, though other keys of eval are set")
+            raise ValueError("eval.spec: missing, although other keys of eval are set; give a data spec")
         return None
     data = records if records is not None else _load(recipe)
     summary = data.summary if isinstance(data, Dataset) else ""
@@ -104,7 +103,7 @@ def held_out(
     if recipe.data.blank_images:
         chosen = BlankImages(chosen)
     places: dict[str, list[int]] = {}
-    for index in range(len(chosen)):  # one at a time: they may be drawn, or cut from a video, when asked for
+    for index in range(len(chosen)):  # one at a time: records may be rendered, or cut from a video, on access
         places.setdefault(chosen[index].task, []).append(index)
     tasks = {task: Chosen(chosen, indices) for task, indices in places.items()}
     scored = (section.metric or "").removeprefix(SAMPLED) == REWARD or not tasks.keys() <= EVALUATIONS.keys()
@@ -115,14 +114,14 @@ def held_out(
         raise ValueError(f"eval.spec: {error}") from error
     names += [SAMPLED + name for name in names] if section.samples else []
     if section.metric is None and len(tasks) > 1 and not scored:
-        raise ValueError(f"eval.metric: needed, as the set has several tasks. There are: {', '.join(names)}")
+        raise ValueError(f"eval.metric: required, as the set has several tasks. Allowed: {', '.join(names)}")
     metric = section.metric if section.metric is not None else REWARD if scored else names[0]
     return HeldOut(tasks, metric, check_metric(metric, names, section.mode), rewards, summary)
 
 
 def _names(tasks: Mapping[str, Sequence[Record]], rewards: RecipeRewards | None) -> list[str]:
-    """The metrics of a set, as its protocols give them for answers that say nothing. Raises ``ValueError`` for a set
-    that cannot be answered or scored."""
+    """Names of a set's metrics, found by scoring empty answers. Raises ``ValueError`` for a set that cannot be answered
+    or scored."""
     for task, members in tasks.items():
         if task in EVALUATIONS:
             check_answerable(task, members)
@@ -141,7 +140,7 @@ def _names(tasks: Mapping[str, Sequence[Record]], rewards: RecipeRewards | None)
 
 
 def _load(recipe: Recipe) -> Dataset:
-    """As ``fastrl eval`` loads it; pictures are decoded at once where they would first be looked at during the run."""
+    """Load as ``fastrl eval`` does; decode pictures now if they would otherwise first be opened during the run."""
     section, skip = recipe.eval, recipe.data.skip_bad
     try:
         data = load_data(recipe.eval_spec, skip_bad=skip)
@@ -157,20 +156,20 @@ def _load(recipe: Recipe) -> Dataset:
 
 
 class Evaluation:
-    """The evaluations of a run. With several ranks each answers a part of the records, and the first scores them all.
+    """The evaluations of a run. With several ranks, each answers a part of the records and the first scores them all.
 
     Args:
-        recipe: its ``eval`` section says when, its ``rollout`` section how answers are sampled.
-        held_out: what is measured; None: nothing, and it is never time to.
-        context: of the run's method: its policy answers, its clock is read.
-        engine: tells ranks of each other's answers.
+        recipe: ``eval`` has the schedule, ``rollout`` the sampling settings.
+        held_out: the evaluation set; None: no evaluation is ever due.
+        context: the method's context; provides the policy and the clock.
+        engine: gathers answers from all ranks.
     """
 
     def __init__(self, recipe: Recipe, held_out: HeldOut | None, context: Context, engine: Engine) -> None:
         self.recipe, self.held_out, self.context, self.engine = recipe, held_out, context, engine
         section = recipe.eval
         self.best = Best(held_out.mode if held_out else "max", section.min_delta, section.patience)
-        self.note = ""  # what a resume should know
+        self.note = ""  # message to show on a resume
         self._last = -1  # the last step that was measured
 
     @property
@@ -180,12 +179,12 @@ class Evaluation:
 
     @property
     def skipped(self) -> str:
-        """A line about rows of the set that no record was made of; empty where there are none."""
+        """A line about rows of the set that did not become records; empty if there are none."""
         summary = self.held_out.summary if self.held_out is not None else ""
         return f"eval.spec: {summary}" if summary else ""
 
     def due(self, step: int) -> bool:
-        """Whether it is time to measure the weights after ``step``, and that was not done yet."""
+        """Whether an evaluation after ``step`` is scheduled and has not been made yet."""
         if self.held_out is None or step == self._last:
             return False
         if step == 0:
@@ -194,14 +193,14 @@ class Evaluation:
 
     @property
     def over(self) -> bool:
-        """Whether the run has waited long enough for something better."""
+        """Whether the patience is exhausted."""
         return self.best.over
 
     def measure(self, step: int) -> Evaluated:
-        """Measure the weights as they are, after ``step``. Every rank calls this.
+        """Evaluate the current weights, after ``step``. Every rank must call this.
 
         Raises:
-            EvaluationError: records that cannot be answered or scored, or weights that give no numbers.
+            EvaluationError: records cannot be answered or scored, or the weights produce non-finite values.
         """
         assert self.held_out is not None
         clock = self.context.clock
@@ -210,7 +209,7 @@ class Evaluation:
             if self.section.samples:
                 sampled = self._metrics(step, greedy=False)
                 found |= {f"eval/{SAMPLED}{name}": value for name, value in sampled.items()}
-        seconds = sum(clock.read().values())  # phases of this alone: those of the step before were read at its end
+        seconds = sum(clock.read().values())  # only this evaluation: the phases of the step before were already read
         value = found.get(f"eval/{self.held_out.metric}")
         better = self.best.take(step, value)
         self._last = step
@@ -218,7 +217,7 @@ class Evaluation:
         return Evaluated(row, better, self._short(value), self._text(step, found, better, seconds))
 
     def verdict(self, step: int) -> str:
-        """What the evaluations came to, at the end of a run that did ``step`` steps; empty where there were none."""
+        """Summary line at the end of a run of ``step`` steps; empty if nothing was evaluated."""
         best, name = self.best, self.held_out.metric if self.held_out is not None else ""
         if self.held_out is None or (best.value is None and not best.over):
             return ""
@@ -230,17 +229,17 @@ class Evaluation:
         return f"best {name}: {found}"
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; empty where nothing was measured yet."""
+        """State for a checkpoint; empty if nothing was evaluated yet."""
         if self.held_out is None or self._last < 0:
             return {}
         return {"of": self._identity(), "last": self._last, **self.best.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`; what was measured on another set, or by another metric, is forgotten."""
+        """Restore :meth:`state`; discarded if the evaluation set or the metric has changed."""
         if self.held_out is None:
             return
         if state["of"] != self._identity():
-            self.note = "evaluation is on another set or by another metric than before: its best so far is forgotten"
+            self.note = "the evaluation set or metric has changed: the best so far is discarded"
             return
         self._last = int(state["last"])
         self.best.load(state)
@@ -252,7 +251,7 @@ class Evaluation:
         return {"spec": section.spec, "adapter": section.adapter, "max_new_tokens": section.max_new_tokens, **chosen}
 
     def _metrics(self, step: int, *, greedy: bool) -> dict[str, float | None]:
-        """Metrics of one answer to each record, or the means over several sampled ones."""
+        """Metrics of one greedy answer per record, or means over several sampled ones."""
         held = self.held_out
         assert held is not None
         given = self._together(step, lambda: self._answers(greedy))
@@ -264,7 +263,7 @@ class Evaluation:
         return self._together(step, score if first else dict)[0]
 
     def _answers(self, greedy: bool) -> list[list[Answer]]:
-        """This rank's answers to each of its records, whose pictures stay where a reward here may look at them."""
+        """This rank's answers to its records. Pictures are dropped unless a reward on this rank may need them."""
         from fastrl.rollout import Generator, Sampling
 
         held, section, rollout, context = self.held_out, self.section, self.recipe.rollout, self.context
@@ -298,7 +297,7 @@ class Evaluation:
         return found
 
     def _whole(self, given: Sequence[Sequence[Sequence[Answer]]], which: int) -> dict[str, list[Answer]]:
-        """The answers numbered ``which`` to all records by task, of those of all ranks, in the order of the records."""
+        """The ``which``-th answer to every record, by task, merged from all ranks in record order."""
         held = self.held_out
         assert held is not None
         left = [iter(answers) for answers in given]
@@ -308,7 +307,7 @@ class Evaluation:
         }
         if held.rewards is None or len(given) == 1:
             return whole
-        return {  # pictures did not travel between ranks
+        return {  # pictures are not sent between ranks
             task: [
                 answer._replace(record=replace(answer.record, images=record.images))
                 for answer, record in zip(answers, held.tasks[task], strict=True)
@@ -317,7 +316,7 @@ class Evaluation:
         }
 
     def _together(self, step: int, work: Callable[[], T]) -> list[T]:
-        """What the work of each rank gives. Where it fails on one, it fails on all."""
+        """Run ``work`` on each rank and return all results. If it fails on one rank, all raise."""
         found: T | None = None
         failed = None
         try:
@@ -351,7 +350,7 @@ class Evaluation:
 
 @contextmanager
 def own_random(seed: int) -> Iterator[None]:
-    """Inside: random states of their own, seeded; after: those from before, of Python, NumPy, torch and its GPU."""
+    """Use seeded random states in a block; afterwards restore those of Python, NumPy, torch and the GPU."""
     python, legacy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     random.seed(seed)
@@ -368,7 +367,7 @@ def own_random(seed: int) -> Iterator[None]:
 
 
 def _mean(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """The mean of each metric; None where one of them is not defined."""
+    """The mean of each metric; None if it is undefined in any row."""
     found: dict[str, float | None] = {}
     for name in rows[0]:
         values = [row.get(name) for row in rows]

@@ -91,7 +91,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a log that a run need not have, and how many of its lines are none."""
+    """The rows of an optional log, and the number of its lines that are not rows."""
     return read_anyhow(path) if path.is_file() else ([], 0)
 
 
@@ -140,8 +140,7 @@ def families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The keys of evaluations by metric: of greedy answers, and of sampled ones beside them. The number of records is
-    left out."""
+    """Keys of evaluations by metric, for greedy and sampled answers; without the number of records."""
     found: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for row in rows for key, value in row.items() if is_number(value)):
         metric = key.removeprefix("eval/").removeprefix("sampled/")
@@ -151,7 +150,7 @@ def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def _evaluation_section(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A chart of each metric, the best step marked."""
+    """A chart of each metric, with the best step marked."""
     if not rows:
         return ""
     best = max((row["step"] for row in rows if row.get("best") is True), default=None)

@@ -45,10 +45,10 @@ DATA = "data.json"
 
 
 class Keeps(Protocol):
-    """A part of a run that knows something between steps."""
+    """A part of a run with state to save in checkpoints."""
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` needs, as JSON has it; empty: nothing."""
+        """JSON-serialisable state for :meth:`load`; empty if there is none."""
         ...
 
     def load(self, state: Mapping[str, Any]) -> None: ...
@@ -290,7 +290,7 @@ def _load_rank(folder: Path, state: dict[str, Any], run: RunState) -> None:
         with _usable(path, "the method's state"):
             run.method.load(state["method"])
     if "evaluation" in state and run.evaluation is not None:
-        with _usable(path, "what evaluations found"):
+        with _usable(path, "the state of evaluations"):
             run.evaluation.load(state["evaluation"])
     with _usable(path, "the random state of Python"):
         version, words, gauss = state["python"]

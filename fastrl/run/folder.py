@@ -83,7 +83,7 @@ def begin_run(recipe: Recipe, done: int) -> list[str]:
     clear_unfinished(out)
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     notes = [f"set aside, as its step will be done again: {path}" for path in set_aside(out, done)]
-    last = done if done else -1  # nothing of a run that begins anew, not even what was measured before its first step
+    last = done if done else -1  # a new run keeps no rows, not even of an evaluation before the first step
     notes += [str(cut) for cut in (cut_rows(out / name, last) for name in LOGS) if str(cut)]
     replace_file(out / "recipe.yaml", recipe.dump().encode())
     return notes

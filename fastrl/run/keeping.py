@@ -44,7 +44,7 @@ def step_of(folder: Path) -> int:
 
 
 def folder_of(out: Path, step: int) -> Path:
-    """Where a run's checkpoint of ``step`` is, or would be."""
+    """Folder of a run's checkpoint of ``step``, whether or not it exists."""
     return out / "checkpoints" / f"step-{step:08d}"
 
 
@@ -86,11 +86,11 @@ def keep(out: Path, reason: str, step: int | None) -> None:
 
 
 def keep_best(out: Path, step: int | None) -> str:
-    """Keep the checkpoint of ``step`` as the best one (None: of none). Returns a line where it is not there any more:
-    then none is kept."""
+    """Keep the checkpoint of ``step`` as the best one (None: keep none). If it no longer exists, none is kept and a
+    message is returned."""
     there = step is None or folder_of(out, step).is_dir()
     keep(out, BEST, step if there else None)
-    return "" if there else f"the best checkpoint so far, of step {step}, is not there any more"
+    return "" if there else f"the best checkpoint so far, of step {step}, no longer exists"
 
 
 def _link_best(out: Path, step: int | None) -> None:

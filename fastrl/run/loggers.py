@@ -1,6 +1,6 @@
-"""Where a run's numbers and samples go beside its folder: TensorBoard, wandb, trackio, or a class of a user's own.
+"""Loggers of metrics and samples besides the run's folder: TensorBoard, wandb, trackio, or a user's class.
 
-A logger is a guest: what it raises is said once, and the run goes on without it. Each is imported when it is named.
+An error in a logger is reported once and never ends the run. Loggers are imported only if named.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from fastrl.config.registry import nearest
 from fastrl.config.usercode import UserCodeError, load_function, where_it_raised
 from fastrl.run.progress import printable
 
-FAILURES = 3  # in a row, after which a logger is left alone
-CAPTION = 300  # characters under a picture
+FAILURES = 3  # consecutive failures after which a logger is removed
+CAPTION = 300  # maximum characters of a picture's caption
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a logger is told of a run when it begins."""
+    """Information about a run, passed to ``open``."""
 
-    name: str  # of its folder
+    name: str  # name of its folder
     folder: Path
     project: str | None  # ``log.project``
     recipe: Mapping[str, Any]  # every key, plain values
-    step: int  # the steps done: of a resume more than 0, and what was logged of later steps is void
+    step: int  # completed steps; more than 0 on a resume, which repeats later steps that were already logged
 
 
 class Logger:
-    """The hooks and their defaults. A subclass, or any class with a ``log``, is taken.
+    """The hooks and their defaults. A subclass, or any class with a ``log`` method, is accepted.
 
-    All are called in the training process, on the first rank only, one after another: what waits in one holds up the
-    run. Whatever is raised is said once and never ends the run; after three failures in a row it is called no more.
+    All hooks are called in sequence in the training process, on the first rank only, so a slow hook delays training. An
+    error is reported once and never ends the run; after three consecutive failures the logger is no longer called.
     """
 
     def open(self, run: RunInfo) -> None:
-        """Before the first step. A logger that fails here is not called again."""
+        """Called before the first step. A logger that fails here is not called again."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """The numbers of a step, as in ``metrics.jsonl``, or of an evaluation after it (``eval/…``), as in
-        ``eval.jsonl``. Those that are not finite are left out."""
+        """Called with the metrics of a step, as in ``metrics.jsonl``, or of an evaluation after it (``eval/…``), as in
+        ``eval.jsonl``. Non-finite values are omitted."""
         raise NotImplementedError
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sample answers of a step: the rows of ``samples.jsonl``, and ``picture``: a PIL image of at most 448 pixels a
-        side with the true boxes in green and those of the answer in red, or None."""
+        """Called with sample answers of a step: the rows of ``samples.jsonl``, plus ``picture``: a PIL image of at most
+        448 pixels per side with the true boxes in green and those of the answer in red, or None."""
 
     def close(self) -> None:
-        """After the last step, however the run ended, unless the process was killed."""
+        """Called after the last step, also if the run failed, unless the process was killed."""
 
 
 HOOKS = tuple(name for name in vars(Logger) if not name.startswith("_"))
@@ -88,7 +88,7 @@ class TensorBoard(Logger):
 
 
 class Wandb(Logger):
-    """Weights & Biases; ``WANDB_MODE=offline`` keeps all of it in ``OUT/wandb``. A resume goes on with the same run."""
+    """Weights & Biases; ``WANDB_MODE=offline`` keeps everything in ``OUT/wandb``. A resume continues the same run."""
 
     def open(self, run: RunInfo) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -112,7 +112,7 @@ class Wandb(Logger):
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         cells = [_cells(row, self._wandb.Image) for row in rows]
         table = self._wandb.Table(columns=list(cells[0]), data=[list(row.values()) for row in cells])
-        # Offline, a table's pictures lie in wandb's own folder; these lie in the run's.
+        # Offline, wandb stores a table's pictures in its own folder, but these in the run's.
         pictures = [
             self._wandb.Image(row["picture"], caption=f"{row['id']}: {row['answer']}"[:CAPTION])
             for row in rows
@@ -125,13 +125,13 @@ class Wandb(Logger):
 
 
 class Trackio(Logger):
-    """trackio, in its folder on this machine (``TRACKIO_DIR``), or where its own variables say."""
+    """trackio, in its local folder (``TRACKIO_DIR``), or wherever trackio's own variables point."""
 
     def open(self, run: RunInfo) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
         self._trackio = trackio
-        with redirect_stdout(sys.stderr):  # what it prints is no result of a command
+        with redirect_stdout(sys.stderr):  # stdout is reserved for the command's result
             trackio.init(
                 project=run.project or "fastrl",
                 name=run.name,
@@ -160,10 +160,10 @@ BUILT_IN: Mapping[str, type[Logger]] = MappingProxyType(
 
 
 def make_loggers(names: Sequence[str] | None) -> dict[str, Any]:
-    """The loggers that ``log.to`` names, none of them opened yet; None: TensorBoard where it is installed.
+    """The loggers that ``log.to`` names, not opened yet; None: TensorBoard if it is installed.
 
     Raises:
-        ValueError: one that is not installed, a file or class that is not there, or a class that is no logger.
+        ValueError: a logger is not installed, its file or class does not exist, or the class is not a logger.
     """
     if names is None:
         return {name: BUILT_IN[name]() for name in ("tensorboard",) if _installed(name)}
@@ -171,7 +171,7 @@ def make_loggers(names: Sequence[str] | None) -> dict[str, Any]:
     for name in names:
         if name in BUILT_IN:
             if not _installed(name):
-                raise ValueError(f"log.to: {name} is not installed: pip install 'fastrl[track]', or leave it out")
+                raise ValueError(f"log.to: {name} is not installed: pip install 'fastrl[track]', or remove it")
             made[name] = BUILT_IN[name]()
         else:
             made[name] = _own(name)
@@ -179,17 +179,17 @@ def make_loggers(names: Sequence[str] | None) -> dict[str, Any]:
 
 
 class Loggers:
-    """Several loggers as one, by name. What one raises is said once, with its name.
+    """Several loggers as one, by name. An error of one is reported once, with its name.
 
     Args:
-        loggers: as :func:`make_loggers` gives them.
-        run: what each is opened with.
-        say: told of failures.
+        loggers: from :func:`make_loggers`.
+        run: passed to ``open``.
+        say: called with messages about failures.
     """
 
     def __init__(self, loggers: Mapping[str, Any], run: RunInfo, say: Callable[[str], None]) -> None:
         self._say = say
-        self._failed = dict.fromkeys(loggers, 0)  # times in a row
+        self._failed = dict.fromkeys(loggers, 0)  # consecutive failures
         self._said: set[str] = set()
         self._loggers = dict(loggers)
         for name in loggers:
@@ -197,19 +197,19 @@ class Loggers:
                 del self._loggers[name]
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """A row of metrics; what is no finite number is left out."""
+        """Log a row of metrics, without values that are not finite numbers."""
         values = {key: float(v) for key, v in row.items() if key != "step" and _is_finite(v)}
         self._all("log", step, values)
 
     def samples(self, step: int, rows: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
-        """Sample answers, made only where somebody takes them."""
+        """Log sample answers; ``rows`` is only called if a logger takes them."""
         if any(hasattr(logger, "samples") for logger in self._loggers.values()):
             self._all("samples", step, rows())
 
     def close(self) -> None:
-        """Close all."""
+        """Close all loggers."""
         for name in list(self._loggers):
-            self._call(name, "close", more="some of what it was told may be lost")
+            self._call(name, "close", more="some of its data may be lost")
         self._loggers = {}
 
     def _all(self, hook: str, step: int, value: Any) -> None:
@@ -225,23 +225,23 @@ class Loggers:
                 del self._loggers[name]
 
     def _call(self, name: str, hook: str, *given: Any, more: str) -> bool:
-        """Whether a hook could be called; one that a logger does not have can."""
+        """Call a hook; return whether it succeeded. A missing hook counts as success."""
         function = getattr(self._loggers[name], hook, None)
         if function is None:
             return True
         try:
             function(*given)
-        except (Exception, SystemExit) as error:  # whatever a logger does, it is no reason to end a run
+        except (Exception, SystemExit) as error:  # a logger must never end the run
             if name not in self._said:
                 self._said.add(name)
                 what = f"{where_it_raised(error)}{type(error).__name__}: {error}"
-                self._say(f"logger {name} failed in {hook}: {what}; the run goes on, {more}")
+                self._say(f"logger {name} failed in {hook}: {what}; the run continues, {more}")
             return False
         return True
 
 
 def _own(name: str) -> Any:
-    """A logger of a user's own, made without arguments."""
+    """An instance of a user's logger class, created without arguments."""
     try:
         made = load_function(name)()
     except UserCodeError as error:
@@ -249,7 +249,7 @@ def _own(name: str) -> Any:
     except Exception as error:
         what = f"{where_it_raised(error)}{type(error).__name__}: {error}"
         raise ValueError(
-            f"log.to: {name} cannot be made without arguments: {what} (what may fail belongs into open)"
+            f"log.to: {name} cannot be created without arguments: {what} (code that may fail belongs in open)"
         ) from error
     if isinstance(made, Logger):
         if type(made).log is Logger.log:
@@ -259,7 +259,7 @@ def _own(name: str) -> Any:
     for attribute in dir(type(made)):
         known = attribute.startswith("_") or attribute in HOOKS or not callable(getattr(type(made), attribute))
         if not known and (near := nearest(attribute, HOOKS, cutoff=0.8)):
-            raise ValueError(f"log.to: {name}: {attribute} is no hook of a logger; did you mean {near}?")
+            raise ValueError(f"log.to: {name}: {attribute} is not a hook of a logger; did you mean {near}?")
     return made
 
 
@@ -272,7 +272,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _cells(row: Mapping[str, Any], image: Callable[[Any], Any]) -> dict[str, Any]:
-    """The columns of a table of samples."""
+    """A row of a table of samples."""
     parts = ", ".join(f"{name} {value:.3g}" for name, value in row["rewards"].items())
     texts = {name: str(row[name]) for name in ("id", "question", "answer")}
     picture = image(row["picture"]) if row["picture"] is not None else None

@@ -204,7 +204,7 @@ class MetricsLog:
         self._evaluations = Appended(out / "eval.jsonl")
         self._notes = Appended(out / "notes.jsonl")
         self._files = (self._rows, self._samples, self._evaluations, self._notes)
-        self._step = run.step if run is not None else 0  # the last that was heard of
+        self._step = run.step if run is not None else 0  # the last logged step
 
         def tell(text: str) -> None:
             say(text)

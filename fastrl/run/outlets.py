@@ -1,4 +1,4 @@
-"""Everybody who is told of a run, as one: its log, its display, and the callbacks of whoever called ``train``."""
+"""Dispatch a run's events to its log, its progress display and the user's callbacks."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from fastrl.run.samples import Sample
 
 
 class Outlets:
-    """Passes on what happens in a run. What is written comes first: a callback may end the run."""
+    """Dispatches a run's events. Logs are written first, since a callback may end the run."""
 
     def __init__(self, log: MetricsLog | NoLog, progress: Progress, callbacks: Callbacks) -> None:
         self.log, self.progress, self.callbacks = log, progress, callbacks
 
     @property
     def reason(self) -> str | None:
-        """Why a callback ends the run; None: none does."""
+        """Why a callback ends the run; None if none does."""
         return self.callbacks.reason
 
     def say(self, text: str) -> None:
-        """A line for whoever watches."""
+        """Show a line to the user."""
         self.progress.note(text)
 
     def note(self, step: int, text: str) -> None:
-        """A line that stays with the run; nothing where it is empty."""
+        """Show a line and add it to the run's notes; does nothing if it is empty."""
         if text:
             self.progress.note(text)
             self.log.note(step, text)
 
     def step(self, row: Mapping[str, Any], samples: Sequence[Sample]) -> None:
-        """A step is done; ``samples`` are of a step that a table of them is due for."""
+        """Report a finished step; ``samples`` is empty unless a table of samples is due."""
         self.log.write(row)
         self.progress.step(row)
         if samples:
@@ -45,11 +45,11 @@ class Outlets:
         self.callbacks.step(row)
 
     def evaluation(self, row: Mapping[str, Any], short: str, text: str) -> None:
-        """An evaluation is done: its row, a few words for the lines to come, and a line of its own."""
+        """Report an evaluation: its row, a short text for later progress lines, and a line of its own."""
         self.log.evaluation(row)
         self.progress.evaluation(short, text)
         self.callbacks.evaluation(row)
 
     def checkpoint(self, path: Path) -> None:
-        """A checkpoint was written."""
+        """Report a written checkpoint."""
         self.callbacks.checkpoint(path)

@@ -63,7 +63,7 @@ class Progress:
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
 
     def evaluation(self, short: str, text: str) -> None:
-        """An evaluation is done: ``text`` on a line of its own, and ``short`` beside the steps from here on."""
+        """Show ``text`` on a line of its own, and ``short`` on progress lines from now on."""
         self._evaluated = short
         self.note(text)
 

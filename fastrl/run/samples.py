@@ -1,4 +1,4 @@
-"""Sample answers of a step: which are shown, as rows, and as pictures with their boxes."""
+"""Sample answers of a step, as rows and as pictures with boxes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from fastrl.data.records import Record
 
 SIDE = 448  # longest side of a sample's picture, in pixels
-DRAWN = 100_000  # characters of an answer that are looked at for boxes
+DRAWN = 100_000  # characters of an answer that are searched for boxes
 TRUTH, ANSWER = "#1a9850", "#d73027"
 
 
 class Sample(NamedTuple):
-    """An answer that is shown."""
+    """A sample answer."""
 
-    row: dict[str, Any]  # of ``samples.jsonl``
+    row: dict[str, Any]  # as in ``samples.jsonl``
     record: Record | None
 
 
@@ -46,20 +46,20 @@ def _row(completion: Completion, record: Record | None) -> dict[str, Any]:
         "answer": completion.text,
         "reward": completion.scalars.get("reward"),
         "rewards": completion.rewards,
-        "frame": record.frame if record else "auto",  # what the answer's coordinates mean, with views
+        "frame": record.frame if record else "auto",  # the frame of the answer's coordinates, for drawing with views
         "views": [dataclasses.astuple(view) for view in record.views] if record else [],
     }
 
 
 def with_picture(sample: Sample) -> dict[str, Any]:
-    """The row of a sample, and ``picture``: its first picture with true and answered boxes; None: it has none, or it
-    cannot be opened any more."""
+    """The row of a sample plus ``picture``: its first picture with the true and the answer's boxes; None if there is
+    none or it can no longer be opened."""
     record = sample.record
     picture = None
     if record is not None and record.images:
         try:
             picture = drawn(record, sample.row["answer"])
-        except (OSError, ValueError, OverflowError):  # gone since it was sampled; coordinates that are none
+        except (OSError, ValueError, OverflowError):  # file deleted since sampling; invalid coordinates
             picture = None
     return {**sample.row, "picture": picture}
 
@@ -83,7 +83,7 @@ def drawn(record: Record, answer: str) -> Image:
 
 
 def true_boxes(record: Record) -> Sequence[Sequence[float]]:
-    """The boxes of a record's truth, in pixels of the original picture; none of a task that has none."""
+    """The true boxes of a record, in pixels of the original picture; empty for tasks without boxes."""
     return [record.target["box"]] if "box" in record.target else record.target.get("boxes") or []
 
 
@@ -96,5 +96,5 @@ def answer_boxes(record: Record, answer: str) -> list[tuple[float, ...]]:
 
 
 def _within(value: float, size: int) -> float:
-    """A coordinate that a model wrote, brought into the picture."""
+    """Clamp a coordinate from an answer to the picture."""
     return min(max(value, 0.0), size - 1.0)

@@ -69,8 +69,8 @@ def test_keys_have_default_range_and_meaning(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"recipe": "perception-r1-grounding-tiny", "keys": True}, "give one"),
-        ({"overrides": ["optim.lr=1"]}, "name one"),
+        ({"recipe": "perception-r1-grounding-tiny", "keys": True}, "give only one of them"),
+        ({"overrides": ["optim.lr=1"]}, "give its name too"),
         ({"recipe": "perception-r1-groundin-tiny"}, "did you mean perception-r1-grounding-tiny"),
     ],
 )

@@ -44,7 +44,7 @@ def _is_error(name: str) -> bool:
         ("acc", None, "no metric 'acc' here; did you mean accuracy"),
         ("eval/accuracy", None, "did you mean accuracy"),
         ("zzz", None, r"There are: accuracy, yes_rate, sampled/accuracy$"),
-        ("yes_rate", None, "whether more yes_rate is better is not known: set eval.mode"),
+        ("yes_rate", None, "the direction of yes_rate is not known: set eval.mode"),
     ],
 )
 def test_a_metric_that_cannot_decide_is_refused(metric: str, mode: Mode | None, said: str) -> None:

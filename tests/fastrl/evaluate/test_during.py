@@ -183,7 +183,7 @@ def test_going_back_goes_back_to_the_best_of_then(
     scripted(monkeypatch, {3: 0.1, 4: 0.9}, name="f1")
     other = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=4, eval__metric="f1", **changes)
     train(other, resume=True, **given)  # another metric: what was best by the first says nothing
-    assert "its best so far is forgotten" in (tmp_path / "notes.jsonl").read_text()
+    assert "the best so far is discarded" in (tmp_path / "notes.jsonl").read_text()
     assert keeping.kept(tmp_path)["best"] == 4
 
 
@@ -224,11 +224,11 @@ def rows_of(*tasks: str) -> list[Record]:
     [
         ({"eval__spec": "ocr:/nowhere.jsonl"}, None, "eval.spec: /nowhere.jsonl: no such file"),
         ({"eval__spec": "ocrr:x"}, None, "eval.spec: .*unknown data adapter 'ocrr'"),
-        ({"eval__every": 3}, None, "eval.spec: which data to evaluate on is missing"),
+        ({"eval__every": 3}, None, "eval.spec: missing, although other keys of eval are set"),
         ({"eval__metric": "f11"}, ["ocr"], "no metric 'f11' here; did you mean f1"),
         ({"eval__metric": "sampled/f1", "eval__samples": 0}, ["ocr"], "no metric 'sampled/f1' here"),
         ({"eval__metric": "n"}, ["ocr"], "no metric 'n' here"),
-        ({}, ["ocr", "counting"], "eval.metric: needed, as the set has several tasks.*ocr/f1.*counting/accuracy"),
+        ({}, ["ocr", "counting"], "eval.metric: required, as the set has several tasks.*ocr/f1.*counting/accuracy"),
         ({}, ["qa"], "eval.spec: these questions come without pictures"),
         ({}, ["ocr", "mine"], "eval.spec: unknown task to evaluate 'mine'.*and no reward: .*unknown task for a reward"),
         (

@@ -55,7 +55,7 @@ def test_the_best_is_where_its_links_lead_and_nowhere_without_one(tmp_path: Path
     assert steps(tmp_path) == [1, 2]  # a link is no checkpoint
     moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved", symlinks=True)
     assert (moved / "checkpoints" / "best").resolve() == folder_of(moved, 2).resolve()
-    assert "of step 7, is not there any more" in keep_best(tmp_path, 7)
+    assert "of step 7, no longer exists" in keep_best(tmp_path, 7)
     assert not inner.is_symlink()
     assert not outer.is_symlink()
     assert kept(tmp_path) == {}

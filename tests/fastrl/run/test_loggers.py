@@ -154,7 +154,7 @@ def test_a_logger_of_a_users_own_is_told_of_a_run_from_the_command_line(
     ]
     for name, hook in (("Raises", "log"), ("Close", "close")):
         assert said.count(f"logger my_logger.py:{name} failed in {hook}: ") == said.count(f"my_logger.py:{name}") == 1
-    assert "in fail: OSError: no network; the run goes on" in said
+    assert "in fail: OSError: no network; the run continues" in said
     noted = [row["note"] for row in read_rows(mine / "out/notes.jsonl")]
     assert any(text.startswith("logger my_logger.py:Raises failed in log") for text in noted)
 
@@ -212,8 +212,8 @@ def test_a_logger_is_handed_finite_numbers_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("my_logger.py:Needs", "my_logger.py:Needs cannot be made without arguments"),
-        ("my_logger.py:Misspelt", "sample is no hook of a logger; did you mean samples"),
+        ("my_logger.py:Needs", "my_logger.py:Needs cannot be created without arguments"),
+        ("my_logger.py:Misspelt", "sample is not a hook of a logger; did you mean samples"),
         ("my_logger.py:Nothing", r"has no log\(step, values\); a logger may have open, log, samples, close"),
         ("my_logger.py:Gone", "has no function 'Gone'"),
         ("other.py:Logger", "no such file: other.py"),
@@ -267,7 +267,7 @@ def test_the_key_from_before_is_still_read(tmp_path: Path, given: dict[str, Any]
     recipe = make_recipe(tmp_path, tmp_path, log=given)
     assert recipe.log.to == to
     assert "tensorboard:" not in recipe.dump()
-    with pytest.raises(RecipeError, match=r"log: tensorboard is true or false, got 'x'; log\.to replaces it"):
+    with pytest.raises(RecipeError, match=r"log: tensorboard must be true or false, got 'x'; log\.to replaces it"):
         make_recipe(tmp_path, tmp_path, log={"tensorboard": "x"})
 
 
