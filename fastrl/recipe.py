@@ -143,6 +143,21 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters(self) -> Recipe:
+        model, served = self.model, self.rollout.backend == "vllm"
+        if model.quantize is not None and model.lora is None:
+            raise ValueError("model.quantize: 4-bit weights cannot be trained: set model.lora, whose adapters are")
+        if model.quantize is not None and served:
+            raise ValueError("model.quantize: a vLLM server samples with other weights; set rollout.backend: local")
+        if model.quantize is not None and self.engine.kind != "local":
+            raise ValueError("model.quantize needs engine.kind: local")
+        if model.quantize is not None and model.device is not None and model.device.startswith("cpu"):
+            raise ValueError("model.quantize: 4bit needs a GPU, and model.device is cpu")
+        if model.lora is not None and model.lora.dora and served:
+            raise ValueError("model.lora.dora: vLLM does not serve such adapters; set rollout.backend: local")
+        return self
+
+    @model_validator(mode="after")
     def _rollout(self) -> Recipe:
         if self.rollout.backend == "vllm" and self.engine.kind != "local":
             raise ValueError("rollout.backend: vllm gets its weights from one process and needs engine.kind: local")

@@ -17,7 +17,7 @@ from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.data.blank import BlankImages
 from fastrl.data.decodable_stream import DecodableStream
 from fastrl.data.disk import require_space
-from fastrl.data.mixture import Curriculum, MixturePlan, parts_of
+from fastrl.data.mixture import Curriculum, Mixture, MixturePlan, parts_of
 from fastrl.data.pictures import PictureError
 from fastrl.data.records import Dataset, Record
 from fastrl.data.stream import RecordStream
@@ -26,12 +26,13 @@ from fastrl.engine.base import Engine, NonFiniteError, StepInfo
 from fastrl.evaluate.during import Evaluation, EvaluationError, held_out
 from fastrl.methods import Clock, Context, Method, Prepared, make_method
 from fastrl.methods.rollouts import RecipeRewards, functions_of
+from fastrl.models.quantize import check_quantize
 from fastrl.recipe import Recipe, load_records
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
 from fastrl.run.callbacks import Callbacks
 from fastrl.run.checkpoint import RunState
-from fastrl.run.folder import begin_run, offer_earlier, open_run_folder
+from fastrl.run.folder import begin_run, nothing_left, offer_earlier, open_run_folder
 from fastrl.run.integrity import Damaged
 from fastrl.run.keeping import BEST, folder_of, keep_best, kept, rotate, watch_rewards
 from fastrl.run.loggers import RunInfo, make_loggers
@@ -50,6 +51,7 @@ from fastrl.run.profiling import profiled
 from fastrl.run.progress import Progress
 from fastrl.run.samples import Sample, sample_table
 from fastrl.run.signals import stop_signals
+from fastrl.run.variance import EqualRewards
 
 if TYPE_CHECKING:
     from fastrl.data.validate import Problem
@@ -85,6 +87,12 @@ class Summary:
     def model(self) -> Path | None:
         """Hugging Face folder of the trained model."""
         return self.checkpoint / "model" if self.checkpoint is not None else None
+
+    @property
+    def adapter(self) -> Path | None:
+        """peft folder of the trained adapters; None without ``model.lora``."""
+        found = self.checkpoint / "adapter" if self.checkpoint is not None else None
+        return found if found is not None and found.is_dir() else None
 
 
 def train(
@@ -136,7 +144,7 @@ def train(
     loggers = make_loggers(recipe.log.to) if writes else {}
     with ExitStack() as stack:
         if writes:
-            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(nothing_left(out))
             stack.enter_context(checkpoint.lock_run(out))
         saved, notes = open_run_folder(recipe, resume=resume, writes=writes, from_step=from_step)
         run = Run(recipe, records=records, eval_records=eval_records, policy=policy)
@@ -159,6 +167,9 @@ def train(
         outlets = Outlets(log, progress, listeners)
         for text in (run.skipped, run.evaluation.skipped, *notes):
             outlets.note(done, text)
+        if said := run.method.loss_note(recipe.method, recipe.optim.updates_per_batch):
+            outlets.say(said)
+        variance = EqualRewards(done, steps)
         stop = stack.enter_context(stop_signals(progress.note))
         traced = stack.enter_context(profiled(out, steps=steps - done, enabled=profile and writes))
 
@@ -187,6 +198,7 @@ def train(
             for problem in run.broken_pictures():
                 outlets.say(f"skipped {problem}")
             outlets.step(row, samples)
+            outlets.note(done, variance.step(row))
             stopping = stop_requested()
             better = False
             if run.evaluation.due(done) and not stopping:  # otherwise it follows when the run is resumed
@@ -197,6 +209,7 @@ def train(
                 outlets.checkpoint(saved)
                 stopping = stopping or stop_requested()
         early = run.evaluation.over and done < steps
+        outlets.note(done, variance.end(done))
         outlets.note(done, run.evaluation.verdict(done))
         interrupted = stopping and done < steps and not early
         if interrupted:
@@ -221,11 +234,15 @@ class Run:
         self.recipe = recipe
         self.clock = Clock()
         self._equal = False  # whether all groups had equal rewards in a step since the last save
+        if recipe.model.quantize is not None and policy is None:
+            check_quantize(recipe.model.device)  # before data and model are loaded in vain
         functions = functions_of(recipe.reward, recipe.mix_rewards) if recipe.scores_groups else None
         # First: bad rows are reported at once
         data = records if records is not None else _load_records(recipe, functions)
         self.skipped = data.summary if isinstance(data, Dataset) else ""  # summary of rows that did not become records
         measured = held_out(recipe, eval_records, functions)
+        if functions is not None:
+            _check_tasks(recipe, data, functions)
         if recipe.data.blank_images:
             data = BlankImages(data)
         _use_own_device(recipe)
@@ -573,6 +590,7 @@ def load_model(recipe: Recipe) -> Policy:
         gradient_checkpointing=model.gradient_checkpointing,
         offload_activations=model.offload_activations,
         liger=model.liger,
+        quantize=model.quantize,
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,
     )
@@ -583,6 +601,14 @@ def _load_records(recipe: Recipe, functions: Functions | None) -> Sequence[Recor
         return load_records(recipe)
     rewards = RecipeRewards(recipe.reward, recipe.mix_rewards, functions=functions)
     return load_records(recipe, misfit=rewards.misfit)
+
+
+def _check_tasks(recipe: Recipe, data: Sequence[Record], functions: Functions) -> None:
+    """Raise ``ValueError`` where the recipe's reward does not fit the task of the data, before a model is loaded."""
+    rewards = RecipeRewards(recipe.reward, recipe.mix_rewards, functions=functions)
+    parts = map(data.part_of, range(len(data.parts))) if isinstance(data, Mixture) else [range(len(data))]
+    firsts = [data[part[0]] for part in parts if part]
+    rewards.check([record for record in firsts if "list" not in record.target])
 
 
 def _plan(recipe: Recipe, data: Sequence[Record], seed: int, world_size: int) -> Callable[[int], list[int]] | None:

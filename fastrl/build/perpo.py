@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastrl.batch import PromptGroup
-from fastrl.build.portions import resume
+from fastrl.build.portions import resume, unfinished
 from fastrl.data import load_data
 from fastrl.data.disk import writing
 from fastrl.data.files import image_names, write_atomically
@@ -165,8 +165,7 @@ def build_lists(
             else open_policy(options.model, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
         )
         worker = _Worker(policy, options, out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("r+b" if out.exists() else "w+b") as file:
+        with unfinished(out), out.open("r+b" if out.exists() else "w+b") as file:
             file.truncate(size)
             file.seek(size)
             while chunk < chunks:

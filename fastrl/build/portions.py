@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastrl.data.disk import writing
+from fastrl.data.disk import nothing_empty_left, writing
 from fastrl.data.files import write_atomically
 
 Tally = dict[str, Any]  # counts of the records so far, as JSON values
@@ -48,8 +50,7 @@ def build_portions(
     tally = start if found is None else found
     if done >= portions:
         return tally
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("r+b" if out.exists() else "w+b") as file:
+    with unfinished(out), out.open("r+b" if out.exists() else "w+b") as file:
         file.truncate(size)
         file.seek(size)
         for portion in range(done, portions):
@@ -69,6 +70,22 @@ def build_portions(
             write_atomically(out.with_suffix(".summary.json"), json.dumps(state, indent=1) + "\n")
             after(portion, tally)
     return tally
+
+
+@contextmanager
+def unfinished(out: Path) -> Iterator[None]:
+    """Inside: ``out`` is built, in a folder that exists. Where that fails before the first portion is done, neither the
+    empty file is left nor pictures written for rows that it does not have."""
+    images = out.with_suffix(".images")
+    images_new = not images.exists()
+    with nothing_empty_left(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException:
+            if images_new and not out.with_suffix(".summary.json").exists():
+                shutil.rmtree(images, ignore_errors=True)
+            raise
 
 
 def resume(out: Path, options: Mapping[str, Any]) -> tuple[int, int, Any]:

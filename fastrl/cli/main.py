@@ -120,6 +120,8 @@ def train(
         say(f"model: {summary.model}")
     if summary.best is not None:
         say(f"best: {summary.best / 'model'}")
+    if summary.adapter is not None:
+        say(f"adapter: {summary.adapter}")
     if summary.interrupted:
         raise typer.Exit(130)
 

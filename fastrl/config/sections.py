@@ -35,6 +35,12 @@ class LoraRecipe(Section):
     """Parts (`projector`, `vision`) or modules, by the last parts of their names, that are trained whole beside the
     adapters."""
 
+    dora: bool = False
+    """Weight-decomposed adapters (DoRA, arXiv:2402.09353): the norm of each output's weights is trained too. Somewhat
+    better at low ranks, and slower in training."""
+    rslora: bool = False
+    """Scale the update by alpha ÷ √rank (rsLoRA, arXiv:2312.03732), so that high ranks do not learn more slowly."""
+
     def spec(self) -> dict[str, Any]:
         """The mapping that ``load_policy(lora=…)`` takes."""
         return self.model_dump(exclude_none=True)
@@ -49,6 +55,9 @@ class ModelRecipe(Section):
     device: str | None = None
     """As torch names it; none: the first GPU, else the CPU. `cuda:1` picks another GPU, `cpu` runs a small model
     beside a busy one."""
+    quantize: Literal["4bit"] | None = None
+    """`4bit`: the language model's linear layers as NormalFloat4 (QLoRA), in a quarter of the memory; their adapters
+    are trained (`model.lora`). Needs a GPU and bitsandbytes."""
     lora: LoraRecipe | None = None
     """Low-rank adapters: only they are trained, and the base model is the reference, so that no copy of it is
     kept."""

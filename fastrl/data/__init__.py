@@ -20,6 +20,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
@@ -80,6 +81,8 @@ class Shipped(NamedTuple):
         keys = keys[name] if isinstance(keys, Mapping) else keys
         return Adapter(getattr(module, self.function), keys, self.brings)
 
+
+TASK_OF = MappingProxyType({"refexp": "grounding", "pixmo": "counting", "ocr": "OCR"})  # of adapters for one task
 
 ADAPTERS: Registry[Adapter | Shipped] = Registry(
     "data adapter",
@@ -231,7 +234,8 @@ def load_data(
     if dataset.problems and not skip_bad:
         raise DataError(dataset.problems, _other_adapter(spec, dataset))
     if len(dataset) == 0:
-        raise DataError(dataset.problems or dataset.left_out or [Problem(spec, "empty", "holds no records")])
+        found = dataset.problems or dataset.left_out or [Problem(spec, "empty", "holds no records")]
+        raise DataError(found, _other_adapter(spec, dataset))
     return dataset
 
 
@@ -270,4 +274,6 @@ def _other_adapter(spec: str, dataset: Dataset) -> str:
     columns, found = layout_of(path, query.get("split"))
     if found in (None, adapter):
         return ""
-    return f"The rows have columns {', '.join(columns)}: is this {found}:{path}?"
+    task = TASK_OF.get(found)
+    recipe = f" Then take a {task} recipe (fastrl recipes)." if task is not None else ""
+    return f"The rows have columns {', '.join(columns)}: is this {found}:{path}?{recipe}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastrl.answers import format_answer
 from fastrl.data import read_data
 from fastrl.data.decodable import decoded
 from fastrl.data.pictures import Picture
@@ -60,6 +62,16 @@ def contents_text(dataset: Dataset, records: Sequence[Record]) -> str:
         lines += [f"  images: {', '.join(record['images'])}"] if record["images"] else []
         lines += [f"  {key}: {_short(value)}" for key, value in record["target"].items()]
     return "\n".join(lines)
+
+
+def truth_text(record: Record) -> str:
+    """A record's truth as a model of its style would write it, so that it can be compared with an answer; truth
+    without such a form as JSON."""
+    view = record.views[0] if record.views else None
+    try:
+        return format_answer(record.task, record.target, record.style or "qwen2_5", view)
+    except (ValueError, KeyError, IndexError, TypeError):  # a user's own task, or truth that is no answer
+        return json.dumps(_plain(record.target), ensure_ascii=False) if record.target else ""
 
 
 def _light(dataset: Dataset) -> Sequence[Record]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from fastrl.data.pictures import MAX_PIXELS, AnyPicture, Header, Picture, PictureError, read_header
 from fastrl.data.truth import (
@@ -27,6 +27,7 @@ from fastrl.data.truth import (
 )
 
 SHOWN = 20  # problems listed in one error message
+SHOWN_OF_A_KIND = 5
 HUNDREDS = 100  # longer side of a picture from which a box within 0 to 1 cannot be in pixels
 SIDES: Mapping[str, float | None] = MappingProxyType({"original": None, "unit": 1.0, "thousand": 1000.0})
 TOLERANCE = 1.0  # pixels a box or point may lie outside its image: annotations are rounded and masks touch borders
@@ -47,24 +48,38 @@ class Problem:
 
 
 class DataError(ValueError):
-    """All problems of a data set; ``problems`` has all of them, the message the first ``SHOWN`` distinct ones: equal
-    messages of several rows are shown once, with their number. ``hint``: a line at the end."""
+    """All problems of a data set; ``problems`` has all of them, the message the first ``SHOWN`` lines: equal messages
+    of several rows are one line, with their number, and a kind has at most ``SHOWN_OF_A_KIND`` lines. ``hint``: a line
+    at the end."""
+
+    source: ClassVar[str] = "the data (--skip-bad leaves bad rows out and counts them)"
 
     def __init__(self, problems: Sequence[Problem], hint: str = "") -> None:
         self.problems = tuple(problems)
-        said: dict[str, list[str]] = {}
-        for problem in self.problems:
-            said.setdefault(problem.message, []).append(problem.where)
-        lines = [_line(message, places) for message, places in said.items()]
+        lines = _grouped(self.problems)
         if len(self.problems) > 1:
-            heading = f"{len(self.problems)} problems in the data (--skip-bad leaves bad rows out and counts them):"
+            heading = f"{len(self.problems)} problems in {self.source}:"
             lines = [heading, *lines[:SHOWN], *([f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])]
         super().__init__("\n".join([*lines, *([hint] if hint else [])]))
 
 
+def _grouped(problems: Sequence[Problem]) -> list[str]:
+    """One line for each message, ``360 rows: no expression (first: data.jsonl:1)``, kinds in order of appearance."""
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.kind, {}).setdefault(problem.message, []).append(problem.where)
+    lines = []
+    for kind, said in kinds.items():
+        some, rest = list(said.items())[:SHOWN_OF_A_KIND], list(said.values())[SHOWN_OF_A_KIND:]
+        lines += [_line(message, places) for message, places in some]
+        if rest:
+            lines.append(f"… and {sum(map(len, rest))} more: {kind}")
+    return lines
+
+
 def _line(message: str, places: Sequence[str]) -> str:
-    others = f" (and {len(places) - 1} more rows)" if len(places) > 1 else ""
-    return f"{places[0]}: {message}{others}"
+    rows = len(dict.fromkeys(places))
+    return f"{places[0]}: {message}" if rows == 1 else f"{rows} rows: {message} (first: {places[0]})"
 
 
 class Reading(NamedTuple):

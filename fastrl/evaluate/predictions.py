@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fastrl.answers import FRAMES, STYLES, View, check_frame, style_named, style_of
 from fastrl.data.records import Record
 from fastrl.data.rows import parse_json, read_rows, read_text
-from fastrl.data.validate import SHOWN, DataError, Problem, is_number, short
+from fastrl.data.validate import DataError, Problem, is_number, short
 from fastrl.evaluate.coco import category_names
 from fastrl.rewards.reading import view_of
 
@@ -19,12 +19,9 @@ RESIZE = (56 * 56, 16384 * 28 * 28)  # min_pixels and max_pixels in Qwen2.5-VL's
 
 
 class PredictionError(DataError):
-    """All problems of a file of predictions; ``problems`` has all of them, the message the first twenty."""
+    """All problems of a file of predictions, grouped like those of a data set."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__(problems)
-        more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        self.args = ("\n".join([*map(str, problems[:SHOWN]), *more]),)
+    source = "the predictions"
 
 
 class Predictions(NamedTuple):

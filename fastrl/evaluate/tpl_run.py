@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.data import load_data, parse_spec
+from fastrl.data.disk import nothing_empty_left
 from fastrl.data.files import image_names, write_atomically
 from fastrl.data.records import Record
 from fastrl.data.rows import read_rows
@@ -100,8 +101,9 @@ def run_tpl(
     threshold = min(results[i].tpl for i in kept)
     if out is not None:
         lines = [_line(rows[i], records[i], i, results[i], Path(path), out) for i in kept]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, "".join(lines))
+        with nothing_empty_left(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out, "".join(lines))
     filtered = len(kept) < len(results)
     plot = plot or (out.with_suffix(".png") if out is not None else Path("runs") / f"tpl-{Path(path).stem}.png")
     return {
@@ -192,7 +194,8 @@ def _figure(
     if draw is None:
         return None
     try:
-        draw(results, plot, **shown)
+        with nothing_empty_left(plot):
+            draw(results, plot, **shown)
     except ModuleNotFoundError as error:
         say(f"no figure: {error.name} is not installed")
         return None

@@ -148,6 +148,11 @@ class Method(ABC):
         """How many of the ``given`` answers to a prompt the loss reads."""
         return given
 
+    @classmethod
+    def loss_note(cls, options: Any, updates: int) -> str:
+        """What to know when reading the logged loss, if each batch is used for ``updates`` updates; "": nothing."""
+        return ""
+
     @abstractmethod
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """Groups with their loss coefficients, from rollouts and rewards or from given lists and dialogues."""

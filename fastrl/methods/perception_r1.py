@@ -137,6 +137,17 @@ class PerceptionR1(Method):
             return "method.importance_level: sequence needs all rows of an answer before the weight of one is known"
         return None
 
+    @classmethod
+    def loss_note(cls, options: PerceptionR1Options, updates: int) -> str:
+        """With one update per batch, the value of the loss says nothing."""
+        if updates > 1:
+            return ""
+        rest = "only its KL term has a value of its own" if options.beta > 0 else "its value is near 0"
+        return (
+            "About the loss: with one update per batch all ratios are 1 and the advantages of a group sum to 0, so "
+            f"{rest} although its gradient trains the model. See reward/mean for progress."
+        )
+
     def prepare(self, records: Sequence[Record]) -> Prepared:
         """Sample and score G answers to each record; return the groups that carry gradient, with their token weights.
 

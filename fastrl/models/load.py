@@ -16,6 +16,8 @@ from fastrl.models.lora import freeze as freeze_parameters
 from fastrl.models.offload import offload_checkpoints
 from fastrl.models.open import resolve_model
 from fastrl.models.policy import Policy
+from fastrl.models.quantize import check_quantize
+from fastrl.models.quantize import quantize as quantize_layers
 from fastrl.models.weights import reading
 
 
@@ -29,6 +31,7 @@ def load_policy(
     gradient_checkpointing: bool = False,
     offload_activations: bool = False,
     liger: bool = False,
+    quantize: str | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> Policy:
@@ -44,23 +47,33 @@ def load_policy(
         gradient_checkpointing: recompute each layer in the backward.
         offload_activations: with checkpointing, keep the layers' inputs on the host (see ``fastrl.models.offload``).
         liger: compute RMSNorm, SwiGLU and rotary embedding with liger-kernel (see ``fastrl.models.liger``).
+        quantize: ``4bit``: the language model's linear layers, under adapters (see ``fastrl.models.quantize``).
         min_pixels, max_pixels: limits of a resized image's area, in pixels; default those of the folder.
 
     Raises:
         FileNotFoundError: the folder or its config does not exist.
         ValueError: the model type is not supported, a file cannot be read, weights are missing or of another shape,
-            the tokenizer has no chat template, a pattern or field is unknown, the device does not exist, or ``liger``
-            is set without a GPU.
-        ImportError: ``liger`` is set and liger-kernel is not installed.
+            the tokenizer has no chat template, a pattern or field is unknown, the device does not exist, ``liger`` or
+            ``quantize`` is set without a GPU, or ``quantize`` without ``lora``.
+        ImportError: ``liger`` is set and liger-kernel is not installed, or ``quantize`` and bitsandbytes.
     """
-    folder = resolve_model(folder)
+    given, folder = folder, resolve_model(folder)
     family = family_of(read_config(folder), folder)
     device = _device(device)
     dtype = dtype if dtype is not None else default_dtype(device)
+    if quantize is not None:
+        check_quantize(device)
+        if lora is None:
+            raise ValueError("model.quantize: 4-bit weights cannot be trained: set model.lora, whose adapters are")
     tokenizer = load_tokenizer(folder)
     preprocessor = family.preprocessor(folder, min_pixels=min_pixels, max_pixels=max_pixels)
     core = family.load(folder, dtype)
+    if quantize is not None:
+        quantize_layers(core, family)
     policy = Policy(core.to(device), tokenizer, preprocessor, lora=lora)
+    if policy.peft is not None:  # for whoever loads the adapters alone
+        hub = not str(given).startswith("tiny:") and not Path(given).is_dir()
+        policy.peft.peft_config["default"].base_model_name_or_path = str(given) if hub else str(folder.resolve())
     freeze_parameters(policy.core, freeze, policy.family.alias)
     if liger:
         use_liger(policy.core)

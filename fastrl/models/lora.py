@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastrl.engine.names import matches
 from fastrl.models.families import PARTS, Family
+from fastrl.models.quantize import dequantized, is_quantized
 
 LANGUAGE_LINEARS = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -29,6 +30,8 @@ class Lora:
     layers of that part; or one regular expression over full module names.
     ``also_train``: parts (``projector``), or suffixes of module names, that are trained in full in addition to the
     adapters; the reference still uses their initial weights.
+    ``dora``: the columns of W + ΔW are scaled to trained norms (arXiv:2402.09353).
+    ``rslora``: alpha / √rank in place of alpha / rank (arXiv:2312.03732).
     """
 
     rank: int = 16
@@ -36,6 +39,8 @@ class Lora:
     dropout: float = 0.0
     targets: tuple[str, ...] | str = LANGUAGE_LINEARS
     also_train: tuple[str, ...] = ()
+    dora: bool = False
+    rslora: bool = False
 
     @classmethod
     def of(cls, spec: Lora | Mapping[str, Any]) -> Lora:
@@ -61,6 +66,7 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any], family: Family) ->
     lora = Lora.of(spec)
     targets = lora.targets if isinstance(lora.targets, str) else _chosen(core, lora.targets, family)
     options: dict[str, Any] = {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets}
+    options |= {"use_dora": lora.dora, "use_rslora": lora.rslora}
     linears = [name for name, module in core.named_modules() if isinstance(module, nn.Linear)]
     try:
         matched = any(re.fullmatch(targets, name) for name in linears)
@@ -74,7 +80,21 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any], family: Family) ->
     with warnings.catch_warnings():  # peft reads a property that newer transformers versions renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         with _without_model_type(core):
-            return get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
+            model = get_peft_model(core, LoraConfig(r=lora.rank, **options))  # type: ignore[arg-type]
+    if lora.dora:
+        _check_dora(core, lora)
+        from fastrl.models.dora import keep_scales
+
+        keep_scales(core)
+    return model
+
+
+def _check_dora(core: nn.Module, lora: Lora) -> None:
+    """Raise ``ValueError`` if DoRA is on a layer whose merged weight is not that of a linear layer."""
+    adapted = [(name, module) for name, module in core.named_modules() if hasattr(module, "get_base_layer")]
+    odd = [name for name, module in adapted if not isinstance(module.get_base_layer(), nn.Linear)]  # type: ignore[operator]
+    if odd:
+        raise ValueError(f"lora.dora: only for linear layers, and lora.targets {lora.targets!r} matches {odd[0]}")
 
 
 @contextmanager
@@ -147,21 +167,35 @@ def freeze(core: nn.Module, patterns: Iterable[str], alias: Callable[[str], str]
 def merged_state_dict(core: nn.Module) -> dict[str, Any]:
     """The state of ``core`` with adapters merged into the weights, under the names from before they were attached.
 
-    For a module trained in full, peft keeps the initial and the trained weights; the trained ones are returned.
+    For a module trained in full, peft keeps the initial and the trained weights; the trained ones are returned. 4-bit
+    weights are returned in their compute dtype.
     """
-    deltas = {
-        name: module.get_delta_weight(adapter)  # type: ignore[operator]
-        for name, module in core.named_modules()
-        if hasattr(module, "get_delta_weight")
-        for adapter in module.active_adapters  # type: ignore[union-attr]
-    }
+    modules = dict(core.named_modules())
     state = {}
     for name, value in core.state_dict().items():
-        if ".lora_" in name or ".original_module." in name:
-            continue
+        owner, _, leaf = name.rpartition(".")
+        outer = owner.removesuffix(".base_layer")
+        if ".lora_" in name or ".original_module." in name or is_quantized(modules.get(name.split(".weight.")[0])):
+            continue  # the latter: the scales of a 4-bit weight
+        if leaf == "weight" and outer != owner and hasattr(modules[outer], "get_delta_weight"):
+            value = merged_weight(modules[outer])
+        elif leaf == "weight":
+            value = dequantized(modules[owner]) if is_quantized(modules[owner]) else value
         name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
-        owner, _, leaf = name.rpartition(".base_layer.")
-        if owner and leaf == "weight" and owner in deltas:
-            value = (value.float() + deltas[owner].float()).to(value.dtype)
         state[name.replace(".base_layer.", ".")] = value
     return state
+
+
+def merged_weight(module: Any) -> Tensor:
+    """The weight of an adapted layer: W + ΔW or, with DoRA, m (W + ΔW) / ‖W + ΔW‖, the norm of each output's weights.
+
+    Computed in float32, returned in the dtype of W.
+    """
+    base = dequantized(module.get_base_layer())
+    merged = base.detach().float()
+    for adapter in module.active_adapters:
+        merged = merged + module.get_delta_weight(adapter).detach().float()
+        if adapter in module.lora_magnitude_vector:
+            magnitude = module.lora_magnitude_vector[adapter].weight.detach().float()
+            merged = merged * (magnitude.view(-1, 1) / merged.norm(dim=1, keepdim=True))
+    return merged.to(base.dtype)

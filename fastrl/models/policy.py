@@ -17,6 +17,7 @@ from fastrl.models.attention.prefix import use_prefix_attention
 from fastrl.models.encoding import Encoder
 from fastrl.models.families import Parts, Placed, VisionFeatures, family_of
 from fastrl.models.lora import Lora, add_lora, merged_state_dict
+from fastrl.models.quantize import is_quantized
 from fastrl.models.vision import ImagePreprocessor, unique_images
 
 if TYPE_CHECKING:
@@ -215,6 +216,26 @@ class Policy:
                 self.core = live
         else:
             raise RuntimeError("no reference: call make_reference() before training, or train with LoRA")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some of the weights are 4-bit ones."""
+        return any(is_quantized(module) for module in self.core.modules())
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes on disk of what :meth:`save` and :meth:`save_adapter` write, approximately."""
+        adapters = sum(p.numel() * p.element_size() for n, p in self.core.named_parameters() if ".lora_" in n)
+        plain = sum(p.numel() * p.element_size() for p in self.core.parameters())
+        layers = [module for module in self.core.modules() if is_quantized(module)]
+        packed = sum(layer.weight.numel() for layer in layers)
+        unpacked = self.dtype.itemsize * sum(layer.in_features * layer.out_features for layer in layers)
+        return plain + adapters + unpacked - packed
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the adapters alone, in peft's format: ``PeftModel.from_pretrained(base_model, folder)`` loads them."""
+        with quiet_progress():
+            self.peft.save_pretrained(folder, save_embedding_layers=False)
 
     def save(self, folder: str | Path) -> None:
         """Write a standard Hugging Face folder (safetensors, tokenizer, image processor); adapters are merged in."""

@@ -22,6 +22,7 @@ from fastrl.models.families import family_of
 from fastrl.models.load import default_dtype
 from fastrl.plan.configs import config_of, image_limit
 from fastrl.plan.hardware import HOST_BANDWIDTH, Gpu
+from fastrl.plan.quantized import READ, Planned4bit, unpacked
 from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_rollout
 from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe
@@ -42,6 +43,7 @@ class Model:
     weight_bytes: int
     trained_bytes: int  # of the weights that are trained
     language: int  # numbers a decode step reads: layers (every expert, which many rows visit) and head
+    quantized: int  # of these, the ones in 4-bit layers
     hidden: int
     vocabulary: int
     itemsize: int
@@ -166,14 +168,17 @@ def count_model(core: Any) -> Model:
     embedding, head = parts.embedding.weight, parts.head.weight
     tied = head is embedding
     language = sum(p.numel() for p in parts.language.parameters()) - (0 if tied else embedding.numel())
+    packed = unpacked(core)
+    language += packed
     return Model(
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(p.numel() for p in parameters) + packed,
         trainable=sum(p.numel() for p in trained),
         wide=sum(p.numel() for p in trained if p.dtype == torch.float32),
         largest=max((p.numel() for p in trained), default=0),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         trained_bytes=sum(p.numel() * p.element_size() for p in trained),
         language=language + (0 if tied else head.numel()),
+        quantized=sum(layer.numbers for layer in core.modules() if isinstance(layer, Planned4bit)),
         hidden=head.shape[1],
         vocabulary=head.shape[0],
         itemsize=embedding.element_size(),
@@ -279,7 +284,8 @@ def work_of(
         flops["prefill"] = work.prompts * (prompt * (layers + prompt * pair) + head)
         flops["decode"] = rows * answer * (layers + head + (prompt + answer // 2) * pair)
         read = work.prompts * prompt + rows * answer / 2
-        decode_bytes = answer * (model.language * model.itemsize + read * rollout.token)
+        weights = (model.language + model.quantized) * model.itemsize + READ * model.quantized  # unpacked, then read
+        decode_bytes = answer * (weights + read * rollout.token)
     if work.samples or not model.trains_vision:
         flops["vision"] = batches * traced.vision_flops
     forward = traced.forward_flops + (traced.vision_flops if model.trains_vision else 0)  # frozen: once for all passes

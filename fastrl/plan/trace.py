@@ -16,6 +16,7 @@ from fastrl.models.load import use_checkpointing
 from fastrl.models.lora import add_lora, freeze
 from fastrl.models.policy import keyed_features, predicted_states
 from fastrl.plan.ledger import CpuAttention, GpuAttention, Ledger, planned_attention
+from fastrl.plan.quantized import plan_quantized
 from fastrl.recipe import ModelRecipe
 from fastrl.rollout.cache import PromptCache, rollout_mode
 from fastrl.rollout.generator import prefill, rows_per_prompt
@@ -69,6 +70,8 @@ def meta_model(config: dict[str, Any], recipe: ModelRecipe, dtype: torch.dtype) 
         core = family.empty().to(dtype)
         if recipe.lora is not None:
             add_lora(core, recipe.lora.spec(), family)
+        if recipe.quantize is not None:
+            plan_quantized(core, family)
     freeze(core, recipe.freeze, family.alias)
     if recipe.gradient_checkpointing:
         use_checkpointing(core, offload=recipe.offload_activations)

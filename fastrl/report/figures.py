@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastrl.data.disk import nothing_empty_left
 from fastrl.data.pictures import open_picture
 from fastrl.data.records import Record
 from fastrl.run.samples import ANSWER, TRUTH, answer_boxes, true_boxes
@@ -28,8 +29,7 @@ def before_after(
             axis.set_title(_title(record) if row == 0 else "", fontsize=7, wrap=True)
         axes[row][0].set_ylabel(name)
     figure.suptitle("truth green, answer red", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def truths(records: Sequence[Record], path: Path) -> None:
@@ -46,8 +46,7 @@ def truths(records: Sequence[Record], path: Path) -> None:
             points = record.target.get("points") or []
             axis.plot([x for x, _ in points], [y for _, y in points], "o", color=TRUTH, markersize=4)
         axis.set_title(_title(record), fontsize=7, wrap=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_answer(axis: Any, record: Record, answer: str) -> None:
@@ -91,8 +90,13 @@ def heat_maps(pictures: Sequence[tuple[Any, Sequence[Any]]], path: Path) -> None
                 axis.imshow(heat.numpy(), extent=extent, cmap="inferno", alpha=0.65, vmin=0, vmax=most or 1.0)
                 axis.set_title(f"turn {number}: {float(heat.sum()):.3f}", fontsize=8)
     figure.suptitle("attention of each turn's answer on the picture", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with nothing_empty_left(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
 
 
 def _title(record: Record) -> str:

@@ -13,40 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.answers import View
+from fastrl.data.disk import nothing_empty_left
 from fastrl.data.files import write_atomically
 from fastrl.data.validate import is_number
+from fastrl.report.curves import chart, families
 from fastrl.report.text import attribute, label, plain, shown
 from fastrl.run.logs import is_step, read_anyhow
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
 
-# Families of metrics with the names at the start of their keys, in the order of the page.
-FAMILIES = {
-    "reward": ("reward/",),
-    "loss": ("loss",),
-    "gradient": ("grad_norm",),
-    "learning rate": ("lr",),
-    "KL, entropy, clipped": ("kl", "entropy", "clip/"),
-    "sampler against trainer": ("sampler/",),
-    "advantage": ("advantage/",),
-    "completion length": ("completion/length",),
-    "truncated": ("completion/truncated",),
-    "groups": ("groups/",),
-    "seconds": ("time/",),
-    "speed": ("speed/",),
-    "memory (GiB)": ("memory/",),
-}
 PICTURES = 12  # number of sample answers that are drawn
 DRAWN = 100_000  # characters of an answer in which boxes are searched
 TASKS_WITH_BOXES = ("grounding", "counting", "detection")
-STYLE = """ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color:
-#222 } h1, h2 { font-weight: 600 } h2 { margin-top: 2.5rem } .charts { display: grid; grid-template-columns:
-repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem } .charts img, .pictures img { width: 100% } .pictures { display: grid;
-grid-template-columns: repeat(6, 1fr); gap: .5rem } table { border-collapse: collapse; width: 100% } td, th {
-border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top } td.answer { font-family:
-ui-monospace, monospace; font-size: .85em; word-break: break-word } pre { background: #f6f6f6; padding: 1rem; overflow:
-auto } """
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
+h1, h2 { font-weight: 600 } h2 { margin-top: 2.5rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem }
+figure { margin: 0 } figcaption { font-size: .85em; color: #555 }
+.charts img, .pictures img { width: 100% } .pictures { display: grid; grid-template-columns: repeat(6, 1fr); gap: .5rem }
+table { border-collapse: collapse; width: 100% } td, th { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top }
+td.answer { font-family: ui-monospace, monospace; font-size: .85em; word-break: break-word } pre { background: #f6f6f6; padding: 1rem; overflow: auto }
+"""  # noqa: E501
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -78,15 +66,16 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         f"<p>{shown(headline(stepped, evaluated))}</p>",
         *(f"<p>{note}</p>" for note in notes if note),
         _evaluation_section(evaluated),
-        f'<h2>Curves</h2><div class="charts">{"".join(_charts(stepped))}</div>',
+        f'<h2>Curves</h2><div class="charts">{"".join(_charts(stepped, _loss_note(stored)))}</div>',
         _sample_section(samples, stored),
         f"<h2>Recipe</h2><pre>{shown(recipe, 100_000)}</pre>" if recipe else "",
     ]
     title = html.escape(plain(run.resolve().name, 200))
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     out = out if out is not None else run / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page + "\n".join(parts) + "</html>\n")
+    with nothing_empty_left(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, page + "\n".join(parts) + "</html>\n")
     return out
 
 
@@ -115,6 +104,9 @@ def headline(rows: Sequence[Mapping[str, Any]], evaluated: Sequence[Mapping[str,
     text = f"{len(rows)} steps, {_minutes(rows, 'time/step')} minutes"
     if evaluated:
         text += f", {len(evaluated)} evaluations, {_minutes(evaluated, 'time/eval')} minutes"
+    equal = sum(row.get("reward/group_std") == 0 for row in rows)
+    if equal:
+        text += f" ({equal} steps with nothing to learn from: the rewards of every group were equal)"
     rewards = [float(row["reward/mean"]) for row in rows if is_number(row.get("reward/mean"))]
     if not rewards:
         return text
@@ -125,18 +117,6 @@ def headline(rows: Sequence[Mapping[str, Any]], evaluated: Sequence[Mapping[str,
 
 def _minutes(rows: Sequence[Mapping[str, Any]], key: str) -> str:
     return f"{math.fsum(row[key] for row in rows if is_number(row.get(key))) / 60:.1f}"
-
-
-def families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The keys of the metrics by family, without keys that never have a number; the rest is ``other``."""
-    numbers = dict.fromkeys(k for row in rows for k, v in row.items() if is_number(v) and k != "step")
-    found: dict[str, list[str]] = {}
-    for key in numbers:
-        name = next(
-            (f for f, starts in FAMILIES.items() if key in starts or key.startswith(_prefixes(starts))), "other"
-        )
-        found.setdefault(name, []).append(key)
-    return {name: found[name] for name in (*FAMILIES, "other") if name in found}
 
 
 def measured(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -155,41 +135,31 @@ def _evaluation_section(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     best = max((row["step"] for row in rows if row.get("best") is True), default=None)
     charts = [
-        f'<img alt="{html.escape(plain(name, 60))}" src="{_chart(label(name), keys, rows, best)}">'
+        f'<img alt="{html.escape(plain(name, 60))}" src="{_address(chart(name, keys, rows, mark=best))}">'
         for name, keys in measured(rows).items()
     ]
     said = f"<p>Best after step {best} (dotted line).</p>" if best is not None else ""
     return f'<h2>Evaluation</h2>{said}<div class="charts">{"".join(charts)}</div>'
 
 
-def _prefixes(starts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(start for start in starts if "/" in start)
-
-
-def _charts(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def _charts(rows: Sequence[Mapping[str, Any]], note: str) -> Iterable[str]:
+    """A figure element for each chart; ``note``: what a reader of the loss should know."""
     for name, keys in families(rows).items():
-        yield f'<img alt="{html.escape(name)}" src="{_chart(name, keys, rows)}">'
+        title = html.escape(plain(name, 200))
+        said = f"<figcaption>{shown(note)}</figcaption>" if note and name == "loss" else ""
+        yield f'<figure><img alt="{title}" src="{_address(chart(name, keys, rows))}">{said}</figure>'
 
 
-def _chart(name: str, keys: Sequence[str], rows: Sequence[Mapping[str, Any]], mark: int | None = None) -> str:
-    """A chart of some metrics over the steps, as a data URL. ``mark``: a step to mark with a dotted line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _loss_note(recipe: Path) -> str:
+    """What the method of a run says about its loss; nothing where the recipe cannot be read any more."""
+    from fastrl.methods import method_for
+    from fastrl.recipe import load_recipe
 
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for key in keys:
-        points = [(float(row["step"]), float(row[key])) for row in rows if is_number(row.get(key))]
-        axis.plot(*zip(*points, strict=True), linewidth=1.2, label=label(key), marker="." if len(points) == 1 else "")
-    if mark is not None:
-        axis.axvline(float(mark), color="gray", linestyle=":", linewidth=1)
-    axis.set_title(name, fontsize=10)
-    axis.set_xlabel("step", fontsize=8)
-    axis.tick_params(labelsize=8)
-    if len(keys) > 1:
-        axis.legend(fontsize=6, ncols=2)
-    return _address(figure)
+    try:
+        stored = load_recipe(recipe)
+        return method_for(stored.method).loss_note(stored.method, stored.optim.updates_per_batch)
+    except (ValueError, OSError):
+        return ""
 
 
 def _address(figure: Any) -> str:
@@ -202,7 +172,7 @@ def _sample_section(samples: Sequence[Mapping[str, Any]], recipe: Path) -> str:
     if not samples:
         return ""
     rows = "".join(_sample_row(sample) for sample in samples)
-    head = "".join(f"<th>{name}</th>" for name in ("step", "question", "answer", "reward"))
+    head = "".join(f"<th>{name}</th>" for name in ("step", "question", "truth", "answer", "reward"))
     return f"<h2>Sample answers</h2>{_pictures(samples, recipe)}<table><tr>{head}</tr>{rows}</table>"
 
 
@@ -212,9 +182,10 @@ def _sample_row(sample: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{name} {value:.2f}" for name, value in numbers if is_number(value))
     reward = sample.get("reward")
     total = f"{reward:.3f}" if is_number(reward) else "–"
-    cells = [shown(sample.get(name, "")) for name in ("step", "question", "answer")]  # any text may be there
-    cells.append(shown(f"{total} ({parts})" if parts else total))
-    return "<tr><td>{}</td><td>{}</td><td class='answer'>{}</td><td>{}</td></tr>".format(*cells)
+    texts = {name: shown(sample.get(name, "")) for name in ("step", "question", "truth", "answer")}  # may be anything
+    texts["reward"] = shown(f"{total} ({parts})" if parts else total)
+    kinds = {name: " class='answer'" if name in ("truth", "answer") else "" for name in texts}
+    return "<tr>" + "".join(f"<td{kinds[name]}>{text}</td>" for name, text in texts.items()) + "</tr>"
 
 
 def _pictures(samples: Sequence[Mapping[str, Any]], recipe: Path) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastrl.data.disk import nothing_empty_left
+
 if TYPE_CHECKING:
     from fastrl.evaluate.tpl import TemporalPerplexity
 
@@ -37,8 +39,9 @@ def draw_tpl(results: Sequence[TemporalPerplexity], path: Path, *, form: str, th
     right.axhline(0, color="black", linewidth=0.5)
     right.set_xlabel("place of the frame in its clip")
     right.set_ylabel("log-prob: frame alone − all frames")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with nothing_empty_left(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
 
 
 def mean_curve(results: Sequence[TemporalPerplexity]) -> tuple[list[float], list[float]]:

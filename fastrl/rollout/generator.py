@@ -29,8 +29,8 @@ class Generator:
     Args:
         policy: a ``fastrl.models`` policy; its ``core``, ``features``, ``decode`` and token ids are used.
         max_rows, prefill_tokens, vision_patches: what is processed at once, which bounds memory (see ``Limits``).
-        decode: the decode mode (see ``fastrl.rollout.decode``): ``"auto"`` is ``"graph"`` on a GPU and ``"eager"``
-            elsewhere; ``"static"`` computes the same as ``"graph"`` without capturing.
+        decode: the decode mode (see ``fastrl.rollout.decode``): ``"auto"`` is ``"graph"`` on a GPU (``"static"`` with
+            4-bit weights) and ``"eager"`` elsewhere; ``"static"`` computes the same as ``"graph"`` without capturing.
         clock: records the time of the phases ``vision``, ``prefill`` and ``decode``.
         features: vision features by image key, which ``generate`` reads and adds to. The owner empties it when the
             vision tower's weights change. None: features are dropped once all prompts that show them are prefilled.
@@ -49,6 +49,8 @@ class Generator:
     ) -> None:
         self.policy = policy
         self.limits = Limits(max_rows, prefill_tokens, vision_patches)
+        if decode == "auto" and policy.device.type == "cuda" and policy.quantized:
+            decode = "static"  # products with 4-bit weights were never captured in a CUDA graph
         self.decode = decode_mode(decode, policy.device)
         self.phase = clock.phase if clock is not None else nullcontext
         self.features = features

@@ -2,12 +2,13 @@
 
 ```
 OUT/checkpoints/step-00000020/
-    model/                  a standard Hugging Face folder
+    model/                  a standard Hugging Face folder, adapters merged in
+    adapter/                the adapters alone, as peft writes them (with model.lora)
     optimizer.safetensors   the optimizer's copy of the weights, and its moments (or DeepSpeed's own files)
     rank-0.json, rank-0.safetensors   data position and random states of each rank
     data.json               identity of the data (fastrl.data.identity)
     state.json              step, versions, the checksum of every other file
-OUT/model -> checkpoints/step-…/model
+OUT/model -> checkpoints/step-…/model, OUT/adapter
 ```
 
 A checkpoint is written under a temporary name, flushed to disk, and renamed: a process killed at any time leaves the
@@ -96,6 +97,8 @@ def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
         temporary.mkdir()
         with _no_progress_bars():
             run.policy.save(temporary / "model")
+            if run.policy.peft is not None:
+                run.policy.save_adapter(temporary / "adapter")
         (temporary / DATA).write_text(json.dumps(run.stream.identity().plain()))
 
     def finish() -> None:
@@ -104,7 +107,9 @@ def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
         _flush(temporary)
         os.rename(temporary, folder)
         _flush_directory(root)
-        link(out / "model", Path("checkpoints") / folder.name / "model")
+        for name in ("model", "adapter"):
+            if (folder / name).is_dir():
+                link(out / name, Path("checkpoints") / folder.name / name)
 
     try:
         _on_all_ranks(run.engine, begin if first else None)
@@ -151,7 +156,7 @@ def bookmark(run: RunState) -> Callable[[], None]:
 
 def bytes_needed(run: RunState) -> int:
     """Approximate size of a checkpoint in bytes."""
-    return sum(p.numel() * p.element_size() for p in run.policy.core.parameters()) + run.engine.saved_bytes()
+    return run.policy.saved_bytes + run.engine.saved_bytes()
 
 
 def load_checkpoint(

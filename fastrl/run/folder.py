@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from fastrl.data.disk import replace_file
+from fastrl.data.disk import nothing_empty_left, remove_empty, replace_file
 from fastrl.recipe import Recipe, differences, load_recipe
 from fastrl.run.integrity import CheckpointError, Damaged, inspect
 from fastrl.run.keeping import clear_unfinished, kept, list_checkpoints, set_aside, step_of
 from fastrl.run.logs import cut_rows, has_rows
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
+# What a run, and its loggers, write into its folder before its first step is done
+BEGUN = ("recipe.yaml", "notes.jsonl", "samples.jsonl", "eval.jsonl", "tensorboard", "wandb", "trackio", "rollout")
 # A resumed run may change its length, logging and location; any other change makes it another run.
 FREE = (
     "optim.steps",
@@ -40,6 +45,24 @@ class Opened(NamedTuple):
 
     checkpoint: Path | None
     notes: list[str]
+
+
+@contextmanager
+def nothing_left(out: Path) -> Iterator[None]:
+    """Inside: a run makes its folder and trains. Where it fails before its first step is done, and the folder did not
+    exist or was empty, what it has written there is removed, and the folder with it if that was all."""
+    new = not out.is_dir() or not any(out.iterdir())
+    with nothing_empty_left(out):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException:
+            if new and not has_rows(out / LOGS[0]) and not list_checkpoints(out):
+                for name in BEGUN:
+                    _remove(out / name)
+                for name in (".lock", "checkpoints"):
+                    remove_empty(out / name)
+            raise
 
 
 def open_run_folder(recipe: Recipe, *, resume: bool, writes: bool, from_step: int | None = None) -> Opened:
@@ -99,6 +122,13 @@ def offer_earlier(out: Path, damaged: Path, error: Exception) -> CheckpointError
         step = step_of(path)
         return CheckpointError(f"{error}; the last intact checkpoint is of step {step}: --resume --from-step {step}")
     return CheckpointError(f"{error}; no earlier checkpoint is intact: restore the file, or start in another --out")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _choose(out: Path, found: list[Path], from_step: int | None) -> Path | None:

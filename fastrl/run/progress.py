@@ -84,9 +84,9 @@ class Progress:
         self._line(f"samples at step {step}:")
         for row in rows:
             parts = "  ".join(f"{k} {v:.3g}" for k, v in row["rewards"].items())
-            self._line(
-                f"  [{printable(row['id'], 40)}] {_number(row['reward'])} ({parts})  {printable(row['answer'], 160)}"
-            )
+            self._line(f"  [{printable(row['id'], 40)}] reward {_number(row['reward'])} ({parts})")
+            for name in ("question", "truth", "answer"):
+                self._line(f"    {name + ':':<9} {printable(row[name], 160)}")
 
     def _line(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -131,10 +131,11 @@ def _rich_table(step: int, rows: Sequence[Mapping[str, Any]]) -> Any:
     from rich.text import Text
 
     table = Table(title=f"samples at step {step}", title_justify="left", expand=False)
-    for name in ("id", "question", "answer", "reward"):
+    for name in ("id", "question", "truth", "answer", "reward"):
         table.add_column(name, overflow="fold")
     for row in rows:
         parts = "\n".join(f"{k} {v:.3g}" for k, v in row["rewards"].items())
-        cells = (printable(row["id"], 40), printable(row["question"], 120), printable(row["answer"], 300))
+        limits = {"id": 40, "question": 120, "truth": 200, "answer": 300}
+        cells = [printable(row[name], limit) for name, limit in limits.items()]
         table.add_row(*(Text(c) for c in cells), Text(f"{_number(row['reward'])}\n{parts}"))
     return table

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastrl.answers import View, parse_boxes, resolve_frame, to_original
 from fastrl.data.pictures import open_picture, picture_size
 from fastrl.data.records import question_of
+from fastrl.data.show import truth_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SIDE = 448  # longest side of a sample's picture, in pixels
 DRAWN = 100_000  # characters of an answer that are searched for boxes
+KEPT = 4000  # characters of a truth that are kept
 TRUTH, ANSWER = "#1a9850", "#d73027"
 
 
@@ -29,7 +31,7 @@ class Sample(NamedTuple):
 
 
 def sample_table(groups: Sequence[PromptGroup], n: int) -> list[Sample]:
-    """Best and worst answer of the first groups, ``n`` at most: id, task, question, answer, rewards, views."""
+    """Best and worst answer of the first groups, ``n`` at most: id, task, question, truth, answer, rewards, views."""
     found = []
     for group in groups[: max(1, n // 2)]:
         ranked = sorted(group.completions, key=lambda c: -c.scalars.get("reward", 0.0))
@@ -43,6 +45,7 @@ def _row(completion: Completion, record: Record | None) -> dict[str, Any]:
         "id": record.id if record else "",
         "task": record.task if record else "",
         "question": question_of(record.messages) if record else "",
+        "truth": truth_text(record)[:KEPT] if record else "",
         "answer": completion.text,
         "reward": completion.scalars.get("reward"),
         "rewards": completion.rewards,

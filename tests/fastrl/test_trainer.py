@@ -100,7 +100,9 @@ def test_run_writes_all_it_promises(tiny_folder: Folder, tmp_path: Path) -> None
     assert list((tmp_path / "tensorboard").iterdir())
     samples = read_rows(tmp_path / "samples.jsonl")
     assert {row["step"] for row in samples} == {1, 3}
-    assert {"id", "question", "answer", "reward", "rewards"} <= set(samples[0])
+    assert {"id", "question", "truth", "answer", "reward", "rewards"} <= set(samples[0])
+    assert samples[0]["question"].startswith("Read ")
+    assert samples[0]["truth"].endswith("0123456789 (),.:;-")
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)  # the policy still is its reference
     assert rows[-1]["kl"] > 1e-6
 
@@ -205,6 +207,24 @@ def test_all_zero_variance_changes_nothing(
         1.0,
     )
     assert all(torch.equal(before[name], p) for name, p in run.policy.model.named_parameters())
+
+
+def test_a_run_says_that_no_rewards_differ_and_what_its_loss_means(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flat(self: PerceptionR1, groups: Any) -> None:
+        for group in groups:
+            for completion in group.completions:
+                completion.scalars["reward"], completion.rewards = 0.25, {"text": 0.25}
+
+    monkeypatch.setattr(PerceptionR1, "_score", flat)
+    train(make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=3), records=make_records())
+    said = capsys.readouterr().err
+    assert said.count("steps 1 to 3: the rewards of every group were equal (mean reward 0.25)") == 1
+    assert said.count("no group of the 3 steps had rewards that differ") == 1
+    assert said.count("About the loss: with one update per batch") == 1
+    notes = read_rows(tmp_path / "notes.jsonl")
+    assert any("the rewards of every group were equal" in note["note"] for note in notes)
 
 
 def test_loss_that_is_not_finite_stops_before_the_weights_change(
@@ -394,8 +414,9 @@ def test_progress_shows_hostile_text_harmlessly(stream: type[io.StringIO]) -> No
     out = stream()
     with Progress(2, stream=out) as progress:
         progress.step({"step": 1, "loss": 0.5, "reward/mean": 0.25, "time/step": 1.0})
-        sample = {"id": "a", "question": "?", "answer": "\x1b]0;x\x07[bold]b", "reward": 0.5, "rewards": {"text": 0.5}}
-        progress.samples(1, [sample])
+        hostile = "\x1b]0;x\x07[bold]b"
+        sample = {"id": "a", "question": "why", "truth": "because", "answer": hostile, "reward": 0.5}
+        progress.samples(1, [{**sample, "rewards": {"text": 0.5}}])
         progress.note("[red]done")
         progress.step({"step": 2, "loss": 0.25, "reward/mean": 0.5, "time/step": 1.0})
     text = out.getvalue()
@@ -403,6 +424,8 @@ def test_progress_shows_hostile_text_harmlessly(stream: type[io.StringIO]) -> No
     assert "[bold]b" in text
     assert "[red]done" in text
     assert "0.25" in text
+    assert "why" in text
+    assert "because" in text
     if stream is io.StringIO:
         assert "\x1b" not in text
         assert text.splitlines()[0].startswith("step 1/2  loss 0.5  reward 0.25  1.00 s/step  ETA ")

@@ -61,7 +61,7 @@ def test_a_function_of_ones_own_is_an_adapter(folder: Path) -> None:
 
 
 def test_its_pictures_are_checked_like_any_others(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"my_data\.py:rows:record 0: image not found: .*gone"):
+    with pytest.raises(DataError, match=r"2 rows: image not found: .*gone.*first: my_data\.py:rows:record 0"):
         load_data("my_data.py:rows:things.csv?images=gone")
     with pytest.raises(DataError, match="more than the limit of 100"):
         load_data("my_data.py:rows:things.csv?max_image_pixels=100")
@@ -134,6 +134,9 @@ def test_the_command_counts_bad_rows_and_decodes_when_asked(folder: Path) -> Non
 def test_rows_for_another_adapter_are_told(folder: Path) -> None:
     rows = [{"image": "a.png", "label": "cat", "count": 1, "points": {"x": [1], "y": [2]}} for _ in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"no expression .*\(and 29 more rows\)") as error:
+    with pytest.raises(DataError, match=r"30 rows: no expression .*\(first: rows\.jsonl:1\)") as error:
         load_data("refexp:rows.jsonl")
-    assert str(error.value).endswith("is this pixmo:rows.jsonl?")
+    hint = "is this pixmo:rows.jsonl? Then take a counting recipe (fastrl recipes)."
+    assert str(error.value).endswith(hint)
+    with pytest.raises(DataError, match="take a counting recipe"):  # no row is left
+        load_data("refexp:rows.jsonl", skip_bad=True)

@@ -11,7 +11,6 @@ from PIL import Image
 
 from fastrl.data import DataError, load_data, parse_spec
 from fastrl.data.pictures import open_picture
-from fastrl.data.validate import SHOWN
 from fastrl.rewards import reward_for
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -138,9 +137,10 @@ def test_all_problems_of_a_row_and_of_a_file_come_together_and_the_same_words_on
     assert len(error.value.problems) == 90 + 2 * 25
     lines = str(error.value).split("\n")
     assert lines[0].startswith("140 problems")
-    assert lines[1] == f"{file}:1: label is empty (and 29 more rows)"
-    assert len(lines) == SHOWN + 2
-    assert lines[-1] == "… and 9 more"  # three of the first kind, one for all missing labels, 25 missing pictures
+    assert lines[1] == f"30 rows: label is empty (first: {file}:1)"
+    assert "… and 21 more: missing image" in lines  # gone.png and 25 others, of which five are shown
+    assert f"25 rows: no label (first: {file}:31)" in lines  # whatever the picture
+    assert len(lines) == 1 + 1 + 1 + 6 + 1
 
 
 def test_nothing_left_is_an_error_even_when_skipping(folder: Path) -> None:

@@ -244,3 +244,24 @@ def test_command_prints_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys:
     assert values["fits"] is True
     assert {"vision", "prefill", "decode", "forward", "backward"} <= values["flops"].keys()
     assert values["peak"] <= values["limit"]
+
+
+def test_4bit_weights_take_a_quarter_and_are_read_unpacked() -> None:
+    """Same numbers, FLOPs and adapters; the language model's layers in 4 bits and their scales."""
+    plain, packed = (
+        make_plan(load_recipe("perception-r1-grounding-3b", changes), gpu_named("rtx4090"))
+        for changes in (
+            {"model.lora": {"rank": 16}},
+            {"model.lora": {"rank": 16}, "model.quantize": "4bit"},
+        )
+    )
+    numbers = packed.model.quantized
+    assert packed.model.parameters == plain.model.parameters
+    assert packed.model.trainable == plain.model.trainable
+    assert packed.model.language == plain.model.language
+    assert packed.work.flops == plain.work.flops
+    assert numbers > 0.8 * (plain.model.language - plain.model.vocabulary * plain.model.hidden)
+    saved = plain.model.weight_bytes - packed.model.weight_bytes
+    assert saved == pytest.approx(numbers * (2 - 0.5 - 1 / 64), rel=1e-3)
+    assert plain.memory.peak - packed.memory.peak > 0.9 * saved  # a layer's weight is unpacked for a moment
+    assert packed.work.decode_bytes > plain.work.decode_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import unicodedata
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.recipe import load_recipe
-from fastrl.report.page import families, headline, measured, write_report
+from fastrl.report.curves import families
+from fastrl.report.page import headline, measured, write_report
 from fastrl.report.text import closed, shown
 from fastrl.trainer import train
 
@@ -41,12 +43,14 @@ def test_page_holds_curves_samples_pictures_and_the_recipe(run: Path, tmp_path: 
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     charts = families(rows)
-    assert {"reward", "loss", "seconds", "sampler against trainer", "completion length"} <= set(charts)
+    assert {"spread of rewards", "loss", "answer length (tokens)", "update left out (1: yes)"} <= set(charts)
     assert sorted(key for keys in charts.values() for key in keys) == sorted({*rows[0], *rows[1]} - {"step"})
     assert page.count('src="data:image/png;base64,') == len(charts) + len(samples)  # each sample is drawn
     assert "No pictures" not in page
     assert "perception-r1-grounding-tiny" in page
     assert headline(rows) in page
+    assert "About the loss: with one update per batch" in page
+    assert all(html.escape(sample["truth"]) in page for sample in samples)
 
 
 def test_evaluations_have_a_chart_of_each_metric_and_the_best_is_named(run: Path, tmp_path: Path) -> None:

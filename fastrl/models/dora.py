@@ -1,0 +1,56 @@
+"""DoRA's forward with its column scale kept while the weights stay as they are.
+
+DoRA (arXiv:2402.09353, eq. 5) scales the columns of W + ΔW to the norms m: ``m / ‖W + ΔW‖``. peft computes that norm,
+and with it all of ΔW, in every forward. In a training pass this is needed. In a rollout it would be done once per
+layer and token, so the scale is kept between two passes that take gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+
+class CachedDora(DoraLinearVariant):
+    """The variant of one module. Training passes are peft's own; the others compute the same with the kept scale."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[int, ...], Tensor] | None = None
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """The layer's output; ``result``: that of its base layer for ``x``."""
+        if module.training or torch.is_grad_enabled():
+            self._kept = None
+            return DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
+        scale = self._scale(module, active_adapter, x)
+        base = module.get_base_layer()
+        plain = result if base.bias is None else result - base.bias
+        update = module.lora_B[active_adapter](module.lora_A[active_adapter](x)) * module.scaling[active_adapter]
+        return result + ((scale - 1) * plain + scale * update)
+
+    def _scale(self, module: Any, adapter: str, x: Tensor) -> Tensor:
+        """``m / ‖W + ΔW‖`` [1, out], in the dtypes in which peft computes it."""
+        magnitude = module.lora_magnitude_vector[adapter]
+        low, high = module.lora_A[adapter], module.lora_B[adapter]
+        # An optimizer changes them in place, which counts up their versions
+        state = tuple(p._version for p in (low.weight, high.weight, magnitude.weight, module.get_base_layer().weight))
+        if self._kept is None or self._kept[0] != state:
+            from peft.utils.integrations import dequantize_module_weight
+
+            weight = dequantize_module_weight(module.get_base_layer()).to(x.dtype)
+            update = magnitude.get_lora_weight(low, high).to(x.dtype)
+            norm = magnitude.get_weight_norm(weight, update, module.scaling[adapter])
+            self._kept = state, (magnitude.weight / norm).view(1, -1)
+        return self._kept[1]
+
+
+def keep_scales(core: nn.Module) -> None:
+    """Use :class:`CachedDora` in every linear layer of ``core`` that has DoRA adapters."""
+    for module in core.modules():
+        variants = getattr(module, "lora_variant", None) or {}
+        for name, variant in variants.items():
+            if type(variant) is DoraLinearVariant:
+                variants[name] = CachedDora()

@@ -1,0 +1,37 @@
+"""Steps in which the rewards of every group are equal are said, once for each run of them."""
+
+from __future__ import annotations
+
+from fastrl.run.variance import AFTER, EqualRewards
+
+
+def told(spreads: list[float | None], *, done: int = 0, last: int = 99) -> tuple[list[int], str]:
+    """Steps after which something was said, and what was said at the end."""
+    watch, said = EqualRewards(done, last), []
+    for number, spread in enumerate(spreads, done + 1):
+        row = {"step": number, "reward/mean": 0.0, **({} if spread is None else {"reward/group_std": spread})}
+        text = watch.step(row)
+        if text:
+            said.append(number)
+            assert f"to {number}: the rewards of every group were equal (mean reward 0)" in text or number == last
+    return said, watch.end(done + len(spreads))
+
+
+def test_a_few_in_a_row_are_said_once() -> None:
+    assert told([0.0] * (AFTER + 5)) == ([AFTER], "no group of the 8 steps had rewards that differ: " + TAUGHT)
+    assert told([0.1] + [0.0] * 4)[0] == [AFTER + 1]
+    assert told([*[0.0] * 4, 0.1, *[0.0] * 4], done=10)[0] == [13, 18]
+
+
+def test_what_has_rewards_that_differ_or_none_is_not_said() -> None:
+    assert told([0.0, 0.0, 0.1] * 5) == ([], "")
+    assert told([None] * 9) == ([], "")
+
+
+def test_a_run_too_short_for_that_is_said_at_its_last_step() -> None:
+    assert told([0.0], last=1) == ([1], "no group of the 1 steps had rewards that differ: " + TAUGHT)
+    assert told([0.1, 0.0], last=2) == ([2], "")
+    assert told([]) == ([], "")
+
+
+TAUGHT = "the rewards have taught the model nothing"
