@@ -17,7 +17,10 @@ from fastrl.run.logs import cut_rows, has_rows
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 # What a run, and its loggers, write into its folder before its first step is done
-BEGUN = ("recipe.yaml", "notes.jsonl", "samples.jsonl", "eval.jsonl", "tensorboard", "wandb", "trackio", "rollout")
+BEGUN = (
+    *("recipe.yaml", "notes.jsonl", "samples.jsonl", "eval.jsonl"),
+    *("tensorboard", "wandb", "wandb-id", "rollout"),
+)
 # A resumed run may change its length, logging and location; any other change makes it another run.
 FREE = (
     "optim.steps",
