@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from fastrl.answers.parse import parse_boxes
 from fastrl.answers.scan import NUMBER, number
 from fastrl.answers.text import strip_fence
 
-END_OF_TURN = ("<|im_end|>", "</s>", "<|endoftext|>", "<|user|>", "<eos>", "<end_of_turn>", "<end_of_utterance>")
+END_OF_TURN = ["<|im_end|>", "</s>", "<|endoftext|>", "<|user|>", "<eos>", "<end_of_turn>", "<end_of_utterance>"]
 _REF, _REF_END = "<|object_ref_start|>", "<|object_ref_end|>"
 _BOX, _BOX_END = "<|box_start|>", "<|box_end|>"
 _GLM, _GLM_END = "<|begin_of_box|>", "<|end_of_box|>"
@@ -256,8 +256,8 @@ STYLES: dict[str, Style] = {
         PaliGemmaStyle("paligemma", "unit"),
     )
 }
-# config.model_type → the style its family writes in
-_OF_FAMILY = {
+# config.model_type → the style its family writes in; registering a family adds its own (add_family)
+_OF_FAMILY: dict[str, str] = {
     "qwen2_vl": "qwen2",
     "qwen2_5_vl": "qwen2_5",
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "smolvlm"), "qwen3"),
@@ -269,7 +269,7 @@ _OF_FAMILY = {
     "paligemma": "paligemma",
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4"), "gemma"),
 }
-FAMILIES: tuple[str, ...] = tuple(_OF_FAMILY)
+FAMILIES: KeysView[str] = _OF_FAMILY.keys()  # those registered later too
 
 
 def style_of(model_type: str) -> Style:
@@ -277,6 +277,20 @@ def style_of(model_type: str) -> Style:
     if model_type not in _OF_FAMILY:
         raise ValueError(f"unknown model family {model_type!r}; known: {', '.join(FAMILIES)}")
     return STYLES[_OF_FAMILY[model_type]]
+
+
+def add_family(model_type: str, style: str, end_of_turn: str) -> None:
+    """Let rewards and ``eval --predictions`` know a family by its ``model_type`` and the text that closes its turns.
+
+    Raises:
+        ValueError: there is no such style, or the family is known with another one.
+    """
+    known = _OF_FAMILY.get(model_type, style)
+    if style_named(style).name != known:
+        raise ValueError(f"model family {model_type!r} writes in the style {known!r}, not in {style!r}")
+    _OF_FAMILY[model_type] = style
+    if end_of_turn not in END_OF_TURN:
+        END_OF_TURN.append(end_of_turn)
 
 
 STYLE_FRAME = {name: style.frame for name, style in STYLES.items()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastrl.answers import STYLE_FRAME
+from fastrl.answers import style_named
 from fastrl.batch import Completion, ImageInput, PackedBatch, Prompt
 from fastrl.models.attention.prefix import use_prefix_attention
 from fastrl.models.encoding import Encoder
@@ -53,7 +53,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.preprocessor = preprocessor
         self.style = self.family.style
-        self.frame = STYLE_FRAME[self.style]
+        self.frame = style_named(self.style).frame
         self.eos_token_ids = _eos_ids(core, tokenizer)
         controls = self.family.control_ids(tokenizer)
         self.suppressed_token_ids = tuple(sorted(controls - set(self.eos_token_ids)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from fastrl.answers.styles import add_family
 from fastrl.config.contract import faults
 from fastrl.config.registry import Registry, nearest
 from fastrl.models.families.base import PARTS, Family, Layout, Parts, Placed, Size, VisionFeatures
@@ -54,11 +55,13 @@ def register(family: F) -> F:
 
     Raises:
         TypeError: not a subclass of ``Family``, or a hook is missing, misspelt or has another signature.
-        ValueError: another family has that ``model_type``.
+        ValueError: another family has that ``model_type``, or there is no such ``style``.
     """
     found = _faults(family)
     if found:
         raise TypeError(f"{family!r}: " + "; ".join(found))
+    FAMILIES.check(family.model_type, family)
+    add_family(family.model_type, family.style, family.end_of_turn)
     FAMILIES.add(family.model_type, family)
     return family
 

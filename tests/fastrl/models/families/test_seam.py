@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastrl.answers import style_of
+from fastrl.answers import style_of, styles
 from fastrl.answers.styles import END_OF_TURN, STYLES
 from fastrl.batch import Completion, PromptGroup, pack_row
 from fastrl.engine.base import parameter_groups
 from fastrl.engine.names import matches
+from fastrl.evaluate.run import run_evaluation
 from fastrl.models import load_policy
 from fastrl.models.families import FAMILIES, PARTS, Family, VisionFeatures, families, family_of, register
 from fastrl.models.families.qwen2_vl import Qwen2_5VL
 from fastrl.plan import gpu_named, make_plan
 from fastrl.recipe import OptimRecipe, load_recipe
+from fastrl.rewards import reward_for
 from fastrl.rollout import Generator, Sampling
 from fastrl.trainer import train
 from tests.helpers.counting import Cost, cost
@@ -148,7 +150,17 @@ def optim_with(**group: Any) -> OptimRecipe:
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> type[Family]:
+def told() -> Iterator[None]:
+    """What ``answers`` is told of a family is forgotten after a test."""
+    known, ends = dict(styles._OF_FAMILY), list(END_OF_TURN)
+    yield
+    styles._OF_FAMILY.clear()
+    styles._OF_FAMILY.update(known)
+    END_OF_TURN[:] = ends
+
+
+@pytest.fixture
+def toy(told: None, monkeypatch: pytest.MonkeyPatch) -> type[Family]:
     """A third family as a user would write it: its own config and model class, one averaged token for each picture."""
     from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2Model
     from transformers.generation import GenerationMixin
@@ -286,6 +298,28 @@ def test_a_third_family_from_outside_trains_resumes_rolls_out_and_is_planned(toy
     )
     assert plan.workload.image_tokens == 1
     assert plan.model.parameters == sum(p.numel() for p in policy.core.parameters())
+
+
+def test_rewards_and_evaluations_of_texts_know_a_family_from_outside(toy: type[Family], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown family 'toy_tags'"):
+        reward_for("grounding", family="toy_tags")
+    register(type("ToyTags", (toy,), {"model_type": "toy_tags", "style": "internvl", "end_of_turn": "<|over|>"}))
+    answer = "<ref>cat</ref><box>[[100, 100, 500, 500]]</box>"
+    row = {"box": [112, 56, 560, 280], "width": 1120, "height": 560}
+    columns = {name: [value] for name, value in row.items()}
+    reward = reward_for("grounding", family="toy_tags")
+    assert reward(prompts=["Where?"], completions=[answer + "<|over|>"], **columns) == [2.0]  # iou and format
+    line = {"id": 1, "image": "a.png", "expression": "cat", "bbox": row["box"], **row}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"id": 1, "answer": answer}))
+    spec = f"refexp:{tmp_path}/data.jsonl"
+    found = run_evaluation("grounding", spec, predictions=tmp_path / "answers.jsonl", family="toy_tags")
+    assert (found["mean_iou"], found["frame"]) == (1.0, "thousand")
+    with pytest.raises(ValueError, match="unknown answer style 'tags'"):
+        register(type("ToyTags2", (toy,), {"model_type": "toy_tags2", "style": "tags"}))
+    assert "toy_tags2" not in FAMILIES
+    with pytest.raises(ValueError, match="'gemma3' writes in the style 'gemma', not in 'internvl'"):
+        register(type("OwnGemma", (toy,), {"model_type": "gemma3", "style": "internvl"}))
 
 
 def test_a_misspelt_or_missing_hook_is_an_error_when_the_family_is_registered(toy: type[Family]) -> None:
