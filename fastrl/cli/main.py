@@ -20,6 +20,7 @@ import typer  # noqa: E402
 from fastrl import __version__  # noqa: E402
 from fastrl.cli.build import app as build_app  # noqa: E402
 from fastrl.cli.data import data as data_command  # noqa: E402
+from fastrl.cli.export import export as export_command  # noqa: E402
 from fastrl.cli.recipes import recipes as recipes_command  # noqa: E402
 from fastrl.cli.terminal import Json, SkipBad, print_json, say  # noqa: E402
 from fastrl.data.records import PROMPTS  # noqa: E402
@@ -36,6 +37,7 @@ app.add_typer(build_app, name="build")
 app.add_typer(tiny_app, name="tiny")
 app.command(name="data")(data_command)
 app.command(name="recipes")(recipes_command)
+app.command(name="export")(export_command)
 
 Data = Annotated[str | None, typer.Option("--data", metavar="SPEC", help="adapter:path[?key=value&…]")]
 Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")]
