@@ -166,15 +166,16 @@ def workload_of(
     if given:  # some baselines learn from one or two of the answers that the data brings
         group = method.answers_used(recipe.method, group)
     sampled = grouped and not given and recipe.rollout.backend == "local"
+    count = (recipe.data.frames or 1) if images is None else images
     return Workload(
         prompts=recipe.data.prompts_per_step,
         group=group,
         answer_tokens=answer_tokens
         or (recipe.rollout.max_new_tokens if grouped and not dialogues else DIALOGUE_TOKENS),
         text_tokens=text_tokens,
-        images=(recipe.data.frames or 1) if images is None else images,
+        images=count,
         family=family,
-        image=family.blank(image_pixels or most),
+        image=family.blank_among(image_pixels or most, count),
         token_budget=recipe.optim.token_budget,
         sampling=sampling_of(recipe.rollout) if sampled else None,
         steps_at_once=method.steps_at_once(recipe.method),

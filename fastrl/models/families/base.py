@@ -251,6 +251,11 @@ class Family:
         """An input for the tower of this area in pixels after resizing, without data (on the meta device)."""
         raise NotImplementedError
 
+    def blank_among(self, pixels: int, count: int) -> ImageInput:
+        """``blank`` as one of ``count`` images of a prompt: another one where only an image alone is tiled. The same
+        here."""
+        return self.blank(pixels)
+
     def sizes(self, pixels: int) -> Size:
         """The size of a picture of this area in pixels."""
         image = self.blank(pixels)

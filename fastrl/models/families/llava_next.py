@@ -212,6 +212,11 @@ class LlavaOnevision(LlavaNext):
     def tokens(self, image: ImageInput) -> int:
         return super().tokens(image) if image.shape[2] else self.square_tokens + 1
 
+    def blank_among(self, pixels: int, count: int) -> ImageInput:
+        if count <= 1:
+            return self.blank(pixels)
+        return ImageInput(torch.empty(1, 3, self.side, self.side, device="meta"), (self.side, self.side, 0), "")
+
     def heat(self, image: ImageInput, values: Tensor) -> Tensor:
         if image.shape[2]:
             return super().heat(image, values)

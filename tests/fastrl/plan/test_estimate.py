@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,23 @@ def test_published_sizes_make_models_of_the_stated_size(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if not name.endswith("-tiny")])
 def test_every_shipped_recipe_names_a_model_that_can_be_planned(name: str) -> None:
     assert config_of(load_recipe(name).model.path)["text_config"]["hidden_size"]
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("name", [n for n in shipped_recipes() if re.search("-llava-(?!tiny)|-qwen3-", n)])
+def test_recipes_of_the_papers_own_models_and_of_todays_are_planned(name: str) -> None:
+    plan = make_plan(load_recipe(name), gpu_named("h100-80"))
+    assert plan.memory.peak > plan.memory.weights > 0
+    assert plan.work.flops["backward"] > 0
+
+
+def test_frames_of_onevision_are_one_square_each() -> None:
+    """Alone a picture is tiled: planned as tiles, the 32 frames of a clip would take seven times the tokens."""
+    recipe = load_recipe("utr-llava-qwen-7b")
+    family = family_of(config_of(recipe.model.path))
+    frames = workload_of(recipe, family, image_limit=None)
+    assert (frames.images, frames.image_tokens) == (32, 730)
+    assert workload_of(recipe, family, image_limit=None, images=1).image_tokens > 730
 
 
 FAMILY = family_of(config_of("Qwen/Qwen2.5-VL-3B-Instruct"))
