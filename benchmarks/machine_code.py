@@ -1,8 +1,8 @@
-"""How many instructions a launch issues: SASS counted per loop, loops run as often as the interpreter found.
+"""Number of instructions that a launch issues: SASS instructions per loop times the interpreter's iteration counts.
 
-The interpreter in ``tests/ptx`` knows how often each PTX instruction of a launch was executed, but a GPU issues SASS.
-The assembler keeps the loops, or unrolls one: they are paired, and each SASS loop's own instructions are taken to run
-as often as its partner's (divided by the rounds it holds). Where no pairing is possible ``issued`` says so.
+The interpreter in ``tests/ptx`` counts executions of PTX instructions, but a GPU issues SASS. The assembler keeps loops
+or unrolls them, so loops of both are paired, and each SASS loop is assumed to run as often as its PTX loop (divided by
+the unrolling factor). ``Issued.paired`` tells whether pairing was possible.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Issued(NamedTuple):
     """Warp instructions of a launch."""
 
     instructions: float
-    special: float  # of them to the special function unit (MUFU)
+    special: float  # those for the special function unit (MUFU)
     paired: bool  # False: the loops do not correspond, and these are PTX instructions
 
 
@@ -36,7 +36,7 @@ class Loop(NamedTuple):
 
 
 def loops(jumps: Sequence[tuple[int, int]]) -> list[Loop]:
-    """Loops by (instruction, target) of the branches: those back to one header are one loop. In order of headers."""
+    """Loops from (instruction, target) of branches, ordered by header. Branches back to one header are one loop."""
     last: dict[int, int] = {}
     for at, target in jumps:
         if target < at:
@@ -45,10 +45,10 @@ def loops(jumps: Sequence[tuple[int, int]]) -> list[Loop]:
 
 
 def own(found: Sequence[Loop], length: int) -> list[list[int]]:
-    """The instructions in no loop, then those of each loop that are in no loop inside it."""
+    """Instructions outside of loops, then for each loop those that are not in an inner loop."""
     where = [0] * length
     for number, loop in sorted(enumerate(found, 1), key=lambda pair: pair[1].first - pair[1].last):
-        where[loop.first : loop.last + 1] = [number] * (loop.last + 1 - loop.first)  # the widest first
+        where[loop.first : loop.last + 1] = [number] * (loop.last + 1 - loop.first)  # outer loops first
     members: list[list[int]] = [[] for _ in range(len(found) + 1)]
     for at, number in enumerate(where):
         members[number].append(at)
@@ -59,8 +59,9 @@ def issued(opcodes: Sequence[str], jumps: Sequence[tuple[int, int]], executed: C
     """Warp instructions of a launch.
 
     Args:
-        opcodes: of the PTX instructions; ``jumps`` their branches as (index, target's index).
-        executed: how often a warp issued each.
+        opcodes: opcodes of the PTX instructions.
+        jumps: their branches as (index, target's index).
+        executed: number of times a warp issued each instruction.
         sass: cuobjdump's disassembly of the same kernel.
     """
     machine = [(int(address, 16), code) for address, code in _LINE.findall(sass) if code != "NOP"]
@@ -75,7 +76,7 @@ def issued(opcodes: Sequence[str], jumps: Sequence[tuple[int, int]], executed: C
     times = [sum(executed[at] for at in members) / max(len(members), 1) for members in own(above, len(opcodes))]
     total, special, done = 0.0, 0.0, set()
     for members, (loop, copies) in zip(own(below, len(codes)), [(0, 1), *partners], strict=True):
-        rounds = 0.0 if loop in done else times[loop] / copies  # after an unrolled loop the rest of its rounds: few
+        rounds = 0.0 if loop in done else times[loop] / copies  # the few remaining iterations after an unrolled loop
         done.add(loop)
         total += rounds * len(members)
         special += rounds * sum("MUFU" in codes[at] for at in members)
@@ -83,10 +84,10 @@ def issued(opcodes: Sequence[str], jumps: Sequence[tuple[int, int]], executed: C
 
 
 def pair(above: Sequence[tuple[int, ...]], below: Sequence[tuple[int, ...]]) -> list[tuple[int, int]] | None:
-    """For each SASS loop the number (from 1) of its PTX loop and how many rounds of that it holds; None: no telling.
+    """For each SASS loop the number (from 1) of its PTX loop and the unrolling factor; None if they cannot be paired.
 
-    Loops are known by their loads, stores and exponentials. As many on both sides: they are paired in order. An
-    unrolled loop becomes two, one with a multiple of that work and one for the rest.
+    Loops are identified by their loads, stores and exponentials. If both sides have the same number, they are paired in
+    order. An unrolled loop becomes two: one with a multiple of that work and one for the remainder.
     """
     if len(above) == len(below):
         return [(number, 1) for number in range(1, len(above) + 1)]
@@ -95,7 +96,7 @@ def pair(above: Sequence[tuple[int, ...]], below: Sequence[tuple[int, ...]]) -> 
         first = len(found)
         while len(found) < len(below) and (copies := _multiple(below[len(found)], work)):
             if len(found) > first and len(below) - len(found) <= len(above) - number:
-                break  # the others are of the loops to come
+                break  # the others belong to later loops
             found.append((number, copies))
         if len(found) == first:
             return None
@@ -103,7 +104,7 @@ def pair(above: Sequence[tuple[int, ...]], below: Sequence[tuple[int, ...]]) -> 
 
 
 def _multiple(work: tuple[int, ...], of: tuple[int, ...]) -> int:
-    """How many times ``of`` this work is; 0: it is no multiple."""
+    """The factor by which ``work`` is a multiple of ``of``; 0 if it is not a multiple."""
     copies = max(work) // max(max(of), 1)
     return copies if work == tuple(copies * one for one in of) else 0
 
@@ -126,7 +127,7 @@ def disassemble(cubin: bytes) -> tuple[str, int, int]:
         sass, usage = (_cuobjdump(flag, file.name) for flag in ("-sass", "-res-usage"))
     resource = _RESOURCE.search(usage)
     if resource is None:
-        raise RuntimeError("cuobjdump gave no resource usage")
+        raise RuntimeError("cuobjdump printed no resource usage")
     return sass, int(resource[1]), int(resource[2]) + int(resource[3])
 
 

@@ -13,10 +13,10 @@ OURS = "fastrl"
 def plot(results: Path, out: Path | None = None) -> Path:
     """Draw each peer's time and memory relative to ours (right of the line: ours is better); returns the PNG.
 
-    Memory is that of tensors, where both need a megabyte at least.
+    Memory of tensors is compared if both sides need at least a megabyte.
 
     Raises:
-        ValueError: no case of the file has a measured peer.
+        ValueError: no case in the file has a measured peer.
     """
     import matplotlib
 

@@ -14,7 +14,7 @@ def cases(size: str, only: str | None = None) -> list[Case]:
     """The cases at one of ``SIZES`` whose name contains or matches (``*``) ``only``.
 
     Raises:
-        ValueError: an unknown size, a pattern that matches nothing, or two cases of one name.
+        ValueError: the size is unknown, the pattern matches nothing, or two cases have the same name.
     """
     if size not in SIZES:
         raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")

@@ -1,10 +1,10 @@
-"""``python -m benchmarks.roofline``: the least time of each kernel on H100 and H200, computed without a GPU.
+"""``python -m benchmarks.roofline``: lower bounds for the time of each kernel on H100 and H200, without a GPU.
 
-Each call is compiled as on an H100 and its PTX run by the interpreter in ``tests/ptx``, which counts instructions and
-bytes; the SASS says how many instructions the GPU issues for them (``machine_code``), registers and shared memory how
-many programs fit on a multiprocessor. Work that is linear in the batch is run at two small batches and extended to the
-size of the table. Writes ``results/roofline.json`` and the table of docs/kernels.md. Nothing here is measured: a time
-is a bound that no launch can beat, and latency is not in it.
+Each call is compiled as on an H100 and its PTX is run by the interpreter in ``tests/ptx``, which counts instructions
+and bytes. The SASS gives the number of issued instructions (``machine_code``); registers and shared memory give the
+number of programs that fit on a multiprocessor. Work that is linear in the batch is run at two small batches and
+extrapolated to the size in the table. Writes ``results/roofline.json`` and the table of docs/kernels.md. Nothing is
+measured: times are lower bounds, without latency.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 
 MULTIPROCESSORS, SCHEDULERS = 132, 4
-CLOCK = 1.755e9  # Hz, held under load
+CLOCK = 1.755e9  # Hz, sustained under load
 SPECIAL_LANES = 16  # special functions per multiprocessor and cycle
 REGISTERS, SHARED, WARPS, PROGRAMS = 65536, 233472, 64, 32  # of a multiprocessor; 1 KB of SHARED goes to each program
-BANDWIDTH = {"H100": 3.35e12 * 0.9, "H200": 4.8e12 * 0.9}  # bytes/s: nine tenths of the data sheet's
-LAUNCH = 3e-6  # s: below this a launch costs more than it does
+BANDWIDTH = {"H100": 3.35e12 * 0.9, "H200": 4.8e12 * 0.9}  # bytes/s: 90 % of the data sheet's
+LAUNCH = 3e-6  # s: overhead of a launch, which dominates shorter kernels
 
 
 class Problem(NamedTuple):
-    """A public call at a size users have."""
+    """A public call at a realistic size."""
 
     name: str
-    size: str  # for the table
+    size: str  # as shown in the table
     call: Callable[[int], Any]  # of a batch
     batch: int
-    probes: tuple[int, int] | None  # two batches to run, and the work is linear in the batch; None: run as it is
+    probes: tuple[int, int] | None  # two batches to run if the work is linear in the batch; None: run at full size
     arch: int = 90
 
 
 class Work(NamedTuple):
-    """What one kernel launch does; counts over all programs."""
+    """Counts of one kernel launch, over all programs."""
 
     kernel: str
     programs: float
@@ -54,7 +54,7 @@ class Work(NamedTuple):
     registers: int
     stack: int
     shared: int
-    bytes: float  # different bytes read, and written
+    bytes: float  # distinct bytes read, plus bytes written
     instructions: float  # warp instructions
     special: float
     paired: bool
@@ -113,7 +113,7 @@ def _work(launch: Any) -> Work:
 
 
 def resident(warps: int, registers: int, shared: int) -> int:
-    """Programs that fit on a multiprocessor of sm_90 at once (registers are given out per warp, 256 at a time)."""
+    """Programs that fit on a multiprocessor of sm_90 at once (registers are allocated per warp in units of 256)."""
     of_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // of_warp // SCHEDULERS * SCHEDULERS // warps
     by_shared = SHARED // (-(-shared // 128) * 128 + 1024)
@@ -121,12 +121,12 @@ def resident(warps: int, registers: int, shared: int) -> int:
 
 
 def bounds(row: dict[str, Any]) -> dict[str, float]:
-    """The least seconds of a row by what takes them: instruction slots, special functions, bytes on either GPU.
+    """Lower bounds in seconds of a row, by resource: instruction slots, special functions, bytes on either GPU.
 
-    Programs are spread evenly; the busiest multiprocessor decides, and a warp uses one of its schedulers.
+    Programs are spread evenly; the busiest multiprocessor decides, and each warp uses one of its schedulers.
     """
-    share = math.ceil(row["programs"] / MULTIPROCESSORS)
-    slots = CLOCK * min(SCHEDULERS, row["warps"] * share) * row["programs"] / share
+    per_processor = math.ceil(row["programs"] / MULTIPROCESSORS)
+    slots = CLOCK * min(SCHEDULERS, row["warps"] * per_processor) * row["programs"] / per_processor
     special = row["special"] * 32 * SCHEDULERS / SPECIAL_LANES / slots
     return {
         "issue": row["instructions"] / slots,
@@ -136,14 +136,14 @@ def bounds(row: dict[str, Any]) -> dict[str, float]:
 
 
 def limit(found: dict[str, float], gpu: str) -> str:
-    """What a launch waits for on a GPU; ``launch`` where all of it is over before the next could start."""
+    """The limiting resource of a launch on a GPU; ``launch`` if it is shorter than the launch overhead."""
     least = {"issue": found["issue"], "special": found["special"], "bytes": found[gpu]}
     name = max(least, key=lambda key: least[key])
     return "launch" if least[name] < LAUNCH else name
 
 
 def table(payload: dict[str, Any]) -> str:
-    """Markdown, a line per kernel of a problem."""
+    """Markdown table with a line per kernel of each problem."""
     head = ["kernel", "size", "programs × warps", "registers", "shared", "warps of 64", "waves", "MB", "instructions"]
     head += ["issue µs", "special µs", "bytes µs H100", "H200", "bound H100", "H200"]
     lines = [" | ".join(head), " | ".join(["---", "---", *["--:"] * (len(head) - 4), "---", "---"])]
@@ -193,7 +193,7 @@ def embed(document: str, payload: dict[str, Any]) -> str:
 
 
 def problems() -> list[Problem]:
-    """The library's kernels at sizes users have; bf16 where a model's numbers go in."""
+    """The library's kernels at realistic sizes; bf16 for values from a model."""
     rows = (2, 4)
     return [
         Problem("token_logprob", "8192 × 151936 bf16", lambda n: _tokens(n, entropy=False), 8192, rows),
@@ -312,7 +312,7 @@ def _gate(rows: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name has this; only printed")
+    parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains this; not written")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
     parser.add_argument("--document", type=Path, default=DOCUMENT, metavar="FILE")
     args = parser.parse_args(argv)

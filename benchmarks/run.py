@@ -1,4 +1,4 @@
-"""``make bench``: runs the cases of the registry on the device at hand, prints a table, writes JSON and a figure."""
+"""``make bench``: run the registered cases on the available device, print a table, write JSON and a figure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ VERSIONS = (
 
 
 def run_case(case: Case, device: torch.device, peaks: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """One case as a plain row of the JSON: what it is, and per contestant what was measured or why it was not."""
+    """Run one case; returns its row of the JSON with, for each contestant, measurements or why there are none."""
     torch.manual_seed(0)
     x = case.make(device)
     contestants: dict[str, Run | None] = {OURS: case.ours, **case.peers}
@@ -58,7 +58,7 @@ def run_case(case: Case, device: torch.device, peaks: dict[str, Any], rounds: in
             _reset(case, x)
             results[name] = {**compared, "peak_bytes": peak_bytes(call, device)}
             calls[name] = graphed(call) if case.graph and device.type == "cuda" else call
-        except Exception as error:  # a contestant that fails is a result; the run goes on
+        except Exception as error:  # a failing contestant is recorded; the run continues
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     del expected
     reset = None if case.reset is None else (lambda: _reset(case, x))
@@ -85,7 +85,7 @@ def summary(times: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """Largest difference of any result, relative to the largest entry of what is expected."""
+    """Largest difference of any result, relative to the largest expected entry."""
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         if b.numel():
@@ -95,7 +95,7 @@ def difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Where and with what a run was made; plain values."""
+    """Machine, device and versions of a run, as plain values."""
     device = device or default_device()
     versions = {}
     for name in VERSIONS:
@@ -115,7 +115,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
+    """The GPU if available."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -141,7 +141,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, print, write; returns 1 where one of our own callables failed."""
+    """Run, print and write; returns 1 if one of our own callables failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", metavar="PATTERN", help="cases whose name contains or matches this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="[results/DEVICE.json; with --only or --quick: none]")
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         row = run_case(case, device, peaks, rounds)
         report["cases"].append(row)
         print("\n".join(line(row, name, result) for name, result in row["results"].items()), flush=True)
-        if target is not None:  # after every case: a run that is cut short leaves what it had
+        if target is not None:  # after every case, so that an interrupted run leaves its results
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(report, indent=1) + "\n")
         if device.type == "cuda":

@@ -15,7 +15,7 @@ OURS = "fastrl"
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Markdown of one results file, whichever command wrote it; empty for a kind that has no table here."""
+    """Markdown of one results file of any command; empty for kinds without a table."""
     if "fairness" in report:
         return f"{_made_with(report)}\n\n{_gradients(report)}\n\n{steps(report)}"
     if "cases" in report:
@@ -24,7 +24,7 @@ def tables(report: dict[str, Any]) -> str:
 
 
 def kernels(report: dict[str, Any]) -> str:
-    """A line per case of ``make bench``: our time, share of the floor and peak, each peer's time over ours."""
+    """A line per case of ``make bench``: our time, fraction of the floor and peak, each peer's time over ours."""
     head = ["case", "ms", "of the floor", "peak MiB", "peers: time ÷ ours (peak MiB)"]
     return _markdown(head, (_kernel_cells(case) for case in report["cases"] if "seconds" in case["results"][OURS]))
 

@@ -1,9 +1,9 @@
 """``FusedGRPOMixin`` and ``SharedPrefixGRPOMixin`` beside plain TRL: the same ``GRPOTrainer.train()``, as ratios.
 
 All three run TRL's own loop over the same records with answers of a forced length, in float32 (bfloat16 on a GPU) and
-the same micro-batches. They take turns, a run of steps each, so that a disturbance meets all of them; seconds are
-medians over all timed steps, CPU seconds those of this process alone. Whether they compute the same is the tests'
-business (``tests/kernels/integrations/test_trl.py``, ``tests/fastrl/integrations/test_trl.py``).
+with the same micro-batches. They alternate after a few steps, so that a disturbance affects all of them; seconds are
+medians over all timed steps, CPU seconds those of this process only. Tests check that they compute the same
+(``tests/kernels/integrations/test_trl.py``, ``tests/fastrl/integrations/test_trl.py``).
 
     python -m benchmarks.trl_mixins --rounds 3
 """
@@ -31,7 +31,7 @@ COMPARED = ("seconds", "cpu_seconds", "forward", "backward", "flops", "step_byte
 
 
 def sides() -> dict[str, type | None]:
-    """What is put before ``GRPOTrainer``."""
+    """The mixin placed before ``GRPOTrainer`` on each side."""
     from fastrl.integrations.trl import SharedPrefixGRPOMixin
     from fastrl_kernels.integrations.trl import FusedGRPOMixin
 
@@ -39,7 +39,7 @@ def sides() -> dict[str, type | None]:
 
 
 def measure(folder: Path, work: Work, pictures: Path, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
-    """Numbers of each side: medians of ``rounds`` steps, FLOPs and bytes of one."""
+    """Measurements of each side: medians of ``rounds`` steps, FLOPs and bytes of one step."""
     from fastrl.models.load import load_tokenizer
 
     found: dict[str, dict[str, list[float]]] = {name: {key: [] for key in COMPARED} for name in sides()}
@@ -61,15 +61,15 @@ def measure(folder: Path, work: Work, pictures: Path, device: torch.device, roun
 
 
 def ratios(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Plain TRL's number over each other side's."""
+    """Plain TRL's values divided by each other side's."""
     plain = found["trl"]
     return {name: {key: plain[key] / row[key] for key in COMPARED} for name, row in found.items() if name != "trl"}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trl_mixins", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each side [3]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU if available]")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps per side [3]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="[results/trl-mixins-DEVICE.json]")
     args = parser.parse_args(argv)
     device = torch.device(args.device) if args.device else default_device()

@@ -1,4 +1,4 @@
-"""``make verify``: every demo on three seeds, each in its own process, held to its own claim; a table and a JSON."""
+"""``make verify``: run every demo on three seeds in separate processes and check its claim; a table and a JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def jobs() -> list[tuple[str, str | None]]:
 
 
 def claim_of(method: str) -> Claim:
-    """What the demo of ``method`` claims: its module's ``CLAIM``."""
+    """The claim of a method's demo: its module's ``CLAIM``."""
     from fastrl.toy.demos import DEMOS
 
     return importlib.import_module(DEMOS[method]).CLAIM
@@ -37,7 +37,7 @@ def run_demo(method: str, task: str | None, seed: int, out: Path) -> dict[str, A
     """The demo's result, from the last line it prints.
 
     Raises:
-        RuntimeError: the demo failed, or printed no JSON object.
+        RuntimeError: the demo failed or printed no JSON object.
     """
     where = out / "-".join(filter(None, (method, task, str(seed))))
     command = [sys.executable, "-m", "fastrl.cli", "demo", "--method", method, "--seed", str(seed), "--out", str(where)]
@@ -59,9 +59,9 @@ def by_demo(results: list[dict[str, Any]]) -> dict[tuple[str, str | None], list[
 def table(results: list[dict[str, Any]]) -> str:
     """One line per run, and per demo the mean over seeds with the standard deviation of each change.
 
-    The score is the one the demo reports (sampled answers where it samples), then the same for greedy answers. A demo
-    that compares several models adds a line for each, with means over seeds; one that counts, a line for the share of
-    answers with the exact number.
+    The score is the one that the demo reports (for sampled answers if it samples), followed by that of greedy answers.
+    A demo that compares several models adds a line for each, with means over seeds; a counting demo adds a line with
+    the fraction of exact answers.
     """
     scores = f"{'before':>7} {'after':>7} {'change':>15}"
     lines = [f"{'demo':25} {'metric':9} {'seed':>5} {scores} | greedy {scores} {'seconds':>8}"]
@@ -100,7 +100,7 @@ def _compared(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def broken_claims(results: list[dict[str, Any]]) -> list[str]:
-    """What of the demos' claims does not hold, a line each."""
+    """A line for each claim that does not hold."""
     return [
         f"{method} {task or ''}".strip() + f" {line} (claim: {claim.text})"
         for (method, task), rows in by_demo(results).items()
@@ -110,11 +110,11 @@ def broken_claims(results: list[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is asked for, print, write; returns 1 where a demo failed or its own claim does not hold."""
+    """Run the chosen demos, print and write; returns 1 if a demo failed or its claim does not hold."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verify", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="demos whose 'method task' contains this")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folders [runs/verify, or a new one beside it]")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folders [runs/verify, or a new one next to it]")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="[benchmarks/results/verify.json]")
     args = parser.parse_args(argv)
     chosen = [(method, task) for method, task in jobs() if args.only in f"{method} {task or ''}"]
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed.append(str(error))
     broken = broken_claims(results)
     if results:
-        from benchmarks.run import environment  # what the table depends on, beside the seeds
+        from benchmarks.run import environment  # what results depend on, besides the seeds
 
         print(table(results))
         args.json.parent.mkdir(parents=True, exist_ok=True)

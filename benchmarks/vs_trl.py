@@ -1,28 +1,28 @@
 """Whole optimizer steps of GRPO, rollouts included: fastrl against TRL's ``GRPOTrainer``, first gradients, then time.
 
-``python -m benchmarks.vs_trl`` takes the GPU where there is one (a randomly initialised Qwen2.5-VL-3B, adapters and all
-weights), else the CPU (one of 6.9 M parameters), and writes ``results/vs-trl-DEVICE.json``. Nothing is timed until one
-step's gradient of both sides, from the same sampled tokens, agrees: cosine at least 0.9999, norms within 1e-3.
+``python -m benchmarks.vs_trl`` uses the GPU if available (a randomly initialised Qwen2.5-VL-3B, trained with adapters
+and in full), otherwise the CPU (a model of 6.9 M parameters), and writes ``results/vs-trl-DEVICE.json``. Before any
+timing, both sides' gradients of one step from the same sampled tokens must agree: cosine at least 0.9999, norms within
+1e-3.
 
-Fairness. Equal on both sides: the model folder, the chat template, the pictures (PNG files, new ones every step, so
+Fairness. Equal on both sides: the model folder, the chat template, the pictures (PNG files, different in every step, so
 that no cache helps), prompts and their order, G answers of exactly R tokens (end-of-sequence and special tokens are
-never drawn), the reward (fastrl's OCR reward, called as TRL calls any), GRPO with group-normalised advantages, no KL
+never sampled), the reward (fastrl's OCR reward, called as TRL calls any), GRPO with group-normalised advantages, no KL
 term, one update per rollout, no pass for old log-probs, entropy computed for the log, sequence-mean loss, PyTorch's
 AdamW (fused on a GPU), clipping at norm 1, learning rate 1e-6, no dropout, one process, no worker processes. On a
 CPU: float32, no checkpointing. On a GPU: bfloat16 products over float32 trained weights, layers recomputed in the
 backward on both sides.
 
-Different, because it is what is compared: fastrl preprocesses, encodes, prefills and trains each prompt once per
-group; TRL does so once per answer, and preprocesses twice. TRL's head is fused too (no logits are kept on either
-side). On a GPU, TRL keeps float32 weights and casts them (its default for a model named by string), fastrl bfloat16
-weights and a float32 copy in the optimizer. TRL generates with transformers' ``generate`` (its only way for a
-multimodal model without vLLM).
+Different, as the subject of the comparison: fastrl preprocesses, encodes, prefills and trains each prompt once per
+group; TRL does so once per answer, and preprocesses twice. TRL's head is fused too (neither side stores logits). On a
+GPU, TRL has float32 weights and casts them (its default for a model given by name), fastrl has bfloat16 weights and a
+float32 copy in the optimizer. TRL generates with transformers' ``generate`` (its only option for a multimodal model
+without vLLM).
 
-A short text prompt is among the cases because there sharing has little to share. ``equal``: both sides take G answers
-in a micro-batch; ``best``: each takes the size at which it is fastest, tried out just before. Steps of the two sides
-take turns (where both fit the memory); times are medians. CPU time is the process's, whatever else the machine does.
-Peak: bytes that stay between steps (weights, optimizer) and the most that a step allocates beyond them. Ratios are
-TRL's number over fastrl's.
+One case has a short text prompt, where sharing saves little. ``equal``: both sides have G answers per micro-batch;
+``best``: each side uses its fastest size, determined just before. Steps of the two sides alternate (if both fit in
+memory); times are medians. CPU time is that of the process. Peak: bytes that persist between steps (weights, optimizer)
+plus the most that a step allocates beyond them. Ratios are TRL's value divided by fastrl's.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Bench:
         row = {"work": asdict(work), "train": train, "micro_batch": micro_batch, "rows": rows, "tried": tried}
         together = self.device.type == "cpu" or train == "lora"
         key = (work.name, train, *rows.values())
-        if key not in self._measured:  # the best sizes may be the equal ones
+        if key not in self._measured:  # the best sizes may be equal, and so already measured
             kinds = ["warm", *["time"] * self.rounds, "count"]
             measure = self._in_turn if together else self._one_by_one
             self._measured[key] = measure(work, train, rows, kinds)
@@ -112,7 +112,7 @@ class Bench:
         return theirs
 
     def _try_out(self, name: str, work: Work, train: str) -> dict[int, float]:
-        """Seconds of one step by micro-batch size; sizes that do not fit are left out."""
+        """Seconds of one step by micro-batch size, without sizes that do not fit."""
         sizes = [work.group * n for n in (1, 2, 4, 8) if work.prompts % n == 0]
         found: dict[int, float] = {}
         for rows in sizes if name == "fastrl" else [work.group // 2, *sizes]:
@@ -141,7 +141,7 @@ class Bench:
         return row | ({"sampler_gap": _gap(side.gaps)} if isinstance(side, Fastrl) else {})
 
     def free(self) -> None:
-        """Let go of what the last case left."""
+        """Free the memory of the last case."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -152,7 +152,7 @@ def _out_of_memory(error: torch.OutOfMemoryError) -> dict[str, Any]:
 
 
 def summary(recorder: Recorder, static: int, work: Work) -> dict[str, Any]:
-    """One side's numbers of one case: medians over the timed steps."""
+    """One side's results of one case: medians over the timed steps."""
     seconds = statistics.median(recorder.seconds)
     phases = {name: statistics.median([step.get(name, 0.0) for step in recorder.by_phase]) for name in PHASES}
     answers = work.rows * work.answer
@@ -172,7 +172,7 @@ def summary(recorder: Recorder, static: int, work: Work) -> dict[str, Any]:
 
 
 def ratios(sides: dict[str, Any]) -> dict[str, float]:
-    """TRL's number over fastrl's, for everything both have."""
+    """TRL's value divided by fastrl's, for every value that both have."""
     ours, theirs = (
         {**side, **side["phases"]} if "phases" in side else {} for side in map(sides.get, ("fastrl", "trl")) if side
     )
@@ -180,12 +180,12 @@ def ratios(sides: dict[str, Any]) -> dict[str, float]:
 
 
 def _gap(gaps: list[dict[str, float]]) -> dict[str, float]:
-    """Largest of every step's distance between the sampler's and the trainer's log-probs."""
+    """Largest difference of any step between the sampler's and the trainer's log-probs."""
     return {key: max(gap[key] for gap in gaps) for key in (gaps[0] if gaps else {})}
 
 
 def line(case: dict[str, Any]) -> list[str]:
-    """What is printed of a case."""
+    """The printed lines of a case."""
     title = f"{case['work']['name']}, {case['train']}, {case['micro_batch']} micro-batch {case['rows']}"
     out = [title]
     for name, side in case["sides"].items():
@@ -201,7 +201,7 @@ def line(case: dict[str, Any]) -> list[str]:
 
 
 def plan(size: str, trains: Sequence[str], only: str, best: bool) -> list[tuple[Work, str, str]]:
-    """(work, what is trained, micro-batch) of every case, the most telling first."""
+    """(work, what is trained, micro-batch) of every case, the most informative first."""
     found = [(work, train, "equal") for work in works(size) for train in trains]
     if best:
         found += [(work, train, "best") for work in works(size) if work.prompts > 1 for train in trains]
@@ -215,22 +215,24 @@ def _write(report: dict[str, Any], target: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare, print, write; returns 1 where the gradients differ."""
+    """Compare, print and write; returns 1 if the gradients differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vs_trl", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU if available]")
     parser.add_argument("--train", nargs="+", choices=("full", "lora"), help="[cpu: full; cuda: lora full]")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose 'name train micro-batch' contains this")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each side [3]")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps per side [3]")
     parser.add_argument("--no-best", action="store_true", help="equal micro-batches only")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after this long")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where models are made, or found again [temporary]")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this time")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="folder of built models, reused if present [temporary]"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="[results/vs-trl-DEVICE.json; with --only: none]")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = torch.device(args.device) if args.device else default_device()
     size, trains = ("3b", ["lora", "full"]) if device.type == "cuda" else ("small", ["full"])
     if device.type == "cuda" and torch.cuda.device_count() > 1:
-        parser.error("TRL would spread over all GPUs: set CUDA_VISIBLE_DEVICES to one")
+        parser.error("TRL would use all GPUs: set CUDA_VISIBLE_DEVICES to a single one")
     chosen = plan(size, args.train or trains, args.only, not args.no_best)
     if not chosen:
         parser.error(f"no case matches {args.only!r}")
@@ -250,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
         except GradientMismatch as error:
             print(error, file=sys.stderr)
             return 1
-        _write(report, target)  # from here on, a run that is cut short leaves what it had
+        _write(report, target)  # from here on, an interrupted run leaves its results
         bench = Bench(build_folder(size, root / size, device), root / "pictures", device, args.rounds)
         bench.free()
         for work, train, micro_batch in chosen:

@@ -21,17 +21,17 @@ COSINE, NORM = 0.9999, 1e-3  # at least; at most |norm ratio - 1|
 
 
 class GradientMismatch(AssertionError):
-    """The two sides do not train the same thing: their times are not comparable."""
+    """The two sides compute different gradients, so their times are not comparable."""
 
 
 def compare(folder: Path, work: Work, pictures: Path, *, train: str, device: torch.device) -> dict[str, Any]:
     """Cosine and norm ratio (fastrl over TRL) of one step's gradient over all trained parameters, in float32.
 
-    Both start from the same folder and records. fastrl samples; TRL is handed the tokens in place of its own
-    generation and does everything else itself: chat template, pixels, rewards, advantages, micro-batches, loss.
+    Both start from the same folder and records. fastrl samples; TRL uses these tokens instead of generating and does
+    everything else itself: chat template, pixels, rewards, advantages, micro-batches, loss.
 
     Raises:
-        GradientMismatch: prompts, rewards or gradients that differ.
+        GradientMismatch: prompts, rewards or gradients differ.
     """
     from fastrl.models.load import load_tokenizer
 
@@ -59,7 +59,7 @@ def agreement(mine: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, An
     """Cosine, norm ratio, number of values, and the parameter with the largest relative error.
 
     Raises:
-        GradientMismatch: other names on one side than on the other.
+        GradientMismatch: the parameter names differ.
     """
     _expect_equal("trained parameters", sorted(mine), sorted(other))
     dot, a, b = (math.fsum(_dot(x, y) for x, y in _pairs(mine, other, which)) for which in ("ab", "aa", "bb"))
@@ -84,7 +84,8 @@ def _dot(x: Tensor, y: Tensor) -> float:
 
 
 def _same_adapters(ours: Fastrl, theirs: Trl) -> None:
-    """Adapters begin at random, and their second half at 0, where the first has no gradient: draw and copy them."""
+    """Set both sides' adapters to the same random values. (The second factor starts at 0, so the first would have no
+    gradient.)"""
     source = dict(ours.run.policy.model.named_parameters())
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():

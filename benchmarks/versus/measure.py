@@ -1,4 +1,4 @@
-"""What is measured of a training step: seconds in all and per phase, peak memory, FLOPs."""
+"""Measurements of a training step: total seconds and per phase, peak memory, FLOPs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from benchmarks.measure import running_peak
 from fastrl.models.flops import flop_counter
 
 PHASES = ("preprocess", "generate", "reward", "forward", "backward", "optimizer", "other")
-KINDS = ("warm", "time", "count")  # of a step: nothing is kept, its seconds, its FLOPs and memory
+KINDS = ("warm", "time", "count")  # measured in a step: nothing; seconds; FLOPs and memory
 
 
 class Phases:
-    """Seconds per phase of a step. Inside a phase, the time of a phase begun within is not counted twice."""
+    """Seconds per phase of a step. Time in a nested phase does not count for the outer one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
-        self._open: list[tuple[str, float]] = []  # phase, when it (last) began to count
+        self._open: list[tuple[str, float]] = []  # phase, time at which it (last) started counting
         self._wrapped: list[tuple[Any, str, Any]] = []
 
     def enter(self, name: str) -> None:
@@ -48,7 +48,7 @@ class Phases:
             self.leave()
 
     def wrap(self, owner: Any, method: str, name: str) -> None:
-        """From now on, calls of ``owner.method`` are phase ``name`` (until :meth:`unwrap`)."""
+        """Count calls of ``owner.method`` as phase ``name``, until :meth:`unwrap`."""
         inner: Callable[..., Any] = getattr(owner, method)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ class Phases:
         setattr(owner, method, timed)
 
     def unwrap(self) -> None:
-        """Put every wrapped method back."""
+        """Restore all wrapped methods."""
         while self._wrapped:
             owner, method, inner = self._wrapped.pop()
             setattr(owner, method, inner)
@@ -78,7 +78,7 @@ class Phases:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done what it was given."""
+    """Time in seconds after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -90,14 +90,14 @@ class Recorder:
     def __init__(self, device: torch.device, phases: Phases) -> None:
         self.device, self.phases = device, phases
         self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []  # of this process, all threads: what other programs take does not count
+        self.cpu_seconds: list[float] = []  # of all threads of this process
         self.by_phase: list[dict[str, float]] = []
         self.flops: int | None = None
         self.step_bytes: int | None = None
 
     @contextmanager
     def measure(self, kind: str) -> Iterator[None]:
-        """Inside: one step, of which one of ``KINDS`` is measured."""
+        """Measure one of ``KINDS`` for the step in a block."""
         self.phases.read()
         if kind == "count":
             with peak_of_step(self.device) as found, flop_counter() as counter:
@@ -117,7 +117,7 @@ class Recorder:
 
 @contextmanager
 def peak_of_step(device: torch.device) -> Iterator[list[int]]:
-    """Inside: a step. Afterwards the list holds the most bytes of tensors alive beyond those before it."""
+    """Measure a step in a block; afterwards the list has its peak bytes of tensors beyond those alive before it."""
     found: list[int] = []
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -133,7 +133,7 @@ def peak_of_step(device: torch.device) -> Iterator[list[int]]:
 
 
 def static_bytes(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> int:
-    """Bytes that stay between steps: weights, buffers, what the optimizer steps and its state; shared ones once."""
+    """Bytes that persist between steps: weights, buffers, the optimizer's parameters and state, each storage once."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     for optimizer in optimizers:
         tensors += [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""One randomly initialised Qwen2.5-VL as a Hugging Face folder, and the processor TRL wants for it."""
+"""A randomly initialised Qwen2.5-VL as a Hugging Face folder, and the processor that TRL needs for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 
 from benchmarks.versus.measure import Phases
 
-SMALL_VOCABULARY = 3200  # of the model of 6.9 M parameters
+SMALL_VOCABULARY = 3200  # vocabulary of the model with 6.9 M parameters
 SIZES = ("small", "3b")
 
 
@@ -39,7 +39,7 @@ def load_processor(folder: Path) -> StillProcessor:
 
 
 def build_folder(size: str, folder: Path, device: torch.device) -> Path:
-    """Write a model of one of ``SIZES`` with weights of seed 0; a folder that has one already is left as it is."""
+    """Write a model of one of ``SIZES`` with weights from seed 0, unless the folder already contains one."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from fastrl.models.families.qwen2_vl import load_image_processor
@@ -69,7 +69,7 @@ def _dtype(size: str) -> torch.dtype:
 
 
 def _tokenizer(vocabulary: int, folder: Path) -> Any:
-    """The shipped tokenizer, filled up with tokens no text contains: every id a model can draw has a text."""
+    """The shipped tokenizer plus dummy tokens, so that every id a model can sample has a text."""
     from fastrl.models.load import load_tokenizer
     from fastrl.models.open import resolve_model
 
@@ -101,7 +101,7 @@ def config_3b(tokenizer: Any) -> Any:
     config = model_config(tokenizer, layers=layers, vision_layers=depth)
     for section in ("text_config", "vision_config"):
         for name, value in published[section].items():
-            if name != "vocab_size":  # that is the tokenizer's
+            if name != "vocab_size":  # given by the tokenizer
                 setattr(getattr(config, section), name, value)
     config.text_config.max_position_embeddings = 32768
     return config

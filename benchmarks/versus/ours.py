@@ -18,7 +18,7 @@ from fastrl.rollout import Generator
 from fastrl.trainer import Run
 
 LORA = {"rank": 16, "alpha": 32.0}
-# The trainer's clock → phases compared. What an update does beside backward and optimizer is its forward.
+# Phases of the trainer's clock → compared phases. An update without backward and optimizer is the forward.
 PHASE_OF = {
     "encode": "preprocess",
     "preprocess": "preprocess",
@@ -37,7 +37,7 @@ PHASE_OF = {
 def recipe(
     folder: Path, work: Work, rows: int, *, train: str, device: torch.device, dtype: str | None = None
 ) -> Recipe:
-    """GRPO as both sides run it (see ``vs_trl``); ``dtype``: of the weights, else the device's usual one."""
+    """GRPO as both sides run it (see ``vs_trl``); ``dtype`` of the weights, by default the device's usual one."""
     gpu = device.type == "cuda"
     return build_recipe(
         {
@@ -72,34 +72,34 @@ class Fastrl:
         device: torch.device,
         dtype: str | None = None,
     ) -> None:
-        """``rows``: answers of a micro-batch; ``train``: full or lora."""
+        """``rows``: answers per micro-batch; ``train``: full or lora."""
         self.run = Run(recipe(folder, work, rows, train=train, device=device, dtype=dtype), records=records)
         policy = self.run.policy
         policy.suppressed_token_ids = tuple(never_sampled(policy.tokenizer))
         phases = Phases(device)
         self.recorder = Recorder(device, phases)
-        self.gaps: list[dict[str, float]] = []  # sampler against trainer, of every step
+        self.gaps: list[dict[str, float]] = []  # difference of sampler and trainer, for every step
         self._clock(phases)
         phases.wrap(self.run.engine, "backward", "backward")
         phases.wrap(self.run.engine, "step", "optimizer")
         self._steps = 0
 
     def step(self, kind: str) -> None:
-        """One optimizer step, rollouts included, of which ``kind`` is measured."""
+        """One optimizer step, including rollouts, of which ``kind`` is measured."""
         self._steps += 1
         generator = self.run.context.generator
         assert isinstance(generator, Generator)
-        way = generator.decode
-        if kind == "count" and way == "graph":
-            generator.decode = "static"  # the same step: what a graph replays no counter sees
+        mode = generator.decode
+        if kind == "count" and mode == "graph":
+            generator.decode = "static"  # the same computation; operations replayed by a graph cannot be counted
         with self.recorder.measure(kind):
             row, _ = self.run.step(self._steps)
-        generator.decode = way
+        generator.decode = mode
         self.gaps.append({key: value for key, value in row.items() if key.startswith("sampler/")})
 
     @property
     def static_bytes(self) -> int:
-        """Bytes that stay between steps."""
+        """Bytes that persist between steps."""
         engine = self.run.engine
         assert isinstance(engine, LocalEngine)
         return static_bytes(self.run.policy.model, engine._optimizers)

@@ -1,4 +1,4 @@
-"""TRL's side of a comparison: ``GRPOTrainer.train()`` itself, with fastrl's step taking its turn in a callback."""
+"""TRL's side of a comparison: ``GRPOTrainer.train()`` itself, with fastrl's steps run from a callback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Turn = Callable[[str], None]
 
 
 class Trl:
-    """A GRPOTrainer over the same records, set up as peers of this project's comparison should be: see ``vs_trl``."""
+    """A GRPOTrainer over the same records, set up for a fair comparison (see ``vs_trl``)."""
 
     name = "trl"
 
@@ -40,7 +40,7 @@ class Trl:
         mixin: type | None = None,
         **changes: Any,
     ) -> None:
-        """``rows``: answers of a micro-batch. ``mixin``: put before the trainer. ``changes``: of ``GRPOConfig``."""
+        """``rows``: answers per micro-batch; ``mixin``: base before the trainer; ``changes``: to ``GRPOConfig``."""
         from trl import GRPOTrainer
 
         trainer: Any = GRPOTrainer if mixin is None else type("Trainer", (mixin, GRPOTrainer), {})
@@ -71,20 +71,20 @@ class Trl:
         phases.wrap(self.trainer.accelerator, "backward", "backward")
 
     def run(self, kinds: Sequence[str], turn: Turn | None = None) -> None:
-        """A step for each of ``kinds``; after each, ``turn(kind)`` is called."""
+        """Run a step for each of ``kinds`` and call ``turn(kind)`` after each."""
         self.trainer.args.max_steps = len(kinds)
         self.trainer.add_callback(_Turns(self.recorder, kinds, turn))
         self.trainer.train()
 
     @property
     def static_bytes(self) -> int:
-        """Bytes that stay between steps."""
+        """Bytes that persist between steps."""
         optimizer = self.trainer.optimizer
         return static_bytes(self.trainer.model, [getattr(optimizer, "optimizer", optimizer)])
 
 
 class _Turns(TrainerCallback):
-    """Measures each step of a trainer from the end of the one before, and lets the other side take its turn."""
+    """Measures each step of a trainer from the end of the previous one, then runs a step of the other side."""
 
     def __init__(self, recorder: Recorder, kinds: Sequence[str], turn: Turn | None) -> None:
         self.recorder, self.turn = recorder, turn
@@ -109,7 +109,7 @@ class _Turns(TrainerCallback):
 
 
 def _model(folder: Path, *, bfloat16: bool) -> Any:
-    """The model. Weights that are trained stay float32 (autocast casts them); a base under adapters need not."""
+    """The model. Trained weights are float32 (autocast casts them); a base under adapters may be bfloat16."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -153,7 +153,7 @@ def _arguments(out: str, work: Work, rows: int, device: torch.device, tokenizer:
 
 
 def _checkpointing(config: Any) -> str:
-    """The key for recomputing layers, which was renamed."""
+    """The key for recomputing layers, which differs between versions."""
     return "activation_checkpointing" if hasattr(config, "activation_checkpointing") else "gradient_checkpointing"
 
 
@@ -167,7 +167,7 @@ def _adapters(train: str) -> Any:
 
 
 def _dataset(records: Sequence[Record]) -> Any:
-    """Rows as TRL's documentation has them: a conversation, its picture (read from its file in time), the truth."""
+    """Rows as in TRL's documentation: a conversation, its picture (read from its file on access), the ground truth."""
     from datasets import Dataset, Image
 
     rows = []

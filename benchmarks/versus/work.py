@@ -1,4 +1,4 @@
-"""The work of a comparison: prompts of a wanted length with pictures on disk, and answers of a forced length."""
+"""The work of a comparison: prompts of a given length with pictures on disk, and answers of a forced length."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Work:
 
     @property
     def rows(self) -> int:
-        """Answers of a step."""
+        """Number of answers in a step."""
         return self.prompts * self.group
 
     def budget(self, rows: int) -> int:
-        """fastrl's token budget that puts ``rows`` answers (whole groups) into a micro-batch."""
+        """fastrl's token budget for ``rows`` answers (whole groups) per micro-batch."""
         return max(1, rows // self.group) * (self.prompt + self.group * self.answer)
 
     def tokens(self) -> int:
-        """Tokens of a step as fastrl counts them: every prompt once, every answer."""
+        """Tokens of a step as fastrl counts them: each prompt once, plus all answers."""
         return self.prompts * self.prompt + self.rows * self.answer
 
 
@@ -40,7 +40,7 @@ GOAL = Work("goal: 448-pixel picture, 2 prompts", 300, 24, 2, picture=448)
 
 
 def works(size: str) -> list[Work]:
-    """What is compared: a perception prompt, a short text prompt, a long answer; for the small model the CPU goal."""
+    """The compared work: a perception prompt, a short text prompt, a long answer; for the small model the CPU goal."""
     prompts = 1 if size == "small" else 4
     shapes = [
         Work("perception prompt", 1000, 64, prompts, picture=868),
@@ -54,7 +54,7 @@ TINY = Work("tiny", 48, 5, 2, picture=112, group=4)  # for tests
 
 
 def never_sampled(tokenizer: Any) -> list[int]:
-    """Ids neither side draws, so that answers have the forced length: end of sequence and all other special tokens."""
+    """Ids that neither side samples, so that answers have the forced length: all special tokens."""
     return sorted(tokenizer.all_special_ids)
 
 
@@ -82,9 +82,9 @@ def _question(work: Work, tokenizer: Any) -> str:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     cells = (work.picture // 28) ** 2
-    words = work.prompt - (cells - 1 if cells else 0) - length(0)  # a placeholder becomes the picture's cells
+    words = work.prompt - (cells - 1 if cells else 0) - length(0)  # a placeholder expands to the picture's cells
     if words < 0 or length(words) - length(0) != words:
-        raise ValueError(f"{work.name}: no question fills a prompt of {work.prompt} tokens with {cells} of a picture")
+        raise ValueError(f"{work.name}: cannot make a prompt of {work.prompt} tokens with {cells} of a picture")
     return "read" + " a" * words
 
 

@@ -1,4 +1,4 @@
-"""``fastrl plan``: what a recipe needs of a GPU, from the model's config alone (nothing is loaded or allocated)."""
+"""``fastrl plan``: GPU requirements of a recipe, from the model's config only (nothing is loaded or allocated)."""
 
 from fastrl.plan.advice import Change, advise
 from fastrl.plan.estimate import EFFICIENCY, Plan, make_plan

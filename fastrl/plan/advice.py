@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit: the cheapest changes first, each on top of those before it."""
+"""Changes to a recipe that does not fit, cheapest first, each applied on top of the previous ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastrl.recipe import Recipe, build_recipe
 
 @dataclass(frozen=True)
 class Change:
-    """Recipe keys to set beside those of the changes before, what that costs, and the plan with all of them."""
+    """Recipe keys to set in addition to previous changes, their cost, and the resulting plan."""
 
     keys: dict[str, Any]
     cost: str
@@ -20,9 +20,9 @@ class Change:
 
 
 def advise(plan: Plan, sizes: Mapping[str, Any] | None = None) -> list[Change]:
-    """Changes until the recipe fits, in order of cost; ones that would not lower the peak are left out.
+    """Changes until the recipe fits, in order of cost; those that would not lower the peak are skipped.
 
-    The last one may still not fit: then no change known here is enough. ``sizes`` as in ``make_plan``.
+    If the last plan still does not fit, no known change is sufficient. ``sizes`` as in ``make_plan``.
     """
     found: list[Change] = []
     current = plan
@@ -40,9 +40,9 @@ def advise(plan: Plan, sizes: Mapping[str, Any] | None = None) -> list[Change]:
 
 
 def _candidates(plan: Plan, found: Sequence[Change]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Changes and their costs, the cheapest first. Those that make no difference are skipped.
+    """Changes and their costs, cheapest first, without those that would have no effect.
 
-    ``found``: the changes taken so far, which grow meanwhile.
+    ``found``: the changes accepted so far; the caller appends to it while iterating.
     """
     recipe, work = plan.recipe, plan.workload
     if work.group_tokens < recipe.optim.token_budget:
@@ -57,19 +57,19 @@ def _candidates(plan: Plan, found: Sequence[Change]) -> Iterator[tuple[dict[str,
         taken = bool(found) and found[-1].plan.recipe.optim.gradient_release
         yield (
             {"optim.states": "offload", **(back if taken else {})},
-            "the host updates: gradients and weights cross to it and back",
+            "the host updates: gradients and weights are copied there and back",
         )
     if not recipe.model.offload_activations:
-        yield {"model.offload_activations": True}, "layer inputs cross to the host and back"
+        yield {"model.offload_activations": True}, "layer inputs are copied to the host and back"
     if recipe.rollout.max_new_tokens > 256 and work.samples and plan.memory.peak == plan.memory.rollout:
-        yield {"rollout.max_new_tokens": recipe.rollout.max_new_tokens // 2}, "longer answers are cut"
+        yield {"rollout.max_new_tokens": recipe.rollout.max_new_tokens // 2}, "longer answers are truncated"
     if recipe.model.lora is None:
         yield {"model.lora": {"rank": 16}}, "trains adapters instead of all weights"
     yield {"model.quantize": "4bit"}, "frozen weights are rounded to 4 bits, and unpacked for every product"
 
 
 def _changed(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe | None:
-    """The recipe with ``keys`` set; None where they do not go together with the rest."""
+    """The recipe with ``keys`` set; None if they conflict with other keys."""
     values = recipe.model_dump(mode="json")
     for dotted, value in keys.items():
         *sections, leaf = dotted.split(".")

@@ -1,4 +1,4 @@
-"""Model configs: of a Hugging Face folder (``config.json`` alone will do), a shipped model, or a published one."""
+"""Model configs of a Hugging Face folder (only ``config.json`` is needed), a shipped model, or a published one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def config_of(path: str) -> dict[str, Any]:
         path: a folder with a ``config.json``, ``tiny:NAME``, or the name of a published model (downloaded or not).
 
     Raises:
-        FileNotFoundError: no such folder and no published model of that name.
-        ValueError: a model type that is not supported.
+        FileNotFoundError: there is neither such a folder nor a published model of that name.
+        ValueError: the model type is not supported.
     """
     file, known = _folder(path) / "config.json", published()
     if file.is_file():
@@ -35,12 +35,12 @@ def config_of(path: str) -> dict[str, Any]:
 
 
 def image_limit(path: str, family: Family) -> int | None:
-    """Largest image area in pixels that a folder's own preprocessor allows; None where there is none to read."""
+    """Largest image area in pixels that the folder's preprocessor allows; None if there is no such setting."""
     return family.image_limit(_folder(path))
 
 
 def _folder(path: str | Path) -> Path:
-    """The model's folder, or ``path`` itself where there is none: a published name needs no folder."""
+    """The model's folder, or ``path`` itself for a published name without a folder."""
     try:
         return resolve_model(path)
     except FileNotFoundError:
@@ -48,5 +48,5 @@ def _folder(path: str | Path) -> Path:
 
 
 def is_published(path: str | Path) -> bool:
-    """Whether :func:`config_of` takes the config that a family publishes under that name: there is no folder of it."""
+    """Whether :func:`config_of` uses a family's published config of that name, because there is no folder."""
     return str(path) in published() and not (_folder(path) / "config.json").is_file()

@@ -1,9 +1,9 @@
-"""A recipe's memory and work on one GPU, phase by phase.
+"""A recipe's memory and work on one GPU, by phase.
 
-Bytes of the update come from running the real forward and backward on the meta device (``trace.py``); weights,
-gradients and optimizer states from the model's parameters and what the engine says it holds of each; the rollout's from
-running the generator's own calls. Times divide
-FLOPs and bytes by the data sheet's rates times a stated efficiency: estimates, never measurements.
+Bytes of the update come from running the real forward and backward on the meta device (``trace.py``); those of weights,
+gradients and optimizer states from the model's parameters and the engine's bytes per parameter; those of the rollout
+from running the generator's own calls. Times are FLOPs and bytes divided by the data sheet's rates times an assumed
+efficiency: estimates, not measurements.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ CUDA = torch.device("cuda")
 
 @dataclass(frozen=True)
 class Model:
-    """Counts of a model's numbers."""
+    """Sizes of a model, in numbers of parameters unless stated otherwise."""
 
     parameters: int
     trainable: int
-    wide: int  # of the trainable ones, those kept in float32 already (no copy is made)
-    largest: int  # numbers of the largest trainable parameter
+    wide: int  # trainable parameters that are already float32 (no copy is needed)
+    largest: int  # elements of the largest trainable parameter
     weight_bytes: int
-    trained_bytes: int  # of the weights that are trained
-    language: int  # numbers a decode step reads: layers (every expert, which many rows visit) and head
-    quantized: int  # of these, the ones in 4-bit layers
+    trained_bytes: int  # bytes of the trainable weights
+    language: int  # parameters that a decode step reads: layers (with all experts, as rows use different ones), head
+    quantized: int  # those of ``language`` in 4-bit layers
     hidden: int
     vocabulary: int
     itemsize: int
@@ -52,22 +52,22 @@ class Model:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. ``update``, ``optimizer``, ``rollout``: peaks of those phases, everything included."""
+    """Bytes on one GPU. ``update``, ``optimizer`` and ``rollout`` are total peaks of these phases."""
 
     weights: float
     copies: float  # float32 copies of low-precision weights
     moments: float
-    reference: float  # a copy of what is trained; the rest is shared
+    reference: float  # copy of the trained weights; frozen ones are shared
     gradients: float
-    activations: float  # kept by the forward of one micro-batch
+    activations: float  # kept by the forward of one micro-batch for the backward
     head_scratch: float
     kv_cache: float
-    features: float  # of a step's images, where the tower is frozen and all passes share them
-    pool: float  # temporaries of a decode step, which its CUDA graph keeps reserved
+    features: float  # of a step's images, if the tower is frozen and all passes share them
+    pool: float  # temporaries of a decode step, reserved by its CUDA graph
     update: float
     optimizer: float
     rollout: float
-    host: float  # on the host, beside the data
+    host: float  # on the host, besides the data
 
     @property
     def peak(self) -> float:
@@ -76,7 +76,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one step on one GPU: FLOPs by phase, bytes the decode reads, bytes the optimizer moves, seconds by phase."""
+    """Work of one step on one GPU: FLOPs and seconds by phase, bytes read by decoding and moved by the optimizer."""
 
     flops: dict[str, float]
     decode_bytes: float
@@ -88,7 +88,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe needs, and whether a GPU has it."""
+    """A recipe's requirements, compared with a GPU."""
 
     recipe: Recipe
     gpu: Gpu
@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def limit(self) -> float:
-        """Bytes that may be used."""
+        """Usable bytes."""
         return self.gpu.memory - self.gpu.reserve
 
     @property
@@ -117,13 +117,14 @@ def make_plan(
     Args:
         recipe: ``model.path`` is read for its config only (see ``config_of``).
         gpu: the device.
-        gpus: of this kind, data-parallel; with more than one, optimizer states (and gradients) are sharded as
-            ``engine.zero_stage`` says.
-        efficiency: share of the data sheet's FLOP/s and bytes/s that is reached, for every phase.
+        gpus: number of data-parallel GPUs; with more than one, optimizer states (and gradients) are sharded according
+            to ``engine.zero_stage``.
+        efficiency: fraction of the data sheet's FLOP/s and bytes/s that every phase reaches.
         sizes: keyword arguments of ``workload_of``: ``images``, ``image_pixels``, ``text_tokens``, ``answer_tokens``.
 
     Raises:
-        FileNotFoundError, ValueError: no such model; sizes, counts or an efficiency out of range.
+        FileNotFoundError: the model does not exist.
+        ValueError: sizes, counts or the efficiency are out of range.
     """
     if gpus < 1 or not 0 < efficiency <= 1:
         raise ValueError(f"need at least one GPU and an efficiency in (0, 1], got {gpus} and {efficiency}")
@@ -155,7 +156,7 @@ def make_plan(
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
-    """Of the weights on a GPU."""
+    """Type of the weights on a GPU."""
     return default_dtype(CUDA) if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
 
 
@@ -192,12 +193,12 @@ def reads_reference(recipe: Recipe) -> bool:
 
 
 def needs_copy(recipe: Recipe) -> bool:
-    """Whether a frozen copy of the weights is kept as the reference: never under LoRA."""
+    """Whether a frozen copy of the weights serves as the reference; never with LoRA."""
     return reads_reference(recipe) and recipe.model.lora is None
 
 
 def release_of(recipe: Recipe, work: Workload) -> Callable[[int], int] | None:
-    """Bytes that the device needs to use a gradient of so many numbers as soon as it is complete; None: all stay."""
+    """Device bytes needed to apply a gradient with a given number of elements at once; None: all gradients are kept."""
     if not gradients_leave(recipe.optim, micro_batches=work.micro_batches):
         return None
     if on_host(recipe.optim, recipe.engine):
@@ -218,7 +219,7 @@ def memory_of(
     """Bytes by kind, and the peaks of the phases (see :class:`Memory`).
 
     Args:
-        traced, rollout: what a micro-batch's training pass and the calls of a rollout need at their peaks.
+        traced, rollout: peaks of a micro-batch's training pass and of a rollout's calls.
         gpus: data-parallel ranks that share optimizer states (``engine.zero_stage`` above 0) and gradients (2).
         gpu: count AdamW as on a GPU, else as on a CPU.
     """
@@ -253,10 +254,10 @@ def memory_of(
 
 
 def rollout_bytes(work: Workload, rollout: RolloutTrace, *, shared: bool = False) -> int:
-    """Peak of a rollout above what is resident, the features of its images included: in the vision tower, while prompts
-    are read, or where the first tokens are drawn (keys and values of all answers have their place by then).
+    """Peak of a rollout above resident memory, including its images' features. It occurs in the vision tower, during
+    prefill, or when the first tokens are sampled (keys and values of all answers are allocated by then).
 
-    ``shared``: features stay for the passes of the update; else each chunk's are dropped before it decodes.
+    ``shared``: features stay for the passes of the update; otherwise each chunk's are freed before it decodes.
     """
     prompts = work.prompts * work.steps_at_once if shared else work.prompts_at_once
     features = rollout.features * prompts
@@ -265,8 +266,7 @@ def rollout_bytes(work: Workload, rollout: RolloutTrace, *, shared: bool = False
 
 
 def kv_bytes(work: Workload, rollout: RolloutTrace, *, own: bool = True) -> int:
-    """Keys and values of the rollout: each prompt's once, and (``own``) each answer's, for the rows that decode at
-    once."""
+    """Bytes of keys and values of the prompts that are answered together, and (``own``) of their answers."""
     answers = work.group * own_keys(work.answer_tokens) if own else 0
     return work.prompts_at_once * (work.prompt_tokens + answers) * rollout.token
 
@@ -288,7 +288,8 @@ def work_of(
         decode_bytes = answer * (weights + read * rollout.token)
     if work.samples or not model.trains_vision:
         flops["vision"] = batches * traced.vision_flops
-    forward = traced.forward_flops + (traced.vision_flops if model.trains_vision else 0)  # frozen: once for all passes
+    # a frozen tower runs once for all passes
+    forward = traced.forward_flops + (traced.vision_flops if model.trains_vision else 0)
     if reads_reference(recipe):
         flops["reference"] = batches * forward
     passes = recipe.optim.updates_per_batch

@@ -6,14 +6,14 @@ import difflib
 from dataclasses import dataclass
 
 GIB = 2**30
-HOST_BANDWIDTH = 100e9  # bytes/s of a server's memory
+HOST_BANDWIDTH = 100e9  # bytes/s of host memory on a server
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device. ``memory`` in bytes as the driver reports it, rates as the vendor states them (dense, no sparsity).
+    """One device: ``memory`` in bytes as reported by the driver, rates from the data sheet (dense, without sparsity).
 
-    ``link``: bytes a second to the host in one direction.
+    ``link``: bytes/s to the host in one direction.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Gpu:
 
     @property
     def reserve(self) -> float:
-        """Bytes to leave free: the context and libraries, and what a caching allocator loses to fragments."""
+        """Bytes to leave free for the context, libraries and fragmentation of the caching allocator."""
         return 1.0 * GIB + 0.04 * self.memory
 
 
@@ -47,11 +47,11 @@ GPUS = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """A GPU by name. Raises ``ValueError`` for one that is not listed, with the nearest."""
+    """A GPU by name. For an unknown one, raises ``ValueError`` with the nearest names."""
     found = GPUS.get(name.lower().replace("_", "-"))
     if found is not None:
         return found
-    begun = [known for known in GPUS if name and known.startswith(name.lower())]  # h100: one of its sizes
+    begun = [known for known in GPUS if name and known.startswith(name.lower())]  # h100 matches h100-80
     near = begun or difflib.get_close_matches(name.lower(), GPUS, n=3, cutoff=0.3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(f"unknown GPU {name!r}{hint} Known: {', '.join(GPUS)}")

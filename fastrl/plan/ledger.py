@@ -1,9 +1,9 @@
-"""Counting bytes and floating-point operations of code that runs on the meta device, where nothing is computed.
+"""Count bytes and floating-point operations of code that runs on the meta device, without computing anything.
 
-The model's own forward and backward run on tensors without data; every storage is counted when it is made and when it
-dies, as an allocator would see it. What operators allocate inside and free again is added as their own files say it
-(``fastrl_kernels._counting``). Attention, which has no meta kernel to run through, is replaced by stand-ins that keep
-what it keeps.
+The model's own forward and backward run on tensors without data; every storage is counted when it is created and freed,
+as an allocator would see it. Temporary allocations inside operators are added from the formulas next to the operators
+(``fastrl_kernels._counting``). Attention has no meta kernel, so it is replaced by stand-ins that save the same tensors
+for the backward.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from fastrl_kernels._counting import Scratch, flops_of, named_arguments, scratch
 
 GROUPED = getattr(torch.ops.aten._grouped_mm, "default", None) if hasattr(torch.ops.aten, "_grouped_mm") else None
 CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-GPU = "fastrl_plan_prefix", "fastrl_plan_flash_vision"  # of language and vision
+GPU = "fastrl_plan_prefix", "fastrl_plan_flash_vision"  # attention of the language model and of the vision tower
 CPU = "fastrl_plan_cpu_prefix", "fastrl_plan_cpu_flash_vision"
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of meta tensors that are alive while it is entered, and the FLOPs of what is called.
+    """Counts, while active, the bytes of live meta tensors and the FLOPs of all calls.
 
     Args:
-        known: tensors made before, which are not counted.
-        gpu: count as on a GPU (variable-length attention, operators' Triton path), else as on a CPU.
+        known: existing tensors, which are not counted.
+        gpu: count as on a GPU (variable-length attention, the operators' Triton path), otherwise as on a CPU.
 
-    ``head_scratch`` is the most that an operator allocated under a budget of its own, ``attention_flops`` the part of
-    ``flops`` that grows with queries times keys.
+    ``head_scratch`` is the largest allocation of an operator with its own memory budget, ``attention_flops`` the part
+    of ``flops`` that is proportional to queries times keys.
     """
 
     def __init__(self, known: Iterable[Tensor], *, gpu: bool) -> None:
@@ -50,7 +50,7 @@ class Ledger(TorchDispatchMode):
         self.peak = 0
         self.head_scratch = 0
         self.flops = self.attention_flops = 0
-        self._formulas = flop_counter().flop_registry  # the counter itself follows modules, which keeps tensors alive
+        self._formulas = flop_counter().flop_registry  # the counter itself would keep tensors alive
         self._storages: dict[int, Any] = {}
         self._known = {id_of(t): t.untyped_storage() for t in known}
 
@@ -71,7 +71,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def transient(self, size: int) -> None:
-        """Note that ``size`` more bytes were alive for a moment."""
+        """Record a temporary allocation of ``size`` bytes."""
         self.peak = max(self.peak, self.live + size)
 
     def _see(self, tensor: Tensor) -> None:
@@ -91,24 +91,24 @@ class Ledger(TorchDispatchMode):
 
 
 def _grouped_mm(*, mat2: Tensor, offs: Tensor | None, **named: Any) -> Tensor:
-    """Experts' products without data; torch's own meta kernel refuses all types but bfloat16."""
+    """Grouped products of experts without data; torch's meta kernel only accepts bfloat16."""
     a: Tensor = named["self"]
     rows, columns = a.shape[-2], mat2.shape[-1]
-    if a.dim() == mat2.dim() == 2:  # the groups lie along what is summed
+    if a.dim() == mat2.dim() == 2:  # groups lie along the reduced dimension
         assert offs is not None
         return a.new_empty(len(offs), rows, columns)
     return a.new_empty(rows, columns) if a.dim() == 2 or mat2.dim() == 2 else a.new_empty(len(a), rows, columns)
 
 
 def id_of(tensor: Tensor) -> int:
-    """What names a tensor's storage while it lives."""
+    """Identifier of a tensor's storage, unique while it is alive."""
     return tensor.untyped_storage()._cdata
 
 
 @torch.library.custom_op("fastrl::planned_attention", mutates_args=())
 def _planned_attention(q: Tensor, k: Tensor, v: Tensor, flops: int) -> tuple[Tensor, Tensor]:
-    """Stands for flash attention: q [..., D] of all query heads, k and v of the key heads → out like q, lse [...]."""
-    raise NotImplementedError("planned attention computes nothing: it runs on the meta device only")
+    """Stand-in for flash attention: q [..., D] of all query heads, k and v of the key heads → out like q, lse [...]."""
+    raise NotImplementedError("planned attention only runs on the meta device")
 
 
 @_planned_attention.register_fake
@@ -120,8 +120,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, flops: int) -> tuple[Tensor, Tensor]:
 def _planned_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, flops: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Its gradients of q, k and v."""
-    raise NotImplementedError("planned attention computes nothing: it runs on the meta device only")
+    """Gradients of q, k and v."""
+    raise NotImplementedError("planned attention only runs on the meta device")
 
 
 @_planned_backward.register_fake
@@ -154,12 +154,12 @@ def _(*, flops: int, **_: Any) -> int:
 
 @flops_of(torch.ops.fastrl.planned_attention_backward)
 def _(*, flops: int, **_: Any) -> int:
-    return flops * 5 // 2  # five products for two, as torch counts it
+    return flops * 5 // 2  # five products instead of two, as torch counts
 
 
 @scratch_of(torch.ops.fastrl.planned_attention_backward)
 def _(*, q: Tensor, **_: Any) -> Scratch:
-    return Scratch(beside=torch.float32.itemsize * q.numel())  # its gradient is summed in float32
+    return Scratch(beside=torch.float32.itemsize * q.numel())  # the gradient of q is accumulated in float32
 
 
 @cache
@@ -170,8 +170,8 @@ def _register() -> None:
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function in which scaled-dot-product attention is the CPU's. Switched on in each call: code that a
-    checkpoint runs again sees no mode entered around the backward."""
+    """Wrap an attention function to use the CPU's scaled-dot-product attention. The mode is entered in each call, as
+    recomputation in a checkpoint does not see modes that were entered around the backward."""
 
     def attend(*args: Any, **kwargs: Any) -> Any:
         with CpuAttention():
@@ -213,8 +213,8 @@ def _vision_attention(
 
 
 class CpuAttention(TorchFunctionMode):
-    """Inside, scaled-dot-product attention on the meta device runs through the CPU's flash operator (on that device
-    torch would choose the plain product, whose scores no CPU keeps)."""
+    """Runs scaled-dot-product attention on the meta device through the CPU's flash operator; torch would choose the
+    plain product there, which stores scores that the CPU's does not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -230,7 +230,7 @@ class CpuAttention(TorchFunctionMode):
 
 
 class GpuAttention(TorchFunctionMode):
-    """Inside, scaled-dot-product attention on the meta device is counted as a GPU's flash attention."""
+    """Counts scaled-dot-product attention on the meta device as a GPU's flash attention."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention or not args[0].is_meta:
@@ -243,7 +243,7 @@ class GpuAttention(TorchFunctionMode):
 
 @contextmanager
 def planned_attention(core: Any, *, gpu: bool) -> Iterator[None]:
-    """Inside, a meta model's attention is counted as a GPU's (variable-length) or as a CPU's."""
+    """In a block, count a meta model's attention as on a GPU (variable-length) or as on a CPU."""
     _register()
     language, vision = GPU if gpu else CPU
     with attention(family_of(core.config), core, language=language, vision=vision):

@@ -1,4 +1,4 @@
-"""A plan as text, and as the values ``--json`` prints."""
+"""A plan as text, and as values for ``--json``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ KINDS = {
     "head_scratch": "scratch of the head",
     "kv_cache": "keys and values of the rollout",
     "features": "shared vision features",
-    "pool": "reserved for the decode's graphs",
+    "pool": "reserved for decode graphs",
 }
 PHASES = {"rollout": "rollout", "update": "forward and backward", "optimizer": "optimizer step"}
 
 
 def plan_text(plan: Plan, changes: Sequence[Change]) -> str:
-    """The plan for people."""
+    """The plan as text."""
     return "\n".join([*_head(plan), "", *_memory(plan), "", *_work(plan), "", *_verdict(plan, changes)])
 
 
@@ -127,7 +127,7 @@ def _verdict(plan: Plan, changes: Sequence[Change]) -> list[str]:
     if changes and changes[-1].plan.fits:
         lines[0] += "; with the changes below, each on top of those before it, it does"
     else:
-        lines.append("  no change known here is enough: more GPUs (--gpus N), a larger one, or a smaller model")
+        lines.append("  no known change is sufficient: use more GPUs (--gpus N), a larger GPU or a smaller model")
     return lines
 
 

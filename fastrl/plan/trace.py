@@ -30,9 +30,9 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Trace:
-    """Of one micro-batch. Bytes above what lives between steps (weights, copies, optimizer states); FLOPs.
+    """Bytes and FLOPs of one micro-batch. Bytes are above the state between steps (weights, copies, optimizer states).
 
-    ``peak`` counts the gradients that exist at that moment; ``kept`` is what the forward leaves for the backward.
+    ``peak`` includes gradients that exist at that moment; ``kept`` is what the forward saves for the backward.
     """
 
     peak: int
@@ -40,31 +40,31 @@ class Trace:
     head_scratch: int
     vision_flops: int
     forward_flops: int  # language model and head
-    backward_flops: int  # with what checkpointing computes again
+    backward_flops: int  # including recomputation by checkpointing
     features: int = 0  # bytes of the features of a prompt's images
 
 
 @dataclass(frozen=True)
 class RolloutTrace:
-    """Of a rollout: bytes at the peaks of its phases, above what lives between steps, and FLOPs.
+    """Peak bytes of a rollout's phases, above the state between steps, and FLOPs.
 
-    ``token_flops`` are those of the layers but for attention (of the experts, those that a token goes to);
-    ``pair_flops`` attention's for one query and one key.
+    ``token_flops`` are those of the layers without attention (only the experts that a token is routed to);
+    ``pair_flops`` those of attention for one query and one key.
     """
 
     features: int = 0  # bytes of a prompt's features
-    vision: int = 0  # bytes of the vision tower's largest call, beside features
-    language: int = 0  # bytes of one forward over prompts, beside features, keys and values
+    vision: int = 0  # bytes of the vision tower's largest call, without features
+    language: int = 0  # bytes of one forward over prompts, without features, keys and values
     token: int = 0  # bytes of one token's keys and values
-    first: int = 0  # bytes of the logits behind the prompts, beside those drawn from first
-    drawing: int = 0  # bytes of the logits of all rows that decode at once, and of what drawing from them makes
+    first: int = 0  # bytes of the logits after the prompts, without those sampled from first
+    drawing: int = 0  # bytes of the logits of all rows that decode together, and temporaries of sampling
     token_flops: float = 0.0
     pair_flops: float = 0.0
-    head_flops: float = 0.0  # of the logits of one row
+    head_flops: float = 0.0  # logits of one row
 
 
 def meta_model(config: dict[str, Any], recipe: ModelRecipe, dtype: torch.dtype) -> Any:
-    """The model a recipe trains, as ``load_policy`` would make it, without any data behind its tensors."""
+    """The model that a recipe trains, as from ``load_policy``, on the meta device."""
     family = family_of(config)
     with META:
         core = family.empty().to(dtype)
@@ -95,12 +95,12 @@ def trace_batch(
     Args:
         core: from :func:`meta_model`; its gradients are cleared.
         batch: on the host; only its shapes are read.
-        gpu: count as a GPU would run it, else as a CPU.
-        entropy: the head also gives entropies.
-        row_local: head and loss make their gradients in the forward (``optim.row_local_head``).
-        accumulates: gradients of an earlier micro-batch are there already.
-        release: each gradient is used and dropped as soon as it is complete, which takes so many bytes for a parameter
-            of so many numbers; None: gradients stay.
+        gpu: count as on a GPU, otherwise as on a CPU.
+        entropy: the head also returns entropies.
+        row_local: head and loss compute their gradients in the forward (``optim.row_local_head``).
+        accumulates: gradients of an earlier micro-batch already exist.
+        release: temporary bytes, by number of elements, to apply and free each gradient as soon as it is complete;
+            None: gradients are kept.
     """
     batch = _on_meta(batch)
     ledger = Ledger(_known(core, batch), gpu=gpu)
@@ -135,14 +135,14 @@ def trace_batch(
 def trace_rollout(
     core: Any, prompts: Sequence[Prompt], *, limits: Limits, sampling: Sampling, gpu: bool
 ) -> RolloutTrace:
-    """Run the calls of a rollout that need the most through ``core``, as the generator makes them, and count.
+    """Run the largest calls of a rollout through ``core``, as the generator makes them, and count.
 
     Args:
         core: from :func:`meta_model`.
-        prompts: those that are answered together (a chunk of ``limits``), ``sampling.n`` completions each.
-        limits: of the generator.
-        sampling: how tokens are drawn; its length is not read.
-        gpu: count as a GPU would run it, else as a CPU.
+        prompts: prompts that are answered together (a chunk of ``limits``), with ``sampling.n`` completions each.
+        limits: the generator's limits.
+        sampling: sampling options; the length is ignored.
+        gpu: count as on a GPU, otherwise as on a CPU.
     """
     family, rows = family_of(core.config), len(prompts) * rows_per_prompt(sampling)
     images = [image for prompt in prompts for image in prompt.images]
@@ -193,7 +193,7 @@ def _known(core: Any, batch: PackedBatch) -> list[Tensor]:
 
 
 class _Pass(NamedTuple):
-    """FLOPs after the vision tower and after the head; bytes alive between forward and backward, and of features."""
+    """FLOPs up to the end of the vision tower and of the head; bytes alive after the forward, and of features."""
 
     vision: int
     forward: int
@@ -217,7 +217,7 @@ def _pass(core: Any, batch: PackedBatch, head: _LogProb | _RowLocal, ledger: Led
 
 @dataclass(frozen=True)
 class _LogProb:
-    """Log-probs [N], from which the loss makes its gradient."""
+    """Log-probs [N], from which the loss computes its gradient."""
 
     entropy: bool
 
@@ -227,7 +227,7 @@ class _LogProb:
 
 @dataclass(frozen=True)
 class _RowLocal:
-    """The loss, with the gradients of head and hidden states already made. ``into``: where the head's is summed."""
+    """The loss, with gradients of head and hidden states from the forward; ``into`` accumulates the head's."""
 
     into: Tensor | None
 
@@ -240,7 +240,7 @@ class _RowLocal:
 
 
 def _head_gradient(core: Any, gradients: dict[nn.Parameter, Tensor]) -> Tensor | None:
-    """The float32 sum that the engine keeps of the head's gradient; None where the head is not trained."""
+    """The float32 tensor in which the engine accumulates the head's gradient; None if the head is not trained."""
     weight = core.get_output_embeddings().weight
     if not weight.requires_grad:
         return None
@@ -255,7 +255,7 @@ def _collect(
     ledger: Ledger,
     release: Callable[[int], int] | None,
 ) -> Any:
-    """What the engine does with a complete gradient: kept in float32, or used and dropped."""
+    """Treat complete gradients as the engine does: accumulate them in float32, or apply and free them."""
 
     def use(p: nn.Parameter) -> None:
         if p.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""What one step of a recipe works on: prompts, pictures, answers, and how they fall into micro-batches."""
+"""Sizes of one step of a recipe: prompts, pictures, answers, and their division into micro-batches."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from fastrl.rollout import Sampling
 from fastrl.rollout.generator import rows_per_prompt
 from fastrl.rollout.limits import Limits
 
-TEXT_TOKENS = 128  # of a prompt beside its images: system turn, question, markers
-DIALOGUE_TOKENS = 1024  # of a method that trains on ready-made dialogues
-DEFAULT_PIXELS = 1_000_000  # where neither the recipe nor the model's folder bounds an image
+TEXT_TOKENS = 128  # of a prompt without its images: system turn, question, markers
+DIALOGUE_TOKENS = 1024  # of a dialogue, for methods that train on given dialogues
+DEFAULT_PIXELS = 1_000_000  # if neither the recipe nor the model's folder limits an image
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of a step on one GPU. Answers are all as long as ``answer_tokens``: the most memory and time."""
+    """Sizes of a step on one GPU. All answers have ``answer_tokens`` tokens, which takes the most memory and time."""
 
     prompts: int
-    group: int  # answers a prompt
+    group: int  # answers per prompt
     answer_tokens: int
     text_tokens: int
-    images: int  # a prompt
+    images: int  # per prompt
     family: Family
-    image: ImageInput  # each of them, without data
+    image: ImageInput  # each of the images, without data
     token_budget: int
-    sampling: Sampling | None  # how answers are sampled here; None: they are not (but by a server, or given)
-    steps_at_once: int = 1  # whose prompts one rollout serves
-    limits: Limits = field(default_factory=Limits)  # of the generator
+    sampling: Sampling | None  # None: answers are given or sampled by a server
+    steps_at_once: int = 1  # steps whose prompts one rollout samples
+    limits: Limits = field(default_factory=Limits)  # the generator's limits
 
     @property
     def image_tokens(self) -> int:
@@ -53,7 +53,7 @@ class Workload:
 
     @property
     def groups_per_batch(self) -> int:
-        """Groups of a full micro-batch; one where a group alone exceeds the budget."""
+        """Groups of a full micro-batch; one if a single group exceeds the budget."""
         return max(1, min(self.prompts, self.token_budget // self.group_tokens))
 
     @property
@@ -62,12 +62,12 @@ class Workload:
 
     @property
     def samples(self) -> bool:
-        """Whether answers are sampled here."""
+        """Whether this process samples answers."""
         return self.sampling is not None
 
     @property
     def prompts_at_once(self) -> int:
-        """Prompts whose answers decode together."""
+        """Prompts whose answers are decoded together."""
         if self.sampling is None:
             return 0
         lengths = [self.prompt_tokens] * (self.prompts * self.steps_at_once)
@@ -79,8 +79,8 @@ class Workload:
         return self.prompts * self.group if self.samples else 0
 
     def fullest_batch(self) -> PackedBatch:
-        """The micro-batch with the most tokens the budget allows: what full groups leave is filled with shorter
-        answers, as a step with answers of all lengths may bring it about."""
+        """The micro-batch with the most tokens within the budget: full groups, plus a group of shorter answers in the
+        remaining tokens, as may occur in a step with answers of different lengths."""
         sizes = self._full_groups
         left = self.token_budget - self.groups_per_batch * self.group_tokens - self.prompt_tokens
         if left >= self.group and self.groups_per_batch < self.prompts:
@@ -88,7 +88,7 @@ class Workload:
         return packed(self.family, self.text_tokens, [self.image] * self.images, sizes)
 
     def full_batch(self) -> PackedBatch:
-        """The micro-batch of as many full groups as the budget allows and nothing else: a step is whole ones of it."""
+        """The micro-batch of as many full groups as the budget allows; a step consists of these."""
         return packed(self.family, self.text_tokens, [self.image] * self.images, self._full_groups)
 
     @property
@@ -101,7 +101,7 @@ class Workload:
 
 
 def blank_prompts(family: Family, text: int, images: Sequence[ImageInput], count: int) -> list[Prompt]:
-    """So many prompts of these sizes (see :func:`packed`) with nothing in them."""
+    """``count`` prompts of these sizes (see :func:`packed`) without content."""
     token = family.image_token
     ids = torch.tensor([token] * len(images) + [int(token == 0)] * text, dtype=torch.int64)
     ids, slots, positions = family.lay_out(ids, images)
@@ -112,13 +112,13 @@ def blank_prompts(family: Family, text: int, images: Sequence[ImageInput], count
 
 
 def packed(family: Family, text: int, images: Sequence[ImageInput], answers: list[tuple[int, ...]]) -> PackedBatch:
-    """A batch of these sizes with nothing in it: pixels on the meta device, token ids that mean nothing.
+    """A batch of these sizes without content: pixels on the meta device, arbitrary token ids.
 
     Args:
-        family: lays the pictures out.
-        text: tokens of a prompt beside its images.
-        images: pictures of each prompt, without data; in the batch all are different.
-        answers: for each group, the tokens of its answers.
+        family: lays out the pictures.
+        text: tokens of a prompt without its images.
+        images: pictures of each prompt, without data; they count as different pictures in the batch.
+        answers: for each group, the lengths of its answers in tokens.
     """
     made = [[Completion(torch.zeros(n, dtype=torch.int64)) for n in lengths] for lengths in answers]
     prompts = blank_prompts(family, text, images, len(made))
@@ -135,19 +135,20 @@ def workload_of(
     text_tokens: int = TEXT_TOKENS,
     answer_tokens: int | None = None,
 ) -> Workload:
-    """The step of a recipe.
+    """The sizes of a recipe's step.
 
     Args:
-        recipe: read for sizes of rollout, data and micro-batch.
-        family: of the model; image_limit: area in pixels that the model's own preprocessor allows.
-        images: pictures a prompt (default: the recipe's ``data.frames``, or one).
+        recipe: gives the sizes of rollout, data and micro-batch.
+        family: of the model.
+        image_limit: area in pixels that the model's own preprocessor allows.
+        images: pictures per prompt (default: the recipe's ``data.frames``, or one).
         image_pixels: area of each after resizing (default: the recipe's largest, else the model's own largest, but at
             most a megapixel).
-        text_tokens: of a prompt beside its images.
+        text_tokens: of a prompt without its images.
         answer_tokens: of each answer (default: the longest the recipe allows).
 
     Raises:
-        ValueError: sizes below 1, or an image area above what the recipe allows.
+        ValueError: a size is below 1, or the image area exceeds the recipe's limit.
     """
     for name, value, least in (("images", images, 0), ("text tokens", text_tokens, 1), ("answer", answer_tokens, 1)):
         if value is not None and value < least:
@@ -155,7 +156,7 @@ def workload_of(
     most = recipe.model.max_pixels or min(image_limit or DEFAULT_PIXELS, DEFAULT_PIXELS)
     if image_pixels is not None and recipe.model.max_pixels is not None and image_pixels > recipe.model.max_pixels:
         raise ValueError(
-            f"image pixels: {image_pixels} is over the recipe's model.max_pixels {recipe.model.max_pixels}"
+            f"image pixels: {image_pixels} exceeds the recipe's model.max_pixels {recipe.model.max_pixels}"
         )
     method = method_for(recipe.method)
     sources = [recipe.data, *recipe.data.mix]
@@ -163,7 +164,7 @@ def workload_of(
     dialogues, given = brought == {"dialogues"}, None not in brought
     grouped = recipe.scores_groups
     group = recipe.rollout.group_size if grouped else 1
-    if given:  # some baselines learn from one or two of the answers that the data brings
+    if given:  # some baselines train on only one or two of the answers in the data
         group = method.answers_used(recipe.method, group)
     sampled = grouped and not given and recipe.rollout.backend == "local"
     count = (recipe.data.frames or 1) if images is None else images

@@ -134,7 +134,7 @@ def test_prompts_have_the_wanted_length(folder: Path, tmp_path: Path, item: work
         assert record.images[0].read_bytes() != other.images[0].read_bytes()
     ids = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert len(ids["input_ids"][0]) == item.prompt
-    with pytest.raises(ValueError, match="no question fills a prompt of 10 tokens"):
+    with pytest.raises(ValueError, match="cannot make a prompt of 10 tokens"):
         work.make_records(replace(item, prompt=10), 1, tmp_path, processor.tokenizer)
 
 
