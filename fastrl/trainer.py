@@ -246,7 +246,6 @@ class Run:
         if recipe.data.blank_images:
             data = BlankImages(data)
         _use_own_device(recipe)
-        _seed(recipe.seed)
         self.policy = policy if policy is not None else load_model(recipe)
         if self.policy.device.type == "cuda":  # its events, random state and memory are used below
             torch.cuda.set_device(self.policy.device)
@@ -577,9 +576,10 @@ class _Batch:
 
 
 def load_model(recipe: Recipe) -> Policy:
-    """The policy that a recipe names."""
+    """The policy that a recipe names. Seeds the global generators: new adapters depend on ``recipe.seed`` alone."""
     from fastrl.models.open import open_policy
 
+    _seed(recipe.seed)
     model = recipe.model
     return open_policy(
         model.path,

@@ -17,6 +17,7 @@ from PIL import Image
 from fastrl.clock import PHASES
 from fastrl.data import DataError, Dataset, Problem
 from fastrl.methods import PerceptionR1
+from fastrl.models import Policy
 from fastrl.recipe import load_recipe
 from fastrl.rewards import OcrReward
 from fastrl.run import checkpoint
@@ -354,6 +355,22 @@ def test_features_no_coming_pass_reads_are_dropped(tiny_folder: Folder, tmp_path
     run.step(1)
     assert run.context.features is not None
     assert set(run.context.features) == set(kept)
+
+
+def test_new_adapters_depend_on_the_recipes_seed_alone(tiny_folder: Folder, tmp_path: Path) -> None:
+    """Also where the model is loaded before the run, after other random numbers were drawn."""
+    recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, model__lora={"rank": 2}, seed=5)
+
+    def adapters(policy: Policy) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in policy.model.named_parameters() if "lora_A" in name}
+
+    alone = adapters(Run(recipe, records=make_records()).policy)
+    torch.rand(3)
+    given = adapters(Run(recipe, records=make_records(), policy=load_model(recipe)).policy)
+    assert alone
+    assert all(torch.equal(alone[name], given[name]) for name in alone)
+    other = adapters(load_model(recipe.model_copy(update={"seed": 6})))
+    assert not any(torch.equal(alone[name], other[name]) for name in alone)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_folder: Folder, tmp_path: Path) -> None:
