@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 from fastrl.config.registry import nearest
@@ -146,7 +146,8 @@ class Trackio(Logger):
         self._trackio.log(dict(values), step=step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        table = self._trackio.Table(data=[_cells(row, self._trackio.Image) for row in rows])
+        cells = [_cells(row, self._trackio.Image) for row in rows]
+        table = self._trackio.Table(columns=list(cells[0]), data=[list(row.values()) for row in cells])
         self._trackio.log({"samples": table}, step=step)
 
     def close(self) -> None:
@@ -159,7 +160,7 @@ BUILT_IN: Mapping[str, type[Logger]] = MappingProxyType(
 )
 
 
-def make_loggers(names: Sequence[str] | None) -> dict[str, Any]:
+def make_loggers(names: Sequence[str] | None) -> dict[str, Logger]:
     """The loggers that ``log.to`` names, not opened yet; None: TensorBoard if it is installed.
 
     Raises:
@@ -167,7 +168,7 @@ def make_loggers(names: Sequence[str] | None) -> dict[str, Any]:
     """
     if names is None:
         return {name: BUILT_IN[name]() for name in ("tensorboard",) if _installed(name)}
-    made: dict[str, Any] = {}
+    made: dict[str, Logger] = {}
     for name in names:
         if name in BUILT_IN:
             if not _installed(name):
@@ -187,7 +188,7 @@ class Loggers:
         say: called with messages about failures.
     """
 
-    def __init__(self, loggers: Mapping[str, Any], run: RunInfo, say: Callable[[str], None]) -> None:
+    def __init__(self, loggers: Mapping[str, Logger], run: RunInfo, say: Callable[[str], None]) -> None:
         self._say = say
         self._failed = dict.fromkeys(loggers, 0)  # consecutive failures
         self._said: set[str] = set()
@@ -203,7 +204,7 @@ class Loggers:
 
     def samples(self, step: int, rows: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
         """Log sample answers; ``rows`` is only called if a logger takes them."""
-        if any(hasattr(logger, "samples") for logger in self._loggers.values()):
+        if any(logger.samples != MethodType(Logger.samples, logger) for logger in self._loggers.values()):
             self._all("samples", step, rows())
 
     def close(self) -> None:
@@ -225,12 +226,9 @@ class Loggers:
                 del self._loggers[name]
 
     def _call(self, name: str, hook: str, *given: Any, more: str) -> bool:
-        """Call a hook; return whether it succeeded. A missing hook counts as success."""
-        function = getattr(self._loggers[name], hook, None)
-        if function is None:
-            return True
+        """Call a hook; return whether it succeeded."""
         try:
-            function(*given)
+            getattr(self._loggers[name], hook)(*given)
         except (Exception, SystemExit) as error:  # a logger must never end the run
             if name not in self._said:
                 self._said.add(name)
@@ -240,7 +238,14 @@ class Loggers:
         return True
 
 
-def _own(name: str) -> Any:
+class _Guest(Logger):
+    """An object that is not a ``Logger``: its own hooks, and the defaults of those that it does not have."""
+
+    def __init__(self, **hooks: Callable[..., None]) -> None:
+        vars(self).update(hooks)
+
+
+def _own(name: str) -> Logger:
     """An instance of a user's logger class, created without arguments."""
     try:
         made = load_function(name)()
@@ -251,16 +256,17 @@ def _own(name: str) -> Any:
         raise ValueError(
             f"log.to: {name} cannot be created without arguments: {what} (code that may fail belongs in open)"
         ) from error
-    if isinstance(made, Logger):
-        if type(made).log is Logger.log:
-            raise ValueError(f"log.to: {name} has no log(step, values)")
-    elif not callable(getattr(made, "log", None)):
+    hooks = {hook: getattr(made, hook) for hook in HOOKS if hook in dir(made)}
+    if "log" not in hooks or (isinstance(made, Logger) and type(made).log is Logger.log):
         raise ValueError(f"log.to: {name} has no log(step, values); a logger may have {', '.join(HOOKS)}")
+    for hook, function in hooks.items():
+        if not callable(function):
+            raise ValueError(f"log.to: {name}: {hook} must be a function, got {function!r}")
     for attribute in dir(type(made)):
         known = attribute.startswith("_") or attribute in HOOKS or not callable(getattr(type(made), attribute))
         if not known and (near := nearest(attribute, HOOKS, cutoff=0.8)):
             raise ValueError(f"log.to: {name}: {attribute} is not a hook of a logger; did you mean {near}?")
-    return made
+    return made if isinstance(made, Logger) else _Guest(**hooks)
 
 
 def _installed(name: str) -> bool:

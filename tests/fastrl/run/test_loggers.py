@@ -104,6 +104,10 @@ class Misspelt(Plain):
         pass
 
 
+class NoFunction(Plain):
+    samples = True
+
+
 class Nothing:
     pass
 '''
@@ -209,11 +213,31 @@ def test_a_logger_is_handed_finite_numbers_of_its_own() -> None:
     assert len(row) == 8
 
 
+def test_samples_are_only_made_for_a_logger_that_takes_them(mine: Path) -> None:
+    class Numbers(Logger):
+        def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def rows() -> list[dict[str, Any]]:
+        raise AssertionError("pictures are drawn for nobody")
+
+    plain = make_loggers(["my_logger.py:Plain"])
+    assert all(isinstance(logger, Logger) for logger in plain.values())
+    loggers = Loggers({**plain, "numbers": Numbers()}, info(mine), print)
+    loggers.samples(1, rows)
+    (mine / "run").mkdir()
+    about = replace(info(mine / "run"), recipe={"method": {"kind": "perpo"}})
+    loggers = Loggers({**plain, **make_loggers(["my_logger.py:Logger"])}, about, print)
+    loggers.samples(1, lambda: [{"id": "a", "picture": Image.new("RGB", (3, 2))}])
+    loggers.close()
+    assert '["samples", 1, [["a", [3, 2]]]]' in (mine / "run" / "mine.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("my_logger.py:Needs", "my_logger.py:Needs cannot be created without arguments"),
         ("my_logger.py:Misspelt", "sample is not a hook of a logger; did you mean samples"),
+        ("my_logger.py:NoFunction", "samples must be a function, got True"),
         ("my_logger.py:Nothing", r"has no log\(step, values\); a logger may have open, log, samples, close"),
         ("my_logger.py:Gone", "has no function 'Gone'"),
         ("other.py:Logger", "no such file: other.py"),
