@@ -6,6 +6,7 @@ head keep their dtype.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from fastrl.models.families import Family
 
+PACKED = 0.5  # bytes of a number
 BLOCK = 64  # numbers that share a scale
 # Scales are 8-bit themselves, in blocks of this many with a float32 scale each ("double quantization")
 SCALE_BLOCK = 256
@@ -100,7 +102,7 @@ def quantized_bytes(numbers: int) -> int:
     """Bytes of a weight of ``numbers`` numbers: half a byte each, an 8-bit scale for each block, and the scales of
     these scales."""
     blocks = -(-numbers // BLOCK)
-    return -(-numbers // 2) + blocks + 4 * (-(-blocks // SCALE_BLOCK))
+    return math.ceil(numbers * PACKED) + blocks + 4 * (-(-blocks // SCALE_BLOCK))
 
 
 def _library() -> Any:

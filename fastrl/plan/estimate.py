@@ -20,9 +20,10 @@ from fastrl.engine.optimizers import step_scratch
 from fastrl.methods import method_for
 from fastrl.models.families import family_of
 from fastrl.models.load import default_dtype
+from fastrl.models.quantize import PACKED
 from fastrl.plan.configs import config_of, image_limit
 from fastrl.plan.hardware import HOST_BANDWIDTH, Gpu
-from fastrl.plan.quantized import READ, Planned4bit, unpacked
+from fastrl.plan.quantized import Planned4bit, unpacked
 from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_rollout
 from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe
@@ -284,7 +285,8 @@ def work_of(
         flops["prefill"] = work.prompts * (prompt * (layers + prompt * pair) + head)
         flops["decode"] = rows * answer * (layers + head + (prompt + answer // 2) * pair)
         read = work.prompts * prompt + rows * answer / 2
-        weights = (model.language + model.quantized) * model.itemsize + READ * model.quantized  # unpacked, then read
+        # A product reads packed numbers, writes the unpacked weight and reads it
+        weights = (model.language + model.quantized) * model.itemsize + PACKED * model.quantized
         decode_bytes = answer * (weights + read * rollout.token)
     if work.samples or not model.trains_vision:
         flops["vision"] = batches * traced.vision_flops

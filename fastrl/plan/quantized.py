@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from fastrl.models.families import Family
 from fastrl.models.quantize import quantized_bytes, quantized_layers
 
-# Bytes a number that a product moves: packed ones are read, and the unpacked weight is written and read (itemsize each)
-READ = 0.5
-
 
 class Planned4bit(nn.Module):
     """Stands for a 4-bit layer of [out, in] weights; keeps no unpacked weight for the backward, which unpacks again."""

@@ -212,7 +212,7 @@ def numbers(path: Path) -> list[tuple[int, float]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["estimate", "trace", "workload", "configs"])
+@pytest.mark.parametrize("name", ["estimate", "trace", "workload", "configs", "quantized"])
 def test_no_number_of_another_room_stands_in_the_plan(name: str) -> None:
     assert numbers(PLAN / f"{name}.py") == []
 
