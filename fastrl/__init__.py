@@ -6,7 +6,9 @@ asked for, so that ``import fastrl`` loads neither torch nor anything else.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,11 +30,15 @@ _HOMES = {
     "train": "fastrl.trainer",
 }
 
+_MOVED = {"optimizers": "fastrl.engine.optimizers"}  # modules that the docs showed elsewhere → where they are now
+
 __all__ = ["Record", "StopRun", "load_policy", "load_recipe", "reward_for", "train"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from where it is defined (PEP 562)."""
+    if name in _MOVED:
+        return import_module(_MOVED[name])
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
@@ -43,3 +49,15 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """The names of the module, those not imported yet among them."""
     return sorted({*globals(), *__all__})
+
+
+class _Moved(ModuleType):
+    """A module under its former name; the one of today is imported when a name of it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by tools that look through ``sys.modules``
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_MOVED[self.__name__.rpartition(".")[2]]), name)
+
+
+sys.modules.update({f"{__name__}.{name}": _Moved(f"{__name__}.{name}") for name in _MOVED})

@@ -161,7 +161,30 @@ def test_circles_are_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
 
 
-@pytest.mark.parametrize("statement", ["import fastrl", "import fastrl.config", "import fastrl.cli.main", "--help"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from fastrl.optimizers import AdamW8bit as found",
+        "import fastrl.optimizers\nfound = fastrl.optimizers.AdamW8bit",
+        "from fastrl import optimizers\nfound = optimizers.AdamW8bit",
+    ],
+)
+def test_a_path_that_the_docs_showed_still_imports(statement: str) -> None:
+    code = f"{statement}\nfrom fastrl.engine.optimizers import AdamW8bit\nassert found is AdamW8bit"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import fastrl",
+        "import fastrl, inspect\ninspect.getmodule(inspect.stack()[0][0])",
+        "import fastrl.config",
+        "import fastrl.cli.main",
+        "--help",
+    ],
+)
 def test_torch_is_not_imported(statement: str) -> None:
     code = f"{statement}\nimport sys\nassert 'torch' not in sys.modules"
     if statement == "--help":
