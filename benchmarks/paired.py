@@ -1,9 +1,9 @@
-"""The same training step by two checkouts of fastrl, in interleaved rounds: is one slower than the other?
+"""Compare the same training step of two checkouts of fastrl, in interleaved rounds.
 
 ``python -m benchmarks.paired CHECKOUT`` runs each case of ``benchmarks.versus.work`` in two processes, one that imports
-fastrl from CHECKOUT (``git worktree add ../before COMMIT``, its C++ built) and one that imports it from here. They take
-turns step by step, the first to go alternating, so that a busy machine slows both. A ratio is of one round: CHECKOUT's
-seconds over ours, above 1 where this checkout is faster. CPU seconds are the process's own, whatever else runs. Both
+fastrl from CHECKOUT (``git worktree add ../before COMMIT``, with its C++ built) and one that imports it from here. They
+alternate step by step, with the order reversed in every other round, so that a busy machine slows both. A ratio is
+CHECKOUT's seconds over ours in one round: above 1, this checkout is faster. CPU seconds are those of the process. Both
 sides run on the CPU.
 """
 
@@ -35,25 +35,25 @@ MEASURED = ("seconds", "cpu_seconds")
 
 
 class Side:
-    """A process that imports fastrl from ``checkout`` and takes one step of ``work`` at a time."""
+    """A process that imports fastrl from ``checkout`` and runs one step of ``work`` at a time."""
 
     def __init__(self, checkout: Path, work: Work, folder: Path, pictures: Path, steps: int) -> None:
         given = {"work": asdict(work), "folder": str(folder), "pictures": str(pictures), "steps": steps}
-        # -P: nothing is imported from where the script lies or from the working directory
+        # -P: do not import from the script's folder or the working directory
         command = [sys.executable, "-P", str(HERE / "benchmarks/versus/one_side.py"), json.dumps(given)]
         environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(checkout), str(checkout / "kernels")])}
         self.checkout = checkout
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
 
     def step(self) -> dict[str, float]:
-        """Take the next step: its seconds, CPU seconds and gradient norm.
+        """Run the next step; returns its seconds, CPU seconds and gradient norm.
 
         Raises:
-            RuntimeError: the process ended; it said why on standard error.
+            RuntimeError: the process ended; its error is on stderr.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with suppress(BrokenPipeError):  # an ended process shows in the line that does not come
+        with suppress(BrokenPipeError):  # if the process has ended, reading a line below returns nothing
             print("step", file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
@@ -69,7 +69,7 @@ class Side:
 
 
 def compare(other: Path, work: Work, folder: Path, scratch: Path, rounds: int) -> dict[str, Any]:
-    """Every round of both sides after a first step each, which is not measured; the ratios' quartiles.
+    """All rounds of both sides, after an unmeasured first step each, and the ratios' quartiles.
 
     Args:
         other: the other checkout's root.
@@ -100,13 +100,13 @@ def compare(other: Path, work: Work, folder: Path, scratch: Path, rounds: int) -
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The first quartile, the median and the third of at least two values."""
+    """First quartile, median and third quartile of at least two values."""
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, median, third
 
 
 def line(row: dict[str, Any]) -> str:
-    """What is printed of a case."""
+    """The printed line of a case."""
     found = [
         f"{name.replace('_', ' ')} {row[f'{name}_ratio']['median']:.3f} "
         f"[{row[f'{name}_ratio']['q1']:.3f}, {row[f'{name}_ratio']['q3']:.3f}]"
@@ -116,7 +116,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare, print, write."""
+    """Compare, print and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paired", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkout", type=Path, help="the other checkout of fastrl")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")

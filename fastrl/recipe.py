@@ -76,12 +76,12 @@ class Recipe(Section):
     """The description of a whole run."""
 
     name: str = "run"
-    """Names the run folder where `out` is not set. `load_recipe` fills in the file's name."""
+    """Name of the run folder if `out` is not set. `load_recipe` fills in the file's name."""
     out: str | None = Field(None, min_length=1)
     """The run folder; none: `runs/NAME`. `--out DIR` sets it."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of data order, sampling and whatever else draws numbers. Run the same recipe with several to see how far
-    results scatter."""
+    """Seed of data order, sampling and all other random numbers. Run a recipe with several seeds to see how much
+    results vary."""
     method: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_options_of)]
     model: ModelRecipe
     data: DataRecipe
@@ -148,7 +148,9 @@ class Recipe(Section):
         if model.quantize is not None and model.lora is None:
             raise ValueError("model.quantize: 4-bit weights cannot be trained: set model.lora, whose adapters are")
         if model.quantize is not None and served:
-            raise ValueError("model.quantize: a vLLM server samples with other weights; set rollout.backend: local")
+            raise ValueError(
+                "model.quantize: a vLLM server samples with unquantized weights; set rollout.backend: local"
+            )
         if model.quantize is not None and self.engine.kind != "local":
             raise ValueError("model.quantize needs engine.kind: local")
         if model.quantize is not None and model.device is not None and model.device.startswith("cpu"):

@@ -235,7 +235,7 @@ class Run:
         self.clock = Clock()
         self._equal = False  # whether all groups had equal rewards in a step since the last save
         if recipe.model.quantize is not None and policy is None:
-            check_quantize(recipe.model.device)  # before data and model are loaded in vain
+            check_quantize(recipe.model.device)  # before loading data and model
         functions = functions_of(recipe.reward, recipe.mix_rewards) if recipe.scores_groups else None
         # First: bad rows are reported at once
         data = records if records is not None else _load_records(recipe, functions)
@@ -604,7 +604,7 @@ def _load_records(recipe: Recipe, functions: Functions | None) -> Sequence[Recor
 
 
 def _check_tasks(recipe: Recipe, data: Sequence[Record], functions: Functions) -> None:
-    """Raise ``ValueError`` where the recipe's reward does not fit the task of the data, before a model is loaded."""
+    """Raise ``ValueError`` if the recipe's reward does not match the data's task, before a model is loaded."""
     rewards = RecipeRewards(recipe.reward, recipe.mix_rewards, functions=functions)
     parts = map(data.part_of, range(len(data.parts))) if isinstance(data, Mixture) else [range(len(data))]
     firsts = [data[part[0]] for part in parts if part]

@@ -1,6 +1,6 @@
-"""One checkout's side of ``benchmarks.paired``: a line of JSON for each line of standard input.
+"""One side of ``benchmarks.paired``: prints a line of JSON for each line of standard input.
 
-Run by its path, never imported: ``benchmarks`` and ``fastrl`` are those of the checkout that ``PYTHONPATH`` names.
+Run by path, not imported: ``benchmarks`` and ``fastrl`` come from the checkout in ``PYTHONPATH``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastrl.models.load import load_tokenizer
 
 
 def main() -> None:
-    """Build the run of ``argv[1]``, then take a step whenever asked."""
+    """Build the run of ``argv[1]``, then run a step for each line of standard input."""
     given = json.loads(sys.argv[1])
     work, folder = Work(**given["work"]), Path(given["folder"])
     records = make_records(work, work.prompts * given["steps"], Path(given["pictures"]), load_tokenizer(folder))

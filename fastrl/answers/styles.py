@@ -256,7 +256,7 @@ STYLES: dict[str, Style] = {
         PaliGemmaStyle("paligemma", "unit"),
     )
 }
-# config.model_type → the style its family writes in; registering a family adds its own (add_family)
+# config.model_type → the style of its family; registered families are added by add_family
 _OF_FAMILY: dict[str, str] = {
     "qwen2_vl": "qwen2",
     "qwen2_5_vl": "qwen2_5",
@@ -269,7 +269,7 @@ _OF_FAMILY: dict[str, str] = {
     "paligemma": "paligemma",
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4"), "gemma"),
 }
-FAMILIES: KeysView[str] = _OF_FAMILY.keys()  # those registered later too
+FAMILIES: KeysView[str] = _OF_FAMILY.keys()  # includes families registered later
 
 
 def style_of(model_type: str) -> Style:
@@ -280,14 +280,14 @@ def style_of(model_type: str) -> Style:
 
 
 def add_family(model_type: str, style: str, end_of_turn: str) -> None:
-    """Let rewards and ``eval --predictions`` know a family by its ``model_type`` and the text that closes its turns.
+    """Add a family's style and end-of-turn text, for rewards and ``eval --predictions``.
 
     Raises:
-        ValueError: there is no such style, or the family is known with another one.
+        ValueError: the style is unknown, or the family already has a different one.
     """
     known = _OF_FAMILY.get(model_type, style)
     if style_named(style).name != known:
-        raise ValueError(f"model family {model_type!r} writes in the style {known!r}, not in {style!r}")
+        raise ValueError(f"model family {model_type!r} already has style {known!r}, got {style!r}")
     _OF_FAMILY[model_type] = style
     if end_of_turn not in END_OF_TURN:
         END_OF_TURN.append(end_of_turn)

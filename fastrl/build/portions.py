@@ -74,8 +74,8 @@ def build_portions(
 
 @contextmanager
 def unfinished(out: Path) -> Iterator[None]:
-    """Inside: ``out`` is built, in a folder that exists. Where that fails before the first portion is done, neither the
-    empty file is left nor pictures written for rows that it does not have."""
+    """Remove the empty ``out`` and its new pictures if the block fails before the first portion is done. Creates the
+    folder."""
     images = out.with_suffix(".images")
     images_new = not images.exists()
     with nothing_empty_left(out):

@@ -15,16 +15,16 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [as stored].")] = None,
     base: Annotated[str | None, typer.Option(metavar="DIR", help="Model under adapters [by their config].")] = None,
-    best: Annotated[bool, typer.Option("--best", help="Of a run: the best checkpoint of its evaluations.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="For a run: export its best checkpoint by evaluation.")] = False,
     push: Annotated[str | None, typer.Option(metavar="REPO", help="Upload it to owner/name on the hub.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is public.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="With --push: make a new repository public.")] = False,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into their model, cast the weights, and write a standard Hugging Face folder."""
     from fastrl.models import export as library
 
     if public and push is None:
-        raise ValueError("--public goes with --push")
+        raise ValueError("--public needs --push")
     if push is not None:
         library.check_repo(push)
     made = library.export(source, out, dtype=dtype, base=base, best=best)

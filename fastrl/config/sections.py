@@ -22,22 +22,22 @@ class LoraRecipe(Section):
     """Low-rank adapters; only they are trained."""
 
     rank: int = Field(16, ge=1, le=8192)
-    """Rank of the update of each layer."""
+    """Rank of each layer's update."""
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha ÷ rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """On the input of the adapters, in training alone."""
+    """Dropout probability on the input of the adapters; only in training."""
     targets: list[str] | str | None = None
-    """Names of the language model's linear layers, `vision`, `projector` or `language` for all of a part's, or one
-    regular expression over full names; none: all linear layers of the language model. Name fewer (`[q_proj, v_proj]`)
-    to save memory."""
+    """Layers with adapters: names of the language model's linear layers, `vision`, `projector` or `language` for all
+    layers of a part, or one regular expression over full names; none: all linear layers of the language model. Name
+    fewer (`[q_proj, v_proj]`) to save memory."""
     also_train: list[str] = []
-    """Parts (`projector`, `vision`) or modules, by the last parts of their names, that are trained whole beside the
+    """Parts (`projector`, `vision`) or modules, by the last parts of their names, that are trained in full besides the
     adapters."""
 
     dora: bool = False
-    """Weight-decomposed adapters (DoRA, arXiv:2402.09353): the norm of each output's weights is trained too. Somewhat
-    better at low ranks, and slower in training."""
+    """Weight-decomposed adapters (DoRA, arXiv:2402.09353): also train the norm of each output's weights. Somewhat
+    better at low ranks, and slower."""
     rslora: bool = False
     """Scale the update by alpha ÷ √rank (rsLoRA, arXiv:2312.03732), so that high ranks do not learn more slowly."""
 
@@ -50,52 +50,51 @@ class ModelRecipe(Section):
     path: str
     """A Hugging Face folder, `tiny:NAME` for a shipped model, or a downloaded hub name. `--model` sets it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights. `auto`: bfloat16 on a GPU, float32 on a CPU. With `bfloat16` the optimizer keeps float32
+    """Type of the weights. `auto`: bfloat16 on a GPU, float32 on a CPU. With `bfloat16` the optimizer keeps float32
     copies; `float32` on a GPU is for debugging numerics."""
     device: str | None = None
-    """As torch names it; none: the first GPU, else the CPU. `cuda:1` picks another GPU, `cpu` runs a small model
-    beside a busy one."""
+    """Device, as named by torch; none: the first GPU, or the CPU if there is none. `cuda:1` selects another GPU, `cpu`
+    suits a small model while the GPU is busy."""
     quantize: Literal["4bit"] | None = None
-    """`4bit`: the language model's linear layers as NormalFloat4 (QLoRA), in a quarter of the memory; their adapters
-    are trained (`model.lora`). Needs a GPU and bitsandbytes."""
+    """`4bit`: store the language model's linear layers as NormalFloat4 (QLoRA), in a quarter of the memory, and train
+    their adapters (`model.lora`). Needs a GPU and bitsandbytes."""
     lora: LoraRecipe | None = None
-    """Low-rank adapters: only they are trained, and the base model is the reference, so that no copy of it is
-    kept."""
+    """Low-rank adapters. Only they are trained, and the base model serves as the reference, so no copy of it is
+    needed."""
     freeze: list[str] = []
-    """What is not trained: `vision`, `projector` or `language` in every family, something within one
-    (`vision.blocks.0`), globs over full parameter names, or runs of whole parts of them."""
+    """Parameters that are not trained: `vision`, `projector` or `language` (in every family), a module within one
+    (`vision.blocks.0`), a glob over full parameter names, or consecutive parts of a name."""
     gradient_checkpointing: bool = False
-    """Recompute each layer's activations in the backward: much less memory, about a third more time."""
+    """Recompute each layer's activations in the backward. Needs much less memory and about a third more time."""
     offload_activations: bool = False
-    """What checkpointing keeps lies on the host until the backward. For long rows on a GPU that is full; needs
-    `model.gradient_checkpointing`."""
+    """Keep the inputs saved by checkpointing on the host until the backward. For long rows that do not fit on the GPU;
+    needs `model.gradient_checkpointing`."""
     liger: bool = False
-    """RMSNorm, SwiGLU and rotary embedding by liger-kernel, where it is installed; needs a GPU."""
+    """Use liger-kernel's RMSNorm, SwiGLU and rotary embedding. Needs a GPU and liger-kernel."""
     min_pixels: int | None = Field(None, ge=1)
-    """Least area of a resized picture; none: the model folder's."""
+    """Least area of a resized picture in pixels; none: the model folder's."""
     max_pixels: int | None = Field(None, ge=1)
-    """Largest area of a resized picture; none: the model folder's. The first thing to lower when prompts are too
-    long."""
+    """Largest area of a resized picture in pixels; none: the model folder's. Lower it first if prompts are too long."""
 
 
 class RewardRecipe(Section):
     options: dict[str, Any] = {}
-    """Of the reward of the data's task: `metric`, `threshold`, `format`, …; an unknown one is named with those that
+    """Options of the task's reward: `metric`, `threshold`, `format`, …; the error for an unknown one lists those that
     exist."""
     weights: dict[str, float] = {}
-    """By component; one that is not named weighs 1, weight 0 leaves it out."""
+    """Weights by component; the default is 1, and 0 removes a component."""
     function: list[str] = []
-    """Reward functions of your own, `my_rewards.py:score` or `package.module:score`, one or a list: a reward of your
+    """Your own reward functions, `my_rewards.py:score` or `package.module:score`, one or a list; see a reward of your
     own."""
     builtin: bool = True
-    """`false` leaves the task's own components out: the functions alone score."""
+    """`false`: use only your functions, without the task's own components."""
     completions: Literal["conversation", "text"] = "conversation"
-    """What the functions are given of each answer."""
+    """The form in which functions receive each answer."""
     timeout: float | None = Field(600.0, gt=0, le=1e6)
-    """Seconds that one call of a function may take."""
+    """Time limit in seconds for one call of a function."""
     overlong: int | None = Field(None, ge=1)
-    """DAPO's soft punishment of long answers: over this many tokens before `rollout.max_new_tokens` a component
-    `overlong` falls from 0 to −1. Of Perception-R1."""
+    """DAPO's soft penalty for long answers: over the last so many tokens before `rollout.max_new_tokens`, a component
+    `overlong` falls from 0 to −1. Only for Perception-R1."""
 
     @field_validator("function", mode="before")
     @classmethod
@@ -107,15 +106,15 @@ class MixEntry(Section):
     """One data set of a mixture."""
 
     spec: str = Field(min_length=1)
-    """As `data.spec`."""
+    """Like `data.spec`."""
     adapter: str | None = None
-    """As `data.adapter`."""
+    """Like `data.adapter`."""
     name: str | None = Field(None, min_length=1)
-    """What metrics and ids call this data set; none: a name made from its spec."""
+    """Name of this data set in metrics and ids; none: derived from its spec."""
     weight: float | dict[int, float] = 1.0
-    """How often it is drawn: a constant, or `{step: weight}` with straight lines in between."""
+    """Sampling weight: a constant, or `{step: weight}` with linear interpolation."""
     reward: RewardRecipe | None = None
-    """A reward section of its own; its keys override the recipe's."""
+    """A reward section for this data set; its keys override the recipe's."""
 
     @field_validator("weight")
     @classmethod
@@ -127,56 +126,56 @@ class MixEntry(Section):
 
 
 class CurriculumRecipe(Section):
-    """From easy to hard: rows are drawn from the easiest part of the data, which grows until it is all of it."""
+    """Curriculum from easy to hard: rows are drawn from the easiest part of the data, which grows to all of it."""
 
     by: str = Field(min_length=1)
-    """A column of the rows or a key of their truth: a number, or something that has a length."""
+    """Difficulty: a column of the rows or a key of their truth, either a number or a value with a length."""
     steps: int = Field(ge=1)
     """Steps until all rows are drawn."""
     start: float = Field(0.2, gt=0, le=1)
-    """The part to begin with."""
+    """Fraction of the data at the first step."""
 
 
 class DataRecipe(Section):
     spec: str = ""
-    """`adapter:path?key=value&…`, see data; needed where `data.mix` is not given. `--data` sets it."""
+    """`adapter:path?key=value&…`, see data; required unless `data.mix` is given. `--data` sets it."""
     adapter: str | None = None
-    """A function of yours, `my_data.py:rows`, called as `rows(path, **query)` with the spec's path; it yields
+    """Your own function, `my_data.py:rows`, called as `rows(path, **query)` with the spec's path; it yields
     `Record`s."""
     mix: list[MixEntry] = []
-    """Several data sets in place of `data.spec`, mixed row by row; see data."""
+    """Several data sets instead of `data.spec`, mixed row by row; see data."""
     mix_by: Literal["row", "task"] = "row"
-    """What weights multiply: `row`, the rows of a data set; `task`, nothing: they are the proportions of the data
-    sets, whatever their sizes."""
+    """`row`: weights are multiplied by the number of rows of a data set; `task`: weights are the proportions of the
+    data sets, regardless of their sizes."""
     curriculum: CurriculumRecipe | None = None
-    """From easy to hard: rows are drawn from the easiest part of the data, which grows to all of it."""
+    """Curriculum from easy to hard: rows are drawn from the easiest part of the data, which grows to all of it."""
     shuffle_buffer: int | None = Field(None, ge=1)
-    """Rows that are shuffled among each other; none: all. For tables whose pictures do not fit in memory."""
+    """Number of rows that are shuffled together; none: all. For tables whose pictures do not fit in memory."""
     prompts_per_step: int = Field(8, ge=1)
-    """Prompts of a step, on each rank."""
+    """Prompts per step and rank."""
     order: Literal["shuffle", "file"] = "shuffle"
-    """`shuffle`: anew each epoch. `file`: as the data lists them, for a curriculum from easy to hard."""
+    """`shuffle`: a new order in each epoch. `file`: the order of the data, for a curriculum from easy to hard."""
     seed: int | None = Field(None, ge=0, lt=2**63)
-    """Of the shuffle; none: the run's. Set it to compare runs with different `seed` on one order of data."""
+    """Seed of the shuffle; none: the run's. Set it to compare runs with different `seed` on the same order of data."""
     skip_bad: bool = False
-    """Leave bad rows out and count them, and pass over records whose pictures cannot be decoded when their turn
-    comes. Without it all bad rows are reported before anything is trained."""
+    """Skip and count bad rows, and records whose pictures turn out to be broken during training. Otherwise, all bad
+    rows are reported before training starts."""
     max_image_pixels: int = Field(MAX_IMAGE_PIXELS, ge=1)
-    """Width × height of a picture file; a larger one is a bad row. Raise it for scans, lower it against pictures that
-    decode to gigabytes."""
+    """Largest width × height of a picture file; a larger picture makes a bad row. Raise it for scans, lower it to
+    protect against pictures that decode to gigabytes."""
     identity: Literal["stat", "bytes"] = "stat"
-    """How `--resume` sees that a picture file changed: by size and time of last change, or by its bytes, which reads
-    all of them. See resuming."""
+    """How `--resume` detects that a picture file has changed: by size and modification time, or by its bytes, which
+    reads all files. See resuming."""
     frames: int | None = Field(None, ge=1)
-    """How many frames of a clip the model is shown; none: as the spec says."""
+    """Number of frames of a clip that the model sees; none: given by the spec."""
     sample: Literal["uniform", "first", "random"] | None = None
-    """Which frames: evenly spread, the first ones, or random ones; none: as the spec says."""
+    """Which frames: evenly spaced, the first ones, or random ones; none: given by the spec."""
     workers: int = Field(2, ge=0)
-    """Threads that preprocess the pictures of this and the next step meanwhile; `0`: none, for the simplest trace of
-    an error."""
+    """Threads that preprocess the pictures of this and the next step in the background; `0`: none, for simpler
+    tracebacks."""
     blank_images: bool = False
-    """Grey pictures of the same size: what is then learned is learned from the text. `fastrl study` trains with and
-    without."""
+    """Replace pictures by grey ones of the same size, so that the model can only learn from the text. `fastrl study`
+    trains with and without."""
 
     @field_validator("spec", mode="before")
     @classmethod
@@ -197,31 +196,30 @@ class DataRecipe(Section):
 
 class RolloutRecipe(Section):
     group_size: int = Field(8, ge=1)
-    """Answers to each prompt."""
+    """Answers per prompt."""
     max_new_tokens: int = Field(256, ge=1, le=2**20)
-    """Longest answer; longer ones are cut and count as not finished."""
+    """Longest answer in tokens; longer ones are truncated and count as not finished."""
     temperature: float = Field(1.0, gt=0)
-    """Of sampling, and of the log-probs that are trained."""
+    """Temperature of sampling and of the trained log-probs."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Sample from the smallest set of tokens with this probability; below 1 another distribution than the trained
+    """Sample from the smallest set of tokens with this probability. Below 1, the distribution differs from the trained
     one."""
     top_k: int = Field(0, ge=0)
-    """Sample from that many tokens; `0`: from all."""
+    """Sample from this many most likely tokens; `0`: from all."""
     allow_truncated_sampling: bool = False
-    """Accept the bias that `top_p` below 1 or `top_k` above 0 bring: sampled is another distribution than the one
-    whose log-probs are trained."""
+    """Accept the bias of `top_p` below 1 or `top_k` above 0: answers are sampled from a different distribution than the
+    one whose log-probs are trained."""
     decode: Literal["auto", "eager", "static", "graph"] = "auto"
-    """`auto`: CUDA graphs on a GPU, eager steps on a CPU. `eager` when a model cannot be captured, `static` for the
-    graphs' buffers without a graph (debugging)."""
+    """`auto`: CUDA graphs on a GPU, eager steps on a CPU. Use `eager` if a model cannot be captured, and `static` for
+    the graphs' buffers without a graph (debugging)."""
     backend: Literal["local", "vllm"] = "local"
-    """`vllm`: answers come from a vLLM server, which is given the weights."""
+    """`vllm`: a vLLM server samples the answers and receives the weights. `local`: the training process samples."""
     server: str | None = None
-    """With `vllm`: its address, `http://localhost:8000`."""
+    """With `vllm`: the server's address, such as `http://localhost:8000`."""
     shared: str | None = None
-    """With `vllm`: a folder, under the same path on the server, through which it is given weights; none:
-    `OUT/rollout`."""
+    """With `vllm`: a folder for transferring weights, which has the same path on the server; none: `OUT/rollout`."""
     server_timeout: float = Field(600.0, gt=0)
-    """With `vllm`: seconds that the answers to one prompt, or new weights, may take."""
+    """With `vllm`: time limit in seconds for the answers to one prompt, or for loading new weights."""
 
     @model_validator(mode="after")
     def _unbiased(self) -> RolloutRecipe:
@@ -245,48 +243,50 @@ class RolloutRecipe(Section):
 
 class ParameterGroup(Section):
     match: str = Field(min_length=1)
-    """`vision`, `projector` or `language` in every family, a glob over parameter names, or a run of whole parts of
-    them."""
+    """Parameters of the group: `vision`, `projector` or `language` (in every family), a glob over parameter names, or
+    consecutive parts of a name."""
     lr: float | None = Field(None, ge=0)
-    """Of these parameters; none: `optim.lr`. A vision tower usually wants a tenth of the language model's."""
+    """Learning rate of these parameters; none: `optim.lr`. A vision tower usually needs a tenth of the language
+    model's."""
     weight_decay: float | None = Field(None, ge=0)
-    """Of these parameters; none: `optim.weight_decay`."""
+    """Weight decay of these parameters; none: `optim.weight_decay`."""
 
 
 class OptimRecipe(Section):
     steps: int = Field(ge=1)
-    """Rollout batches; each makes `updates_per_batch` optimizer updates."""
+    """Number of rollout batches; each is used for `updates_per_batch` optimizer updates."""
     lr: float = Field(1e-6, ge=0, le=100)
     """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW: decay of the means of gradients and of their squares."""
+    """AdamW's decay rates of the means of gradients and of squared gradients."""
     eps: float = Field(1e-8, gt=0)
-    """Of AdamW. Raise it (1e-6) where gradients are so small that it decides the size of an update."""
+    """AdamW's epsilon. Raise it (1e-6) if gradients are so small that it determines the size of updates."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of AdamW, on matrices only."""
+    """AdamW's weight decay, on matrices only."""
     warmup: float = Field(0, ge=0)
-    """Updates over which the rate rises; below 1 a fraction of all."""
+    """Updates of linear warm-up; below 1, a fraction of all updates."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Of the rate after warm-up."""
+    """Schedule of the learning rate after warm-up."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """Where the cosine ends, as a fraction of `lr`."""
+    """Final learning rate of the cosine, as a fraction of `lr`."""
     clip_norm: float | None = Field(1.0, gt=0)
-    """Largest norm of all gradients together; `null`: no clipping."""
+    """Largest total norm of the gradients; `null`: no clipping."""
     updates_per_batch: int = Field(1, ge=1)
-    """`1`: strictly on-policy. More: PPO's ratio and clip act from the second on."""
+    """Updates per rollout batch. `1`: strictly on-policy. More: PPO's ratio and clip take effect from the second update
+    on."""
     token_budget: int = Field(8192, ge=1)
-    """Tokens of one micro-batch; a group is never split. The result does not depend on it, memory does."""
+    """Tokens per micro-batch; a group is never split. It affects memory, not the result."""
     states: Literal["fp32", "8bit", "offload"] = "fp32"
-    """AdamW's moments: `fp32` beside the weights, `8bit` in a quarter of the bytes, `offload` on the host, which then
-    updates."""
+    """AdamW's moments: `fp32` next to the weights, `8bit` in a quarter of the bytes, or `offload` on the host, which
+    then computes the updates."""
     gradient_release: bool = False
-    """Update each parameter within the backward and free its gradient; needs `clip_norm: null`. For a full model on
-    one GPU."""
+    """Update each parameter during the backward and free its gradient. For training a full model on one GPU; needs
+    `clip_norm: null`."""
     row_local_head: bool = False
-    """Gradients of head and loss are made in the forward: 3 products over the vocabulary, not 4. Entropy is then not
-    measured; needs `updates_per_batch: 1`."""
+    """Compute gradients of head and loss in the forward, with 3 products over the vocabulary instead of 4. Entropy is
+    then not measured; needs `updates_per_batch: 1`."""
     groups: list[ParameterGroup] = []
-    """Rates for parts of the model; the first that matches a parameter counts."""
+    """Learning rates and weight decays for parts of the model; the first group that matches a parameter applies."""
 
     @model_validator(mode="after")
     def _momenta(self) -> OptimRecipe:
@@ -303,11 +303,12 @@ class OptimRecipe(Section):
 
 class CheckpointRecipe(Section):
     every: int = Field(100, ge=0)
-    """Steps; `0`: only at the end."""
+    """Steps between checkpoints; `0`: only at the end."""
     keep: int = Field(2, ge=1)
-    """How many of the last stay. Raise it to evaluate along the way; each holds weights and moments."""
+    """Number of most recent checkpoints to keep. Raise it to evaluate intermediate ones; each contains weights and
+    moments."""
     final: bool = True
-    """Write one after the last step. `false` for a run that is only measured."""
+    """Write a checkpoint after the last step. `false` for a run whose weights are not needed."""
 
 
 class EvalRecipe(Section):
@@ -316,7 +317,7 @@ class EvalRecipe(Section):
     spec: str = ""
     """Evaluation data, as for `fastrl eval --data`; none: no evaluation during training."""
     adapter: str | None = None
-    """As `data.adapter`."""
+    """Like `data.adapter`."""
     every: int = Field(100, ge=1)
     """Steps between evaluations; the last step is always evaluated."""
     at_start: bool = True
@@ -354,7 +355,7 @@ class LogRecipe(Section):
     samples_every: int = Field(20, ge=0)
     """Steps between tables of sample answers (`samples.jsonl`, for `fastrl report`); `0`: never."""
     samples: int = Field(4, ge=1)
-    """Answers in such a table."""
+    """Answers per table."""
     to: list[str] | None = None
     """Loggers besides the run's folder: `tensorboard`, `wandb`, `trackio`, or your own class, `my_logger.py:Logger`;
     none: `tensorboard` if it is installed."""
@@ -396,11 +397,11 @@ class LogRecipe(Section):
 
 class EngineRecipe(Section):
     kind: Literal["local", "deepspeed"] = "local"
-    """`deepspeed`: several processes, see several GPUs."""
+    """`deepspeed`: train with several processes, see several GPUs. `local`: one process."""
     zero_stage: Literal[0, 1, 2] = 2
-    """With `deepspeed`: `1` shards optimizer states, `2` gradients too, `0` nothing."""
+    """With `deepspeed`: `1` shards optimizer states, `2` also gradients, `0` nothing."""
     offload_optimizer: bool = False
-    """With `deepspeed` and stage 1 or 2: moments on the host."""
+    """With `deepspeed` and stage 1 or 2: keep moments on the host."""
     timeout: float = Field(1800.0, gt=0, le=1e6)
-    """Seconds that a rank waits for the others; then all stop and say for whom. Raise it where one rank's answers may
-    take longer."""
+    """Seconds that a rank waits for the others before all stop with an error that names the missing rank. Raise it if
+    one rank's answers may take longer."""

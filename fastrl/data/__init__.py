@@ -82,7 +82,7 @@ class Shipped(NamedTuple):
         return Adapter(getattr(module, self.function), keys, self.brings)
 
 
-TASK_OF = MappingProxyType({"refexp": "grounding", "pixmo": "counting", "ocr": "OCR"})  # of adapters for one task
+TASK_OF = MappingProxyType({"refexp": "grounding", "pixmo": "counting", "ocr": "OCR"})  # adapters for a single task
 
 ADAPTERS: Registry[Adapter | Shipped] = Registry(
     "data adapter",
@@ -275,5 +275,5 @@ def _other_adapter(spec: str, dataset: Dataset) -> str:
     if found in (None, adapter):
         return ""
     task = TASK_OF.get(found)
-    recipe = f" Then take a {task} recipe (fastrl recipes)." if task is not None else ""
+    recipe = f" Then use a {task} recipe (fastrl recipes)." if task is not None else ""
     return f"The rows have columns {', '.join(columns)}: is this {found}:{path}?{recipe}"

@@ -70,8 +70,8 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def nothing_empty_left(*places: Path) -> Iterator[None]:
-    """Inside: files or folders are made at ``places``. Where that fails, those of them that were not there before and
-    hold nothing are removed, and the folders above that were made for them."""
+    """If the block fails, remove files and folders at ``places`` that are new and empty, and parent folders that were
+    created for them."""
     made = {path for place in places for path in (place, *place.parents) if not os.path.lexists(path)}
     try:
         yield
@@ -82,8 +82,8 @@ def nothing_empty_left(*places: Path) -> Iterator[None]:
 
 
 def remove_empty(path: Path) -> None:
-    """Remove a file without content, or a folder that holds nothing but such files and folders; what holds something
-    stays, and so does what cannot be removed."""
+    """Remove an empty file, or a folder that only contains empty files and folders. Anything else is kept, as is what
+    cannot be removed."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             for child in path.iterdir():

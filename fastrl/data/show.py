@@ -65,13 +65,13 @@ def contents_text(dataset: Dataset, records: Sequence[Record]) -> str:
 
 
 def truth_text(record: Record) -> str:
-    """A record's truth as a model of its style would write it, so that it can be compared with an answer (without a
-    style in the default of ``format_answer``); truth without such a form as JSON."""
+    """A record's truth as an answer in its style (by default ``format_answer``'s), for comparison with answers; as JSON
+    if it cannot be written as an answer."""
     view = record.views[0] if record.views else None
     style = (record.style,) if record.style else ()
     try:
         return format_answer(record.task, record.target, *style, view=view)
-    except (ValueError, KeyError, IndexError, TypeError):  # a user's own task, or truth that is no answer
+    except (ValueError, KeyError, IndexError, TypeError):  # a user's own task, or truth without an answer format
         return json.dumps(_plain(record.target), ensure_ascii=False) if record.target else ""
 
 

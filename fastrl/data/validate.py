@@ -48,11 +48,11 @@ class Problem:
 
 
 class DataError(ValueError):
-    """All problems of a data set; ``problems`` has all of them, the message the first ``SHOWN`` lines: equal messages
-    of several rows are one line, with their number, and a kind has at most ``SHOWN_OF_A_KIND`` lines. ``hint``: a line
-    at the end."""
+    """All problems of a data set. ``problems`` has all of them; the message has the first ``SHOWN`` lines, where equal
+    messages of several rows share a line and a kind has at most ``SHOWN_OF_A_KIND`` lines. ``hint`` is added at the
+    end."""
 
-    source: ClassVar[str] = "the data (--skip-bad leaves bad rows out and counts them)"
+    source: ClassVar[str] = "the data (--skip-bad skips and counts bad rows)"
 
     def __init__(self, problems: Sequence[Problem], hint: str = "") -> None:
         self.problems = tuple(problems)
@@ -69,8 +69,8 @@ def _grouped(problems: Sequence[Problem]) -> list[str]:
     for problem in problems:
         kinds.setdefault(problem.kind, {}).setdefault(problem.message, []).append(problem.where)
     lines = []
-    for kind, said in kinds.items():
-        some, rest = list(said.items())[:SHOWN_OF_A_KIND], list(said.values())[SHOWN_OF_A_KIND:]
+    for kind, messages in kinds.items():
+        some, rest = list(messages.items())[:SHOWN_OF_A_KIND], list(messages.values())[SHOWN_OF_A_KIND:]
         lines += [_line(message, places) for message, places in some]
         if rest:
             lines.append(f"… and {sum(map(len, rest))} more: {kind}")
@@ -122,7 +122,7 @@ class ImageFolder:
     def __init__(self, folder: Path, reading: Reading = Reading()) -> None:
         self.folder = folder
         self.reading = reading
-        self.unheeded: list[str] = []  # pictures whose EXIF tag turns them, in rows that do not show whether it counts
+        self.unheeded: list[str] = []  # pictures with an ignored EXIF orientation, in rows without a size to check
         self._seen: dict[Path, Header | str] = {}
 
     def path(self, name: str) -> Path:

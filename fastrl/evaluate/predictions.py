@@ -19,7 +19,7 @@ RESIZE = (56 * 56, 16384 * 28 * 28)  # min_pixels and max_pixels in Qwen2.5-VL's
 
 
 class PredictionError(DataError):
-    """All problems of a file of predictions, grouped like those of a data set."""
+    """All problems of a predictions file, grouped like those of a data set."""
 
     source = "the predictions"
 

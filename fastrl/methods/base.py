@@ -150,7 +150,7 @@ class Method(ABC):
 
     @classmethod
     def loss_note(cls, options: Any, updates: int) -> str:
-        """What to know when reading the logged loss, if each batch is used for ``updates`` updates; "": nothing."""
+        """A note on how to read the logged loss if each batch is used for ``updates`` updates, or ""."""
         return ""
 
     @abstractmethod

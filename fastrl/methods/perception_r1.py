@@ -40,60 +40,59 @@ class PerceptionR1Options(MethodOptions):
     kind: Literal["perception-r1"] = "perception-r1"
     """The method; see the loss by its names elsewhere."""
     loss: Literal["grpo", "cispo", "sapo", "gspo", "gspo-token"] = "grpo"
-    """Which loss: the clipped ratio, `cispo` (arXiv:2506.13585), `sapo` (arXiv:2511.20347), `gspo` and `gspo-token`
-    (arXiv:2507.18071)."""
+    """The loss: the clipped ratio (`grpo`), `cispo` (arXiv:2506.13585), `sapo` (arXiv:2511.20347), `gspo` or
+    `gspo-token` (arXiv:2507.18071)."""
     baseline: Literal["mean", "leave_one_out", "rloo"] = "mean"
-    """What an answer's reward is compared with: its group's mean, or the mean of the others; `rloo`: the latter, and
-    `scale: none` whatever that key says (arXiv:2402.14740)."""
+    """Baseline of an answer's reward: the mean of its group, or of the other answers (`leave_one_out`); `rloo`: the
+    latter, with `scale: none` regardless of that key (arXiv:2402.14740)."""
     scale: Literal["std", "none"] = "std"
-    """Divide by the group's standard deviation, or not (Dr. GRPO, arXiv:2503.20783)."""
+    """Whether advantages are divided by the group's standard deviation (`none`: Dr. GRPO, arXiv:2503.20783)."""
     unbiased: bool = True
-    """Standard deviation over n − 1, as the released trainer has it; `false`: over n, as in some others."""
+    """Standard deviation with n − 1, as in the released trainer; `false`: with n, as in some others."""
     eps: float = Field(1e-4, ge=0)
     """Added to the standard deviation."""
     normalise: Literal["sum", "each"] = "sum"
-    """`each`: every component of the reward is compared within the group by itself, then their weighted sum is
-    standardised over the step's answers of a rank (GDPO, arXiv:2601.05242). Take it where one component drowns the
-    others."""
+    """`each`: normalise every reward component within the group separately, then standardise their weighted sum over a
+    rank's answers of the step (GDPO, arXiv:2601.05242). Use it if one component dominates the others."""
     beta: float = Field(0.04, ge=0)
-    """Weight of the KL term; `0`: none, and no reference model is made."""
+    """Weight of the KL term; `0`: no KL term and no reference model."""
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence."""
     kl_gradient: Literal["value", "k2"] = "value"
-    """`k2`: the slope of k2 whatever value is logged, which is the unbiased one; `value`: that of the estimator, as
-    in the released trainer."""
+    """`k2`: use the gradient of k2, which is unbiased, regardless of the logged estimator; `value`: use the estimator's
+    own gradient, as in the released trainer."""
     clip_low: float = Field(0.2, ge=0, le=1)
     """The ratio is clipped at 1 − this."""
     clip_high: float = Field(0.2, ge=0)
-    """The ratio is clipped at 1 + this; above `clip_low` is DAPO's clip-higher."""
+    """The ratio is clipped at 1 + this; a value above `clip_low` is DAPO's clip-higher."""
     dual_clip: float | None = Field(None, gt=1)
-    """Bound on the ratio of answers with a negative advantage (dual-clip PPO; 3 is usual). Use it with several
-    updates a batch."""
+    """Bound on the ratio for answers with a negative advantage (dual-clip PPO; 3 is usual). Use it with several updates
+    per batch."""
     tau_positive: float = Field(1.0, gt=0)
-    """With `sapo`: temperature of answers with a positive advantage."""
+    """With `sapo`: temperature for answers with a positive advantage."""
     tau_negative: float = Field(1.05, gt=0)
-    """With `sapo`: temperature of the others."""
+    """With `sapo`: temperature for the other answers."""
     ratio: Literal["token", "sequence"] = "token"
-    """Of each token, or of the whole answer; with `gspo` and `gspo-token` always the latter."""
+    """The ratio of each token, or of the whole answer; with `gspo` and `gspo-token` always the latter."""
     importance: Literal["none", "truncate", "mask"] = "none"
-    """Correct for a sampler whose log-probs differ from the trainer's (`sampler/gap_mean`): weigh by their ratio, cut
-    at `importance_cap`, or leave out what is above it."""
+    """Correct for a sampler whose log-probs differ from the trainer's (`sampler/gap_mean`): weight by their ratio,
+    truncated at `importance_cap`, or mask what exceeds it."""
     importance_level: Literal["token", "sequence"] = "token"
-    """The ratio of each token, or the product over the answer."""
+    """Use the ratio of each token, or their product over the answer."""
     importance_cap: float = Field(2.0, gt=0)
     """Largest importance weight."""
     aggregate: Literal["sequence", "token", "constant"] = "sequence"
     """`sequence`: mean over an answer, then over answers; `token`: mean over all tokens; `constant`: sum over a
     constant length (Dr. GRPO)."""
     constant_length: int | None = Field(None, ge=1)
-    """With `constant`: tokens that every answer counts as; none: `rollout.max_new_tokens`."""
+    """With `constant`: the length in tokens; none: `rollout.max_new_tokens`."""
     mask_truncated: bool = False
-    """Answers cut at `rollout.max_new_tokens` carry no loss; their reward still counts in the group."""
+    """Exclude answers truncated at `rollout.max_new_tokens` from the loss; their reward still counts in the group."""
     zero_variance: Literal["keep", "drop", "resample"] = "keep"
-    """Groups whose rewards are all equal: kept in the denominators, left out of them, or replaced by other prompts
+    """Groups whose rewards are all equal: keep them in the denominators, drop them, or replace them by other prompts
     (DAPO's dynamic sampling)."""
     max_resample: int = Field(3, ge=1)
-    """With `resample`: further rounds of prompts that a step may draw. Raise it when `groups/kept` stays below the
+    """With `resample`: additional rounds of prompts that a step may draw. Raise it if `groups/kept` stays below the
     prompts of a step."""
 
     @model_validator(mode="after")
@@ -139,7 +138,7 @@ class PerceptionR1(Method):
 
     @classmethod
     def loss_note(cls, options: PerceptionR1Options, updates: int) -> str:
-        """With one update per batch, the value of the loss says nothing."""
+        """With one update per batch, the value of the loss is uninformative."""
         if updates > 1:
             return ""
         rest = "only its KL term has a value of its own" if options.beta > 0 else "its value is near 0"

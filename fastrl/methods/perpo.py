@@ -43,15 +43,16 @@ class PerPOOptions(MethodOptions):
     kind: Literal["perpo", "lipo", "listmle", "dpo", "sft"] = "perpo"
     """The method or one of its baselines."""
     beta: float = Field(0.1, gt=0)
-    """Scale of the log-ratios; not read by `sft`."""
+    """Scale of the log-ratios; ignored by `sft`."""
     gamma: float = Field(0.5, ge=0)
-    """Power of the reward gaps that weigh pairs; read by `perpo` alone."""
+    """Exponent of the reward gaps that weight pairs; only for `perpo`."""
     score: Literal["sum", "mean"] = "sum"
-    """An answer's log-ratio: summed over its tokens, or their mean (the authors' "norm" variant)."""
+    """An answer's log-ratio: the sum over its tokens, or their mean (the authors' "norm" variant)."""
     min_gap: float = Field(0.0, ge=0)
-    """Lists whose best and worst rewards are closer are skipped."""
+    """Skip lists whose best and worst rewards differ by less."""
     online_every: int = Field(1, ge=1)
-    """For data without lists: steps that one sampling serves, so that lists are at most that many − 1 updates old."""
+    """For data without lists: number of steps for which lists are sampled at once, so that they are at most that many −
+    1 updates old."""
 
 
 class PerPO(Method):

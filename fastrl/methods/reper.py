@@ -41,14 +41,15 @@ class RePerOptions(MethodOptions):
     alpha: float = Field(10.0, ge=0)
     """Weight of the unlikelihood; `0`: likelihood weighted by the score."""
     sigma: Literal["score", "best", "one"] = "score"
-    """A turn's score as the file has it, over the dialogue's best, or 1 for all (supervised fine-tuning)."""
+    """Weight of a turn: its score in the file, divided by the dialogue's best, or 1 for all (supervised
+    fine-tuning)."""
     level: Literal["token", "sequence", "mean"] = "token"
-    """Of the probability in log(1 − π): a token's, a whole answer's, or the geometric mean of its tokens."""
+    """The probability π in log(1 − π): of a token, of a whole answer, or the geometric mean over its tokens."""
     aggregate: Literal["turn", "token", "sum"] = "turn"
-    """Mean over a turn's tokens, then turns, then dialogues; over all answer tokens; or a sum, divided by dialogues
-    alone (eq. 2 as written)."""
+    """Mean over a turn's tokens, then turns, then dialogues; mean over all answer tokens; or a sum divided by the
+    number of dialogues (eq. 2 as written)."""
     turns: Literal["all", "last"] = "all"
-    """`last`: earlier answers are context only."""
+    """Turns in the loss; `last`: earlier answers are only context."""
 
 
 class RePer(Method):

@@ -29,12 +29,12 @@ class UTROptions(MethodOptions):
     kind: Literal["utr"] = "utr"
     """The method; see UTR."""
     aggregate: Literal["token", "sequence"] = "token"
-    """Mean over all answer tokens of the step, or over an answer's tokens, then answers."""
+    """Mean over all answer tokens of the step, or over an answer's tokens and then over answers."""
     weight: Literal["none", "tpl"] = "none"
-    """`tpl`: answers count by their temporal perplexity, those below 0 not at all."""
+    """`tpl`: weight answers by their temporal perplexity, with 0 for negative ones."""
     min_tpl: float | None = None
-    """Answers below carry no gradient: the paper's filter at training time, where `fastrl tpl --keep-top` makes a
-    smaller file."""
+    """Exclude answers with a lower temporal perplexity from the loss: the paper's filter during training, whereas
+    `fastrl tpl --keep-top` writes a smaller file."""
 
 
 class UTR(Method):

@@ -1,8 +1,8 @@
-"""DoRA's forward with its column scale kept while the weights stay as they are.
+"""DoRA's forward with its column scale cached while the weights do not change.
 
 DoRA (arXiv:2402.09353, eq. 5) scales the columns of W + ΔW to the norms m: ``m / ‖W + ΔW‖``. peft computes that norm,
-and with it all of ΔW, in every forward. In a training pass this is needed. In a rollout it would be done once per
-layer and token, so the scale is kept between two passes that take gradients.
+and so all of ΔW, in every forward. Training passes need this. A rollout would compute it for every layer and token, so
+the scale is cached until the next pass with gradients.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 
 class CachedDora(DoraLinearVariant):
-    """The variant of one module. Training passes are peft's own; the others compute the same with the kept scale."""
+    """The variant of one module. Training passes use peft's forward; others compute the same with the cached scale."""
 
     def __init__(self) -> None:
-        self._kept: tuple[tuple[int, ...], Tensor] | None = None
+        self._cached: tuple[tuple[int, ...], Tensor] | None = None
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """The layer's output; ``result``: that of its base layer for ``x``."""
+        """The layer's output; ``result`` is the base layer's output for ``x``."""
         if module.training or torch.is_grad_enabled():
-            self._kept = None
+            self._cached = None
             return DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
         scale = self._scale(module, active_adapter, x)
         base = module.get_base_layer()
@@ -32,19 +32,19 @@ class CachedDora(DoraLinearVariant):
         return result + ((scale - 1) * plain + scale * update)
 
     def _scale(self, module: Any, adapter: str, x: Tensor) -> Tensor:
-        """``m / ‖W + ΔW‖`` [1, out], in the dtypes in which peft computes it."""
+        """``m / ‖W + ΔW‖`` [1, out], computed in the same dtypes as peft."""
         magnitude = module.lora_magnitude_vector[adapter]
         low, high = module.lora_A[adapter], module.lora_B[adapter]
-        # An optimizer changes them in place, which counts up their versions
+        # In-place updates by an optimizer increment their versions
         state = tuple(p._version for p in (low.weight, high.weight, magnitude.weight, module.get_base_layer().weight))
-        if self._kept is None or self._kept[0] != state:
+        if self._cached is None or self._cached[0] != state:
             from peft.utils.integrations import dequantize_module_weight
 
             weight = dequantize_module_weight(module.get_base_layer()).to(x.dtype)
             update = magnitude.get_lora_weight(low, high).to(x.dtype)
             norm = magnitude.get_weight_norm(weight, update, module.scaling[adapter])
-            self._kept = state, (magnitude.weight / norm).view(1, -1)
-        return self._kept[1]
+            self._cached = state, (magnitude.weight / norm).view(1, -1)
+        return self._cached[1]
 
 
 def keep_scales(core: nn.Module) -> None:

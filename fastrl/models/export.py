@@ -1,5 +1,5 @@
-"""``fastrl export``: a run, a model folder or a folder of adapters as one standard Hugging Face folder, adapters merged
-and weights cast; and its upload, on request only."""
+"""``fastrl export``: write a run, a model or adapters as one standard Hugging Face folder, with adapters merged and
+weights cast; upload it on request only."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from fastrl.models.weights import reading
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER = "adapter_config.json"
 CONFIG = "config.json"
-DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config; the second was the name before transformers 5
+DTYPE_KEYS = ("dtype", "torch_dtype")  # keys of a config; the second was used before transformers 5
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Exported(NamedTuple):
-    """What :func:`export` wrote."""
+    """The result of :func:`export`."""
 
-    source: Path  # the folder that it read
+    source: Path  # the folder that was read
     out: Path
     files: int
     bytes: int
-    merged: bool  # whether it merged adapters
+    merged: bool  # whether adapters were merged
 
 
 def export(
     source: str | Path, out: Path, *, dtype: str | None = None, base: str | Path | None = None, best: bool = False
 ) -> Exported:
-    """Write one model as a standard Hugging Face folder, whole or not at all.
+    """Write one model as a standard Hugging Face folder, atomically.
 
     Args:
         source: a run's folder (its last checkpoint), a checkpoint, a model (folder, ``tiny:NAME`` or downloaded hub
-            name), or a folder of LoRA adapters as peft writes it.
-        out: the new folder; it must not exist or be empty.
-        dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``; None: as they are.
+            name), or a folder of LoRA adapters in peft's format.
+        out: the new folder; it must be empty if it exists.
+        dtype: type of the weights: ``float32``, ``bfloat16`` or ``float16``; None: as stored.
         base: the model under the adapters; None: the one that the adapters' config names.
-        best: of a run, the best checkpoint of its evaluations.
+        best: for a run, export the best checkpoint of its evaluations.
 
     Raises:
-        FileNotFoundError: there is no such model, or the run has no checkpoint yet.
-        ValueError: ``out`` is not empty, an unknown dtype, ``base`` without adapters, adapters that are not LoRA's, or
-            files that cannot be read.
-        OSError: no space on the disk.
+        FileNotFoundError: the model does not exist, or the run has no checkpoint yet.
+        ValueError: ``out`` is not empty, the dtype is unknown, ``base`` is given without adapters, the adapters are not
+            LoRA's, or a file cannot be read.
+        OSError: there is no space on the disk.
     """
     if dtype is not None and dtype not in DTYPES:
         near = nearest(dtype, DTYPES)
@@ -93,10 +93,10 @@ def find_source(source: str | Path, *, best: bool = False) -> Path:
 
 
 def push(folder: Path, repo: str, *, private: bool = True) -> str:
-    """Upload a folder to the Hugging Face hub, into a repository that is made if need be; returns its address.
+    """Upload a folder to a repository on the Hugging Face hub, which is created if needed; returns its address.
 
     Raises:
-        ValueError: not ``owner/name``, or the hub refuses or cannot be reached; the folder stays.
+        ValueError: ``repo`` is not ``owner/name``, or the hub refuses or cannot be reached; the folder is kept.
         ImportError: huggingface_hub is not installed.
     """
     check_repo(repo)
@@ -106,7 +106,7 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         made = api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Upload a model from fastrl")
-    except Exception as error:  # of many kinds: no token, no network, no permission
+    except Exception as error:  # such as no token, no network or no permission
         raise ValueError(
             f"--push {repo}: the upload failed ({type(error).__name__}: {error}); the model is in {folder}"
         ) from error
@@ -116,12 +116,12 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
 def check_repo(repo: str) -> None:
     """Raise ``ValueError`` unless ``repo`` is ``owner/name``."""
     if not _REPO.fullmatch(repo):
-        raise ValueError(f"--push takes owner/name of a repository on the hub, got {repo!r}")
+        raise ValueError(f"--push: expected owner/name of a repository on the hub, got {repo!r}")
 
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """Inside, a new folder beside ``out``, which becomes ``out`` at the end; if that fails nothing is left."""
+    """A new folder next to ``out`` for a block, renamed to ``out`` at the end; removed if the block fails."""
     staging = out.with_name(f".{out.name}.writing")
     with nothing_empty_left(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _staging(out: Path) -> Iterator[Path]:
 
 
 def _copy(folder: Path, staging: Path, dtype: str | None) -> None:
-    """A model folder with its weights cast, one file at a time."""
+    """Copy a model folder with its weights cast, one file at a time."""
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / CONFIG).is_file() or not weights:
         raise ValueError(f"{folder}: has no {CONFIG} or no .safetensors files: not a model that can be exported")
@@ -166,19 +166,21 @@ def _cast(path: Path, out: Path, dtype: str | None) -> int:
     from safetensors.torch import save_file
 
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         metadata = file.metadata() or {"format": "pt"}
     if dtype is not None:
         tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in tensors.items()}
-        unsound = next((n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
-        if unsound is not None:
-            raise ValueError(f"{unsound} has numbers that are not finite in {dtype}")
+        nonfinite = next(
+            (n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())), None
+        )
+        if nonfinite is not None:
+            raise ValueError(f"{nonfinite} has numbers that are not finite in {dtype}")
     save_file(tensors, out, metadata=metadata)
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _write_config(path: Path, out: Path, dtype: str) -> None:
-    """A config that says the new dtype wherever it says one."""
+    """Copy a config with the dtype replaced wherever it is stated."""
 
     def changed(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -189,7 +191,7 @@ def _write_config(path: Path, out: Path, dtype: str) -> None:
 
 
 def _merge(adapters: Path, base: str | Path | None, staging: Path, dtype: str | None) -> None:
-    """The model under the adapters with them merged in."""
+    """Write the base model with the adapters merged."""
     from peft import PeftModel
 
     from fastrl.models.families import family_of
@@ -203,7 +205,7 @@ def _merge(adapters: Path, base: str | Path | None, staging: Path, dtype: str | 
         raise ValueError(f"{adapters}: adapters of type {settings.get('peft_type')}; only LORA can be merged")
     named = base if base is not None else settings.get("base_model_name_or_path")
     if not named:
-        raise ValueError(f"{adapters}: names no base model: give it with --base")
+        raise ValueError(f"{adapters}: no base model is named: give it with --base")
     folder = resolve_model(named)
     config = read_config(folder)
     family = family_of(config, folder)

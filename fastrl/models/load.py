@@ -71,7 +71,7 @@ def load_policy(
     if quantize is not None:
         quantize_layers(core, family)
     policy = Policy(core.to(device), tokenizer, preprocessor, lora=lora)
-    if policy.peft is not None:  # for whoever loads the adapters alone
+    if policy.peft is not None:  # for users who load only the adapters
         hub = not str(given).startswith("tiny:") and not Path(given).is_dir()
         policy.peft.peft_config["default"].base_model_name_or_path = str(given) if hub else str(folder.resolve())
     freeze_parameters(policy.core, freeze, policy.family.alias)

@@ -30,8 +30,8 @@ class Lora:
     layers of that part; or one regular expression over full module names.
     ``also_train``: parts (``projector``), or suffixes of module names, that are trained in full in addition to the
     adapters; the reference still uses their initial weights.
-    ``dora``: the columns of W + ΔW are scaled to trained norms (arXiv:2402.09353).
-    ``rslora``: alpha / √rank in place of alpha / rank (arXiv:2312.03732).
+    ``dora``: scale the columns of W + ΔW to trained norms (arXiv:2402.09353).
+    ``rslora``: use alpha / √rank instead of alpha / rank (arXiv:2312.03732).
     """
 
     rank: int = 16
@@ -90,11 +90,11 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any], family: Family) ->
 
 
 def _check_dora(core: nn.Module, lora: Lora) -> None:
-    """Raise ``ValueError`` if DoRA is on a layer whose merged weight is not that of a linear layer."""
+    """Raise ``ValueError`` if DoRA is applied to a layer that is not linear."""
     adapted = [(name, module) for name, module in core.named_modules() if hasattr(module, "get_base_layer")]
     odd = [name for name, module in adapted if not isinstance(module.get_base_layer(), nn.Linear)]  # type: ignore[operator]
     if odd:
-        raise ValueError(f"lora.dora: only for linear layers, and lora.targets {lora.targets!r} matches {odd[0]}")
+        raise ValueError(f"lora.dora: only for linear layers, but lora.targets {lora.targets!r} matches {odd[0]}")
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def merged_state_dict(core: nn.Module) -> dict[str, Any]:
         owner, _, leaf = name.rpartition(".")
         outer = owner.removesuffix(".base_layer")
         if ".lora_" in name or ".original_module." in name or is_quantized(modules.get(name.split(".weight.")[0])):
-            continue  # the latter: the scales of a 4-bit weight
+            continue  # the last: scales of a 4-bit weight
         if leaf == "weight" and outer != owner and hasattr(modules[outer], "get_delta_weight"):
             value = merged_weight(modules[outer])
         elif leaf == "weight":

@@ -219,12 +219,12 @@ class Policy:
 
     @property
     def quantized(self) -> bool:
-        """Whether some of the weights are 4-bit ones."""
+        """Whether some weights are quantized to 4 bits."""
         return any(is_quantized(module) for module in self.core.modules())
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes on disk of what :meth:`save` and :meth:`save_adapter` write, approximately."""
+        """Approximate bytes that :meth:`save` and :meth:`save_adapter` write."""
         adapters = sum(p.numel() * p.element_size() for n, p in self.core.named_parameters() if ".lora_" in n)
         plain = sum(p.numel() * p.element_size() for p in self.core.parameters())
         layers = [module for module in self.core.modules() if is_quantized(module)]
@@ -233,7 +233,7 @@ class Policy:
         return plain + adapters + unpacked - packed
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Write the adapters alone, in peft's format: ``PeftModel.from_pretrained(base_model, folder)`` loads them."""
+        """Write only the adapters, in peft's format: ``PeftModel.from_pretrained(base_model, folder)`` loads them."""
         with quiet_progress():
             self.peft.save_pretrained(folder, save_embedding_layers=False)
 

@@ -1,7 +1,7 @@
-"""4-bit base weights (QLoRA, arXiv:2305.14314): the language model's linear layers as NormalFloat4 by bitsandbytes.
+"""4-bit base weights (QLoRA, arXiv:2305.14314): the language model's linear layers as bitsandbytes' NormalFloat4.
 
-Only layers under adapters can be quantized: what is quantized is not trained. Vision tower, projector, embedding and
-head keep their dtype.
+Quantized weights are not trained, so adapters are required. Vision tower, projector, embedding and head keep their
+dtype.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from fastrl.models.families import Family
 
-PACKED = 0.5  # bytes of a number
-BLOCK = 64  # numbers that share a scale
-# Scales are 8-bit themselves, in blocks of this many with a float32 scale each ("double quantization")
+PACKED = 0.5  # bytes per weight
+BLOCK = 64  # weights that share a scale
+# Scales have 8 bits themselves; blocks of this many share a float32 scale ("double quantization")
 SCALE_BLOCK = 256
 NEEDS = "model.quantize: 4bit needs "
 
 
 def check_quantize(device: torch.device | str | None = None) -> None:
-    """Check that weights can be quantized here, before any are loaded.
+    """Check that weights can be quantized on this machine, before any are loaded.
 
     Args:
-        device: where the model will be; None: the GPU if there is one.
+        device: the model's device; None: the GPU if available.
 
     Raises:
-        ValueError: not a GPU.
+        ValueError: the device is not a GPU.
         ImportError: bitsandbytes is not installed.
     """
     kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,12 +68,12 @@ def quantize(core: nn.Module, family: Family) -> int:
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.data, requires_grad=False)
         core.set_submodule(name, layer)
-    core.is_loaded_in_4bit = True  # type: ignore[assignment]  # by which peft chooses its 4-bit layers
+    core.is_loaded_in_4bit = True  # type: ignore[assignment]  # read by peft to choose its 4-bit layers
     return sum(isinstance(module, library.nn.Linear4bit) for module in core.modules())
 
 
 def quantized_layers(core: nn.Module, family: Family) -> list[tuple[str, nn.Linear]]:
-    """Names and modules of the layers that are quantized."""
+    """Names and modules of the layers to quantize."""
     head = family.parts(core).head
     return [
         (name, module)
@@ -86,12 +86,12 @@ def quantized_layers(core: nn.Module, family: Family) -> list[tuple[str, nn.Line
 
 
 def is_quantized(module: Any) -> bool:
-    """Whether a module is a 4-bit layer (peft's wrapper of one, which has the same name, is not)."""
+    """Whether a module is a 4-bit layer, and not peft's wrapper with the same class name."""
     return type(module).__name__ == "Linear4bit" and isinstance(module, nn.Linear)
 
 
 def dequantized(module: Any) -> Tensor:
-    """The weight [out, in] of a linear layer, in its compute dtype if it is a 4-bit one."""
+    """The weight [out, in] of a linear layer, in the compute dtype if the layer is a 4-bit one."""
     if not is_quantized(module):
         return module.weight
     weight = module.weight
@@ -99,8 +99,7 @@ def dequantized(module: Any) -> Tensor:
 
 
 def quantized_bytes(numbers: int) -> int:
-    """Bytes of a weight of ``numbers`` numbers: half a byte each, an 8-bit scale for each block, and the scales of
-    these scales."""
+    """Bytes of a weight with ``numbers`` elements: half a byte each, an 8-bit scale per block, and scales of these."""
     blocks = -(-numbers // BLOCK)
     return math.ceil(numbers * PACKED) + blocks + 4 * (-(-blocks // SCALE_BLOCK))
 

@@ -65,7 +65,7 @@ def _candidates(plan: Plan, found: Sequence[Change]) -> Iterator[tuple[dict[str,
         yield {"rollout.max_new_tokens": recipe.rollout.max_new_tokens // 2}, "longer answers are truncated"
     if recipe.model.lora is None:
         yield {"model.lora": {"rank": 16}}, "trains adapters instead of all weights"
-    yield {"model.quantize": "4bit"}, "frozen weights are rounded to 4 bits, and unpacked for every product"
+    yield {"model.quantize": "4bit"}, "frozen weights are rounded to 4 bits and unpacked for every product"
 
 
 def _changed(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe | None:

@@ -1,4 +1,4 @@
-"""4-bit layers on the meta device: the bytes they hold and, for a moment, the weight that each product unpacks."""
+"""4-bit layers on the meta device: their packed bytes, and the unpacked weight as a temporary of each product."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastrl.models.quantize import quantized_bytes, quantized_layers
 
 
 class Planned4bit(nn.Module):
-    """Stands for a 4-bit layer of [out, in] weights; keeps no unpacked weight for the backward, which unpacks again."""
+    """Stand-in for a 4-bit layer of [out, in] weights; the backward unpacks the weight again instead of saving it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class Planned4bit(nn.Module):
 
     @property
     def numbers(self) -> int:
-        """Numbers of the weight."""
+        """Number of weights."""
         return self.in_features * self.out_features
 
     @property
     def weight(self) -> Tensor:
-        """The weight, unpacked."""
+        """The unpacked weight."""
         return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,12 +49,12 @@ class _Product(torch.autograd.Function):
 
 
 def plan_quantized(core: nn.Module, family: Family) -> None:
-    """Replace the layers that ``quantize`` would, adapted or not."""
+    """Replace the same layers as ``quantize``, with or without adapters."""
     for name, linear in quantized_layers(core, family):
         core.set_submodule(name, Planned4bit(linear))
 
 
 def unpacked(core: nn.Module) -> int:
-    """How many more numbers than parameters the 4-bit layers of ``core`` stand for."""
+    """Number of weights in the 4-bit layers of ``core`` beyond their packed parameters' elements."""
     layers = [module for module in core.modules() if isinstance(module, Planned4bit)]
     return sum(layer.numbers - layer.packed.numel() for layer in layers)

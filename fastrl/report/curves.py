@@ -1,4 +1,4 @@
-"""Curves of a run's metrics: what is measured in one unit, and is of one size, in one chart; the legend beside it."""
+"""Charts of a run's metrics; each chart has metrics of the same unit and similar size, with the legend beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fastrl.data.validate import is_number
 from fastrl.report.text import label
 
-# Charts with the metrics they hold, in the order of the page. A metric is of the first whose pattern fits.
+# Charts and their metrics, in the order of the page. A metric belongs to the first chart with a matching pattern.
 FAMILIES = {
     "spread of rewards": ("reward/std", "reward/group_std"),
     "reward": ("reward/*",),
@@ -30,7 +30,7 @@ FAMILIES = {
     "rounds of further prompts": ("groups/resample_rounds",),
     "groups": ("groups/*",),
     "faults of an answer (mean number)": ("answers/*",),
-    "update left out (1: yes)": ("update/skipped",),
+    "update skipped (1: yes)": ("update/skipped",),
     "tokens of a step": ("update/tokens",),
     "micro-batches of a step": ("update/micro_batches",),
     "prompts so far": ("data/consumed",),
@@ -40,16 +40,15 @@ FAMILIES = {
     "images per second": ("speed/*image*",),
     "memory (GiB)": ("memory/*",),
 }
-SPAN = 50.0  # largest value of a curve over that of another, up to which both can be read on one axis
-MOST = 10  # curves in one chart
+SPAN = 50.0  # largest ratio of peak values of curves on one axis
+MOST = 10  # most curves in one chart
 
 
 def families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The keys of the metrics by chart, without those that never hold a number.
+    """The metrics' keys by chart, without those that never have a number.
 
-    Metrics of no family are told apart by what stands before their slash, and by whether they are switches (0 or 1),
-    whole numbers or others. Curves of one family that cannot be read on one axis, or are too many for it, are in
-    several charts.
+    Metrics without a family are grouped by their prefix before the slash, and by whether their values are 0 or 1, whole
+    numbers or others. A family whose curves do not fit on one axis, or are too many, is split into several charts.
     """
     peaks = _peaks(rows)
     found: dict[str, list[str]] = {}
@@ -65,8 +64,8 @@ def families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def chart(name: str, keys: Sequence[str], rows: Sequence[Mapping[str, Any]], *, mark: int | None = None) -> Any:
-    """A figure of some metrics over the steps; if there are several, a legend to the right of the axes. ``mark``: a
-    step with a dotted line."""
+    """A figure of metrics over steps, with a legend to the right if there are several. ``mark``: a step to mark with a
+    dotted line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -87,7 +86,7 @@ def chart(name: str, keys: Sequence[str], rows: Sequence[Mapping[str, Any]], *, 
 
 
 def _peaks(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The largest size of each metric that is ever a number."""
+    """Largest absolute value of each metric that has a number in any row."""
     peaks: dict[str, float] = {}
     for row in rows:
         for key, value in row.items():
@@ -102,7 +101,7 @@ def _family(key: str) -> str | None:
 
 
 def _unnamed(key: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A chart for a metric of no family."""
+    """Name of the chart for a metric without a family."""
     values = {float(row[key]) for row in rows if is_number(row.get(key))}
     whole = all(value == int(value) for value in values)
     kind = "0 or 1" if values <= {0.0, 1.0} else "whole numbers" if whole else "numbers"
@@ -110,14 +109,14 @@ def _unnamed(key: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _readable(keys: Iterable[str], peaks: Mapping[str, float]) -> Iterable[list[str]]:
-    """The keys of a family in portions that can share an axis: sizes within ``SPAN``, ``MOST`` curves at most."""
+    """Split a family's keys into charts: peak values within ``SPAN``, at most ``MOST`` curves each."""
     ranked = sorted((key for key in keys if peaks[key] > 0), key=lambda key: -peaks[key])
     number, largest, groups = 0, peaks[ranked[0]] if ranked else 0.0, {}
     for place, key in enumerate(ranked):
         if peaks[key] * SPAN < largest:
             number, largest = number + 1, peaks[ranked[place]]
         groups[key] = number
-    flat = [key for key in keys if key not in groups]  # always 0: seen on any axis
+    flat = [key for key in keys if key not in groups]  # always 0, which is readable on any axis
     for _, members in groupby([*flat, *ranked], key=lambda key: groups.get(key, 0)):
         held = sorted(members)
         yield from (held[start : start + MOST] for start in range(0, len(held), MOST))

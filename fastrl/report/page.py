@@ -106,7 +106,7 @@ def headline(rows: Sequence[Mapping[str, Any]], evaluated: Sequence[Mapping[str,
         text += f", {len(evaluated)} evaluations, {_minutes(evaluated, 'time/eval')} minutes"
     equal = sum(row.get("reward/group_std") == 0 for row in rows)
     if equal:
-        text += f" ({equal} steps with nothing to learn from: the rewards of every group were equal)"
+        text += f" ({equal} steps without a learning signal: the rewards of every group were equal)"
     rewards = [float(row["reward/mean"]) for row in rows if is_number(row.get("reward/mean"))]
     if not rewards:
         return text
@@ -143,7 +143,7 @@ def _evaluation_section(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _charts(rows: Sequence[Mapping[str, Any]], note: str) -> Iterable[str]:
-    """A figure element for each chart; ``note``: what a reader of the loss should know."""
+    """A figure element for each chart; ``note``: caption of the loss."""
     for name, keys in families(rows).items():
         title = html.escape(plain(name, 200))
         said = f"<figcaption>{shown(note)}</figcaption>" if note and name == "loss" else ""

@@ -50,7 +50,7 @@ class Generator:
         self.policy = policy
         self.limits = Limits(max_rows, prefill_tokens, vision_patches)
         if decode == "auto" and policy.device.type == "cuda" and policy.quantized:
-            decode = "static"  # products with 4-bit weights were never captured in a CUDA graph
+            decode = "static"  # capturing 4-bit products in a CUDA graph is untested
         self.decode = decode_mode(decode, policy.device)
         self.phase = clock.phase if clock is not None else nullcontext
         self.features = features

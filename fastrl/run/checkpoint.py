@@ -3,7 +3,7 @@
 ```
 OUT/checkpoints/step-00000020/
     model/                  a standard Hugging Face folder, adapters merged in
-    adapter/                the adapters alone, as peft writes them (with model.lora)
+    adapter/                only the adapters, in peft's format (with model.lora)
     optimizer.safetensors   the optimizer's copy of the weights, and its moments (or DeepSpeed's own files)
     rank-0.json, rank-0.safetensors   data position and random states of each rank
     data.json               identity of the data (fastrl.data.identity)

@@ -16,7 +16,7 @@ from fastrl.run.keeping import clear_unfinished, kept, list_checkpoints, set_asi
 from fastrl.run.logs import cut_rows, has_rows
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
-# What a run, and its loggers, write into its folder before its first step is done
+# Files that a run and its loggers write before the first step is done
 BEGUN = (
     *("recipe.yaml", "notes.jsonl", "samples.jsonl", "eval.jsonl"),
     *("tensorboard", "wandb", "wandb-id", "rollout"),
@@ -52,8 +52,8 @@ class Opened(NamedTuple):
 
 @contextmanager
 def nothing_left(out: Path) -> Iterator[None]:
-    """Inside: a run makes its folder and trains. Where it fails before its first step is done, and the folder did not
-    exist or was empty, what it has written there is removed, and the folder with it if that was all."""
+    """Remove the files of a run that fails in the block before its first step is done, and its folder if then empty.
+    Does nothing if the folder existed and was not empty."""
     new = not out.is_dir() or not any(out.iterdir())
     with nothing_empty_left(out):
         out.mkdir(parents=True, exist_ok=True)

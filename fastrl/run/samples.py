@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SIDE = 448  # longest side of a sample's picture, in pixels
 DRAWN = 100_000  # characters of an answer that are searched for boxes
-KEPT = 4000  # characters of a truth that are kept
+KEPT = 4000  # maximum characters of a truth in the row
 TRUTH, ANSWER = "#1a9850", "#d73027"
 
 

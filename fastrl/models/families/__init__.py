@@ -55,7 +55,7 @@ def register(family: F) -> F:
 
     Raises:
         TypeError: not a subclass of ``Family``, or a hook is missing, misspelt or has another signature.
-        ValueError: another family has that ``model_type``, or there is no such ``style``.
+        ValueError: another family has that ``model_type``, or the ``style`` is unknown.
     """
     found = _faults(family)
     if found:

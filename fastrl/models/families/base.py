@@ -252,8 +252,8 @@ class Family:
         raise NotImplementedError
 
     def blank_among(self, pixels: int, count: int) -> ImageInput:
-        """``blank`` as one of ``count`` images of a prompt: another one where only an image alone is tiled. The same
-        here."""
+        """``blank`` as one of ``count`` images of a prompt. Differs from ``blank`` for families that only tile single
+        images."""
         return self.blank(pixels)
 
     def sizes(self, pixels: int) -> Size:

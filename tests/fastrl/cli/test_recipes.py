@@ -57,7 +57,7 @@ def test_keys_have_default_range_and_meaning(capsys: pytest.CaptureFixture[str])
     assert text.splitlines() == [
         *("model", ""),
         "  model.lora.rank = 16    (a whole number, ≥ 1, ≤ 8192)",
-        *("      Rank of the update of each layer.", ""),
+        *("      Rank of each layer's update.", ""),
     ]
     found = json.loads(said(capsys, keys=True, as_json=True))["keys"]
     listed = [key["path"] for keys in found.values() for key in keys]

@@ -136,7 +136,7 @@ def test_rows_for_another_adapter_are_told(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"30 rows: no expression .*\(first: rows\.jsonl:1\)") as error:
         load_data("refexp:rows.jsonl")
-    hint = "is this pixmo:rows.jsonl? Then take a counting recipe (fastrl recipes)."
+    hint = "is this pixmo:rows.jsonl? Then use a counting recipe (fastrl recipes)."
     assert str(error.value).endswith(hint)
-    with pytest.raises(DataError, match="take a counting recipe"):  # no row is left
+    with pytest.raises(DataError, match="use a counting recipe"):  # no row is left
         load_data("refexp:rows.jsonl", skip_bad=True)

@@ -194,6 +194,6 @@ def test_a_repository_has_an_owner_and_a_name(tiny_folder: Folder, tmp_path: Pat
     assert not (tmp_path / "out").exists()  # said before the work
     with pytest.raises(ValueError, match="owner/name"):
         push(tiny_folder("qwen2_5"), repo)
-    with pytest.raises(ValueError, match="--public goes with --push"):
+    with pytest.raises(ValueError, match="--public needs --push"):
         run_command(tiny_folder("qwen2_5"), tmp_path / "out", public=True)
     assert hub.asked == []

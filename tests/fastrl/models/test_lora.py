@@ -67,16 +67,16 @@ def test_the_kept_scale_of_dora_follows_the_weights(tiny_folder: Folder) -> None
     batch = batch_of(policy)
     with torch.no_grad():
         first = logp_of(policy, batch)
-        held = [variant._kept for variant in variants]
+        held = [variant._cached for variant in variants]
         assert all(torch.equal(first, logp_of(policy, batch)) for _ in range(2))
-        assert [variant._kept for variant in variants] == held  # computed once
+        assert [variant._cached for variant in variants] == held  # computed once
         for name, parameter in policy.core.named_parameters():
             if "lora_A" in name:
                 parameter.mul_(1.5)  # as an optimizer would
         second = logp_of(policy, batch)
         assert (first - second).abs().max() > 1e-3
     policy.logprob(batch).logp.sum().backward()  # a training pass forgets it
-    assert [variant._kept for variant in variants] == [None] * len(variants)
+    assert [variant._cached for variant in variants] == [None] * len(variants)
     with torch.no_grad():
         assert torch.equal(second, logp_of(policy, batch))
 

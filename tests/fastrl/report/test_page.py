@@ -43,7 +43,7 @@ def test_page_holds_curves_samples_pictures_and_the_recipe(run: Path, tmp_path: 
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     charts = families(rows)
-    assert {"spread of rewards", "loss", "answer length (tokens)", "update left out (1: yes)"} <= set(charts)
+    assert {"spread of rewards", "loss", "answer length (tokens)", "update skipped (1: yes)"} <= set(charts)
     assert sorted(key for keys in charts.values() for key in keys) == sorted({*rows[0], *rows[1]} - {"step"})
     assert page.count('src="data:image/png;base64,') == len(charts) + len(samples)  # each sample is drawn
     assert "No pictures" not in page

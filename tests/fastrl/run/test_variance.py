@@ -18,7 +18,7 @@ def told(spreads: list[float | None], *, done: int = 0, last: int = 99) -> tuple
 
 
 def test_a_few_in_a_row_are_said_once() -> None:
-    assert told([0.0] * (AFTER + 5)) == ([AFTER], "no group of the 8 steps had rewards that differ: " + TAUGHT)
+    assert told([0.0] * (AFTER + 5)) == ([AFTER], "in all 8 steps, no group had different rewards: " + TAUGHT)
     assert told([0.1] + [0.0] * 4)[0] == [AFTER + 1]
     assert told([*[0.0] * 4, 0.1, *[0.0] * 4], done=10)[0] == [13, 18]
 
@@ -29,9 +29,9 @@ def test_what_has_rewards_that_differ_or_none_is_not_said() -> None:
 
 
 def test_a_run_too_short_for_that_is_said_at_its_last_step() -> None:
-    assert told([0.0], last=1) == ([1], "no group of the 1 steps had rewards that differ: " + TAUGHT)
+    assert told([0.0], last=1) == ([1], "in all 1 steps, no group had different rewards: " + TAUGHT)
     assert told([0.1, 0.0], last=2) == ([2], "")
     assert told([]) == ([], "")
 
 
-TAUGHT = "the rewards have taught the model nothing"
+TAUGHT = "the model has learned nothing from them"

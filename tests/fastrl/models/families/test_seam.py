@@ -318,7 +318,7 @@ def test_rewards_and_evaluations_of_texts_know_a_family_from_outside(toy: type[F
     with pytest.raises(ValueError, match="unknown answer style 'tags'"):
         register(type("ToyTags2", (toy,), {"model_type": "toy_tags2", "style": "tags"}))
     assert "toy_tags2" not in FAMILIES
-    with pytest.raises(ValueError, match="'gemma3' writes in the style 'gemma', not in 'internvl'"):
+    with pytest.raises(ValueError, match="'gemma3' already has style 'gemma', got 'internvl'"):
         register(type("OwnGemma", (toy,), {"model_type": "gemma3", "style": "internvl"}))
 
 
