@@ -456,8 +456,8 @@ class Run:
             any_group = next(iter((*groups, *prepared.sampled)), None)
             prompt = any_group.prompt if any_group is not None else self.policy.encode(records[0])[0]
             nothing = Completion(torch.tensor([self.policy.end_of_turn_id]))  # any token, as its loss has weight 0
-            spare = pack_row([PromptGroup(prompt, [nothing])])
-            batches += [_Batch(spare, scale=0.0) for _ in range(missing)]
+            filler = pack_row([PromptGroup(prompt, [nothing])])
+            batches += [_Batch(filler, scale=0.0) for _ in range(missing)]
         return batches
 
     def _drop_features(self, batches: Sequence[_Batch]) -> None:

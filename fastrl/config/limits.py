@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-MAX_IMAGE_PIXELS = 64_000_000  # width x height of a picture that is opened, unless somebody says otherwise
+MAX_IMAGE_PIXELS = 64_000_000  # width x height of the largest picture that is opened by default

@@ -83,7 +83,7 @@ def load_policy(
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Of the weights, where nobody asks for another."""
+    """The weights' dtype on ``device``, if none is given."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

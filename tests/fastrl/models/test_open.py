@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import fastrl.models.load
 from fastrl.cli.main import app
 from fastrl.critics import open_critic
+from fastrl.models.export import find_source
 from fastrl.models.open import WEIGHTS, resolve_model
 from fastrl.plan.configs import config_of, image_limit, is_published
 
@@ -99,7 +100,7 @@ def test_every_command_finds_a_model_by_any_of_its_names(
 
 
 @pytest.mark.parametrize("kind", ["shipped", "folder", "hub name"])
-def test_critics_and_plan_find_it_too(
+def test_critics_plan_and_export_find_it_too(
     kind: str, named: dict[str, tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastrl.models.families import family_of
@@ -109,6 +110,7 @@ def test_critics_and_plan_find_it_too(
     assert config == json.loads((folder / "config.json").read_text())
     assert image_limit(model, family_of(config)) == 112 * 112
     assert not is_published(model)
+    assert find_source(model) == folder
     result = CliRunner().invoke(
         app, ["plan", "perception-r1-grounding-tiny", "--model", model, "--gpu", "l4", "--json"]
     )
