@@ -170,8 +170,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _scored(self) -> Recipe:
         sections = [self.reward, *(entry.reward for entry in self.data.mix if entry.reward is not None)]
-        if any(section.function for section in sections) and not self.scores_groups:
-            raise ValueError(f"reward.function: method.kind: {self.method.kind} scores no answers")
+        named = [n for n in ("function", "judge") if any(getattr(section, n) for section in sections)]
+        if named and not self.scores_groups:
+            raise ValueError(f"reward.{named[0]}: method.kind: {self.method.kind} scores no answers")
         return self
 
     @property

@@ -77,6 +77,40 @@ class ModelRecipe(Section):
     """Largest area of a resized picture in pixels; none: the model folder's. Lower it first if prompts are too long."""
 
 
+class JudgeRecipe(Section):
+    """A model behind an OpenAI-compatible server that scores answers."""
+
+    url: str
+    """The server's address, `http://localhost:8000/v1`."""
+    model: str = "default"
+    """Name under which the server knows the model."""
+    rubric: str | None = Field(None, min_length=1)
+    """What is scored, as text or as a `.txt` or `.md` file; none: how well the answer does what the question asks."""
+    scale: float = Field(10.0, gt=0, le=1e6)
+    """Largest score the judge may give; the reward is the score divided by it."""
+    weight: float = 1.0
+    """Weight of the component `judge`, unless `reward.weights` names it."""
+    pictures: bool = True
+    """Send the record's pictures; `false` for a judge that reads text only."""
+    reference: bool = True
+    """Show the judge the record's truth."""
+    cache: str | None = "judge-cache"
+    """Folder of replies by the content of their request, so that none is asked for twice; `null`: none is kept."""
+    retries: int = Field(4, ge=0, le=100)
+    """Further attempts after a timeout, an error of the server, or a reply without a score."""
+    concurrency: int = Field(4, ge=1, le=1024)
+    """Requests in flight at once."""
+    timeout: float = Field(60.0, gt=0, le=1e6)
+    """Seconds for one whole request."""
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the server's key, sent if it is set."""
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        return check_url(value, "url", "http://localhost:8000/v1")
+
+
 class RewardRecipe(Section):
     options: dict[str, Any] = {}
     """Options of the task's reward: `metric`, `threshold`, `format`, …; the error for an unknown one lists those that
@@ -96,10 +130,19 @@ class RewardRecipe(Section):
     """DAPO's soft penalty for long answers: over the last so many tokens before `rollout.max_new_tokens`, a component
     `overlong` falls from 0 to −1. Only for Perception-R1."""
 
+    judge: JudgeRecipe | None = None
+    """A model that scores answers, added as the component `judge`: a reward of your own from a server."""
+
     @field_validator("function", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return [] if value is None else [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> RewardRecipe:
+        if self.judge is not None and "weight" in self.judge.model_fields_set and "judge" in self.weights:
+            raise ValueError("give the judge's weight in one place: judge.weight or weights.judge")
+        return self
 
 
 class MixEntry(Section):

@@ -23,6 +23,7 @@ from fastrl.batch import PackedBatch, PromptGroup
 from fastrl.methods.base import Context, Method, MethodOptions, Prepared, set_token_weights
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
 from fastrl.methods.scoring import check_advantages
+from fastrl.rewards.judge import LABEL as JUDGE
 from fastrl_kernels.group_advantage import GroupAdvantage, group_advantage
 from fastrl_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
@@ -223,6 +224,10 @@ class PerceptionR1(Method):
             completion.rewards, completion.scalars["reward"] = found.components, found.total
         for group in groups:
             self._add_overlong(group)
+            assert group.record is not None
+            if self._rewards.section_of(group.record.origin).judge is not None:
+                missing = [int(JUDGE not in completion.rewards) for completion in group.completions]
+                self._counts.setdefault("answers/unjudged", []).extend(missing)
         for reward, members in self._rewards.members(groups):
             answers = [(c, g.record) for g in members for c in g.completions]
             texts, records = [c.text for c, _ in answers], [r for _, r in answers if r is not None]
@@ -276,7 +281,7 @@ class PerceptionR1(Method):
     def _component_weights(self, group: PromptGroup) -> dict[str, float]:
         """The weight of each reward component of the group's answers."""
         assert group.record is not None
-        weights = self._rewards.section_of(group.record.origin).weights
+        weights = self._rewards.weights_of(group.record)
         return {name: weights.get(name, 1.0) for c in group.completions for name in c.rewards}
 
     def _add_overlong(self, group: PromptGroup) -> None:

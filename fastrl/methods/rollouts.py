@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastrl.batch import PromptGroup
 from fastrl.methods.base import Context
+from fastrl.rewards.answer import Answer
 from fastrl.rewards.base import unknown
 from fastrl.rewards.checked import RewardError, checked_scores, place
-from fastrl.rewards.functions import Answer, Functions, RewardFunction
+from fastrl.rewards.functions import Functions, RewardFunction
+from fastrl.rewards.judge import LABEL as JUDGE
+from fastrl.rewards.judge import Judge
 
 if TYPE_CHECKING:
     from fastrl.config.sections import RewardRecipe, RolloutRecipe
@@ -122,7 +125,7 @@ class RecipeRewards:
         """:meth:`scores` of answers that are in no group."""
         scored = [Scored({}, 0.0) for _ in answers]
         by_task: dict[tuple[str, str], list[int]] = {}
-        by_function: dict[RewardFunction, list[int]] = {}
+        by_function: dict[RewardFunction | Judge, list[int]] = {}
         for i, answer in enumerate(answers):
             by_task.setdefault((answer.record.origin, answer.record.task), []).append(i)
             for function in self._functions.of(answer.record.origin):
@@ -139,14 +142,21 @@ class RecipeRewards:
         for function, rows in by_function.items():
             for i, value in zip(rows, function([answers[i] for i in rows]), strict=True):
                 if value is not None:
-                    weight = self.section_of(answers[i].record.origin).weights.get(function.label, 1.0)
+                    weight = self.weights_of(answers[i].record).get(function.label, 1.0)
                     parts = {**scored[i].components, function.label: value}
                     scored[i] = Scored(parts, scored[i].total + weight * value)
         for answer, found in zip(answers, scored, strict=True):
-            if not found.components:
+            judged = self.section_of(answer.record.origin).judge is not None  # a reply may have no score
+            if not found.components and not judged:
                 names = ", ".join(f.name for f in self._functions.of(answer.record.origin))
                 raise RewardError(f"{place(names, answer.record, answer.text)}: not scored: all rewards return None")
         return scored
+
+    def weights_of(self, record: Record) -> dict[str, float]:
+        """Weights of the components that answers to a record have; 1 for those not named."""
+        section, reward = self.section_of(record.origin), self._builtin(record)
+        judged = {} if section.judge is None else {JUDGE: section.judge.weight}
+        return {**judged, **section.weights, **(reward.weights if reward is not None else {})}
 
     def section_of(self, origin: str) -> RewardRecipe:
         """The reward section of a part of a mixture (empty: the recipe's)."""
@@ -168,7 +178,7 @@ class RecipeRewards:
         section = self.section_of(origin)
         own = [function.label for function in self._functions.of(origin)]
         if not section.builtin and not own:
-            raise ValueError("reward.builtin: false leaves nothing to score answers with: set reward.function")
+            raise ValueError("reward.builtin: false leaves nothing to score answers with: set reward.function or judge")
         builtin = section.builtin and not (own and task not in REWARDS)
         own += ["overlong"] if section.overlong is not None else []  # added by the method, not by the reward
         _check_names(section, own, REWARDS[task].parts if builtin and task in REWARDS else (), builtin=builtin)

@@ -13,28 +13,21 @@ import inspect
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from fastrl.answers import format_answer
-from fastrl.config.sections import RewardRecipe
+from fastrl.config.sections import JudgeRecipe, RewardRecipe
 from fastrl.config.usercode import UserCodeError, load_function, where_it_raised
 from fastrl.data.records import Record
+from fastrl.rewards.answer import Answer, answers_to_try
 from fastrl.rewards.base import Reward
 from fastrl.rewards.checked import RewardError, checked_scores, place, wrong_value
+from fastrl.rewards.judge import Judge
 
 TAKEN = ("mean", "min", "max", "std", "group_std")  # names of other metrics reward/NAME
 _SHOWN = 5  # records named in a message about many
-
-
-class Answer(NamedTuple):
-    """One answer to a record."""
-
-    text: str
-    token_ids: list[int]
-    record: Record
 
 
 class RewardFunction:
@@ -98,7 +91,7 @@ class RewardFunction:
                 f"{self.name}: needs {', '.join(missing)}, which record {record.id!r} does not have; it has {known}"
                 ". An argument that only some rows have needs a default"
             )
-        return self([Answer(text, [0], record) for text in (_truth(record), "nothing")])
+        return self(answers_to_try(record))
 
     def _call(self, answers: Sequence[Answer]) -> Any:
         if isinstance(self._target, Reward):
@@ -191,7 +184,7 @@ class RewardFunction:
 
 
 class Functions:
-    """The functions of a run's reward sections; one that several sections name is created once.
+    """The functions and judges of a run's reward sections; one that several sections name is created once.
 
     Args:
         sections: the recipe's own under "", and those of a mixture's entries by name.
@@ -200,17 +193,23 @@ class Functions:
     def __init__(self, sections: dict[str, RewardRecipe]) -> None:
         self._sections = sections
         self._made: dict[tuple[str, bool, float | None], RewardFunction] = {}
+        self._judges: dict[JudgeRecipe, Judge] = {}
         self._tried: set[tuple[str, str]] = set()
 
     @property
     def any(self) -> bool:
         """Whether any section has one."""
-        return any(section.function for section in self._sections.values())
+        return any(section.function or section.judge is not None for section in self._sections.values())
 
-    def of(self, origin: str = "") -> list[RewardFunction]:
-        """Those of a part of a mixture. Raises ``ValueError`` if one cannot be loaded or two have the same name."""
+    def of(self, origin: str = "") -> list[RewardFunction | Judge]:
+        """Those of a part of a mixture, its judge last. Raises ``ValueError`` if one cannot be loaded or two have the
+        same name."""
         section = self._sections.get(origin, self._sections[""])
-        found = [self._make(name, section) for name in section.function]
+        found: list[RewardFunction | Judge] = [self._make(name, section) for name in section.function]
+        if section.judge is not None:
+            if section.judge not in self._judges:
+                self._judges[section.judge] = Judge(section.judge)
+            found.append(self._judges[section.judge])
         for i, function in enumerate(found):
             other = next((f for f in found[:i] if f.label == function.label), None)
             if other is not None:
@@ -270,14 +269,6 @@ def _parameters(target: Any) -> dict[str, bool] | None:
     if isinstance(target, Reward) or any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return {p.name: p.default is p.empty for p in parameters if p.kind is not p.VAR_POSITIONAL}
-
-
-def _truth(record: Record) -> str:
-    try:
-        view = record.views[0] if record.views else None
-        return format_answer(record.task, record.target, record.style or "qwen2_5", view)
-    except (ValueError, KeyError, IndexError, TypeError):  # a task of the user's own, a truth that is no answer
-        return "nothing"
 
 
 def _names(answers: Sequence[Answer]) -> str:

@@ -40,6 +40,7 @@ FREE = (
     "data.identity",
     "engine.timeout",
     "reward.timeout",
+    *(f"reward.judge.{key}" for key in ("url", "timeout", "retries", "concurrency", "cache", "key_env")),
 )
 
 

@@ -93,9 +93,14 @@ def test_specs(tmp_path: Path) -> None:
     assert isinstance(rule, RuleCritic)
     assert rule.feedback == "score"
     http: Any = open_critic("http://127.0.0.1:9/v1?model=judge&retries=2", cache=tmp_path)
-    assert (http.url, http.model, http.transport.retries) == ("http://127.0.0.1:9/v1/chat/completions", "judge", 2)
+    served = http.server
+    assert (served.url, served.model, served.transport.retries) == (
+        "http://127.0.0.1:9/v1/chat/completions",
+        "judge",
+        2,
+    )
     same: Any = open_critic("http:http://127.0.0.1:9/v1")
-    assert same.url == http.url
+    assert same.server.url == served.url
     for spec, said in (
         ("rul", "did you mean 'rule'"),
         ("rule?feedbak=x", "did you mean 'feedback'"),

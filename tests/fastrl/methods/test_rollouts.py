@@ -1,0 +1,33 @@
+"""Which weight each component of a reward has, wherever the recipe says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastrl.config.sections import RewardRecipe
+from fastrl.data.records import Record
+from fastrl.methods.rollouts import RecipeRewards
+
+RECORD = Record("a", "grounding", (), (), {"box": (0, 0, 1, 1)})
+JUDGED = {"url": "http://127.0.0.1:9/v1"}
+
+
+@pytest.mark.parametrize(
+    ("section", "weights"),
+    [
+        ({}, {}),
+        ({"weights": {"iou": 2}}, {"iou": 2}),
+        ({"options": {"weights": {"iou": 3}}}, {"iou": 3}),  # the reward's own option, which totals are made with
+        ({"options": {"weights": {"iou": 3}}, "weights": {"iou": 2}}, {"iou": 3}),
+        ({"judge": JUDGED}, {"judge": 1}),
+        ({"judge": {**JUDGED, "weight": 0.5}}, {"judge": 0.5}),
+        ({"judge": JUDGED, "weights": {"judge": 0.25, "iou": 2}}, {"judge": 0.25, "iou": 2}),
+    ],
+)
+def test_weights_of_components(section: dict[str, Any], weights: dict[str, float]) -> None:
+    rewards = RecipeRewards(RewardRecipe(**section))
+    assert rewards.weights_of(RECORD) == weights
+    reward = rewards.of("grounding")
+    assert reward.total({"iou": [1.0], "format": [0.0]}) == [weights.get("iou", 1)]
