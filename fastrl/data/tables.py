@@ -13,18 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastrl.data.validate import fail, nearest
+from fastrl.data.validate import TableRow, fail, nearest
 
 SUFFIXES = (".parquet", ".arrow")
 BATCH = 64  # rows in memory at once while a table is read
 CACHE_BYTES = 256 << 20  # size of the cache of row groups from which pictures are read again
-
-
-class TableRow(dict[str, Any]):
-    """A row's columns, its file, and a function that reads a picture's bytes from it again."""
-
-    file: Path
-    cell: Callable[[str, int | None], Callable[[], bytes]]
 
 
 def is_table(path: Path) -> bool:

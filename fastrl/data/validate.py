@@ -187,6 +187,13 @@ def find_image_folder(file: Path, names: Iterable[str], extra: Iterable[Path] = 
     return next((c for c in candidates if any((c / name).is_file() for name in some)), folder)
 
 
+class TableRow(dict[str, Any]):
+    """A row's columns, its file, and a function that reads a picture's bytes from it again."""
+
+    file: Path
+    cell: Callable[[str, int | None], Callable[[], bytes]]
+
+
 class Row:
     """One row being read. Methods return a valid value, or note a problem and return None."""
 
@@ -262,11 +269,11 @@ class Row:
         if isinstance(value, str):
             return self._file(where, value.strip())
         if isinstance(value, bytes):
-            cell = getattr(self.fields, "cell", None)
-            # bytes in a table are read again when needed, not kept
-            again = cell(name, place) if cell is not None else value
-            called = f"{self.where}, {where}"
-            picture = held = self.images.embedded(again, called, getattr(self.fields, "file", None))
+            row, called = self.fields, f"{self.where}, {where}"
+            if isinstance(row, TableRow):  # its bytes are read again when needed, not kept
+                picture = held = self.images.embedded(row.cell(name, place), called, row.file)
+            else:
+                picture = held = self.images.embedded(value, called, None)
             header = self.images.check(replace(held, data=value), called)
         elif hasattr(value, "getexif"):
             picture, called = value, where  # type: ignore[assignment]

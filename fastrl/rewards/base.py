@@ -112,7 +112,7 @@ class Reward:
     @property
     def absent(self) -> dict[str, str]:
         """Components of ``parts`` that these options leave out → the option that does so."""
-        return {"format": "format='none'"} if getattr(self, "format", None) == "none" else {}
+        return {}
 
     def misfit(self, record: Record) -> str | None:
         """Why no answer to a record can be scored; None: answers can be scored."""

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from fastrl.answers import Parsed
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
-from fastrl.rewards.format import format_scores
+from fastrl.rewards.format import format_scores, without_format
 from fastrl.rewards.reading import LIMIT, Coords, batches, pad, read_points, to_pixels, to_thousand, view_of
 from fastrl_kernels.detection_reward import detection_reward
 
@@ -73,7 +73,7 @@ class CountingReward(Reward):
 
     @property
     def absent(self) -> dict[str, str]:
-        return super().absent | ({} if self.exact_bonus else {"count": "exact_bonus=0"})
+        return without_format(self.format) | ({} if self.exact_bonus else {"count": "exact_bonus=0"})
 
     def misfit(self, record: Record) -> str | None:
         if self.score_by == "count" or true_points(record) is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrl.answers import Parsed, canonical
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
-from fastrl.rewards.format import format_scores
+from fastrl.rewards.format import format_scores, without_format
 from fastrl.rewards.reading import Coords, batches, pad, read_boxes, to_pixels
 from fastrl_kernels.detection_reward import detection_reward
 
@@ -62,6 +62,10 @@ class DetectionReward(Reward):
     matching: Literal["optimal", "sequence"] = "optimal"
     threshold: float = 0.5
     format: Literal["strict", "none"] = "strict"
+
+    @property
+    def absent(self) -> dict[str, str]:
+        return without_format(self.format)
 
     def __post_init__(self) -> None:
         super().__post_init__()

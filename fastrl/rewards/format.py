@@ -31,6 +31,11 @@ def well_formed(task: str, answer: str, frame: str, check: FormatCheck = "strict
     return any(matches_format(task, answer, name) for name in styles)
 
 
+def without_format(check: FormatCheck) -> dict[str, str]:
+    """``Reward.absent`` of an option ``format``: ``none`` leaves the component out."""
+    return {"format": "format='none'"} if check == "none" else {}
+
+
 def format_scores(
     task: str, answers: Sequence[str], records: Sequence[Record], frame: str | None, check: FormatCheck, style: str = ""
 ) -> list[float]:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from fastrl.answers import Parsed
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
-from fastrl.rewards.format import FormatCheck, format_scores, well_formed
+from fastrl.rewards.format import FormatCheck, format_scores, well_formed, without_format
 from fastrl.rewards.reading import Coords, pad, read_boxes, to_pixels
 from fastrl_kernels.pairwise_iou import pairwise_iou
 
@@ -47,6 +47,10 @@ class GroundingReward(Reward):
 
     metric: Literal["iou", "iou_squared", "graded"] = "iou"
     format: FormatCheck = "strict"
+
+    @property
+    def absent(self) -> dict[str, str]:
+        return without_format(self.format)
 
     def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
         read = [read_boxes(answer, 1) for answer in answers]

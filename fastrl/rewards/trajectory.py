@@ -38,7 +38,7 @@ from torch import Tensor
 from fastrl.answers import parse_tracks
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
-from fastrl.rewards.format import format_scores
+from fastrl.rewards.format import format_scores, without_format
 from fastrl.rewards.reading import MAX_CHARACTERS
 from fastrl.rewards.track_reading import CELLS, Tracks, match_tracks, overlaps, read_tracks, table, true_tracks
 from fastrl_kernels.pairwise_iou import pairwise_iou
@@ -109,6 +109,10 @@ class TrajectoryReward(Reward):
     threshold: float = 0.5
     still: float = 0.05
     format: Literal["strict", "none"] = "strict"
+
+    @property
+    def absent(self) -> dict[str, str]:
+        return without_format(self.format)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,6 +52,8 @@ def test_total_is_the_weighted_sum_and_one_by_default() -> None:
     [
         ("grounding", {"format": "none"}, "format", "format='none'"),
         ("counting", {}, "count", "exact_bonus=0"),
+        ("counting", {"format": "none"}, "format", "format='none'"),
+        ("detection", {"format": "none"}, "format", "format='none'"),
         ("trajectory", {"format": "none"}, "format", "format='none'"),
     ],
 )
