@@ -19,6 +19,7 @@ from fastrl.data import rows
 from fastrl.data.pictures import AnyPicture
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import Result, choice_option, collect, int_option, ordered, parse_json, read_text, reading
+from fastrl.data.truth import box_value
 from fastrl.data.validate import (
     DataError,
     ImageFolder,
@@ -158,7 +159,10 @@ class _Once:
         elif identity is not None and self._ids.setdefault(identity, index) != index:
             row.fail("repeated annotation", f"id {short(identity)} is already that of number {self._ids[identity]}")
             return
-        content = repr([annotation.get(key) for key in ("image_id", "category_id", "bbox", "iscrowd", "segmentation")])
+        box = box_value(annotation.get("bbox"))
+        box = [float(v) for v in box] if isinstance(box, list) and all(is_number(v) for v in box) else box
+        crowd = bool(annotation.get("iscrowd"))
+        content = repr([box, crowd, *(annotation.get(key) for key in ("image_id", "category_id", "segmentation"))])
         if self._contents.setdefault(content, index) != index:
             row.fail(
                 "repeated annotation",

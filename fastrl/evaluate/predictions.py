@@ -192,12 +192,12 @@ def _from_coco(
     names = dict(categories) if categories is not None else category_names(records)
     found: dict[str, list[dict[str, Any]]] = {record.id: [] for record in records}
     problems: list[Problem] = []
-    place: dict[str, int] = {}
+    place: dict[tuple[Any, ...], int] = {}
     for index, row in enumerate(rows):
         if isinstance(row, dict) and str(row.get("image_id")) not in found and str(row.get("image_id")) in known:
             continue
         problem = _coco_problem(row, found, names)
-        if problem is None and (first := place.setdefault(json.dumps(row, sort_keys=True), index)) != index:
+        if problem is None and (first := place.setdefault(_content(row), index)) != index:
             problem = "repeated result", f"has the same content as entry {first + 1}"
         if problem is not None:
             problems.append(Problem(f"{path}:entry {index + 1}", *problem))
@@ -210,6 +210,12 @@ def _from_coco(
     # The detections are converted to answer text, so that both kinds of file are scored by the same code.
     framed = [replace(record, frame="original") for record in records]
     return Predictions(framed, [json.dumps(found[record.id]) for record in records])
+
+
+def _content(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The content of a valid entry, however its numbers are written."""
+    score = float(row.get("score", 1.0))
+    return str(row["image_id"]), row["category_id"], tuple(map(float, row["bbox"])), score
 
 
 def _coco_problem(row: Any, images: Mapping[str, object], names: Mapping[int | str, str]) -> tuple[str, str] | None:

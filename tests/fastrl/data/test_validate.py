@@ -471,3 +471,11 @@ def test_nulls_and_sizes_of_coco_files_as_tables_write_them(folder: Path) -> Non
         file.write_text(json.dumps(found))
         with pytest.raises(DataError, match=message):
             load_data(f"coco:{file}")
+
+
+def test_one_annotation_written_in_two_ways_is_repeated(folder: Path) -> None:
+    found = instances()
+    found["annotations"].append({**found["annotations"][0], "id": 99, "bbox": [1.0, 2.0, 3.0, 4.0], "iscrowd": None})
+    (folder / "twice.json").write_text(json.dumps(found))
+    with pytest.raises(DataError, match=r"annotation 99 .*same content as number 0"):
+        load_data(f"coco:{folder / 'twice.json'}")

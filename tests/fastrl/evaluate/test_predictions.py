@@ -280,3 +280,14 @@ def test_a_picture_that_the_processor_refuses_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps({"id": "a", "answer": "[1, 2, 3, 4]"}))
     with pytest.raises(ValueError, match=r"a: .*aspect ratio"):
         load_predictions(path, [record], frame="resized")
+
+
+def test_one_detection_written_in_two_ways_is_there_twice(tmp_path: Path) -> None:
+    entry = {"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}
+    again = {"score": 1.0, "bbox": [1.0, 2, 3.0, 4], "category_id": 1, "image_id": 7, "id": 9}
+    data = records("7", task="detection", boxes=[], labels=[], categories=["cat"], category_ids=[1])
+    file = write(tmp_path, json.dumps([entry, again]), name="r.json")
+    with pytest.raises(PredictionError, match="entry 2: has the same content as entry 1"):
+        load_predictions(file, data)
+    other = {**again, "score": 0.5}
+    assert len(load_predictions(write(tmp_path, json.dumps([entry, other]), name="r.json"), data).answers) == 1

@@ -61,3 +61,17 @@ def test_reper_reflects_trains_and_reflects_again(tmp_path: Path, capsys: pytest
     assert [len(row["before"]) for row in rows] == [3] * 6
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
     assert "CHAIR-i" in capsys.readouterr().out
+
+
+def test_counting_reports_the_exact_number_beside_matched_points(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An answer that never looked does well on the latter."""
+    from fastrl.toy.demos.perception_r1 import run
+
+    result = run(task="counting", out=tmp_path, seed=0, say=lambda text: None, held_out=4, steps=1)
+    for key in ("exact_before", "exact_after", "greedy_exact_before", "greedy_exact_after"):
+        assert 0.0 <= result[key] <= 1.0
+    table = capsys.readouterr().out
+    assert "sampled, exact count" in table
+    assert "greedy, exact count" in table
