@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastrl.data
+import fastrl.methods
+import fastrl.models.families
+import fastrl.rewards
+from fastrl.answers import styles
+
 REPO = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"(?:<!-- skip: (?P<skip>[^\n]+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -23,6 +29,15 @@ def snippets() -> list[object]:
             number = text.count("\n", 0, match.start("code")) + 1
             found.append(pytest.param(path, number, match["code"], match["skip"], id=f"{path.name}:{number}"))
     return found
+
+
+@pytest.fixture(autouse=True)
+def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block registers is forgotten after it."""
+    registries = (fastrl.methods.METHODS, fastrl.rewards.REWARDS, fastrl.data.ADAPTERS, fastrl.models.families.FAMILIES)
+    for registry in registries:
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))  # type: ignore[attr-defined]
+    monkeypatch.setattr(styles, "_OF_FAMILY", dict(styles._OF_FAMILY))  # what answers are told of a family
 
 
 @pytest.mark.parametrize(("path", "number", "code", "skip"), snippets())

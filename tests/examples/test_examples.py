@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import runpy
 import subprocess
 import sys
@@ -19,7 +21,7 @@ def main_of(name: str) -> Any:
 
 
 def test_there_is_an_example_for_each_audience() -> None:
-    assert {"detr_matcher.py", "torch_loop.py", "trl_grpo.py"} <= set(SCRIPTS)
+    assert {"detr_matcher.py", "own_data.py", "own_reward.py", "torch_loop.py", "trl_grpo.py"} <= set(SCRIPTS)
 
 
 @pytest.mark.gate
@@ -41,3 +43,42 @@ def test_the_matchers_give_one_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detr_loss, "HungarianMatcher", detr_loss.HungarianMatcher)  # put back afterwards
     before, after = main_of("detr_matcher.py")
     assert after == pytest.approx(before, rel=1e-6)
+
+
+@pytest.mark.gate
+def test_own_data_is_read_and_trained_on() -> None:
+    assert main_of("own_data.py") == 24
+
+
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
+
+
+def outputs_of(notebook: dict[str, Any]) -> list[dict[str, Any]]:
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+
+
+def test_the_notebook_holds_its_pictures_and_nothing_of_the_machine_that_ran_it() -> None:
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    pictures = [output for output in outputs_of(notebook) if "image/png" in output.get("data", {})]
+    assert len(pictures) == 4
+    said = [output for output in outputs_of(notebook) if output not in pictures]
+    assert {output.get("name") for output in said} == {"stdout"}  # no warning, no error
+    assert "site-packages" not in NOTEBOOK.read_text(encoding="utf-8")
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            compile("".join(cell["source"]), cell["id"], "exec")
+
+
+@pytest.mark.gate
+def test_the_notebook_runs_and_its_model_learns(tmp_path: Path) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    assert sum("image/png" in output.get("data", {}) for output in outputs_of(notebook)) == 4
+    text = "".join(output.get("text", "") for output in outputs_of(notebook))
+    before, after = map(float, re.findall(r"mean IoU of greedy answers: ([\d.]+) before, ([\d.]+) after", text)[0])
+    assert after > before
+    assert not list(tmp_path.iterdir())  # nothing left behind
