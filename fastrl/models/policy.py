@@ -127,10 +127,12 @@ class Policy:
         return self.encoder.encode_answer(text)
 
     def decode(self, ids: Tensor | Sequence[int]) -> str:
-        """Text of a completion up to its first EOS; special tokens (boxes, references) are kept."""
+        """Text of a completion up to its first EOS, without what the family writes before an answer (a space); special
+        tokens (boxes, references) are kept. ``encode_text`` of it gives the same ids again."""
         listed = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         end = next((n for n, token in enumerate(listed) if token in self.eos_token_ids), len(listed))
-        return self.tokenizer.decode(listed[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(listed[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text.removeprefix(self.family.turn("", ""))
 
     # The model
 

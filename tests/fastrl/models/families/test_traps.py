@@ -102,3 +102,11 @@ def test_internvl_cuts_tiles_whatever_its_file_states(tmp_path: Path, stated: bo
     image, _ = policy.preprocessor(picture(84, 28, 1))
     assert image.shape == (1, 3)
     assert len(image.pixel_values) == 4  # three tiles and the whole
+
+
+def test_a_sampled_answer_has_the_same_ids_when_it_is_encoded_again(pair: Pair) -> None:
+    """LLaVA and SmolVLM write a space before an answer: kept in its text, lists and dialogues would hold two."""
+    policy = pair.policy
+    ids = policy.encode_text("a cat")
+    assert policy.decode(ids) == "a cat"
+    assert policy.encode_text(policy.decode(ids)).tolist() == ids.tolist()
