@@ -219,9 +219,9 @@ def _counting(truth: _Truth) -> dict[str, Any] | None:
     given = row.fields.get("label")
     matched = _COUNTED.fullmatch(truth.prompt)
     label = given if isinstance(given, str) and given.strip() else (matched.group(1) if matched else truth.prompt)
-    boxes = row.told("the truth of counting", read_list, fields["boxes"]) if "boxes" in fields else None
+    boxes = row.parse("the truth of counting", read_list, fields["boxes"]) if "boxes" in fields else None
     places = fields.get("points", row.truth("points") if boxes is None else None)
-    count = row.told("the truth of counting", read_count, fields["count"]) if "count" in fields else None
+    count = row.parse("the truth of counting", read_count, fields["count"]) if "count" in fields else None
     known = boxes and [truth.box(box, f"the truth's box {n}") for n, box in enumerate(boxes)]
     points = row.points(places, truth.size, frame=truth.frame) if places and truth.size is not None else None
     if row.problems:
@@ -253,7 +253,7 @@ def _detection(truth: _Truth) -> dict[str, Any] | None:
     boxes = [truth.box(box, f"the truth's box {place}") for place, box in enumerate(places)]
     names = row.truth("categories")
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-    names = row.told("categories", read_names, names) if names is not None else None
+    names = row.parse("categories", read_names, names) if names is not None else None
     if row.problems:
         return None
     return {

@@ -51,11 +51,11 @@ def clip_frames(
     where: str,
     folder: ImageFolder,
     problems: list[Problem],
-    told: bool = True,
+    explicit: bool = True,
 ) -> tuple[AnyPicture, ...]:
-    """A clip's picture files, read as ``folder`` says; notes what is wrong: their number, a missing or unreadable one,
-    one of another size. Where a stated size is enough, files may be missing. ``told``: the size is stated, not that of
-    a picture."""
+    """A clip's picture files, read according to ``folder``. Notes problems: a wrong number of files, a file that is
+    missing or unreadable, or one of another size. If stated sizes suffice, files may be missing. ``explicit``: the size
+    comes from the row, not from a picture."""
     stated = folder.reading.stated
     if len(files) != length:
         if not stated:
@@ -76,7 +76,7 @@ def clip_frames(
             width, height = header.size
             message = f"{file} has {width}x{height} pixels, not {size[0]}x{size[1]}{why_turned(header, size)}"
             problems.append(Problem(where, "wrong size", message))
-        elif header.orientation != 1 and not header.turned and not (told and header.swaps):
+        elif header.orientation != 1 and not header.turned and not (explicit and header.swaps):
             folder.unheeded.append(str(file))
     return tuple(frames)
 
@@ -127,11 +127,11 @@ def row_clip(row: Row) -> Clip | None:
     if row.problems or seconds is None:
         return None
     width, height = int(size[0] or 0), int(size[1] or 0)
-    told = fields.get("width") is not None
-    frames = clip_frames(files, len(files), (width, height), row.where, row.images, row.problems, told)
+    explicit = fields.get("width") is not None
+    frames = clip_frames(files, len(files), (width, height), row.where, row.images, row.problems, explicit)
     if video is not None:
         video = clip_video(video, numbers, (width, height), row.where, row.images.reading, row.problems)
-    subjects = row.told("subjects", read_list, fields.get("subjects"))
+    subjects = row.parse("subjects", read_list, fields.get("subjects"))
     if subjects is None:
         return None
     built = [_row_subject(row, subject) for subject in subjects]
@@ -191,7 +191,7 @@ def _row_subject(row: Row, subject: Any) -> Subject | None:
         if not (frame.isascii() and frame.isdigit() and len(frame) < 10):
             row.fail("wrong type", f"subject {identity}: frame {short(frame)} is no number")
             continue
-        found = row.told(f"subject {identity}, frame {frame}: box", read_box, box)
+        found = row.parse(f"subject {identity}, frame {frame}: box", read_box, box)
         if found is not None:
             boxes[int(frame)] = found
     spans = _row_spans(row, identity, read_truth(subject.get("spans", [])))

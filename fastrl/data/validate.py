@@ -337,8 +337,8 @@ class Row:
         value = self.fields.get(name)
         return usual if value is None else read_truth(value)
 
-    def told(self, name: str, read: Callable[[Any], T], value: Any) -> T | None:
-        """What ``read`` (of ``truth``) makes of a value; None, noted: it is malformed."""
+    def parse(self, name: str, read: Callable[[Any], T], value: Any) -> T | None:
+        """A value parsed by ``read`` (from ``truth``); None if it is malformed, which is noted as a problem."""
         try:
             return read(value)
         except TruthFault as fault:
@@ -347,7 +347,7 @@ class Row:
 
     def count(self, name: str) -> int | None:
         """A whole number of at least 0; 2.0 and "2" are 2."""
-        return self.told(name, read_count, self.fields.get(name))
+        return self.parse(name, read_count, self.fields.get(name))
 
     def box(
         self, value: Any, size: tuple[int, int], name: str = "bbox", frame: str = "original"
@@ -357,7 +357,7 @@ class Row:
         ``frame`` is the unit of its numbers: pixels (``original``), or fractions of the sides (``unit``: 1,
         ``thousand``: 1000). Returns pixels.
         """
-        box = self.told(name, read_box, value)
+        box = self.parse(name, read_box, value)
         if box is None:
             return None
         x1, y1, x2, y2 = box
@@ -383,7 +383,7 @@ class Row:
 
         How they are written: ``truth.read_points``.
         """
-        pairs = self.told(name, read_points, value)
+        pairs = self.parse(name, read_points, value)
         if pairs is None:
             return None
         far = [v for pair in pairs for v in pair if not 0 <= v <= 1]

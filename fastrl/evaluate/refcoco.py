@@ -11,7 +11,7 @@ THRESHOLDS = (0.5, 0.75, 0.95)
 
 
 def evaluate_grounding(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
-    """``acc@0.5 acc@0.75 acc@0.95`` (share of answers with IoU ≥ that), ``mean_iou``, ``n`` and ``unparsable``.
+    """``acc@0.5 acc@0.75 acc@0.95`` (fraction of answers with IoU ≥ that), ``mean_iou``, ``n`` and ``unparsable``.
 
     The first box of an answer counts; an answer without one has IoU 0 and stays in every denominator. IoU carries no
     epsilon: the released evaluation adds 1e-10 to the denominator, with which a perfect box falls short of 1 and tiny

@@ -113,8 +113,8 @@ def set_turn_weights(
         weight = torch.zeros(len(mask))
         for number in live.tolist():
             own = (turn == number) & (mask > 0)
-            share = 1.0 / (len(live) * int(own.sum())) if options.aggregate == "turn" else 1.0
-            weight[own] = share / max(count, 1.0)
+            fraction = 1.0 / (len(live) * int(own.sum())) if options.aggregate == "turn" else 1.0
+            weight[own] = fraction / max(count, 1.0)
         completion.per_token["weight"] = weight
 
 

@@ -1,4 +1,4 @@
-"""One answer to score, and the answers that scorers are tried on before any are sampled."""
+"""An answer to score, and the answers on which scorers are tried before sampling."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ class Answer(NamedTuple):
 
 
 def answers_to_try(record: Record) -> list[Answer]:
-    """Two answers to a record with views and style: the truth as the model would write it, and a text that says
-    nothing."""
+    """Two answers to a record with views and style: the truth as the model would write it, and the text "nothing"."""
     try:
         view = record.views[0] if record.views else None
         truth = format_answer(record.task, record.target, record.style or "qwen2_5", view)
-    except (ValueError, KeyError, IndexError, TypeError):  # a user's own task, or truth that is no answer
+    except (ValueError, KeyError, IndexError, TypeError):  # a user's own task, or truth without an answer format
         truth = NOTHING
     return [Answer(text, [0], record) for text in (truth, NOTHING)]

@@ -131,7 +131,7 @@ class Reward:
 
         ``unparsable`` is 1 for an answer that could not be parsed; tasks with labels or coordinates add more.
         """
-        return {"unparsable": [int(not sound) for sound in self.readable(answers, records)]}
+        return {"unparsable": [int(not readable) for readable in self.readable(answers, records)]}
 
     def total(self, components: Mapping[str, Sequence[float]]) -> list[float]:
         """Weighted sum of the components under this reward's ``weights``."""

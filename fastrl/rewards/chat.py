@@ -1,4 +1,4 @@
-"""An OpenAI-compatible chat endpoint that judges answers: several requests at once, every usable reply kept on disk.
+"""Client of an OpenAI-compatible chat endpoint that judges answers: concurrent requests, usable replies cached on disk.
 
 What may pass (a timeout, a cut connection, 429, 5xx, a reply that is not usable) is tried again after a growing pause,
 or the pause that the server asks for. Replies are stored under the hash of their request, so that work that was stopped
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class ServerGone(RuntimeError):
-    """The server refuses requests, or does not answer."""
+    """The server refuses requests or does not answer."""
 
 
 class Unusable(Passing):

@@ -11,12 +11,12 @@ from fastrl.rewards.reading import MAX_CHARACTERS
 
 FormatCheck = Literal["strict", "loose", "none"]
 
-# Where the style is not known: of a frame, the family that was first to write in it.
+# If the style is unknown: for each frame, the first family that used it.
 _STYLES = {"resized": ("qwen2_5",), "thousand": ("qwen2",), "padded_unit": ("llava1_5",)}
 
 
 def well_formed(task: str, answer: str, frame: str, check: FormatCheck = "strict", style: str = "") -> bool:
-    """Whether ``answer`` is written in ``style``; without one, the way a model that answers in ``frame`` writes.
+    """Whether ``answer`` is written in ``style``, or without one, in the style of a model that answers in ``frame``.
 
     ``resized`` asks for Qwen2.5-VL's JSON list, ``thousand`` for Qwen2-VL's box tokens, ``padded_unit`` for LLaVA-1.5's
     lists; any other frame takes either of the first two. ``loose`` replicates the released code's unescaped pattern

@@ -1,7 +1,7 @@
 """``reward.judge``: a model behind an OpenAI-compatible server that scores answers by a rubric.
 
-What the model answered is data for the judge, never an instruction: it stands in the request as a JSON string, and the
-reply has to be a score.
+The request contains the model's answer as a JSON string, so that it is data for the judge, not an instruction. The
+reply must be a score.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastrl.rewards.answer import Answer, answers_to_try
 from fastrl.rewards.chat import ChatServer, ServerGone
 from fastrl.rewards.checked import RewardError, place
 
-LABEL = "judge"  # of its component
-LONGEST = 20_000  # characters of an answer, a truth or a reply that are read
+LABEL = "judge"  # name of its component
+LONGEST = 20_000  # maximum characters of an answer, a truth or a reply
 RUBRIC = (
     "How well does the answer do what the question asks, judged by the pictures and, if there is one, the reference "
     "answer? Statements that the pictures do not show cost points."
@@ -34,10 +34,10 @@ class Judge:
 
     Args:
         section: the recipe's ``reward.judge``.
-        sleep: waits between attempts, for tests.
+        sleep: replaces ``time.sleep`` between attempts, for tests.
 
     Raises:
-        ValueError: not an http address, a number is out of range, or the rubric's file cannot be read.
+        ValueError: the address is not http, a number is out of range, or the rubric's file cannot be read.
     """
 
     label = LABEL
@@ -59,10 +59,10 @@ class Judge:
         )
 
     def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
-        """A score in [0, 1] for each answer; None if the judge gave none that can be read, after all retries.
+        """A score in [0, 1] for each answer; None if the judge gave no readable score after all retries.
 
         Raises:
-            RewardError: the server refuses, or does not answer.
+            RewardError: the server refuses requests or does not answer.
         """
         try:
             replies = self._server.ask(answers, self._prompt, lambda reply: _fault(reply, self._section.scale))
@@ -72,16 +72,16 @@ class Judge:
         return [None if reply.text is None else parse_score(reply.text, scale) for reply in replies]
 
     def try_out(self, record: Record) -> list[float | None]:
-        """The scores of two answers to a record, before anything is sampled: the truth, and a text that says nothing.
+        """Score two answers to a record before anything is sampled: the truth, and an empty statement.
 
         Raises:
-            RewardError: the server does not answer, or not with a score.
+            RewardError: the server does not answer, or replies without a score.
         """
         answers = answers_to_try(record)
         scores = self(answers)
         if all(score is None for score in scores):
             raise RewardError(
-                f"{place(self.name, record, answers[0].text)}: the replies hold no score from 0 to "
+                f"{place(self.name, record, answers[0].text)}: the replies have no score from 0 to "
                 f"{self._section.scale:g}; try the rubric with a model that follows instructions"
             )
         return scores
@@ -124,7 +124,7 @@ def rubric_of(given: str | None) -> str:
 def parse_score(reply: str, scale: float) -> float | None:
     """The score in [0, 1] of a reply: a JSON object with ``score``, bare or in one code fence, or a number alone.
 
-    None if it is anything else, or not from 0 to ``scale``: the text of a model is never searched for numbers.
+    None if it is anything else or outside 0 to ``scale``; other text is not searched for numbers.
     """
     text = reply[:LONGEST].strip()
     fenced = _FENCE.match(text)
@@ -136,10 +136,10 @@ def parse_score(reply: str, scale: float) -> float | None:
     if isinstance(score, bool) or not isinstance(score, int | float):
         return None
     try:
-        sound = math.isfinite(score) and 0 <= score <= scale
+        valid = math.isfinite(score) and 0 <= score <= scale
     except OverflowError:  # an integer beyond the range of a float
         return None
-    return score / scale if sound else None
+    return score / scale if valid else None
 
 
 def _fault(reply: str, scale: float) -> str | None:

@@ -41,8 +41,8 @@ def read_points(answer: str, max_items: int) -> Parsed:
     A box with inverted corners counts as malformed.
     """
     parsed = parse_points(answer[:MAX_CHARACTERS], max_items)
-    sound = tuple(item for item in parsed if not item.inverted)
-    return replace(parsed, items=sound, dropped=parsed.dropped + len(parsed) - len(sound))
+    upright = tuple(item for item in parsed if not item.inverted)
+    return replace(parsed, items=upright, dropped=parsed.dropped + len(parsed) - len(upright))
 
 
 def view_of(record: Record) -> View | None:

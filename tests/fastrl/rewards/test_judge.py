@@ -260,7 +260,7 @@ def test_replies_without_scores_count_as_unjudged(server: Server, tiny_folder: F
 
 def test_a_judge_is_tried_before_anything_is_sampled(server: Server, tiny_folder: Folder, tmp_path: Path) -> None:
     server.script = [prose]
-    with pytest.raises(RewardError, match=r"the replies hold no score from 0 to 10"):
+    with pytest.raises(RewardError, match=r"the replies have no score from 0 to 10"):
         trained(server, tiny_folder("qwen2_5"), tmp_path / "run")
     assert len(server.seen) == 2
     assert not (tmp_path / "run").exists()
