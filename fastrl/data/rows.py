@@ -22,7 +22,7 @@ READING = ("orient", "max_image_pixels", "pictures")  # query keys of every adap
 KEYS = ("images", "split", "limit", "seed", *READING)  # query keys every row adapter takes
 IMAGE_FIELDS = ("image", "image_path", "file_name")
 PICTURES = ("image", "images")  # columns that may contain pictures as well as file names
-LOOKED_AT = 64  # rows of a table from whose image names the folder is found
+LOOKED_AT = 64  # rows of a file that is not held in memory, from whose image names the folder is found
 T = TypeVar("T")
 
 
@@ -75,12 +75,19 @@ def ordered(items: Sequence[T], seed: int | None) -> list[T]:
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file (with or without byte order mark). Raises ``DataError``."""
+    return "".join(text_lines(path))
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file (with or without byte order mark), each with its end as a newline, read when they are
+    asked for. Raises ``DataError``."""
     if not path.exists():
         raise fail(str(path), "missing file", "no such file or folder")
     if path.is_dir():
         raise fail(str(path), "missing file", "is a folder; expected a file")
     try:
-        return path.read_text(encoding="utf-8-sig", errors="strict")
+        with path.open(encoding="utf-8-sig", errors="strict") as file:
+            yield from file
     except (OSError, UnicodeDecodeError) as error:
         raise fail(str(path), "unreadable file", f"cannot be read as UTF-8 text ({error})") from None
 
@@ -111,17 +118,18 @@ def read_rows(path: Path, split: str | None = None) -> Iterator[tuple[int, str, 
         return
     if split is not None:
         raise fail(str(path), "bad option", "split is for tables (Parquet, Arrow, folders of the datasets library)")
-    text = read_text(path)
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        values = parse_json(text, str(path))
+    lines = text_lines(path)
+    first = next((line for line in lines if line.strip()), "") if path.suffix == ".json" else ""
+    if first.lstrip().startswith("["):
+        values = parse_json(first + "".join(lines), str(path))
         if isinstance(values, Problem):
             yield 0, str(path), values
             return
         rows = [(i, f"{path}:row {i + 1}", value) for i, value in enumerate(values)]
     else:
-        # Not splitlines(): JSON strings may contain characters that only Python treats as line ends.
-        lines = ((i, f"{path}:{i + 1}", line) for i, line in enumerate(text.split("\n")) if line.strip())
-        rows = ((i, where, parse_json(line, where)) for i, where, line in lines)
+        # A file's lines, unlike those of splitlines(), do not end at characters that JSON strings may contain.
+        numbered = ((i, f"{path}:{i + 1}", line) for i, line in enumerate(text_lines(path)) if line.strip())
+        rows = ((i, where, parse_json(line.removesuffix("\n"), where)) for i, where, line in numbered)
     for number, where, value in rows:
         if not isinstance(value, Mapping | Problem):
             value = Problem(where, "wrong type", f"a row must be a JSON object, got {short(value)}")
@@ -140,15 +148,16 @@ def load_rows(path: str, query: Mapping[str, str], build: Build, given: Rows | N
     file = Path(path)
     limit, seed, split = int_option(query, "limit", path, 1), int_option(query, "seed", path), query.get("split")
     table = given is None and is_table(file)
-    known = given if given is not None else list(islice(read_rows(file, split), LOOKED_AT if table else None))
+    streamed = table or (given is None and seed is None)
+    known = given if given is not None else list(islice(read_rows(file, split), LOOKED_AT if streamed else None))
     names = (row.get(name, "") for _, _, row in known if isinstance(row, Mapping) for name in IMAGE_FIELDS)
     folder = Path(query["images"]) if "images" in query else find_image_folder(file, names)
     images = ImageFolder(folder, reading(query, path))
     if not folder.is_dir() and not images.reading.stated:
         raise fail(path, "missing file", f"images folder not found: {folder}")
-    if not table:
+    if not streamed:
         return collect((_build(*row, images, build) for row in ordered(known, seed)), limit, path, images)
-    # A table is read in order, its pictures with it, and shuffled afterwards.
+    # Read in order, one row at a time; a table, whose pictures are read with it, is shuffled afterwards.
     results = (_build(*row, images, build) for row in read_rows(file, split))
     whole = collect(results, limit if seed is None else None, path, images)
     return Dataset(ordered(whole.records, seed)[:limit], whole.problems, whole.left_out, whole.notes)

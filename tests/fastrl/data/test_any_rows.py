@@ -399,3 +399,17 @@ def test_tables_say_which_extra_they_need(folder: Path, tmp_path: Path, monkeypa
     (tmp_path / "t.parquet").touch()
     with pytest.raises(DataError, match=r"needs pyarrow: pip install 'fastrl\[data\]'"):
         load_data(f"rows:{tmp_path / 't.parquet'}")
+
+
+def test_a_file_is_read_line_by_line(folder: Path) -> None:
+    """No more of it than is asked for: what follows the rows of ``limit`` may be anything."""
+    name = next(path.name for path in folder.iterdir() if path.suffix == ".png")
+    good = json.dumps({"images": [name], "problem": "How many?", "answer": 2}).encode() + b"\r\n"
+    file = folder / "long.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf\n" + good * 2000 + b"\xff" * 100_000)
+    data = load_data(f"rows:{file}?limit=70")
+    assert [record.id for record in data] == [str(number) for number in range(1, 71)]
+    assert data[69].source == f"{file}:71"
+    for query in ("", "?seed=1", "?limit=2001"):
+        with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
+            load_data(f"rows:{file}{query}")
