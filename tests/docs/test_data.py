@@ -1,0 +1,227 @@
+"""Every row of the tables on rows and COCO files in ``docs/data.md`` is true: each has an example that is loaded.
+
+What pictures become is held by ``tests/fastrl/data/test_pictures.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fastrl.data import DataError, load_data
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+BOX = [1, 2, 30, 40]
+ROW = {"image": "a.png", "expression": "the cat", "bbox": BOX}
+COUNT = {"image": "a.png", "label": "cat", "count": 2, "points": [[1, 2], [3, 4]]}
+COCO = {
+    "images": [{"id": 1, "file_name": "a.png"}, {"id": 7, "file_name": "a.png"}],
+    "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
+    "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 29, 38]}],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    Image.new("RGB", (200, 100)).save(folder / "a.png")
+    return folder
+
+
+def rows_of(heading: str) -> list[str]:
+    """First cells of the table below a line."""
+    lines = PAGE[PAGE.index(heading) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|---"))
+    found = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("|"):
+            break
+        found.append(line.split("|")[1].strip())
+    return found
+
+
+class Loads:
+    """What rows or files load to, or the kinds of what is wrong with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def target(self, row: dict[str, Any], query: str = "", adapter: str = "refexp") -> Any:
+        return self._load(f"{adapter}:{self._file(row)}{query}")[0].target
+
+    def kinds(self, *rows: dict[str, Any], adapter: str = "refexp") -> set[str]:
+        with pytest.raises(DataError) as error:
+            self._load(f"{adapter}:{self._file(*rows)}")
+        return {problem.kind for problem in error.value.problems}
+
+    def left_out(self, *rows: dict[str, Any]) -> dict[str, int]:
+        return self._load(f"refexp:{self._file(*rows)}").reasons
+
+    def coco(self, change: Callable[[dict[str, Any]], object] = lambda d: None) -> Any:
+        data = json.loads(json.dumps(COCO))
+        change(data)
+        (self.folder / "c.json").write_text(json.dumps(data))
+        return self._load(f"coco:{self.folder / 'c.json'}")
+
+    def coco_kinds(self, change: Callable[[dict[str, Any]], object]) -> set[str]:
+        with pytest.raises(DataError) as error:
+            self.coco(change)
+        return {problem.kind for problem in error.value.problems}
+
+    def _file(self, *rows: dict[str, Any]) -> Path:
+        file = self.folder / "rows.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return file
+
+    def _load(self, spec: str) -> Any:
+        return load_data(spec)
+
+
+WANT = (1.0, 2.0, 30.0, 40.0)
+ROWS: list[tuple[str, Callable[[Loads], bool]]] = [
+    ("a list, object or number", lambda d: d.target(ROW)["box"] == WANT),
+    (
+        "the same as JSON text",
+        lambda d: (
+            d.target({**ROW, "bbox": str(BOX)})["box"] == WANT and d.kinds({**ROW, "bbox": "[1, 2"}) == {"wrong type"}
+        ),
+    ),
+    (
+        "a box as `{",
+        lambda d: all(d.target({**ROW, "bbox": b})["box"] == WANT for b in ({"bbox_2d": BOX}, {"Box": BOX}, [BOX])),
+    ),
+    (
+        "points as `{",
+        lambda d: all(
+            d.target({**COUNT, "points": p}, adapter="pixmo")["points"] == [(1, 2), (3, 4)]
+            for p in ({"x": [1, 3], "y": [2, 4]}, [{"x": 1, "y": 2}, {"point_2d": [3, 4]}], [[1, 2], [3, 4]])
+        ),
+    ),
+    (
+        "the same in `<answer>",
+        lambda d: all(
+            d.target({**ROW, "bbox": text})["box"] == WANT
+            for text in (f"<answer>{BOX}</answer>", f"<think>x</think><answer>{BOX}</answer>", f"```json\n{BOX}\n```")
+        ),
+    ),
+    ("null beside another column", lambda d: d.target({**ROW, "bbox": None, "solution": BOX})["box"] == WANT),
+    ("arrays (numpy)", lambda d: True),  # tests/fastrl/data/test_truth.py: rows of JSON have none
+    (
+        "`text` of OCR",
+        lambda d: (
+            d.target({"image": "a.png", "text": "[1]"}, adapter="ocr") == {"text": "[1]"}
+            and d.kinds({"image": "a.png", "text": " "}, adapter="ocr") == {"empty text"}
+        ),
+    ),
+    (
+        "a box",
+        lambda d: (
+            d.target({**ROW, "bbox": [-1, 0, 201, 50]})["box"] == (0, 0, 200, 50)
+            and [d.kinds({**ROW, "bbox": b}) for b in ([1, 2, 203, 9], [9, 2, 1, 9], [1, 2, 1, 9], [1, 2, True, 9])]
+            == [{"box outside"}, {"inverted box"}, {"box without area"}, {"not a number"}]
+        ),
+    ),
+    ("`?box=xywh`", lambda d: d.target({**ROW, "bbox": [1, 2, 29, 38]}, "?box=xywh")["box"] == WANT),
+    (
+        "`?frame=unit`",
+        lambda d: (
+            d.target({**ROW, "bbox": [0, 0, 0.5, 1]}, "?frame=unit")["box"]
+            == d.target({**ROW, "bbox": [0, 0, 500, 1000]}, "?frame=thousand")["box"]
+            == (0, 0, 100, 100)
+        ),
+    ),
+    (
+        "a box or all points within 0–1",
+        lambda d: (
+            d.kinds({**ROW, "bbox": [0, 0, 0.5, 1]}) == {"box in 0 to 1"}
+            and d.kinds({**COUNT, "points": [[0.1, 0.2], [0.3, 1]]}, adapter="pixmo") == {"points in 0 to 1"}
+        ),
+    ),
+    ("a null box", lambda d: d.left_out(ROW, {**ROW, "bbox": None}) == {"no such object": 1}),
+    (
+        "a count",
+        lambda d: (
+            all(d.target({**COUNT, "count": n}, adapter="pixmo")["count"] == 2 for n in (2, 2.0, "2"))
+            and all(d.kinds({**COUNT, "count": n}, adapter="pixmo") == {"wrong type"} for n in (2.5, True, -1))
+        ),
+    ),
+    (
+        "points that are null or empty",
+        lambda d: (
+            all(d.target({**COUNT, "points": p}, adapter="pixmo")["points"] is None for p in (None, []))
+            and d.kinds({**COUNT, "points": [[1, 2]]}, adapter="pixmo") == {"count and points differ"}
+        ),
+    ),
+    (
+        "an expression that is the same",
+        lambda d: (
+            d.kinds(*[{**ROW, "expression": "Please locate it."}] * 2) == {"one instruction in every row"}
+            and d.left_out(*[{**ROW, "expression": "person"}] * 2) == {}
+        ),
+    ),
+    ("an `id`", lambda d: d.kinds({**ROW, "id": "x"}, {**ROW, "id": "x"}) == {"duplicate id"}),
+    ("`width` and `height`", lambda d: d.kinds({**ROW, "width": 9, "height": 9}) == {"wrong size"}),
+]
+
+
+def first(change: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+    return lambda d: d["annotations"][0].update(change)
+
+
+def again(change: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+    return lambda d: d["annotations"].append({**d["annotations"][0], **change})
+
+
+COCO_ROWS: list[tuple[str, Callable[[Loads], bool]]] = [
+    (
+        "missing or null",
+        lambda d: len(d.coco()) == len(d.coco(first({"iscrowd": None, "area": None, "id": None}))) == 2,
+    ),
+    ("a crowd region", lambda d: d.coco(first({"iscrowd": 1}))[0].target["crowd"] == [True]),
+    (
+        "a category that is another's",
+        lambda d: (
+            d.coco(
+                lambda c: (
+                    c["categories"][0].update(supercategory="pet"),
+                    c["categories"].append({"id": 9, "name": "pet"}),
+                )
+            ).reasons
+            == {"supercategory": 1}
+        ),
+    ),
+    (
+        "an annotation without a known",
+        lambda d: all(
+            d.coco_kinds(first(change))
+            for change in ({"image_id": 99}, {"category_id": 99}, {"area": -1}, {"iscrowd": 2})
+        ),
+    ),
+    (
+        "an `id` that comes twice",
+        lambda d: (
+            d.coco_kinds(again({"bbox": [5, 5, 9, 9]})) == d.coco_kinds(again({"id": 8})) == {"repeated annotation"}
+        ),
+    ),
+    ("an image with one bad", lambda d: len(d.coco_kinds(again({"id": 8, "bbox": [1, 2, 0, 0]}))) == 1),
+]
+
+
+@pytest.mark.parametrize(("heading", "checks"), [("## Rows", ROWS), ("COCO instance files:", COCO_ROWS)])
+def test_every_row_has_its_example(heading: str, checks: list[tuple[str, Any]]) -> None:
+    cells = rows_of(heading)
+    assert len(cells) == len(checks), [cell for cell in cells if not any(cell.startswith(s) for s, _ in checks)]
+    for cell, (start, _) in zip(cells, checks, strict=True):
+        assert cell.startswith(start), cell
+
+
+@pytest.mark.parametrize(
+    ("start", "holds"), [*ROWS, *COCO_ROWS], ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_row_of_the_table_is_true(folder: Path, start: str, holds: Callable[[Loads], bool]) -> None:
+    assert holds(Loads(folder)), start
