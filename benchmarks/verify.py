@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results" / "verify.json"
 
 
-def jobs() -> list[tuple[str, str | None]]:
-    """(method, task) of every demo; a demo with tasks lists them in its module's ``TASKS`` or ``METRICS``."""
-    from fastrl.toy.demos import DEMOS
+def jobs(family: str | None = None) -> list[tuple[str, str | None]]:
+    """(method, task) of every demo, or of those that run on each family of small models; a demo with tasks lists them
+    in its module's ``METRICS``."""
+    from fastrl.toy.demos import BY_FAMILY, DEMOS
 
+    chosen = {m: name for m, name in DEMOS.items() if family is None or m in BY_FAMILY}
     return [
-        (m, task) for m, name in DEMOS.items() for task in getattr(importlib.import_module(name), "METRICS", [None])
+        (m, task) for m, name in chosen.items() for task in getattr(importlib.import_module(name), "METRICS", [None])
     ]
 
 
@@ -33,15 +35,17 @@ def claim_of(method: str) -> Claim:
     return importlib.import_module(DEMOS[method]).CLAIM
 
 
-def run_demo(method: str, task: str | None, seed: int, out: Path) -> dict[str, Any]:
-    """The demo's result, from the last line it prints.
+def run_demo(method: str, task: str | None, seed: int, out: Path, family: str | None = None) -> dict[str, Any]:
+    """The demo's result, from the last line it prints; ``family``: see ``fastrl demo``.
 
     Raises:
         RuntimeError: the demo failed or printed no JSON object.
     """
     where = out / "-".join(filter(None, (method, task, str(seed))))
     command = [sys.executable, "-m", "fastrl.cli", "demo", "--method", method, "--seed", str(seed), "--out", str(where)]
-    done = subprocess.run([*command, *(["--task", task] if task else []), "--json"], stdout=subprocess.PIPE, text=True)
+    command += ["--task", task] if task else []
+    command += ["--family", family] if family else []
+    done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):
         raise RuntimeError(f"demo {method} {task or ''} seed {seed}: exit status {done.returncode}, no result")
@@ -116,8 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folders [runs/verify, or a new one next to it]")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="[benchmarks/results/verify.json]")
+    parser.add_argument("--family", metavar="TYPE", help="model type of the small models, of the demos that have it")
     args = parser.parse_args(argv)
-    chosen = [(method, task) for method, task in jobs() if args.only in f"{method} {task or ''}"]
+    chosen = [(method, task) for method, task in jobs(args.family) if args.only in f"{method} {task or ''}"]
     if not chosen:
         parser.error(f"no demo matches {args.only!r}")
     from fastrl.toy.demos import fresh
@@ -128,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     for method, task in chosen:
         for seed in args.seeds:
             try:
-                results.append(run_demo(method, task, seed, out))
+                results.append(run_demo(method, task, seed, out, args.family))
             except RuntimeError as error:
                 failed.append(str(error))
     broken = broken_claims(results)

@@ -86,19 +86,19 @@ def _tokenizer(vocabulary: int, folder: Path) -> Any:
 
 def small_config(tokenizer: Any) -> Any:
     """6.9 M parameters: 6 layers of width 256, a vision tower of 4 layers of width 160."""
-    from fastrl.toy.teach.build import model_config
+    from fastrl.toy.teach.architectures import qwen_config
 
-    return model_config(tokenizer, hidden=256, layers=6, vision_hidden=160, vision_layers=4)
+    return qwen_config(tokenizer, hidden=256, layers=6, vision_hidden=160, vision_layers=4)
 
 
 def config_3b(tokenizer: Any) -> Any:
     """The sizes of Qwen2.5-VL-3B, with the special ids of ``tokenizer``."""
     from fastrl.plan.configs import config_of
-    from fastrl.toy.teach.build import model_config
+    from fastrl.toy.teach.architectures import qwen_config
 
     published = config_of("Qwen/Qwen2.5-VL-3B-Instruct")
     layers, depth = published["text_config"]["num_hidden_layers"], published["vision_config"]["depth"]
-    config = model_config(tokenizer, layers=layers, vision_layers=depth)
+    config = qwen_config(tokenizer, layers=layers, vision_layers=depth)
     for section in ("text_config", "vision_config"):
         for name, value in published[section].items():
             if name != "vocab_size":  # given by the tokenizer

@@ -65,6 +65,9 @@ def options(
 def demo(
     method: Annotated[str, typer.Option(help="Which method to show.")] = "perception-r1",
     task: Annotated[str | None, typer.Option(help="grounding or counting (perception-r1).")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="llava: on a small LLaVA-1.5 (perpo, reper, utr) [qwen2_5_vl].")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for metrics and figure [runs/demo-…].")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps [the recipe's].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of data order and sampling.")] = 0,
@@ -73,7 +76,7 @@ def demo(
     """Train a small model on generated scenes and show it before and after, in minutes on two CPU cores."""
     from fastrl.toy.demos import run_demo
 
-    result = run_demo(method, task=task, out=out, seed=seed, steps=steps, say=say)
+    result = run_demo(method, task=task, family=family, out=out, seed=seed, steps=steps, say=say)
     if as_json:
         print_json(result)
 
@@ -380,7 +383,7 @@ def study(
 
 @tiny_app.command(name="build")
 def tiny_build(
-    kind: Annotated[str, typer.Argument(help="perception, language, dialogues or video")],
+    kind: Annotated[str, typer.Argument(help="perception, language, dialogues, video, llava-pictures or llava")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     rows: Annotated[int, typer.Option(min=1, help="Scenes per step.")] = 16,
@@ -391,7 +394,7 @@ def tiny_build(
     seed: Annotated[int, typer.Option()] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
 ) -> None:
-    """Build a small Qwen2.5-VL and teach it the scene tasks (25 minutes on one CPU core)."""
+    """Build a small Qwen2.5-VL or LLaVA-1.5 and teach it the scene tasks (25 minutes on one CPU core)."""
     from fastrl.models.open import resolve_model
     from fastrl.toy.teach.build import build
 

@@ -4,7 +4,9 @@ The small models that ship with fastrl (``tiny:perception``, …) are in ``fastr
 made them. ``perception`` is an earlier ``language`` model (which names kinds and colours) trained 400 steps further
 with ``fastrl tiny build perception --from LANGUAGE --steps 400 --lr 1.5e-3``. It reaches a greedy mean IoU of 0.78 and
 a counting score of 0.82 on scenes of difficulty 2 at the 112 pixels it was trained with, and 0.38 and 0.65 on pictures
-of 84 pixels, which it never saw. ``video`` follows shapes through six frames of 84 pixels (``docs/utr.md``).
+of 84 pixels, which it never saw. ``video`` follows shapes through six frames of 84 pixels (``docs/utr.md``). ``llava``
+is a LLaVA-1.5 (CLIP tower of 84 pixels, Llama) that was taught grounding, captions, dialogues and clips in two stages,
+``fastrl tiny build llava-pictures --out A`` and ``fastrl tiny build llava --from A --steps 600 --rows 8``.
 """
 
 from __future__ import annotations

@@ -162,13 +162,13 @@ def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
 ) -> None:
     outcomes = {0: (0.1, 0.3), 1: (0.3, 0.34)}
 
-    def fake(method: str, task: str | None, seed: int, out: Path) -> dict[str, Any]:
+    def fake(method: str, task: str | None, seed: int, out: Path, family: str | None) -> dict[str, Any]:
         if seed == 2:
             raise RuntimeError("demo fell over")
         return result(seed, *outcomes[seed], task)
 
     monkeypatch.setattr(verify, "run_demo", fake)
-    monkeypatch.setattr(verify, "jobs", lambda: [("perception-r1", "grounding"), ("perception-r1", "counting")])
+    monkeypatch.setattr(verify, "jobs", lambda family: [("perception-r1", "grounding"), ("perception-r1", "counting")])
     target = tmp_path / "verify.json"
     assert verify.main(["--only", "grounding", "--seeds", "0", "--json", str(target)]) == 0
     assert json.loads(target.read_text())["results"] == [result(0, 0.1, 0.3)]
@@ -191,6 +191,7 @@ def test_verify_knows_every_demo() -> None:
 
     assert {method for method, _ in verify.jobs()} == set(DEMOS)
     assert ("perception-r1", "counting") in verify.jobs()
+    assert verify.jobs("llava") == [("perpo", None), ("reper", None), ("utr", None)]
 
 
 def test_a_demo_is_read_from_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +203,9 @@ def test_a_demo_is_read_from_its_last_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(verify.subprocess, "run", lambda command, **_: seen.append(command) or Done)
     assert verify.run_demo("perpo", None, 2, tmp_path)["after"] == 0.2
     assert seen[0][seen[0].index("--out") + 1] == str(tmp_path / "perpo-2")
+    assert "--family" not in seen[0]
+    verify.run_demo("perpo", None, 2, tmp_path, "llava")
+    assert seen[1][seen[1].index("--family") + 1] == "llava"
     monkeypatch.setattr(Done, "stdout", "no result")
     with pytest.raises(RuntimeError, match="demo perpo  seed 2: exit status 0, no result"):
         verify.run_demo("perpo", None, 2, tmp_path)

@@ -24,6 +24,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+IMAGE_TOKEN = "<image>"
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", IMAGE_TOKEN, "<pad>")
+CHAT_TEMPLATE = (  # Vicuna's turns, with pictures where the message has them
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
 def _config(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
     return {
         "model_type": "llava",

@@ -20,6 +20,7 @@ from fastrl.models.open import open_policy
 from fastrl.recipe import Recipe, load_recipe
 from fastrl.rewards.base import unknown
 from fastrl.toy.demos.claims import Claim, rises_beyond_spread
+from fastrl.toy.demos.families import recipe_for
 from fastrl.toy.demos.scenes import scenes_like
 from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import load_model, train
@@ -54,6 +55,7 @@ def run(
     out: Path,
     seed: int,
     say: Callable[[str], None],
+    family: str | None = None,
     held_out: int = 512,
     prompts: int = PROMPTS,
     steps: int = STEPS,
@@ -62,13 +64,14 @@ def run(
     folder per method, ``comparison.png`` and ``before_after.png`` in ``out``.
 
     Raises:
-        ValueError: an unknown task.
+        ValueError: an unknown task or family.
     """
     task = task or "grounding"
     if task not in TASKS:
         raise ValueError(unknown("demo task", task, TASKS))
     started = time.perf_counter()
-    base = load_recipe(f"perpo-{task}-tiny")
+    name = recipe_for(f"perpo-{task}", family)
+    base = load_recipe(name)
     length = base.rollout.max_new_tokens
     records = load_data(scenes_like(base.data.spec, n=held_out))
     policy = open_policy(base.model.path)
@@ -81,9 +84,9 @@ def run(
     lists = build_lists(options, out / "lists.jsonl", policy=policy)
     say(f"{lists['kept']} lists, best {lists['mean_best']:.3f}, worst {lists['mean_worst']:.3f} on average")
     after: dict[str, Measured] = {}
-    for kind, name in METHODS.items():
-        say(f"training {name}: {steps} steps of {PER_STEP} lists …")
-        after[kind] = _train(_recipe(task, kind, out, seed, steps), records, length)
+    for kind, title in METHODS.items():
+        say(f"training {title}: {steps} steps of {PER_STEP} lists …")
+        after[kind] = _train(_recipe(name, kind, out, seed, steps), records, length)
     _draw_comparison(before, after, out / "comparison.png")
     from fastrl.report.figures import before_after
 
@@ -127,7 +130,7 @@ def measure(policy: Policy, records: Any, max_new_tokens: int, samples: int = 2)
     return Measured(found[False], found[True], greedy_answers)
 
 
-def _recipe(task: str, kind: str, out: Path, seed: int, steps: int) -> Recipe:
+def _recipe(name: str, kind: str, out: Path, seed: int, steps: int) -> Recipe:
     changes: dict[str, Any] = {
         "method.kind": kind,
         "data.spec": f"lists:{out / 'lists.jsonl'}",
@@ -139,7 +142,7 @@ def _recipe(task: str, kind: str, out: Path, seed: int, steps: int) -> Recipe:
         "out": str(out / kind),
         "seed": seed,
     }
-    return load_recipe(f"perpo-{task}-tiny", changes)
+    return load_recipe(name, changes)
 
 
 def _train(recipe: Recipe, records: Any, length: int) -> Measured:

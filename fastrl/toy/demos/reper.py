@@ -22,6 +22,7 @@ from fastrl.evaluate.reflect import reflect
 from fastrl.recipe import load_recipe
 from fastrl.rewards.base import unknown
 from fastrl.toy.demos.claims import Claim, falls, rises
+from fastrl.toy.demos.families import recipe_for
 from fastrl.toy.demos.scenes import HELD_OUT_SEED
 from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import load_model, train
@@ -45,6 +46,7 @@ def run(
     out: Path,
     seed: int,
     say: Callable[[str], None],
+    family: str | None = None,
     held_out: int = HELD_OUT,
     pictures: int = PICTURES,
     steps: int | None = None,
@@ -72,7 +74,7 @@ def run(
     }
     if steps is not None:
         changes["optim.steps"] = steps
-    recipe = load_recipe("reper-caption-tiny", changes)
+    recipe = load_recipe(recipe_for("reper-caption", family), changes)
     policy = load_model(recipe)
     records = load_data(f"scenes:caption?n={held_out}&seed={HELD_OUT_SEED}&difficulty=2")
     say(f"reflecting on {held_out} held-out scenes before training …")

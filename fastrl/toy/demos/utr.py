@@ -24,6 +24,7 @@ from fastrl.evaluate.trajectory import evaluate_trajectory
 from fastrl.recipe import load_recipe
 from fastrl.rewards.base import unknown
 from fastrl.toy.demos.claims import Check, Claim, Result, rises
+from fastrl.toy.demos.families import recipe_for
 from fastrl.toy.demos.scenes import scenes_like
 from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import load_model, train
@@ -78,6 +79,7 @@ def run(
     out: Path,
     seed: int,
     say: Callable[[str], None],
+    family: str | None = None,
     clips: int = CLIPS,
     held_out: int = HELD_OUT,
     steps: int | None = None,
@@ -91,7 +93,8 @@ def run(
     if task not in (None, "trajectory"):
         raise ValueError(unknown("demo task", str(task), ("trajectory",)))
     started = time.perf_counter()
-    base = load_recipe("utr-tiny")
+    named = recipe_for("utr", family)
+    base = load_recipe(named)
     records = load_data(scenes_like(base.data_spec, n=held_out))
     say(f"measuring {held_out} held-out clips before training …")
     found = {"start": measure(load_model(base), records)}
@@ -100,7 +103,7 @@ def run(
     size = len(sets["utr"])
     say(f"made two sets of {size} about the same {clips} clips")
     for name, title in SETS.items():
-        recipe = load_recipe("utr-tiny", _changes(source, out / name, seed, steps))
+        recipe = load_recipe(named, _changes(source, out / name, seed, steps))
         say(f"training on {title}: {recipe.optim.steps} steps of {recipe.data.prompts_per_step} …")
         policy = load_model(recipe)
         train(recipe, records=sets[name], policy=policy)

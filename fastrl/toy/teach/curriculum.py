@@ -7,8 +7,8 @@ attends to the start and itself. A dialogue is one branch.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from fastrl.data.reflection import SpokenTurn, dialogue_messages
 from fastrl.data.scenes import tasks
 from fastrl.data.scenes.world import sample_scene
 from fastrl.models.families import Family
+from fastrl.models.families.llava import Llava
+from fastrl.models.families.qwen2_vl import Qwen2_5VL
 from fastrl.models.vision import ImagePreprocessor
 from fastrl.toy.teach.clip_lessons import clip_questions
 from fastrl.toy.teach.dialogues import dialogue_record
@@ -36,8 +38,12 @@ class Curriculum:
     size: int = 112
     frames: int = 1
     font: int = 17  # of words in the picture
+    model_type: str = Qwen2_5VL.model_type
+    between: Curriculum | None = None  # taught in every second step instead
+    more: int = 1  # rows of a step without whole clips, for each row of one with them: they are shorter
 
 
+LLAVA_PICTURES = Curriculum({"grounding": 4, "caption": 2}, levels=(1, 2, 2, 3), size=84, model_type=Llava.model_type)
 CURRICULA = {
     # Captions name kinds and colours: without them the model learns where shapes are, but not to distinguish them.
     "perception": Curriculum({"grounding": 4, "counting": 2, "detection": 1, "caption": 1}, levels=(1, 2, 2, 3)),
@@ -48,7 +54,19 @@ CURRICULA = {
         {"ocr": 2, "caption": 2, "grounding": 1, "dialogue": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT
     ),
     # Initialised from an earlier "perception" model, which knew fewer names than the current one
-    "video": Curriculum({"trajectory": 2, "utr": 1, "shown": 1}, levels=(1, 2, 2, 3), size=84, frames=6),
+    "video": Curriculum({"trajectory": 2, "utr": 1, "shown": 1}, levels=(1, 2, 2, 3), size=84, frames=6, more=2),
+    # tiny:llava is made in two stages: fastrl tiny build llava-pictures --out A, then
+    # fastrl tiny build llava --from A --out B --steps 600 --rows 8
+    "llava-pictures": LLAVA_PICTURES,
+    Llava.model_type: Curriculum(
+        {"trajectory": 2, "utr": 1, "shown": 1},
+        levels=(1, 2, 2, 3),
+        size=84,
+        frames=6,
+        more=2,
+        model_type=Llava.model_type,
+        between=replace(LLAVA_PICTURES, questions={"grounding": 3, "caption": 1, "dialogue": 1}, more=2),
+    ),
 }
 
 
@@ -100,8 +118,18 @@ class RowMaker:
         self.curriculum, self.family, self.answer = curriculum, family, answer
         self.tokenizer, self.preprocessor = tokenizer, preprocessor
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def of_step(self, step: int) -> RowMaker:
+        """The row maker of a step: this one, or in every second step that of ``curriculum.between``."""
+        between = self.curriculum.between
+        if between is None or step % 2 == 0:
+            return self
+        return RowMaker(between, self.family, self.tokenizer, self.preprocessor, self.answer)
+
+    def _encode(self, text: str, *, first: bool = False) -> list[int]:
+        return self.family.token_ids(self.tokenizer, text, first=first)
+
+    def _turn(self, answer: str) -> str:
+        return self.family.turn(answer, self.tokenizer.eos_token)
 
     def _turn_answers(self, record: Record) -> list[tuple[str, bool]]:
         """Each turn's answer, and whether it is trained on, as only true captions of a dialogue are."""
@@ -113,38 +141,43 @@ class RowMaker:
         turns: tuple[SpokenTurn, ...] = record.target.get("dialogue") or (SpokenTurn("", 1.0),)
         parts, at = [], 0
         for number in range(len(turns)):
-            said = list(dialogue_messages(record.messages, turns[:number]))
-            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            said = [_as_parts(message) for message in dialogue_messages(record.messages, turns[:number])]
+            text = self.family.render(self.tokenizer, said, True, self.tokenizer.eos_token)
             parts.append(text[at:])
-            at = len(text) + len(turns[number].answer + self.tokenizer.eos_token)
+            at = len(text) + len(self._turn(turns[number].answer))
         return parts
 
     def __call__(self, rng: random.Random, alone: int | None = None) -> Row:
         """A row of one scene; ``alone`` is the only frame of a clip that is shown (None: all)."""
         records = scene_questions(self.curriculum, rng, alone)
         shown = records[0].images
-        images = [self.preprocessor(image, len(shown))[0] for image in shown]
+        images, views = zip(*(self.preprocessor(image, len(shown)) for image in shown), strict=True)
         start = torch.empty(0)
         ids: list[int] = []
         branch: list[int] = []
         answer: list[bool] = []
         starts: list[int] = []
         for number, record in enumerate(records, start=1):
-            (first, *more), told = self._turn_prompts(record), self._turn_answers(record)
+            (first, *more), told = self._turn_prompts(record), self._turn_answers(replace(record, views=views))
             cut = first.rindex(_question(record))
             if not ids:
-                laid_out = self.family.lay_out(torch.tensor(self._encode(first[:cut])), images)
+                laid_out = self.family.lay_out(torch.tensor(self._encode(first[:cut], first=True)), images)
                 start = laid_out.positions
                 ids += laid_out.ids.tolist()
                 branch += [0] * len(ids)
                 answer += [False] * len(ids)
             starts.append(len(ids))
             for asked, (text, taught) in zip((first[cut:], *more), told, strict=True):
-                question, reply = self._encode(asked), [*self._encode(text), self.tokenizer.eos_token_id]
+                question, reply = self._encode(asked), self._encode(self._turn(text))
                 ids += question + reply
                 answer += [False] * len(question) + [taught] * len(reply)
             branch += [number] * (len(ids) - len(branch))
-        return Row(ids, branch, starts, answer, start, images)
+        return Row(ids, branch, starts, answer, start, list(images))
+
+
+def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
 
 
 def _question(record: Record) -> str:

@@ -7,13 +7,14 @@ captions are trained on; captions with mistakes are earlier turns of the dialogu
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
 from fastrl.critics import Case, RuleCritic
 from fastrl.data.records import Record
 from fastrl.data.reflection import SpokenTurn
 from fastrl.data.scenes import tasks
-from fastrl.data.scenes.world import COLORS, KINDS, SIZES, Scene, Shape
+from fastrl.data.scenes.world import COLORS, KINDS, SIZES, Scene, Shape, sample_scene
 
 TRUE = 0.3  # fraction of the captions before the last that are true as well
 WORDINGS = ("request", "request", "score", "reason")  # of the feedback; see RuleCritic
@@ -36,6 +37,14 @@ def dialogue_record(rng: random.Random, scene: Scene, identity: str, difficulty:
         turns.append(SpokenTurn(text, critique.score or 0.0, critique.feedback))
     turns.append(SpokenTurn(truth, 1.0))
     return replace(record, target={**record.target, "dialogue": tuple(turns)})
+
+
+def feedbacks(seed: int, count: int = 400) -> Iterator[str]:
+    """What the critic says to captions, for a tokenizer."""
+    for index in range(count):
+        rng = random.Random(f"feedback/{seed}/{index}")
+        record = dialogue_record(rng, sample_scene(rng), "feedback", 2)
+        yield from (turn.feedback for turn in record.target["dialogue"] if turn.feedback) if record else ()
 
 
 def imperfect_caption(rng: random.Random, scene: Scene) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastrl.data.scenes import scene_record
@@ -12,18 +14,24 @@ from fastrl.toy.teach.build import scene_answer
 SHIPPED = sorted(p.name for p in WEIGHTS.iterdir())
 
 
-def test_all_shipped_models_stay_under_12_megabytes() -> None:
-    assert SHIPPED
-    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) <= 12_000_000
+def size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def test_all_shipped_models_stay_under_13_megabytes() -> None:
+    assert SHIPPED == ["language", "llava", "perception", "video"]
+    assert size(WEIGHTS) <= 13_000_000
+    assert size(WEIGHTS / "llava") <= 3_000_000
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_is_an_ordinary_folder(name: str) -> None:
-    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoConfig, LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
     config = AutoConfig.from_pretrained(WEIGHTS / name)
-    assert config.model_type == "qwen2_5_vl"
-    assert isinstance(load_policy(resolve_model(f"tiny:{name}")).core, Qwen2_5_VLForConditionalGeneration)
+    assert config.model_type == ("llava" if name == "llava" else "qwen2_5_vl")
+    kind = LlavaForConditionalGeneration if name == "llava" else Qwen2_5_VLForConditionalGeneration
+    assert isinstance(load_policy(resolve_model(f"tiny:{name}")).core, kind)
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:
@@ -33,11 +41,13 @@ def test_an_unknown_name_lists_the_shipped_ones() -> None:
         resolve_model("tiny:huge")
 
 
-def test_a_box_answer_costs_few_tokens() -> None:
-    tokenizer = load_policy(resolve_model("tiny:perception")).tokenizer
+@pytest.mark.parametrize("name", ["perception", "llava"])
+def test_a_box_answer_costs_few_tokens(name: str) -> None:
+    policy = load_policy(resolve_model(f"tiny:{name}"))
+    tokenizer = policy.tokenizer
     for index in range(20):
         record = scene_record("grounding", index, seed=0)
-        text = scene_answer(record)
+        text = policy.family.turn(scene_answer(record, type(policy.family)), "")
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert len(ids) == 6
         assert tokenizer.decode(ids) == text

@@ -31,8 +31,9 @@ def test_perception_r1_measures_trains_and_measures_again(
     assert (tmp_path / "before_after.png").stat().st_size > 10_000
 
 
-def test_utr_trains_on_both_sets_of_the_same_clips(tmp_path: Path) -> None:
-    result = run_demo("utr", out=tmp_path, seed=1, say=lambda _: None, clips=6, held_out=4, steps=2)
+@pytest.mark.parametrize("family", [None, "llava"])
+def test_utr_trains_on_both_sets_of_the_same_clips(tmp_path: Path, family: str | None) -> None:
+    result = run_demo("utr", family=family, out=tmp_path, seed=1, say=lambda _: None, clips=6, held_out=4, steps=2)
     assert set(result) >= KEYS
     json.dumps(result)
     assert list(result["models"]) == ["start", "hack", "utr"]
@@ -55,8 +56,13 @@ def test_a_demo_never_overwrites_a_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert fresh(Path("runs/demo")) == Path("runs/demo-2")
 
 
-def test_reper_reflects_trains_and_reflects_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = run_demo("reper", out=tmp_path, seed=1, say=lambda _: None, held_out=6, pictures=32, steps=2)
+@pytest.mark.parametrize("family", [None, "llava"])
+def test_reper_reflects_trains_and_reflects_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str | None
+) -> None:
+    result = run_demo(
+        "reper", family=family, out=tmp_path, seed=1, say=lambda _: None, held_out=6, pictures=32, steps=2
+    )
     assert set(result) >= KEYS | {"false_captions_before", "false_captions_after", "chair_i_before", "chair_i_after"}
     json.dumps(result)
     assert [len(result[k]) for k in ("turns_before", "turns_after")] == [3, 3]
@@ -67,3 +73,19 @@ def test_reper_reflects_trains_and_reflects_again(tmp_path: Path, capsys: pytest
     assert [len(row["before"]) for row in rows] == [3] * 6
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
     assert "CHAIR-i" in capsys.readouterr().out
+
+
+def test_perpo_on_a_small_llava_compares_three_ways_to_learn_from_the_same_lists(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    result = run_demo("perpo", family="llava", out=out, seed=1, say=lambda _: None, held_out=6, prompts=24, steps=2)
+    assert set(result) >= KEYS
+    assert list(result["models"]) == ["start", "perpo", "dpo", "sft"]
+    assert (out / "perpo" / "recipe.yaml").read_text().count("tiny:llava") == 1
+
+
+def test_a_family_without_a_small_model_or_a_demo_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown family of small models 'llama'; did you mean 'llava'"):
+        run_demo("perpo", family="llama", out=tmp_path / "a")
+    with pytest.raises(ValueError, match="the demo of perception-r1 runs on qwen2_5_vl; perpo, reper, utr have both"):
+        run_demo("perception-r1", family="llava", out=tmp_path / "a")
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from fastrl.data.reflection import dialogue_messages, dialogue_of
 from fastrl.data.scenes import MAKERS, scene_record
 from fastrl.models.load import load_policy
 from fastrl.models.open import resolve_model
+from fastrl.toy.teach.architectures import ARCHITECTURES
 from fastrl.toy.teach.build import build, collate, corpus, scene_answer
 from fastrl.toy.teach.curriculum import CURRICULA, Curriculum, RowMaker, scene_questions
 from fastrl.toy.teach.optim import orthogonalize
@@ -23,17 +24,20 @@ from fastrl.toy.teach.transfer import coordinate_twins
 PERCEPTION = resolve_model("tiny:perception")
 
 
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 @pytest.mark.parametrize(
     "text", ["héllo \n wörld 12345", '[{"bbox_2d": [1, 2', "Track1: a<Id1>Frame10:[3,4,5,6];</Id1>", "日本 🎈"]
 )
-def test_any_text_survives_the_tokenizer(text: str) -> None:
-    tokenizer = train_tokenizer([scene_answer(scene_record(t, i, 0)) for t in MAKERS for i in range(20)], 1000)
+def test_any_text_survives_the_tokenizer(text: str, model_type: str) -> None:
+    texts = [scene_answer(scene_record(t, i, 0)) for t in MAKERS for i in range(20)]
+    tokenizer = train_tokenizer(texts, ARCHITECTURES[model_type].spelling, 1000)
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_branches_see_the_start_and_themselves_only() -> None:
-    policy = load_policy(resolve_model("tiny:perception"))
-    make = RowMaker(CURRICULA["perception"], policy.family, policy.tokenizer, policy.preprocessor, scene_answer)
+@pytest.mark.parametrize(("name", "lessons"), [("perception", "perception"), ("llava", "llava-pictures")])
+def test_branches_see_the_start_and_themselves_only(name: str, lessons: str) -> None:
+    policy = load_policy(resolve_model(f"tiny:{name}"))
+    make = RowMaker(CURRICULA[lessons], policy.family, policy.tokenizer, policy.preprocessor, scene_answer)
     rows = [make(random.Random(i)) for i in range(2)]
     shared = rows[0].branch.count(0)
     batch = collate(rows, 0)
@@ -45,8 +49,9 @@ def test_branches_see_the_start_and_themselves_only() -> None:
     assert torch.equal(batch["positions"][:, 0, :shared], prompt.positions[:, :shared])
 
 
-def test_a_dialogue_is_one_branch_spelled_as_the_policy_spells_it_and_only_true_captions_are_taught() -> None:
-    policy = load_policy(resolve_model("tiny:language"))
+@pytest.mark.parametrize("name", ["language", "llava"])
+def test_a_dialogue_is_one_branch_spelled_as_the_policy_spells_it_and_only_true_captions_are_taught(name: str) -> None:
+    policy = load_policy(resolve_model(f"tiny:{name}"))
     curriculum = Curriculum({"dialogue": 1}, levels=(2,))
     make = RowMaker(curriculum, policy.family, policy.tokenizer, policy.preprocessor, scene_answer)
     taught = []
@@ -74,7 +79,7 @@ def test_orthogonalize_flattens_the_spectrum() -> None:
 @pytest.mark.parametrize("alone", [None, 3])
 def test_lessons_about_clips_show_all_frames_or_one(alone: int | None) -> None:
     curriculum = CURRICULA["video"]
-    tokenizer = train_tokenizer(corpus(scene_answer, 0, clips=True))
+    tokenizer = train_tokenizer(corpus(scene_answer, 0, clips=True), ARCHITECTURES["qwen2_5_vl"].spelling)
     policy = load_policy(resolve_model("tiny:perception"))
     make = RowMaker(curriculum, policy.family, tokenizer, policy.preprocessor, scene_answer)
     row = make(random.Random(5), alone)
@@ -111,3 +116,15 @@ def test_build_writes_a_model_that_loads_and_is_reproducible(tmp_path: Path) -> 
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     with pytest.raises(ValueError, match="perception"):
         build("huge", tmp_path / "c", steps=1)
+
+
+def test_a_small_llava_is_built_and_learns_pictures_and_clips_in_turn(tmp_path: Path) -> None:
+    build("llava", tmp_path, steps=3, rows=1, start=resolve_model("tiny:llava"), log=lambda _: None)
+    policy = load_policy(tmp_path)
+    make = RowMaker(CURRICULA["llava"], policy.family, policy.tokenizer, policy.preprocessor, scene_answer)
+    assert [make.of_step(step).curriculum.frames for step in range(4)] == [6, 1, 6, 1]
+    clip, scene = make(random.Random(0)), make.of_step(1)(random.Random(0))
+    assert (len(clip.images), len(scene.images)) == (6, 1)
+    assert policy.tokenizer.decode(clip.ids[:8]).startswith("<s>USER: Frame1")
+    prompt, _ = policy.encode(scene_record("utr", 0, seed=0, size=84))
+    assert prompt.token_ids.tolist().count(policy.family.image_token) == 6 * 36
