@@ -211,7 +211,7 @@ def test_a_reward_that_does_not_fit_the_data_is_said_before_anything_is_sampled(
         rollout=RolloutRecipe(max_new_tokens=10),  # type: ignore[call-arg]
         reward=RewardRecipe(options={"score_by": "matched"}),
     )
-    with pytest.raises(ValueError, match=r"does not fit the data, whose task is grounding: .*score_by"):
+    with pytest.raises(ValueError, match=r"take a grounding recipe .*score_by"):
         PerceptionR1(PerceptionR1Options(), context).prepare([record])
 
 
