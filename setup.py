@@ -1,8 +1,8 @@
 """Builds the optional native extension; everything else about the package is in pyproject.toml.
 
-``fastrl_kernels._C`` has the CPU paths for which Python is too slow (assignment, detection reward). It needs a C++17
-compiler but no torch headers. Without a compiler the build prints a notice and continues: the eager path computes the
-same.
+``fastrl_kernels._C`` has the CPU paths for which Python is too slow (assignment, detection reward, decode step). It
+needs a C++17 compiler but no torch headers. Without a compiler the build prints a notice and continues: the eager path
+computes the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 NOTICE = """
 ***********************************************************************************************
 fastrl: the native extension was NOT built: {reason}
-Everything still works; assignment and detection reward take the slower eager path on CPU.
+Everything still works; assignment, detection reward and decoding take the slower eager path on CPU.
 To build it, install a C++17 compiler (g++ or clang++) and run `pip install .` again.
 ***********************************************************************************************
 """
@@ -32,10 +32,13 @@ class OptionalBuild(build_ext):
 
 native = Extension(
     "fastrl_kernels._C",
-    sources=["csrc/module.cpp", "csrc/assignment.cpp", "csrc/detection_reward.cpp"],
-    depends=["csrc/common.hpp", "csrc/assignment.hpp"],
+    sources=[f"csrc/{name}.cpp" for name in ("module", "assignment", "detection_reward", "kernels", "decode_step")],
+    depends=[
+        f"csrc/{name}.hpp" for name in ("common", "assignment", "wide", "kernels", "sampler", "team", "decode_step")
+    ],
     language="c++",
-    # -ffp-contract=off: no fused multiply-add, so every machine rounds alike. -Wno-psabi: vector types stay inlined.
+    # -ffp-contract=off: no fused multiply-add, so every machine rounds alike (but for products: wide.hpp).
+    # -Wno-psabi: vector types stay inlined.
     extra_compile_args=[
         "-std=c++17",
         "-O3",

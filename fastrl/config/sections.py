@@ -252,9 +252,9 @@ class RolloutRecipe(Section):
     allow_truncated_sampling: bool = False
     """Accept the bias of `top_p` below 1 or `top_k` above 0: answers are sampled from a different distribution than the
     one whose log-probs are trained."""
-    decode: Literal["auto", "eager", "static", "graph"] = "auto"
-    """`auto`: CUDA graphs on a GPU, eager steps on a CPU. Use `eager` if a model cannot be captured, and `static` for
-    the graphs' buffers without a graph (debugging)."""
+    decode: Literal["auto", "eager", "native", "static", "graph"] = "auto"
+    """`auto`: `graph` (CUDA graphs) on a GPU, `native` (steps in C++) on a CPU. Use `eager` if a model cannot be
+    captured, and `static` for the graphs' buffers without a graph (debugging)."""
     backend: Literal["local", "vllm"] = "local"
     """`vllm`: a vLLM server samples the answers and receives the weights. `local`: the training process samples."""
     server: str | None = None

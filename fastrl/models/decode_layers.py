@@ -54,7 +54,7 @@ class DecodeLayers:
         """Hidden states [R, H] for ``token`` [R] at ``position`` [R], whose keys and values go into ``cache``."""
         language: Any = self.model
         residual = self.embed(token)
-        cos, sin = self._rotation(residual, position)
+        cos, sin = self.rotation(residual, position)
         new = None
         for index, layer in enumerate(language.layers):
             normed = _add_norm(residual, new, layer.input_layernorm)
@@ -64,7 +64,7 @@ class DecodeLayers:
             new = mlp.down_proj(silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed)))
         return _add_norm(residual, new, language.norm)
 
-    def _rotation(self, like: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def rotation(self, like: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [R, D/2] in the model's dtype, like those of the layers' own code."""
         language: Any = self.model
         place = position[:, None] if self.axes == 1 else position[None, :, None].expand(self.axes, -1, 1)

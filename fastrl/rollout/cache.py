@@ -155,10 +155,10 @@ class RowCache:
             scale=scale,
         )
 
-    def advance(self) -> None:
-        """Count one more key per row on the device; the caller increments ``step`` on the host."""
-        self.at += 1
-        self.own_length += 1
+    def advance(self, steps: int = 1) -> None:
+        """Count that many more own keys per row, on the device. The host's ``step`` is counted by the caller."""
+        self.at += steps
+        self.own_length += steps
 
     def keep(self, rows: Tensor, size: int) -> None:
         """Keep these rows (ascending indices), in a batch of ``size``, and drop the others.

@@ -1,8 +1,10 @@
 """The decode loop: rows of all prompts step together; finished rows leave the batch.
 
-The same step runs in one of three modes:
+The same step runs in one of four modes:
 
-- ``eager`` (default on a CPU): shapes grow with the keys written so far, and finished rows leave the batch at once.
+- ``eager``: shapes grow with the keys written so far, and finished rows leave the batch at once.
+- ``native`` (default on a CPU): ``eager``, with the layers in one call to C++, and several whole steps in one call if
+  the head and the sampler allow it. If the C++ does not support the model, its dtype or its modules: ``eager``.
 - ``static``: buffers have their full size, the batch has one of a few sizes (buckets), and a step reads nothing from
   the host, as a CUDA graph requires. Runs on any device.
 - ``graph`` (default on a GPU): ``static``, with the step captured in one CUDA graph per bucket.
@@ -18,14 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrl.models.decode_layers import DecodeLayers
 from fastrl.models.families import family_of
+from fastrl.models.native_layers import NativeLayers
 from fastrl.rollout.cache import ModelLayers, PromptCache, RowCache
 from fastrl.rollout.graphs import GraphRunner
 from fastrl.rollout.sampler import Sampling, sample
+from fastrl_kernels.decode_step import Angles, Draws, Linear
 
-MODES = ("auto", "eager", "static", "graph")
+MODES = ("auto", "eager", "native", "static", "graph")
 CHECK_EVERY = 8  # steps between host reads of the number of unfinished rows; each read makes a GPU wait
 SMALLEST_BUCKET = 32  # with fewer rows a step is no faster: it is bound by reading the weights
+WORTH_RETIRING = 0.85  # without buckets, finished rows leave when at most this part of the rows is unfinished
+STEPS_PER_CALL = 8  # native: between two calls Python handles signals
 
 
 # (token [R], position [R], cache) → hidden states [R, H]
@@ -46,10 +53,10 @@ def decode_mode(mode: str, device: torch.device) -> str:
     if mode not in MODES:
         raise ValueError(f"decode: expected one of {', '.join(MODES)}, got {mode!r}")
     if mode == "auto":
-        return "graph" if device.type == "cuda" else "eager"
+        return "graph" if device.type == "cuda" else "native"
     if mode == "graph" and device.type != "cuda":
         raise ValueError(
-            f"decode: a graph needs a CUDA device, and the policy is on {device}; use auto, eager or static"
+            f"decode: a graph needs a CUDA device, and the policy is on {device}; use auto, native, eager or static"
         )
     return mode
 
@@ -81,8 +88,8 @@ class Decode:
         size = len(start.logits) * n
         family = family_of(core.config)
         self.head, self.sampling, self.eos, self.suppressed = family.parts(core).head, sampling, eos, suppressed
-        self.layers: Layers = family.decode_layers(core) or ModelLayers(family, core)
-        self.static = mode != "eager"
+        self.layers: Layers = _layers(family.decode_layers(core), mode) or ModelLayers(family, core)
+        self.static = mode in ("static", "graph")
         self.cache = RowCache(start.cache, n, own_keys(steps), static=self.static)
         # One extra row at the end, which the rows that only fill a bucket read and write.
         self.uniform = None if uniform is None else F.pad(uniform, (0, 0, 0, 1))  # [B n + 1, T] float64
@@ -96,6 +103,7 @@ class Decode:
         self.alive = torch.ones(size, dtype=torch.bool, device=device)
         self.first_logits = start.logits
         self.runner = GraphRunner(self.step, device) if mode == "graph" else None
+        self.native = NativeSteps.of(self, start.next_position)
 
     @property
     def tokens(self) -> Tensor:
@@ -116,14 +124,23 @@ class Decode:
         self._record(self.first_logits.repeat_interleave(self.sampling.n, 0))
         del self.first_logits
         every = CHECK_EVERY if self.token.is_cuda else 1
-        for column in range(1, self.sampling.max_new_tokens):
+        column = 1
+        while column < self.sampling.max_new_tokens:
             if (column - 1) % every == 0 and not self._any_left():
                 break
-            if self.runner is not None:
-                self.runner.run(len(self.rows), self.sampling.max_new_tokens - column)
-            else:
-                self.step()
-            self.cache.step += 1
+            column += self._steps(column)
+
+    def _steps(self, column: int) -> int:
+        """Run one step or more, starting with the one that samples ``column``. Returns the number of steps."""
+        left, done = self.sampling.max_new_tokens - column, 1
+        if self.native is not None:
+            done = self.native.run(self, column, min(left, STEPS_PER_CALL))
+        elif self.runner is not None:
+            self.runner.run(len(self.rows), left)
+        else:
+            self.step()
+        self.cache.step += done
+        return done
 
     def step(self) -> None:
         """Feed each row's last token and sample the next one. In place, without host reads; fixed shapes if static."""
@@ -155,7 +172,7 @@ class Decode:
         """New batch size: the smallest bucket of 2^k rows if static, else ``alive`` if that saves enough."""
         rows = len(self.rows)
         if not self.static:
-            return alive if alive <= 0.85 * rows else rows
+            return alive if alive <= WORTH_RETIRING * rows else rows
         return min(rows, max(SMALLEST_BUCKET, 1 << max(alive - 1, 0).bit_length()))
 
     def _retire(self, alive: Tensor, size: int) -> None:
@@ -165,3 +182,51 @@ class Decode:
         rows = F.pad(self.rows[alive], fill, value=self.filler)
         position, token, living = (F.pad(x[alive], fill) for x in (self.position, self.token, self.alive))
         self.rows, self.position, self.token, self.alive = rows, position, token, living
+
+
+def _layers(layers: DecodeLayers | None, mode: str) -> Layers | None:
+    """The C++ step of the known layers in native mode, if it supports them, else the layers as they are."""
+    return layers if layers is None or mode != "native" else NativeLayers.of(layers) or layers
+
+
+class NativeSteps:
+    """Runs whole steps of a decode in C++: layers, head and sampler."""
+
+    def __init__(self, layers: NativeLayers, head: Linear, cos: Tensor, sin: Tensor) -> None:
+        self.layers, self.head, self.cos, self.sin = layers, head, cos, sin
+
+    @classmethod
+    def of(cls, decode: Decode, next_position: Tensor) -> NativeSteps | None:
+        """None if part of a step has to run in torch: the layers, a head that is not a plain linear layer, top-k or
+        top-p sampling, rotary angles that cannot be computed ahead."""
+        layers, sampling = decode.layers, decode.sampling
+        if not isinstance(layers, NativeLayers) or sampling.truncated or not layers.fixed_angles:
+            return None
+        head = layers.head(decode.head)
+        if head is None:
+            return None
+        # The answers to a prompt have the same positions, so the table has one line per prompt and step.
+        positions = next_position[:, None] + torch.arange(decode.cache.capacity, device=next_position.device)
+        return cls(layers, head, *layers.angles(positions.flatten()))
+
+    def run(self, decode: Decode, column: int, steps: int) -> int:
+        """Run up to ``steps`` steps, fewer if enough rows finish for them to leave the batch. Returns the number."""
+        cache, sampling = decode.cache, decode.sampling
+        draws = Draws(
+            head=self.head,
+            temperature=sampling.temperature,
+            suppressed=decode.suppressed,
+            ends=decode.eos,
+            uniform=decode.uniform,
+            tokens=decode.all_tokens,
+            logp=decode.all_logp,
+            line=decode.rows,
+            column=column,
+            alive=decode.alive,
+            stop_at=int(WORTH_RETIRING * len(decode.rows)),
+        )
+        line = decode.rows // sampling.n * cache.capacity + cache.step
+        done = self.layers.draw(decode.token, cache, Angles(self.cos, self.sin, line), draws, steps)
+        cache.advance(done)
+        decode.at += done
+        return done

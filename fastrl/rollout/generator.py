@@ -188,7 +188,7 @@ class Session:
                 start,
                 Sampling(rows, sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k),
                 None if uniform is None else uniform.to(device),
-                eos=torch.tensor(policy.eos_token_ids, device=device),
+                eos=torch.tensor(policy.eos_token_ids, dtype=torch.int64, device=device),
                 suppressed=torch.tensor(policy.suppressed_token_ids, dtype=torch.int64, device=device),
                 mode=self._generator.decode,
             )

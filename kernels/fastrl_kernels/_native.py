@@ -25,7 +25,11 @@ _SIGNATURES = {
     "fastrl_detection_reward": [
         c_int, *[c_void_p] * 6, *[c_int64] * 3, c_int, c_int, c_double, c_double, *[c_void_p] * 3, c_int,
     ],
+    # model, rows, sampler, steps, threads, parallel, level (see decode_step.py)
+    "fastrl_decode": [*[c_void_p] * 3, c_int64, c_int, c_void_p, c_int],
+    "fastrl_decode_level": [],
 }  # fmt: skip
+_RESULTS = {"fastrl_decode": c_int64}
 
 
 @functools.cache
@@ -54,10 +58,18 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if version != ABI_VERSION:
         return None, f"{Path(spec.origin).name} has version {version}, this package needs {ABI_VERSION}: rebuild it"
     for name, arguments in _SIGNATURES.items():
-        function = getattr(lib, name)
-        function.argtypes = arguments
-        function.restype = c_int
+        if (function := getattr(lib, name, None)) is not None:  # a library built before it was added lacks it
+            function.argtypes = arguments
+            function.restype = _RESULTS.get(name, c_int)
     return lib, None
+
+
+def lacks(name: str) -> str | None:
+    """Why this function cannot be called, or ``None`` where it can."""
+    lib = library()
+    if lib is None:
+        return why_not()
+    return None if hasattr(lib, name) else f"the extension was built without {name}: rebuild it"
 
 
 def linear_assignment(

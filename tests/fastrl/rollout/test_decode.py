@@ -59,7 +59,7 @@ def test_static_gives_what_eager_gives(policy, sampling: Sampling, small_buckets
     """Prompts of different lengths, with and without pictures; rows that end at different steps."""
     hook = force(policy, policy.eos_token_ids[0], 3.0)
     prompts = encode(policy)
-    want = Generator(policy).generate(prompts, sampling, rng())
+    want = Generator(policy, decode="eager").generate(prompts, sampling, rng())
     eager = widths[:]
     widths.clear()
     got = Generator(policy, decode="static").generate(prompts, sampling, rng())
@@ -127,10 +127,10 @@ def test_finished_rows_retire_without_changing_the_rest(qwen2_5, monkeypatch, wi
     """Rows end at different steps; batches shrink; samples equal those of a loop that never retires."""
     hook = force(qwen2_5, qwen2_5.eos_token_ids[0], 4.0)
     prompts, sampling = encode(qwen2_5), Sampling(6, 16)
-    out = Generator(qwen2_5).generate(prompts, sampling, rng())
+    out = Generator(qwen2_5, decode="eager").generate(prompts, sampling, rng())
     shrunk = widths[:]
     monkeypatch.setattr(Decode, "_smaller", lambda self, alive: len(self.rows))
-    truth = Generator(qwen2_5).generate(prompts, sampling, rng())
+    truth = Generator(qwen2_5, decode="eager").generate(prompts, sampling, rng())
     hook.remove()
     assert_same(out, truth)
     assert shrunk[0] > shrunk[-1]
@@ -214,10 +214,10 @@ def test_keys_are_freed_when_generate_returns(qwen2_5, mode: str) -> None:
 
 def test_the_mode_follows_the_device_and_can_be_forced(qwen2_5) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [decode_mode("auto", device) for device in (cpu, gpu)] == ["eager", "graph"]
+    assert [decode_mode("auto", device) for device in (cpu, gpu)] == ["native", "graph"]
     assert [decode_mode("static", device) for device in (cpu, gpu)] == ["static", "static"]
     assert decode_mode("eager", gpu) == "eager"
-    with pytest.raises(ValueError, match="decode: expected one of auto, eager, static, graph, got 'fast'"):
+    with pytest.raises(ValueError, match="decode: expected one of auto, eager, native, static, graph, got 'fast'"):
         decode_mode("fast", cpu)
     with pytest.raises(ValueError, match="a graph needs a CUDA device, and the policy is on cpu"):
         Generator(qwen2_5, decode="graph")

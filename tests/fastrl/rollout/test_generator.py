@@ -54,7 +54,7 @@ def test_greedy_with_lora_equals_transformers_generate(tiny_folder) -> None:
 def test_positions_explicit_and_no_rope_deltas(policy, monkeypatch) -> None:
     """Multimodal RoPE positions come with the prompt: nothing cached on the model is read, written or left behind."""
     prompts = encode(policy)
-    generator = Generator(policy)
+    generator = Generator(policy, decode="eager")
     truth = generator.generate(prompts, Sampling(1, 10, temperature=0))
     assert policy.core.model.rope_deltas is None
     policy.core.model.rope_deltas = torch.full((1, 1), 1000)  # stale, as another call might leave it
@@ -63,6 +63,7 @@ def test_positions_explicit_and_no_rope_deltas(policy, monkeypatch) -> None:
     monkeypatch.setattr(DecodeLayers, "__call__", lambda self, *x: seen.append(x[1]) or real(self, *x))
     again = generator.generate(prompts, Sampling(1, 10, temperature=0))
     assert same(truth, again)
+    assert same(truth, Generator(policy).generate(prompts, Sampling(1, 10, temperature=0)))
     assert policy.core.model.rope_deltas.item() == 1000
     # one position for all three axes, right after the prompt's largest
     assert sorted(seen[0].tolist()) == sorted(p.next_position for p in prompts)
@@ -183,7 +184,7 @@ def test_prompt_keys_are_stored_once(qwen2_5, monkeypatch) -> None:
 
     monkeypatch.setattr(cache, "decode_attention", spy)
     prompts = encode(qwen2_5)
-    Generator(qwen2_5).generate(prompts, Sampling(8, 3), rng())
+    Generator(qwen2_5, decode="eager").generate(prompts, Sampling(8, 3), rng())
     longest = max(len(p.token_ids) for p in prompts)
     assert shapes[0] == ((5, 2, longest, 16), (40, 2, 1, 16))
 

@@ -53,13 +53,13 @@ def test_every_gradient_is_that_of_the_repeated_layout(pair: Pair) -> None:
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("decode", ["eager", "static"])
+@pytest.mark.parametrize("decode", ["native", "eager", "static"])
 def test_a_greedy_rollout_is_generate_token_for_token(pair: Pair, decode: str) -> None:
     check_greedy(pair, decode)
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("decode", ["eager", "static"])
+@pytest.mark.parametrize("decode", ["native", "eager", "static"])
 def test_the_sampler_reports_the_trainers_log_probs(pair: Pair, decode: str) -> None:
     check_sampler(pair, decode)
 
