@@ -222,9 +222,8 @@ def test_layers_without_a_shared_form_are_refused(tiny_folder: Folder, tmp_path:
 
 
 def test_unknown_lora_fields_and_freeze_patterns_are_errors(tiny_folder: Folder) -> None:
-    with pytest.raises(
-        ValueError, match="unknown fields \\['r'\\]; allowed: \\['alpha', 'also_train', 'dropout', 'rank', 'targets'\\]"
-    ):
+    allowed = "'alpha', 'also_train', 'dora', 'dropout', 'rank', 'rslora', 'targets'"
+    with pytest.raises(ValueError, match=f"unknown fields \\['r'\\]; allowed: \\[{allowed}\\]"):
         load_policy(tiny_folder("qwen2"), device="cpu", lora={"r": 4})
     with pytest.raises(ValueError, match="'visul' matches no parameter; near: visual"):
         load_policy(tiny_folder("qwen2"), device="cpu", freeze=["visul"])

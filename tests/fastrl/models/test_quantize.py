@@ -62,7 +62,7 @@ def test_a_run_is_refused_before_data_and_model_are_loaded(tmp_path: Path) -> No
     [
         ({"model__lora": None}, "4-bit weights cannot be trained"),
         ({"model__device": "cpu"}, "needs a GPU"),
-        ({"rollout__backend": "vllm", "rollout__server": "http://localhost:8000"}, "samples with other weights"),
+        ({"rollout__backend": "vllm", "rollout__server": "http://localhost:8000"}, "samples with unquantized weights"),
         ({"engine__kind": "deepspeed"}, "needs engine.kind: local"),
         ({"model__quantize": "8bit"}, "4bit"),
     ],
