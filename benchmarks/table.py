@@ -18,6 +18,8 @@ def tables(report: dict[str, Any]) -> str:
     """Markdown of one results file of any command; empty for kinds without a table."""
     if "fairness" in report:
         return f"{_made_with(report)}\n\n{_gradients(report)}\n\n{steps(report)}"
+    if "other_commit" in report:
+        return f"{_made_with(report)}\n\n{pairs(report)}"
     if "cases" in report:
         return f"{_made_with(report)}\n\n{kernels(report)}"
     return ""
@@ -27,6 +29,17 @@ def kernels(report: dict[str, Any]) -> str:
     """A line per case of ``make bench``: our time, fraction of the floor and peak, each peer's time over ours."""
     head = ["case", "ms", "of the floor", "peak MiB", "peers: time ÷ ours (peak MiB)"]
     return _markdown(head, (_kernel_cells(case) for case in report["cases"] if "seconds" in case["results"][OURS]))
+
+
+def pairs(report: dict[str, Any]) -> str:
+    """A line per case of ``benchmarks.paired``: the other checkout's time over this one's, with its quartiles."""
+    head = [f"case, {report['other_commit']} ÷ {report['commit']}", "seconds", "CPU seconds"]
+    return _markdown(head, (_pair_cells(case) for case in report["cases"]))
+
+
+def _pair_cells(case: dict[str, Any]) -> list[str]:
+    found = (case["seconds_ratio"], case["cpu_seconds_ratio"])
+    return [case["work"]["name"], *(f"{r['median']:.2f} [{r['q1']:.2f}, {r['q3']:.2f}]" for r in found)]
 
 
 def _kernel_cells(case: dict[str, Any]) -> list[str]:
