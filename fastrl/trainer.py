@@ -17,9 +17,9 @@ from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.data.blank import BlankImages
 from fastrl.data.decodable_stream import DecodableStream
 from fastrl.data.disk import require_space
-from fastrl.data.mixture import Curriculum, Mixture, MixturePlan, parts_of
+from fastrl.data.mixture import Curriculum, Mixture, MixturePlan, parts_of, summary_of
 from fastrl.data.pictures import PictureError
-from fastrl.data.records import Dataset, Record
+from fastrl.data.records import Record
 from fastrl.data.stream import RecordStream
 from fastrl.engine import make_engine
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
@@ -167,8 +167,8 @@ def train(
         outlets = Outlets(log, progress, listeners)
         for text in (run.skipped, run.evaluation.skipped, *notes):
             outlets.note(done, text)
-        if said := run.method.loss_note(recipe.method, recipe.optim.updates_per_batch):
-            outlets.say(said)
+        if remark := run.method.loss_note(recipe.method, recipe.optim.updates_per_batch):
+            outlets.say(remark)
         variance = EqualRewards(done, steps)
         stop = stack.enter_context(stop_signals(progress.note))
         traced = stack.enter_context(profiled(out, steps=steps - done, enabled=profile and writes))
@@ -239,7 +239,7 @@ class Run:
         functions = functions_of(recipe.reward, recipe.mix_rewards) if recipe.scores_groups else None
         # First: bad rows are reported at once
         data = records if records is not None else _load_records(recipe, functions)
-        self.skipped = data.summary if isinstance(data, Dataset) else ""  # summary of rows that did not become records
+        self.skipped = summary_of(data)
         measured = held_out(recipe, eval_records, functions)
         if functions is not None:
             _check_tasks(recipe, data, functions)
@@ -417,8 +417,8 @@ class Run:
         """Records skipped since the last call because their pictures cannot be decoded."""
         if not isinstance(self.stream, DecodableStream):
             return []
-        said, self.stream.unreported = self.stream.unreported, []
-        return said
+        problems, self.stream.unreported = self.stream.unreported, []
+        return problems
 
     def check_weights(self, number: int) -> None:
         """Raise ``TrainingError`` if a trained weight is not finite, so that no good checkpoint is replaced."""

@@ -118,13 +118,19 @@ class Mixture(Sequence[Record]):
 
     @property
     def summary(self) -> str:
-        """The rows skipped in each part."""
-        said = [(part.name, getattr(part.records, "summary", "")) for part in self.parts]
-        return "\n".join(f"{name}: {line}" for name, text in said for line in text.split("\n") if line)
+        """The summaries of the parts, each line with its part's name."""
+        lines = [(part.name, line) for part in self.parts for line in summary_of(part.records).split("\n")]
+        return "\n".join(f"{name}: {line}" for name, line in lines if line)
 
     def part_of(self, place: int) -> range:
         """The indices of a part's records."""
         return range(self._starts[place], self._starts[place + 1])
+
+
+def summary_of(records: Sequence[Record]) -> str:
+    """Which rows were skipped when these records were loaded, and what was noted of others; empty for records that were
+    not loaded from a data set."""
+    return records.summary if isinstance(records, Dataset | Mixture) else ""
 
 
 @dataclass

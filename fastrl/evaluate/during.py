@@ -18,6 +18,7 @@ import torch
 from fastrl.data import load_data
 from fastrl.data.blank import BlankImages
 from fastrl.data.decodable import Chosen, decoded
+from fastrl.data.mixture import summary_of
 from fastrl.data.records import Dataset, Record
 from fastrl.evaluate import EVALUATIONS, evaluate
 from fastrl.evaluate.best import SAMPLED, Best, Mode, check_metric
@@ -98,7 +99,7 @@ def held_out(
             raise ValueError("eval.spec: missing, although other keys of eval are set; give a data spec")
         return None
     data = records if records is not None else _load(recipe)
-    summary = data.summary if isinstance(data, Dataset) else ""
+    summary = summary_of(data)
     chosen: Sequence[Record] = data if section.n is None else data[: section.n]
     if recipe.data.blank_images:
         chosen = BlankImages(chosen)
@@ -326,9 +327,9 @@ class Evaluation:
         else:
             cause = None
         outcomes: list[tuple[Any, str | None]] = self.engine.gather((found, failed))
-        said = next((text for _, text in outcomes if text is not None), None)
-        if said is not None:
-            raise EvaluationError(said) from cause
+        message = next((text for _, text in outcomes if text is not None), None)
+        if message is not None:
+            raise EvaluationError(message) from cause
         return [value for value, _ in outcomes]
 
     def _short(self, value: float | None) -> str:

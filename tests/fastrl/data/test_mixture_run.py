@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fastrl.run import keeping
 from fastrl.run.logs import read_rows
 from fastrl.trainer import train
 from tests.helpers.mixture import evaluated, mixture
-from tests.helpers.training import same_ending, steady_evaluations, steady_rows
+from tests.helpers.training import make_recipe, same_ending, steady_evaluations, steady_rows
 
 Folder = Callable[[str], Path]
 REPO = Path(__file__).resolve().parents[3]
@@ -111,3 +112,15 @@ def test_a_curriculum_of_one_data_set_begins_easy(tiny_folder: Folder, tmp_path:
     train(mixture(tiny_folder("qwen2_5"), tmp_path / "easy", **changes), show=False)
     samples = [json.loads(line) for line in (tmp_path / "easy/samples.jsonl").read_text().splitlines()]
     assert {int(sample["id"]) % 5 for sample in samples} == {0}  # level 0 alone
+
+
+def test_a_run_over_a_mixture_notes_the_rows_that_each_part_skips(tiny_folder: Folder, tmp_path: Path) -> None:
+    Image.new("RGB", (56, 56), "blue").save(tmp_path / "w.png")
+    rows = [{"image": "w.png", "text": text} for text in ("read me", 3, "read me, too")]
+    for name, kept in (("clean", rows[::2]), ("damaged", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    mix = [{"spec": f"ocr:{tmp_path / name}.jsonl"} for name in ("clean", "damaged")]
+    changes = {"data__spec": "", "data__mix": mix, "data__skip_bad": True, "optim__steps": 1}
+    train(make_recipe(tiny_folder("qwen2_5"), tmp_path / "out", **changes), show=False)
+    notes = [row["note"] for row in read_rows(tmp_path / "out" / "notes.jsonl")]
+    assert [note for note in notes if "skipped" in note] == ["damaged: skipped 1 of 3 rows: wrong type 1"]
