@@ -25,7 +25,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 
-class Passing(RuntimeError):
+class TransientError(RuntimeError):
     """A transient failure (a timeout, a cut connection, 429, 5xx); ``pause``: seconds, if the server gives them."""
 
     def __init__(self, message: str, pause: float | None = None) -> None:
@@ -33,7 +33,7 @@ class Passing(RuntimeError):
         self.pause = pause
 
 
-class Late(Passing):
+class ResponseTimeout(TransientError):
     """No complete response within the timeout."""
 
 
@@ -53,7 +53,7 @@ class Transport:
         timeout: seconds for one request, from the lookup of the server's name to the last byte of its response.
         retries: further attempts of a request.
         pause: seconds before the first retry, doubled each time.
-        retry_late: also retry requests that exceed ``timeout``.
+        retry_timeouts: also retry requests that exceed ``timeout``.
         concurrency: requests in flight at once.
         max_bytes: largest response.
         key_env: environment variable with the key (sent if it is set, never shown).
@@ -73,7 +73,7 @@ class Transport:
         concurrency: int,
         max_bytes: int,
         key_env: str,
-        retry_late: bool = True,
+        retry_timeouts: bool = True,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
         if not 0 < timeout <= LONGEST or retries < 0 or concurrency < 1:
@@ -81,7 +81,7 @@ class Transport:
                 f"{who}: expected a timeout above 0 and up to {LONGEST:g} seconds, retries >= 0 and concurrency >= 1"
             )
         self.who, self.timeout, self.retries, self.pause = who, timeout, retries, pause
-        self.retry_late = retry_late
+        self.retry_timeouts = retry_timeouts
         self.concurrency, self.max_bytes, self._key = concurrency, max_bytes, os.environ.get(key_env)
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
@@ -93,8 +93,8 @@ class Transport:
         can block the caller longer.
 
         Raises:
-            Late: the response was not complete within ``timeout`` seconds.
-            Passing: any other transient failure, including a response that is too long.
+            ResponseTimeout: the response was not complete within ``timeout`` seconds.
+            TransientError: any other transient failure, including a response that is too long.
             Refused: a redirect, or another HTTP status from 400; the message has the beginning of the response.
         """
         until = time.monotonic() + self.timeout
@@ -110,7 +110,7 @@ class Transport:
         try:
             return done.result(self.timeout)
         except TimeoutError:
-            raise self._late() from None
+            raise self._timed_out() from None
 
     def _exchange(self, url: str, body: bytes | None, until: float) -> bytes:
         headers = {"Content-Type": "application/json"}
@@ -122,26 +122,26 @@ class Transport:
                 data, missing = self._read(response, until)
         except urllib.error.HTTPError as error:
             with error:
-                said = error.read(500).decode("utf-8", "replace")
+                reply = error.read(500).decode("utf-8", "replace")
             if 300 <= error.code < 400:
                 where = self._shown(str(error.headers.get("Location")))
                 raise Refused(
                     f"{self.who} at {url} answered with a redirect (HTTP {error.code}) to {where}; redirects are "
                     "not followed: give the final address"
                 ) from None
-            shown = self._shown(said)
+            shown = self._shown(reply)
             if error.code in TRANSIENT or error.code >= 500:
                 after = _retry_after(error.headers.get("Retry-After"))
-                raise Passing(f"HTTP {error.code}: {shown}", after) from None
+                raise TransientError(f"HTTP {error.code}: {shown}", after) from None
             raise Refused(f"{self.who} at {url} refused: HTTP {error.code}: {shown}") from None
         except (OSError, http.client.HTTPException) as error:  # timeouts, cut connections, no such host
             if time.monotonic() >= until:
-                raise self._late() from None
-            raise Passing(f"{type(error).__name__}: {error}") from None
+                raise self._timed_out() from None
+            raise TransientError(f"{type(error).__name__}: {error}") from None
         if len(data) > self.max_bytes:
-            raise Passing(f"a response over {self.max_bytes} bytes")
+            raise TransientError(f"a response over {self.max_bytes} bytes")
         if missing:
-            raise Passing(f"a truncated response: {missing} bytes are missing")
+            raise TransientError(f"a truncated response: {missing} bytes are missing")
         return data
 
     def _read(self, response: http.client.HTTPResponse, until: float) -> tuple[bytes, int]:
@@ -149,28 +149,28 @@ class Transport:
         length, data = response.length, bytearray()
         while len(data) <= self.max_bytes and (length is None or len(data) < length):
             if time.monotonic() >= until:
-                raise self._late()
+                raise self._timed_out()
             piece = response.read1(PIECE)  # returns the bytes received so far
             if not piece:
                 break
             data += piece
         return bytes(data), 0 if length is None else max(0, length - len(data))
 
-    def _late(self) -> Late:
-        return Late(f"no complete response within {self.timeout:g} seconds")
+    def _timed_out(self) -> ResponseTimeout:
+        return ResponseTimeout(f"no complete response within {self.timeout:g} seconds")
 
     def _shown(self, text: str) -> str:
         return (text.replace(self._key, "…") if self._key else text)[:200]
 
     def retrying(self, attempt: Callable[[], T]) -> T:
-        """Call ``attempt()``, and again after a pause if it raises ``Passing``; raises the last such failure."""
+        """Call ``attempt()``, and again after a pause if it raises ``TransientError``; raises the last such failure."""
         for number in range(self.retries + 1):
             if self._stopped.is_set():
                 raise Stopped(f"{self.who} was stopped")
             try:
                 return attempt()
-            except Passing as error:
-                if number == self.retries or (isinstance(error, Late) and not self.retry_late):
+            except TransientError as error:
+                if number == self.retries or (isinstance(error, ResponseTimeout) and not self.retry_timeouts):
                     raise
                 pause = error.pause if error.pause is not None else self.pause * 2**number
                 self._sleep(min(pause, MAX_PAUSE))

@@ -26,7 +26,7 @@ _FRAME = re.compile(  # a box that lost its bracket ends where the next thing be
     rf"frame[ \t]{{0,8}}+([0-9]{{1,9}}+)\s*+:\s*+\[(?:\s*+{FOUR}\s*+,?+\s*+(?:\]|(?=[;<]|frame)|\Z))?+", re.IGNORECASE
 )
 _HEADING = re.compile(r"track[ \t]{0,8}+[0-9]{0,9}+\s{0,8}+:", re.IGNORECASE)
-_SAID_WINDOW = 4096  # characters after a track that are kept
+_TEXT_WINDOW = 4096  # characters after a track that are kept
 _NUMBER = r"-?[0-9]{1,9}+(?:\.[0-9]{1,9}+)?+"
 _STRICT = re.compile(
     r"(?:Track[0-9]{1,9}+: )?+[^<>;:\n\r]{1,100}+<Id(?P<id>[0-9]{1,9}+)>"
@@ -47,7 +47,7 @@ class Track:
     name: str
     boxes: Mapping[int, Box]
     coords: tuple[float, ...] = field(default=(), repr=False, compare=False)  # all numbers, for resolve_frame
-    said: str = field(default="", repr=False, compare=False)  # the text between this track and the next
+    text_after: str = field(default="", repr=False, compare=False)  # the text between this track and the next
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def parse_tracks(text: str, max_tracks: int = MAX_TRACKS, max_frames: int = MAX_
         previous_end = openings[i - 1][2] if i else 0
         coords = tuple(v for box in boxes.values() for v in box)
         name = _name(scan, max(previous_end, head - _NAME_WINDOW), head)
-        said = text[body_end:end][:_SAID_WINDOW].partition(">")[2]  # without the closing tag
-        tracks.append(Track(identity, name, boxes, coords, said))
+        text_after = text[body_end:end][:_TEXT_WINDOW].partition(">")[2]  # without the closing tag
+        tracks.append(Track(identity, name, boxes, coords, text_after))
     return ParsedTracks(tuple(tracks), "tracks" if tracks else None, decimal, dropped, truncated)
 
 

@@ -56,9 +56,9 @@ def chair(captions: Sequence[str], present: Sequence[Iterable[str]]) -> Chair:
     mentions = hallucinated = bad = 0
     for caption, names in zip(captions, present, strict=True):
         there = {_category(name) for name in names}
-        said = mentioned_categories(caption)
-        false = sum(category not in there for category in said)
-        mentions, hallucinated, bad = mentions + len(said), hallucinated + false, bad + (false > 0)
+        mentioned = mentioned_categories(caption)
+        false = sum(category not in there for category in mentioned)
+        mentions, hallucinated, bad = mentions + len(mentioned), hallucinated + false, bad + (false > 0)
     return Chair(hallucinated / max(1, mentions), bad / max(1, len(captions)), mentions, hallucinated)
 
 

@@ -57,7 +57,7 @@ class Token(NamedTuple):
 
 
 @dataclass
-class Thing:
+class Entity:
     """An object of a caption with its modifiers."""
 
     name: str
@@ -83,28 +83,28 @@ def parse_caption(text: str) -> Facts:
     reader = _Reader()
     for token in _tokens(words_of(text)):
         reader.read(token)
-        if len(reader.things) >= MAX_OBJECTS:
+        if len(reader.entities) >= MAX_OBJECTS:
             break
     reader.close_phrase()
     return Facts(
-        tuple(thing.name for thing in reader.things),
-        tuple((thing.name, attribute) for thing in reader.things for attribute in thing.attributes),
+        tuple(entity.name for entity in reader.entities),
+        tuple((entity.name, attribute) for entity in reader.entities for attribute in entity.attributes),
         tuple((a.name, relation, b.name) for a, relation, b in reader.relations),
     )
 
 
 class _Reader:
-    """Reads tokens one by one; ``things`` and ``relations`` grow."""
+    """Reads tokens one by one; ``entities`` and ``relations`` grow."""
 
     def __init__(self) -> None:
-        self.things: list[Thing] = []
-        self.relations: list[tuple[Thing, str, Thing]] = []
-        self._by_name: dict[str, list[Thing]] = {}
+        self.entities: list[Entity] = []
+        self.relations: list[tuple[Entity, str, Entity]] = []
+        self._by_name: dict[str, list[Entity]] = {}
         self._start_sentence()
         self._clear()
 
     def _start_sentence(self) -> None:
-        self._subject: Thing | None = None  # the object named last
+        self._subject: Entity | None = None  # the object named last
         self._link: str | None = None  # the link since then
         self._copula = False
         self._denied = False
@@ -140,7 +140,7 @@ class _Reader:
                 self._link, self._copula = text, False
 
     def close_phrase(self) -> None:
-        """Turn the phrase read so far into a thing, or into attributes of the subject ("the square is red")."""
+        """Turn the phrase read so far into an entity, or into attributes of the subject ("the square is red")."""
         modifiers, nouns, definite = self._modifiers, self._nouns, self._definite
         self._clear()
         if not nouns:
@@ -152,24 +152,24 @@ class _Reader:
         if denied or name in STOP_NOUNS:
             self._link = None
             return
-        thing = self._known(name, modifiers) if definite else None
-        if thing is None:
-            thing = Thing(name)
-            self.things.append(thing)
-            self._by_name.setdefault(name, []).append(thing)
-            self._describe(thing, modifiers)
+        entity = self._known(name, modifiers) if definite else None
+        if entity is None:
+            entity = Entity(name)
+            self.entities.append(entity)
+            self._by_name.setdefault(name, []).append(entity)
+            self._describe(entity, modifiers)
         subject, link = self._subject, self._link
-        if subject is not None and subject is not thing and link is not None and link not in VAGUE_RELATIONS:
-            self.relations.append((subject, link, thing))
-        self._subject, self._link, self._copula = thing, None, False
+        if subject is not None and subject is not entity and link is not None and link not in VAGUE_RELATIONS:
+            self.relations.append((subject, link, entity))
+        self._subject, self._link, self._copula = entity, None, False
 
-    def _known(self, name: str, modifiers: list[str]) -> Thing | None:
+    def _known(self, name: str, modifiers: list[str]) -> Entity | None:
         """The latest object of that name with all these modifiers."""
         return next((t for t in reversed(self._by_name.get(name, [])) if set(modifiers) <= set(t.attributes)), None)
 
     @staticmethod
-    def _describe(thing: Thing, modifiers: list[str]) -> None:
-        thing.attributes += [m for m in dict.fromkeys(modifiers) if m not in thing.attributes]
+    def _describe(entity: Entity, modifiers: list[str]) -> None:
+        entity.attributes += [m for m in dict.fromkeys(modifiers) if m not in entity.attributes]
 
 
 def _tokens(words: list[str]) -> list[Token]:

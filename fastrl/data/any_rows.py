@@ -210,8 +210,8 @@ def _grounding(truth: _Truth) -> dict[str, Any] | None:
     fields = fields_of("grounding", truth.value)
     box = truth.box(fields["box"], "the truth")
     given = truth.row.first(("expression", "normal_caption"))[1]
-    said = given if isinstance(given, str) and given.strip() else fields.get("expression")
-    return None if box is None else {"box": box, "expression": said or refexp.bare_expression(truth.prompt)}
+    expression = given if isinstance(given, str) and given.strip() else fields.get("expression")
+    return None if box is None else {"box": box, "expression": expression or refexp.bare_expression(truth.prompt)}
 
 
 def _counting(truth: _Truth) -> dict[str, Any] | None:

@@ -62,9 +62,9 @@ def _coco_rows(path: str, instances: str | None) -> rows.Rows:
     """COCO caption JSON as rows: one per image that has captions; entries that are malformed are problems."""
     captions = _read_json(path)
     problems: list[Problem] = []
-    said: dict[Any, list[str]] = {}
+    captions_of: dict[Any, list[str]] = {}
     for image, entry in _of_images(captions, "annotations", "caption", str, path, problems):
-        said.setdefault(image, []).append(" ".join(entry.split()))
+        captions_of.setdefault(image, []).append(" ".join(entry.split()))
     objects: dict[Any, list[str]] = {}
     if instances is not None:
         found = _read_json(instances)
@@ -85,11 +85,11 @@ def _coco_rows(path: str, instances: str | None) -> rows.Rows:
             "id": str(image),
             "image": name,
             **sizes[image],
-            "references": said[image],
+            "references": captions_of[image],
             "objects": sorted(set(objects.get(image, []))),
         }
         for image, name in listed
-        if image in said
+        if image in captions_of
     ]
     rows = [(n, f"{path}:image {row['id']}", row) for n, row in enumerate(made)]
     return [*rows, *((len(rows) + n, problem.where, problem) for n, problem in enumerate(problems))]

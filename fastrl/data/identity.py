@@ -174,11 +174,11 @@ class _Look:
         """Describes a picture that is not just a path; one inside a table by the table's file or by its own bytes."""
         inside = picture.data is not None
         if inside and (self.pictures == "bytes" or picture.path is None):
-            said = hashlib.sha256(picture.read()).hexdigest()
+            digest = hashlib.sha256(picture.read()).hexdigest()
         else:
             assert picture.path is not None
-            said = self._picture(picture.path)
-        return f"{Path(str(picture)).name} {said} {'turned' if picture.turned else 'stored'}"
+            digest = self._picture(picture.path)
+        return f"{Path(str(picture)).name} {digest} {'turned' if picture.turned else 'stored'}"
 
     def _file(self, path: Path) -> str:
         try:

@@ -54,8 +54,8 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
 def check_expressions(data: Sequence[Record], path: str) -> None:
     """Raise ``DataError`` if all rows have the same instruction as their expression, because the expression must then
     be in another column."""
-    said = {record.target["expression"] for record in data}
-    if len(data) > 1 and len(said) == 1 and _INSTRUCTION.search(text := said.pop()):
+    expressions = {record.target["expression"] for record in data}
+    if len(data) > 1 and len(expressions) == 1 and _INSTRUCTION.search(text := expressions.pop()):
         message = (
             f"the expression is {short(text)} in all {len(data)} rows, which is an instruction and names no object. It "
             f"is read from the first of the columns {', '.join(EXPRESSION_FIELDS)}; put the name of each box's object "

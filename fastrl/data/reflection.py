@@ -56,12 +56,12 @@ def dialogue_messages(
     messages: Sequence[Mapping[str, Any]], turns: Sequence[SpokenTurn]
 ) -> tuple[Mapping[str, Any], ...]:
     """The question's messages followed by answers and feedbacks; ends with the last answer, or with its feedback."""
-    said: list[Mapping[str, Any]] = list(messages)
+    dialogue: list[Mapping[str, Any]] = list(messages)
     for number, turn in enumerate(turns, start=1):
-        said.append(_message("assistant", turn.answer))
+        dialogue.append(_message("assistant", turn.answer))
         if turn.feedback or number < len(turns):
-            said.append(_message("user", turn.feedback))
-    return tuple(said)
+            dialogue.append(_message("user", turn.feedback))
+    return tuple(dialogue)
 
 
 def dialogue_row(
@@ -117,14 +117,16 @@ def _turns(row: Row, name: str, limit: int, *, feedback: bool) -> tuple[SpokenTu
         if not isinstance(entry, Mapping):
             row.fail("wrong type", f"{where} must be an object, got {short(entry)}")
             continue
-        answer, score, said = entry.get("answer"), entry.get("score"), entry.get("feedback", "")
+        answer, score, critique = entry.get("answer"), entry.get("score"), entry.get("feedback", "")
         last = place == len(value) - 1
         if not isinstance(answer, str) or not answer.strip():
             row.fail("missing answer", f"{where}.answer must be text, got {short(answer)}")
         if score is None or not is_number(score) or not 0 <= score <= 1:
             row.fail("bad score", f"{where}.score must be a number from 0 to 1, got {short(score)}")
-        elif not isinstance(said, str) or (feedback and not last and not said.strip()):
-            row.fail("missing feedback", f"{where}.feedback must be text (another answer follows), got {short(said)}")
+        elif not isinstance(critique, str) or (feedback and not last and not critique.strip()):
+            row.fail(
+                "missing feedback", f"{where}.feedback must be text (another answer follows), got {short(critique)}"
+            )
         elif isinstance(answer, str):
-            found.append(SpokenTurn(answer, float(score), "" if last or not feedback else said))
+            found.append(SpokenTurn(answer, float(score), "" if last or not feedback else critique))
     return tuple(found)

@@ -160,16 +160,16 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         """Every rank reads its part. If one of them cannot, all raise ``ValueError``."""
-        mine = fault(folder / _TAG, self.rank, self.world_size, self._expected())
-        for found in self.gather(mine):
+        own = fault(folder / _TAG, self.rank, self.world_size, self._expected())
+        for found in self.gather(own):
             if found is not None:
                 raise ValueError(found)
         try:
             with self._watch.waiting("the checkpoint to resume from"):
                 path, client = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         except Exception as error:  # DeepSpeed's messages do not name the folder
-            said = " ".join(str(error).split())[:200]
-            raise ValueError(f"{folder / _TAG}: DeepSpeed cannot load it ({type(error).__name__}: {said})") from error
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{folder / _TAG}: DeepSpeed cannot load it ({type(error).__name__}: {reason})") from error
         if path is None:
             raise ValueError(f"{folder / _TAG}: DeepSpeed found no checkpoint there")
         self.updates = int(client["updates"])

@@ -55,7 +55,7 @@ class Ranks:
             try:
                 yield
             except RuntimeError as error:  # the type by which backends report a broken connection
-                said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise LostRank(
-                    f"rank {self.rank} lost another in {what}; missing: {self.watch.missing()} ({said})"
+                    f"rank {self.rank} lost another in {what}; missing: {self.watch.missing()} ({reason})"
                 ) from None

@@ -53,8 +53,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:  # with the options DeepSpeed uses; tensors stay on disk
         value = torch.load(path, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise _Unusable(f"{path}: cannot be read ({type(error).__name__}: {said})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise _Unusable(f"{path}: cannot be read ({type(error).__name__}: {reason})") from None
     if not isinstance(value, Mapping):
         raise _Unusable(f"{path}: expected a dictionary, got {type(value).__name__}")
     return value

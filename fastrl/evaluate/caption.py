@@ -72,5 +72,5 @@ def evaluate_caption(
 
 def _present(record: Record) -> list[str]:
     """Names of the objects in a record's picture: annotated ones and those its references mention."""
-    said = [name for text in record.target.get("references", ()) for name in mentioned_categories(text)]
-    return [*record.target.get("objects", ()), *said]
+    mentioned = [name for text in record.target.get("references", ()) for name in mentioned_categories(text)]
+    return [*record.target.get("objects", ()), *mentioned]

@@ -65,9 +65,9 @@ def _shared(letter: str, types: dict[str, list[bool]]) -> bool:
 
 
 def _yes_metrics(verdicts: Sequence[tuple[bool, bool | None]]) -> dict[str, float]:
-    said = sum(found is True for _, found in verdicts)
+    claimed = sum(found is True for _, found in verdicts)
     true = sum(truth for truth, _ in verdicts)
     hits = sum(truth and found is True for truth, found in verdicts)
-    precision, recall = hits / max(1, said), hits / max(1, true)
-    f1 = 2 * hits / max(1, said + true)
-    return {"precision": precision, "recall": recall, "f1": f1, "yes_rate": said / len(verdicts)}
+    precision, recall = hits / max(1, claimed), hits / max(1, true)
+    f1 = 2 * hits / max(1, claimed + true)
+    return {"precision": precision, "recall": recall, "f1": f1, "yes_rate": claimed / len(verdicts)}

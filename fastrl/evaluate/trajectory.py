@@ -71,11 +71,15 @@ def mot_metrics(found: Sequence[Tracks], truth: Sequence[Tracks], overlap: Seque
         clip = motmetrics.MOTAccumulator()
         distance = torch.where(iou >= FOUND, 1 - iou, torch.nan)
         for t in sorted({t for tracks in (ours, true) for boxes in tracks.boxes for t in boxes}):
-            here = [n for n, boxes in enumerate(true.boxes) if t in boxes]
-            said = [n for n, boxes in enumerate(ours.boxes) if t in boxes]
-            inside = t <= iou.shape[2] and bool(here) and bool(said)
-            costs = distance[said][:, here, t - 1].T.numpy() if inside else torch.zeros(len(here), len(said)).numpy()
-            clip.update(here, said, costs, frameid=t)
+            annotated = [n for n, boxes in enumerate(true.boxes) if t in boxes]
+            predicted = [n for n, boxes in enumerate(ours.boxes) if t in boxes]
+            inside = t <= iou.shape[2] and bool(annotated) and bool(predicted)
+            costs = (
+                distance[predicted][:, annotated, t - 1].T.numpy()
+                if inside
+                else torch.zeros(len(annotated), len(predicted)).numpy()
+            )
+            clip.update(annotated, predicted, costs, frameid=t)
         clips.append(clip)
     names = [str(n) for n in range(len(clips))]
     table = motmetrics.metrics.create().compute_many(

@@ -138,16 +138,16 @@ def _evaluation_section(rows: Sequence[Mapping[str, Any]]) -> str:
         f'<img alt="{html.escape(plain(name, 60))}" src="{_address(chart(name, keys, rows, mark=best))}">'
         for name, keys in measured(rows).items()
     ]
-    said = f"<p>Best after step {best} (dotted line).</p>" if best is not None else ""
-    return f'<h2>Evaluation</h2>{said}<div class="charts">{"".join(charts)}</div>'
+    caption = f"<p>Best after step {best} (dotted line).</p>" if best is not None else ""
+    return f'<h2>Evaluation</h2>{caption}<div class="charts">{"".join(charts)}</div>'
 
 
 def _charts(rows: Sequence[Mapping[str, Any]], note: str) -> Iterable[str]:
     """A figure element for each chart; ``note``: caption of the loss."""
     for name, keys in families(rows).items():
         title = html.escape(plain(name, 200))
-        said = f"<figcaption>{shown(note)}</figcaption>" if note and name == "loss" else ""
-        yield f'<figure><img alt="{title}" src="{_address(chart(name, keys, rows))}">{said}</figure>'
+        caption = f"<figcaption>{shown(note)}</figcaption>" if note and name == "loss" else ""
+        yield f'<figure><img alt="{title}" src="{_address(chart(name, keys, rows))}">{caption}</figure>'
 
 
 def _loss_note(recipe: Path) -> str:

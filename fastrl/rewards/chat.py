@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from fastrl.data.files import write_atomically
 from fastrl.data.pictures import AnyPicture, data_url
-from fastrl.http import Passing, Refused, Stopped, Transport, check_url
+from fastrl.http import Refused, Stopped, TransientError, Transport, check_url
 
 MAX_BYTES = 1 << 20  # of a response that are read
 GIVE_UP = 3  # consecutive requests without an answer, after all retries, from which the server counts as gone
@@ -28,7 +28,7 @@ class ServerGone(RuntimeError):
     """The server refuses requests or does not answer."""
 
 
-class Unusable(Passing):
+class Unusable(TransientError):
     """The server answered, but not with what was asked for."""
 
 
@@ -126,7 +126,7 @@ class ChatServer:
             return Reply(kept)
         try:
             reply = self.transport.retrying(lambda: self._attempt(body, unusable))
-        except Passing as error:
+        except TransientError as error:
             self._count(failed=not isinstance(error, Unusable), problem=str(error))
             return Reply(None, str(error))
         self._count(failed=False)
@@ -174,7 +174,7 @@ def _reply_text(data: bytes) -> str:
     try:
         text = json.loads(data.decode("utf-8"))["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        raise Passing(f"a response that is not a chat completion: {data[:80]!r}") from None
+        raise TransientError(f"a response that is not a chat completion: {data[:80]!r}") from None
     if not isinstance(text, str):
-        raise Passing("a chat completion without text")
+        raise TransientError("a chat completion without text")
     return text

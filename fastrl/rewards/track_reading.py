@@ -81,7 +81,7 @@ def read_tracks(answer: str, record: Record, frame: str | None = None, max_track
     return Tracks(
         [name_key(track.name) for track in parsed],
         [{t: pixels(box) for t, box in track.boxes.items()} for track in parsed],
-        [read_actions(track.said, last) for track in parsed],
+        [read_actions(track.text_after, last) for track in parsed],
     )
 
 
@@ -90,13 +90,13 @@ def true_frames(target: Mapping[str, Any]) -> int:
     return max((int(t) for track in target.get("tracks") or () for t in track["boxes"]), default=0)
 
 
-def read_actions(said: str, last: int) -> dict[int, str]:
+def read_actions(text: str, last: int) -> dict[int, str]:
     """Frame → action of ``It moves left in frames 1-3, then stays in frames 4-6.``, up to frame ``last``.
 
     The first action given for a frame counts.
     """
     result: dict[int, str] = {}
-    for span in parse_actions(said):
+    for span in parse_actions(text):
         for t in range(span.first, min(span.last, last) + 1):
             result.setdefault(t, name_key(span.action))
     return result

@@ -173,11 +173,11 @@ class TrajectoryReward(Reward):
         hits, best = ((each >= self.threshold).double() for each in (ours, ideal))
         coverage = credit(hits, given, best, shown, self.still)
         keys = {action: n for n, action in enumerate(dict.fromkeys(x for t in truth for x in t.actions[0].values()))}
-        said, done = (_action_ids(side, frames, keys) for side in (found, truth))
-        same = (said[:, :, None] == done[:, None, :]).double()
+        claimed, true = (_action_ids(side, frames, keys) for side in (found, truth))
+        same = (claimed[:, :, None] == true[:, None, :]).double()
         # An action only counts for frames in which the answer has a box.
         order = credit(
-            same, given & (said != -1), (done[:, :, None] == done[:, None, :]).double(), done != -1, self.still
+            same, given & (claimed != -1), (true[:, :, None] == true[:, None, :]).double(), true != -1, self.still
         )
         return Credit(iou, coverage, torch.minimum(order, torch.maximum(iou, coverage)))
 

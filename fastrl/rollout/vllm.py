@@ -23,7 +23,7 @@ import torch
 from fastrl.batch import Completion, Prompt
 from fastrl.clock import Clock
 from fastrl.data.pictures import data_url
-from fastrl.http import Late, Passing, Refused, Stopped, Transport, check_url
+from fastrl.http import Refused, ResponseTimeout, Stopped, TransientError, Transport, check_url
 from fastrl.rollout.generator import copy_completion, rows_per_prompt
 from fastrl.rollout.sampler import Sampling
 from fastrl.rollout.vllm_weights import RolloutError, ServerWeights
@@ -76,7 +76,7 @@ class VllmGenerator:
             concurrency=concurrency,
             max_bytes=MAX_BYTES,
             key_env="VLLM_API_KEY",
-            retry_late=False,
+            retry_timeouts=False,
             sleep=sleep,
         )
         self._probed: set[bool] = set()  # kinds of log-probs that the server has been checked to report
@@ -113,11 +113,11 @@ class VllmGenerator:
                 rows = self._ask(asked, sampling, again)
             else:
                 rows = again(lambda: self._attempt(asked, sampling))
-        except Late as error:
+        except ResponseTimeout as error:
             raise RolloutError(
                 f"waited for the vLLM server at {self.url}: {error}. Is it frozen? If not, raise rollout.server_timeout"
             ) from None
-        except Passing as error:
+        except TransientError as error:
             raise RolloutError(
                 f"the vLLM server at {self.url} did not answer, tried {self._transport.times}; last: {error}"
             ) from None
@@ -145,8 +145,8 @@ class VllmGenerator:
         self._sync()
         try:
             return self._ask(asked, sampling, lambda work: work())
-        except Passing:
-            self.weights.doubt()
+        except TransientError:
+            self.weights.mark_stale()
             raise
 
     def _ask(
@@ -241,7 +241,7 @@ class VllmGenerator:
             choices = sorted(reply["choices"], key=lambda choice: choice["index"])
             read, model = reply.get("prompt_token_ids"), reply.get("model")
         except (TypeError, KeyError, AttributeError):
-            raise Passing(f"a response that is not a chat completion: {str(reply)[:80]!r}") from None
+            raise TransientError(f"a response that is not a chat completion: {str(reply)[:80]!r}") from None
         problem = ""
         if model != name:
             problem = f"answered with {model!r}, not with the requested weights, {name!r}"
@@ -261,7 +261,7 @@ class VllmGenerator:
         for choice in choices:
             ids, logps = _tokens(choice)
             if choice.get("finish_reason") == "abort":
-                raise Passing("the server gave up an answer midway")
+                raise TransientError("the server gave up an answer midway")
             ends = [token in policy.eos_token_ids for token in ids]
             problem = ""
             if any(ends[:-1]) or len(ids) > sampling.max_new_tokens:
@@ -320,14 +320,14 @@ class VllmGenerator:
 
 
 def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """Token ids and log-probs of a choice. Raises ``Passing`` if any is missing."""
+    """Token ids and log-probs of a choice. Raises ``TransientError`` if any is missing."""
     try:
         ids = [int(token) for token in choice["token_ids"]]
         logps = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
     except (TypeError, KeyError, ValueError):
         ids, logps = [], []
     if not ids or len(ids) != len(logps):
-        raise Passing(f"an answer without a log-prob for each of its token ids: {str(choice)[:80]!r}")
+        raise TransientError(f"an answer without a log-prob for each of its token ids: {str(choice)[:80]!r}")
     return ids, logps
 
 

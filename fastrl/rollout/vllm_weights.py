@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.data.disk import sizes
-from fastrl.http import Passing, Refused
+from fastrl.http import Refused, TransientError
 
 
 class RolloutError(RuntimeError):
@@ -64,7 +64,7 @@ class ServerWeights:
         """The model name that requests must give."""
         return self.name if self.adapter else self.model
 
-    def doubt(self) -> None:
+    def mark_stale(self) -> None:
         """Note that the server may no longer have the pushed weights: the next :meth:`sync` pushes them again."""
         self._held = None
 
@@ -72,7 +72,7 @@ class ServerWeights:
         """Push the current weights unless the server is known to have them.
 
         Raises:
-            Passing: a transient error; the weights do not count as pushed.
+            TransientError: a transient error; the weights do not count as pushed.
             RolloutError: there is no vLLM server, or it serves several models, or it refuses the weights.
         """
         updates = self._updates()
@@ -85,7 +85,7 @@ class ServerWeights:
         path = self.folder / name
         try:
             self._push(name, path)
-        except Passing as error:
+        except TransientError as error:
             shutil.rmtree(path, ignore_errors=True)
             raise type(error)(f"pushing the weights after {updates} updates: {error}", error.pause) from None
         except Refused as error:
@@ -129,7 +129,7 @@ class ServerWeights:
     def _drop(self, name: str) -> None:
         """Remove weights that are no longer requested; errors are ignored."""
         if self.adapter:
-            with suppress(Passing, Refused):
+            with suppress(TransientError, Refused):
                 self._call("/v1/unload_lora_adapter", {"lora_name": name})
         shutil.rmtree(self.folder / name, ignore_errors=True)
 

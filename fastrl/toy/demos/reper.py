@@ -124,7 +124,7 @@ def measure(policy: Policy, records: Sequence[Record]) -> tuple[list[dict[str, f
     """Caption metrics of each turn of greedy reflection, and each record's answers by turn."""
     found = reflect(policy, RuleCritic(), records, turns=TURNS, max_new_tokens=MAX_NEW_TOKENS, portion=128)
     answers = [[turn.answer for turn in reflection.turns] for reflection in found]
-    return [evaluate_caption(records, [said[turn] for said in answers]) for turn in range(TURNS)], answers
+    return [evaluate_caption(records, [by_turn[turn] for by_turn in answers]) for turn in range(TURNS)], answers
 
 
 def print_table(result: dict[str, Any]) -> None:

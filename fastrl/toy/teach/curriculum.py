@@ -141,8 +141,8 @@ class RowMaker:
         turns: tuple[SpokenTurn, ...] = record.target.get("dialogue") or (SpokenTurn("", 1.0),)
         parts, at = [], 0
         for number in range(len(turns)):
-            said = [_as_parts(message) for message in dialogue_messages(record.messages, turns[:number])]
-            text = self.family.render(self.tokenizer, said, True, self.tokenizer.eos_token)
+            history = [_as_parts(message) for message in dialogue_messages(record.messages, turns[:number])]
+            text = self.family.render(self.tokenizer, history, True, self.tokenizer.eos_token)
             parts.append(text[at:])
             at = len(text) + len(self._turn(turns[number].answer))
         return parts
@@ -158,7 +158,7 @@ class RowMaker:
         answer: list[bool] = []
         starts: list[int] = []
         for number, record in enumerate(records, start=1):
-            (first, *more), told = self._turn_prompts(record), self._turn_answers(replace(record, views=views))
+            (first, *more), answers = self._turn_prompts(record), self._turn_answers(replace(record, views=views))
             cut = first.rindex(_question(record))
             if not ids:
                 laid_out = self.family.lay_out(torch.tensor(self._encode(first[:cut], first=True)), images)
@@ -167,7 +167,7 @@ class RowMaker:
                 branch += [0] * len(ids)
                 answer += [False] * len(ids)
             starts.append(len(ids))
-            for asked, (text, taught) in zip((first[cut:], *more), told, strict=True):
+            for asked, (text, taught) in zip((first[cut:], *more), answers, strict=True):
                 question, reply = self._encode(asked), self._encode(self._turn(text))
                 ids += question + reply
                 answer += [False] * len(question) + [taught] * len(reply)
