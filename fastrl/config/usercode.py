@@ -5,12 +5,19 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+# Frames that say nothing about a user's code, and those that say less than a user's own
+_OURS = ("<", str(Path(__file__).parents[1]), str(Path(importlib.__file__).parent))
+_LIBRARIES = (*_OURS, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 
 
 class UserCodeError(ValueError):
@@ -18,7 +25,10 @@ class UserCodeError(ValueError):
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function (or class) that ``name`` refers to. A file is run only the first time.
+    """The function (or class) that ``name`` refers to. A file is run once, and again if it was changed since.
+
+    A file may import files beside it, and a package is also found in the working folder: that folder is appended to
+    ``sys.path``, so that it hides no installed module.
 
     Raises:
         UserCodeError: the file, module or function does not exist, or running it fails.
@@ -35,16 +45,39 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def where_it_raised(error: BaseException) -> str:
-    """``file:line: in function: `` of the innermost frame of an exception; empty if it has no traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """``file:line: in function: `` of an exception: its innermost frame in a user's file, else in a library; empty if
+    there is none."""
+    if isinstance(error, SyntaxError) and error.filename is not None:  # the frames are those of the importer
+        return f"{error.filename}:{error.lineno}: "
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in every if not frame.filename.startswith(_LIBRARIES)]
+    frames = frames or [frame for frame in every if not frame.filename.startswith(_OURS)]
     return f"{frames[-1].filename}:{frames[-1].lineno}: in {frames[-1].name}: " if frames else ""
+
+
+@contextmanager
+def same_folder() -> Iterator[None]:
+    """Undo a change of the working folder, to which the run's other paths are relative.
+
+    Raises:
+        UserCodeError: it was changed, and nothing else was raised.
+    """
+    before = Path.cwd()
+    try:
+        yield
+        after = Path.cwd()
+    finally:
+        os.chdir(before)
+    if after != before:
+        raise UserCodeError(f"changes the working folder to {after}; the run's paths are relative to {before}")
 
 
 def _file(place: str) -> ModuleType:
     path = Path(place).resolve()
     if not path.is_file():
         raise UserCodeError(f"no such file: {place}")
-    name = f"fastrl_user_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()}"
+    version = hashlib.blake2b(str(path).encode() + b"\0" + path.read_bytes(), digest_size=8).hexdigest()
+    name = f"fastrl_user_{path.stem}_{version}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -52,18 +85,36 @@ def _file(place: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look up the file's classes here
+    _find_in(path.parent)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with same_folder():
+            spec.loader.exec_module(module)
+    except BaseException as error:
         del sys.modules[name]
-        raise UserCodeError(
-            f"{place} cannot be run: {where_it_raised(error)}{type(error).__name__}: {error}"
-        ) from error
+        if not isinstance(error, Exception | SystemExit):
+            raise
+        hint = " (a file stands alone: name it package.module:function)" if "relative import" in str(error) else ""
+        raise UserCodeError(f"{place} cannot be run: {_what(error)}{hint}") from error
     return module
 
 
 def _module(name: str) -> ModuleType:
+    _find_in(Path.cwd())
     try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise UserCodeError(f"module {name} cannot be imported: {type(error).__name__}: {error}") from error
+        with same_folder():
+            return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise UserCodeError(f"module {name} cannot be imported: {_what(error)}") from error
+
+
+def _find_in(folder: Path) -> None:
+    """Let modules be imported from a folder: the installed command does not know the working folder."""
+    importlib.invalidate_caches()
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _what(error: BaseException) -> str:
+    if isinstance(error, UserCodeError):
+        return str(error)
+    return f"{where_it_raised(error)}{type(error).__name__}: {error}"

@@ -2,21 +2,23 @@
 
 It is called as ``rows(path, **query)`` (a registered one as ``load(path, query)``) and yields ``Record`` objects, which
 are checked as those of the adapters are: each is a record, no id comes twice, picture files are there and not too
-large, and the messages have a place for each.
+large, and what ``made`` checks.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastrl.config.usercode import UserCodeError, load_function, where_it_raised
+from fastrl.config.usercode import UserCodeError, load_function, same_folder, where_it_raised
+from fastrl.data.made import problems_of
 from fastrl.data.records import Dataset, Record
 from fastrl.data.rows import READING, Result, collect, reading
-from fastrl.data.validate import ImageFolder, Problem, fail, short
+from fastrl.data.validate import ImageFolder, fail, short
 
 
 def load(name: str, path: str, query: Mapping[str, str]) -> Dataset:
@@ -26,6 +28,12 @@ def load(name: str, path: str, query: Mapping[str, str]) -> Dataset:
     except UserCodeError as error:
         raise fail(name, "bad adapter", str(error)) from None
     own = {key: value for key, value in query.items() if key not in READING}
+    try:
+        inspect.signature(function).bind(path, **own)
+    except TypeError as error:
+        raise fail(name, "bad adapter", f"is called as {name.rpartition(':')[2]}(path, **query): {error}") from None
+    except ValueError:  # of no Python function
+        pass
     return _collected(_called(lambda: function(path, **own), name), name, path, query)
 
 
@@ -51,7 +59,7 @@ def _collected(found: Iterator[Any], name: str, path: str, query: Mapping[str, s
 def _called(call: Callable[[], Any], name: str) -> Iterator[Any]:
     with _located(name):
         found = call()
-        if not isinstance(found, Iterable):
+        if not isinstance(found, Iterable) and not hasattr(found, "__getitem__"):
             raise fail(name, "bad adapter", f"must yield records, gave {short(found)}")
         yield from found
 
@@ -60,8 +68,11 @@ def _called(call: Callable[[], Any], name: str) -> Iterator[Any]:
 def _located(name: str) -> Iterator[None]:
     """Inside: what a user's code raises becomes a ``DataError`` that says where; one of our own stays as it is."""
     try:
-        yield
-    except Exception as error:
+        with same_folder():
+            yield
+    except UserCodeError as error:
+        raise fail(name, "bad adapter", str(error)) from None
+    except (Exception, SystemExit) as error:
         if type(error).__module__.startswith("fastrl."):
             raise
         raise fail(name, "bad adapter", f"{where_it_raised(error)}{type(error).__name__}: {error}") from error
@@ -73,27 +84,9 @@ def _checked(found: Iterator[Any], name: str, images: ImageFolder) -> Iterator[R
         if not isinstance(record, Record):
             raise fail(where, "bad adapter", f"must be a fastrl.data.Record, got {short(record)}")
         record = replace(record, source=record.source or where)
-        problems = list(_problems(record, images))
+        problems = problems_of(record, images)
+        if problems:
+            yield problems
+            continue
         pictures = tuple(images.picture(Path(i)) if isinstance(i, str | Path) else i for i in record.images)
-        yield problems or replace(record, images=pictures)
-
-
-def _problems(record: Record, images: ImageFolder) -> Iterator[Problem]:
-    if not isinstance(record.id, str) or not record.id or not isinstance(record.target, Mapping):
-        yield Problem(record.source, "wrong type", "a record needs an id, a non-empty string, and a target, a mapping")
-        return
-    for image in record.images:
-        path = isinstance(image, str | Path)
-        header = images.header(Path(image)) if path else images.check(image, record.source)
-        if isinstance(header, str):
-            yield Problem(record.source, "missing image" if "not found" in header else "bad image", header)
-    parts = [part for message in record.messages for part in _parts(message)]
-    places = sum(part.get("type") == "image" for part in parts)
-    if places != len(record.images):
-        message = f"{len(record.images)} images, but the messages have {places} image places"
-        yield Problem(record.source, "image places", message)
-
-
-def _parts(message: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    content = message["content"]
-    return () if isinstance(content, str) else content
+        yield replace(record, images=pictures, messages=tuple(record.messages))

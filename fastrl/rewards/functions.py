@@ -12,14 +12,15 @@ import asyncio
 import inspect
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastrl.config.sections import JudgeRecipe, RewardRecipe
-from fastrl.config.usercode import UserCodeError, load_function, where_it_raised
+from fastrl.config.usercode import UserCodeError, load_function, same_folder, where_it_raised
 from fastrl.data.records import Record
 from fastrl.rewards.answer import Answer, answers_to_try
 from fastrl.rewards.base import Reward
@@ -51,14 +52,14 @@ class RewardFunction:
             self._target: Any = found() if isinstance(found, type) else found
         except UserCodeError as error:
             raise ValueError(f"reward.function: {error}") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"{where_it_raised(error)}{type(error).__name__}: {error}"
             raise ValueError(f"reward.function: {name} cannot be created without arguments: {what}") from error
         if not callable(self._target):
             raise ValueError(f"reward.function: objects of {name} cannot be called")
         if self.label in TAKEN:
             raise ValueError(f"reward.function: {name}: reward/{self.label} is already a metric; rename the function")
-        self._parameters = _parameters(self._target)
+        self._named, self._open = _parameters(self._target, name)
 
     def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
         """A reward for each answer, all in one call.
@@ -69,13 +70,14 @@ class RewardFunction:
         if not answers:
             return []
         try:
-            given = self._call(answers)
+            with same_folder():
+                given = self._call(answers)
         except _Hung:
             raise RewardError(
                 f"{self.name}: no answer within {self._timeout:g} s (reward.timeout) for {len(answers)} answers to "
                 f"{_names(answers)}"
             ) from None
-        except RewardError as error:  # of a Reward object, whose message has the record
+        except (RewardError, UserCodeError) as error:  # the former of a Reward object: its message has the record
             raise RewardError(f"{self.name}: {error}") from error
         except Exception as error:
             raise RewardError(f"{self._place(answers)}: raised {_raised(error)}") from error
@@ -97,15 +99,16 @@ class RewardFunction:
         if isinstance(self._target, Reward):
             reward = self._target
             return self._waited(lambda: _scored(reward, answers))
-        columns = self._columns(answers)
-        if self._parameters is not None:
-            absent = {name: [None] * len(answers) for name in self._required()}
-            columns = {name: v for name, v in {**absent, **columns}.items() if name in self._parameters}
+        columns = {**{name: [None] * len(answers) for name in self._required()}, **self._columns(answers)}
+        if not self._open:
+            columns = {name: values for name, values in columns.items() if name in self._named}
         return self._waited(lambda: self._target(**columns))
 
     def _columns(self, answers: Sequence[Answer]) -> dict[str, list[Any]]:
-        """All available keywords, one value per answer; None if a row lacks the column."""
-        records = [answer.record for answer in answers]
+        """All available keywords, one value per answer; None if a row lacks the column. What a function changes in
+        them is not changed in the data."""
+        own = {id(answer.record): _copied_record(answer.record) for answer in answers}
+        records = [own[id(answer.record)] for answer in answers]
         rows = [{"task": r.task, "id": r.id, **r.columns, **r.target} for r in records]
         columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)}
         texts: list[Any] = [answer.text for answer in answers]
@@ -118,7 +121,7 @@ class RewardFunction:
         }
 
     def _required(self) -> list[str]:
-        return [name for name, needed in (self._parameters or {}).items() if needed]
+        return [name for name, needed in self._named.items() if needed]
 
     def _waited(self, call: Callable[[], Any]) -> Any:
         """The result of a call in its own thread; one that hangs cannot be ended, so its thread is abandoned."""
@@ -137,7 +140,7 @@ class RewardFunction:
         except queue.Empty:
             raise _Hung from None
         if error is not None:
-            raise error if isinstance(error, Exception) else RuntimeError(repr(error)) from error
+            raise error if isinstance(error, Exception) else _Left(error) from error
         return given
 
     def _awaited(self, given: Awaitable[Any]) -> Any:
@@ -153,12 +156,13 @@ class RewardFunction:
         return asyncio.run_coroutine_threadsafe(result(), self._loop).result()
 
     def _checked(self, given: Any, answers: Sequence[Answer]) -> list[float | None]:
-        if isinstance(given, torch.Tensor | np.ndarray):
+        if hasattr(given, "tolist"):  # tensors, arrays, columns of a table
             given = given.tolist()
         if not isinstance(given, Sequence) or isinstance(given, str | bytes):
             raise RewardError(f"{self.name}: must give a list of {len(answers)} numbers or None, got {given!r:.80}")
         if len(given) != len(answers):
             raise RewardError(f"{self.name}: {len(given)} values for {len(answers)} answers to {_names(answers)}")
+        given = [v.item() if isinstance(v, torch.Tensor | np.ndarray) and v.ndim == 0 else v for v in given]
         for value, answer in zip(given, answers, strict=True):
             wrong = wrong_value(value)
             if wrong is not None:
@@ -249,6 +253,10 @@ class _Hung(Exception):
     """A call took longer than it may."""
 
 
+class _Left(Exception):
+    """Carries what a call raised that is no ``Exception``, such as ``SystemExit``."""
+
+
 def _scored(reward: Reward, answers: Sequence[Answer]) -> list[float | None]:
     """Weighted sums of a ``Reward``; None for rows of another task than its own."""
     own = [i for i, answer in enumerate(answers) if reward.task in ("", answer.record.task)]
@@ -260,15 +268,34 @@ def _scored(reward: Reward, answers: Sequence[Answer]) -> list[float | None]:
     return result
 
 
-def _parameters(target: Any) -> dict[str, bool] | None:
-    """Name → whether it has to be given; None: whatever there is may be given."""
+def _parameters(target: Any, name: str) -> tuple[dict[str, bool], bool]:
+    """Name → whether it has to be given, and whether all others may be given, too."""
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # of no Python function
-        return None
-    if isinstance(target, Reward) or any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name: p.default is p.empty for p in parameters if p.kind is not p.VAR_POSITIONAL}
+        return {}, True
+    if isinstance(target, Reward):
+        return {}, True
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    if positional:
+        raise ValueError(
+            f"reward.function: {name}: arguments are given as keywords, but {', '.join(positional)} can only be given "
+            "by position (the / in its signature)"
+        )
+    named = {p.name: p.default is p.empty for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _copied_record(record: Record) -> Record:
+    messages = tuple(_copied(list(record.messages)))
+    return replace(record, messages=messages, target=_copied(record.target), columns=_copied(record.columns))
+
+
+def _copied(value: Any) -> Any:
+    """Lists and mappings anew; what is in them (numbers, texts, pictures) as it is."""
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _names(answers: Sequence[Answer]) -> str:
@@ -277,5 +304,6 @@ def _names(answers: Sequence[Answer]) -> str:
     return f"record{'s' if len(found) > 1 else ''} {', '.join(found[:_SHOWN])}{more}"
 
 
-def _raised(error: Exception) -> str:
+def _raised(given: Exception) -> str:
+    error = given.__cause__ if isinstance(given, _Left) and given.__cause__ is not None else given
     return f"{type(error).__name__}: {error} ({where_it_raised(error).removesuffix(': ')})"

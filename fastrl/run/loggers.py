@@ -251,7 +251,7 @@ def _own(name: str) -> Logger:
         made = load_function(name)()
     except UserCodeError as error:
         raise ValueError(f"log.to: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{where_it_raised(error)}{type(error).__name__}: {error}"
         raise ValueError(
             f"log.to: {name} cannot be created without arguments: {what} (code that may fail belongs in open)"

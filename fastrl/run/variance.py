@@ -48,4 +48,5 @@ class EqualRewards:
         steps = done - self._begin
         if not steps or self._all < steps:
             return ""
-        return f"in all {steps} steps, no group had different rewards: the model has learned nothing from them"
+        which = f"all {steps} steps" if steps > 1 else "its only step"
+        return f"in {which}, no group had different rewards: the model has learned nothing from them"

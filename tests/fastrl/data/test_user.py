@@ -38,6 +38,24 @@ def other(path):
 def nothing(path):
     return None
 
+def no_argument():
+    return []
+
+def leaves(path):
+    raise SystemExit(3)
+
+def moves(path):
+    import os
+    found = list(rows(path))
+    os.chdir("..")
+    return found
+
+class Lazily:
+    def __init__(self, path):
+        self.made = list(rows(path))
+    def __getitem__(self, i):
+        return self.made[i]
+
 def one_id(path, images=""):
     for record in rows(path, images):
         yield Record("same", record.task, record.images, record.messages, record.target)
@@ -58,6 +76,7 @@ def test_a_function_of_ones_own_is_an_adapter(folder: Path) -> None:
     assert [record.target["text"] for record in data] == ["ONE", "TWO"]
     assert load_data(f"{folder / 'my_data.py'}:rows:{folder / 'things.csv'}?images={folder}")[0].target["text"] == "one"
     assert data[0].source == "my_data.py:rows:record 0"
+    assert [record.id for record in load_data("my_data.py:Lazily:things.csv")] == ["0", "1"]
 
 
 def test_its_pictures_are_checked_like_any_others(folder: Path) -> None:
@@ -74,9 +93,15 @@ def test_its_pictures_are_checked_like_any_others(folder: Path) -> None:
     [
         ("gone.py:rows:x", "no such file: gone.py"),
         ("my_data.py:rowz:x", "has no function 'rowz'; it has .*rows"),
-        ("my_data.py:rows:things.csv?uper=yes", "unexpected keyword argument 'uper'"),
+        (
+            "my_data.py:rows:things.csv?uper=yes",
+            r"is called as rows\(path, \*\*query\): .* argument 'uper'",
+        ),
         ("my_data.py:rows:gone.csv", r"FileNotFoundError"),
         ("my_data.py:broken:things.csv", r"my_data\.py:\d+: in broken: KeyError: 'lost'"),
+        ("my_data.py:no_argument:things.csv", r"is called as no_argument\(path, \*\*query\): too many positional"),
+        ("my_data.py:leaves:things.csv", r"my_data\.py:\d+: in leaves: SystemExit: 3"),
+        ("my_data.py:moves:things.csv", "changes the working folder to"),
         ("my_data.py:other:things.csv", "must be a fastrl.data.Record, got 1"),
         ("my_data.py:nothing:things.csv", "must yield records, gave None"),
         ("no_such_package.mod:rows:x", "cannot be imported: ModuleNotFoundError"),

@@ -88,6 +88,36 @@ def text(completions, **kwargs):
 def mean(completions, **kwargs):
     return [1.0] * len(completions)
 
+def leaves(completions, **kwargs):
+    raise SystemExit(3)
+
+def by_place(prompts, completions, /, **kwargs):
+    return [1.0] * len(completions)
+
+def misspelt(completion, **kwargs):
+    return [1.0] * len(completion)
+
+def moves(completions, **kwargs):
+    import os
+    os.chdir("..")
+    return [1.0] * len(completions)
+
+def scalars(completions, **kwargs):
+    import torch
+    return [torch.tensor(1.0), np.float32(2), True][:len(completions)]
+
+class Table:
+    def __call__(self, completions, **kwargs):
+        return self
+    def tolist(self):
+        return [1, None, 2]
+
+def keeps_nothing(prompts, completions, completion_ids, records, box, note, **kwargs):
+    for value in (*prompts, *completions, *completion_ids, *box, note[0], records[0].target, records[0].columns):
+        value.clear()
+    records[0].messages[0]["content"].clear()
+    return [1.0] * len(prompts)
+
 def breaks_later(completions, **kwargs):
     CALLS.append(len(completions))
     if len(CALLS) == 5:
@@ -134,9 +164,31 @@ def test_kinds_of_functions(folder: Path) -> None:
     assert made("Mine")([rows[0], other, rows[2]]) == [1.0, None, 3.0]
 
 
+def test_values_of_other_types(folder: Path) -> None:
+    assert made("scalars")(answers()) == [1.0, 2.0, 1.0]
+    assert made("Table")(answers()) == [1.0, None, 2.0]
+
+
+def test_what_a_function_changes_stays_as_it_was_in_the_data(folder: Path) -> None:
+    def record() -> Record:
+        message = {"role": "user", "content": [{"type": "text", "text": "read"}]}
+        return Record("r", "ocr", (), (message,), {"text": "x", "box": [1, 2]}, columns={"note": {"a": [1]}})
+
+    given = record()
+    made("keeps_nothing")([Answer("a", [1], given), Answer("b", [1], given)])
+    assert (given, given.columns) == (record(), record().columns)
+
+
+def test_arguments_by_position_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"by_place: .* prompts, completions can only be given by position"):
+        made("by_place")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("leaves", r"leaves: record 'r0' .*raised SystemExit: 3 \(.*my_rewards.py:\d+: in leaves\)"),
+        ("moves", "my_rewards.py:moves: changes the working folder to .*; the run's paths are relative to "),
         ("nan", r"my_rewards.py:nan: record 'r0' \(d.jsonl:0\), answer 'answer 0': the value is nan"),
         ("short", "my_rewards.py:short: 1 values for 3 answers to records 'r0', 'r1', 'r2'"),
         ("none", "my_rewards.py:none: must give a list of 3 numbers or None, got None"),
@@ -197,12 +249,13 @@ def test_names_are_known_and_weigh(folder: Path, tiny_folder: Folder) -> None:
     assert "reward/text" not in row
 
 
-@pytest.mark.parametrize("name", ["asks", "raises", "nothing"])
+@pytest.mark.parametrize("name", ["asks", "misspelt", "raises", "nothing"])
 def test_it_is_tried_before_anything_is_sampled(folder: Path, tiny_folder: Folder, name: str) -> None:
     section = {"function": f"my_rewards.py:{name}", "builtin": False}
     recipe = make_recipe(tiny_folder("qwen2_5"), folder / "run", reward=section)
     said = {
         "asks": "needs solutions, which record 'r1' does not have; it has task, id, text",
+        "misspelt": "needs completion, which record 'r1' does not have; it has task, id, text, .*completions",
         "raises": "record 'r1'",
         "nothing": "nothing scores record 'r1' of task ocr: all give None",
     }

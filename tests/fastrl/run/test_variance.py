@@ -29,7 +29,7 @@ def test_what_has_rewards_that_differ_or_none_is_not_said() -> None:
 
 
 def test_a_run_too_short_for_that_is_said_at_its_last_step() -> None:
-    assert told([0.0], last=1) == ([1], "in all 1 steps, no group had different rewards: " + TAUGHT)
+    assert told([0.0], last=1) == ([1], "in its only step, no group had different rewards: " + TAUGHT)
     assert told([0.1, 0.0], last=2) == ([2], "")
     assert told([]) == ([], "")
 
