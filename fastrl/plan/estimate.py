@@ -30,6 +30,7 @@ from fastrl.recipe import Recipe
 from fastrl.rollout.decode import decode_mode, own_keys
 
 EFFICIENCY = 0.4
+PHASES: tuple[str, ...] = ("vision", "prefill", "decode", "reference", "forward", "backward")  # those with FLOPs
 CUDA = torch.device("cuda")
 
 
@@ -77,14 +78,28 @@ class Memory:
 
 @dataclass(frozen=True)
 class Work:
-    """Work of one step on one GPU: FLOPs and seconds by phase, bytes read by decoding and moved by the optimizer."""
+    """Work of one step on one GPU: FLOPs, bytes and seconds by phase.
+
+    ``traffic`` holds the bytes moved by operators without FLOPs (norms, activations, copies, sampling), those of
+    weights and keys that decoding reads, and the optimizer's. ``arithmetic`` and ``movement`` are the seconds of each
+    kind, which add up to ``seconds``; decoding waits for the longer of its products and the bytes they read.
+    """
 
     flops: dict[str, float]
-    decode_bytes: float
-    optimizer_bytes: float
-    seconds: dict[str, float]
+    traffic: dict[str, float]
+    arithmetic: dict[str, float]
+    movement: dict[str, float]
     answer_tokens_per_s: float
     tokens_per_s: float
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: self.arithmetic.get(name, 0.0) + self.movement.get(name, 0.0) for name in self.traffic}
+
+    @property
+    def dominant(self) -> str:
+        """What most of the step waits for: ``arithmetic`` or ``movement``."""
+        return "arithmetic" if sum(self.arithmetic.values()) >= sum(self.movement.values()) else "movement"
 
 
 @dataclass(frozen=True)
@@ -277,39 +292,54 @@ def work_of(
 ) -> Work:
     """FLOPs, bytes and seconds of one step (see :class:`Work`). ``traced``: a micro-batch of full groups."""
     batches = work.prompts / work.groups_per_batch
-    flops = {"vision": 0.0, "prefill": 0.0, "decode": 0.0, "reference": 0.0}
-    decode_bytes = 0.0
+    flops = dict.fromkeys(PHASES, 0.0)
+    traffic = dict.fromkeys((*PHASES, "optimizer"), 0.0)
+    read = 0.0
     if work.samples:
         prompt, answer, rows = work.prompt_tokens, work.answer_tokens, work.rows
         layers, head, pair = rollout.token_flops, rollout.head_flops, rollout.pair_flops
         flops["prefill"] = work.prompts * (prompt * (layers + prompt * pair) + head)
         flops["decode"] = rows * answer * (layers + head + (prompt + answer // 2) * pair)
-        read = work.prompts * prompt + rows * answer / 2
-        # A product reads packed numbers, writes the unpacked weight and reads it
-        weights = (model.language + model.quantized) * model.itemsize + PACKED * model.quantized
-        decode_bytes = answer * (weights + read * rollout.token)
+        traffic["prefill"] = work.prompts * prompt * rollout.token_traffic
+        traffic["decode"] = rows * answer * (rollout.token_traffic + rollout.draw_traffic)
+        read = decode_bytes(model, work, rollout)
     if work.samples or not model.trains_vision:
-        flops["vision"] = batches * traced.vision_flops
+        flops["vision"], traffic["vision"] = batches * traced.vision_flops, batches * traced.vision_traffic
     # a frozen tower runs once for all passes
-    forward = traced.forward_flops + (traced.vision_flops if model.trains_vision else 0)
+    forward, moves = traced.forward_flops, traced.forward_traffic
+    if model.trains_vision:
+        forward, moves = forward + traced.vision_flops, moves + traced.vision_traffic
     if reads_reference(recipe):
-        flops["reference"] = batches * forward
-    passes = recipe.optim.updates_per_batch
-    flops["forward"] = passes * batches * forward
-    flops["backward"] = passes * batches * traced.backward_flops
+        flops["reference"], traffic["reference"] = batches * forward, batches * moves
+    passes = recipe.optim.updates_per_batch * batches
+    flops["forward"], traffic["forward"] = passes * forward, passes * moves
+    flops["backward"], traffic["backward"] = passes * traced.backward_flops, passes * traced.backward_traffic
     update = moved(recipe.optim, recipe.engine, itemsize=model.itemsize, micro_batches=work.micro_batches)
-    numbers = passes * model.trainable
-    seconds = {name: value / (gpu.flops * efficiency) for name, value in flops.items()}
-    seconds["decode"] = max(seconds["decode"], decode_bytes / (gpu.bandwidth * efficiency))
+    numbers = recipe.optim.updates_per_batch * model.trainable
+    arithmetic = {name: value / (gpu.flops * efficiency) for name, value in flops.items()}
+    movement = {name: value / (gpu.bandwidth * efficiency) for name, value in traffic.items()}
+    reading = read / (gpu.bandwidth * efficiency)
+    if reading > arithmetic["decode"]:  # its products wait for what they read
+        arithmetic["decode"], movement["decode"] = 0.0, movement["decode"] + reading
     rates = update.device / gpu.bandwidth + update.link / gpu.link + update.host / HOST_BANDWIDTH
-    seconds["optimizer"] = numbers * rates / efficiency
-    total = sum(seconds.values())
+    movement["optimizer"] = numbers * rates / efficiency
+    traffic["decode"] += read
+    traffic["optimizer"] = numbers * (update.device + update.link)
+    total = sum(arithmetic.values()) + sum(movement.values())
     answers = work.prompts * work.group * work.answer_tokens
     return Work(
         flops=flops,
-        decode_bytes=decode_bytes,
-        optimizer_bytes=numbers * (update.device + update.link),
-        seconds=seconds,
+        traffic=traffic,
+        arithmetic=arithmetic,
+        movement=movement,
         answer_tokens_per_s=answers / total,
         tokens_per_s=(answers + work.prompts * work.prompt_tokens) / total,
     )
+
+
+def decode_bytes(model: Model, work: Workload, rollout: RolloutTrace) -> float:
+    """Bytes of weights, keys and values that a step's decoding reads."""
+    keys = work.prompts * work.prompt_tokens + work.rows * work.answer_tokens / 2
+    # A product reads packed numbers, writes the unpacked weight and reads it
+    weights = (model.language + model.quantized) * model.itemsize + PACKED * model.quantized
+    return work.answer_tokens * (weights + keys * rollout.token)

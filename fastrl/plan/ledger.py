@@ -24,6 +24,7 @@ from fastrl.models.attention import prefix as prefix_attention
 from fastrl.models.attention.switch import attention, register
 from fastrl.models.families import family_of
 from fastrl.models.flops import flop_counter, segment_attention_flops
+from fastrl.plan.traffic import traffic
 from fastrl_kernels._counting import Scratch, flops_of, named_arguments, scratch, scratch_of
 
 GROUPED = getattr(torch.ops.aten._grouped_mm, "default", None) if hasattr(torch.ops.aten, "_grouped_mm") else None
@@ -40,7 +41,8 @@ class Ledger(TorchDispatchMode):
         gpu: count as on a GPU (variable-length attention, the operators' Triton path), otherwise as on a CPU.
 
     ``head_scratch`` is the largest allocation of an operator with its own memory budget, ``attention_flops`` the part
-    of ``flops`` that is proportional to queries times keys.
+    of ``flops`` that is proportional to queries times keys. ``traffic`` is the bytes read and written by operators
+    without FLOPs: those of products are hidden behind their arithmetic.
     """
 
     def __init__(self, known: Iterable[Tensor], *, gpu: bool) -> None:
@@ -49,7 +51,7 @@ class Ledger(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.head_scratch = 0
-        self.flops = self.attention_flops = 0
+        self.flops = self.attention_flops = self.traffic = 0
         self._formulas = flop_counter().flop_registry  # the counter itself would keep tensors alive
         self._storages: dict[int, Any] = {}
         self._known = {id_of(t): t.untyped_storage() for t in known}
@@ -58,7 +60,9 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         out = _grouped_mm(**named_arguments(func, args, kwargs)) if func is GROUPED else func(*args, **kwargs)
         formula = self._formulas.get(func._overloadpacket)
-        if formula is not None:
+        if formula is None:
+            self.traffic += traffic(func, args, kwargs, out)
+        else:
             done = formula(*args, **kwargs, out_val=out)
             self.flops += done
             self.attention_flops += done if func._overloadpacket in ATTENTION else 0

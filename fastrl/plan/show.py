@@ -7,7 +7,7 @@ from typing import Any
 
 from fastrl.plan.advice import Change
 from fastrl.plan.configs import is_published
-from fastrl.plan.estimate import Plan
+from fastrl.plan.estimate import Plan, Work
 from fastrl.plan.hardware import GIB
 
 KINDS = {
@@ -21,6 +21,10 @@ KINDS = {
     "kv_cache": "keys and values of the rollout",
     "features": "shared vision features",
     "pool": "reserved for decode graphs",
+}
+DOMINANT = {
+    "arithmetic": "arithmetic: fewer FLOPs or a faster chip make it shorter",
+    "movement": "movement of bytes: fewer or fused element-wise operators, or more bandwidth, make it shorter",
 }
 PHASES = {"rollout": "rollout", "update": "forward and backward", "optimizer": "optimizer step"}
 
@@ -58,9 +62,12 @@ def plan_values(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
             for change in changes
         ],
         "flops": dict(plan.work.flops),
-        "bytes": {"decode": plan.work.decode_bytes, "optimizer": plan.work.optimizer_bytes},
+        "bytes": dict(plan.work.traffic),
         "efficiency": plan.efficiency,
-        "seconds": dict(plan.work.seconds),
+        "seconds": plan.work.seconds,
+        "arithmetic_seconds": dict(plan.work.arithmetic),
+        "movement_seconds": dict(plan.work.movement),
+        "dominant": plan.work.dominant,
         "tokens_per_s": plan.work.tokens_per_s,
         "answer_tokens_per_s": plan.work.answer_tokens_per_s,
     }
@@ -102,17 +109,27 @@ def _memory(plan: Plan) -> list[str]:
 def _work(plan: Plan) -> list[str]:
     work = plan.work
     lines = [f"one step, estimated at {plan.efficiency:.0%} of the data sheet's rates (--efficiency)"]
-    lines.append(f"  {'phase':<12}{'TFLOP':>12}{'seconds':>10}")
+    columns = f"  {'phase':<12}{'TFLOP':>10}{'GB moved':>12}{'arithmetic':>12}{'movement':>10}{'seconds':>9}"
+    lines.append(columns)
     for name, seconds in work.seconds.items():
         if seconds:
-            flops = f"{work.flops[name] / 1e12:,.1f}" if name in work.flops else f"{work.optimizer_bytes / 1e9:,.0f} GB"
-            lines.append(f"  {name:<12}{flops:>12}{seconds:>10.2f}")
+            lines.append(_phase(name, work.flops.get(name, 0), work.traffic[name], *_terms(work, name), seconds))
     if plan.recipe.rollout.backend == "vllm":
         lines.append("  rollout: on the vLLM server, not counted")
-    total = sum(work.seconds.values())
-    lines.append(f"  {'all':<12}{sum(work.flops.values()) / 1e12:>12,.1f}{total:>10.2f}")
+    sums = (sum(each.values()) for each in (work.flops, work.traffic, work.arithmetic, work.movement, work.seconds))
+    lines.append(_phase("all", *sums))
+    lines.append(f"  most of it is {DOMINANT[work.dominant]}")
     lines.append(f"  about {work.tokens_per_s:,.0f} tokens/s, {work.answer_tokens_per_s:,.0f} of them of answers")
     return lines
+
+
+def _terms(work: Work, name: str) -> tuple[float, float]:
+    return work.arithmetic.get(name, 0.0), work.movement.get(name, 0.0)
+
+
+def _phase(name: str, flops: float, traffic: float, arithmetic: float, movement: float, seconds: float) -> str:
+    counted = f"{flops / 1e12:>10,.1f}{traffic / 1e9:>12,.0f}"
+    return f"  {name:<12}{counted}{arithmetic:>12.2f}{movement:>10.2f}{seconds:>9.2f}"
 
 
 def _verdict(plan: Plan, changes: Sequence[Change]) -> list[str]:

@@ -42,6 +42,9 @@ class Trace:
     forward_flops: int  # language model and head
     backward_flops: int  # including recomputation by checkpointing
     features: int = 0  # bytes of the features of a prompt's images
+    vision_traffic: int = 0  # bytes moved by operators without FLOPs, of the same parts
+    forward_traffic: int = 0
+    backward_traffic: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class RolloutTrace:
     token_flops: float = 0.0
     pair_flops: float = 0.0
     head_flops: float = 0.0  # logits of one row
+    token_traffic: float = 0.0  # bytes moved for one token by layers' operators without FLOPs
+    draw_traffic: float = 0.0  # and by sampling from the logits of one row
 
 
 def meta_model(config: dict[str, Any], recipe: ModelRecipe, dtype: torch.dtype) -> Any:
@@ -106,12 +111,12 @@ def trace_batch(
     ledger = Ledger(_known(core, batch), gpu=gpu)
     gradients: dict[nn.Parameter, Tensor] = {}
     hooks = [_collect(p, gradients, ledger, release) for p in core.parameters() if p.requires_grad]
-    passed, before = _Pass(0, 0, 0, 0), 0
+    passed, before = _Pass(0, 0, 0, 0, 0, 0), 0
     try:
         with planned_attention(core, gpu=gpu):
             for _ in range(1 + accumulates):
                 ledger.peak, before = ledger.live, ledger.live
-                ledger.flops = 0
+                ledger.flops = ledger.traffic = 0
                 with ledger:
                     into = _head_gradient(core, gradients) if row_local and release is None else None
                     head = _RowLocal(into) if row_local else _LogProb(entropy)
@@ -129,6 +134,9 @@ def trace_batch(
         forward_flops=passed.forward - passed.vision,
         backward_flops=ledger.flops - passed.forward,
         features=passed.features // batch.n_groups,
+        vision_traffic=passed.vision_traffic,
+        forward_traffic=passed.forward_traffic - passed.vision_traffic,
+        backward_traffic=ledger.traffic - passed.forward_traffic,
     )
 
 
@@ -158,15 +166,15 @@ def trace_rollout(
             features |= keyed_features(core, [images[i] for i in call])
         kept = ledger.live
         vision, ledger.peak = ledger.peak - kept, kept
-        ledger.flops = ledger.attention_flops = 0
+        ledger.flops = ledger.attention_flops = ledger.traffic = 0
         cache = PromptCache(len(first))
         ends = prefill(core, cache, list(range(len(first))), first, features, META)
         tokens = len(first) * cache.capacity
         linear, attended = ledger.flops - ledger.attention_flops, ledger.attention_flops
-        language = ledger.peak - kept - cache.bytes
+        language, moved = ledger.peak - kept - cache.bytes, ledger.traffic
         states = ends.new_empty(rows, ends.shape[1])
         before = ledger.peak = ledger.live
-        ledger.flops = 0
+        ledger.flops = ledger.traffic = 0
         logits = family.parts(core).head(states)
         uniform = torch.empty(rows, dtype=torch.float64, device=META)
         sample(logits, sampling, uniform, torch.empty(0, dtype=torch.int64, device=META))
@@ -180,6 +188,8 @@ def trace_rollout(
         token_flops=linear / tokens,
         pair_flops=attended / (tokens * cache.capacity),
         head_flops=ledger.flops / rows,
+        token_traffic=moved / tokens,
+        draw_traffic=ledger.traffic / rows,
     )
 
 
@@ -193,26 +203,29 @@ def _known(core: Any, batch: PackedBatch) -> list[Tensor]:
 
 
 class _Pass(NamedTuple):
-    """FLOPs up to the end of the vision tower and of the head; bytes alive after the forward, and of features."""
+    """FLOPs up to the end of the vision tower and of the head, bytes alive after the forward and of features, and
+    bytes moved up to the same ends."""
 
     vision: int
     forward: int
     kept: int
     features: int
+    vision_traffic: int
+    forward_traffic: int
 
 
 def _pass(core: Any, batch: PackedBatch, head: _LogProb | _RowLocal, ledger: Ledger) -> _Pass:
     core.train()
     features = keyed_features(core, batch.images)
-    vision = ledger.flops
+    vision, vision_traffic = ledger.flops, ledger.traffic
     size = _bytes(features)
     hidden = predicted_states(core, batch, features)
     del features
     result = head(hidden, core.get_output_embeddings().weight, batch)
     del hidden
-    forward, kept = ledger.flops, ledger.live
+    forward, kept, moved = ledger.flops, ledger.live, ledger.traffic
     result.backward(torch.ones_like(result))
-    return _Pass(vision, forward, kept, size)
+    return _Pass(vision, forward, kept, size, vision_traffic, moved)
 
 
 @dataclass(frozen=True)

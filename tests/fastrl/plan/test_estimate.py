@@ -282,4 +282,24 @@ def test_4bit_weights_take_a_quarter_and_are_read_unpacked() -> None:
     saved = plain.model.weight_bytes - packed.model.weight_bytes
     assert saved == pytest.approx(numbers * (2 - 0.5 - 1 / 64), rel=1e-3)
     assert plain.memory.peak - packed.memory.peak > 0.9 * saved  # a layer's weight is unpacked for a moment
-    assert packed.work.decode_bytes > plain.work.decode_bytes
+    assert packed.work.traffic["decode"] > plain.work.traffic["decode"]
+
+
+def test_time_adds_bytes_to_flops_and_says_which_dominates() -> None:
+    """Twice the arithmetic rate halves one term, twice the bandwidth the other, and every phase is their sum."""
+    gpu = gpu_named("h200")
+    base = make_plan(small(), gpu)
+    faster = make_plan(small(), replace(gpu, flops=2 * gpu.flops))
+    wider = make_plan(small(), replace(gpu, bandwidth=2 * gpu.bandwidth))
+    for name in ("vision", "prefill", "forward", "backward"):
+        arithmetic, movement = base.work.arithmetic[name], base.work.movement[name]
+        assert base.work.seconds[name] == arithmetic + movement
+        assert min(arithmetic, movement) > 0
+        assert faster.work.seconds[name] == pytest.approx(arithmetic / 2 + movement)
+        assert wider.work.seconds[name] == pytest.approx(arithmetic + movement / 2)
+    assert base.work.dominant == "movement"  # a model of 3 M parameters has little arithmetic
+    slow = make_plan(small(), replace(gpu, flops=gpu.flops / 1e4))
+    assert slow.work.dominant == "arithmetic"
+    for plan, said in ((base, "movement of bytes"), (slow, "arithmetic")):
+        assert f"most of it is {said}" in plan_text(plan, [])
+        assert plan_values(plan, [])["dominant"] == plan.work.dominant
