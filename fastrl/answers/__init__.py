@@ -9,7 +9,8 @@ from fastrl.answers.frames import (
     resolve_frame,
     to_original,
 )
-from fastrl.answers.parse import MAX_ITEMS, Item, Parsed, parse_boxes, parse_points
+from fastrl.answers.items import MAX_ITEMS, Item, Parsed
+from fastrl.answers.parse import parse_boxes, parse_points
 from fastrl.answers.styles import (
     FAMILIES,
     STYLE_FRAME,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from fastrl.answers.parse import Parsed
+    from fastrl.answers.items import Parsed
     from fastrl.answers.tracks import ParsedTracks
 
 Frame = Literal["auto", "resized", "thousand", "original", "unit", "padded_unit"]

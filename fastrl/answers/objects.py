@@ -22,7 +22,11 @@ from fastrl.answers.scan import MAX_LABEL, NUMBER, Scanner, clean_label, numbers
 MAX_DEPTH = 32
 _KEYS_PER_OBJECT = 32  # keys read per requested object (plus 1000 in total, for objects without coordinates)
 
-_QUOTED = r"\\?+[\"'“‘](?P<key>[^\"'“”‘’\\\n{}\[\]():,]{1,60}+)\\?+[\"'”’]"
+_OPENING, _CLOSING = "\"'`“‘„‚«‹＂＇", "\"'`”’“‘»›＂＇"
+_QUOTED = (  # a quote too many, or a backslash before it, changes nothing
+    rf"(?:\\?+[{_OPENING}]){{1,2}}+(?P<key>[^{_OPENING}{_CLOSING}\\\n{{}}\[\]():,]{{1,60}}+)"
+    rf"(?:\\?+[{_CLOSING}]){{1,2}}+"
+)
 _BARE = r"(?P<bare>[A-Za-z_][A-Za-z0-9_]{0,60}+)"
 _COLON = r"\s*+[:=]"
 _FORGOTTEN = r"\s*+(?=\[)"  # a list at once: the colon is missing
@@ -37,44 +41,60 @@ def _again(pattern: str) -> str:
 _ALONE = _QUOTED.replace("<key>", "<alone>")
 _HALF = r"(?<![A-Za-z0-9_<|/])(?P<half>[A-Za-z][A-Za-z0-9_]{0,60}+)"  # a quote is missing or something else is there
 _DASH = r"(?:(?<=\s)(?P<dash>-)[ \t]++)?+"  # YAML's, before an item of a list
+_LINE = r"(?<![^\n])[ \t]{0,40}+(?P<item>-)[ \t]++(?P<line>[A-Za-z_][A-Za-z0-9_ -]{0,60}+):(?=\s)"  # YAML's
 _START = re.compile(
-    rf"(?P<brace>\{{)\s*+{_KEY}|{_DASH}(?:{_ALONE}(?:{_COLON}|{_FORGOTTEN})"
-    rf"|{_HALF}(?:(?<=2d)[^\w\[\]]{{0,8}}+|\\?+[\"'“”‘’](?:{_COLON})?+\s*+)(?=\[))",
+    rf"(?P<brace>\{{)\s*+{_KEY}|{_LINE}|{_DASH}(?:{_ALONE}(?:{_COLON}|{_FORGOTTEN})"
+    rf"|{_HALF}(?:(?<=2d)[^\w\[\]]{{0,8}}+|\\?+[{_OPENING}{_CLOSING}](?:{_COLON})?+\s*+)(?=\[))",
     re.IGNORECASE,
 )
 _NEXT = re.compile(rf"[\s,;\]]*+(?:(?P<close>\}})|(?P<open>\{{)|{_KEY}|)")
-_RUN = re.compile(rf"(?:{NUMBER}|[\[\](),\s])*+")
+_RUN = re.compile(rf"(?:{NUMBER}|[\[\](),;\s])*+")
 _QUOTED_RUN = re.compile(rf"(?:.(?P<run>\s*+[\[(]{_RUN.pattern}))?+")
-_CLOSING = "\"'”’"
-_WORD = re.compile(r"[^,;\[\]{}\"'“‘:\n]{0,200}+")
+_WORD = re.compile(rf"[^,;\[\]{{}}{_OPENING}:\n]{{0,200}}+")
 _NO_TEXT = ("", "null", "none", "true", "false")
 _LIST = re.compile(r"[^\[\]()]+")
-_CLOSED = r"(?P<closed>\s*+(?=[,;\]}]|\Z))?+"
+_CLOSED = r"(?P<closed>[ \t]*+(?=\n)|\s*+(?=[,;\]}]|\Z))?+"
 _STRINGS = {  # by the opening quote: a whole string, and where a damaged one ends
     opening: (
         re.compile(rf"{opening}(?P<body>{body})(?:(?P<end>{closing}){_CLOSED}|)", re.DOTALL),
         re.compile(
-            rf"(?P<end>{closing})\s*+(?=[\]}}]|\Z|[,;]?+\s*+(?:{_again(_KEY)})|[,;]\s*+[\[{{])"
+            rf"(?P<end>[{_CLOSING}])(?:[ \t]*+(?=\n)|\s*+)(?=\n|[\]}}]|\Z|[,;]?+\s*+(?:{_again(_KEY)})|[,;]\s*+[\[{{])"
             rf"|\{{\s*+(?:{_again(_KEY)})|(?:[,;]|\n(?:[ \t]*+-)?+)\s*+(?:{_again(_KEY)})"
         ),
     )
     for opening, closing, body in (
         ('"', '"', r'(?:[^"\\]++|\\.)*+'),
         ("'", "'", r"(?:[^'\\]++|\\.)*+"),
+        ("`", "`", "[^`]*+"),
+        ("＂", "＂", "[^＂]*+"),
+        ("＇", "＇", "[^＇]*+"),
         ("“", "”", "[^“”]*+"),
         ("‘", "’", "[^‘’]*+"),
+        ("„", "[“”]", "[^„“”]*+"),
+        ("‚", "[‘’]", "[^‚‘’]*+"),
+        ("«", "»", "[^«»]*+"),
+        ("‹", "›", "[^‹›]*+"),
     )
 }
+_AROUND = "\\ \t\r\n,;[]{}" + _OPENING + _CLOSING  # no part of a damaged label
+_AND = re.compile(r"(?:\s*+,\s*+(?=[" + _OPENING + r"]))?+")
+_ESCAPE = re.compile(r"\\?+")
 
 
 @dataclass(slots=True)
 class Value:
-    """One value: a text, or lists of numbers (a malformed list is None), or neither."""
+    """One value: texts, or lists of numbers (a malformed list is None), or neither."""
 
-    text: str | None = None
+    texts: tuple[str | None, ...] = ()
     lists: tuple[tuple[float, ...] | None, ...] = ()
     scalar: float | None = None
     decimal: bool = False  # a number is written with a decimal point
+    holds: bool = False  # a list of objects
+
+    @property
+    def text(self) -> str | None:
+        """The text, or the first of several."""
+        return self.texts[0] if self.texts else None
 
 
 _NOTHING = Value()
@@ -86,6 +106,8 @@ class Found:
 
     values: dict[str, Value] = field(default_factory=dict)
     wanted: bool = False
+    around: Found | None = None  # the object whose wanted entry is a list of such as this one
+    holds: bool = False  # is one around a wanted object
 
 
 def key_name(key: str) -> str:
@@ -103,9 +125,9 @@ def read_objects(scan: Scanner, wanted: Set[str], limit: int) -> tuple[list[Foun
     while (start := scan.seek(_START)) is not None:
         if start["brace"] is not None or not stack:
             _push(stack, Found())
-        elif start["dash"] is not None:
+        elif start["dash"] is not None or start["item"] is not None:
             stack[-1] = Found()
-        key = start["key"] or start["bare"] or start["alone"] or start["half"]
+        key = start["key"] or start["bare"] or start["alone"] or start["half"] or start["line"]
         while key is not None:
             budget -= 1
             if len(found) > limit or budget < 0:
@@ -122,15 +144,18 @@ def _entry(scan: Scanner, stack: list[Found], found: list[Found], name: str, wan
     if name in wanted and not top.wanted:
         top.wanted = True
         found.append(top)
+        if top.around is not None:
+            top.around.holds = True
     value = _value(scan)
     top.values[name] = value
-    inside = value == Value() and name in wanted  # {"bbox": {"x1": …}}: entries of the object itself
+    inside = value == _NOTHING and name in wanted  # {"bbox": {"x1": …}}: entries of the object itself
+    around = top if value.holds and name in wanted else None  # {"boxes": [{"x1": …}, …]}: objects of its own
     while True:
         step = scan.at(_NEXT)
         if step["open"] is not None:
-            _push(stack, top if inside else Found())
+            _push(stack, top if inside else Found(around=around))
         elif step["close"] is not None:
-            stack.pop()
+            around = stack.pop().around
             if not stack:
                 return None
         else:
@@ -146,16 +171,27 @@ def _push(stack: list[Found], item: Found) -> None:
 
 def _value(scan: Scanner) -> Value:
     run = scan.at(_RUN).group()
-    digits, following = run.strip(), scan.plain[scan.position : scan.position + 1]
+    digits = run.strip()
+    if digits in ("", "["):
+        scan.at(_ESCAPE)
+    following = scan.plain[scan.position : scan.position + 1]
     if digits in ("", "[") and following in _STRINGS:
         held = _NOTHING if digits else _quoted_list(scan)
-        return held if held.lists else Value(text=_string(scan, following))
+        return held if held.lists else Value(texts=_strings(scan, following, many=bool(digits)))
     if not digits:
         word = "" if following == "{" else scan.at(_WORD).group().strip()
-        return (
-            Value(text=clean_label(word)) if word.casefold() not in ("", "null", "none", "true", "false") else Value()
-        )
+        return Value(texts=(clean_label(word),)) if word.casefold() not in _NO_TEXT else _NOTHING
+    if following == "{" and not digits.strip("[( \t\r\n"):
+        return Value(holds=True)
     return _numbers(run, following)
+
+
+def _strings(scan: Scanner, opening: str, many: bool) -> tuple[str | None, ...]:
+    """One string, or all of a list."""
+    found = [_string(scan, opening)]
+    while many and scan.at(_AND).group() and (opening := scan.plain[scan.position : scan.position + 1]) in _STRINGS:
+        found.append(_string(scan, opening))
+    return tuple(found)
 
 
 def _quoted_list(scan: Scanner) -> Value:
@@ -168,18 +204,19 @@ def _quoted_list(scan: Scanner) -> Value:
         return _NOTHING
     text = clean_label(scan.text[start + 1 : scan.position])
     scan.position += len(behind)
-    return replace(_numbers(run, ""), text=text)
+    return replace(_numbers(run, ""), texts=(text,))
 
 
 def _numbers(run: str, following: str) -> Value:
     """Lists of numbers; ``following`` is the character behind them."""
-    if run.strip()[0] in ",])":  # nothing stands before the comma
+    if run.strip()[0] in ",;])":  # nothing stands before the comma
         return Value(lists=(None,))
-    lists = [numbers(piece.strip().removeprefix(",")) for piece in _LIST.findall(run) if piece.strip(", \t\r\n")]
+    lists = [numbers(piece.strip().removeprefix(",")) for piece in _LIST.findall(run) if piece.strip(",; \t\r\n")]
     if lists and run[-1].isdigit() and (following.isalnum() or following == "_"):
         lists[-1] = None  # a number followed directly by other characters
     single = lists[0] if len(lists) == 1 else None
     scalar = single[0] if single is not None and len(single) == 1 and "[" not in run else None
+    scalar = scalar / 100 if scalar is not None and following == "%" else scalar
     return Value(lists=tuple(lists) or (None,), scalar=scalar, decimal="." in run)
 
 
@@ -196,7 +233,7 @@ def _string(scan: Scanner, opening: str) -> str | None:
         return None
     if stop["end"] is None:
         scan.position = stop.start()
-    return _unescape(scan.text[start + 1 : stop.start()][:MAX_LABEL].strip(" \t\r\n\"'“”‘’\\,;[]{}"), opening)
+    return _unescape(scan.text[start + 1 : stop.start()][:MAX_LABEL].rstrip(_AROUND).lstrip(_AROUND[1:]), opening)
 
 
 def _unescape(inside: str, quote: str) -> str | None:

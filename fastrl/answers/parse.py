@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from decimal import Decimal
 from itertools import islice
-from typing import overload
 
+from fastrl.answers.items import MAX_ITEMS, Item, Items, Parsed
 from fastrl.answers.objects import Found, Value, read_objects
 from fastrl.answers.scan import NUMBER, Scanner, clean_label, number
-from fastrl.answers.text import answer_region, strip_fence, strip_special_tokens
-
-MAX_ITEMS = 1000  # far more than in any real answer; bounds the cost of matching
+from fastrl.answers.text import answer_region, strip_fence, strip_special_tokens, unescaped
 
 # Names of entries, without case, blanks, "_" and "-"; of several in one object the first valid one is used.
 Y_FIRST = "box2d"  # Gemma and Gemini write y before x under this name, in 0-1000
@@ -52,7 +50,17 @@ _LIKE_LABEL = re.compile(
     r"(?:predicted|pred|detected|gt|main|fine|coarse|item)?+"
     r"(?:(?:label|name|category|class|object|obj|cat|type|tag|entity|instance|thing|species|concept)+(?:text|title|str|string|s)?)"
 )
-SCORE_KEYS = ("score", "confidence", "confidencescore", "conf", "probability", "prob", "certainty")
+SCORE_KEYS = (
+    "score",
+    "confidence",
+    "confidencescore",
+    "conf",
+    "probability",
+    "prob",
+    "certainty",
+    "scores",
+    "confidences",
+)
 _CORNERS = (
     ("x0", "y0", "x1", "y1"),  # first, as here x1 is the second corner
     ("x1", "y1", "x2", "y2"),
@@ -72,6 +80,17 @@ _BOXES = (
     ("parens", re.compile(rf"\(\s*+{FOUR}{_REST}(?:\)|\Z)")),
     ("corners", re.compile(rf"\[\s*+{_CORNER}{_GAP}{_OPEN_CORNER}(?:\]{_REST}(?:\]|\Z)|\Z)")),
 )
+_BOXES_AND_POINTS = tuple(
+    (
+        name,
+        re.compile(rf"{opening}\s*+({NUMBER}){_GAP}({NUMBER})(?:{_GAP}({NUMBER}){_GAP}({NUMBER}){_REST}{end}|{close})"),
+    )
+    for name, opening, end, close in (
+        ("brackets", r"\[", r"(?:\]|\Z)", r"\s*+\]"),
+        ("parens", r"\(", r"(?:\)|\Z)", r"\s*+\)"),
+    )
+)
+_MARKED = re.compile(r"\A[\[\](),;\s]*+" + r"[\[\](),;\s]++".join([f"({NUMBER})"] * 4) + r"[\[\](),;\s]*+\Z")
 _BRACKET_POINT = re.compile(_CORNER)
 _ONE_PAIR = re.compile(_PAIR)
 _GROUP = re.compile(  # a pair, or a damaged one
@@ -90,73 +109,13 @@ _LOC = re.compile(r"[0-9]{4}")
 _SAYS_Y_FIRST = re.compile(r"(?<![a-z])box[_ -]?2d", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One parsed box or point, in the text's own numbers (all finite; x before y; corners as written, not sorted)."""
-
-    coords: tuple[float, ...]  # (x1, y1, x2, y2) or (x, y)
-    label: str | None = None
-    score: float | None = None
-
-    @property
-    def box(self) -> tuple[float, float, float, float]:
-        """(x1, y1, x2, y2); a point is a box without extent."""
-        c = self.coords
-        return (c[0], c[1], c[-2], c[-1])
-
-    @property
-    def point(self) -> tuple[float, float]:
-        """(x, y): the point, or the centre of the box."""
-        c = self.coords
-        return (0.5 * (c[0] + c[-2]), 0.5 * (c[1] + c[-1]))
-
-    @property
-    def inverted(self) -> bool:
-        """The second corner lies left of or above the first."""
-        x1, y1, x2, y2 = self.box
-        return x2 < x1 or y2 < y1
-
-
-@dataclass(frozen=True)
-class Parsed(Sequence[Item]):
-    """The items of a text as a sequence, with the notation it was written in."""
-
-    items: tuple[Item, ...] = ()
-    # json | gemma | qwen2 | internvl | glm | molmo | paligemma | brackets | parens | corners | pairs; None: nothing
-    format: str | None = None
-    decimal: bool = False  # at least one coordinate is written with a decimal point
-    dropped: int = 0  # items that looked like boxes and were malformed
-    truncated: bool = False  # more than max_items were found
-    empty: bool = False  # the answer is an empty JSON list, which states that there is none
-
-    @property
-    def parsable(self) -> bool:
-        """Whether the text has at least one item, or is an explicit empty list."""
-        return bool(self.items) or self.empty
-
-    @property
-    def unlabelled(self) -> int:
-        """Number of items without a readable label."""
-        return sum(item.label is None for item in self.items)
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Item, ...]: ...
-    def __getitem__(self, index: int | slice) -> Item | tuple[Item, ...]:
-        return self.items[index]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
 def parse_boxes(text: str, max_items: int = MAX_ITEMS) -> Parsed:
     """Boxes of a model's answer, at most ``max_items``, in the text's order and numbers.
 
     Malformed items (non-finite or huge numbers, strings or booleans as coordinates, wrong length) are left out and
     counted in ``dropped``; those before and after them stay. Inverted corners are returned as written.
     """
-    return parse_scanned(Scanner(answer_region(text)), max_items, points=False)
+    return parse_scanned(Scanner(unescaped(answer_region(text))), max_items, points=False)
 
 
 def parse_points(text: str, max_items: int = MAX_ITEMS) -> Parsed:
@@ -165,7 +124,7 @@ def parse_points(text: str, max_items: int = MAX_ITEMS) -> Parsed:
     If both readings are possible, as in ``(1,2),(3,4)``, it is read as boxes if all items are, as in counting answers.
     ``(1,2),(3,4),(5,6)`` is three points.
     """
-    return parse_scanned(Scanner(answer_region(text)), max_items, points=True)
+    return parse_scanned(Scanner(unescaped(answer_region(text))), max_items, points=True)
 
 
 def parse_scanned(scan: Scanner, max_items: int, *, points: bool) -> Parsed:
@@ -198,30 +157,6 @@ def _swapped(coords: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(coords[i ^ 1] for i in range(len(coords)))
 
 
-class _Items:
-    """Collects items up to a bound."""
-
-    def __init__(self, max_items: int) -> None:
-        self.items: list[Item] = []
-        self.max_items, self.dropped, self.truncated, self.decimal = max_items, 0, False, False
-
-    def add(
-        self, coords: tuple[float, ...] | None, raw: str = "", label: str | None = None, score: float | None = None
-    ) -> None:
-        """Add an item, or count a malformed one (None)."""
-        if coords is None:
-            self.dropped += 1
-        elif len(self.items) == self.max_items:
-            self.truncated = True
-        else:
-            self.items.append(Item(coords, label, score))
-            self.decimal = self.decimal or "." in raw
-
-    def parsed(self, format: str) -> Parsed:
-        items = tuple(self.items)
-        return Parsed(items, format if items else None, self.decimal, self.dropped, self.truncated)
-
-
 # 1. Entries named as coordinates
 
 
@@ -229,16 +164,19 @@ def _from_objects(scan: Scanner, max_items: int, points: bool) -> Parsed:
     keys = {**dict.fromkeys(BOX_KEYS, 4), **({key: 2 for key in POINT_KEYS if key not in BOX_KEYS} if points else {})}
     wanted = {*keys, *_CORNER_KEYS, *(("x",) if points else ())}
     found, stopped = read_objects(scan, wanted, max_items)
-    result = _Items(max_items)
+    result = Items(max_items)
     y_first = None
     for entry in found:
         coords, value, key = _coordinates(entry, keys, points)
+        if entry.holds and coords == [None]:  # its items are the objects in it
+            continue
         if y_first is None and any(c is not None for c in coords):
             y_first = key == Y_FIRST
-        for each in coords:
+        for place, each in enumerate(coords):
             if each is not None and key == Y_FIRST:
                 each = _swapped(each)
-            result.add(each, "." if value.decimal else "", _label(entry), _score(entry))
+            of = _each_its_own(entry, place, len(coords))
+            result.add(each, "." if value.decimal else "", _label(of), _score(of))
     parsed = result.parsed("gemma" if y_first else "json")
     return replace(parsed, truncated=parsed.truncated or (stopped and bool(parsed.items)))
 
@@ -271,17 +209,39 @@ def _fitting(
     return [each if each is not None and len(each) in lengths else None for each in lists]
 
 
+def _each_its_own(entry: Found, place: int, n: int) -> Found:
+    """The object of one of n boxes under one name: ``{"bboxes": [[…], …], "labels": ["a", …], "scores": [0.5, …]}``."""
+    if n == 1:
+        return entry
+    values = {}
+    for key, value in entry.values.items():
+        numbers = value.lists[0] if len(value.lists) == 1 else None
+        if len(value.texts) > 1:
+            value = Value(texts=value.texts[place : place + 1] if len(value.texts) == n else ())
+        elif numbers is not None and len(numbers) == n:
+            value = Value(scalar=numbers[place])
+        values[key] = value
+    return Found(values, around=entry.around)
+
+
 def _label(entry: Found) -> str | None:
     keys = (*LABEL_KEYS, *(key for key in entry.values if _LIKE_LABEL.fullmatch(key)))
-    return next((entry.values[k].text for k in keys if k in entry.values and entry.values[k].text), None)
+    label = next((entry.values[k].text for k in keys if k in entry.values and entry.values[k].text), None)
+    return label if label or entry.around is None else _label(entry.around)
 
 
 def _score(entry: Found) -> float | None:
     for key in SCORE_KEYS:
         if key in entry.values:
             value = entry.values[key]
-            return value.scalar if value.text is None else number(value.text)
+            return value.scalar if value.text is None else _share(value.text)
     return None
+
+
+def _share(text: str) -> float | None:
+    """A number, or one in per cent as a part of 1."""
+    value = number(text.removesuffix("%"))
+    return value / 100 if value is not None and text.endswith("%") else value
 
 
 # 2. and 3. Marks around coordinates
@@ -289,7 +249,7 @@ def _score(entry: Found) -> float | None:
 
 def _from_marks(scan: Scanner, max_items: int, points: bool) -> Parsed:
     """Boxes between box tokens or tags; the reference text before them is their label."""
-    result = _Items(max_items)
+    result = Items(max_items)
     format: str | None = None
     label: str | None = None
     marks = _marks(scan, 32 * max_items + 1000)
@@ -329,7 +289,7 @@ def _marks(scan: Scanner, limit: int) -> list[tuple[str, str, int, int]]:
 
 def _from_point_tags(scan: Scanner, max_items: int, points: bool) -> Parsed:
     """Molmo's ``<point x= y= alt=>`` and ``<points x1= y1= x2= …>``: per cent of each side, given as 0-1."""
-    result = _Items(max_items)
+    result = Items(max_items)
     for tag in scan.each(_POINT_TAG) if points else ():
         alt = _ALT.search(scan.text, tag.start("inside"), tag.end("inside"))
         behind = scan.text[tag.start("inside") : tag.end("inside")].rpartition(">")[2]
@@ -354,7 +314,7 @@ def _per_cent(text: str) -> float | None:
 
 def _from_locations(scan: Scanner, max_items: int, points: bool) -> Parsed:
     """PaliGemma's ``<locY1><locX1><locY2><locX2> label``: 1024 steps of each side, y first; given as 0-1, x first."""
-    result = _Items(max_items)
+    result = Items(max_items)
     for match in scan.each(_LOCS):
         steps = [int(step) / 1024 for step in _LOC.findall(match["locs"])]
         scan.visited += len(match["locs"])
@@ -381,17 +341,22 @@ def _from_bare(scan: Scanner, max_items: int, points: bool, marked: bool = False
 
 
 def _bare_readings(points: bool, marked: bool) -> Iterator[Callable[[Scanner, int], Parsed]]:
-    for name, pattern in _BOXES:
-        if name != "corners" or not points or marked:
+    if points and not marked:
+        for name, pattern in _BOXES_AND_POINTS:
+            yield lambda scan, n, name=name, pattern=pattern: _with_a_box(_each(scan, n, pattern, name))
+    else:
+        for name, pattern in _BOXES:
             yield lambda scan, n, name=name, pattern=pattern: _each(scan, n, pattern, name)
     yield lambda scan, n: _from_pairs(scan, n, points, marked)
+    if marked:  # four numbers, whatever became of the commas and brackets
+        yield lambda scan, n: _each(scan, n, _MARKED, "brackets")
     if points:
         yield lambda scan, n: _each(scan, n, _BRACKET_POINT, "brackets")
         yield lambda scan, n: _each(scan, n, _ONE_PAIR, "parens")
 
 
 def _each(scan: Scanner, max_items: int, pattern: re.Pattern[str], format: str) -> Parsed:
-    result = _Items(max_items)
+    result = Items(max_items)
     for match in scan.each(pattern):
         result.add(_finite(match.groups()), match.group())
         if result.truncated:
@@ -399,9 +364,14 @@ def _each(scan: Scanner, max_items: int, pattern: re.Pattern[str], format: str) 
     return result.parsed(format)
 
 
+def _with_a_box(parsed: Parsed) -> Parsed:
+    """Boxes with points among them; without any box, another notation."""
+    return parsed if any(len(item.coords) == 4 for item in parsed) else Parsed()
+
+
 def _from_pairs(scan: Scanner, max_items: int, points: bool, marked: bool) -> Parsed:
     """Boxes as two pairs each. A run of pairs that are not all boxes is points (two between marks are always a box)."""
-    result = _Items(max_items)
+    result = Items(max_items)
     for run in scan.each(_GROUPS):
         scan.visited += len(run.group())
         groups = islice(_GROUP.finditer(run.group()), 2 * max_items + 2)  # what follows is not looked at
@@ -427,6 +397,6 @@ def _pair(group: str) -> tuple[float, ...] | None:
     return None if match is None else _finite(match.groups())
 
 
-def _finite(raw: Sequence[str]) -> tuple[float, ...] | None:
-    values = [number(v) for v in raw]
+def _finite(raw: Sequence[str | None]) -> tuple[float, ...] | None:
+    values = [number(v) for v in raw if v is not None]
     return None if None in values else tuple(v for v in values if v is not None)

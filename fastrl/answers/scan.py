@@ -18,8 +18,12 @@ MAX_LABEL = 1000  # characters
 NUMBER = r"[-+]?+(?:[0-9]{1,24}+(?:\.[0-9]{0,40}+)?+|\.[0-9]{1,40}+)(?:[eE][-+]?+[0-9]{1,6}+)?+"
 _NUMBER = re.compile(NUMBER)
 
-# Written by models that answer in Chinese or Japanese; each stands for one ASCII character, so places stay the same.
-_WIDE = str.maketrans("：，、；［］【】（）｛｝＝．－＋−０１２３４５６７８９", ":,,;[][](){}=.-+-0123456789")
+# Written by models that answer in Chinese, Japanese, Arabic or Persian; each stands for one ASCII character, so places
+# stay the same.
+_WIDE = str.maketrans(
+    "：，、；［］【】（）｛｝＝．－＋−％０１２３４５６７８９،؛٪٠١٢٣٤٥٦٧٨٩۰۱۲۳۴۵۶۷۸۹",
+    ":,,;[][](){}=.-+-%0123456789,;%01234567890123456789",
+)
 
 
 class Scanner:
@@ -67,8 +71,10 @@ def number(text: str) -> float | None:
 
 
 def numbers(text: str) -> tuple[float, ...] | None:
-    """Numbers separated by commas, one more comma behind them allowed; None where one of them is none."""
-    parts = text.strip().removesuffix(",").split(",")
+    """Numbers between commas (or semicolons, or blanks), one more behind them allowed; None if one of them is none."""
+    text = text.strip()
+    between = next((mark for mark in ",;" if mark in text), None)
+    parts = text.split() if between is None else text.removesuffix(between).split(between)
     values = [number(part) for part in parts]
     return None if None in values else tuple(value for value in values if value is not None)
 

@@ -14,12 +14,16 @@ _SPECIAL = re.compile(r"<\|[A-Za-z0-9_]{1,40}+\|>")
 _BOXED, _BOXED_END = "<|begin_of_box|>", "<|end_of_box|>"
 _FENCE_OPEN = re.compile(r"```[A-Za-z0-9_+-]{0,20}+[ \t]*+\r?+\n?+")
 _THOUGHT = re.compile(  # a tag that lost its ">" is one too
-    r"<\s{0,8}+(?P<end>/?+)\s{0,8}+(?:seed:)?+(?:thinking|think|thoughts|thought|reasoning|scratchpad)\b"
+    r"<\s{0,8}+\|?+\s{0,8}+(?P<end>/?+(?:end_of_)?+)\s{0,8}+(?:seed:|begin_of_)?+"
+    r"(?:thinking|think|thoughts|thought_process|thought|reasoning|rationale|analysis|scratchpad)\b"
     r"(?:[^<>\n]{0,100}+>)?+|◁(?P<stop>/?+)think▷|\[(?P<close>/?+)think\]",
     re.IGNORECASE,
 )
-_ANSWER = re.compile(r"<\s{0,8}+answer\s{0,8}+>", re.IGNORECASE)
-_ANSWER_END = re.compile(r"<\s{0,8}+/\s{0,8}+answer\s{0,8}+>", re.IGNORECASE)
+_ANSWER = re.compile(r"<\s{0,8}+answer\b(?:[^<>\n]{0,100}+>)?+", re.IGNORECASE)  # also without its ">"
+_ANSWER_END = re.compile(r"<\s{0,8}+/\s{0,8}+answer\b(?:\s{0,8}+>)?+", re.IGNORECASE)
+_ESCAPED = re.compile(r"[^{\"']*+[\"']?+[^{\"']*+\{(?:\\[nrt]|\s){0,100}+\\{1,3}+[\"']")
+_ESCAPE = re.compile(r"\\([\"'nrt\\/])")
+_MEANS = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 def strip_special_tokens(text: str) -> str:
@@ -80,6 +84,15 @@ def answer_region(text: str) -> str:
     start = 0 if opening is None else opening.end()
     end = _ANSWER_END.search(text, start)
     return text[start:] if end is None else text[start : end.start()]
+
+
+def unescaped(text: str) -> str:
+    """JSON written as a string of JSON, ``[{\\"bbox_2d\\": …``, without its backslashes; any other text as it is."""
+    for _ in range(2):
+        if _ESCAPED.match(text) is None:
+            break
+        text = _ESCAPE.sub(lambda match: _MEANS.get(match[1], match[1]), text)
+    return text
 
 
 def strip_fence(text: str) -> str:

@@ -45,6 +45,10 @@ def points(text: str) -> list[tuple[float, float]]:
     return [item.point for item in parse_points(text)]
 
 
+def scores(text: str) -> list[float | None]:
+    return [item.score for item in parse_boxes(text)]
+
+
 def labels(text: str) -> list[str | None]:
     return [item.label for item in parse_boxes(text)]
 
@@ -57,7 +61,10 @@ def thoughts(cell: str) -> None:
         if tag in ("&gt;", ">"):
             continue
         for form in (tag, tag.upper(), tag.replace(">", ' a="1">'), tag.replace(">", "")):
-            end = form.replace("<", "</").replace("[", "[/").replace("◁", "◁/")
+            end = form.replace("<|", "<|/").replace("[", "[/").replace("◁", "◁/")
+            end = end if "|" in end else end.replace("<", "</")
+            if "begin_of" in form.lower():
+                end = "<|end_of_thought|>"
             assert not parse_boxes(f"{form} [1, 2, 3, 4]").parsable, form
             assert boxes(f"{form} [1, 2, 3, 4]{end} [12, 34, 56, 78]") == [BOX], form
 
@@ -65,6 +72,8 @@ def thoughts(cell: str) -> None:
 def answer_tags(cell: str) -> None:
     assert boxes("[1, 2, 3, 4] <Answer>[12, 34, 56, 78]</ANSWER> [1, 2, 3, 4]") == [BOX]
     assert boxes("[1, 2, 3, 4] <answer>[12, 34, 56, 78]") == [BOX]
+    assert boxes('[1, 2, 3, 4] <answer type="json">[12, 34, 56, 78]</answer><answer>[1, 2, 3, 4]</answer>') == [BOX]
+    assert boxes("[1, 2, 3, 4] <answer [12, 34, 56, 78]</answer [1, 2, 3, 4]") == [BOX]
 
 
 def wrappings(cell: str) -> None:
@@ -104,6 +113,16 @@ WRITTEN: Mapping[str, list[tuple[Callable[[str], Any], str, Any]]] = {
     "`[[1, 2, 3, 4], [5, 6, 7, 8]]`": [
         (boxes, '{"bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8]], "label": "a"}', [(1, 2, 3, 4), (5, 6, 7, 8)]),
         (labels, '{"bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8]], "label": "a"}', ["a", "a"]),
+        (labels, '{"bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "labels": ["a", "b"]}', ["a", "b"]),
+        (labels, '{"bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "labels": ["a", "b", "c"]}', [None, None]),
+        (scores, '{"scores": [0.5, 0.25], "bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]]}', [0.5, 0.25]),
+    ],
+    "`[{…}, {…}]`": [
+        (boxes, '{"boxes": [{"bbox": [1, 2, 3, 4]}, {"bbox": [5, 6, 7, 8]}]}', [(1, 2, 3, 4), (5, 6, 7, 8)]),
+        (labels, '{"label": "a", "boxes": [{"bbox": [1, 2, 3, 4]}, {"bbox": [5, 6, 7, 8], "name": "b"}]}', ["a", "b"]),
+        (labels, '{"boxes": [{"bbox": [1, 2, 3, 4]}, {"bbox": [5, 6, 7, 8]}], "label": "a"}', ["a", "a"]),
+        (points, '{"points": [{"x": 1, "y": 2}, {"x": 3, "y": 4}]}', [(1, 2), (3, 4)]),
+        (lambda text: parse_points(text).dropped, '{"points": [{"x": 1, "y": 2}, {"x": 3, "y": 4}]}', 0),
     ],
     "entries `x1 y1 x2 y2`": [
         (boxes, text.format(**{k: json.dumps(dict(zip(k.split("_"), map(int, BOX), strict=True)))}), [BOX])
@@ -130,7 +149,12 @@ WRITTEN: Mapping[str, list[tuple[Callable[[str], Any], str, Any]]] = {
         (boxes, "<loc0256><loc0128><loc0512><loc0768> a", [(0.125, 0.25, 0.75, 0.5)]),
         (labels, "<loc0256><loc0128><loc0512><loc0768> a", ["a"]),
     ],
-    "`[12, 34, 56, 78]`, `(": [(boxes, "[12, 34, 56, 78]", [BOX]), (boxes, "(12, 34, 56, 78)", [BOX])],
+    "`[12, 34, 56, 78]`, `(": [
+        (boxes, "[12, 34, 56, 78]", [BOX]),
+        (boxes, "(12, 34, 56, 78)", [BOX]),
+        (points, "[0, 0, 4, 2], [90, 12], [5, 5, 7, 7]", [(2, 1), (90, 12), (6, 6)]),
+        (boxes, "[12, 34, 56, 78], [90, 12]", [BOX]),
+    ],
     "`[[12, 34], [56, 78]]` alone": [
         (boxes, "[[12, 34], [56, 78]]", [BOX]),
         (points, "[[12, 34], [56, 78]]", [(12, 34), (56, 78)]),
@@ -175,6 +199,16 @@ NOT_READ: Mapping[str, list[tuple[Callable[[str], Any], str, Any]]] = {
             [1, 2, 3],
             "1, 2, 3, 4",
         )
+    ]
+    + [
+        (counted, f'[{{"bbox_2d": {value}}}, {{"bbox_2d": [1, 2, 3, 4]}}]', (1, 1))
+        for value in (
+            "[12px, 34px, 56px, 78px]",
+            "[10%, 20%, 30%, 40%]",
+            "[1, 2, NaN, 4]",
+            "[0x1, 2, 3, 4]",
+            "{1, 2, 3, 4}",
+        )
     ],
     "an entry whose name": [(counted, '[{"xbxbx": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]}]', (1, 0))],
     "a second way": [(counted, '{"bbox_2d": [1, 2, 3, 4]} [5, 6, 7, 8]', (1, 0))],
@@ -214,7 +248,7 @@ def label_names(cell: str) -> None:
 
 def score_names(cell: str) -> None:
     for name in codes(cell):
-        for value in (0.25, "0.25"):
+        for value in (0.25, "0.25", "25%"):
             (item,) = parse_boxes(json.dumps({"bbox_2d": [1, 2, 3, 4], name.upper(): value}))
             assert item.score == 0.25, name
 

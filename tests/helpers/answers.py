@@ -38,6 +38,11 @@ def _json(box: Box, name: str) -> str:
     return json.dumps({"bbox_2d": _numbers(box), "label": name}, ensure_ascii=False)
 
 
+def _array(box: Box) -> str:
+    """As numpy writes it."""
+    return f"[{' '.join(map(str, _numbers(box)))}]"
+
+
 def _objects(make: Callable[[list[int], str], object]) -> Callable[[Box, str], str]:
     return lambda box, name: json.dumps(make(_numbers(box), name), ensure_ascii=False)
 
@@ -79,6 +84,10 @@ FORMS = (
         lambda box, name: f'{{"bbox_2d"：［{"，".join(map(str, _numbers(box)))}］，"label"：{json.dumps(name)}}}',
         "，".join,
     ),
+    Form("YAML", lambda box, name: f"- label: {json.dumps(name)}\n  bbox: {_numbers(box)}", "\n".join),
+    Form("backticks", lambda box, name: f"{{`bbox`: {_numbers(box)}, `name`: `{name}`}}", _listed),
+    Form("guillemets", lambda box, name: f"{{«bbox»: {_numbers(box)}, «name»: «{name}»}}", _listed),
+    Form("blanks", lambda box, name: _json(box, name).replace(str(_numbers(box)), _array(box)), _listed),
     Form("dashes", lambda box, name: f"- bbox_2d: {_numbers(box)}\n  label: {json.dumps(name)}", "\n".join),
     Form("glm", _json, lambda items: f"<|begin_of_box|>{_listed(items)}<|end_of_box|>"),
     Form(
@@ -182,5 +191,12 @@ def hostile_texts() -> dict[str, Callable[[int], str]]:
         "dashes": "- ",
         "lines of keys": '\n- "bbox_2d": "[1, 2, ',
         "digits": "9",
+        "JSON in JSON": r"{\n\"a\": \"x\", ",
+        "backticks": "{`a`: `x, ",
+        "guillemets": "{«a»: «x, ",
+        "many strings": '"a": ["x", ',
+        "YAML": "\n- a b: [1 2; 3\n",
+        "marked numbers": "<box>1 2 3,",
+        "lists of objects": '"boxes": [{"x": 1}',
     }
     return {name: lambda n, unit=unit: unit * (n // len(unit)) for name, unit in units.items()}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fastrl.answers import Parsed, Track, format_tracks, parse_boxes, parse_points, parse_tracks
 from fastrl.answers.parse import parse_scanned
 from fastrl.answers.scan import Scanner
+from fastrl.answers.text import unescaped
 from tests.helpers.answers import FORMS, POINT_FORMS, hostile_texts, list_of_boxes
 
 LABELS = ["b 27", "a dog's", 'a "big" cat', "x: [1, 2]", "狗，大", "b"]
@@ -175,6 +176,22 @@ def test_keys_count_in_any_case_and_labels_under_their_usual_names(key: str, nam
         "bbox_2d: [12, 34, 56, 78]",
         "“bbox_2d”: [12, 34, 56, 78]",
         "<ANSWER>[12, 34, 56, 78]</Answer>",
+        '{"bbox_2d": [12 34 56 78]}',
+        '{"bbox_2d": [12; 34; 56; 78]}',
+        '{"bbox_2d": [12، 34، 56، 78]}',
+        '{"bbox_2d": [١٢, ٣٤, ٥٦, ٧٨]}',
+        '{"Bounding-Box": [12, 34, 56, 78]}',
+        '{""bbox_2d"": [12, 34, 56, 78]}',
+        "{`bbox_2d`: [12, 34, 56, 78]}",
+        "{«bbox_2d»: [12, 34, 56, 78]}",
+        '{"bbox_2d”: [12, 34, 56, 78]}',
+        r'"[{\"bbox_2d\": [12,\n34,\n56,\n78]}]"',
+        "- bbox: [12, 34, 56, 78]",
+        "<box>12,34,56,78</box>",
+        "<box>[12, 34), 56 78</box>",
+        "<|box_start|>(12,34)(56,78)<|box_end|>",
+        '[{"bbox_2d": [12, 34, 56, 78], // [1, 2, 3, 4] is another\n"label": "a"}]',
+        '[{"bbox_2d": /* x first */ [12, 34, 56, 78]}]',
     ],
 )
 def test_every_spelling_of_one_box(text: str) -> None:
@@ -189,6 +206,33 @@ def test_a_label_is_counted_where_it_cannot_be_read() -> None:
 def test_several_boxes_of_one_entry_share_its_label() -> None:
     parsed = parse_boxes('{"bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "label": "dog"}')
     assert labelled(parsed) == [((1, 2, 3, 4), "dog"), ((5, 6, 7, 8), "dog")]
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        '"a b"',
+        "'a b'",
+        "`a b`",
+        "“a b”",
+        "„a b“",
+        "‚a b‘",
+        "«a b»",
+        "‹a b›",
+        '""a b""',
+        "'a b\"",
+        '“a b"',
+        r"\"a b\"",
+        '["a b"]',
+    ],
+)
+def test_a_label_in_quotes_of_any_kind(label: str) -> None:
+    """The pair need not match, and neither the item before nor the one behind may change."""
+    other = '{"bbox_2d": [5, 6, 7, 8], "label": "c"}'
+    parsed = parse_boxes(f'[{other}, {{"bbox_2d": [1, 2, 3, 4], "label": {label}}}, {other}]')
+    assert [item.label for item in parsed] == ["c", "a b", "c"]
+    first = parse_boxes(f'[{{"label": {label}, "bbox_2d": [1, 2, 3, 4]}}, {other}]')
+    assert [item.label for item in first] == ["a b", "c"]
 
 
 def test_a_label_may_speak_of_coordinates() -> None:
@@ -239,7 +283,7 @@ def test_work_grows_with_the_text(points: bool) -> None:
     for name, make in {**hostile_texts(), "boxes": list_of_boxes}.items():
         looked = []
         for n in (500, 2000, 8000):
-            scan = Scanner(make(n))
+            scan = Scanner(unescaped(make(n)))
             parse_scanned(scan, 10**6, points=points)
             looked.append(scan.visited / len(scan.text))
         assert max(looked) < 16, name

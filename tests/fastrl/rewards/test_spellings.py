@@ -158,6 +158,9 @@ THOUGHTS = (
     "[THINK]{}[/THINK]",
     "<seed:think>{}",
     "◁think▷{}",
+    "<|think|>{}",
+    "<|begin_of_thought|>{}<|end_of_thought|>",
+    "<Analysis>{}",
 )
 
 
