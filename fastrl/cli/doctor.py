@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastrl.cli.allocator import described
+
 VERSIONS = (
     "fastrl",
     "torch",
@@ -33,6 +35,7 @@ def report() -> dict[str, Any]:
         "device": device(),
         "kernels": {name: kernel_path(name) for name in kernel_names()},
         "attention": attention(),
+        "memory": {"allocator": described(os.environ)},
         "optional": optional(),
     }
 
@@ -92,8 +95,17 @@ def attention() -> dict[str, str]:
         "bfloat16": varlen.choose(here, torch.bfloat16, 128).reason,
         "float32": varlen.choose(here, torch.float32, 128).reason,
         "variable length": f"{found.name}{missing}",
-        "rollout": "a static cache and CUDA graphs" if cuda else "eager steps over the keys written so far (no GPU)",
+        "rollout": "a static cache and CUDA graphs" if cuda else _decoding(),
     }
+
+
+def _decoding() -> str:
+    """How a CPU decodes float32 models."""
+    from fastrl_kernels.decode_step import unavailable
+
+    missing = unavailable()
+    eager = "eager steps over the keys written so far (no GPU"
+    return f"{eager}; {missing})" if missing else "several steps in one call to C++ (no GPU; float32)"
 
 
 def optional() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ if importlib.util.find_spec("typer") is None:  # the kernel library alone is ins
 import typer  # noqa: E402
 
 from fastrl import __version__  # noqa: E402
+from fastrl.cli.allocator import use_expandable_segments  # noqa: E402
 from fastrl.cli.build import app as build_app  # noqa: E402
 from fastrl.cli.data import data as data_command  # noqa: E402
 from fastrl.cli.export import export as export_command  # noqa: E402
@@ -414,6 +416,7 @@ def tiny_build(
 
 def main() -> None:
     """Run the command; an error that the user can fix becomes one message on stderr and exit status 2."""
+    use_expandable_segments(os.environ)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # the source line does not help users
     try:
         app()

@@ -174,7 +174,9 @@ def test_doctor_reports_every_public_kernel() -> None:
 def test_doctor_prints_versions_and_json(fastrl: Callable[..., Done]) -> None:
     done = fastrl("doctor", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["versions"]["fastrl"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["versions"]["fastrl"]
+    assert found["memory"]["allocator"] == "PYTORCH_ALLOC_CONF=expandable_segments:True"  # as the command set it
 
 
 @pytest.mark.parametrize("module", ["fastrl", "fastrl_kernels"])
