@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +32,17 @@ _HOMES = {
     "train": "fastrl.trainer",
 }
 
-_MOVED = {"optimizers": "fastrl.engine.optimizers"}  # modules that the docs showed elsewhere → where they are now
+_MOVED = {  # modules by the names that earlier pages showed → where they are now
+    "fastrl.models.varlen": "fastrl.models.attention.varlen",
+    "fastrl.optimizers": "fastrl.engine.optimizers",
+    "fastrl.pictures": "fastrl.data.pictures",
+}
 
 __all__ = ["Record", "StopRun", "load_policy", "load_recipe", "reward_for", "train"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from where it is defined (PEP 562)."""
-    if name in _MOVED:
-        return import_module(_MOVED[name])
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
@@ -51,13 +55,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Moved(ModuleType):
-    """A module under its former name; the one of today is imported when a name of it is asked for."""
+class _Moved(MetaPathFinder, Loader):
+    """Imports a module under its former name: the module of today, when it is asked for."""
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked by tools that look through ``sys.modules``
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_MOVED[self.__name__.rpartition(".")[2]]), name)
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = import_module(_MOVED[module.__name__])
 
 
-sys.modules.update({f"{__name__}.{name}": _Moved(f"{__name__}.{name}") for name in _MOVED})
+sys.meta_path.append(_Moved())

@@ -162,15 +162,25 @@ def test_circles_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement",
+    ("former", "now", "name"),
     [
-        "from fastrl.optimizers import AdamW8bit as found",
-        "import fastrl.optimizers\nfound = fastrl.optimizers.AdamW8bit",
-        "from fastrl import optimizers\nfound = optimizers.AdamW8bit",
+        ("fastrl.optimizers", "fastrl.engine.optimizers", "AdamW8bit"),
+        ("fastrl.pictures", "fastrl.data.pictures", "open_picture"),
+        ("fastrl.models.varlen", "fastrl.models.attention.varlen", "choose"),
     ],
 )
-def test_a_path_that_the_docs_showed_still_imports(statement: str) -> None:
-    code = f"{statement}\nfrom fastrl.engine.optimizers import AdamW8bit\nassert found is AdamW8bit"
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from {former} import {name} as found",
+        "import {former}\nfound = {former}.{name}",
+        "from {parent} import {module}\nfound = {module}.{name}",
+    ],
+)
+def test_a_path_that_the_docs_showed_still_imports(statement: str, former: str, now: str, name: str) -> None:
+    parent, _, module = former.rpartition(".")
+    code = statement.format(former=former, name=name, parent=parent, module=module)
+    code += f"\nimport {now}\nassert found is {now}.{name}\nassert {now}.__spec__.name == '{now}'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=False)
     assert done.returncode == 0, done.stderr
 
