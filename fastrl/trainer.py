@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +17,16 @@ from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.data.blank import BlankImages
 from fastrl.data.decodable_stream import DecodableStream
 from fastrl.data.disk import require_space
-from fastrl.data.mixture import Curriculum, Mixture, MixturePlan, parts_of, summary_of
+from fastrl.data.mixture import summary_of
 from fastrl.data.pictures import PictureError
 from fastrl.data.records import Record
-from fastrl.data.stream import RecordStream
 from fastrl.engine import make_engine
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
 from fastrl.evaluate.during import Evaluation, EvaluationError, held_out
 from fastrl.methods import Clock, Context, Method, Prepared, make_method
-from fastrl.methods.rollouts import RecipeRewards, functions_of
+from fastrl.methods.rollouts import functions_of
 from fastrl.models.quantize import check_quantize
-from fastrl.recipe import Recipe, load_records
+from fastrl.recipe import Recipe
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
 from fastrl.run.callbacks import Callbacks
@@ -50,6 +49,15 @@ from fastrl.run.outlets import Outlets
 from fastrl.run.profiling import profiled
 from fastrl.run.progress import Progress
 from fastrl.run.samples import Sample, sample_table
+from fastrl.run.setup import (
+    check_tasks,
+    is_first_rank,
+    load_model,
+    make_stream,
+    scorable_records,
+    seed_generators,
+    use_own_device,
+)
 from fastrl.run.signals import stop_signals
 from fastrl.run.variance import EqualRewards
 
@@ -135,10 +143,10 @@ def train(
         ValueError: recipe, data and model do not match.
     """
     start = time.monotonic()
-    out = recipe.folder
+    out, steps = recipe.folder, recipe.optim.steps
     if not resume and (from_step is not None or accept_changed_data):
         raise ValueError("from_step and accept_changed_data (--from-step, --accept-changed-data) need resume")
-    writes = _is_first_rank(recipe)  # the other ranks only write their parts of checkpoints
+    writes = is_first_rank(recipe)  # the other ranks only write their parts of checkpoints
     listeners = Callbacks(callbacks if writes else ())
     listeners.add(on_step=on_step)
     loggers = make_loggers(recipe.log.to) if writes else {}
@@ -154,13 +162,12 @@ def train(
         if saved is not None:
             done, more = run.load(saved, accept_changed_data)
             notes += more
-        if done < recipe.optim.steps:
+        if done < steps:
             run.check_space()
         if writes:  # only now, so that errors found so far leave the folder unchanged
             notes += begin_run(recipe, done)
             notes += run.resume_best() if done else []
-        steps, every = recipe.optim.steps, recipe.log.every
-        progress = stack.enter_context(Progress(steps, done=done, every=every, show=show and writes))
+        progress = stack.enter_context(Progress(steps, done=done, every=recipe.log.every, show=show and writes))
         about = RunInfo(out.resolve().name, out, recipe.log.project, recipe.model_dump(mode="json"), done)
         log = MetricsLog(out, loggers, about, progress.note) if writes else NoLog()
         stack.callback(log.close)
@@ -169,55 +176,98 @@ def train(
             outlets.note(done, text)
         if remark := run.method.loss_note(recipe.method, recipe.optim.updates_per_batch):
             outlets.say(remark)
-        variance = EqualRewards(done, steps)
         stop = stack.enter_context(stop_signals(progress.note))
         traced = stack.enter_context(profiled(out, steps=steps - done, enabled=profile and writes))
-
-        def stop_requested() -> bool:
-            """Whether the run is to stop after this step, agreed between all ranks."""
-            return run.engine.maximum(float(stop.is_set() or outlets.reason is not None)) > 0
-
-        row: dict[str, Any] = {}
-        stopping = False
-        if run.evaluation.due(done):  # before the first step, or left over from an interrupted run
-            if run.evaluate(done, outlets) and writes:
-                keep_best(out, done)
-            stopping = stop_requested()
-        while done < steps and not stopping and not run.evaluation.over:
-            done += 1
-            back = run.bookmark()
-            try:
-                row, samples = run.step(done)
-            except TrainingError as error:
-                if back is None or done == 1 or not isinstance(error.__cause__, RewardError):
-                    raise
-                back()
-                run.save(done - 1, outlets)
-                raise TrainingError(f"{error}. Step {done - 1} was saved: continue from it with --resume") from error
-            traced()
-            for problem in run.broken_pictures():
-                outlets.say(f"skipped {problem}")
-            outlets.step(row, samples)
-            outlets.note(done, variance.step(row))
-            stopping = stop_requested()
-            better = False
-            if run.evaluation.due(done) and not stopping:  # otherwise it follows when the run is resumed
-                better = run.evaluate(done, outlets)
-                stopping = stop_requested()
-            if run.saves_after(done) or stopping or better or run.evaluation.over:
-                saved = run.save(done, outlets)
-                outlets.checkpoint(saved)
-                stopping = stopping or stop_requested()
-        early = run.evaluation.over and done < steps
-        outlets.note(done, variance.end(done))
-        outlets.note(done, run.evaluation.verdict(done))
-        interrupted = stopping and done < steps and not early
-        if interrupted:
-            why = f" ({outlets.reason})" if outlets.reason is not None else ""
-            outlets.say(f"stopped after step {done}{why}; continue with --resume")
+        loop = Loop(run, outlets, stop, traced, done=done, saved=saved, writes=writes)
+        loop.run_steps()
         run.engine.close()
-    seconds = time.monotonic() - start
-    return Summary(out, done, seconds, interrupted, saved, row, run.best_checkpoint, early)
+    return loop.summary(time.monotonic() - start)
+
+
+class Loop:
+    """The steps of a run and what lies between them: evaluations, checkpoints and the decision to stop."""
+
+    def __init__(
+        self,
+        run: Run,
+        outlets: Outlets,
+        stop: Event,
+        traced: Callable[[], None],
+        *,
+        done: int,
+        saved: Path | None,
+        writes: bool,
+    ) -> None:
+        self.run, self.outlets, self.done, self.saved = run, outlets, done, saved
+        self.steps = run.recipe.optim.steps
+        self._stop, self._traced, self._writes = stop, traced, writes
+        self._variance = EqualRewards(done, self.steps)
+        self._stopping = False
+        self._row: dict[str, Any] = {}
+
+    def run_steps(self) -> None:
+        """All steps that are left, until the last, a request to stop, or evaluations that no longer improve."""
+        run, outlets = self.run, self.outlets
+        if run.evaluation.due(self.done):  # before the first step, or left over from an interrupted run
+            if run.evaluate(self.done, outlets) and self._writes:
+                keep_best(run.recipe.folder, self.done)
+            self._stopping = self._stop_requested()
+        while self.done < self.steps and not self._stopping and not run.evaluation.over:
+            self.done += 1
+            self._step()
+            self._evaluate_and_save()
+        outlets.note(self.done, self._variance.end(self.done))
+        outlets.note(self.done, run.evaluation.verdict(self.done))
+        if self._interrupted:
+            why = f" ({outlets.reason})" if outlets.reason is not None else ""
+            outlets.say(f"stopped after step {self.done}{why}; continue with --resume")
+
+    def summary(self, seconds: float) -> Summary:
+        """How the run ended; ``seconds``: how long it took."""
+        run, out = self.run, self.run.recipe.folder
+        ended = self._interrupted, self.saved, self._row, run.best_checkpoint, self._stopped_early
+        return Summary(out, self.done, seconds, *ended)
+
+    def _step(self) -> None:
+        """One step. If the user's reward function fails, the previous step is saved before the error is raised."""
+        run, outlets, number = self.run, self.outlets, self.done
+        back = run.bookmark()
+        try:
+            self._row, samples = run.step(number)
+        except TrainingError as error:
+            if back is None or number == 1 or not isinstance(error.__cause__, RewardError):
+                raise
+            back()
+            run.save(number - 1, outlets)
+            raise TrainingError(f"{error}. Step {number - 1} was saved: continue from it with --resume") from error
+        self._traced()
+        for problem in run.broken_pictures():
+            outlets.say(f"skipped {problem}")
+        outlets.step(self._row, samples)
+        outlets.note(number, self._variance.step(self._row))
+
+    def _evaluate_and_save(self) -> None:
+        run, better = self.run, False
+        self._stopping = self._stop_requested()
+        if run.evaluation.due(self.done) and not self._stopping:  # otherwise it follows when the run is resumed
+            better = run.evaluate(self.done, self.outlets)
+            self._stopping = self._stop_requested()
+        if run.saves_after(self.done) or self._stopping or better or run.evaluation.over:
+            self.saved = run.save(self.done, self.outlets)
+            self.outlets.checkpoint(self.saved)
+            self._stopping = self._stopping or self._stop_requested()
+
+    def _stop_requested(self) -> bool:
+        """Whether the run is to stop after this step, agreed between all ranks."""
+        return self.run.engine.maximum(float(self._stop.is_set() or self.outlets.reason is not None)) > 0
+
+    @property
+    def _stopped_early(self) -> bool:
+        return self.run.evaluation.over and self.done < self.steps
+
+    @property
+    def _interrupted(self) -> bool:
+        return self._stopping and self.done < self.steps and not self._stopped_early
 
 
 class Run:
@@ -238,14 +288,14 @@ class Run:
             check_quantize(recipe.model.device)  # before loading data and model
         functions = functions_of(recipe.reward, recipe.mix_rewards) if recipe.scores_groups else None
         # First: bad rows are reported at once
-        data = records if records is not None else _load_records(recipe, functions)
+        data = records if records is not None else scorable_records(recipe, functions)
         self.skipped = summary_of(data)
         measured = held_out(recipe, eval_records, functions)
         if functions is not None:
-            _check_tasks(recipe, data, functions)
+            check_tasks(recipe, data, functions)
         if recipe.data.blank_images:
             data = BlankImages(data)
-        _use_own_device(recipe)
+        use_own_device(recipe)
         self.policy = policy if policy is not None else load_model(recipe)
         if self.policy.device.type == "cuda":  # its events, random state and memory are used below
             torch.cuda.set_device(self.policy.device)
@@ -256,21 +306,10 @@ class Run:
             recipe.folder / ".ranks",
             alias=self.policy.family.alias,
         )
-        make_stream = DecodableStream if recipe.data.skip_bad else RecordStream
-        seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
-        self.stream = make_stream(
-            data,
-            seed=seed,
-            order=recipe.data.order,
-            buffer=recipe.data.shuffle_buffer,
-            plan=_plan(recipe, data, seed, self.engine.world_size),
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
-            pictures=recipe.data.identity,
-        )
+        self.stream = make_stream(recipe, data, rank=self.engine.rank, world_size=self.engine.world_size)
         if functions is not None:
             self._try(functions)
-        _seed(recipe.seed + self.engine.rank)  # so that random numbers in the steps do not depend on loading
+        seed_generators(recipe.seed + self.engine.rank)  # so that random numbers in the steps do not depend on loading
         rng = torch.Generator().manual_seed(recipe.seed + self.engine.rank)
         self.context = Context(
             policy=self.policy,
@@ -573,79 +612,6 @@ class _Batch:
     packed: PackedBatch
     groups: list[PromptGroup] = field(default_factory=list)
     scale: float = 1.0  # 0: only keeps ranks in step
-
-
-def load_model(recipe: Recipe) -> Policy:
-    """The policy that a recipe names. Seeds the global generators: new adapters depend on ``recipe.seed`` alone."""
-    from fastrl.models.open import open_policy
-
-    _seed(recipe.seed)
-    model = recipe.model
-    return open_policy(
-        model.path,
-        dtype=None if model.dtype == "auto" else getattr(torch, model.dtype),
-        device=model.device,
-        lora=model.lora.spec() if model.lora is not None else None,
-        freeze=model.freeze,
-        gradient_checkpointing=model.gradient_checkpointing,
-        offload_activations=model.offload_activations,
-        liger=model.liger,
-        quantize=model.quantize,
-        min_pixels=model.min_pixels,
-        max_pixels=model.max_pixels,
-    )
-
-
-def _load_records(recipe: Recipe, functions: Functions | None) -> Sequence[Record]:
-    if functions is None:
-        return load_records(recipe)
-    rewards = RecipeRewards(recipe.reward, recipe.mix_rewards, functions=functions)
-    return load_records(recipe, misfit=rewards.misfit)
-
-
-def _check_tasks(recipe: Recipe, data: Sequence[Record], functions: Functions) -> None:
-    """Raise ``ValueError`` if the recipe's reward does not match the data's task, before a model is loaded."""
-    rewards = RecipeRewards(recipe.reward, recipe.mix_rewards, functions=functions)
-    parts = map(data.part_of, range(len(data.parts))) if isinstance(data, Mixture) else [range(len(data))]
-    firsts = [data[part[0]] for part in parts if part]
-    rewards.check([record for record in firsts if "list" not in record.target])
-
-
-def _plan(recipe: Recipe, data: Sequence[Record], seed: int, world_size: int) -> Callable[[int], list[int]] | None:
-    """The draws of a mixture, or of one data set with a curriculum; None: records are drawn in the data's order."""
-    settings = recipe.data
-    if not settings.mix and settings.curriculum is None:
-        return None
-    found = settings.curriculum
-    made = MixturePlan(
-        parts_of(data),
-        seed=seed,
-        step=settings.prompts_per_step * world_size,
-        by=settings.mix_by,
-        order=settings.order,
-        buffer=settings.shuffle_buffer,
-        curriculum=Curriculum(found.by, found.steps, found.start) if found is not None else None,
-    )
-    return made.epoch
-
-
-def _seed(seed: int) -> None:
-    import random
-
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _is_first_rank(recipe: Recipe) -> bool:
-    return recipe.engine.kind == "local" or os.environ.get("RANK", "0") == "0"  # set by the launcher
-
-
-def _use_own_device(recipe: Recipe) -> None:
-    if recipe.engine.kind == "deepspeed" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # set by the launcher
 
 
 def _not_finite(what: str, step: int, batches: Sequence[_Batch], *, changed: bool = False) -> str:

@@ -19,7 +19,8 @@ from fastrl.evaluate.run import MAX_NEW_TOKENS, sample_records
 from fastrl.recipe import Recipe, build_recipe
 from fastrl.rewards.base import unknown
 from fastrl.run.integrity import CheckpointError
-from fastrl.trainer import load_model, train
+from fastrl.run.setup import load_model
+from fastrl.trainer import train
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

@@ -26,7 +26,8 @@ from fastrl.run.logs import read_rows
 from fastrl.run.metrics import Meter, MetricsLog
 from fastrl.run.progress import Progress, printable
 from fastrl.run.samples import Sample
-from fastrl.trainer import Run, TrainingError, load_model, train
+from fastrl.run.setup import load_model
+from fastrl.trainer import Run, TrainingError, train
 from tests.helpers.training import make_recipe, make_records, steady_rows
 
 Folder = Callable[[str], Path]

@@ -17,10 +17,11 @@ from fastrl.evaluate.run import sample_records
 from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
 from fastrl.rewards.base import unknown
+from fastrl.run.setup import load_model
 from fastrl.toy.demos.claims import Claim, rises
 from fastrl.toy.demos.scenes import scenes_like
 from fastrl.toy.demos.table import print_rows
-from fastrl.trainer import load_model, train
+from fastrl.trainer import train
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

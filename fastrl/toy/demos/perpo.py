@@ -19,11 +19,12 @@ from fastrl.evaluate.run import sample_records
 from fastrl.models.open import open_policy
 from fastrl.recipe import Recipe, load_recipe
 from fastrl.rewards.base import unknown
+from fastrl.run.setup import load_model
 from fastrl.toy.demos.claims import Claim, rises_beyond_spread
 from fastrl.toy.demos.families import recipe_for
 from fastrl.toy.demos.scenes import scenes_like
 from fastrl.toy.demos.table import print_rows
-from fastrl.trainer import load_model, train
+from fastrl.trainer import train
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

@@ -21,11 +21,12 @@ from fastrl.evaluate.caption import evaluate_caption
 from fastrl.evaluate.reflect import reflect
 from fastrl.recipe import load_recipe
 from fastrl.rewards.base import unknown
+from fastrl.run.setup import load_model
 from fastrl.toy.demos.claims import Claim, falls, rises
 from fastrl.toy.demos.families import recipe_for
 from fastrl.toy.demos.scenes import HELD_OUT_SEED
 from fastrl.toy.demos.table import print_rows
-from fastrl.trainer import load_model, train
+from fastrl.trainer import train
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

@@ -23,11 +23,12 @@ from fastrl.evaluate.tpl import temporal_perplexity
 from fastrl.evaluate.trajectory import evaluate_trajectory
 from fastrl.recipe import load_recipe
 from fastrl.rewards.base import unknown
+from fastrl.run.setup import load_model
 from fastrl.toy.demos.claims import Check, Claim, Result, rises
 from fastrl.toy.demos.families import recipe_for
 from fastrl.toy.demos.scenes import scenes_like
 from fastrl.toy.demos.table import print_rows
-from fastrl.trainer import load_model, train
+from fastrl.trainer import train
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record

@@ -17,7 +17,7 @@ from fastrl.data.records import Record
 from fastrl.models import Policy, load_policy
 from fastrl.models.liger import MERGED, THREE_AXES, _replacement, _with_rope, drop_liger, use_liger
 from fastrl.rollout import Generator, Sampling
-from fastrl.trainer import load_model
+from fastrl.run.setup import load_model
 from tests.helpers.training import make_recipe
 
 
