@@ -204,7 +204,7 @@ def _with_objects(row: Row, turns: list[Turn], objects: Any) -> Asked | None:
         row.fail("wrong type", f"objects must have lists ref (texts) and bbox, got {short(objects)}")
         return None
     kind = objects.get("bbox_type") or "real"
-    if kind not in _BOX_TYPES:
+    if not isinstance(kind, str) or kind not in _BOX_TYPES:
         row.fail("wrong type", f"objects.bbox_type must be one of {', '.join(_BOX_TYPES)}, got {short(kind)}")
         return None
     prompt = _before_answer(turns)
