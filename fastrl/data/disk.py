@@ -82,12 +82,20 @@ def nothing_empty_left(*places: Path) -> Iterator[None]:
 
 
 def remove_empty(path: Path) -> None:
-    """Remove an empty file, or a folder that only contains empty files and folders. Anything else is kept, as is what
-    cannot be removed."""
+    """Remove an empty file, or a folder that only contains empty files and folders. Anything else is kept whole, as is
+    what cannot be removed."""
     with contextlib.suppress(OSError):
-        if path.is_dir() and not path.is_symlink():
-            for child in path.iterdir():
-                remove_empty(child)
-            path.rmdir()
-        elif path.is_file() and not path.stat().st_size:
+        if not _is_empty(path):
+            return
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
             path.unlink()
+
+
+def _is_empty(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return all(map(_is_empty, path.iterdir()))
+    return path.is_file() and not path.stat().st_size

@@ -72,6 +72,26 @@ def test_callbacks_are_told_and_stop_run_saves_and_ends(
     assert listener.paths == checkpoint.list_checkpoints(tmp_path) == [saved]
 
 
+@pytest.mark.parametrize("hook", ["on_samples", "on_step", "on_eval", "on_checkpoint"])
+def test_a_run_that_a_callback_broke_can_be_resumed(tiny_folder: Folder, tmp_path: Path, hook: str) -> None:
+    """Also before its first checkpoint: it then starts again from the beginning."""
+    recipe = make_recipe(
+        *(tiny_folder("qwen2_5"), tmp_path / "run"),
+        optim__steps=2,
+        checkpoint__every=2,
+        eval={"spec": "scenes:ocr?n=1&size=56", "every": 1, "max_new_tokens": 2, "at_start": False},
+    )
+
+    def breaks(_: object, what: Any) -> None:
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        fastrl.train(recipe, records=make_records(), callbacks=[type("Mine", (), {hook: breaks})()], show=False)
+    summary = fastrl.train(recipe, records=make_records(), resume=True, show=False)
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    assert summary.steps == 2
+
+
 def test_every_hook_is_called_and_the_first_reason_is_kept() -> None:
     told = []
 
