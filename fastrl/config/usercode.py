@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import sysconfig
@@ -53,6 +54,21 @@ def where_it_raised(error: BaseException) -> str:
     frames = [frame for frame in every if not frame.filename.startswith(_LIBRARIES)]
     frames = frames or [frame for frame in every if not frame.filename.startswith(_OURS)]
     return f"{frames[-1].filename}:{frames[-1].lineno}: in {frames[-1].name}: " if frames else ""
+
+
+def takes(function: object, *arguments: str) -> str:
+    """Why a user's hook cannot be called with these arguments, to follow its name; empty if it can."""
+    if not callable(function):
+        return f"must be a function, got {function!r}"
+    if inspect.iscoroutinefunction(function):
+        return "is async: it would never be awaited"
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        return f"is called as {getattr(function, '__name__', 'it')}({', '.join(arguments)}): {error}"
+    except ValueError:  # of no Python function
+        return ""
+    return ""
 
 
 @contextmanager

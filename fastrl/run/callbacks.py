@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastrl.config.registry import nearest
+from fastrl.config.usercode import takes
 
 Row = Mapping[str, Any]
 
@@ -46,7 +48,7 @@ class Callbacks:
     """Several callbacks as one; :attr:`reason` is why one of them ended the run (None: none did).
 
     Raises:
-        TypeError: an object has none of the hooks or a misspelt one, or is a class.
+        TypeError: an object has none of the hooks, a misspelt one or one that cannot be called, or is a class.
     """
 
     def __init__(self, callbacks: Iterable[object] = ()) -> None:
@@ -94,10 +96,11 @@ def _hooks_of(callback: object) -> dict[str, Callable[[Any], object]]:
         if name.startswith("on_") and name not in HOOKS and (near := nearest(name, HOOKS, cutoff=0.8)):
             raise TypeError(f"{what}: {name} is not a hook; did you mean {near}? Hooks: {', '.join(HOOKS)}")
     found = {name: getattr(callback, name, None) for name in HOOKS}
-    hooks = {name: function for name, function in found.items() if callable(function)}
-    wrong = [name for name, value in found.items() if value is not None and name not in hooks]
-    if wrong:
-        raise TypeError(f"{what}: {wrong[0]} must be a function, got {found[wrong[0]]!r}")
+    hooks = {name: function for name, function in found.items() if function is not None}
+    for name, function in hooks.items():
+        (argument,) = list(inspect.signature(getattr(Callback, name)).parameters)[1:]
+        if wrong := takes(function, argument):
+            raise TypeError(f"{what}: {name} {wrong}")
     if not hooks:
         raise TypeError(f"{what} has none of the hooks: {', '.join(HOOKS)}")
     return hooks

@@ -6,6 +6,7 @@ An error in a logger is reported once and never ends the run. Loggers are import
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import os
 import sys
@@ -18,7 +19,7 @@ from types import MappingProxyType, MethodType
 from typing import Any
 
 from fastrl.config.registry import nearest
-from fastrl.config.usercode import UserCodeError, load_function, where_it_raised
+from fastrl.config.usercode import UserCodeError, load_function, same_folder, takes, where_it_raised
 from fastrl.run.progress import printable
 
 FAILURES = 3  # consecutive failures after which a logger is removed
@@ -59,7 +60,14 @@ class Logger:
         """Called after the last step, also if the run failed, unless the process was killed."""
 
 
-HOOKS = tuple(name for name in vars(Logger) if not name.startswith("_"))
+ARGUMENTS = MappingProxyType(
+    {
+        name: tuple(inspect.signature(hook).parameters)[1:]
+        for name, hook in vars(Logger).items()
+        if not name.startswith("_")
+    }
+)
+HOOKS = tuple(ARGUMENTS)
 
 
 class TensorBoard(Logger):
@@ -228,7 +236,8 @@ class Loggers:
     def _call(self, name: str, hook: str, *given: Any, more: str) -> bool:
         """Call a hook; return whether it succeeded."""
         try:
-            getattr(self._loggers[name], hook)(*given)
+            with same_folder():
+                getattr(self._loggers[name], hook)(*given)
         except (Exception, SystemExit) as error:  # a logger must never end the run
             if name not in self._said:
                 self._said.add(name)
@@ -260,8 +269,8 @@ def _own(name: str) -> Logger:
     if "log" not in hooks or (isinstance(made, Logger) and type(made).log is Logger.log):
         raise ValueError(f"log.to: {name} has no log(step, values); a logger may have {', '.join(HOOKS)}")
     for hook, function in hooks.items():
-        if not callable(function):
-            raise ValueError(f"log.to: {name}: {hook} must be a function, got {function!r}")
+        if wrong := takes(function, *ARGUMENTS[hook]):
+            raise ValueError(f"log.to: {name}: {hook} {wrong}")
     for attribute in dir(type(made)):
         known = attribute.startswith("_") or attribute in HOOKS or not callable(getattr(type(made), attribute))
         if not known and (near := nearest(attribute, HOOKS, cutoff=0.8)):

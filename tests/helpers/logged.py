@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ def write(name: str, out: Path) -> list[str]:
             loggers.samples(1, lambda: [{**row, "picture": p} for row, p in zip(SAMPLES, pictures, strict=True)])
         loggers.log(done + 1, {"step": done + 1, "eval/f1": 0.5, "best": True})
         loggers.close()
+        second = int(time.time())
+        while not done and int(time.time()) == second:  # wandb names the folder of each part by the second
+            time.sleep(0.05)
     return said
 
 

@@ -115,12 +115,18 @@ def test_every_hook_is_called_and_the_first_reason_is_kept() -> None:
     assert sorted(told) == sorted(HOOKS)
 
 
+async def wait(self: object, row: Any) -> None:
+    """No callback can be awaited."""
+
+
 @pytest.mark.parametrize(
     ("attributes", "said"),
     [
         ({"on_steps": print}, "on_steps is not a hook; did you mean on_step"),
         ({"on_step": print, "on_checkpoints": print}, "did you mean on_checkpoint"),
         ({"on_step": 3}, "on_step must be a function, got 3"),
+        ({"on_step": lambda self: None}, r"on_step is called as <lambda>\(row\): too many positional"),
+        ({"on_eval": wait}, "on_eval is async: it would never be awaited"),
         ({}, "has none of the hooks: on_step, on_samples, on_checkpoint, on_eval"),
     ],
 )

@@ -110,6 +110,22 @@ class NoFunction(Plain):
 
 class Nothing:
     pass
+
+
+class Awaited:
+    async def log(self, step, values):
+        pass
+
+
+class OneArgument:
+    def log(self, values):
+        pass
+
+
+class Moves:
+    def log(self, step, values):
+        import os
+        os.chdir("/")
 '''
 
 
@@ -163,7 +179,9 @@ def test_a_logger_of_a_users_own_is_told_of_a_run_from_the_command_line(
     assert any(text.startswith("logger my_logger.py:Raises failed in log") for text in noted)
 
 
-@pytest.mark.parametrize(("name", "hook"), [("Open", "open"), ("Samples", "samples"), ("Exits", "log")])
+@pytest.mark.parametrize(
+    ("name", "hook"), [("Open", "open"), ("Samples", "samples"), ("Exits", "log"), ("Moves", "log")]
+)
 def test_a_logger_that_fails_is_named_once_and_never_ends_a_run(
     tiny_folder: Folder, mine: Path, capsys: pytest.CaptureFixture[str], name: str, hook: str
 ) -> None:
@@ -238,6 +256,8 @@ def test_samples_are_only_made_for_a_logger_that_takes_them(mine: Path) -> None:
         ("my_logger.py:Needs", "my_logger.py:Needs cannot be created without arguments"),
         ("my_logger.py:Misspelt", "sample is not a hook of a logger; did you mean samples"),
         ("my_logger.py:NoFunction", "samples must be a function, got True"),
+        ("my_logger.py:Awaited", "log is async: it would never be awaited"),
+        ("my_logger.py:OneArgument", r"log is called as log\(step, values\): too many positional"),
         ("my_logger.py:Nothing", r"has no log\(step, values\); a logger may have open, log, samples, close"),
         ("my_logger.py:Gone", "has no function 'Gone'"),
         ("other.py:Logger", "no such file: other.py"),
@@ -359,6 +379,8 @@ def test_wandb_holds_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):  # a busy machine takes longer than the usual 30 and 90 s
+        monkeypatch.setenv(name, "3600")
     write_alone("wandb", tmp_path / "out", monkeypatch)
     rows = {row["_step"]: row for row in history(tmp_path / "out" / "wandb")}
     assert {step: (row["reward/mean"], row["eval/f1"]) for step, row in rows.items()} == {
