@@ -84,7 +84,12 @@ class RecipeRewards:
         With ``encode`` (the policy's), functions are called once for the first record of each part and task.
         """
         for record in records:
-            self._builtin(record)
+            try:
+                self._builtin(record)
+            except ValueError as error:
+                if not record.origin:
+                    raise
+                raise ValueError(f"data.mix, {record.origin}: {error}") from None
             if encode is not None:
                 self._functions.try_out(record, encode)
 

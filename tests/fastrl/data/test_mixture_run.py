@@ -124,3 +124,14 @@ def test_a_run_over_a_mixture_notes_the_rows_that_each_part_skips(tiny_folder: F
     train(make_recipe(tiny_folder("qwen2_5"), tmp_path / "out", **changes), show=False)
     notes = [row["note"] for row in read_rows(tmp_path / "out" / "notes.jsonl")]
     assert [note for note in notes if "skipped" in note] == ["damaged: skipped 1 of 3 rows: wrong type 1"]
+
+
+def test_a_part_that_the_reward_does_not_fit_is_named(tiny_folder: Folder, tmp_path: Path) -> None:
+    wrong = {"options": {"metric": "iou"}}
+    mix = [
+        {"spec": "scenes:grounding?n=2&size=56"},
+        {"name": "words", "spec": "scenes:ocr?n=2&size=56", "reward": wrong},
+    ]
+    recipe = make_recipe(tmp_path / "no model", tmp_path / "out", data__spec="", data__mix=mix)
+    with pytest.raises(ValueError, match=r"data\.mix, words: the data is ocr, .*unknown option 'metric'"):
+        train(recipe, show=False)
