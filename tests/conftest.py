@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 REPO = Path(__file__).resolve().parent.parent
 
-# A busy machine must not decide what fails: no deadlines, and the same examples every time. To look for new ones:
+# Examples must not depend on how busy the machine is: no deadlines, and the same examples in every run. For new ones:
 # pytest --hypothesis-profile=explore
 settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("explore", settings.get_profile("same"), derandomize=False, max_examples=2000)
@@ -28,7 +28,8 @@ def _data_dir() -> Path | None:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """Real perception data: ``FASTRL_DATA`` or ``../shared/data``. Absent: skip, but fail where CI promises it."""
+    """The folder of real data: ``FASTRL_DATA`` or ``../shared/data``. Without it tests skip; they fail if CI needs
+    it."""
     found = _data_dir()
     if found is None:
         message = "real data not found: set FASTRL_DATA to its folder"
@@ -39,7 +40,7 @@ def data_dir() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # one of several processes side by side: a core each
+    if hasattr(config, "workerinput"):  # one of several parallel processes: one core each
         torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""The registry covers the library, and on tiny inputs every contestant of a case computes the same."""
+"""The benchmark registry covers the library, and on tiny inputs all contestants of a case compute the same result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two checkouts side by side: here this one against itself."""
+"""Paired runs of two checkouts; here both are this checkout."""
 
 from __future__ import annotations
 

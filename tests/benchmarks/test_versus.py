@@ -1,4 +1,4 @@
-"""The comparison with TRL: the same gradient from the same tokens, phases that add up, forced lengths, the report."""
+"""The comparison with TRL: equal gradients from equal tokens, phases that sum to the step, forced lengths, report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every row of the tables in ``docs/answers.md`` is true: each has its examples here, and they are read as it says."""
+"""Every row of the tables in ``docs/answers.md`` is true: each has examples here, parsed as the row says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOX = (12.0, 34.0, 56.0, 78.0)
 
 
 def rows(heading: str) -> dict[str, list[list[str]]]:
-    """The rows of the tables under a heading, cells by the first of them; several tables may have one."""
+    """Rows of the tables under a heading, by their first cell; several tables may have the same one."""
     part = next(part for part in PAGE.split("\n## ") if part.startswith(heading))
     lines = [line for line in part.splitlines() if line.startswith("|") and not line.startswith("|---")]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
@@ -33,7 +33,7 @@ def rows(heading: str) -> dict[str, list[list[str]]]:
 
 
 def codes(text: str) -> list[str]:
-    """What stands in backticks."""
+    """The texts in backticks."""
     return [code.replace("\\|", "|") for code in re.findall(r"`+([^`]+)`+", text)]
 
 
@@ -53,7 +53,7 @@ def labels(text: str) -> list[str | None]:
     return [item.label for item in parse_boxes(text)]
 
 
-# ---- what the answer is
+# ---- the format of the answer
 
 
 def thoughts(cell: str) -> None:
@@ -95,7 +95,7 @@ REPLIES: Mapping[str, Callable[[str], None]] = {
     "text tasks": fenced_text,
 }
 
-# ---- coordinates: an example of each row, how it is read, and as what
+# ---- coordinates: an example of each row and how it is parsed
 
 WRITTEN: Mapping[str, list[tuple[Callable[[str], Any], str, Any]]] = {
     "an entry `bbox_2d`": [

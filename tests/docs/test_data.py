@@ -1,7 +1,5 @@
-"""Every row of the tables on rows and COCO files in ``docs/data.md`` is true: each has an example that is loaded.
-
-What pictures become is held by ``tests/fastrl/data/test_pictures.py``.
-"""
+"""Every row of the tables on rows and COCO files in ``docs/data.md`` is true: each has an example that is loaded. The
+conversion of pictures is tested in ``tests/fastrl/data/test_pictures.py``."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(heading: str) -> list[str]:
-    """First cells of the table below a line."""
+    """First cells of the table that follows a line."""
     lines = PAGE[PAGE.index(heading) :].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|---"))
     found = []
@@ -46,7 +44,7 @@ def rows_of(heading: str) -> list[str]:
 
 
 class Loads:
-    """What rows or files load to, or the kinds of what is wrong with them."""
+    """The loaded records, or the kinds of problems of bad rows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -110,7 +108,7 @@ ROWS: list[tuple[str, Callable[[Loads], bool]]] = [
         ),
     ),
     ("null beside another column", lambda d: d.target({**ROW, "bbox": None, "solution": BOX})["box"] == WANT),
-    ("arrays (numpy)", lambda d: True),  # tests/fastrl/data/test_truth.py: rows of JSON have none
+    ("arrays (numpy)", lambda d: True),  # tests/fastrl/data/test_truth.py has them: JSON rows cannot hold such values
     (
         "`text` of OCR",
         lambda d: (

@@ -1,4 +1,4 @@
-"""``docs/recipes.md`` lists every key with its default and range as the sections have them, and what each is for."""
+"""``docs/recipes.md`` lists every key with the default and range that the sections declare, and its use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def test_the_page_has_every_section() -> None:
 
 @pytest.mark.parametrize("heading", list(tables()))
 def test_every_key_has_its_default_its_range_and_its_meaning(heading: str) -> None:
-    """As the sections have them; the page may link words, and need not repeat what a section of the same keys says."""
+    """Defaults and ranges are those of the sections. The page may add links, and may refer to a section with the same
+    keys."""
     listed, held = page_tables()[heading], tables()[heading]
     assert {key: row[:2] for key, row in listed.items()} == {key: row[:2] for key, row in held.items()}
     plain = {key: re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", row[2]) for key, row in listed.items()}

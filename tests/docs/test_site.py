@@ -1,4 +1,4 @@
-"""The documentation builds as a site, with no dead link and no page left out."""
+"""The documentation builds as a site without dead links, and every page is in its navigation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Every Python block of the docs and the README runs as it stands.
-
-A block after the line ``<!-- skip: reason -->`` is compiled only; the reasons are a GPU or a download.
-"""
+"""Every Python block of the docs and the README runs as printed. A block after ``<!-- skip: reason -->`` is only
+compiled; the reason is a GPU or a download."""
 
 from __future__ import annotations
 
@@ -33,16 +31,16 @@ def snippets() -> list[object]:
 
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a block registers is forgotten after it."""
+    """What a block registers is removed after it."""
     registries = (fastrl.methods.METHODS, fastrl.rewards.REWARDS, fastrl.data.ADAPTERS, fastrl.models.families.FAMILIES)
     for registry in registries:
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))  # type: ignore[attr-defined]
-    monkeypatch.setattr(styles, "_OF_FAMILY", dict(styles._OF_FAMILY))  # what answers are told of a family
+    monkeypatch.setattr(styles, "_OF_FAMILY", dict(styles._OF_FAMILY))  # the families that ``answers`` knows
 
 
 @pytest.mark.parametrize(("path", "number", "code", "skip"), snippets())
 def test_snippet(path: Path, number: int, code: str, skip: str | None, monkeypatch, tmp_path) -> None:
-    lines = "\n" * (number - 1) + code  # errors point at the document's line
+    lines = "\n" * (number - 1) + code  # so that errors show the document's line numbers
     compiled = compile(lines, str(path), "exec", dont_inherit=True)
     if skip and not ("GPU" in skip and torch.cuda.is_available()):
         pytest.skip(skip)
@@ -51,7 +49,7 @@ def test_snippet(path: Path, number: int, code: str, skip: str | None, monkeypat
 
 
 def test_blocks_are_found() -> None:
-    """Every fence of a Python block is one the pattern above sees, so none is silently left out."""
+    """The pattern above finds every Python fence, so no block is skipped by mistake."""
     for path in (REPO / "docs").glob("*.md"):
         text = path.read_text()
         assert len(BLOCK.findall(text)) == len(re.findall(r"^\s*```(?:python|py)\b", text, re.MULTILINE)), path.name

@@ -1,4 +1,4 @@
-"""``docs/tree.md``: every folder and every file at the top has its line, no line is stale, and what it names exists."""
+"""``docs/tree.md`` has a line for every folder and every top file, no outdated line, and names only what exists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.rooms import LEVELS
 
 REPO = Path(__file__).resolve().parents[2]
 PAGE = (REPO / "docs" / "tree.md").read_text(encoding="utf-8")
-MIRRORED = ("tests/", "fastrl/toy/weights/")  # whose folders are told by one line
+MIRRORED = ("tests/", "fastrl/toy/weights/")  # one line covers all their folders
 
 
 def tracked() -> list[Path]:
@@ -24,7 +24,7 @@ def tracked() -> list[Path]:
 
 
 def listed(heading: str) -> dict[str, str]:
-    """Path → what is said of it, of one section's table."""
+    """Path → its description, from one section's table."""
     section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
     return dict(re.findall(r"^\| `([^`]+)` \| (.+?) \|$", section, re.MULTILINE))
 

@@ -1,4 +1,4 @@
-"""Every example runs as it stands, from a folder of its own, and does what it says."""
+"""Every example runs as printed, from an empty folder, and its output is as described."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_it_runs_as_a_script(name: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(EXAMPLES / name)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert not list(tmp_path.iterdir())  # nothing left behind
+    assert not list(tmp_path.iterdir())  # no files are left behind
 
 
 def test_the_torch_loop_learns() -> None:
@@ -40,7 +40,7 @@ def test_the_torch_loop_learns() -> None:
 
 def test_the_matchers_give_one_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     detr_loss = pytest.importorskip("transformers.loss.loss_for_object_detection")
-    monkeypatch.setattr(detr_loss, "HungarianMatcher", detr_loss.HungarianMatcher)  # put back afterwards
+    monkeypatch.setattr(detr_loss, "HungarianMatcher", detr_loss.HungarianMatcher)  # restored after the test
     before, after = main_of("detr_matcher.py")
     assert after == pytest.approx(before, rel=1e-6)
 
@@ -62,7 +62,7 @@ def test_the_notebook_holds_its_pictures_and_nothing_of_the_machine_that_ran_it(
     pictures = [output for output in outputs_of(notebook) if "image/png" in output.get("data", {})]
     assert len(pictures) == 4
     said = [output for output in outputs_of(notebook) if output not in pictures]
-    assert {output.get("name") for output in said} == {"stdout"}  # no warning, no error
+    assert {output.get("name") for output in said} == {"stdout"}  # no warnings or errors
     assert "site-packages" not in NOTEBOOK.read_text(encoding="utf-8")
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
@@ -81,4 +81,4 @@ def test_the_notebook_runs_and_its_model_learns(tmp_path: Path) -> None:
     text = "".join(output.get("text", "") for output in outputs_of(notebook))
     before, after = map(float, re.findall(r"mean IoU of greedy answers: ([\d.]+) before, ([\d.]+) after", text)[0])
     assert after > before
-    assert not list(tmp_path.iterdir())  # nothing left behind
+    assert not list(tmp_path.iterdir())  # no files are left behind

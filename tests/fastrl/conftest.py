@@ -1,4 +1,4 @@
-"""Tiny random models of both families as ordinary Hugging Face folders, built once per session from configs."""
+"""Tiny random models of two families as ordinary Hugging Face folders, built once per session from configs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> Any:
-    """Byte-level, with no merges: 256 bytes and the family's special tokens."""
+    """Byte-level without merges: 256 bytes and the family's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

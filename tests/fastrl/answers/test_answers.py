@@ -1,4 +1,4 @@
-"""Model text ↔ boxes, points, tracks: every spelling, every frame, and text nobody should send."""
+"""Parsing and writing boxes, points and tracks: every format, every coordinate frame, and hostile text."""
 
 from __future__ import annotations
 
@@ -72,18 +72,18 @@ def test_whole_image_is_the_whole_image_in_every_frame() -> None:
 
 
 def test_a_padded_pictures_frames_hold_its_offset() -> None:
-    """LLaVA-1.5's frame: a 640 x 480 picture lies in the middle of a square of 640."""
+    """The frame of LLaVA-1.5: a 640 x 480 picture is padded to a square of 640."""
     view = View.padded(640, 480, 336)
     assert view.canvas == (0, -80, 640, 560)
     box = (64.0, 48.0, 320.0, 240.0)
     assert from_original(box, "padded_unit", view) == (0.1, 0.2, 0.5, 0.5)
     assert to_original((0.1, 0.2, 0.5, 0.5), "padded_unit", view) == pytest.approx(box)
     assert from_original(box, "resized", view) == pytest.approx((33.6, 67.2, 168, 168))
-    assert from_original(box, "unit", view) == (0.1, 0.1, 0.5, 0.5)  # across the picture itself
+    assert from_original(box, "unit", view) == (0.1, 0.1, 0.5, 0.5)  # the picture without its padding
     assert from_original((0, 0, 640, 480), "thousand", view) == (0, 0, 1000, 1000)
     assert View.padded(3, 8, 14).canvas == (-2, 0, 6, 8)
     assert from_original(box, "padded_unit", View.unresized(640, 480)) == from_original(box, "unit", view)
-    crop = View(640, 480, 336, 336, (80, 0, 560, 480))  # the centre of it: what lies outside is beyond the frame
+    crop = View(640, 480, 336, 336, (80, 0, 560, 480))  # the centre; padding is outside the picture
     assert from_original((0, 0, 640, 480), "padded_unit", crop) == pytest.approx((-1 / 6, 0, 7 / 6, 1))
     with pytest.raises(ValueError, match="canvas"):
         View(640, 480, 336, 336, (5, 0, 5, 480))
@@ -118,7 +118,7 @@ def test_frame_errors_name_the_allowed_frames() -> None:
     [
         (QWEN2, "thousand"),
         ("[0.1, 0.25, 0.5, 1.0]", "unit"),
-        ("[0, 0, 1, 1]", "resized"),  # no decimal point: a one-pixel box
+        ("[0, 0, 1, 1]", "resized"),  # without a decimal point it is a box of one pixel
         ("[0.5, 10.0, 20.0, 30.0]", "resized"),
         ('[{"bbox_2d": [1, 2, 3, 4]}]', "resized"),
         ("Track1: dog<Id1>Frame1:[1,2,3,4];</Id1>", "thousand"),
@@ -152,12 +152,12 @@ def test_auto_frame_goes_by_the_answers_format(text: str, frame: str) -> None:
         ("( 1 ,2, 3,4 )", "parens", [(1, 2, 3, 4)]),
         ("(1,2),(3,4)", "pairs", [(1, 2, 3, 4)]),
         ("(1, 2) , (3, 4)", "pairs", [(1, 2, 3, 4)]),
-        # Perception-R1's order of spellings, whatever comes first in the text
+        # the order of formats of Perception-R1's parser, whatever comes first in the text
         ("(1,2),(3,4) then (5,6,7,8) then [9,10,11,12]", "brackets", [(9, 10, 11, 12)]),
         ("(1,2),(3,4) then (5,6,7,8)", "parens", [(5, 6, 7, 8)]),
         ("<think>[9,9,9,9]</think><answer>[1,2,3,4]</answer> [5,6,7,8]", "brackets", [(1, 2, 3, 4)]),
         ("<answer>[1,2,3,4]", "brackets", [(1, 2, 3, 4)]),
-        ("[4,3,2,1]", "brackets", [(4, 3, 2, 1)]),  # inverted: the numbers as written, the reward decides
+        ("[4,3,2,1]", "brackets", [(4, 3, 2, 1)]),  # inverted: returned as written; the reward decides
         ("", None, []),
         ("[1,2,3]", None, []),
         ("no box", None, []),
@@ -186,7 +186,7 @@ def test_a_malformed_item_is_dropped_and_its_neighbours_stay(bad: str) -> None:
 def test_truncated_json_keeps_the_items_before_the_break(cut: int) -> None:
     text = '[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5, 6, 7, 8], "label": "b"}]'
     parsed = parse_boxes(text[:cut])
-    numbers = text[:cut].count("4") + text[:cut].count("8")  # items whose fourth number is there
+    numbers = text[:cut].count("4") + text[:cut].count("8")  # items that have a fourth number
     assert [item.box for item in parsed] == [(1, 2, 3, 4), (5, 6, 7, 8)][:numbers]
     for item, label in zip(parsed, "ab", strict=False):
         assert item.label == (label if f'"label": "{label}"' in text[:cut] else None)
@@ -199,7 +199,7 @@ def test_labels_scores_and_escapes() -> None:
     assert (second.label, second.score) == (None, None)
     assert parse_boxes(QWEN2)[0].label == "The woman"
     lone = parse_boxes(r'{"bbox_2d":[1,2,3,4],"label":"\ud800"}')[0].label
-    assert lone == "?"  # must be writable to a log
+    assert lone == "?"  # must be encodable for logs
     assert parse_boxes(r'{"bbox_2d":[1,2,3,4],"label":"\q"}')[0].label == r"\q"
     assert len(parse_boxes('{"bbox_2d":[1,2,3,4],"label":"%s"}' % ("x" * 10**6))[0].label or "") == 1000
 
@@ -223,7 +223,7 @@ def test_items_are_bounded() -> None:
 
 
 def test_objects_without_coordinates_are_read_only_so_far() -> None:
-    """Beyond the bound the JSON scan stops; the bare spelling, which costs little, still finds the box."""
+    """The JSON scan stops at its limit; the plain format, which is cheap to parse, still finds the box."""
     assert parse_boxes('{"a":1}' * 1000 + '{"bbox_2d": [1,2,3,4]}').format == "json"
     assert parse_boxes('{"a":1}' * 40000 + '{"bbox_2d": [1,2,3,4]}').format == "brackets"
 
@@ -239,7 +239,7 @@ def test_objects_without_coordinates_are_read_only_so_far() -> None:
         ("<|box_start|>(0,0),(4,2)<|box_end|><|box_start|>(7,8)<|box_end|>", [(2, 1), (7, 8)]),
         ("[1, 2] and [3, 4]", [(1, 2), (3, 4)]),
         ("(1, 2)", [(1, 2)]),
-        ("(0,0),(4,2)", [(2, 1)]),  # reads as a box: that is how counting answers are written
+        ("(0,0),(4,2)", [(2, 1)]),  # parsed as a box: counting answers are often written so
         ("[]", []),
         ('[{"point_2d": [1, "2"]}]', []),
     ],
@@ -326,7 +326,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_read_in_linear_time(name: str) -> None:
-    """Every one of these takes minutes to days under a quadratic parser; a fresh process bounds the wait."""
+    """A quadratic parser would take minutes to days for each of these; a new process limits the wait."""
     code = (
         "import sys\n"
         "from fastrl.answers import *\n"
@@ -489,6 +489,6 @@ def test_text_helpers() -> None:
     "form", ['[{{"bbox_2d": [1, 2,{0}3{0}, 81{0}]}}]', "[1, 2,{0}3{0}, 81{0}]", "({0}1{0}, 2, 3, 81)"]
 )
 def test_any_blank_may_stand_around_a_number(form: str, blank: str) -> None:
-    """Sampled by a model: a separator control character after a coordinate, which ``float`` does not skip."""
+    """Models write separator control characters after coordinates, which ``float`` does not strip."""
     parsed = parse_boxes(form.format(blank))
     assert [item.coords for item in parsed] == [(1.0, 2.0, 3.0, 81.0)]

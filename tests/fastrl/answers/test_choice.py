@@ -1,4 +1,4 @@
-"""Choices out of model text: letters, places, options, yes and no, in every wording, and text nobody should send."""
+"""Parsing choices: letters, positions, option texts, yes and no, in many wordings, and hostile text."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_wording_of_every_option(index: int, form: str) -> None:
         ("A man goes to the river to drink water", 0),  # not the letter A
         ("(A) or (B)", None),
         ("<think>" + "The bird may be resting. " * 2000 + "</think>C", 2),
-        ("B. It wants to drink water", 1),  # what it commits to first
+        ("B. It wants to drink water", 1),  # the first statement counts
     ],
 )
 def test_what_is_clear_and_what_is_not(text: str, expected: int | None) -> None:
@@ -60,7 +60,7 @@ def test_what_is_clear_and_what_is_not(text: str, expected: int | None) -> None:
 
 def test_numbers_that_are_options_mean_those_options() -> None:
     assert parse_choice("2", ["1", "2", "3"]) == 1
-    assert parse_choice("0", ["1", "2", "3"]) == 0  # no option says so: the place
+    assert parse_choice("0", ["1", "2", "3"]) == 0  # no option has this text, so it is a position
 
 
 def test_an_option_inside_another_does_not_make_it_unclear() -> None:

@@ -1,4 +1,4 @@
-"""Damaged, cut and oddly spelled answers: one item's damage is its own, and the work grows with the text."""
+"""Damaged, truncated and oddly formatted answers: damage to one item leaves the others, in linear time."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_one_damaged_item_leaves_its_neighbours_alone(damage: tuple[str, str], p
     parsed = parse_boxes(f"[{', '.join(items)}]")
     left = [found for found in labelled(parsed) if found[0] != (5, 6, 7, 8)]
     assert left == [((1, 2, 3, 4), "a"), ((9, 10, 11, 12), "c")]
-    assert len(parsed) - 2 + parsed.dropped == 1  # the damaged one is an item, or counted
+    assert len(parsed) - 2 + parsed.dropped == 1  # the damaged one is returned, or counted as dropped
 
 
 @settings(max_examples=500)
 @given(data=st.data(), form=st.sampled_from(FORMS), n=st.integers(2, 5))
 def test_n_minus_one_items_survive_any_damage_to_one(data: st.DataObject, form: Any, n: int) -> None:
-    """Characters of one item of a list are deleted, replaced or put in; the others keep boxes and labels."""
+    """Characters of one list item are deleted, replaced or inserted; the other items keep their boxes and labels."""
     boxes = [(10.0 + i, 20.0 + i, 300.0 + i, 400.0 + i) for i in range(n)]
     names = [f"{data.draw(st.sampled_from(LABELS))} {i}" for i in range(n)]
     items = [form.item(box, name) for box, name in zip(boxes, names, strict=True)]
@@ -97,7 +97,7 @@ def test_n_minus_one_tracks_survive_any_damage_to_one(data: st.DataObject, n: in
 
 
 def damaged(data: st.DataObject, text: str, characters: str) -> str:
-    """A text with some characters gone and others put in at one place."""
+    """A text with some characters removed and others inserted at one position."""
     at, cut = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 3))
     return text[:at] + data.draw(st.text(characters, max_size=2)) + text[at + cut :]
 
@@ -111,23 +111,23 @@ def test_a_cut_reply_keeps_each_item_whose_numbers_are_complete(form: Any) -> No
         found = [item.box for item in parse_boxes(text[:cut])]
         complete = sum(end <= cut for end in ends)
         assert found[:complete] == [tuple(map(float, form.read(box))) for box in boxes[:complete]]
-        assert len(found) <= complete + 1  # at most the item that is being written
+        assert len(found) <= complete + 1  # at most the item that is incomplete
 
 
 @pytest.mark.parametrize(
     ("text", "items"),
     [
-        # a quote inside a label is part of it
+        # a quote inside a label belongs to the label
         ('[{"bbox_2d": [1, 2, 3, 4], "label": "b" 27"}]', [((1, 2, 3, 4), 'b" 27')]),
         ('[{"label": "the "big" one", "bbox_2d": [1, 2, 3, 4]}]', [((1, 2, 3, 4), 'the "big" one')]),
         ("[{'bbox_2d': [1, 2, 3, 4], 'label': 'men's shoe'}]", [((1, 2, 3, 4), "men's shoe")]),
-        # a label without its end reaches to the next entry or object
+        # an unterminated label ends at the next entry or object
         (
             '[{"bbox_2d": [1, 2, 3, 4], "label": "b}, {"label": "c", "bbox_2d": [5, 6, 7, 8]}]',
             [((1, 2, 3, 4), "b"), ((5, 6, 7, 8), "c")],
         ),
         ('[{"label": "b, "bbox_2d": [1, 2, 3, 4]}]', [((1, 2, 3, 4), "b")]),
-        # every list under a coordinate key is one item, also where no brace parts them
+        # every list under a coordinate key is one item, even without braces between them
         (
             '{"bbox_2d": [1, 2, 3, 4], "label": "a", "bbox_2d": [5, 6, 7, 8], "label": "b"}',
             [((1, 2, 3, 4), "a"), ((5, 6, 7, 8), "b")],
@@ -137,7 +137,7 @@ def test_a_cut_reply_keeps_each_item_whose_numbers_are_complete(form: Any) -> No
             [((1, 2, 3, 4), "a"), ((5, 6, 7, 8), "b")],
         ),
         ('"bbox_2d": [1, 2, 3, 4]\n"bbox_2d": [5, 6, 7, 8]', [((1, 2, 3, 4), None), ((5, 6, 7, 8), None)]),
-        # what an object holds is not its parent's
+        # a nested object's keys are not its parent's
         ('{"bbox_2d": [1, 2, 3, 4], "parts": {"name": "ear"}, "label": "cat"}', [((1, 2, 3, 4), "cat")]),
         ('{"bbox_2d": [1, 2, 3, 4], "parts": {"name": "ear"}}', [((1, 2, 3, 4), None)]),
     ],
@@ -227,7 +227,7 @@ def test_several_boxes_of_one_entry_share_its_label() -> None:
     ],
 )
 def test_a_label_in_quotes_of_any_kind(label: str) -> None:
-    """The pair need not match, and neither the item before nor the one behind may change."""
+    """Brackets need not match; neighbouring items must not change."""
     other = '{"bbox_2d": [5, 6, 7, 8], "label": "c"}'
     parsed = parse_boxes(f'[{other}, {{"bbox_2d": [1, 2, 3, 4], "label": {label}}}, {other}]')
     assert [item.label for item in parsed] == ["c", "a b", "c"]
@@ -249,7 +249,7 @@ def test_a_label_may_speak_of_coordinates() -> None:
         ("(1, 2), (3, 4), (5, 6)", [(1, 2), (3, 4), (5, 6)]),
         ("(9, 2), (3, 4), (5, 6), (7, 8)", [(9, 2), (3, 4), (5, 6), (7, 8)]),
         ("(4, 3), (2, 1)", [(4, 3), (2, 1)]),
-        ("(0, 0), (4, 2), (10, 10), (14, 12)", [(2, 1), (12, 11)]),  # all of them boxes
+        ("(0, 0), (4, 2), (10, 10), (14, 12)", [(2, 1), (12, 11)]),  # all are boxes
         ("(1, 2), (3, 4)\n(5, 6), (7, 8), (9, 9)", [(1, 2), (3, 4), (5, 6), (7, 8), (9, 9)]),
     ],
 )
@@ -274,12 +274,12 @@ def test_nothing_inside_a_thought_is_read(tag: str) -> None:
     assert not parse_boxes(f"<{tag}> so <answer>[1, 2, 30, 40]</answer>").parsable
 
 
-# ---- work
+# ---- number of operations
 
 
 @pytest.mark.parametrize("points", [False, True])
 def test_work_grows_with_the_text(points: bool) -> None:
-    """Characters looked at, for texts of n, 4n and 16n: the same number for each character."""
+    """Characters visited per character of text, for texts of n, 4n and 16n characters: constant."""
     for name, make in {**hostile_texts(), "boxes": list_of_boxes}.items():
         looked = []
         for n in (500, 2000, 8000):

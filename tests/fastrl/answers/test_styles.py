@@ -1,4 +1,4 @@
-"""Each family's own way of writing: written, read back with labels, recognised; a right answer is exactly right."""
+"""Each family's answer format: written, parsed with labels, recognised; a correct answer scores exactly 1."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ TASKS = ("grounding", "counting", "detection", "ocr")
 
 
 def view_of(style: str, width: int, height: int) -> View:
-    """A picture as a model of this style sees it."""
+    """The view of a picture that a model of this style has."""
     if STYLE_FRAME[style] == "padded_unit":
         return View.padded(width, height, 336)
     return View(width, height, max(28, width // 28 * 28), max(28, height // 28 * 28))
 
 
 def representable(coords: tuple[float, ...], style: str, view: View) -> tuple[float, ...]:
-    """The truth nearest to ``coords`` that the style can write exactly."""
+    """The truth closest to ``coords`` that the style can write exactly."""
     return to_original(style_named(style).numbers(coords, view), STYLE_FRAME[style], view)
 
 
@@ -149,7 +149,7 @@ def test_gemma_has_y_first_and_no_other_reading_of_box_2d_exists() -> None:
 
 
 def test_padded_unit_is_not_unit() -> None:
-    """What issue reports name: an exactly right box of a 640 x 480 picture, read as plain parts of its sides."""
+    """The case of issue reports: a correct box of a 640 x 480 picture, in fractions of its sides."""
     view = View.padded(640, 480, 336)
     text = "[0.10, 0.20, 0.50, 0.80]"
     truth = to_original((0.1, 0.2, 0.5, 0.8), "padded_unit", view)

@@ -1,4 +1,4 @@
-"""The list builder: what is kept, dropped and counted; stopped and gone on with; the lists it makes train."""
+"""Building ranked lists: what is kept, dropped and counted; interrupted builds continue; the lists train."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def box(x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def scripted(answers: Callable[[Record], Sequence[str]], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A policy and a sampler that answer by record, in place of a model."""
+    """A policy and a sampler in one, with fixed answers for each record."""
     asked: list[Record] = []
 
     class Generator:
@@ -46,7 +46,7 @@ def scripted(answers: Callable[[Record], Sequence[str]], monkeypatch: pytest.Mon
 
 
 def around(record: Record) -> list[str]:
-    """Worst first: nothing, half, the same twice, whole, unreadable, cut."""
+    """Worst first: empty, half right, the same twice, right, unparsable, truncated."""
     x1, y1, x2, y2 = record.target["box"]
     half = box(x1, y1, x2, (y1 + y2) / 2)
     return [box(0, 0, 1, 1), half, half, box(x1, y1, x2, y2), "no idea", box(x1, y1, x2, y2) + "…"]
@@ -110,7 +110,7 @@ def test_a_stopped_build_goes_on_to_the_same_bytes(monkeypatch: pytest.MonkeyPat
     fixed = parts.read_text().replace("parts.images", "whole.images")
     assert fixed == (tmp_path / "whole.jsonl").read_text()
     assert again | {"seconds": 0} == whole | {"seconds": 0}
-    build_lists(options, parts, policy=policy)  # finished: nothing is asked again
+    build_lists(options, parts, policy=policy)  # complete: no prompt is sampled again
     assert len(policy.asked) == 10
 
 
@@ -177,14 +177,14 @@ def test_equal_rewards_keep_the_order_they_were_sampled_in() -> None:
 
 
 def test_lists_from_real_expressions_train(data_dir: Path, tmp_path: Path) -> None:
-    """The shipped small model on COCO photographs: poor answers, real files, the whole way in one test."""
+    """The shipped small model on COCO photographs: poor answers and real files, from sampling to training."""
     spec = f"refexp:{data_dir / 'refexp' / 'refcocos' / 'refcocos.jsonl'}?images={data_dir}"
-    limit = 112 * 112  # the small model knows small pictures
+    limit = 112 * 112  # the small model was trained on small pictures
     options = BuildOptions("grounding", "tiny:perception", spec, 24, 1.0, 0.0, 48, skip_bad=True, max_pixels=limit)
     out = tmp_path / "lists.jsonl"
     summary = build_lists(options, out)
     assert summary["kept"] >= 2
-    assert all(Path(row["images"][0]).is_absolute() for row in lines(out))  # the photographs stay where they are
+    assert all(Path(row["images"][0]).is_absolute() for row in lines(out))  # the photographs are referenced, not copied
     changes = {"data.spec": f"lists:{out}", "data.prompts_per_step": 2, "optim.steps": 20, "method.min_gap": 0.0}
     changes["model.max_pixels"] = limit
     recipe = load_recipe("perpo-grounding-tiny", {**changes, "out": str(tmp_path / "run"), "log.tensorboard": False})

@@ -1,4 +1,4 @@
-"""The dialogue builder: filters, order and wording; stopped and gone on with to the same bytes; what it makes loads."""
+"""Building RePer dialogues: filters, order and wording; interrupted builds give the same bytes; the result loads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def options(**changes: Any) -> BuildOptions:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, captions: Callable[[Record], Sequence[str]]) -> Any:
-    """A policy whose sessions answer the n-th temperature with the n-th caption ("…" at its end: cut short)."""
+    """A policy whose session answers the n-th temperature with the n-th caption (ending in "…": truncated)."""
     prefills: list[int] = []
 
     class Session:
@@ -47,7 +47,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, captions: Callable[[Record], Seque
 
 
 def ranked_captions(record: Record) -> list[str]:
-    """True, its sizes wrong, invented, cut, and the truth again."""
+    """A true caption, one with wrong sizes, an invented one, a truncated one, and the true one again."""
     true = record.target["references"][0]
     return [true, true.replace("large", "small"), "A star. A star. A star.", "A large…", true]
 
@@ -72,7 +72,7 @@ def test_dialogues_go_from_bad_to_good_and_load(monkeypatch: pytest.MonkeyPatch,
         assert turns[-1].answer == ranking.answers[0]
         assert turns[-1].score == max(ranking.rewards) > 0.55
         assert len(set(ranking.answers)) == len(ranking.answers)
-        assert "A large" not in ranking.answers  # it was cut
+        assert "A large" not in ranking.answers  # it was truncated
         if len(turns) > 1:
             assert turns[0].score == min(ranking.rewards)
         assert all(turn.feedback in REQUESTS for turn in turns[:-1])
@@ -131,7 +131,7 @@ def test_a_stopped_build_goes_on_to_the_same_bytes(monkeypatch: pytest.MonkeyPat
 def test_a_middle_turn_lies_strictly_between() -> None:
     ranked = [(name, Critique(score, f"{name}?")) for name, score in (("a", 0.1), ("b", 0.1), ("c", 0.9), ("d", 0.9))]
     lengths = {len(make_turns(ranked, rng_for(i))) for i in range(60)}
-    assert lengths == {1, 2}  # nothing lies between 0.1 and 0.9
+    assert lengths == {1, 2}  # no score is between 0.1 and 0.9
     ranked.insert(2, ("m", Critique(0.5, "m?")))
     triples = [turns for i in range(60) if len(turns := make_turns(ranked, rng_for(i))) == 3]
     assert triples

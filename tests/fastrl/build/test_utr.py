@@ -1,4 +1,4 @@
-"""The dialogue builder on real pedestrians, mask tracks and scenes: lossless, unique, resumable, counted."""
+"""Building UTR dialogues from real pedestrians, mask tracks and scenes: lossless, unique, resumable, counted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def masks(data_dir: Path, tmp_path: Path) -> str:
-    """The mask tracks with (blank) frames: the video itself is not part of the sample."""
+    """The mask tracks with blank frames, as the video itself is not part of the sample."""
     file = data_dir / "video/sav_000001/sav_000001_manual.json"
     data = json.loads(file.read_text())
     frames = tmp_path / "frames"
@@ -66,7 +66,7 @@ def test_a_build_stops_and_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch
     summary = build_dialogues(options, whole)
     assert (summary["clips"], summary["subjects"], summary["kept"]) == (70, 210, len(rows_of(whole)))
     assert sum(summary["queries"].values()) == summary["kept"]
-    assert summary["kept"] + sum(summary["dropped"].values()) == 2 * 210  # each subject is asked two ways, or said why
+    assert summary["kept"] + sum(summary["dropped"].values()) == 2 * 210  # two queries each, or a reason
     make = module.clip_rows_of
 
     def fail_at_40(clip: Any, opts: Any, number: int, *rest: Any) -> Any:

@@ -1,6 +1,4 @@
-"""Captions: the parser on scenes (exact), on sentences and on hostile text; fact matching; CHAIR against hand
-counts.
-"""
+"""Captions: the parser on scenes (exact), sentences and hostile text; fact matching; CHAIR against manual counts."""
 
 from __future__ import annotations
 
@@ -156,7 +154,7 @@ def test_a_model_folder_matches_softly_from_the_critic_and_the_protocol(tmp_path
     BertModel(config).save_pretrained(tmp_path)
     similarity = open_similarity(str(tmp_path))
     alone, together = similarity(["boat"], ["lake"])[0][0], similarity(["boat", "a boat on the lake"], ["lake"])[0][0]
-    assert alone == pytest.approx(together, abs=1e-5)  # padding is no part of a phrase
+    assert alone == pytest.approx(together, abs=1e-5)  # padding belongs to no phrase
     assert similarity(["boat"], ["boat"])[0][0] == pytest.approx(1.0)
     record = Record("r", "caption", (), question("caption"), {"references": ["A boat on the lake."]})
     said = "A boat on the pond."

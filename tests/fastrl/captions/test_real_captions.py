@@ -1,4 +1,4 @@
-"""RePer on real captions: dialogues of what five models said about COCO pictures train a policy; it is scored."""
+"""RePer on real captions: dialogues of five models' captions of COCO pictures train a policy, which is scored."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ from fastrl.trainer import train
 
 @pytest.fixture
 def real(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
-    """A dialogue file built from the models' captions, scored against the people's, and the build's summary.
-
-    The captions' own pictures are not among the data: the pictures of other COCO images stand in.
-    """
+    """A dialogue file of the models' captions, scored against the human ones, and the build's summary. The captioned
+    pictures are not in the data set, so other COCO pictures are used."""
     lines = (data_dir / "text" / "pope_model_captions.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["human_captions"]]
     pictures = sorted((data_dir / "coco" / "images").iterdir())
@@ -38,7 +36,7 @@ def real(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     ]
 
     class Session:
-        """Says the models' captions, one for each temperature."""
+        """Returns the models' captions, one for each temperature."""
 
         def __init__(self, prompts: Sequence[Record]) -> None:
             self.prompts, self.turn = prompts, 0

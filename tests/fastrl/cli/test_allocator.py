@@ -1,4 +1,4 @@
-"""The allocator's settings: set where nothing is, and never against the user."""
+"""The CUDA allocator's settings: set only if the user has not set them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, results as JSON, and errors that say what to do."""
+"""The command line: help texts, results as JSON, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Done:
 
 @pytest.fixture
 def fastrl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Done]:
-    """Run the command in this process (a new one would spend ten seconds on imports) from an empty folder."""
+    """Run the command in this process, from an empty folder (a new process would spend ten seconds on imports)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Done:
@@ -66,7 +66,7 @@ def test_eval_of_predictions_prints_one_json_object(fastrl: Callable[..., Done],
     few = json.loads(fastrl(*common, "--limit", "2").stdout.splitlines()[-1])
     assert (few["n"], few["mean_iou"]) == (2, pytest.approx(1.0))
     small = json.loads(fastrl(*common, "--frame", "resized", "--max-pixels", "3136").stdout.splitlines()[-1])
-    assert small["mean_iou"] < 0.5  # they are not of pictures that were seen at 56 x 56
+    assert small["mean_iou"] < 0.5  # these pictures were not seen at 56 x 56
     assert "go with --model, or with --frame resized" in fastrl(*common, "--min-pixels", "3136").stderr
     assert "is more than" in fastrl(*common, "--frame", "resized", "--min-pixels", "99999", "--max-pixels", "9").stderr
 
@@ -181,7 +181,7 @@ def test_doctor_prints_versions_and_json(fastrl: Callable[..., Done]) -> None:
 
 @pytest.mark.parametrize("module", ["fastrl", "fastrl_kernels"])
 def test_imports_are_light(module: str) -> None:
-    """Importing the package pulls in none of the heavy libraries and takes little beyond torch itself."""
+    """Importing the package imports no heavy library and takes little more time than importing torch."""
     code = (
         "import sys, torch; before = set(sys.modules); import " + module + "; "
         "new = set(sys.modules) - before; "
@@ -193,7 +193,7 @@ def test_imports_are_light(module: str) -> None:
 
 
 def test_kernels_work_without_triton(tmp_path: Path) -> None:
-    """Where Triton is not installed, CPU tensors take their eager or C++ path."""
+    """Without Triton, CPU tensors use the eager or the C++ path."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('not installed')\n")
     code = (

@@ -1,4 +1,4 @@
-"""A command that fails leaves no empty file and no empty folder behind, whichever command it is."""
+"""A command that fails leaves no empty file and no empty folder behind; all commands are tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single options of commands do what their help says."""
+"""Options of commands have the effect that their help states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``fastrl recipes``: the list, one recipe with every key, and what each key means."""
+"""``fastrl recipes``: the list, one recipe with all keys, and the meaning of each key."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_recipe_is_shown_with_every_key_and_trains_the_same_run(capsys: pytest
     shown = said(capsys, recipe="perception-r1-grounding-tiny", overrides=["optim.lr=0.5"])
     made = load_recipe("perception-r1-grounding-tiny", {"optim.lr": 0.5})
     assert build_recipe(yaml.safe_load(shown)) == made
-    assert "timeout: 600.0" in shown  # a default that the file does not name
+    assert "timeout: 600.0" in shown  # a default that is not in the file
     assert json.loads(said(capsys, recipe="perception-r1-grounding-tiny", as_json=True))["optim"]["steps"] == 48
 
 

@@ -1,4 +1,4 @@
-"""A class against its contract: what is missing, misspelt or of the wrong kind is said; nothing is passed over."""
+"""Checking a class against its base class: missing, misspelt and wrong members are all reported."""
 
 from __future__ import annotations
 

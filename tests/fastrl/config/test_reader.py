@@ -1,4 +1,4 @@
-"""YAML as people write it: merge keys work, and whatever is wrong with a file is one line with its place."""
+"""YAML in common notations: merge keys work, and an error is one line with its location."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
 
 
 def said(text: str) -> str:
-    """What is said about a text; its name where nothing is wrong with it. Any other error is the test's."""
+    """The error message for a text; the recipe's name if there is none. Any other exception fails the test."""
     try:
         parse_yaml(text, "r.yaml")
     except RecipeError as error:

@@ -1,4 +1,4 @@
-"""A registry holds one thing under a name, and says what holds it."""
+"""A registry has one entry for a name, and its errors say which."""
 
 from __future__ import annotations
 

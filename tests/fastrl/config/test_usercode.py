@@ -1,4 +1,4 @@
-"""Files and modules of a user's own: where they are found, and what is said about one that cannot be used."""
+"""User files and modules: where they are searched, and the errors for those that cannot be used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_found_as_the_installed_command_looks_for_it(tmp_path: Path, name: str) 
     (tmp_path / "queue_beside/queue.py").write_text("raise RuntimeError('hides the standard library')\n")
     (tmp_path / "queue_beside/mine.py").write_text("import queue\nf = lambda: queue.Queue and 'found'\n")
     code = PRINT.format(name)
-    command = [sys.executable, "-P", "-c", code]  # -P: no working folder in sys.path, as under the installed command
+    command = [sys.executable, "-P", "-c", code]  # -P: without the working folder in sys.path, as installed
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.stdout == "found\n", ran.stderr
 
@@ -55,7 +55,7 @@ def test_what_is_wrong_with_a_file(folder: Path, text: str, message: str) -> Non
         load_function("mine.py:f")
     assert Path.cwd() == folder
     (folder / "mine.py").write_text("def f():\n    return 1\n\n# a longer file\n")
-    assert load_function("mine.py:f")() == 1  # mended, in the same process
+    assert load_function("mine.py:f")() == 1  # corrected, in the same process
 
 
 def test_a_file_is_run_once_and_again_when_it_was_changed(folder: Path) -> None:

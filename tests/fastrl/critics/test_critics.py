@@ -1,4 +1,4 @@
-"""Critics: rule scores and wording, the rubric's strict reading, specs, and a model critic that is asked again."""
+"""Critics: rule scores and wording, strict parsing of the rubric, specs, and retries of a model critic."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_rule_scores_and_its_three_wordings() -> None:
     reasons = RuleCritic(feedback="reason").score(cases)
     assert "no such" in reasons[1].feedback
     assert "Something is missing." in reasons[2].feedback
-    assert RuleCritic(feedback="reason").score(cases) == reasons  # the wording does not depend on chance
+    assert RuleCritic(feedback="reason").score(cases) == reasons  # the wording is deterministic
     with pytest.raises(ValueError, match="request, score, reason"):
         RuleCritic(feedback="nice")
 
@@ -114,7 +114,7 @@ def test_specs(tmp_path: Path) -> None:
 
 
 class Scripted:
-    """Stands in for ``Generator``: replies in turn, whatever is asked."""
+    """Replaces ``Generator``: returns the given replies in turn."""
 
     def __init__(self, replies: list[list[str]], asked: list[int]) -> None:
         self.replies, self.asked = replies, asked

@@ -1,4 +1,4 @@
-"""The http critic against a real server on this machine that misbehaves in every way we could think of."""
+"""The HTTP critic against a local server with many kinds of failures."""
 
 from __future__ import annotations
 
@@ -130,11 +130,11 @@ def test_one_case_in_trouble_does_not_hurt_the_others_and_order_is_kept(server: 
 
 
 def test_concurrency_is_bounded(server: Server) -> None:
-    meeting = threading.Barrier(3, timeout=60)  # no reply before three requests are under way
+    meeting = threading.Barrier(3, timeout=60)  # no reply before three requests are in flight
 
     def together(h: Handler) -> None:
         meeting.wait()
-        time.sleep(0.05)  # long enough for a fourth to show itself
+        time.sleep(0.05)  # long enough for a fourth request to arrive
         good(h)
 
     server.script = [together]
@@ -153,7 +153,7 @@ def test_replies_are_kept_on_disk(server: Server, tmp_path: Path) -> None:
     assert critic(server, cache=tmp_path).score([case()]) == first[:1]
     assert len(server.seen) == 3
     critic(server, cache=tmp_path, model="other").score([case()])
-    assert len(server.seen) == 4  # another model is another question
+    assert len(server.seen) == 4  # another model is a different request
 
 
 def test_the_request_carries_the_picture_and_the_prompt(server: Server) -> None:
@@ -171,7 +171,7 @@ def test_no_redirect_is_followed_and_the_key_goes_nowhere(
     server: Server, monkeypatch: pytest.MonkeyPatch, code: int, scheme: str
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret-key")
-    elsewhere = Server()  # listens; nobody may knock
+    elsewhere = Server()  # it listens, but must receive nothing
     elsewhere.timeout = 0.0
     port = elsewhere.server_address[1]
     target = f"{scheme}://127.0.0.1:{port}/v1/secret-key" if scheme else "/v1/other"
@@ -207,7 +207,7 @@ def drip_headers(h: Handler) -> None:
 
 
 def drip(h: Handler, piece: bytes) -> None:
-    """Something every 20 ms, for as long as somebody listens (at most 20 s): no pause is ever long."""
+    """Sends a byte every 20 ms while the client listens (20 s at most), so that no single read times out."""
     with contextlib.suppress(OSError):
         for _ in range(1000):
             h.wfile.write(piece)
@@ -221,7 +221,7 @@ def test_a_dripping_server_holds_nobody_longer_than_the_timeout(
     server.script = [trouble, good]
     pauses: list[float] = []
     (critique,) = critic(server, pauses, timeout=0.5).score([case()])
-    assert critique.score == 0.8  # of the second try
+    assert critique.score == 0.8  # of the second attempt
     assert pauses == [1.0]
     server.script = [trouble]
     with pytest.raises(CriticError, match=r"last: no complete response within 0.3 seconds"):

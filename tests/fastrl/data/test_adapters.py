@@ -1,4 +1,4 @@
-"""Every adapter on the real files: how many records, what they ask, where their truth lies."""
+"""Every adapter on real files: the number of records, their questions, and the position of their truth."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_real_files_load_whole_and_clean(data_dir: Path, spec: str) -> None:
 @pytest.mark.parametrize("spec", REAL)
 @pytest.mark.parametrize("style", ["qwen2_5", "qwen2"])
 def test_truth_written_as_an_answer_reads_back(data_dir: Path, spec: str, style: str) -> None:
-    """Truth → the answer text of each model family → truth, within half a unit of the text's frame, on every record."""
+    """Truth → answer text of each model family → truth, within half a unit of the text's frame, for every record."""
     for record in real(data_dir, spec):
         image = record.images[0]
         assert isinstance(image, Path)
@@ -94,7 +94,7 @@ def test_coco_detection_keeps_the_files_truth(data_dir: Path) -> None:
             x, y, w, h = a["bbox"]
             assert box == pytest.approx([x, y, x + w, y + h], abs=1e-6)
     assert sum(sum(r.target["crowd"]) for r in records.values()) == 11
-    assert records["58636"].target["boxes"] == []  # an image without an instance is a question with the answer "none"
+    assert records["58636"].target["boxes"] == []  # for an image without instances the answer is "none"
     assert format_answer("detection", records["58636"].target, "qwen2_5", View.unresized(8, 8)) == "[]"
     assert prompt(records["790"]).startswith("Please output bbox coordinates and names of person, bicycle, car,")
 
@@ -102,7 +102,7 @@ def test_coco_detection_keeps_the_files_truth(data_dir: Path) -> None:
 def test_coco_options(data_dir: Path) -> None:
     few = real(data_dir, "coco:coco/instances.json?categories=dog,traffic%20light&empty=drop")
     assert {label for record in few for label in record.target["labels"]} <= {"dog", "traffic light"}
-    assert few[0].target["categories"] == ["traffic light", "dog"]  # the file's order
+    assert few[0].target["categories"] == ["traffic light", "dog"]  # in the order of the file
     assert len(few) + few.reasons["no instances"] == 62
     counted = real(data_dir, "coco:coco/instances.json?task=counting&min_count=2&max_count=10")
     assert all(2 <= record.target["count"] <= 10 for record in counted)

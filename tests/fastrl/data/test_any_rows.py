@@ -1,4 +1,4 @@
-"""Rows as other trainers write them: every layout and every kind of file gives the same records."""
+"""Rows in the layouts of other trainers: every layout and every file format gives the same records."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
 
 
 def layouts(ask: str, truth: Any, picture: Any = "a.png") -> dict[str, dict[str, Any]]:
-    """One row with this question, truth (JSON value) and picture in every layout."""
+    """One row with this question, truth (a JSON value) and picture in every layout."""
     text = truth if isinstance(truth, str) else json.dumps(truth)
     asked = [{"role": "user", "content": f"<image>{ask}"}]
     said = [{"from": "human", "value": f"<image>\n{ask}"}, {"from": "gpt", "value": text}]
@@ -84,7 +84,7 @@ TRUTHS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "caption": ("Describe it.", "A cat sits.", {"references": ["A cat sits."]}),
     "qa": ("Is there a cat?", "Yes", {"answer": "yes"}),
 }
-TOLD = ("ocr", "caption")  # tasks that a text alone does not tell
+TOLD = ("ocr", "caption")  # tasks that cannot be determined from a text
 
 
 def plain(record: Record) -> tuple[Any, ...]:
@@ -152,7 +152,7 @@ def test_tables_hold_the_same_records_pictures_and_all(
     assert [plain(r) for r in data] == [plain(r) for r in listed]
     picture = data[2].images[0]
     assert isinstance(picture, Picture)
-    assert callable(picture.data)  # nothing of it is kept
+    assert callable(picture.data)  # no part of it is kept in memory
     assert (np.asarray(open_picture(picture)) == np.asarray(open_picture(folder / "a.png"))).all()
 
 
@@ -171,7 +171,7 @@ def test_row_adapters_read_tables_too(folder: Path, tmp_path: Path) -> None:
         assert open_picture(data[0].images[0]).size == (240, 160)
         lists = {"images": ["a.png"]} if "images" in row else {"image": "a.png"}
         assert plain(data[0]) == plain(load_data(f"{adapter}:{write(folder, {**row, **lists})}")[0])
-        if adapter in ("refexp", "pixmo", "ocr"):  # and the general door takes their rows
+        if adapter in ("refexp", "pixmo", "ocr"):  # the general adapter reads their rows, too
             assert plain(load_data(f"rows:{tmp_path / 't.parquet'}")[0]) == plain(data[0])
 
 
@@ -227,7 +227,7 @@ def test_a_damaged_table_or_cell_is_named(folder: Path, tmp_path: Path) -> None:
         load_data(f"rows:{parquet(tmp_path, rows)}")
 
 
-# ---- layouts' own
+# ---- features of single layouts
 
 
 def swift(content: str, answer: str | None, **objects: Any) -> dict[str, Any]:
@@ -367,7 +367,7 @@ def test_a_resume_compares_pictures_in_tables_too(folder: Path, tmp_path: Path, 
     rows[1]["images"] = [{"bytes": (folder / "b.png").read_bytes(), "path": None}]
     parquet(tmp_path, rows)
     changed = compare(before, identify(load_data(spec), look)).changed["pictures"]
-    assert changed == (["1"] if look == "bytes" else ["0", "1", "2"])  # the file's time is that of all its rows
+    assert changed == (["1"] if look == "bytes" else ["0", "1", "2"])  # one time for all rows of a file
     assert compare(before, identify(load_data(f"{spec}?orient=exif"), look)).changed["pictures"] == ["0", "1", "2"]
 
 
@@ -375,7 +375,7 @@ def test_a_bounded_shuffle_reads_each_row_group_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("pyarrow")
-    monkeypatch.setattr(tables, "CACHE_BYTES", 1)  # of one group at a time
+    monkeypatch.setattr(tables, "CACHE_BYTES", 1)  # of one row group at a time
     rows = [layouts(ASK, BOX, embedded(folder))["EasyR1"] for _ in range(24)]
     data = load_data(f"rows:{parquet(tmp_path, rows, group=4)}")
     groups: list[int] = []
@@ -402,7 +402,7 @@ def test_tables_say_which_extra_they_need(folder: Path, tmp_path: Path, monkeypa
 
 
 def test_a_file_is_read_line_by_line(folder: Path) -> None:
-    """No more of it than is asked for: what follows the rows of ``limit`` may be anything."""
+    """Only the rows within ``limit`` are read; later ones may be invalid."""
     name = next(path.name for path in folder.iterdir() if path.suffix == ".png")
     good = json.dumps({"images": [name], "problem": "How many?", "answer": 2}).encode() + b"\r\n"
     file = folder / "long.jsonl"

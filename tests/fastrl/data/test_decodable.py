@@ -1,4 +1,5 @@
-"""Pictures that break off behind their header: found with ``deep``, passed over when their turn comes, else named."""
+"""Truncated pictures with a valid header: found with ``deep``, skipped when they are drawn, otherwise named in an
+error."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ Folder = Callable[[str], Path]
 
 
 def write_rows(folder: Path, broken: set[int], n: int = 6) -> str:
-    """OCR rows of pictures of noise, some cut in half; the spec that reads them."""
+    """OCR rows of noise pictures, some truncated, and the spec that loads them."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(n):
@@ -70,7 +71,7 @@ def test_the_stream_passes_over_them_in_order_and_goes_on_exactly(tmp_path: Path
     state = stream.state()
     want = [r.id for r in stream.take(6)]
     assert want == ["r5", "r1", "r2", "r4", "r5", "r1"]
-    assert stream.broken == 5  # counted each time, said once
+    assert stream.broken == 5  # counted every time, reported once
     assert len(stream.unreported) == 2
     again = DecodableStream(records, order="file")
     again.load(state, None)
@@ -97,7 +98,7 @@ def test_a_run_skips_and_counts_or_names_the_file_and_the_way_on(
     skipping = make_recipe(
         tiny_folder("qwen2_5"), tmp_path / "run", data__skip_bad=True, checkpoint__every=1, **changes
     )
-    train(skipping, resume=True)  # added at a resume
+    train(skipping, resume=True)  # added when the run is resumed
     assert "skipped " + str(tmp_path / "rows.jsonl:5") in capsys.readouterr().err
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert [row.get("data/broken") for row in rows] == [None, 1, 1]

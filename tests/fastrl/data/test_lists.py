@@ -1,4 +1,4 @@
-"""The adapter for ranked lists: what a sound row becomes, and where a bad one is bad."""
+"""The adapter for ranked lists: records of valid rows, and the location of errors in bad ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records that a user's code made are checked as those of the adapters are: form, pictures, truth of each task."""
+"""Records created by user code are checked like those of the adapters: form, pictures, and truth of each task."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_good_record_of_each_task(task: str) -> None:
     [
         ("grounding", {"box": [1, 2, 30, 40]}),
         ("grounding", {"box": np.array([1.0, 2.0, 30.0, 40.0])}),
-        ("grounding", {"box": (0, 0, 120.5, 80)}),  # at most a pixel outside, as in every row
+        ("grounding", {"box": (0, 0, 120.5, 80)}),  # at most one pixel outside, as in every row
         ("grounding", {"box": ..., "list": ()}),  # ranked answers need no truth
         ("counting", {"points": None, "label": ...}),
         ("counting", {"count": ..., "points": ((1, 2),)}),

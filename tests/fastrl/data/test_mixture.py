@@ -1,4 +1,4 @@
-"""Mixtures: shares, tasks, schedules and curricula as they are promised, and positions that go on exactly."""
+"""Mixtures: proportions, tasks, schedules and curricula as documented, and exact resumption of positions."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_every_row_comes_once_in_each_pass_of_its_part() -> None:
         own = [identity for identity in seen if identity.startswith(name)]
         passes = [own[i : i + size] for i in range(0, len(own) - size + 1, size)]
         assert all(len(set(each)) == size for each in passes)
-        assert any(one != other for one, other in pairwise(passes))  # each in an order of its own
+        assert any(one != other for one, other in pairwise(passes))  # each in its own order
 
 
 def test_an_epoch_is_the_same_whenever_it_is_asked_for() -> None:
     mixture = Mixture([Part("a", records("a", 9), {0: 1.0, 5: 0.0}), Part("b", records("b", 6), {0: 0.0, 5: 2.0})])
-    made = [MixturePlan(mixture, seed=5, step=4).epoch(epoch) for epoch in range(4)]  # each from nothing
+    made = [MixturePlan(mixture, seed=5, step=4).epoch(epoch) for epoch in range(4)]  # each has weight 0 at one end
     plan = MixturePlan(mixture, seed=5, step=4)
     assert [plan.epoch(epoch) for epoch in range(4)] == made
     assert [plan.epoch(epoch) for epoch in (3, 0, 2)] == [made[3], made[0], made[2]]
@@ -98,7 +98,7 @@ def test_a_curriculum_begins_with_the_easiest_and_ends_with_all() -> None:
         hardest = max(record.columns["level"] for record in found[4 * step : 4 * step + 4])
         assert hardest < round((0.1 + 0.9 * step / 10) * 40)
     rest = [record.id for record in found[40:80]]
-    assert len(set(rest)) == 40  # then passes, each of all rows
+    assert len(set(rest)) == 40  # then passes over all rows
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_bounded_shuffle_keeps_neighbours_together(n: int, buffer: int) -> Non
     for index in order:
         if not blocks or blocks[-1] != index // buffer:
             blocks.append(index // buffer)
-    assert len(blocks) == len(set(blocks))  # one block is done before the next is begun
+    assert len(blocks) == len(set(blocks))  # a block is complete before the next one starts
     if n > buffer > 1:
         assert order != shuffled(n, 7, 3, buffer=buffer)
 

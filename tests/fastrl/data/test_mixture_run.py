@@ -1,4 +1,4 @@
-"""A run over a mixture: a reward for each part, metrics of each, and going on exactly where it stopped."""
+"""A run over a mixture: a reward and metrics for each part, and exact resumption."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ CHILD = """
 
 
 class Stop(Exception):
-    """Ends a run between two steps, unasked."""
+    """Ends a run between two steps."""
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that was never stopped."""
+    """The uninterrupted run."""
     out = tmp_path_factory.mktemp("mixture") / "whole"
     train(evaluated(tiny_folder("qwen2_5"), out), show=False)
     return out
@@ -65,7 +65,7 @@ def test_a_mixture_runs_with_a_reward_for_each_part(whole: Path) -> None:
 
 
 def goes_on_as(whole: Path, out: Path, model: Path) -> None:
-    """A run that ended after step 3 and goes on is, to the bit, the one that never stopped, evaluations and all."""
+    """A run that ended after step 3 and is resumed equals the uninterrupted one bit for bit, with its evaluations."""
     assert [row["step"] for row in steady_rows(out)] == [1, 2, 3]
     assert train(evaluated(model, out), resume=True, show=False).steps == 6
     same_ending(whole, out)
@@ -78,7 +78,7 @@ def goes_on_as(whole: Path, out: Path, model: Path) -> None:
 
 def test_a_mixture_with_a_table_and_evaluations_goes_on_exactly(tiny_folder: Folder, whole: Path) -> None:
     def stop(row: dict[str, Any]) -> None:
-        if row["step"] == 3:  # after a checkpoint: the step is lost and done again
+        if row["step"] == 3:  # after a checkpoint, so this step is lost and repeated
             raise Stop
 
     model, out = tiny_folder("qwen2_5"), whole.parent / "parts"
@@ -111,7 +111,7 @@ def test_a_curriculum_of_one_data_set_begins_easy(tiny_folder: Folder, tmp_path:
     }
     train(mixture(tiny_folder("qwen2_5"), tmp_path / "easy", **changes), show=False)
     samples = [json.loads(line) for line in (tmp_path / "easy/samples.jsonl").read_text().splitlines()]
-    assert {int(sample["id"]) % 5 for sample in samples} == {0}  # level 0 alone
+    assert {int(sample["id"]) % 5 for sample in samples} == {0}  # only level 0
 
 
 def test_a_run_over_a_mixture_notes_the_rows_that_each_part_skips(tiny_folder: Folder, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures as the world writes them: what each kind becomes, what is refused, what a large one may cost."""
+"""Pictures of every mode and format: their conversion, what is refused, and the memory that a large one takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pixels(image: Any) -> np.ndarray:
 
 
 def tiff(path: Path, values: np.ndarray, **tags: int) -> Path:
-    """A TIFF with further tags, such as ``t281=4095``."""
+    """A TIFF with additional tags, such as ``t281=4095``."""
     info = TiffImagePlugin.ImageFileDirectory_v2()
     for name, value in tags.items():
         info[int(name[1:])] = value
@@ -58,7 +58,7 @@ def test_16_bit_grey_is_scaled_by_the_range_the_file_states(tmp_path: Path) -> N
     want = np.rint(np.minimum(values, 4095) / 4095 * 255)
     assert (pixels(tiff(tmp_path / "a.tif", values, t281=4095))[..., 0] == want).all()
     assert (pixels(tiff(tmp_path / "b.tif", values, t280=1000, t281=5000))[..., 0] == [[0, 0, 197, 255]]).all()
-    assert (pixels(tiff(tmp_path / "c.tif", values, t262=0, t281=4095))[..., 0] == 255 - want).all()  # white is zero
+    assert (pixels(tiff(tmp_path / "c.tif", values, t262=0, t281=4095))[..., 0] == 255 - want).all()  # 0 is white
     (tmp_path / "d.pgm").write_bytes(b"P5 3 1 4095\n" + struct.pack(">3H", 0, 1000, 4095))
     assert np.abs(pixels(tmp_path / "d.pgm")[0, :, 0] - np.array([0.0, 62, 255])).max() <= 1
     signed = np.array([[-100, 0, 100]], dtype=np.int32)
@@ -78,7 +78,7 @@ def test_what_has_no_known_white_is_refused_with_the_file(tmp_path: Path, kind: 
     path = tiff(tmp_path / "x.tif", values, **({"t280": 5, "t281": 5} if kind == "no range" else {}))
     with pytest.raises(PictureError, match=r"x\.tif; its value of white is unknown"):
         open_picture(path)
-    with pytest.raises(PictureError, match=r"x\.tif"):  # the header tells
+    with pytest.raises(PictureError, match=r"x\.tif"):  # the range is stated in the header
         read_header(path)
     with pytest.raises(PictureError, match="floating-point"):
         open_picture(Image.new("F", (2, 2)))
@@ -88,7 +88,7 @@ RGBA = np.array([[[200, 40, 0, 255], [200, 40, 0, 128], [200, 40, 0, 0]]], dtype
 
 
 def on_white(rgba: np.ndarray) -> np.ndarray:
-    """As the family's own loader lays a transparent picture."""
+    """The conversion of transparent pictures in the family's own loader."""
     picture = Image.fromarray(rgba)
     white = Image.new("RGB", picture.size, (255, 255, 255))
     white.paste(picture, mask=picture.split()[3])
@@ -173,7 +173,7 @@ def test_a_damaged_tag_turns_nothing(tmp_path: Path) -> None:
     assert picture_size(Picture(tmp_path / "bad.jpg", turned=True)) == (3, 2)
 
 
-# ---- broken, large
+# ---- broken and large pictures
 
 
 def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def huge_png(path: Path, width: int, height: int) -> Path:
-    """A small file of many grey pixels."""
+    """A small file of a grey picture with many pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -214,11 +214,11 @@ def test_an_over_large_picture_names_limit_and_key_and_is_not_decoded(tmp_path: 
     area = sides[0] * sides[1]
     assert picture_size(Picture(path, max_pixels=area)) == sides
     before = Image.MAX_IMAGE_PIXELS
-    assert before is not None  # PIL's own guard stays for everyone else
+    assert before is not None  # PIL's own limit stays in force for other code
 
 
 def test_a_raised_limit_is_the_only_one(tmp_path: Path) -> None:
-    path = huge_png(tmp_path / "wide.png", 200_000, 900)  # 180 million pixels: PIL alone would refuse
+    path = huge_png(tmp_path / "wide.png", 200_000, 900)  # 180 million pixels, which PIL alone would refuse
     with pytest.raises(PictureError, match="more than the limit of 179,999,999"):
         open_picture(Picture(path, max_pixels=179_999_999))
     assert picture_size(Picture(path, max_pixels=180_000_000)) == (200_000, 900)
@@ -280,7 +280,8 @@ print((peak() - before) / (width * height))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("mode", "most"), [("RGB", 4), ("RGBA", 8), ("L", 5), ("I;16", 6)])
 def test_peak_memory_of_a_large_picture(tmp_path: Path, mode: str, most: int) -> None:
-    """Bytes a pixel: PIL has 4 for RGB, RGBA and LA, 1 for grey, 2 for 16-bit grey; what docs/data.md says."""
+    """Bytes per pixel: PIL has 4 for RGB, RGBA and LA, 1 for grey, 2 for 16-bit grey; docs/data.md states these
+    numbers."""
     Image.new(mode, (4100, 4000)).save(tmp_path / "x.png", compress_level=1)
     done = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "x.png"], capture_output=True, text=True, check=True)
     assert float(done.stdout) < most + 1.5
@@ -295,7 +296,7 @@ def decoded(url: str) -> Image.Image:
 
 def test_a_server_is_sent_what_we_see(tmp_path: Path) -> None:
     plain = with_orientation(tmp_path / "plain.jpg", 1)
-    assert base64.b64decode(data_url(plain).partition(",")[2]) == plain.read_bytes()  # bytes as they are
+    assert base64.b64decode(data_url(plain).partition(",")[2]) == plain.read_bytes()  # the bytes of the file
     assert data_url(Picture(data=plain.read_bytes())) == data_url(plain)
     Image.fromarray(RGBA).save(tmp_path / "clear.png")
     Image.fromarray(GREYS).save(tmp_path / "deep.png")

@@ -1,4 +1,4 @@
-"""Dialogue files: what loads, and every way a row can be wrong."""
+"""Dialogue files: valid rows, and every kind of error in a row."""
 
 from __future__ import annotations
 

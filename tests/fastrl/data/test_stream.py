@@ -1,4 +1,4 @@
-"""The data position: every record once an epoch, in an order of the seed and epoch alone, resumable anywhere."""
+"""The data position: every record once per epoch, in an order that depends on seed and epoch only; resumable."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ TEXT = ({"role": "user", "content": [{"type": "text", "text": "Read."}]},)
     ],
 )
 def test_data_that_changed_is_refused_and_named(change: Callable[[list[Record]], list[Record]], said: str) -> None:
-    """Every row counts, not a sample of ids."""
+    """All rows are compared, not a sample of ids."""
     begun = [replace(r, images=(Image.new("RGB", (8, 8)),)) for r in records(6)]
     stream = RecordStream(begun)
     with pytest.raises(DataChanged, match=f"data has changed since the run started: .*{said}"):
@@ -100,7 +100,7 @@ def test_data_that_changed_is_refused_and_named(change: Callable[[list[Record]],
     assert str(again.load(stream.state(), stream.identity(), accept=True))
     assert again.load(again.state(), again.identity()) is None
     same = RecordStream([replace(r, source="elsewhere:7") for r in begun])
-    assert same.load(stream.state(), stream.identity()) is None  # where a row stands is not what it is
+    assert same.load(stream.state(), stream.identity()) is None  # a row's position in the file is not compared
 
 
 def test_picture_files_count_by_size_and_time_or_by_their_bytes(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_picture_files_count_by_size_and_time_or_by_their_bytes(tmp_path: Path) 
     assert not compare(whole, identify(rows, "bytes"))
     picture.write_bytes(b"two")
     os.utime(picture, ns=(5, 5))
-    assert not compare(stat, identify(rows, "stat"))  # the stated limit of that choice
+    assert not compare(stat, identify(rows, "stat"))  # the documented limit of that option
     assert compare(whole, identify(rows, "bytes")).changed == {"pictures": ["0", "1", "2"]}
     assert "compared by stat, now by bytes" in str(compare(stat, whole))
     picture.unlink()
@@ -145,7 +145,7 @@ def test_drawn_scenes_count_by_a_sample() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("taken", [0, 1, 3])
 def test_an_epoch_goes_on_with_what_is_left_of_it(world_size: int, taken: int) -> None:
-    """Rows that are gone are left out, their order stays, new ones come with the next epoch."""
+    """Removed rows are left out, the others keep their order, and new ones follow in the next epoch."""
     begun = records(12)
     streams = [RecordStream(begun, seed=4, rank=r, world_size=world_size) for r in range(world_size)]
     seen = [record.id for stream in streams for record in stream.take(taken)]
@@ -157,7 +157,7 @@ def test_an_epoch_goes_on_with_what_is_left_of_it(world_size: int, taken: int) -
         change = stream.load(json.loads(json.dumps(old.state())), old.identity(), accept=True)
         assert change is not None
         assert (sorted(change.gone), change.new) == (["2", "7"], ["x0"])
-        again = RecordStream(now, seed=4, rank=old.rank, world_size=world_size)  # and stopped once more, in between
+        again = RecordStream(now, seed=4, rank=old.rank, world_size=world_size)  # interrupted once more
         stream.take(1)
         assert again.load(json.loads(json.dumps(stream.state())), stream.identity()) is None
         expected = [name for name in coming if name not in ("2", "7")]
@@ -167,7 +167,7 @@ def test_an_epoch_goes_on_with_what_is_left_of_it(world_size: int, taken: int) -
         found.append([r.id for r in again.take(11 // world_size)])
         assert again.epoch == 1
     assert not set(seen) & set(expected)
-    assert len({name for names in found for name in names}) == 11 // world_size * world_size  # of all that there is now
+    assert len({name for names in found for name in names}) == 11 // world_size * world_size  # of all current rows
     assert any("x0" in names for names in found) or world_size == 2
 
 

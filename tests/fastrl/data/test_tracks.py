@@ -1,4 +1,4 @@
-"""Tracked clips: real MOTChallenge and mask-track files, JSONL, what their checks find, frames and videos."""
+"""Tracked clips: real MOTChallenge and mask-track files, JSONL, the results of their checks, frames and videos."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_build_parse_rebuild_is_lossless_on_real_tracks(data_dir: Path, spec: st
             assert np.allclose(back, box, rtol=0, atol=0.0005 * max(clip.width, clip.height) + 1e-9)
     assert format_tracks(clip.tracks()) == format_tracks(
         parse_tracks(format_tracks(clip.tracks()))
-    )  # exact numbers too
+    )  # exact numbers are accepted, too
     assert format_answer("trajectory", clip.record().target, "qwen2_5", view) == text
 
 
@@ -182,7 +182,7 @@ def exchanged() -> tuple[Subject, ...]:
         ((moving(1, 0, (2,)), moving(2, 0)), [], ["zero-length track"]),
         ((replace(moving(1, 0), boxes={}),), [], ["zero-length track"]),
         (exchanged(), [], ["identity switch", "identity switch"]),
-        ((moving(1, 0, step=22),), [], []),  # fast, but onto nobody: no switch
+        ((moving(1, 0, step=22),), [], []),  # fast, but not onto another subject: not a switch
         ((moving(1, 200),), ["box outside"] * 4, ["zero-length track"]),
         ((moving(1, 0), moving(1, 50)), ["duplicate identity"], []),
         ((moving(1, 0, (1, 2, 5)),), ["frame outside"], []),
@@ -311,7 +311,7 @@ def test_mask_tracks_find_their_frames_in_a_folder(tmp_path: Path) -> None:
     for i in range(8):
         Image.new("RGB", (4, 3)).save(tmp_path / f"{i:05d}.png")
     record = load_data(f"sav:{file}?images={tmp_path}&name=ball")[0]
-    assert [Path(str(image)).name for image in record.images] == ["00000.png", "00004.png"]  # the annotated ones
+    assert [Path(str(image)).name for image in record.images] == ["00000.png", "00004.png"]  # the annotated frames
     assert record.target["tracks"] == [
         {"id": 7, "name": "ball", "boxes": {1: [0.0, 1.0, 1.0, 3.0], 2: [1.0, 1.0, 2.0, 3.0]}}
     ]
@@ -425,7 +425,7 @@ def test_a_file_that_is_no_video_says_so(tmp_path: Path) -> None:
         read_video(tmp_path / "x.mp4", [0])
 
 
-# ---- how pictures are read
+# ---- options for reading pictures
 
 
 def quarter_turned(file: Path, size: tuple[int, int] = (40, 30)) -> None:
@@ -460,7 +460,7 @@ def test_where_sizes_are_enough_frames_may_be_missing(sequence: Path, tmp_path: 
 
 
 def spec_of(adapter: str, sequence: Path, tmp_path: Path) -> str:
-    """A spec of three frames by each adapter of clips, ready for one more key."""
+    """A spec with three frames for each adapter of clips, to which one more key can be added."""
     images, file = sequence / "img1", tmp_path / "clips.jsonl"
     stated = row(frames=["1.png", "2.png", "10.png"], width=40, height=30)
     if adapter == "mot":

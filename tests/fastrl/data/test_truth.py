@@ -1,4 +1,4 @@
-"""One reader of truths: every spelling of one truth is the same target, through every door it can come in by."""
+"""One reader for truths: every notation of a truth gives the same target in every adapter."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_a_recipe_names_it(tiny_folder: Folder, folder: Path) -> None:
     train(recipe, show=False)
     assert len(read_rows(folder / "run/metrics.jsonl")) == 1
     named = load_recipe("perception-r1-ocr-2b", ["data.adapter=my_data.py:rows", "data.spec=ocr:things.csv"])
-    assert named.data_spec == "my_data.py:rows:things.csv"  # an adapter's name in the spec stands for itself no more
+    assert named.data_spec == "my_data.py:rows:things.csv"  # the adapter's name in the spec is not used
 
 
 # ---- fastrl data

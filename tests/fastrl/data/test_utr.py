@@ -1,4 +1,4 @@
-"""UTR dialogues: which queries mean one subject, words that read back, rows that load and rows that are refused."""
+"""UTR dialogues: queries that identify one subject, texts that can be parsed back, valid rows and refused ones."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ RUNS = Span("runs", 1, 2)
         (Query("spatial", "box", 2), subject(2, 60), True),
         (Query("spatial", "box", 2), subject(2, 8), False),  # overlaps by more than half
         (Query("spatial", "location", 2), subject(2, 60), True),
-        (Query("spatial", "location", 2), subject(2, 14), False),  # another place, the same ninth
-        (Query("spatial", "location", 4), subject(2, 14, frames=2), True),  # gone in that frame
+        (Query("spatial", "location", 2), subject(2, 14), False),  # another position in the same ninth of the picture
+        (Query("spatial", "location", 4), subject(2, 14, frames=2), True),  # absent in that frame
         (Query("spatial", "appearance", 2), subject(2, 60, looks="white"), True),
         (Query("spatial", "appearance", 2), subject(2, 60, looks="Brown"), False),
         (Query("spatial", "appearance", 2), subject(2, 60, name="brown"), False),
@@ -139,7 +139,7 @@ def test_frames_of_a_dialogue_can_be_chosen(how: str) -> None:
         assert few.answer == answer_text(few.subjects, (100, 100))
         kept = {t: few.subjects[0].boxes[t] for t in (few.query.frame, few.query.first, few.query.last) if t}
         old = [asked.boxes[t] for t in (query.frame, query.first, query.last) if t]
-        assert list(kept.values()) == old  # the query still means the same boxes
+        assert list(kept.values()) == old  # the query still identifies the same boxes
     single = one_frame_dialogue(clip(asked), asked, Query("spatial", "box", 3))
     assert len(parse_tracks(select_frames(single, 2, how, 0).answer)[0].boxes) == 1
     with pytest.raises(ValueError, match="frames can only be chosen"):
@@ -148,14 +148,14 @@ def test_frames_of_a_dialogue_can_be_chosen(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["uniform", "first", "random"])
 def test_chosen_frames_still_tell_a_subject_from_one_seen_longer(how: str) -> None:
-    """Asked by when it is seen, the frames before and after are what tells."""
+    """If the query is when a subject is visible, the frames before and after distinguish subjects."""
     times = tuple(t / 2 for t in range(12))
     dog, cat = (Subject(i, name, {t: (10.0 * i, 10, 10.0 * i + 10 + t, 30) for t in range(*seen)}, "", ())
                 for i, name, seen in ((1, "dog", (3, 10)), (2, "cat", (2, 11))))  # fmt: skip
     whole = Clip("c", 100, 100, times, (dog, cat), ())
     query = Query("temporal", "time", first=3, last=9)
     assert is_unique(whole, dog, query)
-    alone = replace(whole, subjects=(dog,))  # as a row holds it
+    alone = replace(whole, subjects=(dog,))  # in the form of a row
     few = select_frames(make_dialogue(alone, dog, query), 6, how, 0)
     shown = [round(t * 2) + 1 for t in few.clip.seconds]
     rival = replace(cat, boxes={place: cat.boxes[t] for place, t in enumerate(shown, start=1) if t in cat.boxes})

@@ -1,4 +1,4 @@
-"""Bad rows of every kind, in every adapter: found before training, all at once, with file and line."""
+"""Bad rows of every kind, in every adapter: reported before training, all at once, with file and line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "ocr": {"image": "a.png", "text": "hello"},
 }
 BAD = [
-    # adapter, what replaces the good row's fields (None: field taken out), kind
+    # adapter, changes of the valid row (None: the field is removed), kind of problem
     *((adapter, {"image": None}, "missing field") for adapter in GOOD),
     *((adapter, {"image": "gone.png"}, "missing image") for adapter in GOOD),
     *((adapter, {"image": "https://example.org/a.png"}, "missing image") for adapter in GOOD),
@@ -44,7 +44,7 @@ BAD = [
     ("refexp", {"bbox": [1, 2, 1, 20]}, "box without area"),
     ("refexp", {"bbox": [1, 2, 43, 20]}, "box outside"),
     ("refexp", {"bbox": [-5, 2, 10, 20]}, "box outside"),
-    ("refexp", {"bbox": [40.2, 2, 40.8, 20]}, "box outside"),  # within the tolerance, but nothing of it is inside
+    ("refexp", {"bbox": [40.2, 2, 40.8, 20]}, "box outside"),  # within the tolerance, but entirely outside
     ("pixmo", {"label": ""}, "empty label"),
     ("pixmo", {"count": "two"}, "wrong type"),
     ("pixmo", {"count": True}, "wrong type"),
@@ -90,7 +90,7 @@ def test_a_bad_row_is_reported_with_file_and_line_and_can_be_skipped(
 ) -> None:
     good = GOOD[adapter]
     bad = {k: v for k, v in {**good, **change}.items() if v is not None}
-    file = write(folder, good, "", bad, good)  # the blank line counts as a line and is no row
+    file = write(folder, good, "", bad, good)  # the blank line counts as a line, but is not a row
     with pytest.raises(DataError) as error:
         load_data(f"{adapter}:{file}")
     assert {problem.kind for problem in error.value.problems} == {kind}
@@ -117,7 +117,7 @@ def test_an_unreadable_line_does_not_hide_the_others(folder: Path, adapter: str,
 
 
 def test_image_token_mismatch_fails_at_data_load_with_the_offending_row(folder: Path) -> None:
-    """An image that the processor would refuse or resize differently is named before training, not in the middle."""
+    """An image that the processor would refuse or resize differently is reported before training."""
     rows = [GOOD["refexp"], {**GOOD["refexp"], "image": "thin.png", "bbox": [1, 2, 3, 4]}]
     file = write(
         folder, *rows, {**GOOD["refexp"], "image": "broken.png"}, {**GOOD["refexp"], "width": 80, "height": 60}
@@ -138,8 +138,8 @@ def test_all_problems_of_a_row_and_of_a_file_come_together_and_the_same_words_on
     lines = str(error.value).split("\n")
     assert lines[0].startswith("140 problems")
     assert lines[1] == f"30 rows: label is empty (first: {file}:1)"
-    assert "… and 21 more: missing image" in lines  # gone.png and 25 others, of which five are shown
-    assert f"25 rows: no label (first: {file}:31)" in lines  # whatever the picture
+    assert "… and 21 more: missing image" in lines  # gone.png and 25 others, of which five are listed
+    assert f"25 rows: no label (first: {file}:31)" in lines  # independent of the picture
     assert len(lines) == 1 + 1 + 1 + 6 + 1
 
 
@@ -175,7 +175,7 @@ def test_other_spellings_of_good_rows(folder: Path) -> None:
     marked.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD["ocr"]).encode() + b"\r\n")
     assert load_data(f"ocr:{marked}")[0].target["text"] == "hello"
     separators = write(folder, json.dumps({**GOOD["ocr"], "text": "a\u2028b"}, ensure_ascii=False))
-    assert load_data(f"ocr:{separators}")[0].target["text"] == "a\u2028b"  # a line end to Python, not to JSONL
+    assert load_data(f"ocr:{separators}")[0].target["text"] == "a\u2028b"  # a line break for Python, but not in JSONL
 
 
 def test_images_option_and_default_folder(folder: Path, tmp_path: Path) -> None:
@@ -186,13 +186,13 @@ def test_images_option_and_default_folder(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="image not found"):
         load_data(f"ocr:{file}")
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    assert load_data(f"ocr:{file}")[0].images == (tmp_path / "a.png",)  # a folder above
+    assert load_data(f"ocr:{file}")[0].images == (tmp_path / "a.png",)  # in a parent folder
     with pytest.raises(DataError, match="images folder not found"):
         load_data(f"ocr:{file}?images={tmp_path}/none")
 
 
 TRUTHS: list[tuple[str, str, Any, Any]] = [
-    # adapter, column, its value as a list or number, what the target then has
+    # adapter, column, its value as a list or a number, the expected target
     ("refexp", "bbox", [1, 2, 30, 20], {"box": (1, 2, 30, 20)}),
     ("refexp", "solution", [1, 2, 30, 20], {"box": (1, 2, 30, 20)}),
     ("refexp", "normalized_solution", [250, 500, 750, 1000], {"box": (10, 15, 30, 30)}),
@@ -244,7 +244,7 @@ def test_frames_of_boxes_and_points_are_read_when_said(folder: Path, frame: str,
         ("problem", "Please provide the bounding box of the main object.", True),
         ("expression", "Locate the object", True),
         ("expression", "What is in the picture?", True),
-        ("expression", "person", False),  # a data set of one class asks the same of every picture
+        ("expression", "person", False),  # a data set with a single class asks the same question for every picture
         ("expression", "the red car", False),
     ],
 )
@@ -260,7 +260,7 @@ def test_one_instruction_in_every_row_is_no_expression(folder: Path, column: str
     assert len(load_data(f"refexp:{file}")) == 2
 
 
-# ---- how pictures are read
+# ---- options for reading pictures
 
 
 def turned(folder: Path, orientation: int = 6) -> None:
@@ -290,7 +290,7 @@ def test_exif_is_named_where_sizes_disagree_warned_of_once_where_none_are_given_
     assert data.summary.count("EXIF") == 1
     assert "orient=exif" in data.summary
     assert load_data(f"ocr:{file}?orient=exif").notes == ()
-    turned(folder, orientation=3)  # upside down: the size stays
+    turned(folder, orientation=3)  # upside down: the size is the same
     assert load_data(f"ocr:{write(folder, row)}").notes
 
 
@@ -359,10 +359,10 @@ def test_coco_annotations_that_say_the_same_again_are_named(folder: Path) -> Non
 def test_a_supercategory_without_instances_is_left_out_and_counted(folder: Path) -> None:
     content = instances()
     content["categories"] = [
-        {"id": 0, "name": "animals", "supercategory": "none"},  # as annotation tools export
+        {"id": 0, "name": "animals", "supercategory": "none"},  # as annotation tools export it
         {"id": 1, "name": "cat", "supercategory": "animals"},
         {"id": 3, "name": "dog", "supercategory": "dog"},
-        {"id": 4, "name": "emu", "supercategory": "animals"},  # without an instance, but no one's group
+        {"id": 4, "name": "emu", "supercategory": "animals"},  # no instance, but not a crowd
     ]
     data = load_data(f"coco:{write(folder, content, name='instances.json')}")
     assert data[0].target["categories"] == ["cat", "dog", "emu"]

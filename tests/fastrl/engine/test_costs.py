@@ -1,4 +1,4 @@
-"""What an update is said to hold and move, against what the engine holds and the optimizers allocate."""
+"""The predicted memory and traffic of an update, against the engine's tensors and the optimizers' allocations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sharded(stage: int, *, host: bool = False) -> EngineRecipe:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("states", ["fp32", "8bit", "offload"])
 def test_what_is_held_is_what_the_engine_keeps(states: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Copies and moments, wherever they live, and the bytes of its checkpoint."""
+    """Copies and moments on any device, and the bytes of their checkpoint."""
     model = nn.Linear(256, NUMBERS // 256, bias=False).to(dtype)
     chosen = optim(states=states)
     engine = LocalEngine(model, chosen)
@@ -46,7 +46,7 @@ def test_what_is_held_is_what_the_engine_keeps(states: str, dtype: torch.dtype, 
     each = held(chosen, LOCAL)
     if states == "offload":
         assert each == Held(0, 0, 0, host=16)
-        assert (copy + kept) / NUMBERS == each.host - costs.FLOAT  # and a gradient, until it is used
+        assert (copy + kept) / NUMBERS == each.host - costs.FLOAT  # and a gradient until it is used
     else:
         assert (copy, kept) == (each.copy * NUMBERS * (dtype != torch.float32), each.moments * NUMBERS)
     engine.save(tmp_path)
@@ -85,7 +85,7 @@ def test_scratch_of_a_step_is_what_it_allocates(numbers: int, monkeypatch: pytes
         parameter = nn.Parameter(torch.zeros(numbers))
         parameter.grad = torch.randn(numbers)
         optimizer = kind([parameter])
-        optimizer.step()  # makes the moments
+        optimizer.step()  # creates the moments
         assert step_scratch(numbers, states, fused=False) == pytest.approx(counted_peak(optimizer.step), rel=0.01)
     assert step_scratch(numbers, "fp32", fused=True) == 0
 

@@ -1,7 +1,5 @@
-"""DeepSpeed itself, on two processes of this machine: what an update is, what stops one, and whole runs.
-
-Skipped where DeepSpeed is not installed: pip install '.[distributed]'.
-"""
+"""DeepSpeed itself on two local processes: an update, its errors, and whole runs. Skipped where DeepSpeed is not
+installed: pip install '.[distributed]'."""
 
 from __future__ import annotations
 
@@ -112,7 +110,7 @@ def test_an_update_is_the_local_engines_and_nan_changes_nothing(stage: int, dtyp
         for rank in range(2):
             for part in range(2):
                 x = torch.full((3, 4), 0.1 * (1 + rank + part), dtype=model[0].weight.dtype)
-                engine.backward(0.5 * model(x).square().sum(), last=rank + part == 2)  # ranks' gradients are averaged
+                engine.backward(0.5 * model(x).square().sum(), last=rank + part == 2)  # averaged over ranks
         info = engine.step()
         assert one["norm"] == pytest.approx(info.grad_norm, rel=10 * tolerance)
         for ours, theirs in zip(one["weights"], model.parameters(), strict=True):
@@ -133,7 +131,7 @@ def test_a_run_of_two_ranks_resumes(tiny_folder: Any, lora: int, tmp_path: Path)
 
 
 def test_what_deepspeed_would_pass_over_is_refused_by_every_rank(tiny_folder: Any, tmp_path: Path) -> None:
-    """A checkpoint older than checksums, which lost the moments of one rank; and one whose weights are damaged."""
+    """A checkpoint from before checksums, without one rank's moments; and one with damaged weights."""
     model, run = tiny_folder("qwen2_5"), tmp_path / "run"
     launch(RUN, model, run, 2, 0, 1, folder=tmp_path)
     (folder,) = (run / "checkpoints").glob("step-*")

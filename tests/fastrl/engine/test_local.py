@@ -115,7 +115,7 @@ def test_micro_batch_gradients_of_bfloat16_add_in_float32() -> None:
     model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     engine = LocalEngine(model, optim(lr=0.0))
     engine.backward(model.weight.sum() * 256)
-    engine.backward(model.weight.sum() * 1.0)  # 257 is not a bfloat16 number
+    engine.backward(model.weight.sum() * 1.0)  # 257 cannot be represented in bfloat16
     assert engine.step().grad_norm == 257.0
 
 

@@ -1,4 +1,4 @@
-"""Recipe keys that save memory: 8-bit and offloaded states, gradient release, offloaded activations."""
+"""Memory-saving recipe keys: 8-bit and offloaded states, gradient release, offloaded activations."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_release_reports_the_norm_of_all_gradients() -> None:
         net = model()
         engine = LocalEngine(net, optim(gradient_release=release))
         engine.backward(sum((p.square().sum() for p in net.parameters()), torch.zeros(())))
-        assert release == all(p.grad is None for p in net.parameters())  # freed within the backward
+        assert release == all(p.grad is None for p in net.parameters())  # freed during the backward
         norms.append(engine.step().grad_norm)
     assert norms[0] == pytest.approx(norms[1])
 
@@ -81,11 +81,11 @@ def test_release_never_holds_all_gradients() -> None:
             engine.backward(net(torch.ones(1, 256)).sum())
             engine.step()
 
-        step()  # makes the moments
+        step()  # creates the moments
         peaks.append(counted_peak(step))
     one = 4 * 256 * 256
     assert peaks[0] > 8 * one
-    assert peaks[1] < 5 * one  # a gradient or two, and what AdamW makes of one
+    assert peaks[1] < 5 * one  # one or two gradients, and AdamW's temporaries for one
 
 
 def test_release_stops_at_a_loss_that_is_not_finite_before_it_changes_anything() -> None:
@@ -123,7 +123,7 @@ def test_8bit_states_take_two_bytes_and_train_as_well() -> None:
 
 @pytest.mark.parametrize("n", [1, 255, 256, 1000])
 def test_first_8bit_update_is_adamws(n: int) -> None:
-    """The states are zero before it, so nothing has been rounded yet."""
+    """All states are zero before it, so nothing was rounded yet."""
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, n)) for _ in range(2))
     for parameter, kind in ((ours, AdamW8bit), (theirs, torch.optim.AdamW)):
         parameter.grad = torch.linspace(2, -3, n)

@@ -1,4 +1,4 @@
-"""Damage to what DeepSpeed wrote: one line with the file, before DeepSpeed passes over it or raises."""
+"""Damaged DeepSpeed checkpoints: a one-line error with the file, before DeepSpeed ignores the damage or raises."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def shard() -> dict[str, Any]:
 
 
 def written(folder: Path, zero: bool, change: Callable[[dict[str, Any]], object] = lambda files: None) -> Path:
-    """Both ranks' files; ``change`` gets their contents by name, or takes a file away."""
+    """Both ranks' files; ``change`` gets their contents by name, or removes one."""
     files: dict[str, Any] = {MODEL: model(zero)}
     if zero:
         files |= {SHARD.format(rank): shard() for rank in range(2)}
@@ -54,7 +54,7 @@ def test_sound_files_are_sound(tmp_path: Path) -> None:
         folder = tmp_path / str(zero)
         folder.mkdir()
         assert [fault(written(folder, zero), rank, 2, expected) for rank in range(2)] == [None, None]
-    # what a version wrote that did not count moments
+    # as written by a version without the number of moments
     assert fault(written(tmp_path, False, lambda files: files[MODEL].pop("moments")), 0, 1, WHOLE) is None
 
 

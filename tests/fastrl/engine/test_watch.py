@@ -1,4 +1,4 @@
-"""A rank that is frozen, slow or gone: the others stop after engine.timeout and say whom they waited for."""
+"""A rank that is frozen, slow or gone: the others stop after engine.timeout and name the rank they waited for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.gloo import start
 
 
 class Rank:
-    """A watch whose end is written down instead of taken."""
+    """A watch that records the end of the process instead of ending it."""
 
     def __init__(self, folder: Path, rank: int, world_size: int = 2, timeout: float = 0.4) -> None:
         self.said: list[str] = []
@@ -29,7 +29,7 @@ class Rank:
         self.over.set()
 
     def wait(self, what: str = "a barrier") -> None:
-        """As in a collective that nobody ends."""
+        """As in a collective that no rank completes."""
         with self.watch.waiting(what):
             assert self.over.wait(60)
 
@@ -55,7 +55,7 @@ def test_whoever_waits_too_long_names_the_rank_that_has_not_come(tmp_path: Path)
 
 
 def test_a_rank_without_a_sign_of_life_is_said_to_have_none(tmp_path: Path) -> None:
-    (tmp_path / "rank-1.json").write_text('[7, 3, "an update"]')  # further than this rank, and then silent
+    (tmp_path / "rank-1.json").write_text('[7, 3, "an update"]')  # further ahead than this rank, and then silent
     (tmp_path / "rank-2.json").write_text("{broken")
     first = Rank(tmp_path, 0, 3)
     first.wait()

@@ -1,4 +1,4 @@
-"""The best of a run's evaluations: by which metric, in which direction, and when it has been waited for long enough."""
+"""The best evaluation of a run: the metric, its direction, and when patience is exhausted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUESTIONS = [
 
 @pytest.mark.parametrize("task", ["grounding", "counting", "detection", "ocr", "caption", "trajectory", "qa"])
 def test_the_direction_of_every_metric_of_a_protocol_is_known(task: str) -> None:
-    """What the truth itself scores is better than what an answer that says nothing does."""
+    """The truth as answer scores better than an empty answer."""
     records = QUESTIONS if task == "qa" else list(load_data(f"scenes:{task}?n=2"))
     for name, nothing in evaluate(task, records, [""] * len(records)).items():
         if name in ("n", "yes_rate"):
@@ -33,7 +33,7 @@ def test_the_direction_of_every_metric_of_a_protocol_is_known(task: str) -> None
 
 
 def _is_error(name: str) -> bool:
-    """Numbers that count what is wrong."""
+    """Metrics that count errors."""
     words = ("distance", "false", "chair", "unparsable", "dropped", "unlabelled", "unknown")
     return any(word in name for word in words)
 
@@ -66,7 +66,7 @@ def test_the_best_is_the_last_that_was_better_by_more_than_the_least_gain(
     series: list[float | None], mode: Any, delta: float
 ) -> None:
     best, sign = Best(mode, delta, patience=3), 1 if mode == "max" else -1
-    assert not best.take(0, 100.0 * sign)  # of weights that no checkpoint holds
+    assert not best.take(0, 100.0 * sign)  # of weights that are in no checkpoint
     expected: tuple[int, float] | None = None
     waited = 0
     for step, value in enumerate(series, start=1):

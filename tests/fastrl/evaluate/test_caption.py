@@ -1,4 +1,4 @@
-"""Caption metrics against hand counts, and on the real captions of COCO and of five models."""
+"""Caption metrics against manual counts, and on real captions of COCO and of five models."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_metrics_against_a_hand_count() -> None:
     metrics = evaluate("caption", [two, one], answers)
     assert metrics["object_f1"] == 1.0
     assert metrics["attribute_precision"] == pytest.approx((3 / 4 + 1) / 2)
-    assert metrics["relation_f1"] == 1.0  # of the one record that has relations
+    assert metrics["relation_f1"] == 1.0  # of the only record with relations
     assert metrics["score"] == pytest.approx(((5 + 2 * 3 / 4 + 2) / 9 + 1) / 2)
     assert metrics["false_facts"] == pytest.approx(1 / (2 + 4 + 1 + 1 + 2))
     assert metrics["false_captions"] == 0.5
     assert metrics["chair_i"] == metrics["chair_s"] == 0.0
     wrong = evaluate("caption", [two, one], ["A large red circle. A blue star.", "no idea, "])
-    assert wrong["chair_i"] == pytest.approx(1 / 2)  # a star of a circle and a star; "no" denies the idea
+    assert wrong["chair_i"] == pytest.approx(1 / 2)  # a star of a circle and a star; "no" negates a mention
     assert wrong["unparsable"] == 1
 
 

@@ -1,4 +1,4 @@
-"""COCO average precision: the truth scores 1, equality with pycocotools called directly, order, frames, labels."""
+"""COCO average precision: the truth scores 1, equality with pycocotools, order, frames, labels."""
 
 from __future__ import annotations
 
@@ -49,13 +49,11 @@ def test_truth_as_prediction_scores_one_on_real_coco_with_crowds(real: list[Reco
     perfect = {"AP": 1.0, "AP50": 1.0, "AP75": 1.0, "n": len(real), **CLEAN}
     assert evaluate("detection", records, without_crowd) == pytest.approx(perfect)
     with_crowd = [answer(r.target["boxes"], r.target["labels"]) for r in records]
-    assert evaluate("detection", records, with_crowd) == pytest.approx(
-        perfect
-    )  # boxes in a crowd are neither right nor wrong
+    assert evaluate("detection", records, with_crowd) == pytest.approx(perfect)  # boxes in a crowd are ignored
 
 
 def noisy_results(data_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """COCO results: jittered truths with distinct scores, some dropped, some relabelled, some invented."""
+    """COCO results: jittered truths with distinct scores; some removed, some with another label, some added."""
     truth = json.loads((data_dir / "coco" / "instances.json").read_text())
     rng = random.Random(0)
     ids = [c["id"] for c in truth["categories"]]

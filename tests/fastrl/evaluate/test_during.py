@@ -1,4 +1,4 @@
-"""Evaluation while training: it changes nothing, is what ``fastrl eval`` finds, keeps the best, and ends in time."""
+"""Evaluation while training: no side effects, equal to ``fastrl eval``, keeps the best checkpoint, stops in time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def evaluated(model: Path, out: Path, **changes: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def whole(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps that was evaluated before the first and after every second one."""
+    """A run of four steps, evaluated before the first and after every second step."""
     out = tmp_path_factory.mktemp("whole")
     train(evaluated(tiny_folder("qwen2_5"), out), records=make_records(), eval_records=make_records(3), show=False)
     return out
@@ -51,14 +51,14 @@ def test_a_run_that_is_evaluated_is_the_run_that_is_not(tiny_folder: Folder, who
     assert steady_rows(whole) == steady_rows(tmp_path)
     one, other = weights(whole, 4), weights(tmp_path, 4)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    for row in read_rows(whole / "metrics.jsonl"):  # its time is its own
+    for row in read_rows(whole / "metrics.jsonl"):  # evaluation time is counted separately
         parts = [value for key, value in row.items() if key.startswith("time/") and key != "time/step"]
         assert "time/eval" not in row
         assert row["time/step"] == pytest.approx(sum(parts))
 
 
 def test_its_numbers_are_those_of_the_protocols(whole: Path) -> None:
-    """The greedy ones of the weights that were saved, and means over sampled answers beside them."""
+    """Greedy metrics of the saved weights, and means over sampled answers beside them."""
     rows = read_rows(whole / "eval.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 4]
     policy = open_policy(keeping.folder_of(whole, 4) / "model", device="cpu")
@@ -79,7 +79,7 @@ def test_its_numbers_are_those_of_the_protocols(whole: Path) -> None:
 def test_a_stop_between_a_step_and_its_evaluation_loses_nothing(
     tiny_folder: Folder, whole: Path, tmp_path: Path
 ) -> None:
-    """The evaluation is left out, as a stop may be in a hurry, and made when the run goes on."""
+    """A stopping run skips the evaluation, as it may have little time; it follows when the run is resumed."""
 
     def stop(row: dict[str, Any]) -> None:
         if row["step"] == 2:
@@ -118,7 +118,7 @@ def test_an_evaluation_that_fails_loses_no_step(
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, values: Mapping[int, float | None], name: str = "edit_distance") -> None:
-    """Evaluations that find these values, by step."""
+    """Evaluations with these values, by step."""
     monkeypatch.setattr(Evaluation, "_metrics", lambda self, step, greedy: {name: values[step]})
 
 
@@ -155,7 +155,7 @@ def test_the_best_is_kept_and_the_run_stops_when_nothing_gets_better(
     assert "eval edit_distance 0.4 (best 0.4 after step 2)" in next(s for s in shown.splitlines() if "step 3/6" in s)
     assert read_rows(tmp_path / "notes.jsonl")[-1] == {"step": 4, "note": verdict}
 
-    again = train(recipe, resume=True, show=False, **given)  # it has waited long enough
+    again = train(recipe, resume=True, show=False, **given)  # patience is exhausted
     assert (again.steps, again.stopped_early) == (4, True)
     patient = make_recipe(tiny_folder("qwen2_5"), tmp_path, eval__patience=3, eval__min_delta=0.05, **changes)
     summary = train(patient, resume=True, show=False, **given)
@@ -163,7 +163,7 @@ def test_the_best_is_kept_and_the_run_stops_when_nothing_gets_better(
     more = make_recipe(tiny_folder("qwen2_5"), tmp_path, eval__min_delta=0.05, **changes)
     assert train(more, resume=True, show=False, **given).best == keeping.folder_of(tmp_path, 6)
     assert keeping.kept(tmp_path)["best"] == 6
-    assert set(saved(tmp_path)) == {6, *keeping.kept(tmp_path).values()}  # the one of step 2 is not the best any more
+    assert set(saved(tmp_path)) == {6, *keeping.kept(tmp_path).values()}  # that of step 2 is no longer the best
 
 
 def test_going_back_goes_back_to_the_best_of_then(
@@ -182,7 +182,7 @@ def test_going_back_goes_back_to_the_best_of_then(
     assert [row["eval/edit_distance"] for row in read_rows(tmp_path / "eval.jsonl")] == [0.5, 0.7, 0.8]
     scripted(monkeypatch, {3: 0.1, 4: 0.9}, name="f1")
     other = make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=4, eval__metric="f1", **changes)
-    train(other, resume=True, **given)  # another metric: what was best by the first says nothing
+    train(other, resume=True, **given)  # with another metric, the previous best is meaningless
     assert "the best so far is discarded" in (tmp_path / "notes.jsonl").read_text()
     assert keeping.kept(tmp_path)["best"] == 4
 
@@ -303,20 +303,20 @@ def test_ranks_answer_a_part_each_and_all_find_the_same(tiny_folder: Folder, tmp
     )
     alone = {key: value for key, value in run.evaluation.measure(0).row.items() if key != "time/eval"}
     heard: dict[int, list[Any]] = {0: [], 1: []}
-    for rank in (0, 1, 0, 1):  # what the other gives is known from the second time on
+    for rank in (0, 1, 0, 1):  # the other rank's results are known from the second time on
         other = heard[1 - rank]
         engine = Scripted(rank, other)
-        with contextlib.suppress(IndexError):  # the other was not here yet
+        with contextlib.suppress(IndexError):  # the other rank has not arrived yet
             found = Evaluation(run.recipe, run.evaluation.held_out, run.context, engine).measure(0)  # type: ignore[arg-type]
             assert {key: value for key, value in found.row.items() if key != "time/eval"} == alone
         heard[rank] = engine.given
     assert [len(given) for given in heard.values()] == [2, 2]
     assert [len(answers) for answers, _ in (heard[0][0], heard[1][0])] == [3, 2]
-    assert heard[1][1] == ({}, None)  # the first rank scores
+    assert heard[1][1] == ({}, None)  # the first rank computes the scores
 
 
 class Scripted:
-    """One of two ranks; what the other gives is known before."""
+    """One of two ranks; the other's results are given in advance."""
 
     world_size = 2
 

@@ -1,4 +1,4 @@
-"""A right answer in each family's own format scores exactly 1.0 through ``fastrl eval --predictions --family``."""
+"""A correct answer in each family's own format scores exactly 1.0 through ``fastrl eval --predictions --family``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastrl.cli.main import main
 from fastrl.data import load_data
 from fastrl.evaluate.run import run_evaluation
 
-WIDTH, HEIGHT = 1120, 560  # multiples of 28 and of 100 parts: every frame can write the boxes exactly
+WIDTH, HEIGHT = 1120, 560  # multiples of 28 pixels and of 1/100: every frame can represent the boxes exactly
 BOXES = [(112, 56, 560, 280), (560, 0, 1008, 504)]
 EIGHTHS = [(140, 70, 560, 280), (560, 0, 980, 490)]  # for steps of 1024
 TASKS = ("grounding", "counting", "detection", "ocr", "trajectory")
@@ -24,7 +24,7 @@ CASES = [
     for task in (TASKS if family in FIRST.values() else ("detection",))
     if style_of(family).boxes or task in ("counting", "ocr", "trajectory")
 ]
-PIXELS = (56 * 56, WIDTH * HEIGHT // 4)  # a family that answers in pixels of the resized picture saw half of each side
+PIXELS = (56 * 56, WIDTH * HEIGHT // 4)  # families that answer in pixels of the resized picture saw half of each side
 RIGHT = {
     "grounding": ("mean_iou", "acc@0.5", "acc@0.95"),
     "counting": ("accuracy",),
@@ -35,7 +35,7 @@ RIGHT = {
 
 
 def written(folder: Path, task: str, family: str) -> tuple[str, Path]:
-    """A data specification of one record, and a file with the right answer in the family's form."""
+    """A data spec with one record, and a file with the correct answer in the family's format."""
     style = style_of(family)
     boxes = EIGHTHS if style.steps == 1024 else BOXES
     view = View.padded(WIDTH, HEIGHT, 336) if style.frame == "padded_unit" else View(WIDTH, HEIGHT, 560, 280)

@@ -1,4 +1,4 @@
-"""A wrong frame is said: which one answers were read in, and how many another one would have scored otherwise."""
+"""A wrong coordinate frame is reported: the frame used, and how many answers would score differently in another."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_right_frame_leaves_nothing_to_say() -> None:
     report = frame_report("grounding", [row((64.0, 48.0, 256.0, 144.0), "thousand")], [THOUSAND])
     assert report is not None
     assert (report.frame, report.better) == ("thousand", None)
-    assert report.changes == 1  # pixels were plausible too, and would have been wrong
+    assert report.changes == 1  # pixels were also plausible, but would have been wrong
     assert report.words(guessed=False) == []
 
 
@@ -48,7 +48,7 @@ def test_the_right_frame_leaves_nothing_to_say() -> None:
     ("answer", "frame", "changes"),
     [
         ("[0.1, 0.1, 0.4, 0.3]", "unit", 1),  # of the picture, or of the picture padded to a square
-        ('[{"bbox_2d": [700, 100, 900, 300]}]', "thousand", 0),  # beyond the picture: nothing else is plausible
+        ('[{"bbox_2d": [700, 100, 900, 300]}]', "thousand", 0),  # outside the picture, so no other frame is plausible
         ("<|box_start|>(100,100),(400,300)<|box_end|>", "thousand", 1),
         ("nothing", "thousand", 0),
     ],

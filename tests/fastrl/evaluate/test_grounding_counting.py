@@ -1,4 +1,4 @@
-"""Grounding and counting metrics on hand-made answers, and on the real data with the truth as answer."""
+"""Grounding and counting metrics on constructed answers, and on real data with the truth as answer."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_truth_as_answer_is_perfect_on_real_data(data_dir: Path, task: str, 
     assert got["unparsable"] == 0
     if task == "counting":
         assert got["accuracy"] == 1.0
-    else:  # rounding to whole numbers costs small boxes a little
+    else:  # rounding to whole numbers lowers the IoU of small boxes slightly
         assert got["mean_iou"] > 0.97
         assert got["acc@0.75"] == 1.0
 

@@ -1,4 +1,4 @@
-"""OCR metrics against hand-computed values and the papers' formulas; oracle answers; odd and huge texts."""
+"""OCR metrics against manual computation and the papers' formulas; correct answers; unusual and very long texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def record(text: str) -> Record:
 def test_a_page_that_holds_markup_itself_can_be_read_exactly() -> None:
     page = "```\nprint(1)\n```"
     assert evaluate_ocr([record(page)], [page])["edit_distance"] == 0.0
-    assert evaluate_ocr([record("print(1)")], [page])["edit_distance"] == 0.0  # a fence of the answer's own
+    assert evaluate_ocr([record("print(1)")], [page])["edit_distance"] == 0.0  # a code fence that belongs to the answer
 
 
 def test_pages_are_compared_in_composed_form_or_as_they_are() -> None:
@@ -55,7 +55,7 @@ def test_bleu_by_hand() -> None:
     assert bleu(truth[:5], truth) == pytest.approx(math.exp(1 - 6 / 5))
     assert bleu(truth, truth) == 1.0
     assert bleu(["dog"], truth) == bleu([], truth) == 0.0
-    assert bleu(["cat"], ["cat"]) < 1e-50  # no smoothing, no 4-grams: NLTK's default, on purpose
+    assert bleu(["cat"], ["cat"]) < 1e-50  # no smoothing and no 4-grams: NLTK's default
 
 
 def test_meteor_by_hand_with_stems_and_fragmentation() -> None:

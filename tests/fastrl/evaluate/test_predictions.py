@@ -1,4 +1,4 @@
-"""Prediction files: alignment and frames, COCO results, and every kind of error with its place."""
+"""Prediction files: alignment and frames, COCO results, and every kind of error with its location."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_coco_results_are_original_pixels_whatever_the_frame(tmp_path: Path) -> 
     assert [r.frame for r in got.records] == ["original"] * 2
     assert got.answers[1] == "[]"
     scores = evaluate("detection", *got)
-    assert scores["AP"] == pytest.approx(0.5, abs=0.01)  # the image without an entry has no detections
+    assert scores["AP"] == pytest.approx(0.5, abs=0.01)  # an image without an entry has no detections
     assert scores["unparsable"] == 0
 
 
@@ -126,7 +126,7 @@ def test_category_ids_come_from_the_data_then_the_caller_then_coco(tmp_path: Pat
     own = records("7", task="detection", **BOX, categories=["cat", "dog"], category_ids=[4, 5])
     assert evaluate("detection", *load_predictions(path, own))["AP"] == pytest.approx(1.0)
     coco = records("7", task="detection", **BOX, categories=["cat", "dog"])
-    assert evaluate("detection", *load_predictions(path, coco))["AP"] == 0.0  # 5 is COCO's airplane
+    assert evaluate("detection", *load_predictions(path, coco))["AP"] == 0.0  # category 5 of COCO is airplane
     assert evaluate("detection", *load_predictions(path, coco, categories={5: "dog"}))["AP"] == pytest.approx(1.0)
     other = records("7", task="detection", **{**BOX, "labels": ["blob"]}, categories=["blob"])
     with pytest.raises(ValueError, match="category 'blob' is not one of COCO's 80"):
@@ -166,7 +166,7 @@ def test_coco_results_answer_detection_only(tmp_path: Path) -> None:
 
 
 def pictured(*names: str) -> list[Record]:
-    """Records as an adapter makes them: a picture of 640 x 480 and no view."""
+    """Records as an adapter makes them: a picture of 640 x 480 without a view."""
     return [replace(r, views=(), images=(Image.new("RGB", (640, 480)),)) for r in records(*names)]
 
 
@@ -210,7 +210,7 @@ def test_rows_of_a_run_say_at_which_size_the_picture_was_seen(tmp_path: Path, fr
     ],
 )
 def test_a_family_says_what_coordinates_mean(tmp_path: Path, family: str, text: str) -> None:
-    """A 640 x 480 picture; the same right box as each family writes it."""
+    """A 640 x 480 picture, and the same correct box in each family's format."""
     (record,) = pictured("a")
     path = write(tmp_path, json.dumps({"id": "a", "answer": text}))
     (seen,), answers = load_predictions(path, [record], family=family)
@@ -259,7 +259,7 @@ def test_answers_to_records_that_are_left_out_are_passed_over(tmp_path: Path) ->
 
 @pytest.mark.parametrize("frame", ["thousand", "original", "unit"])
 def test_what_was_said_of_a_file_goes_on_in_the_next(tmp_path: Path, frame: str) -> None:
-    """eval --predictions --frame --out: its file is read alike without a frame."""
+    """eval --predictions --frame --out: its output needs no frame when it is read again."""
     (record,) = pictured("a")
     box = from_original(record.target["box"], frame, View.unresized(640, 480))
     path = write(tmp_path, json.dumps({"id": "a", "answer": str(list(box))}))

@@ -1,4 +1,4 @@
-"""Question answering: by hand, on the real files from prediction files, and a model with pictures."""
+"""Question answering: manual examples, real files with predictions, and a model with pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ask(answer: Any, **target: Any) -> Record:
 
 def test_yes_and_no_by_hand() -> None:
     rows = [ask("yes"), ask("yes"), ask("yes"), ask("no"), ask("no"), ask("no")]
-    # hit, miss, unreadable (a miss), false alarm, right, unreadable (wrong, but no yes)
+    # hit, miss, unparsable (a miss), false alarm, correct, unparsable (wrong, but not a yes)
     metrics = evaluate("qa", rows, ["Yes.", "no", "a dog", "yes", "No, there is none.", ""])
     assert metrics == pytest.approx(
         {
@@ -74,7 +74,7 @@ def test_next_qa_from_a_file_of_answers(data_dir: Path, tmp_path: Path) -> None:
     metrics = run_evaluation("qa", spec, predictions=right)
     assert metrics["accuracy"] == metrics["accuracy_C"] == metrics["accuracy_T"] == metrics["accuracy_D"] == 1.0
     assert (metrics["n"], metrics["unparsable"]) == (186, 0)
-    # the options' own words are understood as well, but where one question has an option twice
+    # option texts are accepted, except where a question has the same option twice
     words = predictions(tmp_path, rows, lambda r: f"It is {r.target['choices'][r.target['answer']]}.")
     assert run_evaluation("qa", spec, predictions=words)["accuracy"] > 0.97
     first = predictions(tmp_path, rows, lambda r: "A")

@@ -1,6 +1,4 @@
-"""Reflection: algorithm 1, the kept cache against reading everything anew, early stops, and critics that fail
-mid-way.
-"""
+"""Reflection: algorithm 1, the cached dialogue against a new prefill of all of it, early stops, and failing critics."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ RECORDS = load_data("scenes:caption?n=3&seed=6")
 
 
 class Judge:
-    """Scores by turn and keeps what it saw."""
+    """Returns given scores by turn and records what it was shown."""
 
     rules = False
 
@@ -66,7 +64,7 @@ def test_images_go_through_the_tower_once(policy: Policy, monkeypatch: pytest.Mo
 
 
 def test_a_turn_reads_only_what_was_said_since(policy: Policy) -> None:
-    """Keys and values of the picture and the history stay: the model sees every token of the dialogue once."""
+    """Keys and values of the picture and the history are kept: the model processes every token of the dialogue once."""
     read: list[int] = []
     hook = policy.core.model.language_model.register_forward_pre_hook(
         lambda _m, _a, given: read.append(given["inputs_embeds"].shape[1]), with_kwargs=True
@@ -80,7 +78,7 @@ def test_a_turn_reads_only_what_was_said_since(policy: Policy) -> None:
     ]
     lengths = [len(ids) for ids in prompts]
     since = [lengths[0], lengths[1] - lengths[0], lengths[2] - lengths[1]]
-    assert [count for count in read if count > 1] == since  # the rest is decoding, one token at a time
+    assert [count for count in read if count > 1] == since  # everything else is decoding, one token at a time
     assert since[1] < lengths[0]
 
 
@@ -100,7 +98,7 @@ def test_continuation_is_the_rest_of_the_prompt(policy: Policy) -> None:
 
 def test_a_critic_that_fails_midway_leaves_the_best_answer_so_far(policy: Policy) -> None:
     found = reflect(policy, Judge([0.9, 0.2, 0.0], fail_at=2), RECORDS[:3], max_new_tokens=6, portion=2)
-    assert len(found) == 2  # the second portion was not begun
+    assert len(found) == 2  # the second portion was not started
     for reflection in found:
         assert "failed at turn 3" in reflection.error
         assert "the server is gone" in reflection.error

@@ -1,4 +1,4 @@
-"""``eval --predictions`` of every protocol without a single picture file, where rows say what the files would."""
+"""``eval --predictions`` of every protocol without picture files, where rows state the sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BOX = '[{"bbox_2d": [1, 2, 31, 42], "label": "cat"}]'
 ASKED = {"images": ["gone/a.png"], **SIZE, "id": "1"}
 CSV = "video,question,answer,qid,type,a0,a1\n1,why,1,7,C,x,y\n"
 
-# task, adapter, file, answer, query, metric that is 1 for a right answer
+# task, adapter, file, answer, query, metric that is 1 for a correct answer
 PROTOCOLS: list[tuple[str, str, Any, str, str, str]] = [
     ("grounding", "refexp", {**IMAGE, "expression": "cat", "bbox": [1, 2, 31, 42]}, BOX, "", "mean_iou"),
     ("grounding", "rows", {**ASKED, "problem": "Find it.", "answer": [1, 2, 31, 42]}, BOX, "", "mean_iou"),
@@ -59,6 +59,6 @@ def test_predictions_are_scored_without_a_picture(
     (tmp_path / "answers.jsonl").write_text(json.dumps({"id": name, "answer": answer}))
     found = run_evaluation(task, f"{adapter}:{file}{query}", predictions=tmp_path / "answers.jsonl")
     assert found[metric] == pytest.approx(1.0)
-    if adapter in ("refexp", "coco", "tracks", "ocr"):  # and whoever needs the pictures is told
+    if adapter in ("refexp", "coco", "tracks", "ocr"):  # protocols that need the pictures raise an error
         with pytest.raises(DataError, match="not found"):
             run_evaluation(task, f"{adapter}:{file}{query}", model="tiny:perception")

@@ -1,4 +1,4 @@
-"""Temporal perplexity: against transformers alone, one look at every frame, whoever shares the batch; and the run."""
+"""Temporal perplexity: against transformers alone, independent of the batch, each frame encoded once; and the run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_scores_are_transformers_own_on_each_subset(policy: Policy, tiny_folder:
     answer = torch.tensor(policy.tokenizer("A red circle moves.")["input_ids"])
 
     def score(numbers: list[int]) -> float:
-        """Mean log-prob of the answer after a prompt written here by hand."""
+        """Mean log-prob of the answer after a prompt written by hand."""
         labels = [f"Frame{t} {0.5 * (t - 1):g}s:<|vision_start|><|image_pad|><|vision_end|>" for t in numbers]
         text = (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -91,7 +91,7 @@ def test_the_tower_sees_each_frame_once_however_many_subsets_hold_it(policy: Pol
         temporal_perplexity(policy, [clip("a", 4), clip("b", 4, seed=1)], single="best", token_budget=token_budget)
         assert len(seen) == 8
         seen.clear()
-        # Two questions about one clip in a row: its frames are still known.
+        # Two questions about one clip in succession: its frames are cached.
         temporal_perplexity(policy, [clip("a", 4), clip("b", 4, "Other.")], curve=True, token_budget=token_budget)
         assert len(seen) == 4
     finally:
@@ -208,7 +208,7 @@ def test_the_filter_keeps_the_rows_that_need_the_clip(
         assert {k: v for k, v in row.items() if k not in ("tpl", "frames")} == {
             k: v for k, v in original[row["id"]].items() if k != "frames"
         }
-    again = load_data(f"utr:{out}")  # the pictures are found from the new folder too
+    again = load_data(f"utr:{out}")  # the pictures are found from the new folder, too
     assert [r.target["tpl"] for r in again] == pytest.approx([row["tpl"] for row in kept])
     assert Path(result["plot"]) == out.with_suffix(".png")
     with Image.open(result["plot"]) as figure:

@@ -1,4 +1,4 @@
-"""Temporal perplexity on a model that reads clips: near 0 where one frame tells the text, above it where order does."""
+"""Temporal perplexity of a model trained on clips: near 0 if one frame determines the text, higher if order matters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def measure(policy: Policy, task: str, **options: int | str) -> list[TemporalPer
 
 
 def test_a_text_that_one_frame_explains_has_none(policy: Policy) -> None:
-    """Which shapes there are, every frame shows."""
+    """Every frame shows which shapes there are."""
     found = measure(policy, "shown", curve=1)
     assert abs(fmean(result.tpl for result in found)) < 0.1
     assert fmean(len(result.explaining(0.2)) for result in found) > 4.5  # of six frames
@@ -31,7 +31,7 @@ def test_a_text_that_one_frame_explains_has_none(policy: Policy) -> None:
 
 @pytest.mark.parametrize("single", ["random", "best"])
 def test_a_text_that_needs_the_order_has_some(policy: Policy, single: str) -> None:
-    """Where a shape is in each frame, and what it does when: even the best single frame does not tell."""
+    """Each shape's position by frame, and its actions over time: no single frame determines the answer."""
     told = measure(policy, "shown", single=single)
     found = measure(policy, "utr", single=single)
     assert fmean(result.tpl for result in found) > 0.2

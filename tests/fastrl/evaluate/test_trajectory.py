@@ -1,4 +1,4 @@
-"""Trajectory evaluation: by hand on small clips, against py-motmetrics fed by hand, and on the real data."""
+"""Trajectory evaluation: small clips by hand, against py-motmetrics called directly, and on real data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TWO = record(("cat", LEFT), ("dog", RIGHT))
         (answer(("cat", LEFT)), {"mean_iou": 0.5, "recall@0.5": 0.5, "identity_accuracy": 1, "mota": 0.5}),
         (answer(("bird", LEFT), ("dog", RIGHT)), {"mean_iou": 1, "identity_accuracy": 0.5, "idf1": 1}),
         (answer(("cat", {1: LEFT[1]})), {"mean_iou": 0.125, "recall@0.5": 0.125, "identity_accuracy": 1}),
-        # identities exchanged half-way: every box is found, half of them by the wrong track, one switch each
+        # identities exchanged half-way: every box matches, half of them with the wrong track, one switch each
         (
             answer(("cat", {**LEFT, 3: RIGHT[3], 4: RIGHT[4]}), ("dog", {**RIGHT, 3: LEFT[3], 4: LEFT[4]})),
             {"mean_iou": 0.5, "recall@0.5": 0.5, "identity_accuracy": 0.5, "idf1": 0.5, "mota": 0.75},
@@ -69,7 +69,7 @@ def test_iou_counts_every_frame_of_the_truth_and_averages_over_tracks() -> None:
 
 
 def distance(a: Box, b: Box) -> float:
-    """1 − IoU, not a number from 0.5 on: the matrix that py-motmetrics' own helper makes under NumPy 1."""
+    """1 − IoU, NaN from 0.5 on: the matrix that py-motmetrics' own helper makes under NumPy 1."""
     w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     inter = max(w, 0.0) * max(h, 0.0)
     iou = inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)

@@ -1,4 +1,4 @@
-"""Scenes: exact truth, unambiguous questions, reproducible records."""
+"""Drawn scenes: exact truth, unambiguous questions, reproducible records."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_difficulty_bounds_number_size_and_overlap(level: int) -> None:
 
 
 def meaning(scene: Scene, expression: str) -> list[Shape]:
-    """An independent reading of an expression, word by word."""
+    """Parses an expression word by word, independent of the library."""
     for phrase in ("left of the ", "right of the ", "above the ", "below the "):
         if phrase in expression:
             noun, anchor_name = expression.split(phrase)
