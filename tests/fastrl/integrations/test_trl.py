@@ -1,4 +1,5 @@
-"""``SharedPrefixGRPOMixin`` on a real ``GRPOTrainer`` with picture prompts: plain TRL's losses, metrics and weights."""
+"""``SharedPrefixGRPOMixin`` on a real ``GRPOTrainer`` with picture prompts: losses, metrics and weights of plain
+TRL."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ from fastrl.models.families import family_of  # noqa: E402
 
 TOLERANCE = 1e-5
 STEPS = 5
-MEANS = ("entropy", "kl")  # logged as means of micro-batches' means: which answers share one matters
+MEANS = ("entropy", "kl")  # logged as means over micro-batches, so they depend on how answers are distributed
 CLOCKS = ("time", "runtime", "per_second", "flos")
 
 
 class Shared(shared.SharedPrefixGRPOMixin, trl.GRPOTrainer):
-    """What the docs tell a user to write."""
+    """The code that the docs recommend."""
 
 
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -120,9 +121,9 @@ def test_a_run_is_plain_trls(
     assert len(seen) >= 2 * STEPS
     assert all(answers == 4 for _, answers in seen)
     prompts = [count for count, _ in seen]
-    if options.get("loss_type") == "bnpo":  # whose micro-batches stay as TRL shuffled them
+    if options.get("loss_type") == "bnpo":  # whose micro-batches keep TRL's random order
         assert max(prompts) == 2
-    elif "steps_per_generation" in options:  # an optimizer step has some answers of each prompt
+    elif "steps_per_generation" in options:  # an optimizer step has only some answers of each prompt
         assert min(prompts) < 4
     else:
         assert set(prompts) == {1}
@@ -153,7 +154,7 @@ def test_another_family_is_refused(tmp_path: Path, tiny_folder: Callable[[str], 
 
 
 def rows(family: Any, *, moved: bool = False) -> dict[str, Any]:
-    """Three padded rows, two of one prompt and picture; ``moved``: the second's picture differs in one value."""
+    """Three padded rows, two with the same prompt and picture; ``moved``: the second's picture differs in one value."""
     grid, tokens = (1, 4, 4), 4
     picture = family.image_token
     prompt = torch.tensor([9, *[picture] * tokens, 8])
@@ -186,7 +187,7 @@ def test_rows_share_a_prompt_only_with_the_same_pictures(family: Any, moved: boo
     assert found is not None
     batch, places = found.pack(range(3))
     assert [len(span.completions) for span in batch.segments.spans] == groups
-    assert places.tolist() == [0, 1, 2, 3]  # row 0's three tokens, row 1's one, none of row 2
+    assert places.tolist() == [0, 1, 2, 3]  # three tokens of row 0, one of row 1, none of row 2
     assert batch.targets.tolist() == [20, 21, 22, 20]
 
 

@@ -1,4 +1,4 @@
-"""Keys of a recipe that choose a loss, a reward's shape or an advantage, against TRL's own functions."""
+"""Recipe keys that choose a loss, the form of a reward or an advantage, against TRL's own functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.trl_losses import AGGREGATES, B, Batch, T, TrlTrainer
 
 
 def packed(batch: Batch, sampler: Tensor | None, aggregate: dict[str, Any]) -> PackedBatch:
-    """What a loss reads of a packed batch."""
+    """The part of a packed batch that a loss reads."""
     tokens = {"old_logp": batch.old, "ref_logp": batch.ref, "sampler_logp": sampler}
     per_token = {name: value[batch.rows] for name, value in tokens.items() if value is not None}
     per_token["weight"] = token_weights(batch.ids, n_completions=B, dtype=torch.float64, **aggregate)
@@ -29,7 +29,7 @@ def packed(batch: Batch, sampler: Tensor | None, aggregate: dict[str, Any]) -> P
 
 
 def trl_loss(batch: Batch, ratio: Tensor | None = None, **settings: Any) -> Tensor:
-    """TRL's loss, ``ratio`` its importance weights."""
+    """TRL's loss; ``ratio`` are its importance weights."""
     grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
     trainer = TrlTrainer(batch, beta=0.04, **settings)
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = ratio is not None
@@ -47,7 +47,7 @@ LOSSES = {
     "cispo": ({"clip_low": 1, "clip_high": 0.2}, {"loss_type": "cispo", "epsilon_high": 1.2}, TOKEN),
     "sapo": ({"tau_negative": torch.tensor(1.05).item()}, {"loss_type": "sapo"}, SEQUENCE),
     "gspo": ({}, {"loss_type": "grpo", "level": "sequence"}, SEQUENCE),
-    "gspo-token": ({}, {"loss_type": "grpo", "level": "sequence"}, SEQUENCE),  # equal: one advantage for each answer
+    "gspo-token": ({}, {"loss_type": "grpo", "level": "sequence"}, SEQUENCE),  # equal: one advantage per answer
 }
 
 
@@ -121,7 +121,7 @@ def test_overlong_beyond_the_longest_answer_and_under_another_method_is_refused(
 def test_trl_normalisation_of_several_rewards(normalise: str) -> None:
     nanstd = pytest.importorskip("trl.trainer.utils").nanstd
     parts = torch.rand(12, 2, dtype=torch.float64)
-    flat = torch.tensor([[0.3, 0.7]] * 4, dtype=torch.float64)  # a group in which nothing differs, at the end
+    flat = torch.tensor([[0.3, 0.7]] * 4, dtype=torch.float64)  # at the end, a group whose rewards are equal
     method = scripted({name: [0.0] * 4 for name in "abcd"}, normalise=normalise)
     groups = method._sample(method.context.stream.take(4))
     for completion, row in zip((c for g in groups for c in g.completions), [*parts, *flat], strict=True):

@@ -26,7 +26,7 @@ def step_groups(aggregate: str, length: float | None = None) -> list[PromptGroup
 
 
 def formula(logp: Tensor, batch: PackedBatch, options: PerceptionR1Options, aggregate: str) -> Tensor:
-    """The loss written as the papers have it: float64, a loop over completions."""
+    """The loss as in the papers: float64, a loop over completions."""
     rows, sequences, tokens = logp.new_zeros(()), 0, 0
     owner = batch.completion_of_token
     for index in range(len(batch.completions)):

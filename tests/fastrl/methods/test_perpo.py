@@ -1,4 +1,4 @@
-"""PerPO and its baselines: loss against the formula in float64, shared prompts, each list its own rewards, resume."""
+"""PerPO and its baselines: loss against the formula in float64, shared prompts, rewards of each list, resumption."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ KINDS = ("perpo", "lipo", "listmle", "dpo", "sft")
 
 
 def given(records: Sequence[Record], lists: Sequence[RankedList]) -> list[Record]:
-    """Records that bring these lists."""
+    """Records with these lists."""
     return [replace(r, target={**r.target, "list": found}) for r, found in zip(records, lists, strict=True)]
 
 
 def list_records(n: int = 4, answers: int = 3) -> list[Record]:
-    """OCR records with lists of their own: as many answers, other rewards."""
+    """OCR records with lists of their own: the same number of answers, other rewards."""
     lists = [
         RankedList(
             tuple(TEXT[i + k : i + 4 + 2 * k] for k in range(answers)),
@@ -69,7 +69,7 @@ def method(records: Sequence[Record] = (), policy: Any = None, **options: Any) -
 
 
 def weighed(groups: list[PromptGroup], **options: Any) -> list[PromptGroup]:
-    """The groups as ``prepare`` hands them to packing."""
+    """The groups that ``prepare`` returns for packing."""
     made = method(**options)
     chosen = [g for g in map(made._choose, groups) if g is not None]
     made._weigh(groups, chosen)
@@ -77,7 +77,7 @@ def weighed(groups: list[PromptGroup], **options: Any) -> list[PromptGroup]:
 
 
 def formula(logp: Tensor, ref: Tensor, groups: Sequence[PromptGroup], kind: str, beta: float, gamma: float) -> Tensor:
-    """The step's loss as the paper writes it: float64, loops over lists, best first, and pairs."""
+    """The step's loss as in the paper: float64, loops over lists, sorted by reward, and over pairs."""
     total, at, tokens = logp.new_zeros(()), 0, 0
     for group in groups:
         scores, parts = [], []
@@ -187,7 +187,7 @@ def test_lists_that_teach_no_order_are_skipped_and_counted(tiny_folder: Folder) 
 
 
 def test_each_list_is_trained_with_its_own_rewards(tiny_folder: Folder) -> None:
-    """The authors' released loader gives every sample the rewards of one fixed item."""
+    """The authors' released loader uses one fixed item's rewards for every sample."""
     policy = load_policy(tiny_folder("qwen2_5"), device="cpu")
     records = list_records()
     prepared = method(records, policy).prepare(records)
@@ -211,7 +211,8 @@ def test_rewards_that_are_not_given_come_from_the_target(tiny_folder: Folder) ->
 
 
 def test_lists_about_images_of_another_size_are_refused(tiny_folder: Folder) -> None:
-    """Coordinates of one size mean other places at another: a mistake in the pixel limits must not train."""
+    """Coordinates for one picture size are other positions at another: with wrong pixel limits training must not
+    start."""
     policy = load_policy(tiny_folder("qwen2_5"), device="cpu")
     record = list_records(1)[0]
     for size, fits in (((56, 56), True), ((112, 112), False)):
@@ -224,7 +225,7 @@ def test_lists_about_images_of_another_size_are_refused(tiny_folder: Folder) -> 
 
 
 def test_shared_prompt_equals_one_answer_at_a_time(tiny_folder: Folder) -> None:
-    """Loss and parameter gradients of lists as prefix-shared groups, and with the prompt repeated for each answer."""
+    """Loss and parameter gradients of lists as prefix-shared groups, and with a repeated prompt for each answer."""
     policy = load_policy(tiny_folder("qwen2_5"), device="cpu", dtype=torch.float64)
     records = list_records(2)
     options = PerPOOptions(beta=0.7)
@@ -265,7 +266,7 @@ def test_training_raises_the_best_answer_over_the_worst(tiny_folder: Folder, tmp
 
 
 def brief_policy(folder: Path, **options: Any) -> Policy:
-    """A random model that finishes its answers: a fifth of the characters end them."""
+    """A random model whose answers end: a fifth of the characters are end tokens."""
     policy = load_policy(folder, device="cpu", **options)
     policy.eos_token_ids = (*policy.eos_token_ids, *range(0, 256, 5))
     return policy
@@ -303,7 +304,7 @@ def test_a_step_without_any_whole_answer_changes_nothing(tiny_folder: Folder, tm
 
 
 def test_a_rank_without_any_whole_answer_keeps_step_with_the_others(tiny_folder: Folder, tmp_path: Path) -> None:
-    """Another rank has a micro-batch: this one runs one of weight 0, or the other would wait for it."""
+    """If another rank has a micro-batch, this one runs one of weight 0, as the collectives need all ranks."""
     recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, method={"kind": "perpo"}, rollout__max_new_tokens=1)
     run = Run(recipe, records=make_records())
     run.engine.maximum = lambda value: value + 1  # type: ignore[method-assign]
@@ -315,7 +316,7 @@ def test_a_rank_without_any_whole_answer_keeps_step_with_the_others(tiny_folder:
 
 
 def test_lists_in_some_steps_and_not_in_others(tiny_folder: Folder, tmp_path: Path) -> None:
-    """Steps with lists of their own do not use up the sampled ones; a step with both is refused."""
+    """Steps with given lists do not use up the sampled ones; a step with both kinds is refused."""
     folder = tiny_folder("qwen2_5")
     bare = make_records(6)
     ranked = RankedList(("a", "b"), (1.0, 0.0))
@@ -335,7 +336,7 @@ class Stop(Exception):
 
 
 def test_an_online_run_goes_on_where_it_stopped(tiny_folder: Folder, tmp_path: Path) -> None:
-    """Stopped between two samplings, the lists of the coming steps are in the checkpoint."""
+    """If a run stops between two samplings, its checkpoint holds the lists of the coming steps."""
     folder = tiny_folder("qwen2_5")
     changes: dict[str, Any] = {"method": {"kind": "perpo", "online_every": 4}, "optim__steps": 5}
     whole = make_recipe(folder, tmp_path / "whole", **changes)
@@ -357,7 +358,7 @@ def test_an_online_run_goes_on_where_it_stopped(tiny_folder: Folder, tmp_path: P
 
 
 def test_under_lora_the_reference_keeps_the_first_projector(tiny_folder: Folder, tmp_path: Path) -> None:
-    """What is trained beside the adapters must not move the reference, and is in the saved model."""
+    """Modules trained beside the adapters must not change the reference, and are saved with the model."""
     from safetensors.torch import load_file
 
     folder = tiny_folder("qwen2_5")

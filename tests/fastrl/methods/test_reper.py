@@ -1,6 +1,5 @@
-"""RePer: the loss against its formula in float64, what carries gradient, its reductions, and packed against turn by
-turn.
-"""
+"""RePer: the loss against its formula in float64, tokens with gradient, special cases, and packed against single
+turns."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ def make(**options: Any) -> RePerOptions:
 
 
 def dialogue_group(lengths: Sequence[int], scores: Sequence[float]) -> PromptGroup:
-    """A text prompt with turns of these lengths, two tokens of feedback between them."""
+    """A text prompt with turns of these lengths, and two tokens of feedback between them."""
     turn, sigma = [], []
     for number, (length, score) in enumerate(zip(lengths, scores, strict=True)):
         turn += ([-1] * 2 if number else []) + [number] * length
@@ -59,7 +58,7 @@ def step_groups(options: RePerOptions) -> list[PromptGroup]:
 
 
 def formula(logp: Tensor, batch: PackedBatch, options: RePerOptions) -> Tensor:
-    """Eq. 2 as written: float64, loops over dialogues, turns and tokens."""
+    """Equation 2 as printed: float64, loops over dialogues, turns and tokens."""
     total, tokens = logp.new_zeros(()), 0
     for d in range(len(batch.completions)):
         mine = batch.completion_of_token == d
@@ -131,9 +130,8 @@ def test_alpha_zero_is_weighted_likelihood_and_sigma_one_is_sft(level: Any) -> N
 
 @pytest.mark.parametrize("aggregate", ["turn", "token", "sum"])
 def test_the_reductions_are_exact(aggregate: Any) -> None:
-    """alpha = 0 is likelihood weighted by the score, sigma = 1 supervised fine-tuning whatever alpha. Gradients are
-    equal bit for bit, the losses but for the order of the sum.
-    """
+    """alpha = 0 is likelihood weighted by the score; sigma = 1 is supervised fine-tuning for any alpha. Gradients
+    are equal bit for bit, losses up to the order of the sum."""
     generator = torch.Generator().manual_seed(1)
     for options, ones in ((make(alpha=0.0, aggregate=aggregate), False), (make(aggregate=aggregate), True)):
         batch = pack_row(step_groups(options))
@@ -164,7 +162,7 @@ def test_probabilities_of_zero_and_one_in_bf16_stay_finite(value: float) -> None
 
 
 def test_the_sequence_reading_pushes_nothing_down() -> None:
-    """What the docstring says: for an answer of some length log(1 − π) has no slope left."""
+    """As the docstring says: for some length of an answer, log(1 − π) has no slope left."""
     logp = torch.full((20,), -1.0, requires_grad=True)
     slopes = {}
     for level in ("token", "sequence"):
@@ -300,7 +298,7 @@ def test_baselines_read_all_candidates(tiny_folder: Callable[[str], Path], tmp_p
     method = PerPO(
         PerPOOptions.model_validate({"kind": "dpo"}), context(load_policy(tiny_folder("qwen2_5"), dtype=torch.float32))
     )
-    (group,) = method.prepare(records).groups  # its dialogue has one turn alone
+    (group,) = method.prepare(records).groups  # its dialogue has a single turn
     assert [c.scalars["reward"] for c in group.completions] == [0.95, 0.2]
 
 

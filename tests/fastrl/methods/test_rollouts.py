@@ -1,4 +1,4 @@
-"""Which weight each component of a reward has, wherever the recipe says it."""
+"""The weights of reward components, for every place where a recipe can set them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JUDGED = {"url": "http://127.0.0.1:9/v1"}
     [
         ({}, {}),
         ({"weights": {"iou": 2}}, {"iou": 2}),
-        ({"options": {"weights": {"iou": 3}}}, {"iou": 3}),  # the reward's own option, which totals are made with
+        ({"options": {"weights": {"iou": 3}}}, {"iou": 3}),  # the reward's own option, used for totals
         ({"options": {"weights": {"iou": 3}}, "weights": {"iou": 2}}, {"iou": 3}),
         ({"judge": JUDGED}, {"judge": 1}),
         ({"judge": {**JUDGED, "weight": 0.5}}, {"judge": 0.5}),

@@ -1,4 +1,4 @@
-"""The recipe key that makes the head's gradients in the forward trains to the same weights."""
+"""The recipe key that computes the head's gradients in the forward leads to the same weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Folder = Callable[[str], Path]
 
 @pytest.mark.parametrize("extra", [{}, {"method__beta": 0.05}, {"model__freeze": ["*embed_tokens*"]}])
 def test_row_local_head_trains_to_the_same_weights(tiny_folder: Folder, tmp_path: Path, extra: dict) -> None:
-    """Two steps each way, in several micro-batches, with trained and frozen heads."""
+    """Two steps with and without it, in several micro-batches, with trained and frozen heads."""
     ended = []
     for row_local in (False, True):
         recipe = make_recipe(
@@ -63,7 +63,7 @@ ALLOWED = [chosen(*c) for c in CHOICES if c[0] != "gspo-token" or c[2] == "none"
 
 @pytest.mark.parametrize("keys", ALLOWED, ids=lambda keys: "-".join(keys.values()))
 def test_a_recipe_is_refused_where_the_kernel_would_refuse_its_first_step(keys: dict[str, str]) -> None:
-    """The batch is a first update's: there are no old log-probs yet."""
+    """The batch of a first update: there are no old log-probs yet."""
     options = PerceptionR1Options.model_validate({**keys, "beta": 0.0})
     batch: Any = SimpleNamespace(
         targets=torch.tensor([1, 0, 2]),

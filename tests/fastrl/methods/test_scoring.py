@@ -1,4 +1,4 @@
-"""Rewards and advantages are checked before anything is learned from them; the step that meets a fault is named."""
+"""Rewards and advantages are checked before they are used for training; errors name the step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANSWERS = ["first", "second", "third"]
 
 
 class Made(Reward):
-    """A reward whose values somebody else chose."""
+    """A reward with given values."""
 
     def __init__(self, make: Callable[[Sequence[str]], Any]) -> None:
         object.__setattr__(self, "make", make)
@@ -40,7 +40,7 @@ class Made(Reward):
 
 
 def second(value: Any) -> Callable[[Sequence[str]], Any]:
-    """``value`` for the second answer, 0.5 for the others, beside a component that is sound."""
+    """``value`` for the second answer, 0.5 for the others, beside a valid component."""
     return lambda answers: {
         "good": [1.0] * len(answers),
         "odd": [value if answer == "second" else 0.5 for answer in answers],

@@ -1,4 +1,4 @@
-"""UTR: likelihood of answers alone, by temporal perplexity where asked, and twenty steps on the real clip."""
+"""UTR: likelihood of answers only, weighted by temporal perplexity if set, and twenty steps on the real clip."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_the_loss_is_the_likelihood_of_answer_tokens(policy: Policy, aggregate: 
     method = method_of(policy, aggregate=aggregate)
     groups = method.prepare(records_of([None, None, None])).groups
     total, means, tokens = 0.0, 0.0, 0
-    for group in groups:  # one at a time, prompt and answer in full
+    for group in groups:  # one at a time, with the whole prompt and answer
         alone = pack_row([group])
         assert alone.targets.tolist() == group.completions[0].token_ids.tolist()
         assert alone.targets[-1] == policy.end_of_turn_id
         nll = -policy.logprob(alone).logp.detach().double()
         total, means, tokens = total + float(nll.sum()), means + float(nll.mean()), tokens + len(nll)
     expected = total / tokens if aggregate == "token" else means / len(groups)
-    for budget in (1, 10_000):  # the split into micro-batches changes nothing
+    for budget in (1, 10_000):  # independent of the split into micro-batches
         losses = [method.loss(policy.logprob(b).logp.detach(), None, b)[0] for b in pack(groups, budget)]
         assert float(sum(losses)) == pytest.approx(expected, rel=1e-5)
 
@@ -69,7 +69,7 @@ def test_the_loss_is_the_likelihood_of_answer_tokens(policy: Policy, aggregate: 
 def test_answers_count_by_their_temporal_perplexity(policy: Policy) -> None:
     prepared = method_of(policy, weight="tpl", aggregate="sequence").prepare(records_of([3.0, 1.0, -0.5]))
     weights = [float(g.completions[0].per_token["weight"].sum()) for g in prepared.groups]
-    assert weights == pytest.approx([0.75, 0.25])  # below 0: hacking, not learned
+    assert weights == pytest.approx([0.75, 0.25])  # below 0: reward hacking, not learned
     assert prepared.metrics == {"dialogue/used": 2.0, "dialogue/tpl": pytest.approx(3.5 / 3)}
     filtered = method_of(policy, min_tpl=2.0).prepare(records_of([3.0, 1.0]))
     assert [len(filtered.groups), len(filtered.sampled)] == [1, 2]
@@ -110,11 +110,11 @@ def test_twenty_steps_on_the_real_clip(tiny_folder: Callable[[str], Path], pedes
         )
         train(recipe, show=False)
         rows[run] = steady_rows(tmp_path / run)
-    assert rows["a"] == rows["b"]  # the same seed, the same numbers
+    assert rows["a"] == rows["b"]  # the same seed gives the same numbers
     losses = [row["loss"] for row in rows["a"]]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     table = (tmp_path / "a/samples.jsonl").read_text()
-    assert "Frame1 0" not in json.loads(table.splitlines()[0])["question"]  # frame labels are no part of a question
+    assert "Frame1 0" not in json.loads(table.splitlines()[0])["question"]  # frame labels do not belong to a question
 
 
 def test_a_recipe_chooses_the_frames(pedestrians: Path) -> None:

@@ -1,4 +1,4 @@
-"""UTR's data as RL: the recipe's method and reward on dialogues, on a random model."""
+"""RL on UTR's data: the recipe's method and reward on dialogues, with a random model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_run_scores_trajectories(task: str, tiny_folder: Folder, tmp_path: Pat
 def test_answers_that_follow_are_made_likelier(
     tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With answers put into the sampler's mouth, the one that follows the shape gains on the one that copies a box."""
+    """With fixed sampled answers, a trajectory that follows the shape becomes likelier than one that repeats a box."""
     record = next(r for r in load_data("scenes:trajectory?n=20&size=56&frames=4") if moves(r.target["tracks"][0]))
     (truth,) = record.target["tracks"]
     view = View.unresized(*record.target["size"])
@@ -72,7 +72,7 @@ def moves(track: dict[str, Any]) -> bool:
 
 
 def _margin(policy: Any, prompt: Any, ids: list[torch.Tensor]) -> float:
-    """Mean log-prob of the first answer less that of the second."""
+    """Mean log-prob of the first answer minus that of the second."""
     with torch.no_grad():
         batch = pack_row([PromptGroup(prompt, [Completion(i) for i in ids])])
         first, second = batch.split(policy.logprob(batch).logp)
@@ -90,6 +90,6 @@ def test_the_recipe_takes_steps_on_the_model_that_reads_clips(tmp_path: Path) ->
     summary = train(load_recipe("utr-grpo-tiny", [*changes, "log.tensorboard=false"]), show=False)
     assert summary.steps == 2
     for row in read_rows(tmp_path / "run" / "metrics.jsonl"):
-        assert row["reward/iou"] > 0.0  # it writes trajectories that overlap
+        assert row["reward/iou"] > 0.0  # it writes trajectories that overlap the true ones
         assert row["reward/format"] > -0.8
         assert row["grad_norm"] > 0.0

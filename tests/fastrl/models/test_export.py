@@ -1,4 +1,4 @@
-"""``fastrl export``: what is written loads as a standard folder; nothing is uploaded unless asked for."""
+"""``fastrl export``: the output loads as a standard folder; nothing is uploaded without the option."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_exported_leaves_nothing(
 
 
 class Hub:
-    """In place of the hub's client: notes what it is asked."""
+    """Replaces the hub's client and records its calls."""
 
     asked: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012
     refuses = False
@@ -148,7 +148,7 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
-    """No request leaves this process; the client is a stand-in."""
+    """No request leaves this process, as the client is replaced."""
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a connection was opened")
@@ -191,7 +191,7 @@ def test_a_refused_upload_keeps_the_folder(tiny_folder: Folder, tmp_path: Path, 
 def test_a_repository_has_an_owner_and_a_name(tiny_folder: Folder, tmp_path: Path, hub: type[Hub], repo: str) -> None:
     with pytest.raises(ValueError, match="owner/name"):
         run_command(tiny_folder("qwen2_5"), tmp_path / "out", push=repo)
-    assert not (tmp_path / "out").exists()  # said before the work
+    assert not (tmp_path / "out").exists()  # raised before the work
     with pytest.raises(ValueError, match="owner/name"):
         push(tiny_folder("qwen2_5"), repo)
     with pytest.raises(ValueError, match="--public needs --push"):

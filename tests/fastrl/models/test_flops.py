@@ -1,4 +1,4 @@
-"""What is shared is computed once: counted, not believed."""
+"""Shared parts are computed once, shown by counting operations."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_shared_step_costs_at_most_a_quarter_of_the_repeated_one(folder: Path,
 
 
 def test_the_formulas_count_every_product_of_a_step(tiny_folder: Callable[[str], Path]) -> None:
-    """A text-only step against the count made by hand from the config: linear layers, attention and head."""
+    """A text-only step against a manual count from the config: linear layers, attention and head."""
     policy = load_policy(tiny_folder("qwen2"), device="cpu")
     group = group_of(policy, image=False, prompt=100, completion=5, size=3)
     config = policy.core.config.text_config
@@ -102,7 +102,7 @@ def test_the_formulas_count_every_product_of_a_step(tiny_folder: Callable[[str],
 
 
 def test_no_mask_of_the_whole_row_is_ever_made(tiny_folder: Callable[[str], Path]) -> None:
-    """Attention of two groups costs twice that of one: nothing is paid for what groups cannot see of each other."""
+    """Attention of two groups costs twice that of one: hidden keys cost nothing."""
     policy = load_policy(tiny_folder("qwen2"), device="cpu")
     group = group_of(policy, image=False, prompt=80, completion=4, size=2)
     one = shared_flops(policy, group)

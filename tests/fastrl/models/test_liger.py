@@ -1,4 +1,4 @@
-"""liger-kernel's layers: the right ones are switched, by instance, and compute what transformers' own compute."""
+"""liger-kernel's layers: the right modules are replaced, per instance, and compute what transformers' own compute."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(policy: Policy) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def assert_parity(policy: Policy, tolerance: float) -> None:
-    """Log-probs and every gradient, switched and not."""
+    """Log-probs and all gradients, with and without liger."""
     want, want_gradients = run(policy)
     done = use_liger(policy.core)
     assert set(done) == {"rms_norm", "swiglu", "rope"}
@@ -59,7 +59,8 @@ def assert_parity(policy: Policy, tolerance: float) -> None:
 
 @pytest.fixture
 def as_compiled(monkeypatch) -> None:
-    """What the interpreter lacks: a compiled kernel sees scalars as float32, and has the device library's functions."""
+    """Features that the interpreter lacks: a compiled kernel sees scalars as float32, and has device library
+    functions."""
     from liger_kernel.ops import rms_norm
     from triton.runtime import interpreter
 
@@ -130,7 +131,7 @@ def test_layers_are_found_under_lora_too(tiny_folder: Callable[[str], Path]) -> 
 
 
 def test_only_instances_change_and_all_is_put_back(folder: Path, monkeypatch) -> None:
-    """Another model of the process keeps its code; so do the classes and transformers' modules."""
+    """Another model in the process keeps its code, as do the classes and transformers' modules."""
     pytest.importorskip("liger_kernel")
     monkeypatch.setattr("fastrl_kernels._common.interpreting", lambda: True)  # says the kernels would run; none does
     core, other = load_policy(folder, device="cpu").core, load_policy(folder, device="cpu").core
@@ -146,11 +147,11 @@ def test_only_instances_change_and_all_is_put_back(folder: Path, monkeypatch) ->
     assert not any("forward" in m.__dict__ for m in other.model.language_model.modules())
     drop_liger(core)
     assert not any("forward" in m.__dict__ for m in core.model.language_model.modules())
-    assert "forward" in core.model.visual.patch_embed.__dict__  # not liger's: stays
+    assert "forward" in core.model.visual.patch_embed.__dict__  # not supported by liger: unchanged
 
 
 def test_both_names_of_the_rotary_function_are_replaced() -> None:
-    """Versions of transformers whose layers merge the three axes themselves call it by another name."""
+    """Versions of transformers whose layers merge the three axes themselves use another name."""
     for name in (MERGED, THREE_AXES):
         scope: dict[str, Any] = {name: lambda *_: "theirs"}
         exec(f"def forward(self, *given): return {name}(*given)", scope)

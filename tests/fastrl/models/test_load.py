@@ -69,7 +69,7 @@ def test_a_template_without_images_is_refused_unless_the_processor_has_one(tmp_p
 
 
 def test_files_that_cannot_be_read_are_named(tiny_folder: Folder, tmp_path: Path) -> None:
-    """Whatever a library says about a broken file, the message has the folder and what it is."""
+    """Whatever a library raises for a broken file, the message names the folder and the problem."""
 
     def broken(name: str, text: str | None) -> Path:
         folder = tmp_path / f"{name}-{text is None}-{len(text or '')}"
@@ -110,7 +110,7 @@ def _edited(folder: Path, to: Path, edit: Callable[[dict[str, Any]], Any]) -> Pa
     ],
 )
 def test_weights_the_files_lack_are_refused_by_name(tiny_folder: Folder, tmp_path: Path, name: str, shown: str) -> None:
-    """They would be drawn at random, and trained on."""
+    """They would be initialised at random and trained."""
     folder = _edited(tiny_folder("qwen2"), tmp_path / "lacks", lambda weights: weights.pop(name))
     with pytest.raises(ValueError, match=re.escape(f"{folder}: its weights lack 1 of the model's: {shown}")):
         load_policy(folder, device="cpu")
@@ -269,7 +269,7 @@ def test_the_frozen_copy_shares_what_is_not_trained(tiny_folder: Folder) -> None
 
 
 def test_transformers_generate_still_works_and_keeps_its_own_attention(tiny_folder: Folder) -> None:
-    """Calls without segments fall through: greedy tokens equal those of the model as transformers loads it."""
+    """Calls without segments are unchanged: greedy tokens equal those of the model loaded by transformers."""
     from transformers import AutoModelForImageTextToText
 
     policy = load_policy(tiny_folder("qwen2_5"), device="cpu")

@@ -1,4 +1,4 @@
-"""Kinds of adapters: LoRA, rsLoRA and DoRA train, sample, merge, are saved for peft and resume alike."""
+"""Kinds of adapters: LoRA, rsLoRA and DoRA train, sample, merge, resume, and are saved for peft."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "both":
 
 
 def adapted(folder: Path, dtype: torch.dtype | None = None, **kind: Any) -> Policy:
-    """A policy whose adapters are far from their beginning, where they change nothing."""
+    """A policy with adapters far from their initial values, at which they change nothing."""
     policy = load_policy(folder, device="cpu", dtype=dtype, lora={"rank": 4, "dropout": 0.1, **kind})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def logp_of(policy: Policy, batch: PackedBatch) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampler_and_trainer_agree(tiny_folder: Folder, kind: str) -> None:
-    """The fast decode step runs the adapted layers; DoRA's scale, which it keeps, is that of the training pass."""
+    """The fast decode step runs the adapted layers; DoRA's cached scale is that of the training pass."""
     policy = adapted(tiny_folder("qwen2_5"), **KINDS[kind], dropout=0.0)
     batch = batch_of(policy)
     assert policy.core.training is False
@@ -72,10 +72,10 @@ def test_the_kept_scale_of_dora_follows_the_weights(tiny_folder: Folder) -> None
         assert [variant._cached for variant in variants] == held  # computed once
         for name, parameter in policy.core.named_parameters():
             if "lora_A" in name:
-                parameter.mul_(1.5)  # as an optimizer would
+                parameter.mul_(1.5)  # as an optimizer would change them
         second = logp_of(policy, batch)
         assert (first - second).abs().max() > 1e-3
-    policy.logprob(batch).logp.sum().backward()  # a training pass forgets it
+    policy.logprob(batch).logp.sum().backward()  # a training pass clears it
     assert [variant._cached for variant in variants] == [None] * len(variants)
     with torch.no_grad():
         assert torch.equal(second, logp_of(policy, batch))

@@ -1,4 +1,4 @@
-"""Where a model is: every command that takes one takes a shipped name, a folder and a downloaded hub name."""
+"""Finding a model: every command with a model argument accepts a shipped name, a folder and a downloaded hub name."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ HUB = "someone/small-perception"
 
 
 class Reached(Exception):
-    """A model would be loaded from this folder."""
+    """Raised in place of loading a model from this folder."""
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the hub with one downloaded model in it, and no network."""
+    """A hub cache with one downloaded model, and no network."""
     import huggingface_hub.constants
 
     cache = tmp_path / "hub"
@@ -42,7 +42,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def named(hub: Path, tmp_path: Path) -> dict[str, tuple[str, Path]]:
-    """What a user writes, and the folder it means."""
+    """What a user writes, and the folder that it stands for."""
     folder = Path(shutil.copytree(WEIGHTS / "perception", tmp_path / "mine"))
     return {
         "shipped": ("tiny:perception", WEIGHTS / "perception"),
@@ -90,7 +90,7 @@ def test_every_command_finds_a_model_by_any_of_its_names(
         asked.append(where)
         if where == folder:
             raise Reached
-        return None  # the policy, where the critic is asked about
+        return None  # the policy, in an error about the critic
 
     monkeypatch.setattr(fastrl.models.load, "load_policy", load)
     line = COMMANDS[command].format(model=model, **files)

@@ -41,7 +41,7 @@ def test_positions_equal_the_models_own(
 
 
 def test_neighbouring_images_stay_apart() -> None:
-    """transformers would merge two runs with nothing between them into one; slots do not."""
+    """transformers would merge two adjacent runs of placeholders into one; slots do not."""
     got = mrope_positions(8, [(0, 4), (4, 4)], [(1, 4, 4)] * 2, merge=2)
     assert got[:, 0].tolist() == [0, 0, 0]
     assert got[:, 4].tolist() == [2, 2, 2]

@@ -1,4 +1,4 @@
-"""Images of the coming step are preprocessed in threads; nothing but the time changes."""
+"""Images of the coming step are preprocessed in threads; only the time changes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_same_pixels_from_threads_in_any_order(
 
     preprocessor._preprocess = noted  # type: ignore[method-assign]
     preprocessor.prefetch(pictures, 2)
-    preprocessor.prefetch(pictures[:3], 2)  # begun already
+    preprocessor.prefetch(pictures[:3], 2)  # already started
     for picture in reversed(pictures):
         (ours, size), (theirs, expected) = preprocessor(picture), plain(picture)
         assert torch.equal(ours.pixel_values, theirs.pixel_values)

@@ -194,7 +194,7 @@ def test_an_answer_holding_image_tokens_neither_breaks_nor_counts_as_image(polic
     logp = policy.logprob(batch)
     logp.logp.sum().backward()
 
-    # The same tokens, as text, through the language model alone with this prompt's features.
+    # The same tokens as text, through the language model alone, with this prompt's features.
     model, prompt, ids = policy.core, one.prompt, one.completions[0].token_ids
     with torch.no_grad():
         embeds = model.get_input_embeddings()(torch.cat([prompt.token_ids, ids]))
@@ -209,7 +209,7 @@ def test_an_answer_holding_image_tokens_neither_breaks_nor_counts_as_image(polic
 
 
 def test_state_cached_on_the_model_is_never_read(policy: Policy) -> None:
-    """``rope_deltas`` left behind by a generation (or by anything) does not move a single position."""
+    """``rope_deltas`` left behind by a generation has no effect on positions."""
     batch = pack_row(groups_of_every_kind(policy))
     with torch.no_grad():
         before = policy.logprob(batch).logp

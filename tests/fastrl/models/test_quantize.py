@@ -1,5 +1,5 @@
-"""4-bit base weights: refused without a GPU and the library; where the library is installed, its CPU path is trained
-through, with the check of the device put aside."""
+"""4-bit base weights: refused without a GPU or the library; if it is installed, they are trained on its CPU path,
+with the device check disabled."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ LORA = {"rank": 2, "dropout": 0.1}
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let weights be quantized on a CPU, which bitsandbytes can do, slowly."""
+    """Allows quantization on a CPU, which bitsandbytes supports but slowly."""
     pytest.importorskip("bitsandbytes")
-    # Else it packs weights for AVX-512 in place, which it cannot undo, nor do for every width
+    # Otherwise it packs weights for AVX-512 in place, which is irreversible and not possible for every width
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     for place in ("fastrl.models.load.check_quantize", "fastrl.trainer.check_quantize"):
         monkeypatch.setattr(place, lambda device: None)

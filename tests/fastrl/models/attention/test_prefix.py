@@ -1,4 +1,4 @@
-"""Both attention paths against one dense softmax over the whole row with the visibility rule written out."""
+"""Both attention paths against one dense softmax over the whole row under the visibility rule."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def segments_of(shape: list[tuple[int, tuple[int, ...]]]) -> Segments:
 
 
 def visible(segments: Segments) -> Tensor:
-    """[L, L] bool: may row i see row j? The rule of the design, written once more and by rows."""
+    """[L, L] bool: may row i attend to row j? The rule of the layout, independent of the library's code."""
     group, part = [], []
     for n, span in enumerate(segments.spans):
         group += [n] * span.length
@@ -91,7 +91,7 @@ def test_key_copies_of_the_gather_name_every_place_once() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gathered_gradients_are_summed_in_fp32(dtype: torch.dtype) -> None:
-    """300 copies of a gradient of 1: a bf16 running sum would stall at 256."""
+    """300 rows with a gradient of 1: a running sum in bf16 would stop at 256."""
     from fastrl.models.attention.prefix import _GatherKeys
 
     tables = segments_of([(1, (1,) * 299)]).varlen

@@ -1,4 +1,4 @@
-"""Attention read-out: against probabilities worked out by hand from queries and keys in float64, and what is saved."""
+"""Attention read-out: against probabilities computed from queries and keys in float64, and the saved files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def policy(tiny_folder: Callable[[str], Path], request: pytest.FixtureRequest) -
 
 
 def by_hand(query: Tensor, key: Tensor, row: int, columns: list[int]) -> list[float]:
-    """Mean over heads of one row's probabilities of ``columns``: [H, L, D] queries, [Hkv, L, D] keys."""
+    """Mean over heads of one row's probabilities for ``columns``: [H, L, D] queries, [Hkv, L, D] keys."""
     total = [0.0] * len(columns)
     for head in range(len(query)):
         shared = key[head * len(key) // len(query)].double()
@@ -78,12 +78,12 @@ def test_mass_and_maps_are_the_probabilities_worked_out_by_hand(
         torch.testing.assert_close(cells, expected.mean(0), rtol=1e-5, atol=1e-8)
         assert 0 < attention.mass < 1
         assert sum(float(m.sum()) for m in attention.maps) == pytest.approx(attention.mass, rel=1e-5)
-    # cells lie as the pictures do: 28 pixels each
+    # cells are laid out as in the pictures: 28 pixels each
     assert [tuple(m.shape) for m in found[0].maps] == [(2, 2), (2, 3)]
 
 
 def test_the_eager_pass_computes_what_the_model_computes(policy: Policy) -> None:
-    """The mask hides what is to come: hidden states are those of prefix-shared attention."""
+    """Later positions are masked: hidden states are those of prefix-shared attention."""
     prompt, completion, _ = policy.encode_dialogue(dialogue())
     batch = pack_row([PromptGroup(prompt, [completion])])
     before = policy.core.model.language_model.config._attn_implementation

@@ -1,4 +1,4 @@
-"""Whole models on the variable-length path against the dense path, and which path is taken where."""
+"""Whole models on the variable-length path against the dense path, and the choice between the two."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 
 def ragged_batch(policy: Policy) -> PackedBatch:
-    """Several images, one image, none; ragged completions, of length 1 and 0, a group of one."""
+    """Several images, one image, none; ragged completions, some of length 1 and 0, a group of one."""
     a, b, c = picture(120, 90, 1), picture(60, 112, 2), picture(84, 84, 3)
     return pack_row(
         [
@@ -74,7 +74,7 @@ def folder(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_variable_length_calls_give_what_the_dense_path_gives(folder, checkpointing: bool, monkeypatch) -> None:
-    """Language and vision, outputs and every gradient, and one call per layer: no loop over windows or images."""
+    """Language and vision, outputs and all gradients, with one call per layer: no loop over windows or images."""
     policy = load_policy(folder, device="cpu", gradient_checkpointing=checkpointing)
     batch = ragged_batch(policy)
     want, want_gradients = run(policy, batch)
@@ -110,7 +110,7 @@ def test_a_text_only_batch_takes_the_variable_length_path(folder, monkeypatch) -
     assert_close(gradients, want_gradients, 2e-5)
 
 
-# Which path
+# Choice of the path
 
 
 def test_the_dense_path_is_taken_where_no_kernel_can_go_and_says_why(monkeypatch) -> None:
@@ -161,7 +161,7 @@ def arguments() -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_torch_is_called_in_the_words_of_each_of_its_versions(causal: bool) -> None:
-    """A window and grouped heads where it knows them; ``is_causal`` and repeated heads where it does not."""
+    """A window and grouped heads if it supports them; ``is_causal`` and repeated heads if not."""
     seen: dict[str, Any] = {}
 
     def later(
@@ -209,7 +209,7 @@ def test_flash_attn_is_called_by_the_names_each_generation_knows() -> None:
 
 
 def test_the_installed_torch_takes_the_call_and_its_backward() -> None:
-    """On tensors without storage: what the operator accepts, and the shapes it gives back."""
+    """On tensors without storage: the shapes that the operator accepts and returns."""
     found = varlen.find()
     if found.name != "torch.nn.attention.varlen":
         pytest.skip(f"found {found.name}")
@@ -226,7 +226,8 @@ def test_the_installed_torch_takes_the_call_and_its_backward() -> None:
 
 @pytest.mark.gpu
 def test_gpu_a_bfloat16_model_stays_within_its_rounding_of_float32(folder) -> None:
-    """The kernel refuses float32: bfloat16 through it against the dense float32 path, same weights and batch."""
+    """The kernel refuses float32, so it runs in bfloat16, against the dense float32 path with the same weights and
+    batch."""
     exact, quick = (load_policy(folder, device="cuda", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     dim = quick.core.config.get_text_config().hidden_size // quick.core.config.get_text_config().num_attention_heads
     call, reason = varlen.choose(quick.device, torch.bfloat16, dim)
@@ -247,5 +248,5 @@ def test_gpu_a_bfloat16_model_stays_within_its_rounding_of_float32(folder) -> No
     def error(of: dict[str, Tensor]) -> float:
         return float(sum((of[n].double() - g.double()).norm() ** 2 for n, g in want_gradients.items()) ** 0.5)
 
-    assert float((got - want).norm()) <= 2 * float((rounded - want).norm())  # no worse than bfloat16 itself
+    assert float((got - want).norm()) <= 2 * float((rounded - want).norm())  # no worse than rounding to bfloat16
     assert error(gradients) <= 2 * error(rounded_gradients)

@@ -1,8 +1,6 @@
-"""What every registered family must fulfil: agreement with transformers' own model, on tiny random folders.
-
-The core (ids, log-probs, gradients) runs with the fast tests, the whole matrix with ``-m gate``. The second half breaks
-each kind of thing on purpose and asks that the contract notices.
-"""
+"""The contract of every registered family: agreement with transformers' own model, on tiny random folders. The core
+(ids, log-probs, gradients) runs with the fast tests, all cases with ``-m gate``. The second half breaks each part on
+purpose and requires that the contract notices."""
 
 from __future__ import annotations
 
@@ -73,7 +71,7 @@ def test_decoding_through_the_models_own_layers_is_the_same(pair: Pair, monkeypa
 
 @pytest.mark.gate
 def test_the_whole_models_own_generate_goes_on_with_padding(pair: Pair) -> None:
-    """fastrl's attention builds no mask; the model's own forward does, as before."""
+    """fastrl's attention builds no mask; the model's own forward still builds one."""
     ours, theirs = pair.policy.core, pair.oracle.model
     ids = torch.randint(0, 200, (2, 9))
     mask = torch.ones_like(ids)
@@ -107,7 +105,7 @@ def test_a_picture_turned_back_gives_the_same_pixels(pair: Pair) -> None:
 
 @pytest.mark.gate
 def test_a_large_picture_gives_the_same_pixels(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a family takes a cheaper path for it."""
+    """For families with a cheaper path for it."""
     shapes = ((640, 480), (33, 90), (300, 301))
     read = pair.policy.preprocessor.read
     usual = [read(picture(*shape, 1), "", 1) for shape in shapes]
@@ -162,11 +160,11 @@ def test_the_plan_is_within_two_percent_of_counted_bytes(tmp_path: Path, pair: P
 
 
 class Stop(Exception):
-    """Stands for anything that ends a run between two steps."""
+    """Ends a run between two steps."""
 
 
 def stop_after_six(row: dict[str, Any]) -> None:
-    if row["step"] == 6:  # a step after the checkpoint: it is logged, lost, and done again
+    if row["step"] == 6:  # a step after the checkpoint: it is logged, lost and repeated
         raise Stop
 
 
@@ -201,7 +199,7 @@ def latest(out: Path) -> Path:
 
 
 def shifted(positions: Tensor, slots: Sequence[tuple[int, int]]) -> Tensor:
-    """Everything behind the last picture one further on."""
+    """Shifts every position behind the last picture by one."""
     if not slots:
         return positions
     start, length = slots[-1]
@@ -240,7 +238,7 @@ def test_a_norm_left_out_of_the_forward_is_noticed(make_pair: Callable[[str], Pa
 def test_a_head_norm_left_out_of_the_decode_step_is_noticed(
     make_pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """As in a decode step made for layers without them: the trainer's own forward stays right."""
+    """As in a decode step written for layers without these norms: the trainer's forward is still right."""
     pair = make_pair("qwen3_vl")
     real = decode_module._head_norm
     dropped = {id(getattr(layer.self_attn, name)) for layer in pair.policy.parts.language.layers}
@@ -254,7 +252,7 @@ def test_a_head_norm_left_out_of_the_decode_step_is_noticed(
 def test_a_feature_level_left_out_is_noticed(
     make_pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, level: int
 ) -> None:
-    """The sampler's gap alone cannot see it: rollout and training drop it alike."""
+    """The sampler gap alone cannot see it, as rollout and training both drop it."""
     pair = make_pair("qwen3_vl")
     family = type(pair.policy.family)
     real = family.features
@@ -280,7 +278,7 @@ def test_pictures_in_another_order_are_noticed(
     family = type(pair.policy.family)
     real = family.features
     monkeypatch.setattr(family, "features", lambda self, core, images: real(self, core, images)[::-1])
-    with pytest.raises((AssertionError, RuntimeError)):  # of other sizes they do not even fit
+    with pytest.raises((AssertionError, RuntimeError)):  # other sizes do not even fit
         check_logp(pair)
 
 

@@ -1,4 +1,5 @@
-"""Recipe keys that change what is trained or how, on every family: adapters, parts alone, methods, liger's layers."""
+"""Recipe keys that choose what is trained and how, for every family: adapters, single parts, methods, liger's
+layers."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def test_adapters_train_roll_out_and_are_merged(pair: Pair, tmp_path: Path, targ
     torch.testing.assert_close(logp_of(merged, pair), logp_of(policy, pair), rtol=0, atol=10 * pair.tolerance)
 
 
-# One part alone
+# A single part
 
 
 @pytest.mark.gate
@@ -126,7 +127,7 @@ def test_every_method_trains_every_family(pair: Pair, tmp_path: Path, method: st
 
 # liger's layers
 
-WITHOUT = {  # kinds of layers that a family has in a form liger does not compute
+WITHOUT = {  # kinds of layers that a family has in a form without a liger kernel
     "glm4v": {"rope"},
     "glm4v_moe": {"rope"},
     "glm46v": {"rope"},
@@ -136,14 +137,14 @@ WITHOUT = {  # kinds of layers that a family has in a form liger does not comput
 
 @pytest.fixture
 def liger_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """liger's functions by the formulas that its kernels compute, which run on a CPU."""
+    """liger's functions by the formulas of its kernels, which run on a CPU."""
     functional = pytest.importorskip("liger_kernel.transformers.functional")
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float, in_place: bool = True) -> Tensor:
         return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        half = cos.shape[-1] // 2  # of the columns, the kernels read the first half
+        half = cos.shape[-1] // 2  # the kernels read the first half of the columns
         cos, sin = (torch.cat([part[..., :half]] * 2, -1)[:, None] for part in (cos, sin))
 
         def turned(x: Tensor) -> Tensor:

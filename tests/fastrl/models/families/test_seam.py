@@ -1,4 +1,5 @@
-"""What is special to a family stands in its file alone; a family from outside the package is as good as one within."""
+"""Everything specific to a family is in its file; a family registered from outside the package works like one
+inside."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def texts(tree: ast.Module) -> Iterator[ast.Constant]:
 
 
 def found_names(tree: ast.Module) -> list[str]:
-    """Accesses of a family's names: as attributes, as keys and names of attributes, as keywords."""
+    """Accesses of a family's names: as attributes, as keys, as names of attributes, as keywords."""
     attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     keywords = [str(node.arg) for node in ast.walk(tree) if isinstance(node, ast.keyword)]
     keys = [part for node in texts(tree) for part in str(node.value).split(".")]
@@ -68,7 +69,7 @@ def test_no_attribute_or_config_access_of_a_family_outside_its_file() -> None:
 
 
 def test_no_control_token_and_no_choice_of_a_style_outside_a_familys_file() -> None:
-    """Only ``answers`` spells tokens: those of ways of writing, and what closes a text it is given."""
+    """Only ``answers`` contains tokens: those of answer styles, and end-of-turn tokens to remove from given texts."""
     tokens = {token for family in families().values() for token in (*family.control_tokens, family.end_of_turn)}
     for file, tree in sources():
         if file.parent == PACKAGE / "answers":
@@ -77,7 +78,7 @@ def test_no_control_token_and_no_choice_of_a_style_outside_a_familys_file() -> N
             held = [token for token in tokens - {"<image>", "<video>"} if token in str(node.value)]
             assert not held, f"{file}:{node.lineno}: {held}"  # "<image>" is also how data formats mark a picture
             known = {*STYLES, *families()} - {"internvl", "llava_next", "molmo", "gemma", "glm", "paligemma"}
-            if file.parent != PACKAGE / "rewards":  # which of a frame names the way that was first
+            if file.parent != PACKAGE / "rewards":  # by which a frame names its first style
                 assert node.value not in known, f"{file}:{node.lineno}: {node.value}"
 
 
@@ -94,7 +95,7 @@ def test_answers_know_the_style_and_the_end_of_every_family() -> None:
         assert family.end_of_turn in END_OF_TURN
 
 
-# The words for parts
+# Names of parts
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def optim_with(**group: Any) -> OptimRecipe:
 
 @pytest.fixture
 def told() -> Iterator[None]:
-    """What ``answers`` is told of a family is forgotten after a test."""
+    """The families known to ``answers`` are restored after a test."""
     known, ends = dict(styles._OF_FAMILY), list(END_OF_TURN)
     yield
     styles._OF_FAMILY.clear()
@@ -347,7 +348,7 @@ def test_an_unknown_family_and_its_neighbours(tmp_path: Path) -> None:
     assert PARTS == ("language", "vision", "projector")
 
 
-# What the seam costs: nothing. Counted before it was built, with torch 2.13 and transformers 5.23.
+# The cost of the seam is zero: counts from before it, with torch 2.13 and transformers 5.23.
 
 BEFORE = {
     ("qwen2_5", False): {

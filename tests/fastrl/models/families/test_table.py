@@ -1,4 +1,4 @@
-"""The README's table of model families states for each what the tests hold of it; pages list every published size."""
+"""The README's table of model families states only what tests show; the pages list every published size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.families import BUILDS
 ROOT = Path(__file__).parents[4]
 HERE, SERVED = "tests/fastrl/models/families", "tests/fastrl/rollout/test_vllm_families.py"
 COLUMNS = ("model type", "released models", "train", "four methods", "rollout", "plan", "vLLM", "frame")
-# Tests that a cell of a column rests on. Each runs on every family: it takes the fixture whose values are all of them.
+# Tests behind a column. Each runs for every family, as it uses the fixture over all of them.
 RESTS_ON = {
     "train": (
         f"{HERE}/test_contract.py",

@@ -1,4 +1,4 @@
-"""Where released folders of the families surprise: leading tokens, crop or padding, tiles, templates."""
+"""Surprises in the families' released folders: leading tokens, crop or padding, tiles, templates."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_prompt_begins_with_one_bos_token_whoever_writes_it(make_pair: MakePai
 
 
 def test_a_plain_string_is_the_same_message_as_one_text_part(pair: Pair) -> None:
-    """Released templates of LLaVA render part lists only, and a string not at all."""
+    """Released LLaVA templates render content given as parts, but drop content given as a string."""
     policy = pair.policy
 
     def ids(content: Any) -> list[int]:
@@ -50,7 +50,7 @@ def test_a_plain_string_is_the_same_message_as_one_text_part(pair: Pair) -> None
 def test_the_frame_of_llava_follows_what_the_folders_processor_keeps(
     tmp_path: Path, settings: tuple[bool, bool], size: tuple[int, int]
 ) -> None:
-    """A white box is where ``padded_unit`` says it is, in the pixels that the tower sees."""
+    """A white box is where ``padded_unit`` states, in the pixels that the tower gets."""
     folder = build_family(tmp_path, "llava")
     file = folder / "preprocessor_config.json"
     values = json.loads(file.read_text())
@@ -71,7 +71,7 @@ def test_the_frame_of_llava_follows_what_the_folders_processor_keeps(
 
 
 def test_onevisions_picture_alone_is_not_the_same_picture_among_others(make_pair: MakePair) -> None:
-    """Alone it is tiled. Keys, tokens and features of the two are kept apart, also within one packed row."""
+    """A single picture is tiled. Keys, tokens and features of both forms are kept apart, even within one packed row."""
     pair = make_pair("llava_onevision")
     policy, shared = pair.policy, picture(84, 60, 1)
     asked = [record("a", "Where is it?", (shared,)), record("b", "And here?", (shared, picture(56, 112, 2)))]
@@ -92,7 +92,7 @@ def test_onevisions_picture_alone_is_not_the_same_picture_among_others(make_pair
 
 @pytest.mark.parametrize("stated", [True, False, None])
 def test_internvl_cuts_tiles_whatever_its_file_states(tmp_path: Path, stated: bool | None) -> None:
-    """The released processor asks for tiles with every call, its file often says otherwise."""
+    """The released processor requests tiles in every call, even if its file says otherwise."""
     folder = build_family(tmp_path, "internvl")
     file = folder / "preprocessor_config.json"
     values = json.loads(file.read_text())
@@ -101,11 +101,11 @@ def test_internvl_cuts_tiles_whatever_its_file_states(tmp_path: Path, stated: bo
     policy = load_policy(folder, device="cpu")
     image, _ = policy.preprocessor(picture(84, 28, 1))
     assert image.shape == (1, 3)
-    assert len(image.pixel_values) == 4  # three tiles and the whole
+    assert len(image.pixel_values) == 4  # three tiles and the whole picture
 
 
 def test_a_sampled_answer_has_the_same_ids_when_it_is_encoded_again(pair: Pair) -> None:
-    """LLaVA and SmolVLM write a space before an answer: kept in its text, lists and dialogues would hold two."""
+    """LLaVA and SmolVLM put a space before an answer; if it stayed in the text, lists and dialogues would have two."""
     policy = pair.policy
     ids = policy.encode_text("a cat")
     assert policy.decode(ids) == "a cat"
