@@ -1,4 +1,4 @@
-"""Packing: layout, prediction rows, budgets, images by index, per-token and per-completion values."""
+"""Packing: layout, prediction rows, budgets, images by index, values per token and per completion."""
 
 from __future__ import annotations
 

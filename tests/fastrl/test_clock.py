@@ -1,4 +1,4 @@
-"""Phase times add up, and a profiled run leaves a trace."""
+"""Times of phases add up, and a profiled run writes a trace."""
 
 from __future__ import annotations
 

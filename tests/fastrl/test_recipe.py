@@ -1,4 +1,4 @@
-"""Recipes: every shipped one loads, every wrong key names the right one."""
+"""Recipes: every shipped one loads, and an error for a wrong key names the right one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_shipped_reward_options_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_name_parts_by_the_words_of_every_family(name: str) -> None:
-    """Not by a module's name, which another family does not have."""
+    """Not by the name of a module that other families do not have."""
     recipe = load_recipe(name)
     lora = recipe.model.lora
     named = [*recipe.model.freeze, *(group.match for group in recipe.optim.groups)]
@@ -113,7 +113,7 @@ def test_a_mixture_that_cannot_be_is_refused(changes: list[str], message: str) -
         ("modle", "model"),
         ("model.lora.rnak", "model.lora.rank"),
         ("temperature", "rollout.temperature"),
-        ("optim.learning_rate", "optim.lr"),  # as other trainers call it
+        ("optim.learning_rate", "optim.lr"),  # the name that other trainers use
         ("rollout.n", "rollout.group_size"),
         ("report_to", "log.to"),
         ("num_generations", "rollout.group_size"),
@@ -229,7 +229,7 @@ def test_anything_else_is_a_recipe_error_too(junk: Any) -> None:
 
 @pytest.mark.parametrize("adapter", list(ADAPTERS))
 def test_a_raised_limit_of_pixels_goes_to_every_adapter_that_opens_files(adapter: str) -> None:
-    """And to no other: drawn scenes have no file to open."""
+    """But no other task: drawn scenes have no files to open."""
     path = {"scenes": "counting"}.get(adapter, "x")
     named = [f"data.spec={adapter}:{path}", "data.max_image_pixels=100", "model.path=m"]
     spec = load_recipe("perception-r1-counting-tiny", named).data_spec

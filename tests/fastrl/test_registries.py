@@ -110,7 +110,7 @@ def load(path, query):
 
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it."""
+    """What a test registers is removed after it."""
     for registry in (fastrl.methods.METHODS, fastrl.rewards.REWARDS, fastrl.data.ADAPTERS):
         monkeypatch.setattr(registry, "_entries", dict(registry))
 
@@ -127,7 +127,7 @@ def module_of(path: Path, text: str) -> ModuleType:
 
 @pytest.fixture
 def toys(tmp_path: Path) -> Path:
-    """A folder outside the package with the three files and some data; all three registered."""
+    """A folder outside the package with the three files and some data; all three are registered."""
     fastrl.methods.register(module_of(tmp_path / "best.py", METHOD).BestOfN)
     fastrl.rewards.register("length", module_of(tmp_path / "length.py", REWARD).LengthReward)
     fastrl.data.register("colours", module_of(tmp_path / "colours.py", DATA).load, keys=("end",))
@@ -163,7 +163,7 @@ def test_two_steps_of_a_toy_method_on_a_toy_reward_and_format(toys: Path, tiny_f
     longer = load_recipe(file, ["optim.steps=3"])
     train(longer, show=False, resume=True)
     rows = [json.loads(line) for line in (toys / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["best/steps"] for row in rows] == [1.0, 2.0, 3.0]  # the method's own state went on
+    assert [row["best/steps"] for row in rows] == [1.0, 2.0, 3.0]  # the method's own state was restored
 
 
 def load_recipe_of(text: str, folder: Path) -> Any:
@@ -197,7 +197,7 @@ def test_a_taken_name_is_refused_and_both_are_named(toys: Path) -> None:
         ValueError, match=r"'coco' is already fastrl\.data\.coco\.load and cannot also be .*test_registries\.rows"
     ):
         fastrl.data.register("coco", rows)
-    fastrl.methods.register(PerPO)  # the same again
+    fastrl.methods.register(PerPO)  # registering the same class again is allowed
     fastrl.data.register("mine", rows)
     fastrl.data.register("mine", rows)
 

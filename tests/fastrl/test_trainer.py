@@ -1,4 +1,4 @@
-"""The loop on a random model: what it logs, what it never does to the weights, and that splitting is free."""
+"""The loop on a random model: its logs, weights that must not change, and independence of the split into batches."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_run_writes_all_it_promises(tiny_folder: Folder, tmp_path: Path) -> None
     assert {"id", "question", "truth", "answer", "reward", "rewards"} <= set(samples[0])
     assert samples[0]["question"].startswith("Read ")
     assert samples[0]["truth"].endswith("0123456789 (),.:;-")
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)  # the policy still is its reference
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)  # the policy still equals its reference
     assert rows[-1]["kl"] > 1e-6
 
 
@@ -310,7 +310,7 @@ def test_reference_of_lora_and_of_frozen_copy_and_none(tiny_folder: Folder, tmp_
         pass
     lora = Run(make_recipe(folder, tmp_path, method__beta=0.1, model__lora={"rank": 2}), records=make_records())
     assert lora.policy._reference_core is None
-    assert lora.context.features == {}  # nothing of the tower is trained
+    assert lora.context.features == {}  # no part of the tower is trained
     assert full.context.features is None
     none = Run(make_recipe(folder, tmp_path, method__beta=0.0), records=make_records())
     with pytest.raises(RuntimeError, match="no reference: call make_reference"), none.policy.reference():
@@ -320,7 +320,7 @@ def test_reference_of_lora_and_of_frozen_copy_and_none(tiny_folder: Folder, tmp_
 def test_a_frozen_tower_sees_each_picture_once_a_step_and_no_number_changes(
     tiny_folder: Folder, tmp_path: Path
 ) -> None:
-    """Rollout, reference and two updates share its features; trained, every pass computes its own."""
+    """Rollout, reference and both updates share the tower's features; if it is trained, every pass computes its own."""
     rows, seen = [], []
     for shared in (True, False):
         recipe = make_recipe(
@@ -341,7 +341,7 @@ def test_a_frozen_tower_sees_each_picture_once_a_step_and_no_number_changes(
 
 @pytest.mark.parametrize("prompts", [2, 5])
 def test_features_no_coming_pass_reads_are_dropped(tiny_folder: Folder, tmp_path: Path, prompts: int) -> None:
-    """Groups without a gradient leave the step; their pictures' features leave the device before the backward."""
+    """Groups without a gradient leave the step; their pictures' features are freed before the backward."""
     changes = {"method": {"kind": "perception-r1", "beta": 0.0, "zero_variance": "drop"}, "model__freeze": ["visual"]}
     recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, data__prompts_per_step=prompts, **changes)
     run = Run(recipe, records=make_records())
@@ -359,7 +359,7 @@ def test_features_no_coming_pass_reads_are_dropped(tiny_folder: Folder, tmp_path
 
 
 def test_new_adapters_depend_on_the_recipes_seed_alone(tiny_folder: Folder, tmp_path: Path) -> None:
-    """Also where the model is loaded before the run, after other random numbers were drawn."""
+    """Even if the model is loaded before the run, after other random numbers were drawn."""
     recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, model__lora={"rank": 2}, seed=5)
 
     def adapters(policy: Policy) -> dict[str, torch.Tensor]:

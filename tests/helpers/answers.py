@@ -1,4 +1,4 @@
-"""Answers to test with: lists in every form that holds several items, and texts made to be slow."""
+"""Answers for tests: lists in every format that holds several items, and texts that are slow to parse naively."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def _last(box: Box) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """One way of writing a list of boxes."""
+    """A format for lists of boxes."""
 
     name: str
     item: Callable[[Box, str], str]
     join: Callable[[list[str]], str]
     labels: bool = True
-    damage: str = "\"'{}[]():,\\ x7\n.-<>|/“”‘’：，［］"  # characters that may be put in anywhere
-    read: Callable[[Box], Box] = _same  # the numbers that are read
-    last: Callable[[Box], str] = _last  # what ends an item's numbers
+    damage: str = "\"'{}[]():,\\ x7\n.-<>|/“”‘’：，［］"  # characters that may be inserted anywhere
+    read: Callable[[Box], Box] = _same  # the numbers that the parser returns
+    last: Callable[[Box], str] = _last  # the characters that end an item's numbers
 
 
 def _numbers(box: Box) -> list[int]:
@@ -39,7 +39,7 @@ def _json(box: Box, name: str) -> str:
 
 
 def _array(box: Box) -> str:
-    """As numpy writes it."""
+    """As numpy prints it."""
     return f"[{' '.join(map(str, _numbers(box)))}]"
 
 
@@ -119,13 +119,13 @@ FORMS = (
 
 @dataclass(frozen=True)
 class PointForm:
-    """One way of writing a list of points."""
+    """A format for lists of points."""
 
     name: str
     item: Callable[[int, tuple[int, int], str], str]  # (number from 1, point, label)
     join: Callable[[list[str]], str]
     labels: bool = True
-    scale: float = 1.0  # of the numbers that are read
+    scale: float = 1.0  # of the numbers that the parser returns
     damage: str = FORMS[0].damage
 
 
@@ -162,7 +162,7 @@ def list_of_boxes(n: int) -> str:
 
 
 def hostile_texts() -> dict[str, Callable[[int], str]]:
-    """Texts of about ``n`` characters, each of which a careless parser reads again and again."""
+    """Texts of about ``n`` characters that take a naive parser quadratic time."""
     units = {
         "brackets": "[",
         "braces": "{",

@@ -1,4 +1,4 @@
-"""The truth about attention, written out: a softmax under a mask, and the contract of a variable-length kernel."""
+"""Reference attention, written out: a softmax under a mask, and the contract of a variable-length kernel."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ def truth(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float)
 def eager_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
 ) -> Tensor:
-    """What a variable-length kernel promises: each segment by itself, causal aligned to the bottom right.
-
-    And what it demands of its arguments, which eager torch would let pass.
-    """
+    """The contract of a variable-length kernel: each segment by itself, causal, aligned at the bottom right; and its
+    requirements for arguments, which eager torch would not check."""
     for x, heads in ((q, q.shape[1]), (k, k.shape[1]), (v, k.shape[1])):
         assert x.ndim == 3
         assert x.shape[1:] == (heads, q.shape[2])

@@ -1,4 +1,4 @@
-"""A chat server on this machine that misbehaves in every way we could think of."""
+"""A local chat server that fails in many ways."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GOOD = '{"score": 8, "reason": "fine"}'
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each request with the next of ``script`` (the last one for ever); keeps what it was sent."""
+    """Answers each request with the next entry of ``script`` (the last one repeats); records the requests."""
 
     daemon_threads = True
 
@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_count()
 
     def close_count(self) -> None:
-        """No longer under way: called before the reply goes out, for its receiver may ask again at once."""
+        """Ends a request: called before the reply is sent, as the client may send the next request at once."""
         with self.server.lock:
             self.server.open -= not self.answered
             self.answered = True
@@ -79,7 +79,7 @@ def good(h: Handler) -> None:
 
 def slow(h: Handler) -> None:
     h.connection.settimeout(60)
-    h.connection.recv(1)  # returns when the other side has given up
+    h.connection.recv(1)  # returns when the client has given up
 
 
 def status(code: int, **headers: str) -> Callable[[Handler], None]:
@@ -115,7 +115,7 @@ def flood(h: Handler) -> None:
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    """A server for the time of a test."""
+    """A server for the duration of a test."""
     served = Server()
     thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

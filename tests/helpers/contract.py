@@ -1,4 +1,4 @@
-"""What the contract of the model families is checked with: a policy and transformers' own model of the same folder."""
+"""Checks of the families' contract: a policy and transformers' own model from the same folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Pair:
     tolerance: float
 
     def asked(self, images: int) -> tuple[Prompt, str, tuple[Image.Image, ...]]:
-        """A prompt with so many pictures, its rendered text, and the pictures."""
+        """A prompt with this number of pictures, its rendered text, and the pictures."""
         text, pictures = QUESTIONS[images]
         one = record("q", text, pictures)
         rendered = "".join(piece for piece, _ in self.policy.encoder._pieces(one, True))

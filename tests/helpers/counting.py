@@ -1,4 +1,4 @@
-"""What a piece of work costs on any machine: operators dispatched, storages made and their bytes, FLOPs."""
+"""The cost of a piece of work on any machine: operators dispatched, storages made and their bytes, FLOPs."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ CHATML = (
     "{{% else %}}{{{{ part.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}}<|im_end|>\n{{% endfor %}}"
     "{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
 )
-VICUNA = (  # images first, and nothing closes a turn, as in the released templates
+VICUNA = (  # images first, and no end of turn, as in the released templates
     "{% for m in messages %}{% if m.role != 'system' %}{{ m.role.upper() + ': ' }}{% endif %}"
     "{% for part in m.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in m.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}{% endfor %}"
@@ -113,7 +113,7 @@ def qwen_config(model_type: str) -> Callable[..., Any]:
             vision |= {"depth": 2, "embed_dim": 32, "mlp_ratio": 2}
         else:
             rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
-            sizes |= {"head_dim": 16, "num_hidden_layers": 3}  # what is added after the second must reach a third
+            sizes |= {"head_dim": 16, "num_hidden_layers": 3}  # what is added after the second layer must reach a third
             vision |= {"patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
             if model_type == "qwen3_vl_moe":
                 sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
@@ -238,7 +238,7 @@ GLM = (
     "{{ '<|begin_of_image|><|image|><|end_of_image|>' }}{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-SMOL = (  # looks at the first part, as the released template
+SMOL = (  # looks at the first part, as the released template does
     "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}"
     "{% if m.content[0].type == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
     "{% for part in m.content %}{% if part.type == 'image' %}{{ '<image>' }}{% else %}{{ part.text }}{% endif %}"
@@ -365,7 +365,7 @@ def smol_image_processor() -> Any:
 
 
 class SmolProcessor:
-    """The released processor's text and pictures, by its own functions: making one whole needs num2words."""
+    """The released processor's text and pictures by its own functions, as creating it needs num2words."""
 
     def __init__(self, images: Any, tokenizer: Any) -> None:
         self.images, self.tokenizer = images, tokenizer
@@ -390,7 +390,7 @@ class SmolProcessor:
 
 @dataclass(frozen=True)
 class Build:
-    """How to build a family's folder, and what else the contract must know of it."""
+    """How to build a family's folder, and what the contract needs to know of the family."""
 
     tokenizer: Callable[[], Any]
     config: Callable[..., Any]  # (tokenizer, **changes of the text config)
@@ -469,7 +469,7 @@ def build_family(folder: Path, model_type: str, **text: Any) -> Path:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
-            else:  # norms and biases: none stays at one or zero, where a dropped one could hide
+            else:  # norms and biases: none stays at one or zero, where a dropped one would not show
                 parameter.add_(0.2 * torch.randn_like(parameter))
     ends = (tokenizer.eos_token, *build.extra_eos)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(list(ends))
@@ -496,7 +496,7 @@ class Oracle:
     def inputs(
         self, rendered: str, images: Sequence[Image.Image], answer: Sequence[int] = (), **options: Any
     ) -> dict[str, Any]:
-        """What the released processor makes of a rendered prompt and its pictures, an answer's ids behind it.
+        """The released processor's tensors for a rendered prompt and its pictures, followed by an answer's ids.
         ``options`` go to its tokenizer."""
         given: dict[str, Any] = {"images": [list(images)]} if images else {}
         made = dict(self.processor(text=[rendered], return_tensors="pt", **given, **options))

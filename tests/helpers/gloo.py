@@ -1,4 +1,4 @@
-"""A data-parallel engine for tests: the local one, its gradients averaged over processes by gloo, the watch's verbs."""
+"""A data-parallel engine for tests: the local one with gradients averaged over processes by gloo."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class GlooEngine(LocalEngine):
 
 
 def environment(rank: int, port: int, repo: Path) -> dict[str, str]:
-    """Of process ``rank`` of two."""
+    """For process ``rank`` of two."""
     return os.environ | {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -69,7 +69,7 @@ def environment(rank: int, port: int, repo: Path) -> dict[str, str]:
 
 
 def start(code: str, folder: Path, *arguments: Any) -> list[subprocess.Popen[str]]:
-    """Two processes that run ``code``."""
+    """Run ``code`` in two processes."""
     script = folder / "script.py"
     script.write_text(code)
     with socket.socket() as free:

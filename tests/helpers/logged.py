@@ -1,4 +1,4 @@
-"""A small run as loggers are told of it, in two parts: it is stopped after its first step. Imports no torch."""
+"""The calls that loggers get from a small run in two parts: it stops after its first step. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run over a mixture of a table, whose pictures are read as they come, and of drawn scenes, evaluated on the way."""
+"""A run over a mixture of a table, whose pictures are read on access, and of drawn scenes; with evaluations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.training import make_recipe
 
 
 def mixture(model: Path, out: Path, **changes: Any) -> Recipe:
-    """Its recipe; the table lies beside the run's folder ``out``."""
+    """Its recipe; the table is beside the run's folder ``out``."""
     pytest.importorskip("pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -40,6 +40,6 @@ def mixture(model: Path, out: Path, **changes: Any) -> Recipe:
 
 
 def evaluated(model: Path, out: Path) -> Recipe:
-    """The same, measured on the table's first rows, greedy and sampled."""
+    """The same, evaluated on the table's first rows, greedily and with samples."""
     section = {"spec": f"ocr:{out.parent / 'words.parquet'}", "every": 2, "n": 3, "max_new_tokens": 6, "patience": 9}
     return mixture(model, out, eval=section, checkpoint__keep=1)

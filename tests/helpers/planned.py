@@ -1,4 +1,4 @@
-"""What a step really allocates on this CPU, beside what the plan says of it."""
+"""The real allocations of a step on this CPU, beside those of the plan."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fastrl_kernels.linear_policy_loss import linear_policy_loss
 
 
 def counted_peak(run: Callable[[], object]) -> int:
-    """Largest sum of live allocations during ``run``, above what lived before."""
-    gc.collect()  # or an earlier test's model is freed meanwhile
+    """Largest sum of live allocations during ``run``, above what was live before."""
+    gc.collect()  # otherwise an earlier test's model may be freed during the run
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = run()
     results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
@@ -45,7 +45,7 @@ def measured_and_planned(
     passes: int = 1,
     row_local: bool = False,
 ) -> tuple[int, int]:
-    """Peak bytes of a training step beyond what lives between steps: counted, and planned."""
+    """Peak bytes of a training step above those between steps: counted and planned."""
     spec = lora.spec() if lora is not None else None
     policy = load_policy(folder, device="cpu", dtype=dtype, lora=spec, gradient_checkpointing=checkpointing)
     engine = LocalEngine(policy.model, OptimRecipe(steps=9, lr=1e-4))  # type: ignore[call-arg]
@@ -65,7 +65,7 @@ def measured_and_planned(
             engine.backward(loss())
         engine.step()
 
-    step()  # makes the moments
+    step()  # creates the moments
     counted = counted_peak(step)
     recipe = ModelRecipe(path=str(folder), lora=lora, gradient_checkpointing=checkpointing)  # type: ignore[call-arg]
     core = meta_model(json.loads((folder / "config.json").read_text()), recipe, dtype)

@@ -1,4 +1,4 @@
-"""The keys of a recipe as ``docs/recipes.md`` lists them, read from the sections themselves."""
+"""The keys of a recipe as ``docs/recipes.md`` lists them, from the sections themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rollout tests share: records of every kind, transformers' own generation, the trainer's log-probs."""
+"""Shared by rollout tests: records of every kind, transformers' own generation, the trainer's log-probs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def record(name: str, text: str, images: tuple[Image.Image, ...] = ()) -> Record
 
 
 def make_records() -> list[Record]:
-    """Text alone, one image, two images, an image asked about twice; lengths differ."""
+    """Text only, one image, two images, an image used twice; lengths differ."""
     first, second = picture(84, 56, 1), picture(56, 112, 2)
     return [
         record("a", "where is the red circle?", (first,)),
@@ -80,7 +80,7 @@ def same(a: list[list[Completion]], b: list[list[Completion]]) -> bool:
 
 
 def force(policy, token: int, bonus: float):
-    """The head gives ``token`` a bonus on its logit."""
+    """Adds a bonus to the logit of ``token``."""
     bias = torch.zeros(policy.core.lm_head.weight.shape[0])
     bias[token] = bonus
     return policy.core.lm_head.register_forward_hook(lambda _m, _a, out: out + bias)

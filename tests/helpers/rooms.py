@@ -1,8 +1,8 @@
-"""The order of the rooms of ``fastrl``, as ``docs/tree.md`` writes it."""
+"""The order of the folders of ``fastrl``, as in ``docs/tree.md``."""
 
 from __future__ import annotations
 
-# From the ground up. A room imports from the levels below its own: neither from those above nor from a neighbour.
+# From the bottom up. A folder imports from lower levels only, neither from higher ones nor from its own level.
 LEVELS = (
     ("segments", "clock", "http"),
     ("config", "answers"),

@@ -1,4 +1,4 @@
-"""Perception-R1 on answers and rewards that a test gives, in place of a model and a rule."""
+"""Perception-R1 with given answers and rewards in place of a model and rules."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def text_group(lengths: Sequence[int], advantages: Sequence[float], *, finished:
 
 
 class Scripted(PerceptionR1):
-    """Answers and rewards given by record id, in place of a model and a rule."""
+    """Answers and rewards by record id, in place of a model and rules."""
 
     def __init__(self, options: PerceptionR1Options, context: Context, rewards: dict[str, list[float]]) -> None:
         super().__init__(options, context)

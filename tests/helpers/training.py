@@ -1,4 +1,4 @@
-"""What the trainer's tests share: records a random byte-level model earns different rewards on, and a small recipe."""
+"""Shared by the trainer's tests: records on which a random byte-level model earns different rewards, a small recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A padded batch as TRL's trainer has it, with its packed twin, and what TRL's loss reads of its trainer."""
+"""A padded batch as TRL's trainer has it, its packed equivalent, and the trainer attributes that TRL's loss reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ LOW, HIGH = 0.15, 0.25
 
 
 class Batch:
-    """A padded batch and its packed twin: ragged answers, one of them fully masked, NaN nowhere (peers multiply)."""
+    """A padded batch and its packed equivalent: ragged answers, one of them fully masked; no NaN, as peers multiply
+    by 0."""
 
     def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -30,7 +31,8 @@ class Batch:
         self.tokens = float(lengths.sum())
 
     def ours(self, **options) -> PolicyLoss:
-        """``policy_loss`` of the packed rows; old and reference as the options' True, weights or aggregate as given."""
+        """``policy_loss`` of the packed rows; old and reference log-probs if the options are True, weights or
+        aggregate as given."""
         if options.pop("old", True):
             options["old_logp"] = self.old[self.rows]
         if options.get("beta", 0) or options.pop("ref", False):
@@ -58,7 +60,7 @@ AGGREGATES = {
 
 
 class TrlTrainer(SimpleNamespace):
-    """What ``GRPOTrainer._compute_loss`` reads of its trainer."""
+    """The attributes that ``GRPOTrainer._compute_loss`` reads of its trainer."""
 
     def __init__(self, batch: Batch, **settings) -> None:
         metrics: dict = {"train": defaultdict(list)}

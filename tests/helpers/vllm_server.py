@@ -1,8 +1,6 @@
-"""A server on this machine that speaks the part of vLLM's HTTP API that fastrl uses, over a tiny model of its own.
-
-It renders, tokenises and preprocesses what it is sent, loads what it is told to load from disk, and answers with
-its own weights, so an answer whose log-probs are the trainer's was made by the weights that were pushed.
-"""
+"""A local server with the part of vLLM's HTTP API that fastrl uses, over its own tiny model. It renders, tokenises
+and preprocesses requests, loads weights from disk on request, and answers with them, so answers with the trainer's
+log-probs can only come from the pushed weights."""
 
 from __future__ import annotations
 
@@ -22,11 +20,11 @@ from fastrl.data.records import Record
 from fastrl.models.load import load_policy
 from fastrl.rollout import Generator, Sampling
 
-Act = Callable[["Handler", dict[str, Any]], bool]  # True: it has answered (or hung up) in the server's place
+Act = Callable[["Handler", dict[str, Any]], bool]  # True: it has answered (or hung up) in place of the server
 
 
 class VllmServer(ThreadingHTTPServer):
-    """``script`` is worked off first, one act per request; ``mode`` is vLLM's --logprobs-mode."""
+    """``script`` is processed first, one entry per request; ``mode`` is vLLM's --logprobs-mode."""
 
     daemon_threads = True
 
@@ -38,9 +36,7 @@ class VllmServer(ThreadingHTTPServer):
         self.models = ["tiny"]
         self.mode, self.paused = "raw_logprobs", False
         self.script: list[Act] = []
-        self.change: Callable[[dict[str, Any]], object] = lambda reply: (
-            None
-        )  # what is done to a reply before it is sent
+        self.change: Callable[[dict[str, Any]], object] = lambda reply: None  # changes a reply before it is sent
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.lock = threading.Lock()
 
@@ -52,7 +48,7 @@ class VllmServer(ThreadingHTTPServer):
         return [body for called, body in self.calls if called == path]
 
     def restart(self) -> None:
-        """As a process that died and was started again: its first weights, no adapters."""
+        """As a process that was killed and started again: its first weights, no adapters."""
         self.base, self.adapters, self.paused = load_policy(self.origin), {}, False
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # cut connections are part of the tests
@@ -175,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _record(messages: list[dict[str, Any]]) -> Record:
-    """What a request's messages say, with the pictures decoded from their data URLs."""
+    """The content of a request's messages, with the pictures decoded from their data URLs."""
     images, plain = [], []
     for message in messages:
         parts = message["content"]

@@ -1,4 +1,4 @@
-"""What wandb wrote of a run offline: its transaction log, which lies in blocks as LevelDB's do."""
+"""The records of an offline wandb run: its transaction log, which has LevelDB's block format."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 def _records(data: bytes) -> Iterator[bytes]:
     place, parts = HEADER, b""
     while place + HEADER <= len(data):
-        if BLOCK - place % BLOCK < HEADER:  # what is left of a block holds no piece
+        if BLOCK - place % BLOCK < HEADER:  # the rest of a block is too short for a piece
             place += BLOCK - place % BLOCK
             continue
         length, kind = struct.unpack("<HB", data[place + 4 : place + HEADER])

@@ -1,4 +1,4 @@
-"""Public calls compiled as a GPU launch would: nothing that ships spills, and the gate sees what would."""
+"""Public calls compiled as for a launch on a GPU: no shipped configuration spills, and the gate detects spills."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ WITHIN_A_PROBLEM = {
 
 def narrow_strides(ttir: str, kernel: str) -> set[str]:
     """Strides that the kernel multiplies in 32 bits, from its Triton IR."""
-    narrow: dict[str, str] = {}  # value -> the argument it stands for, still as 32 bits
+    narrow: dict[str, str] = {}  # value -> the argument that it comes from, still 32 bits
     found = set()
     for name in re.findall(r"(%\w+): i32", ttir.partition("attributes")[0]):
         if STRIDE.search(name[1:]):
@@ -184,7 +184,7 @@ def _head_launches(vocabulary: int) -> dict[str, aot.Launch]:
     return {one.name: one for one in launches}
 
 
-ELEMENTS = 4096 // (8 * 32)  # of a thread in one turn of the loop
+ELEMENTS = 4096 // (8 * 32)  # of a thread in one iteration
 
 
 @pytest.mark.gate
@@ -194,7 +194,7 @@ def test_fold_takes_at_most_12_instructions_an_element_with_loads_in_flight(voca
     (body,) = [body for body in loops if _words(body, "LDG") == {128: 2} and "MUFU.EX2" in " ".join(body)][:1]
     assert len(body) <= 12 * ELEMENTS
     loads = [i for i, code in enumerate(body) if "LDG" in code]
-    for i in loads:  # its words are wanted a whole block of arithmetic later, if not in the next turn
+    for i in loads:  # its words are needed one block of arithmetic later, if not in the next iteration
         register = int(re.search(r"LDG\S+ R(\d+)", body[i])[1])
         wanted = re.compile("|".join(rf"\bR{register + k}\b" for k in range(4)))
         used = [j for j in range(i + 1, len(body)) if wanted.search(body[j].partition(",")[2])]

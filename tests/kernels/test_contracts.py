@@ -1,4 +1,4 @@
-"""What the losses and heads promise alike: first derivatives only, stand-in tensors, numbers that are checked."""
+"""Contracts shared by losses and heads: first derivatives only, meta tensors, checked numbers."""
 
 from __future__ import annotations
 

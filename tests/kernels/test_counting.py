@@ -1,4 +1,4 @@
-"""What operators say they cost: by argument name, and as their own code allocates."""
+"""Costs that operators report: by argument name, and equal to the allocations of their own code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def with_arguments_reversed(library: torch.library.Library, op: Any) -> Any:
 
 
 def calls() -> dict[Any, tuple[Any, ...]]:
-    """A call of each operator, all its arguments told, on the meta device."""
+    """A call of each operator with all its arguments, on the meta device."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -74,7 +74,7 @@ def calls() -> dict[Any, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("op", calls(), ids=str)
 def test_an_operator_whose_arguments_change_places_counts_the_same(library: torch.library.Library, op: Any) -> None:
-    """The formulas as they are registered, for an operator of the same arguments the other way round."""
+    """The registered formulas, for an operator with the same arguments in reverse order."""
     args = calls()[op]
     named = named_arguments(op.default, args, {})
     other = with_arguments_reversed(library, op)
@@ -114,7 +114,7 @@ def test_an_operator_that_registers_nothing_has_no_scratch() -> None:
     assert scratch(torch.ops.aten.mm.default, (torch.ones(2, 2), torch.ones(2, 2)), {}, triton=True) == (0, 0)
 
 
-# As allocated: on this CPU, in one call of the operator
+# Equal to the allocations of one call on this CPU
 
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +124,7 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Told(TorchDispatchMode):
-    """Scratch of each operator called, as the planner asks for it."""
+    """Scratch of each operator called, as the planner requests it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Told(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-WITHIN = 0.03  # a dozen numbers a row beside the tiles are not counted
+WITHIN = 0.03  # about twelve numbers per row beside the tiles are not counted
 ONE, MANY = 1 << 30, 3 << 20  # budgets: all rows and columns in one tile or two, and in many
 CASES = [
     (ONE, torch.float32, {"return_entropy": True}),

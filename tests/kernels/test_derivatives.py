@@ -1,4 +1,4 @@
-"""Derivatives that do not exist say so; those of second order that do are right."""
+"""Derivatives that do not exist raise an error; those of second order that exist are correct."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_forward_mode_is_refused_by_name(name: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(function, (x,), (torch.ones_like(x),))
     with forward_ad.dual_level():
-        assert torch.isfinite(function(x))  # no tangent, nothing to refuse
+        assert torch.isfinite(function(x))  # no tangent, so no error
 
 
 @pytest.mark.parametrize("name", ["policy_loss", "listwise_loss", "token_logprob", "linear_logprob"])

@@ -1,4 +1,4 @@
-"""detection_reward against an oracle written from scratch on NumPy and SciPy, on every path and any input."""
+"""detection_reward against an independent oracle in NumPy and SciPy, on every path and for any input."""
 
 from __future__ import annotations
 

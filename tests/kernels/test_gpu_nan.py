@@ -1,5 +1,6 @@
-"""NaN must not get lost on a GPU: there the minimum and maximum of two numbers are the one that is not NaN, while the
-interpreter's are NaN. Here the interpreter is given the GPU's, and what docstrings promise about NaN still holds."""
+"""NaN must be kept on a GPU, where the minimum and maximum of two numbers are the one that is not NaN; in the
+interpreter they are NaN. Here the interpreter gets the GPU's functions, and the documented results for NaN must not
+change."""
 
 from __future__ import annotations
 

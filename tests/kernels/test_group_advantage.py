@@ -1,4 +1,4 @@
-"""Group advantages against statistics of Python's own, exact zeros, ragged and unsorted groups, and the interpreter."""
+"""Group advantages against Python's statistics, exact zeros, ragged and unsorted groups, and the interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OPTIONS = [(b, s, u) for b in ("mean", "leave_one_out") for s in ("std", "none")
 
 
 def _oracle(rewards, ids, n_groups, baseline, scale, unbiased, eps):
-    """Advantage, mean, std, constant by lists; a group is where the id says, in any order."""
+    """Advantage, mean, std and constant by lists; groups are given by id, in any order."""
     advantage, mean, std, constant = [0.0] * len(ids), [], [], []
     for g in range(n_groups):
         rows = [i for i, id_ in enumerate(ids) if id_ == g]
@@ -140,7 +140,7 @@ def test_bad_arguments_are_named(error, match, rewards, group, options):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """torch.empty gives NaN, so an element that a kernel forgets to write is seen."""
+    """torch.empty gives NaN, so that an element that a kernel does not write is detected."""
     empty = torch.empty
 
     def filled(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Signed error over 100 000 rows: a head whose errors do not average out biases training even if each one is small."""
+"""Signed error over 100 000 rows: errors of a head that do not average out bias training even if each is small."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_fp32_tiles_have_no_bias(dtype: torch.dtype) -> None:
 
 
 def test_bf16_tiles_are_no_worse_than_the_plain_path() -> None:
-    """A bf16 tile is a bf16 matmul, as the plain path's logits are; what follows must add no bias of its own."""
+    """A bf16 tile is a bf16 matmul, as in the plain path; the steps after it must add no bias."""
     hidden, weight, target = inputs(torch.bfloat16)
     want = truth(hidden, weight, target)
     mine, plain = [], []
@@ -59,7 +59,7 @@ def test_bf16_tiles_are_no_worse_than_the_plain_path() -> None:
 
 
 def test_gradient_of_hidden_is_not_shrunk_by_many_slabs() -> None:
-    """Rounding every slab's product to bf16 before summing would pull the sum; the slabs are summed in fp32."""
+    """Rounding every slab's product to bf16 before the sum would bias it; slabs are summed in fp32."""
     n, v = 64, 4096
     hidden, weight = torch.randn(n, 64).bfloat16().requires_grad_(), torch.randn(v, 64).bfloat16()
     target, up = torch.randint(v, (n,)), torch.randn(n)

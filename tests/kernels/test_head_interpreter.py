@@ -22,7 +22,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def terms(target: Tensor, temperature: Tensor, entropy: bool = True) -> RowTerms:
-    """Outputs poisoned with NaN: whatever the kernel does not write shows."""
+    """Outputs are filled with NaN, so that elements that the kernel does not write are detected."""
     n = target.shape[0]
     poison = [torch.full((n,), torch.nan) for _ in range(3)]
     return RowTerms(target, temperature.reciprocal(), poison[0], poison[1], poison[2] if entropy else None)
@@ -119,7 +119,7 @@ def test_forbidden_tokens_weigh_nothing() -> None:
 @pytest.mark.parametrize("widths", [[300], [256, 44], [64, 236]])
 @pytest.mark.parametrize("position", [0, 280])
 def test_a_confident_target_keeps_its_gradient(position: int, widths: list[int]) -> None:
-    """1 - p down to 2e-7 with a relative error of 1e-5, wherever the target stands and however the slabs are cut."""
+    """1 - p down to 2e-7 with a relative error of 1e-5, for any position of the target and any slab size."""
     s = torch.randn(4, 300)
     s[:, position] = torch.tensor([10.0, 14.0, 18.0, 22.0])
     target, options = torch.full((4,), position), TileOptions(300, None, None, -100)

@@ -1,4 +1,4 @@
-"""Bugs that fused heads elsewhere have shipped, each as a test by name."""
+"""Bugs that other fused heads have shipped, one test each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def exact_gradients(hidden: Tensor, weight: Tensor, target: Tensor, up: Tensor, 
 
 @pytest.fixture
 def poisoned_empties() -> Iterator[None]:
-    """Uninitialised memory holds NaN (fla's habit)."""
+    """Uninitialised memory holds NaN (as in fla's tests)."""
     was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -66,7 +66,7 @@ def test_liger_1268_a_confident_target_keeps_its_gradient(margin: float, dtype: 
 
 @pytest.mark.parametrize("budget", [1 << 30, 60_000])
 def test_liger_1082_chunks_do_not_change_the_size_of_the_gradient(budget: int) -> None:
-    """The one normaliser is a weight per row; how rows and vocabulary are cut says nothing about it."""
+    """Normalisation is a weight per row, independent of the split into rows and vocabulary tiles."""
     leaves = [torch.randn(24, 8).requires_grad_(), torch.randn(300, 8).requires_grad_()]
     target, completion = torch.randint(300, (24,)), torch.arange(4).repeat_interleave(6)
     options = {"old_logp": torch.full((24,), -5.0), "aggregate": "sequence"}
@@ -187,7 +187,8 @@ def test_verl_any_hidden_size() -> None:
 
 
 def test_cce_14_no_kernel_is_autotuned_at_run_time() -> None:
-    """Launch configurations are tables that the ahead-of-time gates compile; a tuner may fail, or pick another one."""
+    """Launch configurations are tables compiled by the ahead-of-time gates; an autotuner could fail or choose
+    another."""
     package = Path(kernels.__file__).parent
     assert not [file.name for file in package.rglob("*.py") if "autotune" in file.read_text()]
 

@@ -14,7 +14,8 @@ MIB = 1 << 20
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Largest sum of live allocations during ``run``, above what lived before. What ``run`` returns counts as live."""
+    """Largest sum of live allocations during ``run``, above what was live before. The result of ``run`` counts as
+    live."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""Kernels start on the GPU their tensors are on, whichever is the current one."""
+"""Kernels launch on the GPU of their tensors, whichever is the current device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastrl_kernels._common import launch
 
 
 class Recorder:
-    """Stands in for a compiled kernel."""
+    """Replaces a compiled kernel."""
 
     def __init__(self, log: list[Any]) -> None:
         self.log = log

@@ -1,4 +1,4 @@
-"""linear_assignment: optimal against SciPy on every path, and what it does where SciPy refuses."""
+"""linear_assignment: optimal against SciPy on every path, and its results where SciPy raises."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_invalid_entries_are_forbidden_and_reported(path: str, bad: float, maxim
     assert same.status.tolist() == [0, 0]
     assert torch.equal(same.match, out.match)
     beyond = solve(path, cost, n_rows=torch.tensor([1, 3]), maximize=maximize)
-    assert beyond.status.tolist() == [0, 0]  # only what counts is looked at
+    assert beyond.status.tolist() == [0, 0]  # only the entries within the counts are read
 
 
 @pytest.mark.parametrize("path", PATHS)

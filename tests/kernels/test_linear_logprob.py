@@ -341,7 +341,7 @@ def test_plan_stays_in_its_budget(n: int, v: int, h: int, budget: int, copies: t
 
 
 def test_reference_shape_tiles() -> None:
-    """The tiles that the GPU goals assume: N = 16384, H = 2048, V = 151936, bf16, 1 GiB."""
+    """The tiles of the GPU goals: N = 16384, H = 2048, V = 151936, bf16, 1 GiB."""
     plan = driver.plan_tiles(16384, 151936, 1 << 30, per_element=2, per_row=0, per_column=0, row_limit=4096)
     assert (plan.rows, plan.columns) == (4096, 75968)
     plan = driver.plan_tiles(16384, 151936, 1 << 30, per_element=2, per_row=4096, per_column=0, row_limit=16384)

@@ -107,7 +107,7 @@ def test_same_as_the_composition(variant: str) -> None:
     head = {key: kwargs.pop(key) for key in ("bias", "softcap", "temperature") if key in kwargs}
     rows = kwargs.pop("rows", None)
     fused = linear_policy_loss(*leaves[:2], target, advantage, completion, rows=rows, **head, **kwargs)
-    if "weight" not in kwargs:  # what linear_policy_loss does by itself: ignored rows count in no normaliser
+    if "weight" not in kwargs:  # as linear_policy_loss does by default: ignored rows count in no normaliser
         from fastrl_kernels.token_weights import token_weights
 
         counted = {key: kwargs.pop(key) for key in ("aggregate", "normalizer") if key in kwargs}
@@ -183,7 +183,7 @@ def test_poisoned_dead_rows_are_harmless() -> None:
 
 
 def check_padding_is_harmless() -> None:
-    """Rows of no completion may hold NaN, whatever weight they are given."""
+    """Rows without a completion may hold NaN, for any weight."""
     hidden, head = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
     hidden[2] = torch.nan
     hidden.requires_grad_()

@@ -114,14 +114,14 @@ def test_perpo_ignores_the_order_of_the_items():
 
 
 def _check_not_finite(kind):
-    """Only the list with the number is NaN, gradient and all."""
+    """Only the list with that number is NaN, including its gradient."""
     for bad in (math.nan, math.inf, -math.inf):
         score = torch.tensor([[1.0, bad, 3.0], [1.0, 2.0, 3.0]])
         reward = torch.tensor([[2.0, 1.0, 0.0]] * 2)
         loss, grad = _grad(listwise_loss, score, reward, kind=kind, upstream=torch.ones(2))
         assert loss.isnan().tolist() == [True, False]
         assert grad.isnan().all(1).tolist() == [True, False]
-        mask = torch.tensor([[True, False, True]] * 2)  # an item that does not exist spoils nothing
+        mask = torch.tensor([[True, False, True]] * 2)  # a masked item changes nothing
         loss, grad = _grad(listwise_loss, score, reward, mask=mask, kind=kind, upstream=torch.ones(2))
         assert loss.isfinite().all()
         assert grad.isfinite().all()
@@ -149,12 +149,12 @@ def test_rewards_at_the_end_of_the_range():
 def test_dpo_is_a_list_of_two():
     chosen, rejected = torch.randn(2, 4, dtype=torch.float64)
     want = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected))
-    reward = torch.tensor([[0.2, 0.9]]).expand(4, 2).double()  # the better one may come second
+    reward = torch.tensor([[0.2, 0.9]]).expand(4, 2).double()  # the better one may be second
     torch.testing.assert_close(listwise_loss(torch.stack([rejected, chosen], 1), reward, beta=0.1), want)
 
 
 def _check_degenerate(dtype):
-    """Nothing to compare: loss and gradient exactly 0."""
+    """No pairs to compare: loss and gradient are exactly 0."""
     score = torch.randn(2, 5, dtype=dtype) * 100
     ones = torch.ones(2)
     for gamma in (0.0, 0.5, 1.0):
@@ -245,7 +245,7 @@ def test_bad_arguments_are_named(error, match, change):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """torch.empty gives NaN, so an element that a kernel forgets to write is seen."""
+    """torch.empty gives NaN, so that an element that a kernel does not write is detected."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
 

@@ -1,4 +1,4 @@
-"""The loss kernels on a real device: right, the same bits twice, and without a host read."""
+"""The loss kernels on a GPU: correct, deterministic, and without synchronisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ paths: present where they were built, told apart from other builds, threaded, and free of the GIL."""
+"""The C++ paths: used where they were built, distinguished from other builds, threaded, without the GIL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_native = pytest.mark.skipif(_native.library() is None, reason=str(_native.
 
 @pytest.fixture
 def fresh_load(monkeypatch: pytest.MonkeyPatch):
-    """The loader without its memory, before and after the test."""
+    """The loader's cache is empty before and after the test."""
     caches = (_native.library, _native.why_not, _native._load)
     for cache in caches:
         cache.cache_clear()
@@ -80,7 +80,7 @@ def test_thread_count_changes_nothing() -> None:
 
 @needs_native
 def test_other_python_threads_run_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thread is made to give up the GIL here, so another one runs only if the call itself lets go of it."""
+    """No thread is forced to release the GIL here, so another one runs only if the call itself releases it."""
     calls: list[tuple[str, tuple[object, ...]]] = []
     monkeypatch.setattr(_native, "_call", lambda name, *arguments: calls.append((name, arguments)))
     cost = torch.rand(1, 200, 200, dtype=torch.float64)

@@ -42,7 +42,7 @@ def random_boxes(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def scalar_value(a: list[float], b: list[float], kind: str) -> float:
-    """The definitions once more, pair by pair in Python floats, for boxes of positive size."""
+    """The definitions again, pair by pair in Python floats, for boxes of positive size."""
     inter = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter
     cw, ch = max(a[2], b[2]) - min(a[0], b[0]), max(a[3], b[3]) - min(a[1], b[1])

@@ -35,7 +35,7 @@ OPTIONS = BOOK_OPTIONS + CORRECTED
 
 
 def _problem(n: int, c: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
-    """Rows in no order, every fourth masked, and NaN wherever the mask says that nobody looks."""
+    """Unsorted rows, every fourth one masked, with NaN in masked positions."""
     generator = torch.Generator().manual_seed(1000 * seed + n)
     logp = -3 * torch.rand(n, generator=generator)
     old = logp + 0.3 * torch.randn(n, generator=generator)
@@ -48,7 +48,7 @@ def _problem(n: int, c: int, dtype: torch.dtype = torch.float64, seed: int = 0) 
     sampler = old + 0.2 * torch.randn(n, generator=generator)
     for vector in (logp, old, ref, sampler):
         vector[masked] = math.nan
-    sampler[5:6] = math.nan  # a live row of which the sampler told nothing
+    sampler[5:6] = math.nan  # an unmasked row without a sampler log-prob
     tensors = {"logp": logp, "old_logp": old, "ref_logp": ref, "advantage": advantage, "weight": weight}
     tensors["sampler_logp"] = sampler
     return {name: tensor.to(dtype) for name, tensor in tensors.items()} | {"completion": completion}
@@ -113,7 +113,7 @@ def test_gradcheck(options):
     p = {name: t[:12] if name != "advantage" else t for name, t in _problem(16, 3).items()}
     p["logp"] = torch.nan_to_num(p["logp"], nan=-1.0)
     for function in (policy_loss, policy_loss_reference):
-        if options.get("loss") == "cispo":  # the gradient it takes is not that of its value
+        if options.get("loss") == "cispo":  # its gradient is not the derivative of its value
             continue
         torch.autograd.gradcheck(
             lambda logp, f=function: _call(f, p, logp, **options).loss, p["logp"].clone().requires_grad_()
@@ -151,7 +151,7 @@ def _ratio(log_ratio: float, dtype: torch.dtype) -> float:
 
 
 def _check_boundaries(dtype):
-    # the bounds are the very ratios that this backend computes, so equality is exact
+    # the bounds are exactly the ratios that this backend computes, so equality is exact
     up, down = _ratio(0.25, dtype) - 1, 1 - _ratio(-0.25, dtype)
     step = 1e-4
     for advantage in (1.5, -1.5):
@@ -200,7 +200,7 @@ def test_extremes_stay_finite():
 
 
 def _check_k3_tangent(dtype):
-    """Beyond x = 20 the estimator is a line of slope exp(20) - 1, in value as in gradient."""
+    """Beyond x = 20 the estimator is a line of slope exp(20) - 1, in its value and its gradient."""
     x = torch.tensor([20.0, 24.0, 30.0], dtype=dtype)
     ones, zeros = torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype)
     rows = _rows(-x, zeros, torch.arange(3), ones, ref_logp=zeros, beta=1.0, kl="k3")
@@ -427,7 +427,7 @@ def test_bad_arguments_are_named(error, match, change):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """torch.empty gives NaN, so an element that a kernel forgets to write is seen."""
+    """torch.empty gives NaN, so that an element that a kernel does not write is detected."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
 

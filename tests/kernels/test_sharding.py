@@ -1,7 +1,5 @@
-"""Sharded heads on two gloo processes: results and gradients of the unsharded call.
-
-The checks are in ``tests/helpers/sharded_worker.py``.
-"""
+"""Sharded heads in two gloo processes: results and gradients equal the unsharded call. The checks are in
+``tests/helpers/sharded_worker.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token weights against a written-out count, over ragged, unsorted, masked and empty batches."""
+"""Token weights against explicit counts, for ragged, unsorted, masked and empty batches."""
 
 from __future__ import annotations
 

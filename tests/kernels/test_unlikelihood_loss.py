@@ -1,4 +1,4 @@
-"""Token unlikelihood against the written-out formula in high precision, at both ends of p, and in the interpreter."""
+"""Token unlikelihood against the formula in high precision, at both ends of p, and in the interpreter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastrl_kernels.unlikelihood_loss import (
 
 
 def _exact(logp: float, sigma: float, alpha: float) -> tuple[float, float]:
-    """Loss of one token and its slope with 60 digits, p held at 1 - 1e-6 with the tangent beyond."""
+    """Loss of one token and its slope with 60 digits; p is held at 1 - 1e-6, with the tangent beyond."""
     with localcontext() as context:
         context.prec = 60
         top = Decimal("0.999999")
@@ -81,7 +81,7 @@ def test_special_cases_are_likelihood():
 def _check_impossible(dtype):
     never = torch.tensor([-math.inf], dtype=dtype, requires_grad=True)
     loss = unlikelihood_loss(never, torch.zeros(1))
-    assert loss == 0  # already impossible: nothing to push down
+    assert loss == 0  # already impossible: no gradient
     assert torch.autograd.grad(loss, never)[0] == 0
     assert unlikelihood_loss(never, torch.ones(1)) == math.inf
 
@@ -146,7 +146,7 @@ def test_bad_arguments_are_named(error, match, change):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """torch.empty gives NaN, so an element that a kernel forgets to write is seen."""
+    """torch.empty gives NaN, so that an element that a kernel does not write is detected."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
 

@@ -1,4 +1,4 @@
-"""Shapes and dtypes that a drop-in user has at hand: integers, one problem, padded batches, lists."""
+"""Shapes and dtypes that users commonly pass: integers, one problem, padded batches, lists."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the interpreter reports. Each says the source line, the instruction, the program and the thread."""
+"""Faults that the interpreter reports. Each names the source line, the instruction, the program and the thread."""
 
 from __future__ import annotations
 
 
 class Fault(Exception):
-    """A program did what no correct program does."""
+    """An action that no correct program takes."""
 
 
 class OutOfBounds(Fault):
@@ -16,16 +16,16 @@ class Misaligned(Fault):
 
 
 class Race(Fault):
-    """Two warps meet in memory without a barrier between them."""
+    """Two warps access the same memory without a barrier between them."""
 
 
 class Uninitialised(Fault):
-    """Something never written decides what is stored, where, or which way the program goes."""
+    """A value that was never written decides what is stored, where, or which branch is taken."""
 
 
 class Divergent(Fault):
-    """Threads part where they have to stay together: at a barrier, in a shuffle, in a matrix product."""
+    """Threads diverge where they must stay together: at a barrier, in a shuffle, in a matrix product."""
 
 
 class Unsupported(Exception):
-    """An instruction or argument that is not interpreted: no statement about the program is made."""
+    """An instruction or argument that is not supported: no statement about the program is made."""

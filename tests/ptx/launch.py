@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 
 class _Runner:
-    """Takes the place of the recorder of ``as_launched``."""
+    """Replaces the recorder of ``as_launched``."""
 
     def __init__(self, processors: int) -> None:
         self.processors = processors
@@ -53,10 +53,8 @@ class _Runner:
 
 @contextlib.contextmanager
 def run_ptx(arch: int) -> Iterator[list[Launch]]:
-    """Run every kernel launch in the interpreter, as compiled for ``arch`` (80, 90, 100); the list gathers them.
-
-    Memory that torch leaves uninitialised is filled with NaN meanwhile, so a kernel that reads what nobody wrote shows.
-    """
+    """Run every kernel launch in the interpreter, as compiled for ``arch`` (80, 90, 100); the list collects them.
+    Memory that torch leaves uninitialised is filled with NaN, so that reads of unwritten values are detected."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     with as_launched(arch):
         runner = _Runner(RECORDERS[-1].processors)
@@ -86,7 +84,8 @@ def execute(compiled: Any, arguments: dict[str, Any], grid: tuple[int, ...]) -> 
 
 
 def _params(prepared: Compiled, kinds: dict[str, str], arguments: dict[str, Any], memory: Global) -> dict[str, Raw]:
-    """The bits of each PTX parameter: the arguments that are no constants, then two scratch pointers nobody may use."""
+    """The bits of each PTX parameter: the arguments that are not constants, then two scratch pointers that may not
+    be used."""
     declared = prepared.kernel.params
     if not len(kinds) <= len(declared) <= len(kinds) + 2:
         raise Unsupported(f"{len(kinds)} arguments for {len(declared)} parameters")

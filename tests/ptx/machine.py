@@ -177,7 +177,7 @@ class Machine:
         at[slice(None) if taken is None else taken] = target
 
     def guarded(self, instruction: Instruction) -> Mask | None:
-        """The threads that execute this instruction: the group's, as far as their guard lets them. None: all."""
+        """The threads that execute this instruction: those of the group whose guard is true. None: all."""
         if instruction.guard is None:
             return self.mask
         name, negated = instruction.guard
@@ -276,7 +276,7 @@ class Machine:
         return Traffic(before.bytes + size * address.size, before.sectors + int(new.sum()))
 
     def whole_warps(self, mask: Mask | None, what: str) -> None:
-        """Raise unless every warp takes part with all of its threads, or with none."""
+        """Raise unless every warp takes part with all of its threads or with none."""
         if mask is not None:
             rows = mask.reshape(-1, 32)
             torn = rows.any(1) != rows.all(1)
@@ -319,7 +319,7 @@ def _translate(instruction: Instruction, kernel: Kernel) -> Step:
 
 
 def _nothing(machine: Machine) -> None:
-    """An instruction that means nothing to threads that run in step."""
+    """An instruction without effect on threads that run in lockstep."""
 
 
 def _trap(machine: Machine) -> None:
@@ -364,7 +364,7 @@ def _elementwise(instruction: Instruction) -> Step:
         if poison is not None and select:
             poison = _chosen_poison(machine, sources, values[2])
         elif poison is not None and lazy is not None:
-            # one side that decides is enough
+            # one defined side can decide the result
             clean = [(_poison_of(machine, s) == 0) & (v == lazy) for s, v in zip(sources, values, strict=True)]
             poison = np.where(clean[0] | clean[1], np.uint8(0), poison)
         elif poison is not None and not packed:

@@ -1,4 +1,4 @@
-"""Global and shared memory: every access checked for bounds, alignment, and a barrier between the warps that meet."""
+"""Global and shared memory: every access is checked for bounds, alignment, and a barrier between warps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Index = NDArray[Any]
 
 
 class Threads(NamedTuple):
-    """Who accesses: one entry per thread that does."""
+    """The accessing threads: one entry per access."""
 
     warp: Index  # number within the launch
     program: Index
@@ -44,7 +44,7 @@ class Buffer:
         self, name: str, size: int, grain: int, *, lead: int = 0, allowed: NDArray[np.bool_] | None = None
     ) -> None:
         self.name, self.size, self.grain = name, size, grain
-        self.lead = lead  # bytes in front that are nobody's
+        self.lead = lead  # guard bytes in front
         self.data = np.zeros(-(-size // 16) * 16, "u1")
         self.allowed = allowed  # per byte; None: all
         grains = -(-self.data.size // grain)
@@ -113,7 +113,7 @@ class Buffer:
             self.reader[grains[shared]] = np.where(same, -2 - program, _EVERYBODY)[shared]
 
     def _record_write(self, grains: Index, who: Threads, again: Index) -> None:
-        """``again``: the accesses that store what is there already, which is no conflict with another write."""
+        """``again``: the accesses that store the value already there, which do not conflict with another write."""
         warp, program, epoch = who.warp[:, None], who.program[:, None], who.epoch[:, None]
         others = self.writer[grains]
         others = np.where(again[:, None] & (_program_of(others, who.warps) == program), _NOBODY, others)
@@ -167,7 +167,7 @@ class Shared(Buffer):
         return offset
 
     def launch(self, offset: Index, size: int, who: Threads) -> None:
-        """A cp.async to here starts: until it has been waited for nobody may touch these bytes."""
+        """Start a cp.async to these bytes: until it has been waited for, no thread may access them."""
         grains = self._grains(offset, size)
         self._record_write(grains, who, np.zeros(offset.size, bool))
         self.in_flight[grains] = True
@@ -234,7 +234,7 @@ def _mark(allowed: NDArray[np.bool_], lead: int, tensor: Tensor) -> None:
 
 
 class Global:
-    """The tensors a launch was given, each storage at an address range of its own."""
+    """The tensors of a launch, each storage in its own address range."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         by_storage: dict[int, dict[str, Tensor]] = {}
@@ -273,7 +273,7 @@ class Global:
             segment.write_back()
 
     def _split(self, address: Index, who: Threads, what: str) -> list[tuple[Segment, slice | NDArray[np.bool_]]]:
-        """The segments these addresses are near, each with who goes there."""
+        """The segments of these addresses, each with the threads that access it."""
         number = ((address + (1 << _SEGMENT - 1)) >> _SEGMENT) - 1  # so that what lies just before belongs to it too
         if number.size == 0:
             return []

@@ -198,7 +198,7 @@ def _multiply(instruction: Instruction, modifiers: list[str]) -> Step:
 
 
 def _tf32(raw: Raw) -> Raw:
-    """The low 13 bits are not looked at."""
+    """The low 13 bits are ignored."""
     return (raw & np.uint32(0xFFFFE000)).view("f4")
 
 
@@ -249,7 +249,7 @@ def _matrix(instruction: Instruction, name: str, modifiers: list[str]) -> Step:
 
 
 class _Flight(NamedTuple):
-    """One cp.async: who started it, where it goes, what it brings, and the group it will be committed to."""
+    """One cp.async: its thread, its destination, its data, and the group that it will be committed to."""
 
     lanes: Index
     places: Index
@@ -308,7 +308,7 @@ def _commit(machine: Machine) -> None:
 
 
 def _wait(machine: Machine, left: int | None) -> None:
-    """Land what the waiting threads started, but for their last ``left`` groups (None: everything)."""
+    """Complete the copies of the waiting threads, except their last ``left`` groups (None: all)."""
     copies, still = machine.copies, []
     for flight in copies.flying:
         done = np.ones(flight.lanes.size, bool) if machine.mask is None else machine.mask[flight.lanes]

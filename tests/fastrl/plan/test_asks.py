@@ -1,4 +1,4 @@
-"""The plan asks: where the owner of a size changes, so does the plan, and no number of an owner's stands in it."""
+"""The plan asks the owners: if the owner of a size changes, the plan changes; the plan itself has no such numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def whole() -> Plan:
     return plan()
 
 
-# One owner's own code changed each
+# One owner's code changed in each case
 
 
 def keys_in_float32(patch: pytest.MonkeyPatch) -> None:
@@ -86,8 +86,8 @@ def drawing_keeps_its_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_plan_moves_with_its_owners(whole: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache's dtype, the moments' blocks, the head's tiles, a family's features, what the method reads, how a
-    token is drawn."""
+    """The cache's dtype, the moments' blocks, the head's tiles, a family's features, a method's reference, the
+    sampler."""
     for change in (
         *(keys_in_float32, a_scale_for_every_8, tiles_twice, features_of_four_depths),
         *(a_reference_without_a_penalty, drawing_keeps_its_weights),
@@ -105,7 +105,7 @@ def test_the_plan_moves_with_its_owners(whole: Plan, monkeypatch: pytest.MonkeyP
 
 
 def test_one_call_of_the_generator_is_what_is_traced(whole: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it takes at once."""
+    """Anything it processes at once."""
     recipe, work = whole.recipe, whole.workload
     core = meta_model(config_of(recipe.model.path), recipe.model, torch.bfloat16)
 
@@ -144,12 +144,12 @@ def test_what_an_adapter_brings_is_its_own_fact(whole: Plan, monkeypatch: pytest
         assert samples(mixed) == sampled
 
 
-# Operators by name
+# Operators, by argument name
 
 
 @pytest.fixture
 def permuted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An operator whose arguments are those of the head's forward, the other way round."""
+    """An operator with the arguments of the head's forward in reverse order."""
     op = torch.ops.fastrl.linear_logprob
     told = [argument.name for argument in op.default._schema.arguments]
     monkeypatch.setattr(_counting, "_SCRATCH", dict(_counting._SCRATCH))
@@ -164,7 +164,7 @@ def permuted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_an_operators_arguments_may_change_places(permuted: Any) -> None:
-    """What the ledger adds for a call: the same bytes, whichever argument comes first."""
+    """The bytes that the ledger adds for a call do not depend on the order of arguments."""
     op = torch.ops.fastrl.linear_logprob
     hidden, weight, target = (torch.empty(n, device="meta") for n in ((300, 32), (999, 32), (300,)))
     args = (hidden, weight, target.long(), None, None, None, None, None, 1.0, 1.0, None, -100, True, False, 1 << 30)
@@ -187,14 +187,14 @@ def test_scratch_beside_a_budget_counts_at_the_peak_alone(permuted: Any) -> None
     assert 10**9 < ledger.peak < 1.001 * 10**9
 
 
-# No copies
+# No copied numbers
 
 ASSUMED = {"EFFICIENCY", "TEXT_TOKENS", "DIALOGUE_TOKENS", "DEFAULT_PIXELS"}  # about a step, stated in docs/memory.md
-PLAIN = {0, 1, 2}  # beginnings, ends and halves
+PLAIN = {0, 1, 2}  # first, last and middle elements, and halves
 
 
 def numbers(path: Path) -> list[tuple[int, float]]:
-    """(line, number) of all numbers in a file but those of the named assumptions."""
+    """(line, number) of all numbers in a file except those of named assumptions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     named = [
         node.value
@@ -218,12 +218,12 @@ def test_no_number_of_another_room_stands_in_the_plan(name: str) -> None:
 
 
 def test_the_ledgers_only_number_is_of_the_attention_it_stands_in_for() -> None:
-    """Five products in the backward for two in the forward, as torch counts its own."""
+    """Five matrix products in the backward for two in the forward, as torch counts its own attention."""
     assert [value for _, value in numbers(PLAN / "ledger.py")] == [5]
 
 
 def test_the_plan_reads_no_operators_arguments_by_place() -> None:
-    """But of ``F.scaled_dot_product_attention``, a function whose first argument is the query."""
+    """Except ``F.scaled_dot_product_attention``, a function whose first argument is the query."""
     source = (PLAN / "ledger.py").read_text(encoding="utf-8")
     read = [
         ast.get_source_segment(source, node)

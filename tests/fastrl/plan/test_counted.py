@@ -29,7 +29,7 @@ WITHIN = 0.10
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Models in which a layer weighs more than an index table."""
+    """Models whose layers take more memory than index tables."""
     made: dict[str, Path] = {}
 
     def folder(style: str) -> Path:
@@ -46,7 +46,7 @@ FAMILY = family_of(build_config("qwen2_5", build_tokenizer()))
 
 
 def filled(text: int, side: int, answers: list[tuple[int, ...]]) -> PackedBatch:
-    """The batch ``packed`` describes, with pixels: one image of side x side patches in each prompt."""
+    """The batch that ``packed`` describes, with pixels: one image of side x side patches in each prompt."""
     batch = packed(FAMILY, text, [FAMILY.blank((14 * side) ** 2)] * int(side > 0), answers)
     pixels = [replace(image, pixel_values=torch.rand(side * side, 3 * 2 * 14 * 14)) for image in batch.images]
     return replace(batch, images=tuple(pixels))
@@ -153,7 +153,7 @@ FAMILIES = [pytest.param(name, marks=[] if name == "qwen3_vl_moe" else pytest.ma
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_rollout_of_every_family(tmp_path: Path, model_type: str) -> None:
-    """Bytes of the whole rollout, and the floating-point operations of its prefill: of experts, the active ones'."""
+    """Bytes of the whole rollout, and the FLOPs of its prefill: with experts, those of the active ones."""
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "vocab_size": 3000}
     sizes["num_attention_heads"] = 8
     policy = load_policy(build_family(tmp_path, model_type, **sizes), device="cpu")
@@ -198,7 +198,7 @@ def test_a_token_costs_the_experts_it_goes_to(model_type: str) -> None:
 
     few, many, wide = traced(4, 2), traced(8, 2), traced(4, 4)
     hidden, inner = 64, 48
-    assert many.token_flops - few.token_flops == layers * 2 * hidden * 4  # the router alone
+    assert many.token_flops - few.token_flops == layers * 2 * hidden * 4  # only the router
     assert wide.token_flops - few.token_flops == layers * 2 * 2 * 3 * hidden * inner
 
 

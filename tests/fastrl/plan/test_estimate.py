@@ -1,4 +1,4 @@
-"""``fastrl plan``: verdicts on shipped recipes, models from a config alone, what to change, and wrong input."""
+"""``fastrl plan``: verdicts on shipped recipes, models from a config alone, suggested changes, and invalid input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastrl.plan.trace import meta_model
 from fastrl.plan.workload import workload_of
 from fastrl.recipe import ModelRecipe, load_recipe, shipped_recipes
 
-# Parameters in billions as the models' cards or the sizes of their files state them.
+# Parameters in billions, from the models' cards or the sizes of their files.
 STATED = {
     "Qwen/Qwen2-VL-2B-Instruct": 2.21,
     "Qwen/Qwen2-VL-7B-Instruct": 8.29,
@@ -64,7 +64,7 @@ def test_recipes_of_the_papers_own_models_and_of_todays_are_planned(name: str) -
 
 
 def test_frames_of_onevision_are_one_square_each() -> None:
-    """Alone a picture is tiled: planned as tiles, the 32 frames of a clip would take seven times the tokens."""
+    """A single picture is tiled; if clips were planned as tiles, 32 frames would take seven times the tokens."""
     recipe = load_recipe("utr-llava-qwen-7b")
     family = family_of(config_of(recipe.model.path))
     frames = workload_of(recipe, family, image_limit=None)
@@ -84,7 +84,7 @@ def test_lora_of_3b_fits_in_24_gb() -> None:
     assert recipe.rollout.group_size == 8
     plan = make_plan(recipe, gpu_named("rtx4090"))
     assert plan.fits
-    assert plan.memory.reference == 0  # the adapter is switched off instead
+    assert plan.memory.reference == 0  # instead, the adapter is switched off
     assert plan.memory.peak < 22 * GIB
 
 
@@ -161,7 +161,7 @@ def test_a_row_local_head_saves_a_product_over_the_vocabulary() -> None:
 
 
 def test_work_does_not_depend_on_how_a_step_is_cut() -> None:
-    """A budget that leaves room for part of a group takes memory for it, and adds no work."""
+    """A budget with room for part of a group takes memory for that part, and adds no work."""
     whole, cut = (make_plan(small(f"optim.token_budget={n}"), gpu_named("l4")) for n in (100_000, 2500))
     assert cut.workload.fullest_batch().n_groups > cut.workload.groups_per_batch
     for name, flops in whole.work.flops.items():
@@ -169,7 +169,7 @@ def test_work_does_not_depend_on_how_a_step_is_cut() -> None:
 
 
 def test_a_frozen_tower_sees_pictures_once() -> None:
-    """In the rollout, the reference and each update; trained, in every one of them."""
+    """In the rollout, the reference and each update; a trained tower runs in every one of them."""
     keys = ("method.beta=0.04", "optim.updates_per_batch=2", "model.freeze=[visual]")
     trained, frozen = (make_plan(small(*more), gpu_named("l4")) for more in (keys[:2], keys))
     assert frozen.work.flops["vision"] == trained.work.flops["vision"] > 0
@@ -191,7 +191,7 @@ def test_answers_of_a_server_cost_nothing_here() -> None:
 
 
 def test_gradients_are_released_before_the_host_is_asked() -> None:
-    """One micro-batch without a norm to clip needs no gradients at once; where that is not enough, all goes out."""
+    """One micro-batch without clipping needs no gradients at once; if that is not enough, more is offloaded."""
     recipe = small("optim.token_budget=100000", "optim.states=8bit", "rollout.group_size=2", "data.prompts_per_step=1")
     plan = make_plan(recipe, gpu_named("l4"))
 
@@ -265,7 +265,7 @@ def test_command_prints_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_4bit_weights_take_a_quarter_and_are_read_unpacked() -> None:
-    """Same numbers, FLOPs and adapters; the language model's layers in 4 bits and their scales."""
+    """Same numbers, FLOPs and adapters; the language model's layers in 4 bits with their scales."""
     plain, packed = (
         make_plan(load_recipe("perception-r1-grounding-3b", changes), gpu_named("rtx4090"))
         for changes in (
@@ -281,12 +281,12 @@ def test_4bit_weights_take_a_quarter_and_are_read_unpacked() -> None:
     assert numbers > 0.8 * (plain.model.language - plain.model.vocabulary * plain.model.hidden)
     saved = plain.model.weight_bytes - packed.model.weight_bytes
     assert saved == pytest.approx(numbers * (2 - 0.5 - 1 / 64), rel=1e-3)
-    assert plain.memory.peak - packed.memory.peak > 0.9 * saved  # a layer's weight is unpacked for a moment
+    assert plain.memory.peak - packed.memory.peak > 0.9 * saved  # one layer's weight is dequantized at a time
     assert packed.work.traffic["decode"] > plain.work.traffic["decode"]
 
 
 def test_time_adds_bytes_to_flops_and_says_which_dominates() -> None:
-    """Twice the arithmetic rate halves one term, twice the bandwidth the other, and every phase is their sum."""
+    """Doubling the arithmetic rate halves one term, doubling the bandwidth the other; each phase is their sum."""
     gpu = gpu_named("h200")
     base = make_plan(small(), gpu)
     faster = make_plan(small(), replace(gpu, flops=2 * gpu.flops))

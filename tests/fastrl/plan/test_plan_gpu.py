@@ -24,7 +24,7 @@ WITHIN = 0.10
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """0.2 B parameters: workspaces of libraries weigh little beside them."""
+    """0.2 B parameters, so that library workspaces are small in comparison."""
     sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
     sizes |= {"vocab_size": 32000, "num_attention_heads": 16, "num_key_value_heads": 4}
     sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}

@@ -1,4 +1,4 @@
-"""Bytes moved by operators: each tensor once, views none, gathers and scatters what they touch."""
+"""Bytes moved by operators: each tensor once, views nothing, gathers and scatters the elements they touch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves of a run: what cannot be read on one axis is not on one, and no legend covers a curve."""
+"""Curves of a run: values of different scales have separate axes, and no legend covers a curve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures show the boxes they claim to show."""
+"""Figures draw the boxes of the answers and of the truth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run: one page that needs nothing else, whatever the model wrote."""
+"""The report of a run: one self-contained page, safe for any model output."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ MARKS = "".join(("\u202a\u202b\u202c\u202d\u202e", "\u2066\u2067\u2068\u2069"))
 
 @given(st.text(alphabet=st.sampled_from([*MARKS, "a", "<", "א"]), max_size=30))
 def test_directional_marks_end_where_their_text_ends(text: str) -> None:
-    """Every mark that begins something is ended in order, and nothing is ended that began outside."""
+    """All tags are closed in order, and none is closed that was opened outside."""
     made = closed(text)
     begun: list[str] = []
     for c in made:

@@ -1,4 +1,4 @@
-"""Rewards under TRL's and verl's calling conventions, and how loose columns become a record."""
+"""Rewards under TRL's and verl's calling conventions, and records made of loose columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reward that misbehaves is named with record, component and answer, before an advantage is made of it."""
+"""An invalid reward is reported with record, component and answer, before advantages are computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = [Record(f"r{i}", "grounding", (), (), {}, source=f"d.jsonl:{i}") for i in
 
 
 class Own(Reward):
-    """A user's reward: whatever ``values`` says of an answer."""
+    """A user's reward that returns ``values`` of an answer."""
 
     task = "own"
     parts = ("a", "b")

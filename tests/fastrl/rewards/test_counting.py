@@ -1,4 +1,4 @@
-"""Counting reward against a brute-force optimal matching, and the development repository's precursor."""
+"""Counting reward against brute-force optimal matching, and against the precursor in the development repository."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def in_pixels(points: Points) -> Points:
 
 
 def as_boxes(points: Points) -> str:
-    """Boxes of Qwen2-VL whose centres are the points."""
+    """Qwen2-VL boxes whose centres are the points."""
     return "".join(f"<|box_start|>({x - 1},{y - 2}),({x + 1},{y + 2})<|box_end|>" for x, y in points) or "[]"
 
 
 def best_score(predicted: Points, truth: Points) -> float:
-    """Σ (1 − d / (1000 √2)) under the best of all one-to-one matchings, over the larger number of points."""
+    """Σ (1 − d / (1000 √2)) under the best one-to-one matching, divided by the larger number of points."""
     if not predicted or not truth:
         return 1.0 if not predicted and not truth else 0.0
     small, large = sorted([predicted, truth], key=len)

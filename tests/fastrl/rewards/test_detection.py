@@ -1,4 +1,4 @@
-"""Detection reward against an oracle written from the formulas with NumPy and SciPy, and its edge cases by name."""
+"""Detection reward against an oracle of the formulas in NumPy and SciPy, and named edge cases."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def oracle(found: Labelled, truth: Labelled, threshold: float = 0.5) -> dict[str, float]:
-    """Components by the formulas, except ``class``, which ties between equally good matchings leave open."""
+    """Components by the formulas, except ``class``, which is ambiguous for ties between equally good matchings."""
     if not found and not truth:
         return {"location": 1.0, "f1": 1.0, "missing": 0.0}
     if not found or not truth:

@@ -1,4 +1,4 @@
-"""Reward functions of a user's own file, outside the package: through the command, a recipe and the library."""
+"""Reward functions from a user's own file, outside the package: through the command, a recipe and the library."""
 
 from __future__ import annotations
 

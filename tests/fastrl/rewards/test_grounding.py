@@ -1,4 +1,4 @@
-"""Grounding reward: IoU, IoU² and the graded form against hand-computed values, in every frame and spelling."""
+"""Grounding reward: IoU, IoU² and the graded form against manually computed values, in every frame and format."""
 
 from __future__ import annotations
 

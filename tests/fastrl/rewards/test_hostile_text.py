@@ -1,4 +1,4 @@
-"""Whatever a model writes, a reward is finite, in its documented range, quick, and no exception."""
+"""For any model output, a reward is finite, in its documented range, fast, and raises nothing."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_any_text_gives_finite_components_in_range(reward: Reward, answers: list
 
 
 def test_five_thousand_random_answers_raise_nowhere() -> None:
-    """As the million that benchmarks/results/fuzz_answers.json records: forms and rewards take turns."""
+    """The same generator as in benchmarks/results/fuzz_answers.json: formats and rewards alternate."""
     assert fuzz(5000, seed=1, turns=True) > 100_000
 
 

@@ -1,4 +1,4 @@
-"""``reward.judge`` against a server on this machine: what is asked, what is read, what is kept, and how it fails."""
+"""``reward.judge`` against a local server: the requests, accepted replies, the cache, and failures."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def answers(*texts: str) -> list[Answer]:
 
 
 def drip(h: Handler) -> None:
-    """A byte every 20 ms, as long as somebody listens: no pause is ever long."""
+    """Sends a byte every 20 ms while the client listens, so that no single read times out."""
     h.send_response(200)
     h.send_header("Content-Length", "100000")
     h.end_headers()
@@ -182,16 +182,16 @@ def test_replies_are_kept_by_the_content_of_their_request(server: Server, tmp_pa
     assert len(server.seen) == 4
     server.script = [prose]
     judge(server, **kept)(answers("c"))
-    assert len(list((tmp_path / "kept").rglob("*.json"))) == 3  # what is no score is not kept
+    assert len(list((tmp_path / "kept").rglob("*.json"))) == 3  # invalid replies are not cached
     assert not list((tmp_path / "kept").rglob(".*writing*"))
 
 
 def test_concurrency_is_bounded(server: Server) -> None:
-    meeting = threading.Barrier(3, timeout=60)  # no reply before three requests are under way
+    meeting = threading.Barrier(3, timeout=60)  # no reply before three requests are in flight
 
     def together(h: Handler) -> None:
         meeting.wait()
-        time.sleep(0.05)  # long enough for a fourth to show itself
+        time.sleep(0.05)  # long enough for a fourth request to arrive
         good(h)
 
     server.script = [together]
@@ -200,7 +200,7 @@ def test_concurrency_is_bounded(server: Server) -> None:
 
 
 def by_length(h: Handler) -> None:
-    """Longer answers are better."""
+    """Longer answers score higher."""
     text = h.server.seen[-1]["messages"][0]["content"][-1]["text"]
     answer = json.loads(text.split("Answer to judge: ")[1].splitlines()[0])
     h.reply(200, completion(json.dumps({"score": len(answer.encode()) % 11})))
@@ -240,7 +240,7 @@ def test_a_judge_that_fails_loses_nothing_and_asks_nothing_twice(
     server.seen.clear()
     server.script = [by_length]
     trained(server, folder, tmp_path / "run")
-    assert len(server.seen) == 4  # the others were answered before
+    assert len(server.seen) == 4  # the other requests were answered before
     both = [read_rows(tmp_path / name / "metrics.jsonl")[1]["reward/judge"] for name in ("whole", "run")]
     assert both[0] == both[1]
 

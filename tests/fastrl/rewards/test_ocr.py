@@ -1,4 +1,4 @@
-"""OCR reward: edit distance against the textbook recurrence, white space, and the bound for huge texts."""
+"""OCR reward: edit distance against the textbook recurrence, white space, and the limit for very long texts."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def test_a_page_that_holds_markup_itself_can_be_read_exactly(page: str) -> None:
 
 def test_canonically_equal_texts_are_equal() -> None:
     assert text_similarity("cafe\u0301", "caf\u00e9") == text_similarity("caf\u00e9", "cafe\u0301") == 1.0
-    assert text_similarity("\u2460", "1") == 0.0  # compatible is not canonical: no NFKC
+    assert text_similarity("\u2460", "1") == 0.0  # compatibility characters are different: no NFKC
     marks = "a" + "\u0327\u0301" * 100_000
-    assert text_similarity(marks, "a") < 0.01  # not put in order, which would take hours
+    assert text_similarity(marks, "a") < 0.01  # not reordered, which would take hours
 
 
 def test_normalise_none_compares_the_text_as_it_is() -> None:

@@ -1,4 +1,4 @@
-"""Choosing a reward and its options: names, values, weights and totals, with errors that say what is allowed."""
+"""Choosing a reward and its options: names, values, weights and totals, with errors that list what is allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any two spellings of the same answer earn the same, in every task that reads coordinates."""
+"""Any two formats of the same answer earn the same reward, in every task with coordinates."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ THOUGHTS = (
 
 
 def earned(task: str, text: str) -> float:
-    """The sum of what an answer is paid; penalties do not count."""
+    """The sum of an answer's positive components; penalties are left out."""
     row = Record(
         "a", task, (), (), RIGHT[task][0], views=(VIEW,), frame="thousand" if task == "trajectory" else "original"
     )

@@ -1,4 +1,4 @@
-"""Trajectory reward: what one frame can earn is bounded (by property), following earns 1, and the cases by name."""
+"""Trajectory reward: what a single frame can earn is bounded (a property test), tracking earns 1, and named cases."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ boxes = st.tuples(corner, corner, corner, corner).map(lambda c: (c[0], c[1], c[0
 
 @st.composite
 def clips(draw: st.DrawFn) -> tuple[list[dict[int, Box]], list[list[tuple[str, int, int]]]]:
-    """One to three subjects, still, slow or wild, shown in all of two to seven frames, with two actions each."""
+    """One to three subjects, still, slow or fast, visible in all of two to seven frames, with two actions each."""
     frames, count = draw(st.integers(2, 7)), draw(st.integers(1, 3))
     tracks, spans = [], []
     for _ in range(count):
@@ -85,7 +85,7 @@ def assert_bounded(answer: str, row: Record, frames: int) -> None:
     for name in EARNED:
         assert found[name] <= 1 / frames + ROUNDING, (name, answer)
     assert found["format"] == 0.0
-    # whatever the weights: at most 1/T of what the components can give
+    # for any weights: at most 1/T of what the components can give
     weights = {"iou": 3.0, "coverage": 0.5, "order": 2.0, "format": 1.0}
     weighted = replace(reward, weights=weights)
     assert weighted.total({k: [v] for k, v in found.items()})[0] <= (3.0 + 0.5 + 2.0) / frames + ROUNDING
@@ -93,7 +93,7 @@ def assert_bounded(answer: str, row: Record, frames: int) -> None:
 
 @given(clip=clips(), box=st.lists(boxes, min_size=3, max_size=3), data=st.data())
 def test_a_constant_box_earns_at_most_one_frame(clip: Any, box: list[Box], data: st.DataObject) -> None:
-    """Any box, for any frames of each subject, even with the true actions said beside it."""
+    """Any box, for any frames of each subject, even together with the true actions."""
     tracks, spans = clip
     frames = len(tracks[0])
     some = st.sets(st.integers(1, frames), min_size=1)
@@ -148,7 +148,7 @@ def test_a_still_subject_earns_one_frame_at_most_even_when_right(frames: int) ->
     assert [found[name] for name in EARNED] == pytest.approx([1 / frames] * 3)
 
 
-# ---- what following earns
+# ---- rewards of correct tracking
 
 
 def test_the_whole_truth_earns_everything_and_the_bound_is_far_below() -> None:
@@ -180,7 +180,7 @@ def test_an_identity_that_changes_subject_loses_what_comes_after() -> None:
     row = record([a, b])
     swapped = [{t: (a if t <= 3 else b)[t] for t in a}, {t: (b if t <= 3 else a)[t] for t in a}]
     assert parts(text(swapped), row)["iou"] <= 0.5
-    assert parts(text([b, a]), row)["iou"] == pytest.approx(1.0)  # which number a track has does not matter
+    assert parts(text([b, a]), row)["iou"] == pytest.approx(1.0)  # a track's number does not matter
 
 
 def test_surplus_boxes_and_tracks_lower_the_reward() -> None:

@@ -1,4 +1,4 @@
-"""A fastrl reward given as it is to TRL's ``GRPOTrainer``: real training steps on a tiny text model."""
+"""A fastrl reward passed to TRL's ``GRPOTrainer``: real training steps with a tiny text model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What a CUDA graph asks of a decode step, checked without a GPU: the step runs on the meta device, by the operators a
-GPU would run. Its tensors hold no numbers, so whatever would wait for the device, or copy to it, raises or is seen."""
+"""The requirements of CUDA graphs for a decode step, checked without a GPU: the step runs on the meta device with
+the operators of a GPU. Its tensors have no values, so anything that would wait for the device or copy to it raises
+or is recorded."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from fastrl.rollout.decode import Decode, Start
 from fastrl_kernels._common import interpreting
 from tests.fastrl.conftest import build_config, build_tokenizer
 
-LAUNCHES = {  # of a layer in a decode step; everything else in it is a view
+LAUNCHES = {  # of a layer in a decode step; all others are views
     "aten.addmm.default": 3,  # queries, keys, values
     "aten.mm.default": 4,  # output, gate, up, down
     "fastrl.add_rms_norm.default": 2,
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="tensors on the meta devi
 
 
 class Recorded(TorchDispatchMode):
-    """Counts operators that make or change numbers, and lists those that touch another device."""
+    """Counts operators that create or change values, and lists those with a tensor on another device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,9 +102,9 @@ def test_a_captured_step_reads_nothing_on_the_host_and_copies_nothing_to_the_dev
         with Recorded() as recorded:
             decode.step()
         assert recorded.elsewhere == []
-        with pytest.raises((RuntimeError, NotImplementedError)):  # the check itself: this one does read
+        with pytest.raises((RuntimeError, NotImplementedError)):  # tests the check itself: this one reads a value
             decode._any_left()
-    for holder, before in zip((decode, decode.cache), held, strict=True):  # a graph replays on the addresses it saw
+    for holder, before in zip((decode, decode.cache), held, strict=True):  # a graph replays on the same addresses
         for name, x in vars(holder).items():
             assert not isinstance(x, Tensor) or x is before[name], name
 

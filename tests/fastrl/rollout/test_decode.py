@@ -1,4 +1,4 @@
-"""The ways of decoding (eager, static, graph) give one result, token for token and log-prob for log-prob."""
+"""The modes of decoding (eager, static, graph) give the same tokens and log-probs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def qwen2_5(tiny_folder):
 
 @pytest.fixture
 def small_buckets(monkeypatch) -> None:
-    """Batches of a test's size then shrink through several buckets."""
+    """Small buckets, so that a test's batches shrink through several of them."""
     monkeypatch.setattr(decode, "SMALLEST_BUCKET", 2)
 
 
@@ -84,7 +84,7 @@ def test_static_greedy_equals_transformers_generate_and_the_trainer(policy, smal
 @pytest.mark.interpreter
 @pytest.mark.parametrize("mode", ["eager", "static"])
 def test_interpreted_kernels_decode_what_transformers_generates(policy, mode: str) -> None:
-    """A decode by the Triton kernels that a GPU runs."""
+    """A decode with the Triton kernels of a GPU."""
     prompts = encode(policy)
     out = Generator(policy, decode=mode).generate(prompts, Sampling(1, 5, temperature=0))
     for prompt, (completion,) in zip(prompts, out, strict=True):
@@ -93,7 +93,7 @@ def test_interpreted_kernels_decode_what_transformers_generates(policy, mode: st
 
 
 def test_static_session_goes_on_after_more_was_said(policy, small_buckets) -> None:
-    """The prompts' buffers grow between turns; each turn decodes over its own static cache."""
+    """The prompts' buffers grow between turns; each turn decodes with a new static cache."""
     prompts = encode(policy)
     said = [torch.randint(0, 250, (n,), generator=rng(n)) for n in (3, 9, 0, 1, 20)]
     sessions = [Generator(policy, decode=mode).session(prompts) for mode in ("eager", "static")]
@@ -105,7 +105,7 @@ def test_static_session_goes_on_after_more_was_said(policy, small_buckets) -> No
 
 
 def test_static_under_lora_and_after_an_update_uses_the_present_weights(tiny_folder) -> None:
-    """Nothing of the weights is kept between calls: adapters stay adapters, an update in place is seen."""
+    """No weights are cached between calls: adapters stay separate, and in-place updates take effect."""
     policy = load_policy(tiny_folder("qwen2_5"), device="cpu", lora={"rank": 4, "dropout": 0.5})
     prompts, sampling = encode(policy), Sampling(2, 8)
     static = Generator(policy, decode="static")
@@ -124,7 +124,7 @@ def test_static_under_lora_and_after_an_update_uses_the_present_weights(tiny_fol
 
 
 def test_finished_rows_retire_without_changing_the_rest(qwen2_5, monkeypatch, widths: list[int]) -> None:
-    """Rows end at different steps; batches shrink; samples equal those of a loop that never retires."""
+    """Rows end at different steps; batches shrink; samples equal those of a loop that never retires rows."""
     hook = force(qwen2_5, qwen2_5.eos_token_ids[0], 4.0)
     prompts, sampling = encode(qwen2_5), Sampling(6, 16)
     out = Generator(qwen2_5, decode="eager").generate(prompts, sampling, rng())
@@ -139,21 +139,22 @@ def test_finished_rows_retire_without_changing_the_rest(qwen2_5, monkeypatch, wi
 
 
 def test_a_small_batch_keeps_its_bucket(qwen2_5, widths: list[int]) -> None:
-    """Below the smallest bucket a step is no faster: nothing is moved and no graph would be made anew."""
+    """Below the smallest bucket a step is no faster, so no rows move and no graph is captured again."""
     hook = force(qwen2_5, qwen2_5.eos_token_ids[0], 4.0)
     Generator(qwen2_5, decode="static").generate(encode(qwen2_5), Sampling(6, 12), rng())
     hook.remove()
     assert set(widths) == {30}
 
 
-# What a graph demands of a step, checked without one
+# Requirements of a CUDA graph, checked without one
 
 
 @pytest.mark.parametrize("sampling", [Sampling(8, 20), Sampling(8, 20, 1.2, 0.95, 150)], ids=["all", "truncated"])
 def test_a_step_recorded_once_per_bucket_and_replayed_gives_the_same(
     policy, sampling: Sampling, small_buckets, monkeypatch
 ) -> None:
-    """A graph's semantics without a GPU: a step's operators are recorded, undone, and run again on the same memory."""
+    """The semantics of a graph without a GPU: a step's operators are recorded, undone, and repeated on the same
+    memory."""
     hook = force(policy, policy.eos_token_ids[0], 3.0)
     prompts = encode(policy)
     want = Generator(policy).generate(prompts, sampling, rng())
@@ -181,7 +182,7 @@ def test_a_step_that_failed_leaves_the_collector_and_no_keys(qwen2_5, monkeypatc
 
 
 def test_static_buffers_never_move(qwen2_5, small_buckets, monkeypatch) -> None:
-    """Keys are compacted where they lie, so retiring rows needs no second cache."""
+    """Keys are compacted in place, so retiring rows needs no second cache."""
     pointers: list[set[int]] = []
     real = RowCache.keep
 
@@ -199,7 +200,7 @@ def test_static_buffers_never_move(qwen2_5, small_buckets, monkeypatch) -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "static"])
 def test_keys_are_freed_when_generate_returns(qwen2_5, mode: str) -> None:
-    """Before the backward: not even the cyclic collector is needed."""
+    """Before the backward; even the garbage collector is not needed."""
     alive = lambda: [x for x in gc.get_objects() if isinstance(x, RowCache | PromptCache)]  # noqa: E731
     gc.collect()
     before = len(alive())
@@ -227,7 +228,7 @@ def test_the_mode_follows_the_device_and_can_be_forced(qwen2_5) -> None:
 
 
 def raise_eos(core: Any, token: int) -> Any:
-    """A hook that makes answers end at different steps; its bonus lives on the device before any capture."""
+    """A hook that makes answers end at different steps; its bonus is on the device before any capture."""
     bonus = torch.zeros(
         core.lm_head.weight.shape[0], device=core.lm_head.weight.device, dtype=core.lm_head.weight.dtype
     )
@@ -258,7 +259,7 @@ def test_gpu_greedy_in_float32_equals_generate(tiny_folder) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_graph_samples_what_static_samples(tiny_folder, small_buckets, dtype: torch.dtype) -> None:
-    """The same kernels at the same shapes, launched or replayed; rows retire through several graphs."""
+    """The same kernels with the same shapes, launched or replayed; rows retire through several graphs."""
     policy = load_policy(tiny_folder("qwen2_5"), device="cuda", dtype=dtype)
     prompts, sampling = encode(policy), Sampling(8, 64)
     hook = raise_eos(policy.core, policy.eos_token_ids[0])
@@ -267,7 +268,7 @@ def test_gpu_graph_samples_what_static_samples(tiny_folder, small_buckets, dtype
     hook.remove()
     assert same(static, graph)
     assert len({len(c.token_ids) for completions in graph for c in completions}) > 3
-    for left, right in zip(graph, again, strict=True):  # one seed, the same bits
+    for left, right in zip(graph, again, strict=True):  # one seed gives the same bits
         for a, b in zip(left, right, strict=True):
             assert torch.equal(a.token_ids, b.token_ids)
             assert torch.equal(a.sampler_logp, b.sampler_logp)

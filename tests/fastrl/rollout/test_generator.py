@@ -27,7 +27,7 @@ def qwen2_5(tiny_folder):
 
 
 def test_greedy_equals_transformers_generate(policy) -> None:
-    """Many prompts at once, token for token: no second engine is needed for a VLM."""
+    """Many prompts at once, token for token: VLMs need no second engine."""
     prompts = encode(policy)
     out = Generator(policy, prefill_tokens=120).generate(prompts, Sampling(1, 24, temperature=0))
     for prompt, (completion,) in zip(prompts, out, strict=True):
@@ -52,12 +52,12 @@ def test_greedy_with_lora_equals_transformers_generate(tiny_folder) -> None:
 
 
 def test_positions_explicit_and_no_rope_deltas(policy, monkeypatch) -> None:
-    """Multimodal RoPE positions come with the prompt: nothing cached on the model is read, written or left behind."""
+    """Multimodal RoPE positions come with the prompt: no state of the model is read, written or left behind."""
     prompts = encode(policy)
     generator = Generator(policy, decode="eager")
     truth = generator.generate(prompts, Sampling(1, 10, temperature=0))
     assert policy.core.model.rope_deltas is None
-    policy.core.model.rope_deltas = torch.full((1, 1), 1000)  # stale, as another call might leave it
+    policy.core.model.rope_deltas = torch.full((1, 1), 1000)  # as another call might have left it
     seen: list[Tensor] = []
     real = DecodeLayers.__call__
     monkeypatch.setattr(DecodeLayers, "__call__", lambda self, *x: seen.append(x[1]) or real(self, *x))
@@ -144,7 +144,7 @@ def test_vision_once_per_image_and_prefill_once_per_prompt(policy) -> None:
 
 
 def test_features_that_no_later_prompt_shows_are_freed_before_the_decode(qwen2_5, monkeypatch) -> None:
-    """Unless their owner keeps them."""
+    """Unless the caller keeps them."""
     prompts = encode(qwen2_5)
     shown = [{image.key for image in prompt.images} for prompt in prompts]
     alive: dict[str, weakref.ref] = {}
@@ -217,7 +217,8 @@ def test_eos_ends_a_completion_and_length_cuts_it(qwen2_5) -> None:
 
 
 def test_modes_are_put_back(tiny_folder) -> None:
-    """Also under gradient checkpointing and in training mode: the cache is used, dropout is not, all is restored."""
+    """Even with gradient checkpointing and in training mode: the cache is used, dropout is off, the mode is
+    restored."""
     plain = load_policy(tiny_folder("qwen2_5"), device="cpu")
     policy = load_policy(tiny_folder("qwen2_5"), device="cpu", gradient_checkpointing=True)
     prompts = encode(policy)
@@ -257,7 +258,7 @@ def whole(policy, prompt: Prompt, added: Tensor) -> Prompt:
 
 
 def test_session_continues_dialogues_of_different_lengths(policy) -> None:
-    """Turns appended to a session sample what one long prompt samples; images and history are computed once."""
+    """Turns appended to a session give the samples of one long prompt; images and history are computed once."""
     prompts = encode(policy)
     said = [torch.randint(0, 250, (n,), generator=rng(n)) for n in (3, 9, 0, 1, 20)]
     more = [torch.randint(0, 250, (n,), generator=rng(n + 50)) for n in (5, 0, 2, 17, 1)]

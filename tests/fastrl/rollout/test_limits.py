@@ -1,4 +1,4 @@
-"""What a generator takes at once: every index once, within the limit, one at least."""
+"""Batches of a generator: every index once, within the limit, and at least one."""
 
 from __future__ import annotations
 

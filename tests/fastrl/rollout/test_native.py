@@ -1,4 +1,4 @@
-"""Decoding in C++: the tokens and log-probs of eager decoding, and eager decoding wherever the C++ does not fit."""
+"""Decoding in C++: the tokens and log-probs of eager decoding, which is used wherever the C++ does not apply."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def qwen2_5(tiny_folder):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """Rows of each step through the layers in torch, of each in C++, and steps of each call for whole ones."""
+    """Rows of each step with layers in torch, of each step in C++, and steps per call."""
     seen: dict[str, list[int]] = {"torch": [], "layers": [], "whole": []}
     layers, hidden, draw = DecodeLayers.__call__, DecodeStep.hidden, DecodeStep.draw
 
@@ -57,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
 
 def both(policy: Any, sampling: Sampling, prompts: Any = None) -> None:
-    """Eager and native decoding give the same."""
+    """Eager and native decoding give the same result."""
     prompts = encode(policy) if prompts is None else prompts
     want, got = (Generator(policy, decode=mode).generate(prompts, sampling, rng()) for mode in ("eager", "native"))
     assert same(got, want)
@@ -79,7 +79,7 @@ def both(policy: Any, sampling: Sampling, prompts: Any = None) -> None:
     ids=["greedy", "sampled", "cold", "one token", "two tokens", "truncated"],
 )
 def test_tokens_and_log_probs_are_those_of_eager_decoding(policy, sampling: Sampling, calls) -> None:
-    """Prompts of different lengths, with and without pictures. Truncated sampling is torch's, on C++'s logits."""
+    """Prompts of different lengths, with and without pictures. Truncated sampling uses torch on the logits from C++."""
     both(policy, sampling)
     eager = sampling.max_new_tokens - 1
     assert len(calls["torch"]) == eager
@@ -90,7 +90,7 @@ def test_tokens_and_log_probs_are_those_of_eager_decoding(policy, sampling: Samp
 
 @pytest.mark.parametrize("steps", [1, 3, 100])
 def test_rows_that_end_leave_whatever_a_call_does(qwen2_5, monkeypatch, steps: int) -> None:
-    """A likely end-of-turn token (by the head's bias): rows end at different steps, batches shrink, prompts go."""
+    """The end-of-turn token is likely (by the head's bias): rows end at different steps, batches shrink."""
     core, eos = qwen2_5.core, qwen2_5.eos_token_ids[0]
     head = nn.Linear(core.lm_head.in_features, core.lm_head.out_features)
     head.weight = core.lm_head.weight
@@ -159,7 +159,7 @@ def test_keys_are_freed_when_generate_returns(qwen2_5) -> None:
 
 
 def test_a_step_runs_no_operator_of_torch(qwen2_5) -> None:
-    """Counted by the profiler: more tokens, more calls, but no operators for each of them."""
+    """Counted by the profiler: more tokens take more calls, but no operators per token."""
 
     def operators(tokens: int) -> int:
         session = Generator(qwen2_5).session(encode(qwen2_5))
@@ -171,7 +171,7 @@ def test_a_step_runs_no_operator_of_torch(qwen2_5) -> None:
     assert per_call < 24, "of a call of several steps, where one eager step of two layers has some 300"
 
 
-# Where the C++ does not fit
+# Where the C++ does not apply
 
 
 def test_a_hook_on_the_head_is_called_and_the_layers_stay_in_cpp(qwen2_5, calls) -> None:
@@ -280,7 +280,7 @@ def test_a_vocabulary_larger_than_the_embeddings_is_drawn_from_by_torch(qwen2_5,
 
 
 def test_no_bytes_outside_the_answers_change(qwen2_5, monkeypatch) -> None:
-    """The filler row and what lies behind an answer's end stay as they were made."""
+    """The filler row and the positions after an answer's end keep their initial values."""
     decodes: list[Decode] = []
     real = Decode.run
     monkeypatch.setattr(Decode, "run", lambda self: decodes.append(self) or real(self))

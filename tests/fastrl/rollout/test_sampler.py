@@ -14,7 +14,7 @@ NONE = torch.tensor([], dtype=torch.int64)
 
 
 def kept_tokens(logits: list[float], temperature: float, top_k: int, top_p: float, suppressed: list[int]) -> dict:
-    """The truncated distribution written out: token → probability."""
+    """The truncated distribution, written out: token → probability."""
     scaled = {i: x / temperature for i, x in enumerate(logits) if i not in suppressed}
     order = sorted(scaled, key=lambda i: -scaled[i])[: top_k or None]
     peak = scaled[order[0]]
@@ -73,7 +73,7 @@ def test_draw_is_a_token_that_truncation_keeps(logits, temperature, top_k, top_p
 
 @pytest.mark.parametrize("vocabulary", [1025, 9000, 40000])
 def test_a_large_vocabulary_is_drawn_from_as_a_small_one(vocabulary: int) -> None:
-    """In blocks: the token whose part of the cumulative distribution holds the number, never one of probability 0."""
+    """In blocks: the token at that point of the cumulative distribution, never one of probability 0."""
     logits = 4 * torch.randn(64, vocabulary)
     gone = torch.randperm(vocabulary)[: vocabulary // 2]
     logits[0], logits[1, 1:], logits[2, :-1] = 0.0, -1e9, -1e9  # flat; only the first token; only the last
@@ -112,12 +112,12 @@ def test_small_top_p_and_top_k_one_are_greedy() -> None:
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 3}, {"temperature": 0.0}])
 def test_suppressed_tokens_are_never_drawn(options: dict) -> None:
     logits = torch.randn(500, 16)
-    logits[:, [2, 15]] += 1000.0  # they would take all the mass
+    logits[:, [2, 15]] += 1000.0  # they would have all the probability
     uniform = torch.rand(500, dtype=torch.float64)
     uniform[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     drawn = sample(logits, Sampling(1, 1, **options), uniform, torch.tensor([2, 15]))
     assert not torch.isin(drawn.token, torch.tensor([2, 15])).any()
-    # the log-prob is the full vocabulary's: nearly all mass lies on tokens that may not be drawn
+    # log-probs are of the full vocabulary: most of its probability is on tokens that may not be drawn
     truth = torch.log_softmax(logits.double(), -1).gather(-1, drawn.token[:, None])[:, 0]
     torch.testing.assert_close(drawn.logp.double(), truth, rtol=1e-6, atol=1e-6)
     assert (drawn.logp < -900).all()

@@ -1,4 +1,4 @@
-"""Rollouts on a server that speaks vLLM's API, and one that misbehaves."""
+"""Rollouts on a server with vLLM's API, and on one that fails in many ways."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.training import make_records as ocr_records
 from tests.helpers.vllm_server import Act, Handler, VllmServer
 
 GREEDY = Sampling(2, 8, temperature=0)
-# peft, of a property that newer transformers have renamed, when the server loads an adapter
+# peft warns of a renamed property in newer transformers when the server loads an adapter
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
@@ -56,7 +56,7 @@ def disturb(policy: Any, seed: int = 0) -> None:
 
 
 class Remote(VllmGenerator):
-    """With a number of updates that the test sets, and pauses that are kept and not waited for."""
+    """With a number of updates that the test sets, and pauses that are recorded instead of waited for."""
 
     def __init__(self, policy: Any, server: VllmServer, folder: Path, **options: Any) -> None:
         self.made, self.pauses = 0, list[float]()
@@ -91,7 +91,7 @@ def cut(h: Handler, body: dict[str, Any]) -> bool:
 
 def slow(h: Handler, body: dict[str, Any]) -> bool:
     h.connection.settimeout(60)
-    h.connection.recv(1)  # returns when the other side has given up
+    h.connection.recv(1)  # returns when the client has given up
     return hang_up(h, body)
 
 
@@ -126,7 +126,7 @@ def test_answers_are_those_of_the_present_weights(
                 completions[0].sampler_logp, teacher_forced(policy, prompt, completions[0]), atol=1e-4, rtol=0
             )
         disturb(policy, updates)
-    assert len(list(tmp_path.iterdir())) == 1  # one set of weights at a time
+    assert len(list(tmp_path.iterdir())) == 1  # one version of the weights at a time
     remote.close()
     assert not list(tmp_path.iterdir())
     assert not server.adapters
@@ -141,7 +141,7 @@ def test_sampled_answers_follow_the_seed_and_the_request_says_everything(
     assert same(first, second)
     assert not same(first, other)
     assert [len(row) for row in first] == [3] * len(prompts)
-    assert len(server.asked("/collective_rpc")) == 1  # same weights: pushed once
+    assert len(server.asked("/collective_rpc")) == 1  # the same weights are pushed once
     sent = server.asked("/v1/chat/completions")[-1]
     assert sent["stop_token_ids"] == list(policy.eos_token_ids)
     assert sent["ignore_eos"]
@@ -161,7 +161,7 @@ def test_trouble_that_passes_costs_a_retry(
     disturb(policy)
     prompts, pauses = encode(policy)[:2], []
     pushing = 2 if kind == "adapted" else 4  # /v1/models, then the adapter or pause, load, resume
-    for place in (0, pushing - 1, pushing, pushing + 1):  # the first call, the last of pushing, the probe, an answer
+    for place in (0, pushing - 1, pushing, pushing + 1):  # the first call, the last of a push, the probe, an answer
         remote = Remote(policy, server, tmp_path)
         server.script = [well] * place + [trouble]
         assert same(remote.generate(prompts, GREEDY), Generator(policy).generate(prompts, GREEDY)), place
@@ -173,7 +173,7 @@ def test_trouble_that_passes_costs_a_retry(
 def test_a_frozen_server_is_waited_for_once(
     kind: str, request: pytest.FixtureRequest, server: VllmServer, tmp_path: Path
 ) -> None:
-    """``server_timeout`` is how long a run waits; the error says for whom."""
+    """A run waits ``server_timeout`` seconds; the error names the server."""
     policy = request.getfixturevalue(kind)
     answers = 3 if kind == "adapted" else 5
     for place, timeout in ((0, 0.5), (answers, 3.0)):
@@ -188,7 +188,7 @@ def test_a_frozen_server_is_waited_for_once(
 def test_a_server_that_was_started_again_never_answers_with_other_weights(
     kind: str, request: pytest.FixtureRequest, server: VllmServer, tmp_path: Path
 ) -> None:
-    """Full weights are pushed again and all is asked again; an adapter that is gone is an error that names it."""
+    """Full weights are pushed again and the requests repeated; a missing adapter is an error that names it."""
     policy = request.getfixturevalue(kind)
     disturb(policy)
     remote, prompts = Remote(policy, server, tmp_path, concurrency=1), encode(policy)[:3]
@@ -229,7 +229,7 @@ def test_weights_that_were_not_taken_are_an_error_and_nothing_is_asked(
         remote.generate(encode(policy)[:1], GREEDY)
     assert not server.asked("/v1/chat/completions")
     assert not list(tmp_path.iterdir())
-    assert server.paused == (kind == "policy" and place == 2)  # half-loaded weights are not served
+    assert server.paused == (kind == "policy" and place == 2)  # partially loaded weights are not used for answers
 
 
 @pytest.mark.parametrize("kind", ["policy", "adapted"])
@@ -371,7 +371,7 @@ def test_training_runs_on_a_server_with_weights_that_are_never_stale(
     for row in rows:
         assert math.isfinite(row["loss"])
         assert row["grad_norm"] > 0
-        assert row["sampler/gap_max"] < 1e-3  # those of the update before would be off by far more
+        assert row["sampler/gap_max"] < 1e-3  # those of the previous update would differ by far more
         assert row["time/sync"] > 0
     pushed = server.asked("/v1/load_lora_adapter" if lora else "/collective_rpc")
     assert len(pushed) == 3
@@ -387,7 +387,7 @@ def test_a_server_that_refuses_new_weights_stops_the_run(
     )
 
     def spoil(row: dict[str, Any]) -> None:
-        server.script = [well, status(403)]  # the pause is granted, the new weights are not
+        server.script = [well, status(403)]  # the pause succeeds, the new weights are refused
 
     with pytest.raises(RolloutError, match=r"pushing the weights after 1 updates.*refused: HTTP 403"):
         train(recipe, records=ocr_records(), show=False, on_step=spoil)

@@ -31,7 +31,7 @@ def remote_of(policy: Policy, folder: Path) -> VllmGenerator:
 
 def served(request: dict[str, Any], oracle: Oracle) -> dict[str, Any]:
     """Ids and pixels as a server makes them: it decodes the images, renders the messages with the folder's chat
-    template and runs the released processor, which adds a BOS token only if the request asks for it."""
+    template and runs the released processor, which adds a BOS token only on request."""
     pictures, messages = [], []
     for message in request["messages"]:
         content = message["content"]
@@ -70,7 +70,7 @@ def test_every_family_sends_the_right_prompt_and_pictures(family: tuple[str, Pat
 
 
 def real_pixels(read: dict[str, Any], prompt: Any, policy: Policy) -> torch.Tensor:
-    """A processor's pixels, one image after another, without the padding squares of a batch."""
+    """A processor's pixels, one image after another, without the padding of a batch."""
     pixels = read["pixel_values"].float()
     if pixels.ndim < 5:
         return pixels.flatten()
@@ -89,7 +89,7 @@ def test_a_dialogue_that_the_template_renders_differently_is_refused_before_it_i
     dialogue = type(first)("q", "qa", (), (*first.messages, *said), {})
     prompt, _ = policy.encode(dialogue)
     remote = remote_of(policy, tmp_path)
-    if model_type.startswith("llava"):  # released templates do not close assistant turns as answers end
+    if model_type.startswith("llava"):  # released templates close assistant turns in another form than answers end
         with pytest.raises(ValueError, match=r"use rollout\.backend: local for dialogues"):
             remote._request(prompt, Sampling(1, 4), 0)
         return

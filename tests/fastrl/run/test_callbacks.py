@@ -1,4 +1,4 @@
-"""Callbacks of ``train``: what they are told, how they end a run, what is refused; the names of the package."""
+"""Callbacks of ``train``: their arguments, how they end a run, which are refused; and the names of the package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Folder = Callable[[str], Path]
 
 
 class Listener:
-    """A duck-typed callback: no base class."""
+    """A duck-typed callback without a base class."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, the last few kept, every file checked, one process per folder."""
+"""Checkpoints: complete or absent, the last few kept, every file checked, one process per folder."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_state(seed: int = 0) -> RunState:
 
 
 def advance(run: RunState) -> list[object]:
-    """A step's worth of everything that has state."""
+    """Everything that has state, as a step needs it."""
     model = run.policy.model
     run.engine.backward(model(torch.randn(3, 2, generator=run.rng)).square().sum() * (1 + random.random()))
     run.engine.step()
@@ -99,7 +99,7 @@ def test_death_while_writing_leaves_the_last_complete_one(tmp_path: Path, monkey
     latest = keeping.latest_checkpoint(tmp_path)
     assert latest is not None
     assert latest.name == "step-00000001"
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 1  # the half-written one is gone
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1  # the incomplete one is removed
     checkpoint.load_checkpoint(latest, run)
 
 
@@ -213,7 +213,7 @@ def drop(*keys: str) -> Callable[[dict[str, Tensor]], object]:
 def test_a_file_that_is_not_what_was_written_is_one_line(
     tmp_path: Path, edit: Callable[[Path], object], said: str
 ) -> None:
-    """Also where its checksum agrees, or there is none."""
+    """Even if its checksum matches, or there is none."""
     run = run_state()
     advance(run)
     folder = checkpoint.save_checkpoint(tmp_path, 1, run, keep=1)
@@ -306,15 +306,15 @@ def test_a_save_that_cannot_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL at a call: nothing that catches errors may catch it."""
+    """Like a SIGKILL at a call: no code that catches errors may catch it."""
 
 
-@pytest.mark.gate  # each of some 70 kills flushes to the disk many times
+@pytest.mark.gate  # each of about 70 kills flushes to the disk many times
 def test_a_kill_at_any_call_leaves_a_sound_checkpoint_and_a_folder_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saves with rotation, a kept checkpoint and steps done again, killed at each call that changes the folder."""
-    left: list[int] = []  # calls until the kill; empty: none is near
+    """Saves with rotation, a kept checkpoint and repeated steps, killed at each call that changes the folder."""
+    left: list[int] = []  # calls until the kill; empty: none
 
     def lethal(whole: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the last few, the best by evaluation, and the one from before all rewards were equal."""
+"""Which checkpoints are kept: the last few, the best evaluation, and the last one before all rewards were equal."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_the_best_is_where_its_links_lead_and_nowhere_without_one(tmp_path: Path
     assert keep_best(tmp_path, 2) == ""
     assert inner.resolve() == folder_of(tmp_path, 2).resolve()
     assert outer.resolve() == (folder_of(tmp_path, 2) / "model").resolve()
-    assert steps(tmp_path) == [1, 2]  # a link is no checkpoint
+    assert steps(tmp_path) == [1, 2]  # a link is not a checkpoint
     moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved", symlinks=True)
     assert (moved / "checkpoints" / "best").resolve() == folder_of(moved, 2).resolve()
     assert "of step 7, no longer exists" in keep_best(tmp_path, 7)
     assert not inner.is_symlink()
     assert not outer.is_symlink()
     assert kept(tmp_path) == {}
-    outer.mkdir()  # somebody's own
+    outer.mkdir()  # a user's own folder
     assert keep_best(tmp_path, 1) == ""
     assert inner.resolve() == folder_of(tmp_path, 1).resolve()
     assert not outer.is_symlink()

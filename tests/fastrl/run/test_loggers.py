@@ -1,4 +1,4 @@
-"""Loggers: what each is told, that none ends a run, and that the built-in ones write what they are told, offline."""
+"""Loggers: their calls, that none can end a run, and that the built-in ones write their data, offline."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Moves:
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of a user with a file of their own."""
+    """The working folder of a user, with a file in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_logger.py").write_text(MINE)
     return tmp_path
@@ -334,7 +334,7 @@ def test_a_picture_shows_the_true_boxes_and_those_of_the_answer() -> None:
     assert picture.getpixel((10, 40)) == picture.getpixel((30, 60)) == green
     assert picture.getpixel((70, 80)) == red
     assert picture.getpixel((30, 40)) == (255, 255, 255)
-    assert white.getpixel((10, 40)) == (255, 255, 255)  # the record's own is as it was
+    assert white.getpixel((10, 40)) == (255, 255, 255)  # the record's picture is unchanged
     large = drawn(seen(images=(Image.new("RGB", (2000, 1000)),)), "nothing")
     assert large.size == (SIDE, SIDE // 2)
 
@@ -344,11 +344,11 @@ def test_a_sample_without_a_picture_is_shown_without_one(record: Record | None) 
     assert with_picture(Sample({"answer": "[1, 2, 3, 4]"}, record)) == {"answer": "[1, 2, 3, 4]", "picture": None}
 
 
-# The built-in ones, for real
+# The built-in loggers themselves
 
 
 def write_alone(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """:func:`write` in a process of its own, which must print nothing: a command's standard output is its result."""
+    """:func:`write` in a new process, which must print nothing: the standard output of a command is its result."""
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     command = [sys.executable, "-m", "tests.helpers.logged", name, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=False)
@@ -371,7 +371,7 @@ def test_tensorboard_holds_numbers_texts_and_pictures(tmp_path: Path) -> None:
 
 
 def test_wandb_holds_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own: the last rows may reach the file only when the process ends."""
+    """In a new process: the last rows may reach the file only when the process ends."""
     pytest.importorskip("wandb")
     from tests.helpers.wandb_file import history
 
@@ -388,7 +388,7 @@ def test_wandb_holds_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         2: (0.25, 0.5),
     }
     runs = list((tmp_path / "out" / "wandb").glob("offline-run-*"))
-    assert len({run.name.rpartition("-")[2] for run in runs}) == 1  # one run, gone on with
+    assert len({run.name.rpartition("-")[2] for run in runs}) == 1  # one run, resumed
     assert all((tmp_path / "out" / "wandb-id").read_text() in run.name for run in runs)
     (table,) = (tmp_path / "out").rglob("*.table.json")
     assert [row[1:4] for row in json.loads(table.read_text())["data"]] == [
@@ -400,7 +400,7 @@ def test_wandb_holds_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_trackio_holds_a_run_in_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own, as trackio reads its folder when it is imported."""
+    """In a new process, as trackio reads its folder when it is imported."""
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     write_alone("trackio", tmp_path / "out", monkeypatch)

@@ -1,4 +1,4 @@
-"""A run's logs: cut back to a step, no row lost unsaid, a piece written whole or not at all."""
+"""A run's logs: cut back to a step, no row lost silently, each write complete or absent."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_line_that_is_no_row_is_set_aside_and_no_row_is_lost(tmp_path: Path, b
     assert str(cut_rows(path, 2)) == ""
     path.write_bytes(bad)
     cut_rows(path, 2)
-    assert (tmp_path / "metrics.jsonl.bad").read_bytes() == 2 * (bad + b"\n")  # what is set aside adds up
+    assert (tmp_path / "metrics.jsonl.bad").read_bytes() == 2 * (bad + b"\n")  # all rows that were set aside
     assert read_rows(path) == []
 
 

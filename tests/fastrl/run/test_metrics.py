@@ -1,4 +1,4 @@
-"""What a row of metrics says of several ranks."""
+"""Metrics of several ranks in one row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stopped and resumed equals never stopped: the same weights to the bit, the same metrics, whatever stopped it."""
+"""A resumed run equals an uninterrupted one: the same weights to the bit and the same metrics, for any interruption."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REPO = Path(__file__).resolve().parents[3]
 
 
 class Stop(Exception):
-    """Stands for anything that ends a run between two steps."""
+    """Ends a run between two steps."""
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_resumed_equals_never_stopped(tiny_folder: Folder, tmp_path: Path, chang
     train(make_recipe(model, whole, **changes), records=make_records(), show=False)
 
     def stop(row: dict[str, Any]) -> None:
-        if row["step"] == 3:  # a step after the checkpoint: it is logged, lost, and done again
+        if row["step"] == 3:  # a step after the checkpoint: it is logged, lost and repeated
             raise Stop
 
     recipe = make_recipe(model, parts, **changes)
@@ -65,7 +65,7 @@ def test_resumed_equals_never_stopped(tiny_folder: Folder, tmp_path: Path, chang
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
 def test_a_run_goes_on_only_from_the_weights_it_began_with(tiny_folder: Folder, tmp_path: Path, lora: Any) -> None:
-    """The trained model is no place to resume from: the reference would move, an adapter would count twice."""
+    """Training cannot resume from the trained model: the reference would change, an adapter would be applied twice."""
     changes: dict[str, Any] = {"model__lora": lora, "method__beta": 0.1, "optim__steps": 2, "optim__lr": 1e-2}
     out = tmp_path / "run"
     train(make_recipe(tiny_folder("qwen2_5"), out, **changes), records=make_records(), show=False)
@@ -108,7 +108,7 @@ CHILD = """
 
 @pytest.fixture(scope="module")
 def killed(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of runs that killed themselves at a point, by its name; the processes run side by side."""
+    """Folders of runs that kill themselves at a point, by its name; the processes run in parallel."""
     folders = {point: tmp_path_factory.mktemp(point) for point in ("logged", "writing")}
     started = []
     for point, out in folders.items():
@@ -167,12 +167,12 @@ def test_finished_run_can_be_made_longer_but_not_another(tiny_folder: Folder, tm
     assert [row["step"] for row in steady_rows(tmp_path)] == [1, 2]
 
 
-# What a folder may hold by the time somebody resumes
+# States of a folder that can be resumed
 
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of four steps with the checkpoints of steps 2 and 4. Copied, not written to."""
+    """A finished run of four steps with the checkpoints of steps 2 and 4. Copy it, do not write to it."""
     out = tmp_path_factory.mktemp("two") / "run"
     train(make_recipe(tiny_folder("qwen2_5"), out), records=make_records(), show=False)
     return out
@@ -250,7 +250,7 @@ def test_damage_that_no_checksum_covers_is_offered_the_last_sound_one_too(tiny_f
 
 
 def test_a_failed_resume_changes_nothing(tiny_folder: Folder, run: Path) -> None:
-    """Settings, data, an earlier step whose logs would be cut: whatever is wrong, recipe and logs stay."""
+    """Settings, data, or an earlier step for which logs would be cut: on any error, recipe and logs are unchanged."""
     before = state_of(run)
     longer = make_recipe(tiny_folder("qwen2_5"), run, optim__steps=9)
     for changes in ({"records": make_records(5)}, {"records": make_records(5), "from_step": 2}):
@@ -267,7 +267,7 @@ def test_checkpoints_that_vanished_are_noticed(tiny_folder: Folder, run: Path, h
     if how == "inside":
         (run / "checkpoints").mkdir()
     recipe = make_recipe(tiny_folder("qwen2_5"), run, optim__steps=1)
-    if how == "no rows":  # nothing is lost by beginning
+    if how == "no rows":  # there is nothing to lose by starting again
         for name in ("metrics.jsonl", "samples.jsonl"):
             (run / name).unlink()
         assert train(recipe, records=make_records(), resume=True, show=False).steps == 1
@@ -298,7 +298,7 @@ def test_changed_data_is_named_and_may_be_accepted(tiny_folder: Folder, run: Pat
     summary = train(recipe, records=changed, resume=True, accept_changed_data=True, show=False)
     assert summary.steps == 5
     assert "continuing with changed data: other target of 'r0'" in notes(run)
-    assert train(recipe, records=changed, resume=True, show=False).steps == 5  # it is the run's data now
+    assert train(recipe, records=changed, resume=True, show=False).steps == 5  # it is now the run's data
 
 
 def test_a_bad_row_may_be_removed_or_skipped_on_resume(tiny_folder: Folder, run: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_bad_row_may_be_removed_or_skipped_on_resume(tiny_folder: Folder, run:
     recipe = make_recipe(model, run, optim__steps=5)
     with pytest.raises(ValueError, match=r"gone: 'r4'.*--accept-changed-data"):
         train(recipe, records=left, resume=True, show=False)
-    skipping = make_recipe(model, run, optim__steps=5, data__skip_bad=True)  # as a row that is bad now is
+    skipping = make_recipe(model, run, optim__steps=5, data__skip_bad=True)  # as for a row that has become bad
     assert train(skipping, records=left, resume=True, show=False).steps == 5
     assert "gone: 'r4'" in notes(run)
 
@@ -315,7 +315,7 @@ def test_a_bad_row_may_be_removed_or_skipped_on_resume(tiny_folder: Folder, run:
 def test_the_last_checkpoint_before_all_rewards_were_equal_is_kept_and_named(
     tiny_folder: Folder, tmp_path: Path
 ) -> None:
-    """With nothing to learn from, weights may drift; what rotation would drop is the way back."""
+    """Without a learning signal weights may drift; the checkpoint from before is the way back, so rotation keeps it."""
     hopeless = [replace(record, target={"text": "漢字漢字漢字漢字漢字漢字"}) for record in make_records()]
     model = tiny_folder("qwen2_5")
     changes = {"checkpoint__keep": 1, "checkpoint__every": 1}
@@ -328,7 +328,7 @@ def test_the_last_checkpoint_before_all_rewards_were_equal_is_kept_and_named(
     )
 
 
-# What a run of the first layout wrote, key by key: its recipe.yaml, state.json and rank-0.json had these and no more.
+# The exact keys that a run of the first layout wrote into recipe.yaml, state.json and rank-0.json.
 FIRST = {
     "model": "path dtype device lora freeze gradient_checkpointing offload_activations liger min_pixels max_pixels",
     "data": "spec prompts_per_step order seed skip_bad frames sample workers blank_images",
@@ -337,7 +337,7 @@ FIRST = {
 
 
 def as_first_written(out: Path) -> None:
-    """Rewrite a run with one checkpoint as the package wrote it before its files moved into rooms."""
+    """Rewrites a run with one checkpoint to the form before files moved into folders."""
     values = yaml.safe_load((out / "recipe.yaml").read_text())
     for section, keys in FIRST.items():
         values[section] = {key: values[section][key] for key in keys.split()}
@@ -350,7 +350,7 @@ def as_first_written(out: Path) -> None:
     (folder / "optimizer.json").write_text(json.dumps({"updates": first["step"]}))
     rank = json.loads((folder / "rank-0.json").read_text())
     rank = {key: rank[key] for key in ("base", "stream", "python", "numpy", "method") if key in rank}
-    ids = "".join(f"ocr\0r{i}\0" for i in range(6))  # the fingerprint was of tasks and ids alone
+    ids = "".join(f"ocr\0r{i}\0" for i in range(6))  # then the fingerprint covered tasks and ids only
     rank["stream"] |= {"fingerprint": hashlib.sha256(ids.encode()).hexdigest()[:16]}
     (folder / "rank-0.json").write_text(json.dumps(rank))
     for path in out.iterdir():

@@ -1,4 +1,4 @@
-"""Steps in which the rewards of every group are equal are said, once for each run of them."""
+"""Steps in which all groups have equal rewards are reported, once per series of such steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastrl.run.variance import AFTER, EqualRewards
 
 
 def told(spreads: list[float | None], *, done: int = 0, last: int = 99) -> tuple[list[int], str]:
-    """Steps after which something was said, and what was said at the end."""
+    """Steps with a note, and the note at the end."""
     watch, said = EqualRewards(done, last), []
     for number, spread in enumerate(spreads, done + 1):
         row = {"step": number, "reward/mean": 0.0, **({} if spread is None else {"reward/group_std": spread})}

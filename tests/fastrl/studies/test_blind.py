@@ -1,4 +1,4 @@
-"""The image-unconditional study: blank pictures, training and measuring on them, the 2×2 table."""
+"""The image-unconditional study: blank pictures, training and evaluating with them, the 2×2 table."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_build_train_and_study_from_the_command_line(
 def test_the_demo_compares_three_methods(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Everything but its size: whether PerPO wins is measured, not tested, on so little."""
+    """Everything except its size: whether PerPO wins is measured elsewhere, as this run is too short."""
     from fastrl.toy.demos import run_demo
 
     result = run_demo("perpo", out=tmp_path, held_out=8, prompts=8, steps=2, say=lambda text: None)

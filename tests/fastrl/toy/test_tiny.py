@@ -1,4 +1,4 @@
-"""The small models: ordinary folders, well under the size limit."""
+"""The small models: ordinary folders, below the size limit."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_masks_at_points_equal_transformers(family: str, weights: tuple[float, .
     after = torch.get_rng_state()
     torch.set_rng_state(state)
     found = ours(masks, classes, wanted, labels)
-    assert torch.equal(torch.get_rng_state(), after)  # what is drawn next is the same, too
+    assert torch.equal(torch.get_rng_state(), after)  # the random state after it is the same, too
     assert_same(found, expected)
 
 
@@ -151,7 +151,7 @@ def tiny_detr() -> Any:
     )
     torch.manual_seed(0)
     model = transformers.DetrForObjectDetection(config).train()
-    with torch.no_grad():  # at first all queries answer alike to 1e-6: rounding would choose which is matched
+    with torch.no_grad():  # at first all queries answer alike to 1e-6, so rounding would decide the match
         for name, weight in model.named_parameters():
             if weight.ndim == 2 and "backbone" not in name:
                 weight.normal_(std=1.0 if "query" in name else weight.shape[1] ** -0.5)

@@ -1,4 +1,4 @@
-"""``patch(model)``: the loss and every gradient of the unpatched model, and the same model in everything else."""
+"""``patch(model)``: the loss and all gradients of the unpatched model; everything else is unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``FusedGRPOMixin`` on a real ``GRPOTrainer``: the losses, metrics and weights of plain TRL, option by option."""
+"""``FusedGRPOMixin`` on a real ``GRPOTrainer``: the losses, metrics and weights of plain TRL, for every option."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 5
 
 
 class Fused(mixin.FusedGRPOMixin, trl.GRPOTrainer):
-    """What the docs tell a user to write."""
+    """The code that the docs recommend."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 
 def reward(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Differs within a group, but is the same for all answers to a prompt that asks for nothing."""
+    """Differs within a group, but is equal for all answers to a prompt that requests nothing."""
     return [sum(ids) % 7 / 7 if len(p) > 1 else 0.5 for p, ids in zip(prompts, completion_ids, strict=True)]
 
 
@@ -68,7 +68,7 @@ def run(trainer: type, folder: Path, tokenizer: Any, *, lora: bool = False, **op
             "max_completion_length": 9,
             "max_steps": STEPS,
             "logging_steps": 1,
-            "optim": "sgd",  # whose steps are as exact as the gradients are; AdamW divides noise by noise
+            "optim": "sgd",  # its steps are as exact as the gradients; AdamW divides noise by noise
             "learning_rate": 0.1,
             "lr_scheduler_type": "constant",
             "temperature": 0.9,
@@ -105,7 +105,7 @@ CLOCKS = ("time", "runtime", "per_second", "flos")
 
 
 def assert_same_run(ours: Any, theirs: Any, folder: Path) -> None:
-    """Every logged number and every weight agree; and the run did train."""
+    """Every logged number and every weight agree, and the run did train."""
     for mine, other in zip(ours.state.log_history, theirs.state.log_history, strict=True):
         assert mine.keys() == other.keys()
         for name, value in other.items():
@@ -163,7 +163,7 @@ def trained(folder: Path, tokenizer: Any) -> Any:
 
 
 def batch(trainer: Any) -> dict[str, Any]:
-    """What a trainer's loss gets: ragged, one answer wholly masked, log-probs of a policy that has moved."""
+    """The arguments of a trainer's loss: ragged, one answer fully masked, log-probs of a changed policy."""
     rng = torch.Generator().manual_seed(3)
     rows, prompt, answer = 5, 6, 7
     ids = torch.randint(2, 39, (rows, prompt + answer), generator=rng)

@@ -17,7 +17,7 @@ workers = pytest.importorskip("verl.workers.config")
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """verl as it was, after each test."""
+    """verl's registry is restored after each test."""
     from verl.utils import torch_functional
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.utils.kernel import linear_cross_entropy

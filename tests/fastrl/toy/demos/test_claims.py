@@ -1,4 +1,4 @@
-"""Claims of the demos: what breaks them and what does not."""
+"""The demos' claims: results that break them and results that do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demos in a few steps: what they return and what they leave behind."""
+"""The demos with few steps: their results and their files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_perception_r1_measures_trains_and_measures_again(
     json.dumps(result)
     assert all(0 <= result[k] <= 1 for k in ("before", "after", "greedy_before", "greedy_after"))
     exact = [f"{kind}exact_{when}" for kind in ("", "greedy_") for when in ("before", "after")]
-    counts = task == "counting"  # where matched points alone flatter an answer that never looked
+    counts = task == "counting"  # matched points alone would favour answers without looking
     assert [key in result and 0 <= result[key] <= 1 for key in exact] == [counts] * 4
     assert ("exact count" in capsys.readouterr().out) == counts
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

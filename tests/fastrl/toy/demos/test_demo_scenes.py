@@ -1,4 +1,4 @@
-"""Held-out scenes of a demo: like the recipe's, and others."""
+"""Held-out scenes of a demo: distributed like the recipe's, but different."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_held_out_scenes_are_of_the_recipes_kind_and_another_seed(name: str) -> 
     assert len(held_out) == 5
     assert held_out[0].task == trained[0].task
     assert held_out[0].images[0].size == trained[0].images[0].size  # type: ignore[union-attr]
-    assert f"-{HELD_OUT_SEED}-" in held_out[0].id  # a scene is drawn from its id alone
+    assert f"-{HELD_OUT_SEED}-" in held_out[0].id  # a scene depends on its id only
     assert f"-{HELD_OUT_SEED}-" not in trained[0].id
 
 

@@ -1,4 +1,4 @@
-"""The tables that demos print fit a terminal of 80 columns, titles and all."""
+"""The tables that demos print fit a terminal of 80 columns, including titles."""
 
 from __future__ import annotations
 

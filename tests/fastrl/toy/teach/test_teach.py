@@ -1,4 +1,4 @@
-"""How the small models are taught: their tokenizer, their rows, and models that begin with another's weights."""
+"""Teaching the small models: their tokenizer, their rows, and models that start from another's weights."""
 
 from __future__ import annotations
 
