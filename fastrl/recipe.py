@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from fastrl.config.keys import Key, keys_of
 from fastrl.config.limits import MAX_IMAGE_PIXELS
-from fastrl.config.problems import explain, key_paths, sections_in
+from fastrl.config.problems import each_key, explain, key_paths, sections_in
 from fastrl.config.reader import RecipeError, override, read_values
 from fastrl.config.registry import nearest
 from fastrl.config.sections import (
@@ -275,7 +275,7 @@ def build_recipe(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe
         return Recipe.model_validate(values)
     except ValidationError as error:
         valid = _valid_paths(values)
-        problems = [explain(e, valid) for e in error.errors(include_url=False)]
+        problems = [explain(e, valid) for e in each_key(error.errors(include_url=False), valid)]
         raise RecipeError(f"{source}:\n" + "\n".join(f"  {p}" for p in problems)) from None
 
 

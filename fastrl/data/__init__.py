@@ -20,6 +20,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import quote, unquote
@@ -157,7 +158,11 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     if own is not None and adapter not in ADAPTERS:
         adapter, colon, rest = own.group(1), ":", spec[own.end() :]
     if not colon:
-        raise fail(spec, "bad spec", f"names no adapter: a spec is adapter:path?key=value ({', '.join(ADAPTERS)})")
+        file = Path(spec.partition("?")[0])
+        rows = file.suffix in (".jsonl", ".json", ".parquet", ".arrow") or file.is_dir()
+        hint = f"; did you mean rows:{spec}? It recognises rows by their columns" if rows else ""
+        known = f"a spec is adapter:path?key=value ({', '.join(ADAPTERS)})"
+        raise fail(spec, "bad spec", f"names no adapter: {known}{hint}")
     if adapter not in ADAPTERS and own is None:
         message = f"unknown data adapter {adapter!r}{nearest(adapter, ADAPTERS)}; a spec is adapter:path?key=value"
         raise fail(spec, "bad spec", message)

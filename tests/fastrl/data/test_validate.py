@@ -413,7 +413,8 @@ def test_a_page_without_a_readable_transcript_is_reported(folder: Path, tmp_path
     ("spec", "message"),
     [
         ("refex:x.jsonl", "did you mean 'refexp'"),
-        ("x.jsonl", "adapter:path"),
+        ("x", "adapter:path"),
+        ("x.parquet?images=y", r"did you mean rows:x.parquet\?images=y\? It recognises"),
         ("ocr:", "no path"),
         ("ocr:?limit=3", "no path"),
         ("ocr:none.jsonl", "no such file"),
