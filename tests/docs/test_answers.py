@@ -211,8 +211,8 @@ NOT_READ: Mapping[str, list[tuple[Callable[[str], Any], str, Any]]] = {
         )
     ],
     "an entry whose name": [(counted, '[{"xbxbx": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]}]', (1, 0))],
-    "a second way": [(counted, '{"bbox_2d": [1, 2, 3, 4]} [5, 6, 7, 8]', (1, 0))],
-    "what follows the first": [
+    "a second format": [(counted, '{"bbox_2d": [1, 2, 3, 4]} [5, 6, 7, 8]', (1, 0))],
+    "items after the first": [
         (lambda text: len(parse_boxes(text, 2)), "[1, 2, 3, 4]" * 3, 2),
         (
             lambda text: scored("counting", COUNT, text, score_by="count", max_items=2)["points"],
