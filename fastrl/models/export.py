@@ -18,7 +18,7 @@ from fastrl.config.registry import nearest
 from fastrl.data.disk import nothing_empty_left, require_space
 from fastrl.data.files import write_atomically
 from fastrl.models.open import resolve_model
-from fastrl.models.weights import reading
+from fastrl.models.weights import read_weights, reading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER = "adapter_config.json"
@@ -53,7 +53,7 @@ def export(
     Raises:
         FileNotFoundError: the model does not exist, or the run has no checkpoint yet.
         ValueError: ``out`` is not empty, the dtype is unknown, ``base`` is given without adapters, the adapters are not
-            LoRA's, or a file cannot be read.
+            LoRA's, a file cannot be read, or the files lack a weight of the model.
         OSError: there is no space on the disk.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -143,6 +143,7 @@ def _copy(folder: Path, staging: Path, dtype: str | None) -> None:
     if not (folder / CONFIG).is_file() or not weights:
         raise ValueError(f"{folder}: has no {CONFIG} or no .safetensors files: not a model that can be exported")
     require_space(staging, 2 * sum(path.stat().st_size for path in weights))
+    _check_whole(folder)
     total = 0
     for path in weights:
         with reading(folder, path.name):
@@ -158,6 +159,17 @@ def _copy(folder: Path, staging: Path, dtype: str | None) -> None:
             write_atomically(staging / path.name, json.dumps(index, indent=2) + "\n")
         else:
             shutil.copyfile(path, staging / path.name)
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise ``ValueError`` if the files of a model that we can load lack one of its weights."""
+    from fastrl.models.families import FAMILIES
+    from fastrl.models.load import read_config
+
+    config = read_config(folder)
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is not None:
+        read_weights(family(config).model_class(), folder, dtype=torch.float32, device="meta")
 
 
 def _cast(path: Path, out: Path, dtype: str | None) -> int:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,10 +22,11 @@ def reading(folder: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{folder}: its {what} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def read_weights(model: Any, folder: Path, *, dtype: torch.dtype) -> Any:
+def read_weights(model: Any, folder: Path, *, dtype: torch.dtype, device: Literal["cpu", "meta"] | None = None) -> Any:
     """``model.from_pretrained(folder)`` of a transformers class, with every parameter from the folder's files.
 
-    Tensors in the files that the model does not have are ignored with a warning.
+    Tensors in the files that the model does not have are ignored with a warning. On ``device`` "meta" only names and
+    shapes are read.
 
     Raises:
         ValueError: a file cannot be read, or a parameter is missing from the files or has another shape there.
@@ -33,7 +34,12 @@ def read_weights(model: Any, folder: Path, *, dtype: torch.dtype) -> Any:
     try:
         with _silent():
             core, found = model.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                device_map=device,
             )
     except Exception as error:  # libraries raise many types for a broken file; the message must name the folder
         raise ValueError(f"{folder}: its weights cannot be read ({type(error).__name__}: {error})") from error

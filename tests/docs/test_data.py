@@ -1,5 +1,5 @@
-"""Every row of the tables on rows and COCO files in ``docs/data.md`` is true: each has an example that is loaded. The
-conversion of pictures is tested in ``tests/fastrl/data/test_pictures.py``."""
+"""Every row of the tables on pictures, rows and COCO files in ``docs/data.md`` is true: each has an example that is
+loaded. The conversion of every mode and format is tested in ``tests/fastrl/data/test_pictures.py``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from fastrl.data import DataError, load_data
+from fastrl.data.decodable import decoded
+from fastrl.data.pictures import LARGE, open_picture
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 BOX = [1, 2, 30, 40]
@@ -210,7 +213,149 @@ COCO_ROWS: list[tuple[str, Callable[[Loads], bool]]] = [
 ]
 
 
-@pytest.mark.parametrize(("heading", "checks"), [("## Rows", ROWS), ("COCO instance files:", COCO_ROWS)])
+GREY = np.array([[0, 32896], [65278, 65535]], dtype=np.uint16)  # 65535 / 255 = 257
+
+
+class Shows:
+    """What a picture of a row is read as, or the kind and the text of what is wrong with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.loads = Loads(folder)
+
+    def saved(self, image: Image.Image | np.ndarray, name: str = "x.png", **options: Any) -> str:
+        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        image.save(self.folder / name, **options)
+        return name
+
+    def pixels(self, name: str, query: str = "?frame=unit") -> np.ndarray:
+        row = {"image": name, "expression": "a", "bbox": [0, 0, 1, 1]}
+        (record,) = load_data(f"refexp:{self.loads._file(row)}{query}")
+        return np.asarray(open_picture(record.images[0]))
+
+    def first(self, name: str) -> list[int]:
+        return self.pixels(name)[0, 0].tolist()
+
+    def refused(self, name: str, *words: str, query: str = "?frame=unit", **row: Any) -> bool:
+        file = self.loads._file({"image": name, "expression": "a", "bbox": [0, 0, 1, 1], **row})
+        with pytest.raises(DataError) as error:
+            load_data(f"refexp:{file}{query}")
+        (problem,) = error.value.problems
+        return problem.kind == ("wrong size" if row else "bad image") and all(w in str(problem) for w in (*words, name))
+
+    def tiff(self, values: np.ndarray, **tags: Any) -> str:
+        info = TiffImagePlugin.ImageFileDirectory_v2()
+        for tag, value in tags.items():
+            info[int(tag[1:])] = value
+        return self.saved(values, "x.tif", tiffinfo=info)
+
+    def turned(self, orientation: int) -> str:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        return self.saved(Image.new("RGB", (30, 20), "red"), exif=exif)
+
+    def cut(self) -> str:
+        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        file = self.folder / self.saved(noise, "cut.jpg")
+        file.write_bytes(file.read_bytes()[:-500])
+        return file.name
+
+    def broken(self) -> bool:
+        """Read by its header, and found when it is decoded."""
+        name = self.cut()
+        row = {"image": name, "expression": "a", "bbox": [0, 0, 1, 1]}
+        records = load_data(f"refexp:{self.loads._file(row)}?frame=unit")
+        return len(records) == 1 and [p.kind for p in decoded(records).problems] == ["broken picture"]
+
+
+PICTURES: list[tuple[str, Callable[[Shows], bool]]] = [
+    (
+        "JPEG, PNG",
+        lambda d: (
+            all(
+                d.pixels(d.saved(Image.new("RGB", (4, 4), (8, 8, 8)).convert(mode), f"x.{kind}")).shape == (4, 4, 3)
+                for mode, kind in (
+                    *(("RGB", kind) for kind in ("jpg", "png", "webp", "bmp", "gif", "tif")),
+                    *((mode, "tif") for mode in ("1", "L", "P", "CMYK")),
+                )
+            )
+            and d.refused("rows.jsonl")
+        ),
+    ),
+    (
+        "16-bit grey PNG",
+        lambda d: all(
+            d.pixels(d.saved(GREY, n))[..., 0].tolist() == [[0, 128], [254, 255]] for n in ("x.png", "x.jp2")
+        ),
+    ),
+    (
+        "12- and 16-bit grey TIFF",
+        lambda d: (
+            d.pixels(d.tiff(GREY))[..., 0].tolist() == [[0, 128], [254, 255]]
+            and d.pixels(d.tiff(GREY // 16, t281=4095))[..., 0].tolist() == [[0, 128], [254, 255]]
+            and d.pixels(d.tiff(GREY, t262=0))[..., 0].tolist() == [[255, 127], [1, 0]]
+        ),
+    ),
+    (
+        "signed or 32-bit integers",
+        lambda d: (
+            d.pixels(d.tiff(GREY.astype(np.int32), t340=0, t341=65535))[..., 0].tolist() == [[0, 128], [254, 255]]
+            and d.refused(d.tiff(GREY.astype(np.int32)))
+        ),
+    ),
+    ("floating-point numbers", lambda d: d.refused(d.tiff(GREY.astype(np.float32)), "value of white is unknown")),
+    (
+        "transparency",
+        lambda d: all(
+            d.first(d.saved(image, **options)) == [255, 255, 255]
+            for image, options in (
+                (Image.new("RGBA", (4, 4), (9, 9, 9, 0)), {}),
+                (Image.new("LA", (4, 4), (9, 0)), {}),
+                (Image.new("P", (4, 4), 0), {"transparency": 0}),
+                (Image.new("L", (4, 4), 9), {"transparency": 9}),
+            )
+        ),
+    ),
+    (
+        "animations",
+        lambda d: (
+            d.first(
+                d.saved(
+                    Image.new("RGB", (4, 4)), "x.gif", save_all=True, append_images=[Image.new("RGB", (4, 4), "white")]
+                )
+            )
+            == [0, 0, 0]
+        ),
+    ),
+    (
+        "an EXIF",
+        lambda d: (
+            d.pixels(d.turned(6)).shape == (20, 30, 3)
+            and d.pixels(d.turned(6), "?frame=unit&orient=exif").shape == (30, 20, 3)
+            and d.refused(d.turned(6), "EXIF", width=20, height=30)
+        ),
+    ),
+    (
+        "more than 64,000,000",
+        lambda d: (
+            d.refused(d.saved(Image.new("1", (8001, 8000))), "data.max_image_pixels", "64,000,000")
+            and d.refused(d.saved(Image.new("1", (9, 9))), query="?frame=unit&max_image_pixels=80")
+        ),
+    ),
+    ("more than 16,000,000", lambda d: LARGE == 16_000_000),  # test_one_large_picture_is_open_at_a_time
+    ("one side over 200", lambda d: d.refused(d.saved(Image.new("L", (2010, 10))), "200")),
+    ("a file that breaks off", lambda d: d.broken()),
+]
+
+
+@pytest.mark.parametrize(("start", "holds"), PICTURES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_row_of_pictures_is_true(tmp_path: Path, start: str, holds: Callable[[Shows], bool]) -> None:
+    assert holds(Shows(tmp_path)), start
+
+
+@pytest.mark.parametrize(
+    ("heading", "checks"), [("## Pictures", PICTURES), ("## Rows", ROWS), ("COCO instance files:", COCO_ROWS)]
+)
 def test_every_row_has_its_example(heading: str, checks: list[tuple[str, Any]]) -> None:
     cells = rows_of(heading)
     assert len(cells) == len(checks), [cell for cell in cells if not any(cell.startswith(s) for s, _ in checks)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from fastrl.data import pictures
 from fastrl.data.pictures import (
@@ -154,7 +155,6 @@ def with_orientation(path: Path, orientation: int) -> Path:
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pixels_are_those_stored_unless_turning_is_asked_for(tmp_path: Path, suffix: str, orientation: int) -> None:
-    from PIL import ImageOps
 
     path = with_orientation(tmp_path / f"o.{suffix}", orientation)
     stored, turned = pixels(path), pixels(Picture(path, turned=True))
@@ -305,3 +305,38 @@ def test_a_server_is_sent_what_we_see(tmp_path: Path) -> None:
         url = data_url(path)
         assert url.startswith("data:image/png")
         assert (np.asarray(decoded(url).convert("RGB")) == pixels(path)).all()
+
+
+# ---- one door
+
+
+def test_no_other_code_opens_a_picture() -> None:
+    """So whatever holds here (depth, transparency, orientation, limits) holds in training, reports and for servers."""
+    root = Path(pictures.__file__).parents[1]
+    opening = re.compile(r"\b(?:Image|pil|PIL)\.open\(|\bimread\(|ImageOps|load_image\(")
+    assert [path.name for path in root.rglob("*.py") if opening.search(path.read_text("utf-8"))] == ["pictures.py"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_reader_of_a_record_sees_it_turned(tmp_path: Path, orientation: int) -> None:
+    """The figure of ``fastrl data`` and of the report, a logger's picture, a server's, and the size for predictions."""
+    from matplotlib.figure import Figure
+
+    from fastrl.data import load_data
+    from fastrl.report.figures import draw_answer
+    from fastrl.run.samples import drawn
+
+    stored = with_orientation(tmp_path / "o.png", orientation)
+    (tmp_path / "rows.jsonl").write_text('{"image": "o.png", "expression": "a", "bbox": [0, 0, 1, 1]}')
+    with Image.open(stored) as raw:
+        upright = np.asarray(ImageOps.exif_transpose(raw))
+    for query, want in (("", SPOTS), ("?orient=exif", upright)):
+        (record,) = load_data(f"refexp:{tmp_path / 'rows.jsonl'}{query}")
+        image = record.images[0]
+        assert (pixels(image) == want).all()
+        assert (np.asarray(decoded(data_url(image)).convert("RGB")) == want).all()
+        assert picture_size(image) == want.shape[1::-1]
+        assert drawn(record, "").size == want.shape[1::-1]
+        axis = Figure().subplots()
+        draw_answer(axis, record, "")
+        assert (np.asarray(axis.images[0].get_array()) == want).all()

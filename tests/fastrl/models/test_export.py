@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,23 @@ def test_what_cannot_be_exported_leaves_nothing(
     with pytest.raises((ValueError, OSError), match=said):
         export(source, tmp_path / given.pop("out"), **given)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("change", "said"), [("gone", "lack 1 of the model's: "), ("cut", "do not have the shapes")])
+def test_a_model_that_lacks_a_weight_is_not_exported(
+    tiny_folder: Folder, tmp_path: Path, change: str, said: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("qwen2_5"), folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    taken = weights.pop(name)
+    if change == "cut":
+        weights[name] = taken[:-1].contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{folder}: its weights {said}.*down_proj"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 class Hub:
