@@ -73,6 +73,42 @@ class DenseTables:
 
 
 @dataclass(frozen=True)
+class Scan:
+    """Segments of similar lengths that a recurrent layer reads side by side, padded on the right.
+
+    ``rows`` [B, T]: the row of each (segment, step); padding repeats a segment's first row. ``real`` [B, T] bool: False
+    where padded. ``length`` [B]. ``valid`` [sum of lengths]: flat indices of the real rows in [B, T]; ``target``: their
+    rows. ``source`` [B]: for completions, the prompt in whose final state each starts, by its place among the prompts
+    of all scans. ``copies``: for the backward of that gather, pairs (prompts, places): the j-th copy of ``prompts`` is
+    at ``places`` of ``source``. No prompt occurs twice within a pair.
+    """
+
+    rows: Tensor
+    real: Tensor
+    length: Tensor
+    valid: Tensor
+    target: Tensor
+    source: Tensor
+    copies: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def to(self, device: torch.device) -> Scan:
+        tensors = (self.rows, self.real, self.length, self.valid, self.target, self.source)
+        rows, real, length, valid, target, source = (x.to(device) for x in tensors)
+        copies = tuple((to.to(device), at.to(device)) for to, at in self.copies)
+        return Scan(rows, real, length, valid, target, source, copies)
+
+
+@dataclass(frozen=True)
+class ScanTables:
+    """All prompts, then all completions, and ``order`` [L] that brings their concatenated outputs into row order (None:
+    already in order)."""
+
+    prompts: tuple[Scan, ...]
+    completions: tuple[Scan, ...]
+    order: Tensor | None
+
+
+@dataclass(frozen=True)
 class VarlenTables:
     """One variable-length call for the whole row: queries are the segments in row order, keys are gathered.
 
@@ -115,37 +151,88 @@ class Segments:
     @cached_property
     def dense(self) -> DenseTables:
         groups = tuple(DenseGroup(span, _blocks(span)) for span in self.spans)
-        rows = torch.cat([rows for group in groups for rows in group.rows])
-        order = None if bool((rows[1:] > rows[:-1]).all()) else torch.argsort(rows).to(self.device)
+        order = _order([rows for group in groups for rows in group.rows], self.device)
         return DenseTables(tuple(group.to(self.device) for group in groups), order)
+
+    @cached_property
+    def scans(self) -> ScanTables:
+        prompts, completions = _scans(self.spans)
+        order = _order([scan.target for scan in (*prompts, *completions)], self.device)
+        first, then = (tuple(scan.to(self.device) for scan in scans) for scans in (prompts, completions))
+        return ScanTables(first, then, order)
 
     @cached_property
     def varlen(self) -> VarlenTables:
         return _varlen(self.spans, self.device)
 
 
+def _order(parts: list[Tensor], device: torch.device) -> Tensor | None:
+    """The order that sorts the rows of concatenated outputs, or None if they are ascending."""
+    rows = torch.cat(parts)
+    return None if bool((rows[1:] > rows[:-1]).all()) else torch.argsort(rows).to(device)
+
+
 def _blocks(span: Span) -> tuple[CompletionBlock, ...]:
-    """Blocks by length, split where a completion is shorter than half its block's longest: padding at most doubles the
-    work."""
     starts = list(accumulate(span.completions, initial=span.start + span.prompt))
-    order = sorted((n for n, length in enumerate(span.completions) if length), key=lambda n: (-span.completions[n], n))
-    blocks: list[list[int]] = []
+    members = [(s, n) for s, n in zip(starts, span.completions, strict=False) if n]
+    return tuple(_block(span, [members[n] for n in some]) for some in _similar([n for _, n in members]))
+
+
+def _similar(lengths: list[int]) -> list[list[int]]:
+    """Indices of ``lengths`` in groups, split where one is shorter than half its group's longest: padding at most
+    doubles the work."""
+    order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
+    groups: list[list[int]] = []
     for n in order:
-        if not blocks or 2 * span.completions[n] < span.completions[blocks[-1][0]]:
-            blocks.append([])
-        blocks[-1].append(n)
-    return tuple(_block(span, [(starts[n], span.completions[n]) for n in sorted(block)]) for block in blocks)
+        if not groups or 2 * lengths[n] < lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(n)
+    return [sorted(group) for group in groups]
 
 
-def _block(span: Span, members: list[tuple[int, int]]) -> CompletionBlock:
+def _padded(members: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Rows [B, T] of segments (start, length), padded with their first row, and which are real [B, T]."""
     start = torch.tensor([s for s, _ in members])[:, None]
     length = torch.tensor([n for _, n in members])[:, None]
     step = torch.arange(int(length.max()))
     real = step < length
-    rows = torch.where(real, start + step, start)
+    return torch.where(real, start + step, start), real
+
+
+def _block(span: Span, members: list[tuple[int, int]]) -> CompletionBlock:
+    rows, real = _padded(members)
     valid = real.flatten().nonzero()[:, 0]
-    mask = torch.arange(span.prompt + len(step)) <= step[:, None] + span.prompt
+    step = torch.arange(rows.shape[1])[:, None]
+    mask = torch.arange(span.prompt + len(step)) <= step + span.prompt
     return CompletionBlock(rows, valid, rows.flatten()[valid], mask)
+
+
+def _scans(spans: tuple[Span, ...]) -> tuple[list[Scan], list[Scan]]:
+    by_length = _similar([span.prompt for span in spans])
+    place = {n: at for at, n in enumerate(n for group in by_length for n in group)}
+    prompts = [_scan([(spans[n].start, spans[n].prompt) for n in group], []) for group in by_length]
+    members = []
+    for n, span in enumerate(spans):
+        starts = accumulate(span.completions, initial=span.start + span.prompt)
+        members += [(s, length, place[n]) for s, length in zip(starts, span.completions, strict=False) if length]
+    completions = [
+        _scan([members[n][:2] for n in group], [members[n][2] for n in group])
+        for group in _similar([length for _, length, _ in members])
+    ]
+    return prompts, completions
+
+
+def _scan(members: list[tuple[int, int]], sources: list[int]) -> Scan:
+    rows, real = _padded(members)
+    valid = real.flatten().nonzero()[:, 0]
+    copies: dict[int, tuple[list[int], list[int]]] = {}
+    for place, prompt in enumerate(sources):
+        to, at = copies.setdefault(sources[:place].count(prompt), ([], []))
+        to.append(prompt)
+        at.append(place)
+    pairs = tuple((torch.tensor(to), torch.tensor(at)) for to, at in copies.values())
+    source = torch.tensor(sources, dtype=torch.int64)
+    return Scan(rows, real, real.sum(1), valid, rows.flatten()[valid], source, pairs)
 
 
 def _varlen(spans: tuple[Span, ...], device: torch.device) -> VarlenTables:

@@ -16,6 +16,7 @@ single call only if the function's name contains "flash". A tower for images of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -163,26 +164,33 @@ def varlen_prefix_attention(
 ) -> Tensor:
     """``dense_prefix_attention`` as one variable-length call."""
     _check_rows(query, tables.rows)
-    k, v = (_GatherKeys.apply(x[0].transpose(0, 1), tables) for x in (key, value))
+    k, v = (gather_rows(x[0].transpose(0, 1), tables.key_rows, tables.copies) for x in (key, value))
     q = query[0].transpose(0, 1)
     return call(q, k, v, tables.cu_q, tables.cu_k, tables.max_q, tables.max_k, scale=scale, causal=True)[None]
 
 
-class _GatherKeys(torch.autograd.Function):
-    """Rows [L, H, D] → gathered keys [K, H, D]. The backward sums a row's copies in float32 in a fixed order."""
+def gather_rows(rows: Tensor, index: Tensor, copies: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Rows [L, …] → ``rows[index]``. The backward sums a row's copies in float32 or wider in a fixed order.
+
+    ``copies``: pairs (rows, places): ``rows`` are at ``places`` of ``index``, and none occurs twice within a pair.
+    """
+    gathered: Any = _GatherRows.apply(rows, index, copies)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, copies: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        ctx.copies, ctx.length = copies, len(rows)
+        return rows.index_select(0, index)
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, tables: VarlenTables) -> Tensor:
-        ctx.tables, ctx.length = tables, len(rows)
-        return rows.index_select(0, tables.key_rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = torch.zeros(ctx.length, *grad.shape[1:], dtype=wide, device=grad.device)
-        for rows, places in ctx.tables.copies:
+        for rows, places in ctx.copies:
             total[rows] += grad.index_select(0, places)
-        return total.to(grad.dtype), None
+        return total.to(grad.dtype), None, None
 
 
 def _check_rows(query: Tensor, length: int) -> None:

@@ -92,11 +92,11 @@ def test_key_copies_of_the_gather_name_every_place_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gathered_gradients_are_summed_in_fp32(dtype: torch.dtype) -> None:
     """300 rows with a gradient of 1: a running sum in bf16 would stop at 256."""
-    from fastrl.models.attention.prefix import _GatherKeys
+    from fastrl.models.attention.prefix import gather_rows
 
     tables = segments_of([(1, (1,) * 299)]).varlen
     rows = torch.zeros(300, 1, 1, dtype=dtype, requires_grad=True)
-    _GatherKeys.apply(rows, tables).sum().backward()  # type: ignore[union-attr]
+    gather_rows(rows, tables.key_rows, tables.copies).sum().backward()
     assert rows.grad is not None
     assert rows.grad[0].item() == 300
     assert rows.grad[1:].eq(1).all()
