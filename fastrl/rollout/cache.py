@@ -1,8 +1,11 @@
-"""A rollout's keys and values, and the attention that writes and reads them.
+"""A rollout's keys, values and recurrent states, and the attention that writes and reads them.
 
-A prompt's keys and values are stored once for all its rows; those of generated tokens are stored per row. Prompts are
-prefilled by the model's own forward. For the duration of a call its attention is switched to a function that passes the
-layer's keys and values to the object given as ``fastrl_cache``. Positions are always explicit.
+A prompt's keys and values are stored once for all its rows; those of generated tokens are stored per row. The state of
+a recurrent layer has a fixed size and changes with every token, so each row starts with a copy of its prompt's.
+
+Prompts are prefilled by the model's own forward. For the duration of a call its attention is switched to a function
+that passes the layer's keys and values to the object given as ``fastrl_cache`` (``attend``); recurrent layers pass it
+their inputs (``recur``). Positions are always explicit.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastrl.models.attention.delta_net import Inputs, empty_state, scan, step
+from fastrl.models.attention.delta_rule import DeltaState
 from fastrl.models.attention.switch import attention, register
 from fastrl.models.families import Family, family_of
 from fastrl_kernels.decode_attention import decode_attention
@@ -28,13 +33,15 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 class PromptCache:
     """Keys and values of B texts that grow together, right-padded: per layer [B, Hkv, capacity, D].
 
-    ``length`` [B] (on the host) counts the valid keys of each text. Padding holds finite numbers.
+    ``length`` [B] (on the host) counts the valid keys of each text. Padding holds finite numbers. ``states``: of
+    recurrent layers, after each text's last token.
     """
 
     def __init__(self, size: int) -> None:
         self.length = [0] * size
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.states: dict[int, DeltaState] = {}
         self.capacity = 0
 
     @property
@@ -44,9 +51,14 @@ class PromptCache:
         return sum(held.shape[1] * held.shape[3] * held.element_size() for held in buffers)
 
     @property
+    def state_bytes(self) -> int:
+        """Of one text's states in all recurrent layers; a row's own are as large. 0 before a call."""
+        return sum(state.row_bytes for state in self.states.values())
+
+    @property
     def bytes(self) -> int:
-        """Of all keys and values, padding included."""
-        return len(self.length) * self.capacity * self.token_bytes
+        """Of all keys, values (padding included) and states."""
+        return len(self.length) * (self.capacity * self.token_bytes + self.state_bytes)
 
     def append(self, rows: list[int], lengths: list[int]) -> _Append:
         """Begin a call that appends ``lengths`` new tokens to ``rows``, right-padded to the longest."""
@@ -67,9 +79,17 @@ class PromptCache:
             self.keys[layer], self.values[layer] = like.new_zeros(shape), like.new_zeros(shape)
         return self.keys[layer], self.values[layer]
 
+    def state(self, layer: int, net: Any, x: Inputs) -> DeltaState:
+        """A recurrent layer's states of all texts."""
+        if layer not in self.states:
+            one = empty_state(net, Inputs(*(part[:1] for part in x)))
+            self.states[layer] = DeltaState(*(part.repeat_interleave(len(self.length), 0) for part in one))
+        return self.states[layer]
+
 
 class _Append:
-    """New tokens of some texts: writes their keys after the old ones and attends causally to both."""
+    """New tokens of some texts: writes their keys after the old ones and attends causally to both; reads them into the
+    states of recurrent layers."""
 
     def __init__(self, cache: PromptCache, rows: list[int], lengths: list[int]) -> None:
         self.cache, self.rows, self.lengths = cache, rows, lengths
@@ -78,6 +98,7 @@ class _Append:
         self.width = max(lengths)
         cache.reserve(max(self.starts) + self.width)
         self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+        self._padding: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Query [X, Hq, L, D], key and value [X, Hkv, L, D] of the call's tokens → [X, L, Hq, D]."""
@@ -93,6 +114,16 @@ class _Append:
                 out = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
 
+    def recur(self, layer: int, net: Any, x: Inputs) -> Tensor:
+        """Inputs [X, L, …] of the call's tokens → [X, L, H, Dv]."""
+        states = self.cache.state(layer, net, x)
+        rows, length, real = self._padding or self._make_padding(x.mixed.device)
+        before = None if self.fresh else DeltaState(*(part.index_select(0, rows) for part in states))
+        out, after = scan(net, x, before, length=length, real=real)
+        for buffer, new in zip(states, after, strict=True):
+            buffer.index_copy_(0, rows, new)
+        return out
+
     def commit(self) -> None:
         """Count the new tokens as part of the texts."""
         for row, length in zip(self.rows, self.lengths, strict=True):
@@ -107,9 +138,19 @@ class _Append:
         self._tables = torch.tensor(self.rows, device=device)[:, None], columns, mask
         return self._tables
 
+    def _make_padding(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Rows [b] of the texts; numbers [b] of new tokens and which are real [b, L], None if nothing is padded."""
+        rows = torch.tensor(self.rows, device=device)
+        self._padding = rows, None, None
+        if min(self.lengths) < self.width:
+            length = torch.tensor(self.lengths, device=device)
+            self._padding = rows, length, torch.arange(self.width, device=device) < length[:, None]
+        return self._padding
+
 
 class RowCache:
-    """Keys and values of R decoding rows, [R, Hkv, T, D] per layer, next to those of the prompts, which rows share.
+    """Keys and values of R decoding rows, [R, Hkv, T, D] per layer, next to those of the prompts, which rows share, and
+    the rows' own states of recurrent layers.
 
     Rows of one prompt are adjacent: ``offsets[g] : offsets[g + 1]`` are the rows of prompt ``g``, and rows from
     ``offsets[-1]`` on have no prompt (they fill a bucket). ``step`` counts the row keys written so far. With ``static``
@@ -126,6 +167,10 @@ class RowCache:
         # the allocator gave to one stream is not reused by another.
         self.keys = {layer: key.new_zeros(shape) for layer, key in prompts.keys.items()}
         self.values = {layer: value.new_zeros(shape) for layer, value in prompts.values.items()}
+        self.states = {
+            layer: DeltaState(*(part.repeat_interleave(n, 0) for part in state))
+            for layer, state in prompts.states.items()
+        }
         self.prompt_length = torch.tensor(prompts.length, dtype=torch.int32, device=device)
         self.ragged = min(prompts.length) < prompts.capacity
         self.offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * n
@@ -182,12 +227,24 @@ class RowCache:
                 new = old[:size] if self.static else old.new_zeros((size, *old.shape[1:]))
                 new[: len(rows), :, : self.step] = kept
                 buffers[layer] = new
+        for layer, state in self.states.items():
+            self.states[layer] = DeltaState(*(_kept(part, rows, size, self.static) for part in state))
 
     def _keep_prompts(self, live: Tensor) -> None:
         self.prompt_length = self.prompt_length[live]
         for buffers in (self.prompt_keys, self.prompt_values):
             for layer, old in buffers.items():
                 buffers[layer] = old[live]
+
+
+def _kept(old: Tensor, rows: Tensor, size: int, static: bool) -> Tensor:
+    """``old[rows]`` in a buffer of ``size`` rows: the old one's first if ``static``, whose address stays."""
+    kept = old[rows]
+    if not static and len(rows) == size:
+        return kept
+    new = old[:size] if static else old.new_zeros((size, *old.shape[1:]))
+    new[: len(rows)] = kept
+    return new
 
 
 class RowStep:
@@ -201,6 +258,10 @@ class RowStep:
         for buffer, new in zip(self.cache.own(layer), (key, value), strict=True):
             buffer.index_copy_(2, self.cache.at, new)
         return self.cache.attend(layer, query[:, :, 0], scale)[:, None]
+
+    def recur(self, layer: int, net: Any, x: Inputs) -> Tensor:
+        """Inputs [R, 1, …] of the new tokens → [R, 1, H, Dv]."""
+        return step(net, x, self.cache.states[layer])
 
 
 class ModelLayers:
