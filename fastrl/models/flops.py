@@ -7,6 +7,7 @@ softmax and masks cost nothing, and causal attention counts in full.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,7 +27,8 @@ def flop_counter() -> FlopCounterMode:
     forward = {getattr(aten, f"_scaled_dot_product_{kind}"): _attention for kind in kinds}
     backward = {getattr(aten, f"_scaled_dot_product_{kind}_backward"): _attention_backward for kind in kinds}
     grouped = {aten._grouped_mm: _grouped} if hasattr(aten, "_grouped_mm") else {}
-    return FlopCounterMode(display=False, custom_mapping=forward | backward | grouped)
+    solve = {aten.linalg_solve_triangular: _solve}
+    return FlopCounterMode(display=False, custom_mapping=forward | backward | grouped | solve)
 
 
 def segment_attention_flops(lengths: Iterable[tuple[int, int]], heads: int, dim: int) -> int:
@@ -49,6 +51,12 @@ def _grouped(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
     """Matrix products of experts: each row [K] with the matrix [K, N] of its group."""
     groups = a[0] if len(a) == len(b) == 3 else 1
     return groups * 2 * a[-2] * a[-1] * b[-1]
+
+
+def _solve(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
+    """Triangular systems [..., n, n] for [..., n, k]: half a product's multiply-adds."""
+    *batch, n, k = b
+    return math.prod(batch) * n * n * k
 
 
 def _products(count: int, heads: int, queries: int, keys: int, dim: int) -> int:

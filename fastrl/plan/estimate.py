@@ -282,9 +282,11 @@ def rollout_bytes(work: Workload, rollout: RolloutTrace, *, shared: bool = False
 
 
 def kv_bytes(work: Workload, rollout: RolloutTrace, *, own: bool = True) -> int:
-    """Bytes of keys and values of the prompts that are answered together, and (``own``) of their answers."""
-    answers = work.group * own_keys(work.answer_tokens) if own else 0
-    return work.prompts_at_once * (work.prompt_tokens + answers) * rollout.token
+    """Bytes of keys, values and recurrent states of the prompts that are answered together, and (``own``) of their
+    answers, each with a state of its own."""
+    rows = work.group if own else 0
+    keys = work.prompt_tokens + rows * own_keys(work.answer_tokens)
+    return work.prompts_at_once * (keys * rollout.token + (1 + rows) * rollout.state)
 
 
 def work_of(
@@ -338,8 +340,8 @@ def work_of(
 
 
 def decode_bytes(model: Model, work: Workload, rollout: RolloutTrace) -> float:
-    """Bytes of weights, keys and values that a step's decoding reads."""
+    """Bytes of weights, keys, values and states that a step's decoding reads; states are also written."""
     keys = work.prompts * work.prompt_tokens + work.rows * work.answer_tokens / 2
     # A product reads packed numbers, writes the unpacked weight and reads it
     weights = (model.language + model.quantized) * model.itemsize + PACKED * model.quantized
-    return work.answer_tokens * (weights + keys * rollout.token)
+    return work.answer_tokens * (weights + keys * rollout.token + 2 * work.rows * rollout.state)

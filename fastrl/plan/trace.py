@@ -57,8 +57,9 @@ class RolloutTrace:
 
     features: int = 0  # bytes of a prompt's features
     vision: int = 0  # bytes of the vision tower's largest call, without features
-    language: int = 0  # bytes of one forward over prompts, without features, keys and values
+    language: int = 0  # bytes of one forward over prompts, without features, keys, values and states
     token: int = 0  # bytes of one token's keys and values
+    state: int = 0  # bytes of one text's states in recurrent layers
     first: int = 0  # bytes of the logits after the prompts, without those sampled from first
     drawing: int = 0  # bytes of the logits of all rows that decode together, and temporaries of sampling
     token_flops: float = 0.0
@@ -183,6 +184,7 @@ def trace_rollout(
         vision=vision,
         language=language,
         token=cache.token_bytes,
+        state=cache.state_bytes,
         first=len(prompts) * logits.shape[1] * logits.element_size(),
         drawing=ledger.peak - before,
         token_flops=linear / tokens,

@@ -6,9 +6,9 @@ attention on the image is that of the row that predicts it, the mean over heads 
     mass = Σ_{image tokens j} softmax_j( q · k_j / √d + mask )                                   in [0, 1]
 
 The paper does not say which layers it uses; all that attend are reported (``by_layer``; recurrent layers do not), and
-``mass`` is their mean. Fused
-attention never materialises these probabilities, so this is another pass over the finished dialogue with transformers'
-eager attention. That adds its mask to the scores: a boolean mask would be added as 0 and 1 and hide nothing.
+``mass`` is their mean. Fused attention never materialises these probabilities, so this is another pass over the
+finished dialogue with transformers' eager attention. That adds its mask to the scores: a boolean mask would be added as
+0 and 1 and hide nothing.
 """
 
 from __future__ import annotations
