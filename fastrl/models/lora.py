@@ -19,6 +19,7 @@ from fastrl.models.quantize import dequantized, is_quantized
 LANGUAGE_LINEARS = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),  # GLM fuses gate and up into one layer
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "shared_expert_gate"),  # Qwen3.5's
 )
 
 

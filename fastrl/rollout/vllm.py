@@ -180,7 +180,9 @@ class VllmGenerator:
                 for part in parts
             ]
 
+        options = dict(self.policy.family.template_options)
         return {
+            **({"chat_template_kwargs": options} if options else {}),
             "messages": [{**message, "content": content(message["content"])} for message in prompt.messages],
             "add_generation_prompt": generate,
             "add_special_tokens": add_bos,
@@ -220,15 +222,17 @@ class VllmGenerator:
                 f"at most {limit} can be sent to a vLLM server; use rollout.backend: local"
             )
         generate = prompt.messages[-1]["role"] != "assistant"
-        text = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=generate)
+        text = tokenizer.apply_chat_template(
+            list(prompt.messages), tokenize=False, add_generation_prompt=generate, **family.template_options
+        )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         add_bos = family.lacks_bos(tokenizer, ids)
         ids = torch.tensor([tokenizer.bos_token_id] * add_bos + ids, dtype=torch.int64)
         if not torch.equal(family.lay_out(ids, prompt.images).ids, prompt.token_ids):
             raise ValueError(
                 f"rollout.backend vllm: the chat template of this {family.model_type} model renders a prompt "
-                "differently from the trainer, which closes each assistant turn with the end-of-turn token; use "
-                "rollout.backend: local for dialogues"
+                "differently from the trainer, which keeps each assistant turn as it was generated, end-of-turn token "
+                "included; use rollout.backend: local for dialogues"
             )
         return generate, add_bos
 

@@ -40,6 +40,17 @@ MISTRAL = (
     "{% else %}{% for part in m.content %}{{ ' ' + part.text + '</s> ' }}{% endfor %}{% endif %}{% endfor %}"
 )
 
+THINKING = (  # strips every content; writes an empty thought, or begins one, and drops those of earlier turns
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% set text %}{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endset %}{% set text = text | trim %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% set text = text.split('</think>')[-1].lstrip('\n') %}"
+    "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}{{ text }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and "
+    "enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% else %}{{ '<think>\n' }}{% endif %}{% endif %}"
+)
+
 
 def byte_tokenizer(special: Sequence[str], template: str, *, eos: str, pad: str, bos: str | None = None) -> Any:
     """Byte-level, with no merges: 256 bytes and special tokens. With ``bos``, texts begin with it, as Llama's do."""
@@ -65,6 +76,10 @@ def byte_tokenizer(special: Sequence[str], template: str, *, eos: str, pad: str,
 def qwen_tokenizer() -> Any:
     template = CHATML.format(image="<|vision_start|><|image_pad|><|vision_end|>")
     return byte_tokenizer(SPECIAL, template, eos="<|im_end|>", pad="<|endoftext|>")
+
+
+def thinking_tokenizer() -> Any:
+    return byte_tokenizer((*SPECIAL, "<think>", "</think>"), THINKING, eos="<|im_end|>", pad="<|endoftext|>")
 
 
 def llama_tokenizer(template: str = VICUNA) -> Any:
@@ -115,8 +130,15 @@ def qwen_config(model_type: str) -> Callable[..., Any]:
             rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
             sizes |= {"head_dim": 16, "num_hidden_layers": 3}  # what is added after the second layer must reach a third
             vision |= {"patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
-            if model_type == "qwen3_vl_moe":
+            if model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
                 sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            if model_type.startswith("qwen3_5"):
+                del vision["deepstack_visual_indexes"]
+                rope |= {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+                sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+                sizes |= {"linear_value_head_dim": 12, "full_attention_interval": 2}
+                if model_type == "qwen3_5_moe":
+                    sizes["shared_expert_intermediate_size"] = 32
         sizes |= text
         vision["hidden_size" if model_type == "qwen2_vl" else "out_hidden_size"] = sizes["hidden_size"]
         names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
@@ -402,6 +424,7 @@ class Build:
 
 
 _QWEN = {"tokenizer": qwen_tokenizer, "processor": qwen_processor, "extra_eos": ("<|endoftext|>",)}
+_THINKING = _QWEN | {"tokenizer": thinking_tokenizer}
 _CLIP_IDLE = ("vision_tower.encoder.layers.2.", "post_layernorm", "vision_model.encoder.layers.2.")
 BUILDS: dict[str, Build] = {
     "qwen2_vl": Build(config=qwen_config("qwen2_vl"), image_processor=qwen_image_processor(14), **_QWEN),
@@ -409,6 +432,10 @@ BUILDS: dict[str, Build] = {
     "qwen3_vl": Build(config=qwen_config("qwen3_vl"), image_processor=qwen_image_processor(16), **_QWEN),
     "qwen3_vl_moe": Build(
         config=qwen_config("qwen3_vl_moe"), image_processor=qwen_image_processor(16), tolerance=3e-5, **_QWEN
+    ),
+    "qwen3_5": Build(config=qwen_config("qwen3_5"), image_processor=qwen_image_processor(16), **_THINKING),
+    "qwen3_5_moe": Build(
+        config=qwen_config("qwen3_5_moe"), image_processor=qwen_image_processor(16), tolerance=3e-5, **_THINKING
     ),
     "llava": Build(
         llama_tokenizer,
@@ -466,8 +493,10 @@ def build_family(folder: Path, model_type: str, **text: Any) -> Path:
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(build.config(tokenizer, **text))
     with torch.no_grad():  # larger than the default initialisation, so that attention is not close to uniform
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):  # decays near 1: a memory that is forgotten at once could be dropped unseen
+                parameter.sub_(4)
+            elif parameter.ndim > 1:
                 parameter.mul_(4)
             else:  # norms and biases: none stays at one or zero, where a dropped one would not show
                 parameter.add_(0.2 * torch.randn_like(parameter))

@@ -14,6 +14,7 @@ from fastrl.models.families.internvl import InternVL
 from fastrl.models.families.llava import Llava
 from fastrl.models.families.llava_next import LlavaNext, LlavaNextVideo, LlavaOnevision
 from fastrl.models.families.qwen2_vl import Qwen2_5VL, Qwen2VL
+from fastrl.models.families.qwen3_5 import Qwen3_5, Qwen3_5Moe
 from fastrl.models.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from fastrl.models.families.smolvlm import SmolVLM
 
@@ -36,16 +37,14 @@ FAMILIES: Registry[type[Family]] = Registry("model family")  # by config.model_t
 NEEDED = ("model_type", "style", "end_of_turn", "model_class", "preprocessor", "tokens", "blank", "features")
 
 F = TypeVar("F", bound=type[Family])
-_LINEAR = (
-    "most of its text layers are recurrent, and sharing a prompt's attention would not pass their state to the answers"
-)
+_TEXT = "it reads no pictures; Qwen3.5 (qwen3_5) has the same kind of text layers and reads them"
 _GEMMA = (
     "its image tokens attend in both directions and its sliding windows "
     "follow the dialogue, neither of which packed rows support"
 )
-# Families that would load and run but compute wrong results, and why.
+# Known kinds of models that are not supported, and why.
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_next"), _LINEAR),
+    "qwen3_next": _TEXT,
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4"), _GEMMA),
 }
 
@@ -116,7 +115,7 @@ def published() -> dict[str, Mapping[str, Any]]:
 
 
 _OURS: tuple[type[Family], ...] = (
-    *(Qwen2VL, Qwen2_5VL, Qwen3VL, Qwen3VLMoe),
+    *(Qwen2VL, Qwen2_5VL, Qwen3VL, Qwen3VLMoe, Qwen3_5, Qwen3_5Moe),
     *(Llava, LlavaNext, LlavaNextVideo, LlavaOnevision),
     *(InternVL, Glm4V, Glm4VMoe, Glm46V, SmolVLM),
 )

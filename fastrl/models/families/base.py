@@ -70,6 +70,7 @@ class Family:
         style: how it writes answers (see ``fastrl.answers``).
         end_of_turn: text of the token that ends an assistant's turn.
         control_tokens: texts of tokens that are never sampled and never accepted from message text.
+        template_options: variables for the chat template besides the messages.
         position_axes: rows of a prompt's positions: 3 for multimodal rotary embedding, else 1.
         part_names: for each of ``PARTS`` the full names of its modules (or parameters). The longest matching name
             decides: a projector inside the tower does not belong to ``vision``. The first name of ``language`` is the
@@ -85,6 +86,7 @@ class Family:
     style: ClassVar[str]
     end_of_turn: ClassVar[str]
     control_tokens: ClassVar[tuple[str, ...]] = ()
+    template_options: ClassVar[Mapping[str, Any]] = {}
     position_axes: ClassVar[int] = 1
     part_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "language": ("model.language_model", "lm_head"),
@@ -195,7 +197,10 @@ class Family:
     def render(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], generate: bool, end: str) -> str:
         """Render messages as text; ``generate``: with a generation prompt; ``end``: as for :meth:`turn`."""
         return tokenizer.apply_chat_template(
-            self.template_messages(messages), tokenize=False, add_generation_prompt=generate
+            self.template_messages(messages),
+            tokenize=False,
+            add_generation_prompt=generate,
+            **self.template_options,
         )
 
     def turn(self, text: str, end: str) -> str:

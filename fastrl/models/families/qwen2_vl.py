@@ -187,8 +187,11 @@ class Qwen2VL(Family):
         # A frozen tower needs no graph: nothing before the embeddings takes a gradient.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
         with torch.set_grad_enabled(trained):
-            out = visual(pixels, grid_thw=grids.to(device), **vision_tables(visual, grids, device)).pooler_output
+            out = visual(pixels, grid_thw=grids.to(device), **self._tables(visual, grids, device)).pooler_output
         return [VisionFeatures(tokens) for tokens in out.split([self.tokens(image) for image in images])]
+
+    def _tables(self, visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
+        return vision_tables(visual, grids, device)
 
 
 class Qwen2_5VL(Qwen2VL):

@@ -15,11 +15,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastrl.batch import pack_row
 from fastrl.models import decode_layers as decode_module
 from fastrl.models import load_policy
+from fastrl.models.attention import delta_net
+from fastrl.models.attention.delta_net import is_delta_net
+from fastrl.models.attention.delta_rule import DeltaState
 from fastrl.models.families import families, qwen2_vl
 from fastrl.models.families.base import Family
 from fastrl.plan.workload import packed
+from fastrl.rollout import Generator
+from fastrl.rollout import cache as cache_module
 from fastrl.run import keeping
 from fastrl.trainer import train
 from tests.helpers.contract import QUESTIONS, Pair, check_gradients, check_greedy, check_logp, check_sampler
@@ -280,6 +286,77 @@ def test_pictures_in_another_order_are_noticed(
     monkeypatch.setattr(family, "features", lambda self, core, images: real(self, core, images)[::-1])
     with pytest.raises((AssertionError, RuntimeError)):  # other sizes do not even fit
         check_logp(pair)
+
+
+def test_only_recurrent_layers_have_scans_and_states(pair: Pair) -> None:
+    """Attention alone pays nothing for them."""
+    recurrent = any(is_delta_net(module) for module in pair.policy.parts.language.modules())
+    assert recurrent == pair.policy.family.model_type.startswith("qwen3_5")
+    batch = pack_row([pair.group(images) for images in QUESTIONS])
+    with torch.no_grad():
+        pair.policy.logprob(batch)
+    assert ("scans" in vars(batch.segments)) == recurrent
+    session = Generator(pair.policy).session([pair.asked(0)[0]])
+    assert bool(session._cache.states) == (session._cache.state_bytes > 0) == recurrent
+
+
+def dropped(part: int) -> Callable[[Any], Any]:
+    """Zeros instead of the prompts' final memory (4 axes) or convolution inputs (3)."""
+    return lambda real: lambda x, *rest: torch.zeros_like(real(x, *rest)) if x.dim() == part else real(x, *rest)
+
+
+@pytest.mark.parametrize("part", [4, 3], ids=["memory", "convolution inputs"])
+def test_a_prompts_state_left_out_of_the_answers_is_noticed(
+    make_pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    pair = make_pair("qwen3_5")
+    monkeypatch.setattr(delta_net, "gather_rows", dropped(part)(delta_net.gather_rows))
+    for check in (check_logp, check_gradients, check_sampler):
+        with pytest.raises(AssertionError):
+            check(pair)
+
+
+def test_a_delta_net_that_shares_attention_alone_is_noticed(make_pair: Callable[[str], Pair]) -> None:
+    """The model's own layer reads a packed row as one text."""
+    pair = make_pair("qwen3_5")
+    for module in pair.policy.parts.language.modules():
+        if is_delta_net(module):
+            real = type(module).forward
+            module.forward = lambda hidden_states, *_, net=module, real=real, **__: real(net, hidden_states)
+    with pytest.raises(AssertionError):
+        check_logp(pair)
+
+
+def no_memory(state: DeltaState) -> None:
+    state.memory.zero_()
+
+
+def no_window(state: DeltaState) -> None:
+    state.window.zero_()
+
+
+def one_for_all(state: DeltaState) -> None:
+    for part in state:
+        part.copy_(part[:1].expand_as(part).clone())
+
+
+@pytest.mark.parametrize("decode", ["eager", "static"])
+@pytest.mark.parametrize("breaks", [no_memory, no_window, one_for_all])
+def test_a_broken_state_of_the_rollout_is_noticed(
+    make_pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, decode: str, breaks: Callable[[DeltaState], None]
+) -> None:
+    """The trainer's own forward stays right."""
+    pair = make_pair("qwen3_5")
+    real = cache_module.step
+
+    def step(net: Any, x: Any, state: DeltaState) -> Tensor:
+        breaks(state)
+        return real(net, x, state)
+
+    monkeypatch.setattr(cache_module, "step", step)
+    check_logp(pair)
+    with pytest.raises(AssertionError):
+        check_sampler(pair, decode)
 
 
 def test_a_layer_of_an_unknown_kind_decodes_through_the_models_own(make_pair: Callable[[str], Pair]) -> None:

@@ -132,6 +132,8 @@ WITHOUT = {  # kinds of layers that a family has in a form without a liger kerne
     "glm4v_moe": {"rope"},
     "glm46v": {"rope"},
     "qwen3_vl_moe": {"swiglu"},
+    "qwen3_5": {"rms_norm", "rope"},
+    "qwen3_5_moe": {"rms_norm", "rope"},
 }
 
 
