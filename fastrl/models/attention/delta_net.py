@@ -126,6 +126,8 @@ def _forward(
     """The layer's forward, for ``hidden_states`` [B, L, hidden]."""
     segments, cache = kwargs.pop("fastrl_segments", None), kwargs.pop("fastrl_cache", None)
     kwargs.pop("fastrl_probe", None)
+    if unknown := [name for name in kwargs if name.startswith("fastrl_")]:
+        raise NotImplementedError(f"gated delta nets cannot take their prompts' states from {', '.join(unknown)}")
     if segments is None and cache is None:
         return type(self).forward(self, hidden_states, cache_params, attention_mask, **kwargs)
     wide = torch.promote_types(hidden_states.dtype, torch.float32)

@@ -17,7 +17,7 @@ from fastrl.models.attention.delta_net import empty_state, is_delta_net, scan, s
 from fastrl.models.attention.delta_rule import DeltaState
 from fastrl.rollout.cache import PromptCache, RowCache, RowStep
 from fastrl.segments import Segments, Span
-from tests.fastrl.models.attention.test_delta_rule import recurrence
+from tests.helpers.delta import recurrence
 
 HIDDEN = 16
 MODELING = "transformers.models.qwen3_5.modeling_qwen3_5"
@@ -253,6 +253,12 @@ def test_a_state_that_answers_share_is_noticed(net: Any) -> None:
 def test_other_calls_are_the_layers_own(net: Any) -> None:
     (text,) = texts([9])
     assert torch.equal(net(text, fastrl_probe=object()), own(net, text))
+
+
+def test_another_way_of_sharing_prompts_is_refused(net: Any) -> None:
+    """Never ignored: the layer would read answers as if they had no prompt."""
+    with pytest.raises(NotImplementedError, match="states from fastrl_answers"):
+        net(texts([9])[0], fastrl_answers=object())
 
 
 def test_a_layer_with_unknown_parts_is_not_switched(net: Any) -> None:

@@ -7,14 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl.models.attention.delta_rule import (
-    EPS,
-    DeltaState,
-    convolve,
-    delta_rule,
-    delta_step,
-    next_window,
-)
+from fastrl.models.attention.delta_rule import DeltaState, convolve, delta_rule, delta_step, next_window
+from tests.helpers.delta import recurrence
 
 SIZES = {"rows": 2, "heads": 3, "dk": 4, "dv": 5}
 
@@ -28,21 +22,6 @@ def tensors(length: int, *, dtype: torch.dtype = torch.float64, seed: int = 0, s
     decay = -F.softplus(decay) * (0.01 if slow else 3.0)
     memory = torch.randn(b, h, dk, dv, generator=rng, dtype=torch.float64)
     return [x.to(dtype) for x in (q, k, v, decay, rate.sigmoid(), memory)]
-
-
-def recurrence(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, memory: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The definition: S ← a S + b k (v − (a S)ᵀk)ᵀ, out = Sᵀq."""
-    query, key = (x / (x.square().sum(-1, keepdim=True) + EPS).sqrt() for x in (query, key))
-    query = query / query.shape[-1] ** 0.5
-    out = []
-    for t in range(query.shape[1]):
-        memory = memory * decay[:, t, :, None, None].exp()
-        change = (value[:, t] - torch.einsum("bhij,bhi->bhj", memory, key[:, t])) * rate[:, t, :, None]
-        memory = memory + torch.einsum("bhi,bhj->bhij", key[:, t], change)
-        out.append(torch.einsum("bhij,bhi->bhj", memory, query[:, t]))
-    return torch.stack(out, 1), memory
 
 
 @pytest.mark.parametrize("slow", [False, True])
