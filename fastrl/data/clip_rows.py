@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrl.data.clips import Box, Clip, Span, Subject, video_info
-from fastrl.data.pictures import AnyPicture, Picture, over_large
+from fastrl.data.pictures import AnyPicture, Picture, is_file, over_large
 from fastrl.data.rows import read_rows, reading
 from fastrl.data.truth import read_box, read_list, read_truth
 from fastrl.data.validate import (
@@ -86,7 +86,7 @@ def clip_video(
 ) -> Path | None:
     """The video file that frames ``numbers`` (from 0) are to come from; notes what is wrong with it. None: it is not
     there, and need not be."""
-    if not video.is_file() and how.stated:
+    if not is_file(video) and how.stated:
         return None
     _check_video(video, numbers, size, where, how, problems)
     return video
@@ -95,7 +95,7 @@ def clip_video(
 def _check_video(
     video: Path, numbers: Sequence[int], size: tuple[int, int], where: str, how: Reading, problems: list[Problem]
 ) -> None:
-    if not video.is_file():
+    if not is_file(video):
         problems.append(Problem(where, "missing video", f"video not found: {video}"))
         return
     try:

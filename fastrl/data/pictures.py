@@ -64,12 +64,20 @@ class Picture:
             return self.data()
         if self.data is not None:
             return self.data
-        if self.path is None or not self.path.is_file():
+        if self.path is None or not is_file(self.path):
             raise PictureError(f"image not found: {self}")
         return self.path.read_bytes()
 
 
 AnyPicture: TypeAlias = "Path | str | Picture | Image"
+
+
+def is_file(path: Path) -> bool:
+    """Whether a name from a row is a file's; one that no file can have (too long) is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 class Header(NamedTuple):
@@ -173,7 +181,7 @@ def _as_url(kind: str, data: bytes) -> str:
 def _open(source: Picture) -> Image:
     """The file opened by PIL, with its header read and checked. The caller closes it."""
     name = str(source)
-    if source.data is None and (source.path is None or not source.path.is_file()):
+    if source.data is None and (source.path is None or not is_file(source.path)):
         raise PictureError(f"image not found: {name}")
     raw = _read(source)
     try:

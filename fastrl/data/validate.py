@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from fastrl.data.pictures import MAX_PIXELS, AnyPicture, Header, Picture, PictureError, read_header
+from fastrl.data.pictures import MAX_PIXELS, AnyPicture, Header, Picture, PictureError, is_file, read_header
 from fastrl.data.truth import (
     TruthFault,
     box_value,
@@ -184,7 +184,7 @@ def find_image_folder(file: Path, names: Iterable[str], extra: Iterable[Path] = 
     folder = file.parent
     candidates = [*extra, folder, folder / "images", *list(folder.resolve().parents)[:5]]
     some = [name for name in names if isinstance(name, str) and name][:20]
-    return next((c for c in candidates if any((c / name).is_file() for name in some)), folder)
+    return next((c for c in candidates if any(is_file(c / name) for name in some)), folder)
 
 
 class TableRow(dict[str, Any]):

@@ -307,7 +307,7 @@ PICTURES: list[tuple[str, Callable[[Shows], bool]]] = [
     (
         "transparency",
         lambda d: all(
-            d.first(d.saved(image, **options)) == [255, 255, 255]
+            d.first(d.saved(image, "x.png", **options)) == [255, 255, 255]
             for image, options in (
                 (Image.new("RGBA", (4, 4), (9, 9, 9, 0)), {}),
                 (Image.new("LA", (4, 4), (9, 0)), {}),

@@ -24,6 +24,7 @@ BAD = [
     *((adapter, {"image": "gone.png"}, "missing image") for adapter in GOOD),
     *((adapter, {"image": "https://example.org/a.png"}, "missing image") for adapter in GOOD),
     *((adapter, {"image": "a\0.png"}, "missing image") for adapter in GOOD),
+    *((adapter, {"image": "a" * 5000}, "missing image") for adapter in GOOD),  # a name that no file can have
     *((adapter, {"image": 7}, "wrong type") for adapter in GOOD),
     *((adapter, {"image": "broken.png"}, "bad image") for adapter in GOOD),
     *((adapter, {"image": "thin.png"}, "bad image") for adapter in GOOD),
