@@ -20,9 +20,8 @@ from typing import Any, ClassVar
 from fastrl.answers.frames import View, from_original
 from fastrl.answers.parse import parse_boxes
 from fastrl.answers.scan import NUMBER, number
-from fastrl.answers.text import strip_fence
+from fastrl.answers.text import END_OF_TURN, strip_fence
 
-END_OF_TURN = ["<|im_end|>", "</s>", "<|endoftext|>", "<|user|>", "<eos>", "<end_of_turn>", "<end_of_utterance>"]
 _REF, _REF_END = "<|object_ref_start|>", "<|object_ref_end|>"
 _BOX, _BOX_END = "<|box_start|>", "<|box_end|>"
 _GLM, _GLM_END = "<|begin_of_box|>", "<|end_of_box|>"
@@ -301,12 +300,6 @@ def style_named(name: str) -> Style:
     if name not in STYLES:
         raise ValueError(f"unknown answer style {name!r}; allowed: {', '.join(STYLES)}")
     return STYLES[name]
-
-
-def without_end_of_turn(text: str) -> str:
-    """The text without its end-of-turn token, if any."""
-    end = next((token for token in END_OF_TURN if text.endswith(token)), "")
-    return text.removesuffix(end)
 
 
 # Helpers

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import unicodedata
 
+END_OF_TURN = ["<|im_end|>", "</s>", "<|endoftext|>", "<|user|>", "<eos>", "<end_of_turn>", "<end_of_utterance>"]
 MAX_MARKS = 64  # combining marks in a row; no script has as many, and sorting them takes quadratic time
 
 _SPECIAL = re.compile(r"<\|[A-Za-z0-9_]{1,40}+\|>")
 _BOXED, _BOXED_END = "<|begin_of_box|>", "<|end_of_box|>"
-_FENCE_OPEN = re.compile(r"```[A-Za-z0-9_+-]{0,20}+[ \t]*+\r?+\n?+")
+_FENCE_OPEN = re.compile(r"(?P<fence>```++)[A-Za-z0-9_+-]{0,20}+[ \t]*+\r?+\n?+")
 _THOUGHT = re.compile(  # a tag that lost its ">" is one too
     r"<\s{0,8}+\|?+\s{0,8}+(?P<end>/?+(?:end_of_)?+)\s{0,8}+(?:seed:|begin_of_)?+"
     r"(?:thinking|think|thoughts|thought_process|thought|reasoning|rationale|analysis|scratchpad)\b"
@@ -29,6 +30,12 @@ _MEANS = {"n": "\n", "r": "\r", "t": "\t"}
 def strip_special_tokens(text: str) -> str:
     """Remove every ``<|name|>`` token (turn markers, box and reference tokens) and keep the text between them."""
     return _SPECIAL.sub("", text)
+
+
+def without_end_of_turn(text: str) -> str:
+    """The text without its end-of-turn token, if any."""
+    end = next((token for token in END_OF_TURN if text.endswith(token)), "")
+    return text.removesuffix(end)
 
 
 def canonical(text: str) -> str:
@@ -100,7 +107,7 @@ def strip_fence(text: str) -> str:
     opening = _FENCE_OPEN.search(text)
     if opening is None:
         return text
-    end = text.find("```", opening.end())
+    end = text.find(opening["fence"], opening.end())
     return text[opening.end() :] if end < 0 else text[opening.end() : end]
 
 
@@ -113,7 +120,7 @@ def plain_answer(text: str) -> str:
     start = region.rfind(_BOXED)
     if start >= 0:
         region = region[start + len(_BOXED) :].partition(_BOXED_END)[0]
-    plain = strip_special_tokens(region).strip()
+    plain = without_end_of_turn(strip_special_tokens(region).strip()).strip()
     if plain.startswith("```"):
         plain = strip_fence(plain).strip()
     return plain

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastrl.answers.frames import View
-from fastrl.answers.styles import style_named, without_end_of_turn
-from fastrl.answers.text import plain_answer
+from fastrl.answers.styles import style_named
+from fastrl.answers.text import plain_answer, without_end_of_turn
 from fastrl.answers.tracks import Track, format_tracks, matches_tracks
 
 check_style = style_named

@@ -82,7 +82,14 @@ def wrappings(cell: str) -> None:
 
 
 def fenced_text(cell: str) -> None:
-    for text in ("```\npage\n```", "<|im_start|>page<|im_end|>", "<answer>page</answer>"):
+    fences = ("```\npage\n```", "````md\npage\n````", "```\npage")
+    for text in (
+        *fences,
+        "<|im_start|>page<|im_end|>",
+        "<answer>page</answer>",
+        "page</s>",
+        "```\npage\n```<end_of_turn>",
+    ):
         assert text_similarity(text, "page") == 1.0
     for page in ("```\npage\n```", "a <answer> b", "x <|name|> y"):
         assert text_similarity(page, page) == 1.0
