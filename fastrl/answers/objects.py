@@ -78,7 +78,7 @@ _STRINGS = {  # by the opening quote: a whole string, and where a damaged one en
 }
 _AROUND = "\\ \t\r\n,;[]{}" + _OPENING + _CLOSING  # no part of a damaged label
 _AND = re.compile(r"(?:\s*+,\s*+(?=[" + _OPENING + r"]))?+")
-_ESCAPE = re.compile(r"\\?+")
+_ESCAPE = re.compile(r"\\")
 
 
 @dataclass(slots=True)
@@ -172,7 +172,7 @@ def _push(stack: list[Found], item: Found) -> None:
 def _value(scan: Scanner) -> Value:
     run = scan.at(_RUN).group()
     digits = run.strip()
-    if digits in ("", "["):
+    if digits in ("", "[") and scan.plain.startswith("\\", scan.position):
         scan.at(_ESCAPE)
     following = scan.plain[scan.position : scan.position + 1]
     if digits in ("", "[") and following in _STRINGS:

@@ -156,6 +156,12 @@ def test_wrong_coco_entries_are_named(tmp_path: Path, entry: Any, message: str) 
         load_predictions(path, records("7", task="detection", **BOX, categories=["dog"]))
 
 
+def test_an_empty_list_of_results_finds_nothing(tmp_path: Path) -> None:
+    data = records("7", "9", task="detection", **BOX, categories=["dog"])
+    found = evaluate("detection", *load_predictions(write(tmp_path, "[]", name="r.json"), data))
+    assert (found["n"], found["AP"], found["unparsable"]) == (2, 0.0, 0)
+
+
 def test_coco_results_answer_detection_only(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps([{"image_id": 7, "category_id": 18, "bbox": [1, 2, 3, 4]}]), name="r.json")
     with pytest.raises(PredictionError, match="'7' is a grounding record"):

@@ -56,6 +56,21 @@ def test_a_prompt_is_the_chat_template_with_image_runs(policy: Policy) -> None:
     assert torch.equal(prompt.images[0].pixel_values, want)
 
 
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [(1, 1), (1, 90), (57, 33)])
+def test_pictures_of_any_size_in_any_number(policy: Policy, size: tuple[int, int], frames: int) -> None:
+    """One pixel is enlarged to what the model sees; an odd number of frames is not padded by one of them."""
+    pictures = [noise(*size, seed) for seed in range(frames)]
+    turns = [part for n in range(frames) for part in (say(f"frame {n}"), IMAGE)]
+    prompt, seen = policy.encode(record(("user", turns), images=tuple(pictures)))
+    assert len(prompt.images) == len(prompt.image_slots) == len(seen.views) == frames
+    for picture, image, view, (_, length) in zip(pictures, prompt.images, seen.views, prompt.image_slots, strict=True):
+        want = policy.image_processor(images=[picture], return_tensors="pt")
+        assert torch.equal(image.pixel_values, want["pixel_values"])
+        assert (view.width, view.height) == size
+        assert view.resized_width * view.resized_height == length * 28 * 28
+
+
 def test_files_and_pictures_of_other_modes(policy: Policy, tmp_path: Path) -> None:
     noise(60, 60).save(tmp_path / "a.png")
     sources = (tmp_path / "a.png", noise(60, 60), noise(60, 60).convert("RGBA"))

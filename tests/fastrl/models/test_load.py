@@ -147,12 +147,14 @@ def test_adapters_on_no_layer_are_an_error(tiny_folder: Folder, targets: Any, sa
         load_policy(tiny_folder("qwen2_5"), device="cpu", lora={"targets": targets})
 
 
-def test_pixel_limits_bound_the_resized_image(tiny_folder: Folder) -> None:
+def test_pixel_limits_bound_the_resized_image_and_are_saved(tiny_folder: Folder, tmp_path: Path) -> None:
     image = Image.new("RGB", (300, 200))
     for limit in (56 * 56, 140 * 140):
         policy = load_policy(tiny_folder("qwen2"), device="cpu", min_pixels=28 * 28, max_pixels=limit)
         (_, h, w) = policy.preprocessor(image)[0].shape
         assert limit / 4 < h * w * 14 * 14 <= limit
+        policy.save(tmp_path / str(limit))  # the limits go with the model
+        assert load_policy(tmp_path / str(limit), device="cpu").preprocessor(image)[0].shape == (1, h, w)
     with pytest.raises(ValueError, match="min_pixels"):
         load_policy(tiny_folder("qwen2"), min_pixels=200, max_pixels=100)
 

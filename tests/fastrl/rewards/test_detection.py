@@ -103,6 +103,12 @@ def test_duplicates_and_surplus_lower_f1_only() -> None:
     assert got == {**POSITIVE, "f1": pytest.approx(2 * 2 / 6)}
 
 
+def test_repeats_of_one_hit_are_surplus() -> None:
+    assert parts(answer(TWO[:1] * 4), record(TWO[:1])) == {**POSITIVE, "f1": pytest.approx(0.4)}
+    many = TWO[:1] * 5000
+    assert parts(answer(many), record(many), max_items=5000) == POSITIVE  # ties only: every pair is as good
+
+
 def test_wrong_labels_cost_the_class_part_and_case_does_not_matter() -> None:
     wrong = [(TWO[0][0], "dog"), (TWO[1][0], " Hot Dog ")]
     assert parts(answer(wrong), record(TWO))["class"] == 0.5
