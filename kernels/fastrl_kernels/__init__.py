@@ -4,6 +4,7 @@
 ``fastrl_kernels.reference``.
 """
 
+from fastrl_kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from fastrl_kernels.decode_attention import decode_attention
 from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
 from fastrl_kernels.detection_reward import DetectionReward, detection_reward
@@ -26,10 +27,12 @@ __all__ = [
     "LogProb",
     "PolicyLoss",
     "add_rms_norm",
+    "cross_entropy",
     "decode_attention",
     "detection_reward",
     "group_advantage",
     "linear_assignment",
+    "linear_cross_entropy",
     "linear_logprob",
     "linear_policy_loss",
     "listwise_loss",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl_kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from fastrl_kernels.decode_attention import decode_attention
 from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
 from fastrl_kernels.detection_reward import detection_reward
@@ -55,6 +56,30 @@ def _token_logprob() -> None:
             logits = torch.zeros(rows, vocabulary + extra, dtype=dtype)[:, :vocabulary].requires_grad_()
             out = token_logprob(logits, torch.zeros(rows, dtype=torch.int64), return_entropy=entropy)
             (out.logp.sum() + (0 if out.entropy is None else out.entropy.sum())).backward()
+
+    for vocabulary, dtype, several in [*product((QWEN, GPT2, 200), (BF16,), (4, 64)), (QWEN, FP32, 20)]:
+        for entropy in (False, True):
+            logits = torch.zeros(3, vocabulary, dtype=dtype, requires_grad=True)
+            out = token_logprob(logits, torch.zeros(3, several, dtype=torch.int64), return_entropy=entropy)
+            (out.logp.sum() + (0 if out.entropy is None else out.entropy.sum())).backward()
+
+
+def _cross_entropy() -> None:
+    points = [(v, BF16) for v in (QWEN, GPT2, 2000, 200)] + [(QWEN, FP32), (GPT2, FP16)]
+    for (vocabulary, dtype), smoothing, weighted in product(points, (0.0, 0.1), (False, True)):
+        logits, target = torch.zeros(3, vocabulary, dtype=dtype, requires_grad=True), torch.zeros(3, dtype=torch.int64)
+        weight = torch.ones(vocabulary) if weighted else None
+        cross_entropy(logits, target, weight, label_smoothing=smoothing, z_loss=1e-4).backward()
+
+
+def _linear_cross_entropy() -> None:
+    for vocabulary, (bias, softcap), weighted in product((QWEN, GPT2), ((False, None), (True, 30.0)), (False, True)):
+        hidden = torch.zeros(24, 16, dtype=BF16, requires_grad=True)
+        head = torch.zeros(vocabulary, 16, dtype=BF16, requires_grad=True)
+        given = torch.zeros(vocabulary, dtype=BF16, requires_grad=True) if bias else None
+        options = {"label_smoothing": 0.1, "z_loss": 1e-4, "bias": given, "softcap": softcap}
+        weight = torch.ones(vocabulary) if weighted else None
+        linear_cross_entropy(hidden, head, torch.zeros(24, dtype=torch.int64), weight, **options).backward()
 
 
 def _policy_calls() -> list[dict[str, Any]]:
@@ -183,6 +208,8 @@ def _silu_mul() -> None:
 CALLS: dict[str, Callable[[], None]] = {
     "linear_logprob": _linear_logprob,
     "token_logprob": _token_logprob,
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
     "policy_loss": _policy_loss,
     "linear_policy_loss": _linear_policy_loss,
     "listwise_loss": _listwise_loss,

@@ -16,6 +16,7 @@ from fastrl_kernels._triton import HAS_TRITON
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNEL_FLOATS = FLOATS[:3]  # those that Triton kernels take: float64 is torch's
 INTEGERS = (torch.int64, torch.int32)  # of targets, ids, counts and labels
+WHOLE = (torch.uint8, torch.int8, torch.int16, *INTEGERS)  # of coordinates
 
 
 class Recorder(Protocol):
@@ -93,6 +94,13 @@ def join_batches(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor
             tensor = tensor.flatten(0, 1)
         joined.append(tensor)
     return joined
+
+
+def floating_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole coordinates as floats: of the other's dtype if that is one, else float32 (exact up to 2^24)."""
+    like = next((x.dtype for x in (a, b) if x.is_floating_point()), torch.float32)
+    whole = [x.to(like) if x.dtype in WHOLE else x for x in (a, b)]
+    return whole[0], whole[1]
 
 
 def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:

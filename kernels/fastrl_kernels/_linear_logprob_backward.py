@@ -29,6 +29,7 @@ from fastrl_kernels._linear_logprob_driver import (
 )
 from fastrl_kernels._linear_logprob_tiles import (
     RowTerms,
+    Upstream,
     differentiate_row_bytes,
     differentiate_tile,
     eager_row_bytes,
@@ -114,8 +115,7 @@ def backward(
     hidden: Tensor,
     head: Head,
     rows: RowTerms,
-    grad_logp: Tensor,
-    grad_entropy: Tensor | None,
+    upstream: Upstream,
     index: Tensor | None,
     skip_zero_rows: bool,
     needs: Needs,
@@ -126,26 +126,14 @@ def backward(
     are dropped as well (the number of rows left is read from the device).
     """
     if skip_zero_rows or not triton_path(hidden):
-        index = _nonzero_rows(head, rows, grad_logp, grad_entropy, index)
+        live = ~upstream.silent(rows, head.options.ignore_index)
+        kept = live.nonzero()[:, 0] if index is None else index[live[index]]
+        index = None if index is None and kept.numel() == live.numel() else kept
     if index is not None:
-        rows, grad_logp = rows.select(index), grad_logp.index_select(0, index)
-        grad_entropy = None if grad_entropy is None else grad_entropy.index_select(0, index)
-    work = _Backward(hidden, head, rows, grad_logp, grad_entropy, index, needs)
+        rows, upstream = rows.select(index), upstream.select(index)
+    work = _Backward(hidden, head, rows, upstream, index, needs)
     work.run()
     return work.gradients()
-
-
-def _nonzero_rows(
-    head: Head, rows: RowTerms, grad_logp: Tensor, grad_entropy: Tensor | None, index: Tensor | None
-) -> Tensor | None:
-    live = grad_logp != 0
-    if grad_entropy is not None:
-        live |= grad_entropy != 0
-    live &= rows.target != head.options.ignore_index
-    if index is not None:
-        return index[live[index]]
-    kept = live.nonzero()[:, 0]
-    return None if kept.numel() == live.numel() else kept
 
 
 class _Backward:
@@ -156,16 +144,14 @@ class _Backward:
         hidden: Tensor,
         head: Head,
         rows: RowTerms,  # of the rows that contribute, R of them
-        grad_logp: Tensor,  # [R]
-        grad_entropy: Tensor | None,  # [R]
+        upstream: Upstream,  # of those R rows
         index: Tensor | None,  # [R] their row indices in hidden; None: all
         needs: Needs,
     ) -> None:
         self.hidden, self.head, self.rows, self.index, self.needs = hidden, head, rows, index, needs
-        self.grad_logp, self.grad_entropy = grad_logp, grad_entropy
+        self.upstream = upstream
         self.count, self.dtype, self.kind = rows.target.shape[0], tile_dtype(hidden), accumulator_dtype(hidden.dtype)
-        self.silent = rows.target == head.options.ignore_index
-        self.silent |= grad_logp == 0 if grad_entropy is None else (grad_logp == 0) & (grad_entropy == 0)
+        self.silent = upstream.silent(rows, head.options.ignore_index)
         (vocabulary, size), rank = head.weight.shape, head.rank
         x_width = _input_columns(head, needs)
         self.x_from = 0 if needs.hidden else size
@@ -201,18 +187,10 @@ class _Backward:
                 rows_x = self._features(start, end) if x is None else x
                 tile = plan.view(buffer, end - start, last - first)
                 torch.mm(rows_x, w.T, out=tile)
-                part = slice(start, end)
-                differentiate_tile(
-                    tile,
-                    tile,
-                    first,
-                    self.head.options,
-                    self.rows.part(start, end),
-                    self.grad_logp[part],
-                    None if self.grad_entropy is None else self.grad_entropy[part],
-                )
+                rows, upstream = self.rows.part(start, end), self.upstream.part(start, end)
+                differentiate_tile(tile, tile, first, self.head.options, rows, upstream)
                 if self.d_x.shape[1]:
-                    matmul_into(self.d_x[part], tile, w[:, self.x_from :], add=True)
+                    matmul_into(self.d_x[start:end], tile, w[:, self.x_from :], add=True)
                 slab.add(tile, rows_x, add=start > 0)
                 del rows_x
             slab.write()

@@ -50,11 +50,12 @@ class Head(NamedTuple):
     softcap: float | None
     ignore_index: int | None
     scratch_bytes: int
+    class_weight: Tensor | None = None  # [V], of mean log-probs
 
     @property
     def options(self) -> TileOptions:
         ignore = NO_IGNORE if self.ignore_index is None else self.ignore_index
-        return TileOptions(self.weight.shape[0], self.bias, self.softcap, ignore)
+        return TileOptions(self.weight.shape[0], self.bias, self.softcap, ignore, self.class_weight)
 
     @property
     def rank(self) -> int:
@@ -223,35 +224,44 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
 
 
 def forward(
-    hidden: Tensor, head: Head, target: Tensor, inverse_temperature: Tensor, return_entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(logp [N], entropy [N] or None, log-sum-exp [N]) in the accumulator dtype; ignored rows are 0."""
+    hidden: Tensor,
+    head: Head,
+    target: Tensor,
+    inverse_temperature: Tensor,
+    *,
+    return_entropy: bool = False,
+    return_mean: bool = False,
+) -> RowTerms:
+    """The row terms in the accumulator dtype; those of ignored rows are 0."""
     n, vocabulary = hidden.shape[0], head.weight.shape[0]
     kind = accumulator_dtype(hidden.dtype)
+
+    def zeros(wanted: bool = True) -> Tensor | None:
+        return torch.zeros(n, dtype=kind, device=hidden.device) if wanted else None
+
+    logp = torch.zeros(target.shape, dtype=kind, device=hidden.device)
+    made = RowTerms(target, inverse_temperature, logp, zeros(), zeros(return_entropy), zeros(return_mean))  # type: ignore[arg-type]
     index = None
     if head.ignore_index is not None and hidden.device.type == "cpu" and not triton_path(hidden):
-        kept = (target != head.ignore_index).nonzero()[:, 0]
+        kept = (~made.ignored(head.ignore_index)).nonzero()[:, 0]
         index = kept if kept.numel() < n else None
-    results = [torch.zeros(n, dtype=kind, device=hidden.device) for _ in range(3 if return_entropy else 2)]
-    rows = RowTerms(target, inverse_temperature, results[0], results[1], results[2] if return_entropy else None)
-    if index is not None:
-        rows = rows.select(index)
+    rows = made if index is None else made.select(index)
     count = rows.target.shape[0]
     if count:
         plan = _forward_plan(hidden, head, count, route_of(hidden), gathered=index is not None)
         _forward_tiles(hidden, head, rows, index, plan, vocabulary)
     if index is not None:
-        results[0][index], results[1][index] = rows.logp, rows.lse
-        if rows.entropy is not None:
-            results[2][index] = rows.entropy
-    return results[0], results[2] if return_entropy else None, results[1]
+        for whole, some in zip(made[2:], rows[2:], strict=True):
+            if whole is not None and some is not None:
+                whole[index] = some
+    return made
 
 
 def _forward_tiles(
     hidden: Tensor, head: Head, rows: RowTerms, index: Tensor | None, plan: Plan, vocabulary: int
 ) -> None:
     dtype, count = tile_dtype(hidden), rows.target.shape[0]
-    state = torch.empty(4, count, dtype=rows.logp.dtype, device=hidden.device)
+    state = rows.new_state(count)
     buffer = plan.tile_buffer(hidden, dtype)
     chunks, slabs = list(ranges(count, plan.rows)), list(ranges(vocabulary, plan.columns))
     tiles = [(chunk, slab) for chunk in chunks for slab in slabs]

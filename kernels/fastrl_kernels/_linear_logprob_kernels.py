@@ -11,11 +11,6 @@ stride and size. Grids are 1-D and row offsets 64-bit.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
-from fastrl_kernels._common import launch
 from fastrl_kernels._numerics import expm1_tail, log1p_unit
 from fastrl_kernels._triton import tl, triton
 
@@ -57,10 +52,14 @@ def _aligned_start(offset, PACK: tl.constexpr):
 
 @triton.jit
 def _fold_block(
-    m, r, w, x, bias, columns, mask, softcap, scale,
+    m, r, w, u, c, x, bias, class_weight, columns, mask, softcap, scale,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Raw logits [GROUPS, PACK] into each group's running (max, sum, weighted sum), in units of log 2."""
+    """Raw logits [GROUPS, PACK] into each group's running (max, sum, weighted sum), in units of log 2.
+
+    With HAS_MEAN, also the sum of class weight x (logit - max) and of class weights.
+    """
     x = _tempered(x, bias, columns, mask, softcap, MASKED, HAS_BIAS, HAS_SOFTCAP)
     new = tl.maximum(m, tl.max(x, 1) * scale)
     d = x * scale - new[:, None]
@@ -69,7 +68,23 @@ def _fold_block(
     if HAS_ENTROPY:
         w = decay * (w + (m - new) * r) + tl.sum(e * tl.maximum(d, -1.0e30), 1)
     r = decay * r + tl.sum(e, 1)
-    return new, r, w
+    if HAS_MEAN:
+        u += (m - new) * c
+        if WEIGHTED:
+            if MASKED:
+                weight = tl.load(class_weight + columns, mask=mask, other=0.0).to(tl.float32)
+            else:
+                weight = tl.load(class_weight + columns).to(tl.float32)
+            d = d * weight
+            c += tl.sum(weight, 1)
+        elif MASKED:
+            c += tl.sum(mask.to(tl.float32), 1)
+        else:
+            c += x.shape[1]
+        if MASKED:
+            d = tl.where(mask, d, 0.0)
+        u += tl.sum(d, 1)
+    return new, r, w, u, c
 
 
 @triton.jit
@@ -118,14 +133,21 @@ def _owner_rest(
 
 @triton.jit
 def linear_logprob_fold_kernel(
-    tile, target, inverse_temperature, bias, state, logp, lse, entropy,
+    tile, target, inverse_temperature, bias, class_weight, state, logp, lse, entropy, mean_logp,
     tile_stride, state_stride, width, first_column, n_columns, ignore_index, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
+    TARGETS: tl.constexpr, TARGET_LANES: tl.constexpr,  # TARGET_LANES: the next power of two
     BLOCK: tl.constexpr, PACK: tl.constexpr,  # PACK: elements of a 128-bit word
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    wanted = tl.load(target + row)
-    ignored = wanted == ignore_index
+    if TARGETS == 1:
+        wanted = tl.load(target + row)
+        ignored = wanted == ignore_index
+    else:
+        place = tl.arange(0, TARGET_LANES)
+        wanted = tl.load(target + row * TARGETS + place, mask=place < TARGETS, other=ignore_index)
+        ignored = tl.max((wanted != ignore_index).to(tl.int32), 0) == 0
     width = tl.where(ignored, 0, width)
     inv_t = tl.load(inverse_temperature + row)
     softcap = tl.cast(softcap, tl.float32)
@@ -139,28 +161,37 @@ def linear_logprob_fold_kernel(
     m = tl.full([GROUPS], -1.0e30, tl.float32)
     r = tl.zeros([GROUPS], tl.float32)
     w = tl.zeros([GROUPS], tl.float32)
+    u = tl.zeros([GROUPS], tl.float32)
+    c = tl.zeros([GROUPS], tl.float32)
+    class_weight += first_column
     aligned = _aligned_start(offset, PACK)
     head = tl.minimum((aligned - offset).to(tl.int32), width)
     blocks = (width - head) // BLOCK
     if head > 0:
         mask = lanes < head
         x = tl.load(row_pointer + lanes, mask=mask, other=0.0)
-        m, r, w = _fold_block(m, r, w, x, bias, lanes, mask, softcap, scale, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY)
+        m, r, w, u, c = _fold_block(
+            m, r, w, u, c, x, bias, class_weight, lanes, mask, softcap, scale,
+            True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_MEAN, WEIGHTED,
+        )  # fmt: skip
     if blocks > 0:
         body = tile + aligned + lanes
         x = tl.load(body)
         for start in range(blocks):  # the next block is loaded while this one is folded
             ahead = tl.load(body + tl.minimum(start + 1, blocks - 1) * BLOCK)
-            m, r, w = _fold_block(
-                m, r, w, x, bias, head + start * BLOCK + lanes, lanes < BLOCK, softcap, scale,
-                False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+            m, r, w, u, c = _fold_block(
+                m, r, w, u, c, x, bias, class_weight, head + start * BLOCK + lanes, lanes < BLOCK, softcap, scale,
+                False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_MEAN, WEIGHTED,
             )  # fmt: skip
             x = ahead
     if head + blocks * BLOCK < width:
         columns = head + blocks * BLOCK + lanes
         mask = columns < width
         x = tl.load(row_pointer + columns, mask=mask, other=0.0)
-        m, r, w = _fold_block(m, r, w, x, bias, columns, mask, softcap, scale, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY)
+        m, r, w, u, c = _fold_block(
+            m, r, w, u, c, x, bias, class_weight, columns, mask, softcap, scale,
+            True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_MEAN, WEIGHTED,
+        )  # fmt: skip
 
     # groups, then the slabs before this one
     seen = first_column > 0
@@ -179,7 +210,17 @@ def linear_logprob_fold_kernel(
     )
     weighted = a_here * (weighted + (here_top - top) * (rest + 1.0))
     # loaded here, as a barrier precedes its store
-    z0 = tl.load(state + 3 * state_stride, mask=seen, other=float("nan"))
+    if TARGETS == 1:
+        z0 = tl.load(state + 3 * state_stride, mask=seen, other=float("nan"))
+    else:
+        targets = state + (3 + place) * state_stride
+        z0 = tl.load(targets, mask=seen & (place < TARGETS), other=float("nan"))
+    if HAS_MEAN:
+        sums = state + (3 + TARGETS) * state_stride
+        u0 = tl.load(sums, mask=seen, other=0.0)
+        c0 = tl.load(sums + state_stride, mask=seen, other=0.0)
+        u0 += (m0 - top) * c0 + tl.sum(u + (m - top) * c, 0)
+        c0 += tl.sum(c, 0)
     rest = a_here * rest + tl.sum(tl.where(group == owner, 0.0, r * a), 0)
     rest += tl.where(here_top >= m0, (r0 + 1.0) * a0, r0 + a_here)
     rest = tl.where(ignored, 0.0, rest)
@@ -200,20 +241,34 @@ def linear_logprob_fold_kernel(
         tl.store(state, top)
         tl.store(state + state_stride, rest)
         tl.store(state + 2 * state_stride, weighted)
-        tl.store(state + 3 * state_stride, z_target)
+        if TARGETS == 1:
+            tl.store(state + 3 * state_stride, z_target)
+        else:
+            tl.store(targets, z_target, mask=place < TARGETS)
+        if HAS_MEAN:
+            tl.store(sums, u0)
+            tl.store(sums + state_stride, c0)
     if ignored | (first_column + width == n_columns):
         small = tl.minimum(rest, 1.0)  # log(1 + rest), accurate even if one token has all the mass
         log_total = tl.where(rest < 1.0, log1p_unit(small) * 1.4426950408889634, tl.log2(1.0 + rest))
-        tl.store(logp + row, tl.where(ignored, 0.0, (z_target - top - log_total) * 0.6931471805599453))
+        log_p = tl.where(wanted == ignore_index, 0.0, (z_target - top - log_total) * 0.6931471805599453)
+        if TARGETS == 1:
+            tl.store(logp + row, log_p)
+        else:
+            tl.store(logp + row * TARGETS + place, log_p, mask=place < TARGETS)
         tl.store(lse + row, tl.where(ignored, 0.0, (top + log_total) * 0.6931471805599453))
         if HAS_ENTROPY:
             tl.store(entropy + row, tl.where(ignored, 0.0, (log_total - weighted / (1.0 + rest)) * 0.6931471805599453))
+        if HAS_MEAN:
+            mean = (u0 - c0 * log_total) * (0.6931471805599453 / n_columns)
+            tl.store(mean_logp + row, tl.where(ignored, 0.0, mean))
 
 
 @triton.jit
 def _differentiate_block(
-    row_pointer, out_pointer, bias, columns, end, column, at_target, log_total, entropy, g, h, softcap, inv_t,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    row_pointer, out_pointer, bias, class_weight, columns, end, column, at_target, log_total, entropy, mass, h, spread,
+    softcap, inv_t, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_MEAN: tl.constexpr, WEIGHTED: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     mask = columns < end
     z = _load_logits(row_pointer, bias, columns, mask, MASKED, HAS_BIAS)
@@ -225,10 +280,20 @@ def _differentiate_block(
     log_p = tl.where(log_p < -1.0e10, -1.0e10, log_p)  # a forbidden token (-inf): p = 0, and 0 * log 0 = 0
     p = tl.exp(log_p)
     if HAS_ENTROPY:
-        d = -p * (g + h * (log_p + entropy))
+        d = -p * (mass + h * (log_p + entropy))
     else:
-        d = -p * g
-    d = tl.where(columns == column, at_target, d) * inv_t
+        d = -p * mass
+    if HAS_MEAN:
+        if WEIGHTED:
+            if MASKED:
+                d += spread * tl.load(class_weight + columns, mask=mask, other=0.0).to(tl.float32)
+            else:
+                d += spread * tl.load(class_weight + columns).to(tl.float32)
+        else:
+            d += spread
+    if TARGETS == 1:
+        d = tl.where(columns == column, at_target, d)
+    d = d * inv_t
     if HAS_SOFTCAP:
         d = d * (1.0 - t * t)
     if MASKED:
@@ -239,21 +304,42 @@ def _differentiate_block(
 
 @triton.jit
 def linear_logprob_gradient_kernel(
-    tile, out, target, inverse_temperature, bias, logp, lse, entropy, grad_logp, grad_entropy,
+    tile, out, target, inverse_temperature, bias, class_weight, logp, lse, entropy,
+    grad_logp, grad_entropy, mass_ptr, spread_ptr,
     tile_stride, out_stride, width, first_column, ignore_index, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_MASS: tl.constexpr, HAS_MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
+    TARGETS: tl.constexpr, TARGET_LANES: tl.constexpr,  # TARGET_LANES: the next power of two
     BLOCK: tl.constexpr, PACK: tl.constexpr,  # PACK: elements of a 128-bit word
     SAME_STRIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    wanted = tl.load(target + row)
-    g = tl.load(grad_logp + row)
     h = 0.0
     big_h = 0.0
+    spread = 0.0
     if HAS_ENTROPY:
         h = tl.load(grad_entropy + row)
         big_h = tl.load(entropy + row)
-    nothing = (wanted == ignore_index) | ((g == 0.0) & (h == 0.0))
+    if HAS_MEAN:
+        spread = tl.load(spread_ptr + row)
+    place = tl.arange(0, TARGET_LANES)
+    if TARGETS == 1:
+        wanted = tl.load(target + row)
+        g = tl.load(grad_logp + row)
+        ignored = wanted == ignore_index
+        still = (g == 0.0) & (h == 0.0)
+    else:
+        wanted = tl.load(target + row * TARGETS + place, mask=place < TARGETS, other=ignore_index)
+        g = tl.load(grad_logp + row * TARGETS + place, mask=place < TARGETS, other=0.0)
+        ignored = tl.max((wanted != ignore_index).to(tl.int32), 0) == 0
+        still = (tl.max(((wanted != ignore_index) & (g != 0.0)).to(tl.int32), 0) == 0) & (h == 0.0)
+    mass = g
+    if HAS_MASS:
+        mass = tl.load(mass_ptr + row)
+        still = still & (mass == 0.0)
+    if HAS_MEAN:
+        still = still & (spread == 0.0)
+    nothing = ignored | still
     lanes = tl.arange(0, BLOCK)
     offset = row * out_stride
     out_pointer = out + offset
@@ -276,84 +362,59 @@ def linear_logprob_gradient_kernel(
         else:
             body = row_pointer + head
         bias += first_column
+        class_weight += first_column
         inv_t = tl.load(inverse_temperature + row)
         softcap = tl.cast(softcap, tl.float32)
         log_total = tl.load(lse + row)
-        log_p = tl.load(logp + row)
         column = (wanted - first_column).to(tl.int32)
+        if TARGETS == 1:
+            log_p = tl.load(logp + row)
+            mine = (column >= 0) & (column < width)
+        else:
+            log_p = tl.load(logp + row * TARGETS + place, mask=place < TARGETS, other=0.0)
+            mine = (wanted != ignore_index) & (wanted >= first_column) & (wanted - first_column < width)
+            g = tl.zeros([TARGET_LANES], tl.float32)
+            for other in range(TARGETS):  # equal ids share one element, which the first of them writes
+                same = wanted == tl.load(target + row * TARGETS + other)
+                g += tl.where(same, tl.load(grad_logp + row * TARGETS + other), 0.0)
+                mine = mine & ((place <= other) | (same == 0))
         near = tl.maximum(log_p, -0.5)
         rest = tl.where(log_p < -0.5, 1.0 - tl.exp(log_p), -(near + expm1_tail(near)))  # 1 - p of the target
         at_target = g * rest
+        if HAS_MASS:
+            at_target += (g - mass) * tl.exp(log_p)
         if HAS_ENTROPY:
             at_target -= h * (1.0 - rest) * (log_p + big_h)
+        if WEIGHTED:
+            at_target += spread * tl.load(class_weight + column, mask=mine, other=0.0).to(tl.float32)
+        elif HAS_MEAN:
+            at_target += spread
+        if TARGETS > 1:
+            at_target = at_target * inv_t
+            if HAS_SOFTCAP:
+                z = tl.load(row_pointer + column, mask=mine, other=0.0).to(tl.float32)
+                if HAS_BIAS:
+                    z += tl.load(bias + column, mask=mine, other=0.0).to(tl.float32)
+                t = _tanh(z / softcap)
+                at_target = at_target * (1.0 - t * t)
+                tl.debug_barrier()  # read before another warp writes over it
         if head > 0:
             _differentiate_block(
-                row_pointer, out_pointer, bias, lanes, head, column, at_target, log_total, big_h, g, h,
-                softcap, inv_t, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+                row_pointer, out_pointer, bias, class_weight, lanes, head, column, at_target, log_total, big_h,
+                mass, h, spread, softcap, inv_t, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, HAS_MEAN, WEIGHTED, TARGETS,
             )  # fmt: skip
         for i in range(blocks):
             _differentiate_block(
-                body, out_body, bias + head, i * BLOCK + lanes, width, column - head, at_target, log_total, big_h,
-                g, h, softcap, inv_t, False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+                body, out_body, bias + head, class_weight + head, i * BLOCK + lanes, width, column - head, at_target,
+                log_total, big_h, mass, h, spread, softcap, inv_t, False, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+                HAS_MEAN, WEIGHTED, TARGETS,
             )  # fmt: skip
         if head + blocks * BLOCK < width:
             _differentiate_block(
-                row_pointer, out_pointer, bias, head + blocks * BLOCK + lanes, width, column, at_target, log_total,
-                big_h, g, h, softcap, inv_t, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+                row_pointer, out_pointer, bias, class_weight, head + blocks * BLOCK + lanes, width, column, at_target,
+                log_total, big_h, mass, h, spread, softcap, inv_t, True, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY,
+                HAS_MEAN, WEIGHTED, TARGETS,
             )  # fmt: skip
-
-
-def launch_config(width: int) -> tuple[int, int]:
-    """(BLOCK, warps) for tiles of this many columns, for both kernels."""
-    if width > 2048:
-        return 4096, 8
-    if width > 256:
-        return 1024, 4
-    return 256, 2
-
-
-def _fold_registers(width: int, plain: bool) -> int:
-    """Most registers of a thread of the fold. Left to itself, ptxas spills a few bytes to fit a program more.
-
-    64 let four programs of 8 warps share a multiprocessor, 80 three.
-    """
-    return 64 if plain or width <= 2048 else 80
-
-
-def launch_fold(tile: Tensor, first_column: int, options: Any, rows: Any, state: Tensor) -> None:
-    """Launch the forward kernel; arguments as ``fold_tile``."""
-    n, width = tile.shape
-    block, warps = launch_config(width)
-    has_entropy = rows.entropy is not None
-    plain = options.bias is None and options.softcap is None and not has_entropy and tile.element_size() == 2
-    launch(linear_logprob_fold_kernel, n)(
-        tile, rows.target, rows.inverse_temperature, tile if options.bias is None else options.bias, state,
-        rows.logp, rows.lse, rows.entropy if has_entropy else rows.logp,
-        tile.stride(0), state.stride(0), width, first_column, options.n_columns, options.ignore_index,
-        options.softcap or 1.0,
-        HAS_BIAS=options.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_ENTROPY=has_entropy,
-        BLOCK=block, PACK=16 // tile.element_size(), num_warps=warps, maxnreg=_fold_registers(width, plain),
-    )  # fmt: skip
-
-
-def launch_gradient(
-    tile: Tensor,
-    out: Tensor,
-    first_column: int,
-    options: Any,
-    rows: Any,
-    grad_logp: Tensor,
-    grad_entropy: Tensor | None,
-) -> None:
-    """Launch the backward kernel; arguments as ``differentiate_tile``."""
-    n, width = tile.shape
-    block, warps = launch_config(width)
-    has_entropy = grad_entropy is not None
-    launch(linear_logprob_gradient_kernel, n)(
-        tile, out, rows.target, rows.inverse_temperature, tile if options.bias is None else options.bias,
-        rows.logp, rows.lse, rows.entropy if has_entropy else rows.logp,
-        grad_logp, grad_entropy if has_entropy else grad_logp,
-        tile.stride(0), out.stride(0), width, first_column, options.ignore_index, options.softcap or 1.0,
-        HAS_BIAS=options.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_ENTROPY=has_entropy,
-        BLOCK=block, PACK=16 // tile.element_size(), SAME_STRIDE=tile.stride(0) == out.stride(0), num_warps=warps,
-    )  # fmt: skip
+        if TARGETS > 1:
+            tl.debug_barrier()  # over what other warps wrote
+            tl.store(out_pointer + column, at_target.to(out.dtype.element_ty), mask=mine)

@@ -5,16 +5,19 @@ A tile holds raw logits ``s`` of some rows and a slab of vocabulary columns. The
     z = softcap * tanh((s + bias) / softcap) / temperature            (softcap and bias where given)
 
 ``fold_tile`` reads a tile once and keeps, per row, the running maximum ``m``, the sum ``r`` of ``exp(z - m)`` over all
-tokens but the maximal one, ``w = sum exp(z - m) (z - m)`` and the target's logit. After the last slab
-``logp = (z_target - m) - log(1 + r)``, ``lse = m + log(1 + r)`` and ``entropy = log(1 + r) - w / (1 + r)``: nothing
-cancels if one token has all the mass (``r`` is the odds against it) or if logits are large.
+tokens but the maximal one, ``w = sum exp(z - m) (z - m)`` and the target's logit (or those of several targets). After
+the last slab ``logp = (z_target - m) - log(1 + r)``, ``lse = m + log(1 + r)`` and ``entropy = log(1 + r) - w / (1 +
+r)``: nothing cancels if one token has all the mass (``r`` is the odds against it) or if logits are large. Where asked
+for, ``sum c (z - m)`` gives ``mean_logp = sum_j c_j log p_j / V``, with class weights ``c`` or 1.
 
 ``differentiate_tile`` is elementwise once ``lse`` is known, so it may overwrite the tile. With upstream gradients
-``g`` (of logp) and ``h`` (of entropy ``H``), ``p = exp(z - lse)``:
+``g_k`` (of the logp of target k), ``h`` (of entropy ``H``), ``q`` (of lse) and ``V u`` (of mean_logp), ``p = exp(z -
+lse)``:
 
-    dL/dz_j = g (1[j = target] - p_j) - h p_j (log p_j + H),        dL/ds = dL/dz / temperature * (1 - tanh^2)
+    dL/dz_j = sum_k g_k 1[j = target_k] + u c_j - p_j (mass + h (log p_j + H)),    mass = sum_k g_k + u sum(c) - q,
+    dL/ds = dL/dz / temperature * (1 - tanh^2)
 
-The target's column uses ``1 - p = -expm1(logp)`` in fp32 and is rounded once, so a confident target keeps its gradient.
+A target's column uses ``1 - p = -expm1(logp)`` in fp32 and is rounded once, so a confident target keeps its gradient.
 Rows whose target is ``ignore_index`` give exact zeros, even if the tile holds NaN. A target outside the vocabulary
 gives NaN (on a CPU, callers raise before). CUDA tiles use Triton; the torch path computes in the tile's own precision.
 """
@@ -29,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels._common import use_triton
-from fastrl_kernels._linear_logprob_kernels import launch_fold, launch_gradient
+from fastrl_kernels._linear_logprob_launch import launch_fold, launch_gradient
 
 NO_IGNORE = -(2**31)  # passed to kernels as ignore_index if no target is ignored
 _LOWEST = -1.0e30  # replaces -inf of a forbidden token: its probability is 0 and its multiples stay finite
@@ -43,16 +46,32 @@ class TileOptions(NamedTuple):
     bias: Tensor | None  # [n_columns]
     softcap: float | None
     ignore_index: int
+    class_weight: Tensor | None = None  # [n_columns], only read for mean_logp
 
 
 class RowTerms(NamedTuple):
     """Per-row vectors of the rows a tile holds. fp32, or float64 on float64 tiles."""
 
-    target: Tensor  # [n] i64
+    target: Tensor  # [n] i64, or [n, K]
     inverse_temperature: Tensor  # [n]
-    logp: Tensor  # [n]
+    logp: Tensor  # like target
     lse: Tensor  # [n]
     entropy: Tensor | None  # [n]
+    mean_logp: Tensor | None = None  # [n]
+
+    @property
+    def targets(self) -> Tensor:
+        """[n, K]"""
+        return self.target if self.target.dim() > 1 else self.target[:, None]
+
+    def ignored(self, ignore_index: int) -> Tensor:
+        """[n]: rows none of whose targets counts."""
+        return (self.targets == ignore_index).all(1)
+
+    def new_state(self, n: int) -> Tensor:
+        """What ``fold_tile`` keeps of ``n`` rows between slabs, not initialised."""
+        lines = 3 + self.targets.shape[1] + 2 * (self.mean_logp is not None)
+        return self.lse.new_empty((lines, n))
 
     def part(self, start: int, end: int) -> RowTerms:
         """The terms of rows ``start:end``, as views."""
@@ -63,10 +82,60 @@ class RowTerms(NamedTuple):
         return self._map(lambda vector: vector.index_select(0, index))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> RowTerms:
-        entropy = None if self.entropy is None else change(self.entropy)
-        return RowTerms(
-            change(self.target), change(self.inverse_temperature), change(self.logp), change(self.lse), entropy
-        )
+        return RowTerms(*(None if vector is None else change(vector) for vector in self))  # type: ignore[arg-type]
+
+
+class Upstream(NamedTuple):
+    """Gradients of the loss with respect to a tile's row terms; the letters are those above."""
+
+    logp: Tensor  # g, like target
+    entropy: Tensor | None = None  # h [n]
+    mass: Tensor | None = None  # [n]; None: one target, and neither q nor u
+    spread: Tensor | None = None  # u [n]
+
+    @staticmethod
+    def of(
+        rows: RowTerms,
+        options: TileOptions,
+        logp: Tensor | None,
+        entropy: Tensor | None = None,
+        lse: Tensor | None = None,
+        mean_logp: Tensor | None = None,
+    ) -> Upstream:
+        """From the gradients of these outputs, where there is one."""
+
+        def plain(grad: Tensor) -> Tensor:
+            return grad.to(rows.logp.dtype).contiguous()
+
+        g = torch.zeros_like(rows.logp) if logp is None else plain(logp)
+        h = None if entropy is None else plain(entropy)
+        if rows.target.dim() == 1 and lse is None and mean_logp is None:
+            return Upstream(g, h)
+        mass = torch.where(rows.targets == options.ignore_index, 0, g.view(rows.targets.shape)).sum(1)
+        spread = None
+        if mean_logp is not None:
+            spread = plain(mean_logp) / options.n_columns
+            weights = options.class_weight
+            mass = mass + spread * (options.n_columns if weights is None else weights.to(mass.dtype).sum())
+        if lse is not None:
+            mass = mass - plain(lse)
+        return Upstream(g, h, mass, spread)
+
+    def part(self, start: int, end: int) -> Upstream:
+        """Those of rows ``start:end``, as views."""
+        return Upstream(*(None if vector is None else vector[start:end] for vector in self))  # type: ignore[arg-type]
+
+    def select(self, index: Tensor) -> Upstream:
+        """Those of the rows ``index`` [R], as copies."""
+        return Upstream(*(None if vector is None else vector.index_select(0, index) for vector in self))  # type: ignore[arg-type]
+
+    def silent(self, rows: RowTerms, ignore_index: int) -> Tensor:
+        """[n]: rows without a gradient, as they are ignored or everything upstream of them is 0."""
+        quiet = (self.logp.view(rows.targets.shape) == 0).all(1)
+        for vector in self[1:]:
+            if vector is not None:
+                quiet &= vector == 0
+        return quiet | rows.ignored(ignore_index)
 
 
 def triton_path(tensor: Tensor) -> bool:
@@ -77,8 +146,8 @@ def triton_path(tensor: Tensor) -> bool:
 def fold_tile(tile: Tensor, first_column: int, options: TileOptions, rows: RowTerms, state: Tensor) -> None:
     """Fold a slab ``tile`` [n, width] of raw logits into the rows' statistics; slabs must come in ascending order.
 
-    ``state`` [4, n] holds the statistics between slabs (not initialised by the caller). The last slab of the vocabulary
-    writes ``rows.logp``, ``.lse`` and, if given, ``.entropy``. The tile is not modified.
+    ``state`` (``rows.new_state``) holds the statistics between slabs. The last slab of the vocabulary writes
+    ``rows.logp``, ``.lse`` and, if given, ``.entropy`` and ``.mean_logp``. The tile is not modified.
     """
     if tile.shape[0] == 0:
         return
@@ -94,19 +163,18 @@ def differentiate_tile(
     first_column: int,
     options: TileOptions,
     rows: RowTerms,
-    grad_logp: Tensor,
-    grad_entropy: Tensor | None,
+    upstream: Upstream,
 ) -> None:
     """Write the gradient with respect to raw logits into ``out`` [n, width], which may be the tile itself.
 
-    ``grad_logp`` and ``grad_entropy`` [n]; ``grad_entropy`` needs ``rows.entropy``. The torch path overwrites the tile.
+    ``upstream.entropy`` needs ``rows.entropy``. The torch path overwrites the tile.
     """
     if tile.numel() == 0:
         return
     if triton_path(tile):
-        launch_gradient(tile, out, first_column, options, rows, grad_logp, grad_entropy)
+        launch_gradient(tile, out, first_column, options, rows, upstream)
     else:
-        _differentiate_eager(tile, out, first_column, options, rows, grad_logp, grad_entropy)
+        _differentiate_eager(tile, out, first_column, options, rows, upstream)
 
 
 def eager_row_bytes(itemsize: int, softcap: bool) -> int:
@@ -142,26 +210,33 @@ def _temper(s: Tensor, first: int, options: TileOptions, inverse_temperature: Te
 
 
 def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: RowTerms, state: Tensor) -> None:
-    top, rest, weighted, z_target = state
+    targets = rows.targets
+    top, rest, weighted = state[:3]
+    z_target, sums = state[3 : 3 + targets.shape[1]].T, state[3 + targets.shape[1] :]
     if first_column == 0:
         top.fill_(_LOWEST)
         rest.zero_()
         weighted.zero_()
         z_target.fill_(math.nan)
+        sums.zero_()
     plain = _is_plain(options, rows)
     for start in range(0, tile.shape[1], _EAGER_BLOCK):
         z = tile[:, start : start + _EAGER_BLOCK]
         if not plain:
             z = z.clone()
             _temper(z, first_column + start, options, rows.inverse_temperature)
-        column = rows.target - (first_column + start)
+        column = targets - (first_column + start)
         here = (column >= 0) & (column < z.shape[1])
-        found = z.gather(1, column.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+        found = z.gather(1, column.clamp(0, z.shape[1] - 1))
         z_target.copy_(torch.where(here, found, z_target))
         block_top, owner = z.max(1)
         block_top.clamp_(min=_LOWEST)  # NaN stays NaN
         new_top = torch.maximum(top, block_top)
         z = z - block_top[:, None]
+        if rows.mean_logp is not None:
+            weights = _class_weights(options, first_column + start, z)
+            sums[0] += (top - new_top) * sums[1] + (block_top - new_top) * weights.sum() + z.mv(weights)
+            sums[1] += weights.sum()
         e = (z.exp_() if rows.entropy is None else z.exp()).scatter_(1, owner[:, None], 0)
         block_rest = e.sum(1)
         old_scale, block_scale = (top - new_top).exp(), (block_top - new_top).exp()
@@ -175,12 +250,23 @@ def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: Row
         top.copy_(new_top)
         del z, e  # freed before the next block allocates its own
     if first_column + tile.shape[1] == options.n_columns:
-        ignored = rows.target == options.ignore_index
+        ignored = rows.ignored(options.ignore_index)
         log_total = rest.log1p()
-        rows.logp.copy_((z_target - top - log_total).masked_fill_(ignored, 0))
+        logp = (z_target - top[:, None] - log_total[:, None]).masked_fill_(targets == options.ignore_index, 0)
+        rows.logp.copy_(logp.view(rows.logp.shape))
         rows.lse.copy_((top + log_total).masked_fill_(ignored, 0))
         if rows.entropy is not None:
             rows.entropy.copy_((log_total - weighted / (1 + rest)).masked_fill_(ignored, 0))
+        if rows.mean_logp is not None:
+            mean = (sums[0] - sums[1] * log_total) / options.n_columns
+            rows.mean_logp.copy_(mean.masked_fill_(ignored, 0))
+
+
+def _class_weights(options: TileOptions, first: int, like: Tensor) -> Tensor:
+    """[width] of the columns of a block ``like`` [n, width] that begins at this one."""
+    if options.class_weight is None:
+        return like.new_ones(like.shape[1])
+    return options.class_weight[first : first + like.shape[1]].to(like.dtype)
 
 
 def _differentiate_eager(
@@ -189,28 +275,27 @@ def _differentiate_eager(
     first_column: int,
     options: TileOptions,
     rows: RowTerms,
-    grad_logp: Tensor,
-    grad_entropy: Tensor | None,
+    upstream: Upstream,
 ) -> None:
-    nothing = (rows.target == options.ignore_index) | (grad_logp == 0)
-    at_target = -grad_logp * rows.logp.expm1()
-    if grad_entropy is not None and rows.entropy is not None:
-        nothing = (rows.target == options.ignore_index) | ((grad_logp == 0) & (grad_entropy == 0))
-        at_target -= grad_entropy * rows.logp.exp() * (rows.logp + rows.entropy)
+    nothing, targets = upstream.silent(rows, options.ignore_index), rows.targets
+    mass = upstream.logp if upstream.mass is None else upstream.mass
+    at_target = _at_targets(options, rows, upstream)
     plain, some_nothing = _is_plain(options, rows), bool(nothing.any())
     for start in range(0, tile.shape[1], _EAGER_BLOCK):
         s = tile[:, start : start + _EAGER_BLOCK]
         tanh = None if plain else _temper(s, first_column + start, options, rows.inverse_temperature)
         s.sub_(rows.lse[:, None])
-        if grad_entropy is not None and rows.entropy is not None:
+        if upstream.entropy is not None and rows.entropy is not None:
             p = s.clamp_(min=_LOWEST / 1e20).exp()
-            s.add_(rows.entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logp[:, None]).mul_(p).neg_()
+            s.add_(rows.entropy[:, None]).mul_(upstream.entropy[:, None]).add_(mass[:, None]).mul_(p).neg_()
             del p  # or it would live on beside the next block's
         else:
-            s.exp_().mul_(-grad_logp[:, None])
-        column = rows.target - (first_column + start)
-        here = ((column >= 0) & (column < s.shape[1])).nonzero()[:, 0]
-        s[here, column[here]] = at_target[here]
+            s.exp_().mul_(-mass[:, None])
+        if upstream.spread is not None:
+            s.addr_(upstream.spread, _class_weights(options, first_column + start, s))
+        column = targets - (first_column + start)
+        here = (column >= 0) & (column < s.shape[1]) & (targets != options.ignore_index)
+        s[here.nonzero()[:, 0], column[here]] = at_target[here]
         if not plain:
             s.mul_(rows.inverse_temperature[:, None])
         if tanh is not None:
@@ -220,3 +305,26 @@ def _differentiate_eager(
             s.masked_fill_(nothing[:, None], 0)
         if out is not tile:
             out[:, start : start + _EAGER_BLOCK].copy_(s)
+
+
+def _at_targets(options: TileOptions, rows: RowTerms, upstream: Upstream) -> Tensor:
+    """[n, K]: dL/dz of each target's column. Equal targets of a row get equal values."""
+    targets, shape = rows.targets, rows.targets.shape
+    logp, g = rows.logp.view(shape), upstream.logp.view(shape)
+    if shape[1] > 1:
+        g = torch.where(targets == options.ignore_index, 0, g)
+        total = torch.zeros_like(g)
+        for other in range(shape[1]):
+            total += torch.where(targets == targets[:, other, None], g[:, other, None], 0)
+        g = total
+    p = logp.exp()
+    value = -g * logp.expm1()
+    if upstream.mass is not None:
+        value += (g - upstream.mass[:, None]) * p
+    if upstream.entropy is not None and rows.entropy is not None:
+        value -= upstream.entropy[:, None] * p * (logp + rows.entropy[:, None])
+    if upstream.spread is not None:
+        column = targets.clamp(0, options.n_columns - 1)
+        weights = 1 if options.class_weight is None else options.class_weight.to(value.dtype)[column]
+        value += upstream.spread[:, None] * weights
+    return value

@@ -96,6 +96,22 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # in the order of ``b
 }
 
 
+def completion_ids(
+    name: str, shape: tuple[int, ...], advantage: Tensor, completion: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """The completion of each row of ``name``, -1 where masked. Without ids, rows are [C, L], a completion each."""
+    if completion is None:
+        check(len(shape) == 2, f"{name}: [C, L] without completion ids, got {list(shape)}")
+        check_number(name, shape[0], shape[0] == advantage.shape[0], f"{advantage.shape[0]} completions, as advantage")
+        completion = torch.arange(shape[0], device=advantage.device)[:, None].expand(shape)
+    if mask is None:
+        return completion
+    check_shape("mask", mask, shape)
+    check_shape("completion", completion, shape)
+    check_same_device(advantage=advantage, mask=mask, completion=completion)
+    return completion.masked_fill(mask == 0, -1)
+
+
 def options_schema() -> str:
     """The options as arguments of an operator's schema, in their order and with their defaults."""
     kinds = {"dual_clip": "float?", "importance": "str?"}

@@ -109,19 +109,20 @@ class _Recorder:
     def _public_call(self) -> str:
         """The public call on the stack as text. A backward has none; it gets the last call of its module's forward."""
         public = importlib.import_module("fastrl_kernels").__all__
-        module, outermost = "", None
+        modules, outermost = [""], None
         frame = sys._getframe(2)
         while frame is not None:
             package, _, name = str(frame.f_globals.get("__name__")).rpartition(".")
             if package.split(".")[0] == "fastrl_kernels" and not name.startswith("_"):
-                module = name
+                modules.append(name)
                 if frame.f_code.co_name in public:
                     outermost = frame
             frame = frame.f_back
         if outermost is None:
-            return f"{self._calls.get(module, module)}, backward"
-        self._calls[module] = _describe(outermost)
-        return self._calls[module]
+            return f"{self._calls.get(modules[-1], modules[-1])}, backward"
+        call = _describe(outermost)
+        self._calls.update(dict.fromkeys(modules, call))
+        return call
 
 
 def _describe(frame: FrameType) -> str:

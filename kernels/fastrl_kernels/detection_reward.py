@@ -32,6 +32,7 @@ from fastrl_kernels._common import (
     check_number,
     check_same_device,
     check_shape,
+    floating_pair,
     join_batches,
     launch,
     readable,
@@ -294,7 +295,8 @@ def detection_reward(
 
     Args:
         pred, gt: ``[B, n, 4]`` and ``[B, m, 4]`` corners (x1, y1, x2, y2) for ``metric="iou"``, ``[B, n, 2]`` and
-            ``[B, m, 2]`` for ``"point"``, in one unit; float32, bfloat16, float16, or float64 (CPU only), one dtype.
+            ``[B, m, 2]`` for ``"point"``, in one unit; float32, bfloat16, float16, or float64 (CPU only), one dtype, or
+            whole pixels of any integer dtype.
         n_pred, n_gt: ``[B]`` int64 or int32, the number of valid items; clamped to [0, n] and [0, m].
         pred_label, gt_label: ``[B, n]`` and ``[B, m]`` int64 or int32, both or neither.
         metric: ``"iou"``, or ``"point"``: quality 1 - L2 distance / ``scale``, at least 0. For points in a frame, its
@@ -309,6 +311,7 @@ def detection_reward(
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or option; float64 or more than 2048 items on a GPU.
     """
+    pred, gt = floating_pair(pred, gt)
     boxes = _check_arguments(pred, gt, n_pred, n_gt, pred_label, gt_label, metric, matching, threshold, scale)
     pred, gt = pred.detach(), gt.detach()
     counts = n_pred.to(torch.int64).contiguous(), n_gt.to(torch.int64).contiguous()
@@ -374,6 +377,7 @@ def detection_reward_reference(
     scale: float = 1.0,
 ) -> DetectionReward:
     """:func:`detection_reward` in plain torch."""
+    pred, gt = floating_pair(pred, gt)
     boxes = _check_arguments(pred, gt, n_pred, n_gt, pred_label, gt_label, metric, matching, threshold, scale)
     labels = (pred_label, gt_label)
     match, quality, parts = _eager(pred, gt, (n_pred, n_gt), labels, boxes, matching == "sequence", threshold, scale)

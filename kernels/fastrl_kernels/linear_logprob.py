@@ -39,9 +39,10 @@ from fastrl_kernels._counting import Scratch, flops_of, scratch_of
 from fastrl_kernels._dtensor import is_dtensor
 from fastrl_kernels._linear_logprob_backward import Needs
 from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype, route_of
-from fastrl_kernels._linear_logprob_tiles import RowTerms
+from fastrl_kernels._linear_logprob_tiles import RowTerms, Upstream
 from fastrl_kernels.token_logprob import (
     LogProb,
+    check_targets,
     check_values,
     flat_rows,
     inverse_temperature,
@@ -69,22 +70,31 @@ def _forward_op(
     return_entropy: bool,
     skip_zero_rows: bool,
     scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, lora_a, lora_b, lora_scale, softcap, ignore_index, scratch_bytes)
+    class_weight: Tensor | None = None,
+    return_mean: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp like target, entropy [N] (empty: not asked for), log-sum-exp [N], mean log-prob [N] (empty)."""
+    head = Head(weight, bias, lora_a, lora_b, lora_scale, softcap, ignore_index, scratch_bytes, class_weight)
     check_values(target, weight.shape[0], ignore_index, temperature)
     if rows is not None:
         check_rows(rows, target)
     scale = inverse_temperature(target, accumulator_dtype(hidden.dtype), temperature, temperature_value)
     with torch.autocast(hidden.device.type, enabled=False):
-        logp, entropy, lse = _linear_logprob_driver.forward(hidden, head, target.contiguous(), scale, return_entropy)
-    return logp, logp.new_zeros(0) if entropy is None else entropy, lse
+        out = _linear_logprob_driver.forward(
+            hidden, head, target.contiguous(), scale, return_entropy=return_entropy, return_mean=return_mean
+        )
+    entropy, mean = (out.lse.new_zeros(0) if x is None else x for x in (out.entropy, out.mean_logp))
+    return out.logp, entropy, out.lse, mean
 
 
 @_forward_op.register_fake
-def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return_entropy = rest[9]
-    logp = hidden.new_empty(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
-    return logp, torch.empty_like(logp) if return_entropy else logp.new_empty(0), torch.empty_like(logp)
+def _(
+    hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any, class_weight: Any = None, return_mean: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return_entropy, return_mean = rest[9], rest[13] if len(rest) > 13 else return_mean
+    logp = hidden.new_empty(target.shape, dtype=accumulator_dtype(hidden.dtype))
+    lse, entropy, mean = (logp.new_empty(target.shape[0] if x else 0) for x in (True, return_entropy, return_mean))
+    return logp, entropy, lse, mean
 
 
 @torch.library.custom_op("fastrl::linear_logprob_backward", mutates_args=())
@@ -109,25 +119,26 @@ def _backward_op(
     skip_zero_rows: bool,
     scratch_bytes: int,
     needs: list[bool],
+    grad_lse: Tensor | None = None,
+    grad_mean: Tensor | None = None,
+    class_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, lora_a, lora_b, lora_scale, softcap, ignore_index, scratch_bytes)
+    head = Head(weight, bias, lora_a, lora_b, lora_scale, softcap, ignore_index, scratch_bytes, class_weight)
     scale = inverse_temperature(target, logp.dtype, temperature, temperature_value)
     if grad_entropy is None:
         entropy = None
     terms = RowTerms(target.contiguous(), scale, logp, lse, entropy)
-    upstream = torch.zeros_like(logp) if grad_logp is None else grad_logp.to(logp.dtype).contiguous()
-    upstream_entropy = None if grad_entropy is None else grad_entropy.to(logp.dtype).contiguous()
+    upstream = Upstream.of(terms, head.options, grad_logp, grad_entropy, grad_lse, grad_mean)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _linear_logprob_backward.backward(
-            hidden, head, terms, upstream, upstream_entropy, rows, skip_zero_rows, Needs(*needs)
-        )
+        return _linear_logprob_backward.backward(hidden, head, terms, upstream, rows, skip_zero_rows, Needs(*needs))
 
 
 @_backward_op.register_fake
 def _(
-    grad_logp: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias, lora_a, lora_b, needs = rest[0], rest[2], rest[3], rest[-1]
+    grad_logp: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    bias, lora_a, lora_b, needs = rest[0], rest[2], rest[3], rest[14]
     sources = (hidden, weight, bias, lora_a, lora_b)
     made = [
         hidden.new_empty(0) if source is None else source.new_empty(source.shape if needed else (0,))
@@ -136,26 +147,34 @@ def _(
     return made[0], made[1], made[2], made[3], made[4]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tensors, ctx.options = inputs[:8], inputs[8:]
-    logp, entropy, lse = output
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    tensors, ctx.options, class_weight, ctx.return_mean = inputs[:8], inputs[8:15], inputs[15], inputs[16]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, logp, entropy, lse)
+    ctx.save_for_backward(*tensors, class_weight, *output[:3])
 
 
-def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    *tensors, logp, entropy, lse = ctx.saved_tensors
+def _backward(
+    ctx: Any,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mean: Tensor | None,
+) -> tuple[Any, ...]:
+    *tensors, class_weight, logp, entropy, lse = ctx.saved_tensors
     hidden, weight, target, bias, temperature, lora_a, lora_b, rows = tensors
     temperature_value, lora_scale, softcap, ignore_index, return_entropy, skip_zero_rows, scratch_bytes = ctx.options
     needed = ctx.needs_input_grad
     needs = [needed[0], needed[1], needed[3], needed[5], needed[6]]
     if not return_entropy:
         grad_entropy = entropy = None
-    if grad_logp is None and grad_entropy is None:
+    if not ctx.return_mean:
+        grad_mean = None
+    if all(grad is None for grad in (grad_logp, grad_entropy, grad_lse, grad_mean)):
         return (None,) * len(needed)
     grads = torch.ops.fastrl.linear_logprob_backward(
         grad_logp, grad_entropy, hidden, weight, target, bias, temperature, lora_a, lora_b, rows, logp, entropy, lse,
         temperature_value, lora_scale, softcap, ignore_index, skip_zero_rows, scratch_bytes, needs,
+        grad_lse, grad_mean, class_weight,
     )  # fmt: skip
     d_hidden, d_weight, d_bias, d_a, d_b = (grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
     return d_hidden, d_weight, None, d_bias, None, d_a, d_b, *[None] * (len(needed) - 7)
@@ -228,13 +247,14 @@ def linear_logprob(
         hidden: [N, H], or [B, T, H] with ``target`` [B, T], as all results then (``rows`` counts b T + t): bf16, fp16,
             fp32 (or fp64), any strides.
         weight: [V, H] of ``hidden``'s dtype. Under autocast both are cast as ``F.linear`` would.
-        target: [N] int64 or int32. A target outside [0, V) that is not ``ignore_index`` raises on a CPU and gives NaN
-            on a GPU.
+        target: [N] int64 or int32, or [N, K] (``[B, T, K]``), several ids a row whose log-probs are gathered in the
+            same pass; ``logp`` has its shape. A target outside [0, V) that is not ``ignore_index`` raises on a CPU and
+            gives NaN on a GPU.
         bias: [V], added to the logits in fp32.
         temperature: > 0, or [N] of them; divides the logits after the softcap. No gradient.
         softcap: > 0: logits become ``softcap * tanh(logits / softcap)``.
-        ignore_index: rows with this target get logp 0, entropy 0 and no gradient, whatever they hold. ``None``: no row
-            is ignored.
+        ignore_index: rows with this target get logp 0, entropy 0 and no gradient, whatever they hold (of several
+            targets: those that are it, and the row if all are). ``None``: no row is ignored.
         return_entropy: also return the (differentiable) entropy of each row's tempered distribution, in nats.
         rows: [R] int64, distinct: the rows whose gradient may be non-zero. All others are skipped by every matmul of
             the backward; their gradient is exactly 0, whatever the upstream gradient says. The forward covers all rows.
@@ -244,7 +264,7 @@ def linear_logprob(
         scratch_bytes: bound of all temporaries whose size would depend on V, or on N times H.
 
     Returns:
-        ``LogProb(logp [N], entropy [N] | None)``, fp32 (fp64 for fp64 inputs).
+        ``LogProb(logp like target, entropy [N] | None)``, fp32 (fp64 for fp64 inputs).
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or value; a budget too small for the smallest tile.
@@ -257,20 +277,47 @@ def linear_logprob(
             return_entropy=return_entropy, rows=rows, lora=lora, skip_zero_rows=skip_zero_rows,
             scratch_bytes=scratch_bytes,
         )  # fmt: skip
-    shape = target.shape
+    shape, batch = target.shape, hidden.shape[:-1]
+    terms = head_terms(
+        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+        return_entropy=return_entropy, rows=rows, lora=lora, skip_zero_rows=skip_zero_rows,
+        scratch_bytes=scratch_bytes,
+    )  # fmt: skip
+    return LogProb(terms[0].view(shape), terms[1].view(batch) if return_entropy else None)
+
+
+def head_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    return_entropy: bool = False,
+    rows: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    skip_zero_rows: bool = False,
+    scratch_bytes: int = 1 << 30,
+    class_weight: Tensor | None = None,
+    return_mean: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, entropies, log-sum-exps and mean log-probs of the flat rows; arguments as ``linear_logprob``.
+
+    Mean log-probs are ``sum_j class_weight_j log p_j / V``; what is not asked for is empty.
+    """
     hidden, target, temperature = flat_rows("hidden", hidden, target, temperature)
     hidden, weight = autocast_pair(hidden, weight)
     lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else lora
     _check_arguments(hidden, weight, target, bias, rows, lora_a, lora_b, softcap, scratch_bytes)
     refuse_forward_mode("linear_logprob", hidden, weight, bias, lora_a, lora_b)
     per_row, value = row_temperature(temperature, target)
-    logp, entropy, _ = _forward_op(
+    return _forward_op(
         hidden, weight, target, bias, per_row, lora_a, lora_b, rows, value, float(lora_scale),
         None if softcap is None else float(softcap), ignore_index, return_entropy, skip_zero_rows, scratch_bytes,
+        class_weight, return_mean,
     )  # fmt: skip
-    if len(shape) > 1:
-        logp, entropy = logp.view(shape), entropy.view(shape) if return_entropy else entropy
-    return LogProb(logp, entropy if return_entropy else None)
 
 
 def autocast_pair(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,13 +346,32 @@ def linear_logprob_reference(
     scratch_bytes: int = 1 << 30,
 ) -> LogProb:
     """The same function in plain torch with the whole ``[N, V]`` logits; the truth in tests. Keeps float64."""
-    shape = target.shape
+    shape, batch = target.shape, hidden.shape[:-1]
     hidden, target, temperature = flat_rows("hidden", hidden, target, temperature)
+    logits = reference_logits(hidden, weight, target, bias, softcap, ignore_index, rows, lora)
+    logp, entropy = token_logprob_reference(
+        logits, target, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy
+    )
+    return LogProb(logp.view(shape), None if entropy is None else entropy.view(batch))
+
+
+def reference_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    ignore_index: int | None,
+    rows: Tensor | None,
+    lora: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:
+    """The logits [N, V] of flat rows; only ``rows`` have a gradient, if given."""
     kind = accumulator_dtype(hidden.dtype)
     if ignore_index is not None:
-        hidden = hidden.masked_fill((target == ignore_index)[:, None], 0)
+        targets = target if target.dim() > 1 else target[:, None]
+        hidden = hidden.masked_fill((targets == ignore_index).all(1, keepdim=True), 0)
     if rows is not None:
-        kept = torch.zeros_like(target, dtype=torch.bool).index_fill_(0, rows, True)[:, None]
+        kept = torch.zeros(hidden.shape[:1], dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)[:, None]
         hidden = torch.where(kept, hidden, hidden.detach())
     wide = hidden.to(kind)
     logits = wide @ weight.to(kind).T
@@ -318,10 +384,7 @@ def linear_logprob_reference(
         logits = softcap * torch.tanh(logits / softcap)
     if rows is not None:  # only the chosen rows have a gradient
         logits = torch.where(kept, logits, logits.detach())
-    logp, entropy = token_logprob_reference(
-        logits, target, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy
-    )
-    return LogProb(logp.view(shape), None if entropy is None else entropy.view(shape))
+    return logits
 
 
 def check_rows(rows: Tensor, target: Tensor) -> None:
@@ -345,10 +408,9 @@ def _check_arguments(
     check_shape("hidden", hidden, (None, None))
     check_shape("weight", weight, (None, hidden.shape[1]))
     check(weight.shape[0] > 0, "weight: expected at least one row (vocabulary entry), got 0")
-    check_shape("target", target, (hidden.shape[0],))
+    check_targets(target, hidden.shape[0])
     check_dtype("hidden", hidden, FLOATS)
     check_dtype("weight", weight, (hidden.dtype,))
-    check_dtype("target", target, (torch.int64,))
     check_same_device(hidden=hidden, weight=weight, target=target, bias=bias, rows=rows, lora_A=lora_a, lora_B=lora_b)
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))

@@ -50,6 +50,7 @@ from fastrl_kernels._linear_logprob_driver import (
 )
 from fastrl_kernels._linear_logprob_tiles import (
     RowTerms,
+    Upstream,
     differentiate_row_bytes,
     differentiate_tile,
     eager_row_bytes,
@@ -57,11 +58,11 @@ from fastrl_kernels._linear_logprob_tiles import (
     fold_tile,
     triton_path,
 )
-from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, options_schema
+from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, completion_ids, options_schema
 from fastrl_kernels._policy_rows import PARTIALS, policy_row_terms, policy_totals, sequence_importance
 from fastrl_kernels.linear_logprob import autocast_pair, check_rows, linear_logprob_reference
 from fastrl_kernels.policy_loss import policy_loss_reference
-from fastrl_kernels.token_logprob import check_values, inverse_temperature, row_temperature
+from fastrl_kernels.token_logprob import check_values, flat_rows, inverse_temperature, row_temperature
 from fastrl_kernels.token_weights import token_weights
 
 __all__ = ["LinearPolicyLoss", "linear_policy_loss", "linear_policy_loss_reference"]
@@ -155,7 +156,7 @@ def _run(
     plan, slab, _ = _plan(head, count, route_of(hidden))
     buffer = plan.tile_buffer(hidden, dtype)
     vocabulary = head.weight.shape[0]
-    state = torch.empty(4, plan.rows, dtype=rows.logp.dtype, device=hidden.device)
+    state = rows.new_state(plan.rows)
     partials = []
     for start, end in ranges(count, plan.rows):
         part = slice(start, end)
@@ -169,7 +170,7 @@ def _run(
         fold_tile(tile, 0, head.options, chunk, state[:, : end - start])
         dlogp, sums = policy.terms(chunk.logp, part)
         partials.append(sums)
-        differentiate_tile(tile, tile, 0, head.options, chunk, dlogp * grad_scale, None)
+        differentiate_tile(tile, tile, 0, head.options, chunk, Upstream(dlogp * grad_scale))
         _add_gradients(x, tile, head, index, gradients, start, end, slab)
     return torch.cat(partials)
 
@@ -351,8 +352,9 @@ def linear_policy_loss(
     head_weight: Tensor,
     target: Tensor,
     advantage: Tensor,
-    completion: Tensor,
+    completion: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     sampler_logp: Tensor | None = None,
@@ -376,6 +378,8 @@ def linear_policy_loss(
     options (``clip_low=0.2`` and so on) are those of ``policy_loss``, head arguments those of ``linear_logprob``. Also:
 
     Args:
+        hidden: [N, H], or padded, [C, L, H], with ``target`` and every vector [C, L] (and ``mask``, or ``completion``
+            ids [C, L]); ``rows`` counts c L + l then, and ``logp`` is [C, L].
         ratio: only ``"token"``.
         importance_level: ``"sequence"`` needs ``old_logp``.
         rows: [R] int64, distinct: the rows to evaluate; all others have weight 0, in the metrics too.
@@ -390,7 +394,12 @@ def linear_policy_loss(
         ValueError, TypeError: wrong shape, dtype, device or option, before any launch.
     """
     hidden, head_weight = autocast_pair(hidden, head_weight)
-    chosen = PolicyOptions(**options)
+    chosen, shape = PolicyOptions(**options), target.shape
+    vectors = (old_logp, ref_logp, sampler_logp, weight)
+    hidden, target, temperature, completion, vectors = _flat(
+        hidden, target, temperature, advantage, completion, mask, vectors
+    )
+    old_logp, ref_logp, sampler_logp, weight = vectors
     like = hidden.new_empty(hidden.shape[:1], dtype=accumulator_dtype(hidden.dtype))  # checked where no weight is given
     tensors = PolicyTensors(advantage, completion, like if weight is None else weight, old_logp, ref_logp, sampler_logp)
     _check_arguments(hidden, head_weight, target, tensors, bias, rows, head_grad)
@@ -421,7 +430,7 @@ def linear_policy_loss(
     if any(needs):
         loss = _attach_op(loss, hidden, head_weight, bias, *gradients, float(grad_scale))
     divergence, low, high, mean, largest = metrics.unbind()
-    return LinearPolicyLoss(loss, divergence, low, high, mean, largest, logp)
+    return LinearPolicyLoss(loss, divergence, low, high, mean, largest, logp.view(shape))
 
 
 def linear_policy_loss_reference(
@@ -429,8 +438,12 @@ def linear_policy_loss_reference(
     head_weight: Tensor,
     target: Tensor,
     advantage: Tensor,
-    completion: Tensor,
+    completion: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
     weight: Tensor | None = None,
     aggregate: str = "token",
     normalizer: float | Tensor | None = None,
@@ -442,6 +455,11 @@ def linear_policy_loss_reference(
     **loss: Any,
 ) -> LinearPolicyLoss:
     """The composition of the two twins, with the whole logits; the truth in tests. Keeps float64."""
+    shape, vectors = target.shape, (old_logp, ref_logp, sampler_logp, weight)
+    hidden, target, temperature, completion, vectors = _flat(
+        hidden, target, temperature, advantage, completion, mask, vectors
+    )
+    old_logp, ref_logp, sampler_logp, weight = vectors
     weight = _weight(target, advantage, completion, weight, aggregate, normalizer, ignore_index, hidden)
     weight = weight.masked_fill((completion < 0) | (completion >= advantage.shape[0]), 0)
     if ignore_index is not None:
@@ -452,8 +470,34 @@ def linear_policy_loss_reference(
     logp = linear_logprob_reference(
         hidden, head_weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
     ).logp
-    result = policy_loss_reference(logp, advantage, completion, weight=weight, **loss)
-    return LinearPolicyLoss(**result._asdict(), logp=logp.detach().masked_fill(weight == 0, torch.inf))
+    given = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp}
+    result = policy_loss_reference(logp, advantage, completion, weight=weight, **given, **loss)
+    return LinearPolicyLoss(**result._asdict(), logp=logp.detach().masked_fill(weight == 0, torch.inf).view(shape))
+
+
+def _flat(
+    hidden: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    advantage: Tensor,
+    completion: Tensor | None,
+    mask: Tensor | None,
+    vectors: tuple[Tensor | None, ...],
+) -> tuple[Tensor, Tensor, float | Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Padded rows as [N] of them, their completion ids, and int32 targets as int64."""
+    shape = tuple(target.shape)
+    check_shape("advantage", advantage, (None,))
+    completion = completion_ids("target", shape, advantage, completion, mask)
+    hidden, target, temperature = flat_rows("hidden", hidden, target, temperature)
+    if len(shape) > 1:
+        names = ("old_logp", "ref_logp", "sampler_logp", "weight")
+        for name, vector in zip(("completion", *names), (completion, *vectors), strict=True):
+            if vector is not None:
+                check_shape(name, vector, shape)
+        completion, *rest = (None if x is None else x.reshape(-1) for x in (completion, *vectors))
+        vectors = tuple(rest)
+    assert completion is not None
+    return hidden, target, temperature, completion, vectors
 
 
 def _weight(

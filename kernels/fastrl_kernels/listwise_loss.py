@@ -36,6 +36,7 @@ from fastrl_kernels._common import (
     check_number,
     check_same_device,
     check_shape,
+    floating_pair,
     launch,
     readable,
     refuse_forward_mode,
@@ -192,7 +193,7 @@ def listwise_loss(
 
     Args:
         score: ``[B, K]``, K <= 1024 (fp32, bf16, fp16; float64 runs eagerly). A second derivative raises.
-        reward: ``[B, K]``, finite constants; only their order matters to ``"listmle"``.
+        reward: ``[B, K]``, finite constants, floats or integers; only their order matters to ``"listmle"``.
         mask: ``[B, K]`` bool, False items are ignored (and may hold NaN).
         kind: ``"perpo"`` or ``"listmle"``.
         beta: scale of the scores, >= 0.
@@ -205,6 +206,7 @@ def listwise_loss(
         ValueError, TypeError: wrong shape, dtype, device or option, before any launch; on a CPU rewards that are not
         finite.
     """
+    reward, _ = floating_pair(reward, score)
     _check_arguments(score, reward, mask, kind, beta, gamma)
     refuse_forward_mode("listwise_loss", score)
     return _listwise_op(score, reward, mask, kind == "listmle", float(beta), float(gamma))[0]
@@ -220,6 +222,7 @@ def listwise_loss_reference(
     gamma: float = 0.5,
 ) -> Tensor:
     """``listwise_loss`` in plain torch on any device: float64 inside, float64 out for float64 in. Same arguments."""
+    reward, _ = floating_pair(reward, score)
     _check_arguments(score, reward, mask, kind, beta, gamma)
     fixed = score.detach()
     loss, grad = _eager(fixed, reward, mask, kind == "listmle", beta, gamma)

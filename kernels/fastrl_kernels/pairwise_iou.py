@@ -36,6 +36,7 @@ from fastrl_kernels._common import (
     check_dtype,
     check_same_device,
     check_shape,
+    floating_pair,
     launch,
     refuse_forward_mode,
     use_triton,
@@ -255,7 +256,7 @@ def pairwise_iou(
 
     Args:
         a, b: ``[..., n, 4]`` and ``[..., m, 4]``, corners (x1, y1, x2, y2) in any one unit, float32, bfloat16, float16
-            or float64, the same dtype; leading dimensions broadcast.
+            or float64, the same dtype, or whole pixels of any integer dtype; leading dimensions broadcast.
         kind: ``"iou"``, ``"giou"``, ``"diou"`` or ``"ciou"``.
         n_a, n_b: number of valid boxes, integers shaped like the broadcast leading dimensions. Other pairs give 0.
         reduce: ``"max"`` returns each row's maximum over the valid boxes of ``b`` (0 if there is none); its gradient
@@ -267,6 +268,7 @@ def pairwise_iou(
     Raises:
         ValueError, TypeError: wrong shape, dtype, device, ``kind`` or ``reduce``.
     """
+    a, b = floating_pair(a, b)
     _check_arguments(a, b, kind, n_a, n_b, reduce)
     if not use_triton(a) or a.dtype == torch.float64:
         return pairwise_iou_reference(a, b, kind=kind, n_a=n_a, n_b=n_b, reduce=reduce)
@@ -318,6 +320,7 @@ def pairwise_iou_reference(
     reduce: str | None = None,
 ) -> Tensor:
     """:func:`pairwise_iou` in plain torch, differentiated by autograd; the CPU path."""
+    a, b = floating_pair(a, b)
     exact = torch.float64 if a.dtype == torch.float64 else torch.float32
     a, b = a.to(exact)[..., :, None, :], b.to(exact)[..., None, :, :]
     # Out-of-range coordinates are replaced before any arithmetic: a NaN that is masked later has a NaN gradient.

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels._common import FLOATS, Once, check, check_dtype, check_shape, refuse_forward_mode
-from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, options_schema
+from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, completion_ids, options_schema
 from fastrl_kernels._policy_rows import LOG_RATIO_LIMIT, policy_row_terms, policy_totals
 from fastrl_kernels.token_weights import token_weights
 
@@ -132,7 +132,7 @@ def policy_loss(
         advantage: ``[C]``, one per completion. Constant, as are all tensors below.
         completion: ``[N]`` int64 or int32, the completion of each row, any order. Negative: padding. ``>= C``: an error
             on CPU, padding on GPU (no host read). None: ``logp`` and every vector of it are padded, ``[C, L]``, a
-            completion a row.
+            completion a row. (``logp [B, T]`` with ids ``[B, T]`` is taken as well: rows that hold several.)
         mask: like ``logp``, bool or integer; 0 is padding, and may hold NaN.
         old_logp: ``[N]`` of the policy before the update. None: strictly on-policy, ratio 1, gradient ``-A w``.
         ref_logp: ``[N]`` of the reference policy; needed if ``beta != 0``. With ``beta = 0``, KL is only measured.
@@ -183,17 +183,10 @@ def _tensors(
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, PolicyTensors]:
     """``logp`` as [N] and the checked constants; computes weights if none are given."""
-    check(completion is not None or logp.dim() == 2, f"logp: [C, L] without completion ids, got {list(logp.shape)}")
-    if completion is None:
-        check_shape("logp", logp, (advantage.shape[0], None))
-        completion = torch.arange(logp.shape[0], device=logp.device)[:, None].expand(logp.shape)
-    else:
-        check_shape("logp", logp, (None,))
+    check(logp.dim() in (1, 2), f"logp: expected shape [N] or [C, L], got {list(logp.shape)}")
+    check_shape("advantage", advantage, (None,))
+    completion = completion_ids("logp", tuple(logp.shape), advantage, completion, mask)
     check_dtype("logp", logp, FLOATS)
-    if mask is not None:
-        check_shape("mask", mask, tuple(logp.shape))
-        check_shape("completion", completion, tuple(logp.shape))
-        completion = completion.masked_fill(mask == 0, -1)
     old_logp, ref_logp, sampler_logp, weight = vectors
     unset = logp if weight is None else weight  # checked in place of weights that are computed later
     tensors = PolicyTensors(advantage, completion, unset.detach(), old_logp, ref_logp, sampler_logp)

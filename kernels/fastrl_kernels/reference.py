@@ -1,5 +1,6 @@
 """The eager twins in plain torch: the CPU path of most kernels and the reference in tests. All accept float64."""
 
+from fastrl_kernels.cross_entropy import cross_entropy_reference, linear_cross_entropy_reference
 from fastrl_kernels.decode_attention import decode_attention_reference
 from fastrl_kernels.decode_layer import add_rms_norm_reference, rope_append_reference, silu_mul_reference
 from fastrl_kernels.detection_reward import detection_reward_reference
@@ -15,10 +16,12 @@ from fastrl_kernels.unlikelihood_loss import unlikelihood_loss_reference
 
 __all__ = [
     "add_rms_norm_reference",
+    "cross_entropy_reference",
     "decode_attention_reference",
     "detection_reward_reference",
     "group_advantage_reference",
     "linear_assignment_reference",
+    "linear_cross_entropy_reference",
     "linear_logprob_reference",
     "linear_policy_loss_reference",
     "listwise_loss_reference",

@@ -36,7 +36,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from fastrl_kernels._common import check, check_shape
 from fastrl_kernels._linear_logprob_driver import accumulator_dtype
 from fastrl_kernels.linear_logprob import autocast_pair, linear_logprob
-from fastrl_kernels.token_logprob import LogProb, row_temperature
+from fastrl_kernels.token_logprob import LogProb, flat_rows, row_temperature
 
 __all__ = ["sharded_linear_logprob", "vocab_parallel_logprob"]
 
@@ -68,7 +68,7 @@ class _VocabParallel(torch.autograd.Function):
         mine[1:] = 0
         if weight.shape[0]:
             at = local.masked_fill(local == -1, _OTHERS_TARGET)
-            logp, entropy, lse = torch.ops.fastrl.linear_logprob(
+            logp, entropy, lse, _ = torch.ops.fastrl.linear_logprob(
                 hidden, weight, at, bias, temperature, lora_a, lora_b, None, value, lora_scale, softcap, _IGNORED,
                 return_entropy, skip_zero_rows, scratch,
             )  # fmt: skip
@@ -162,10 +162,10 @@ def vocab_parallel_logprob(
     All processes of the group must call it with the same rows. The forward all-gathers three numbers per row.
 
     Args:
-        hidden: [N, H], the same on every process.
+        hidden: [N, H], or [B, T, H] with ``target`` [B, T], the same on every process.
         weight: [V / W, H], this process's slice of the head. It may be empty.
-        target: [N] int64, of the whole vocabulary. One that no slice holds (and is not ``ignore_index``) raises on a
-            CPU and gives NaN on a GPU.
+        target: [N] int64 or int32, of the whole vocabulary. One that no slice holds (and is not ``ignore_index``)
+            raises on a CPU and gives NaN on a GPU.
         group: the process group; None: the default one.
         first: token id of the slice's first row. Default: computed for slices of equal length.
         bias, lora: this process's slice of the bias, and of LoRA's B; LoRA's A is not sliced.
@@ -176,8 +176,9 @@ def vocab_parallel_logprob(
     Returns:
         ``LogProb(logp [N], entropy [N] | None)``, the same on every process.
     """
+    shape = target.shape
+    hidden, target, temperature = flat_rows("hidden", hidden, target, temperature)
     hidden, weight = autocast_pair(hidden, weight)
-    check_shape("hidden", hidden, (None, None))
     check_shape("weight", weight, (None, hidden.shape[1]))
     check_shape("target", target, (hidden.shape[0],))
     check(weight.dtype == hidden.dtype, f"weight: expected {hidden.dtype} as hidden, got {weight.dtype}")
@@ -200,7 +201,7 @@ def vocab_parallel_logprob(
         if bool((lost == 0).any()):
             row = int((lost == 0).nonzero()[0])
             raise ValueError(f"target: row {row} is {int(target[row])}, which no slice of the vocabulary holds")
-    return LogProb(logp, entropy if return_entropy else None)
+    return LogProb(logp.view(shape), entropy.view(shape) if return_entropy else None)
 
 
 def sharded_linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> LogProb:
@@ -310,7 +311,9 @@ def _gathered(tensor: Tensor | None) -> Any:
 
 
 def _register(operator: Any, *, rows: bool) -> None:
-    """Sharding rules of an operator: everything replicated, and with ``rows`` every tensor sharded in dimension 0."""
+    """Sharding rules of an operator: everything replicated, and with ``rows`` all but class weights sharded by rows."""
+
+    names = [argument.name for argument in operator._schema.arguments]
 
     @register_sharding(operator)
     def _(*args: Any, **kwargs: Any) -> list[Any]:
@@ -319,7 +322,10 @@ def _register(operator: Any, *, rows: bool) -> None:
         found = []
         for kind in kinds:
             placed = Shard(0) if kind is Shard else Replicate()
-            given = [placed if hasattr(arg, "tensor_meta") else None for arg in args]
+            given = [
+                (Replicate() if name == "class_weight" else placed) if hasattr(arg, "tensor_meta") else None
+                for name, arg in zip(names, args, strict=False)
+            ]
             found.append(([placed] * results, given))
         return found
 

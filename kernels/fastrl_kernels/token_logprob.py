@@ -32,6 +32,7 @@ from fastrl_kernels._linear_logprob_tiles import (
     NO_IGNORE,
     RowTerms,
     TileOptions,
+    Upstream,
     differentiate_tile,
     fold_tile,
     triton_path,
@@ -39,13 +40,14 @@ from fastrl_kernels._linear_logprob_tiles import (
 
 __all__ = ["LogProb", "token_logprob", "token_logprob_reference"]
 
+MAX_TARGETS = 1024  # ids a row, which a program of the kernels holds at once
 _EAGER_BYTES = 16 << 20  # the torch path works on copies of a few rows at a time
 
 
 class LogProb(NamedTuple):
     """Per-token results, fp32 (fp64 for fp64 inputs); 0 in ignored rows."""
 
-    logp: Tensor  # [N] log-probability of the target, nats
+    logp: Tensor  # [N] log-probability of the target, nats; [N, K] of several targets a row
     entropy: Tensor | None  # [N] entropy of the tempered distribution, nats; None: not requested
 
 
@@ -57,22 +59,29 @@ def _forward_op(
     temperature_value: float,
     ignore_index: int | None,
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    class_weight: Tensor | None = None,
+    return_mean: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp like target, entropy [N] (empty: not asked for), log-sum-exp [N], mean log-prob [N] (empty)."""
     check_values(target, logits.shape[1], ignore_index, temperature)
     kind = accumulator_dtype(logits.dtype)
-    outputs = [logits.new_zeros(logits.shape[0], dtype=kind) for _ in range(3 if return_entropy else 2)]
+
+    def zeros(wanted: bool = True) -> Tensor | None:
+        return logits.new_zeros(logits.shape[0], dtype=kind) if wanted else None
+
     scale = inverse_temperature(target, kind, temperature, temperature_value)
-    entropy = outputs[2] if return_entropy else None
-    rows = RowTerms(target.contiguous(), scale, outputs[0], outputs[1], entropy)
-    options = _options(logits, ignore_index)
-    state = logits.new_empty((4, logits.shape[0]), dtype=kind)
+    logp = logits.new_zeros(target.shape, dtype=kind)
+    rows = RowTerms(target.contiguous(), scale, logp, zeros(), zeros(return_entropy), zeros(return_mean))  # type: ignore[arg-type]
+    options = _options(logits, ignore_index, class_weight)
+    state = rows.new_state(logits.shape[0])
     if triton_path(logits):
         fold_tile(_unit_columns(logits), 0, options, rows, state)
     else:
         for start, end in ranges(logits.shape[0], _eager_rows(logits)):
             tile = logits[start:end].to(kind)  # only read
             fold_tile(tile, 0, options, rows.part(start, end), state[:, start:end])
-    return rows.logp, rows.logp.new_zeros(0) if entropy is None else entropy, rows.lse
+    entropy, mean = (rows.lse.new_zeros(0) if x is None else x for x in (rows.entropy, rows.mean_logp))
+    return rows.logp, entropy, rows.lse, mean
 
 
 @_forward_op.register_fake
@@ -83,9 +92,12 @@ def _(
     temperature_value: float,
     ignore_index: int | None,
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    logp = logits.new_empty(logits.shape[0], dtype=accumulator_dtype(logits.dtype))
-    return logp, torch.empty_like(logp) if return_entropy else logp.new_empty(0), torch.empty_like(logp)
+    class_weight: Tensor | None = None,
+    return_mean: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logp = logits.new_empty(target.shape, dtype=accumulator_dtype(logits.dtype))
+    lse, entropy, mean = (logp.new_empty(logits.shape[0] if x else 0) for x in (True, return_entropy, return_mean))
+    return logp, entropy, lse, mean
 
 
 def _gradient(
@@ -100,15 +112,17 @@ def _gradient(
     lse: Tensor,
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mean: Tensor | None,
+    class_weight: Tensor | None,
 ) -> None:
     scale = inverse_temperature(target, logp.dtype, temperature, temperature_value)
-    upstream = torch.zeros_like(logp) if grad_logp is None else grad_logp.to(logp.dtype).contiguous()
-    upstream_entropy = None if grad_entropy is None else grad_entropy.to(logp.dtype).contiguous()
     rows = RowTerms(target.contiguous(), scale, logp, lse, None if grad_entropy is None else entropy)
-    options = _options(logits, ignore_index)
+    options = _options(logits, ignore_index, class_weight)
+    upstream = Upstream.of(rows, options, grad_logp, grad_entropy, grad_lse, grad_mean)
     if triton_path(logits):
         source, sink = _unit_columns(logits), _unit_columns(out)
-        differentiate_tile(source, sink, 0, options, rows, upstream, upstream_entropy)
+        differentiate_tile(source, sink, 0, options, rows, upstream)
         if sink is not out:
             out.copy_(sink)
         return
@@ -119,8 +133,7 @@ def _gradient(
             tile = logits[part].to(logp.dtype)
         else:  # the output buffer may be the logits themselves
             tile = here if out is logits else here.copy_(logits[part])
-        some = None if upstream_entropy is None else upstream_entropy[part]
-        differentiate_tile(tile, tile, 0, options, rows.part(start, end), upstream[part], some)
+        differentiate_tile(tile, tile, 0, options, rows.part(start, end), upstream.part(start, end))
         if tile is not here:
             here.copy_(tile)
 
@@ -137,16 +150,20 @@ def _backward_op(
     lse: Tensor,
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
+    grad_lse: Tensor | None = None,
+    grad_mean: Tensor | None = None,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     out = logits.new_empty(logits.shape)
     _gradient(
-        logits, out, target, temperature, temperature_value, ignore_index, logp, entropy, lse, grad_logp, grad_entropy
-    )
+        logits, out, target, temperature, temperature_value, ignore_index, logp, entropy, lse, grad_logp, grad_entropy,
+        grad_lse, grad_mean, class_weight,
+    )  # fmt: skip
     return out
 
 
 @_backward_op.register_fake
-def _(logits: Tensor, *rest: Any) -> Tensor:
+def _(logits: Tensor, *rest: Any, **_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -162,15 +179,18 @@ def _backward_inplace_op(
     lse: Tensor,
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
+    grad_lse: Tensor | None = None,
+    grad_mean: Tensor | None = None,
+    class_weight: Tensor | None = None,
 ) -> None:
     _gradient(
         logits, logits, target, temperature, temperature_value, ignore_index, logp, entropy, lse, grad_logp,
-        grad_entropy,
+        grad_entropy, grad_lse, grad_mean, class_weight,
     )  # fmt: skip
 
 
 @_backward_inplace_op.register_fake
-def _(logits: Tensor, *rest: Any) -> None:
+def _(logits: Tensor, *rest: Any, **_: Any) -> None:
     return None
 
 
@@ -182,49 +202,60 @@ def _consuming_op(
     temperature_value: float,
     ignore_index: int | None,
     return_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    class_weight: Tensor | None = None,
+    return_mean: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same forward; its backward writes the gradient over the logits."""
-    return _forward_op(logits, target, temperature, temperature_value, ignore_index, return_entropy)
+    return _forward_op(
+        logits, target, temperature, temperature_value, ignore_index, return_entropy, class_weight, return_mean
+    )
 
 
 @_consuming_op.register_fake
-def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_op(logits, *rest)
+def _(logits: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward_op(logits, *rest, **named)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, target, temperature, *ctx.options = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    logits, target, temperature, *ctx.options, class_weight, ctx.return_mean = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, temperature, *output)
+    ctx.save_for_backward(logits, target, temperature, class_weight, *output[:3])
 
 
-def _arguments(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...] | None:
-    logits, target, temperature, logp, entropy, lse = ctx.saved_tensors
+def _arguments(
+    ctx: Any,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mean: Tensor | None,
+) -> tuple[Any, ...] | None:
+    logits, target, temperature, class_weight, logp, entropy, lse = ctx.saved_tensors
     temperature_value, ignore_index, return_entropy = ctx.options
     if not return_entropy:
         grad_entropy = None
-    if grad_logp is None and grad_entropy is None:
+    if not ctx.return_mean:
+        grad_mean = None
+    if all(grad is None for grad in (grad_logp, grad_entropy, grad_lse, grad_mean)):
         return None
     return (
         logits, target, temperature, temperature_value, ignore_index, logp, entropy if return_entropy else None, lse,
-        grad_logp, grad_entropy,
+        grad_logp, grad_entropy, grad_lse, grad_mean, class_weight,
     )  # fmt: skip
 
 
-def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    arguments = _arguments(ctx, grad_logp, grad_entropy)
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    arguments = _arguments(ctx, *grads)
     gradient = None if arguments is None else torch.ops.fastrl.token_logprob_backward(*arguments)
-    return gradient, None, None, None, None, None
+    return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-def _backward_consuming(
-    ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
-) -> tuple[Any, ...]:
-    arguments = _arguments(ctx, grad_logp, grad_entropy)
+def _backward_consuming(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    arguments = _arguments(ctx, *grads)
+    others = [None] * (len(ctx.needs_input_grad) - 1)
     if arguments is None:
-        return (None,) * 6
+        return None, *others
     torch.ops.fastrl.token_logprob_backward_(*arguments)
-    return arguments[0].detach(), None, None, None, None, None
+    return arguments[0].detach(), *others
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -245,29 +276,52 @@ def token_logprob(
     Args:
         logits: [N, V], or [B, T, V] with ``target`` [B, T] (results are then [B, T]): bf16, fp16, fp32 (or fp64); any
             strides, fastest with unit column stride.
-        target: [N] int64 or int32. A target outside [0, V) that is not ``ignore_index`` raises on a CPU and gives NaN
-            on a GPU.
-        temperature: > 0, or [N] of them; divides the logits. No gradient. ignore_index: rows with this target get logp
-        0, entropy 0 and no gradient, even if they hold NaN. ``None``: none. return_entropy: also return the
-        (differentiable) entropy of each row's tempered distribution, in nats. inplace_backward: the backward overwrites
-        the logits with the gradient and allocates nothing of their size. Autograd raises if another backward needs the
-            logits afterwards. The ``grad`` of a leaf uses that memory too.
+        target: [N] int64 or int32, or [N, K] (``[B, T, K]``), several ids a row; ``logp`` has its shape. A target
+            outside [0, V) that is not ``ignore_index`` raises on a CPU and gives NaN on a GPU.
+        temperature: > 0, or [N] of them; divides the logits. No gradient.
+        ignore_index: rows with this target get logp 0, entropy 0 and no gradient, even if they hold NaN (of several
+            targets: those that are it, and the row if all are). ``None``: none.
+        return_entropy: also return the (differentiable) entropy of each row's tempered distribution, in nats.
+        inplace_backward: the backward overwrites the logits with the gradient and allocates nothing of their size.
+            Autograd raises if another backward needs the logits afterwards. The ``grad`` of a leaf uses that memory
+            too.
 
     Returns:
-        ``LogProb(logp [N], entropy [N] | None)``, fp32 (fp64 for fp64 inputs).
+        ``LogProb(logp like target, entropy [N] | None)``, fp32 (fp64 for fp64 inputs).
 
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or value; ``inplace_backward`` on logits that share memory
         between elements.
     """
-    shape = target.shape
+    shape, batch = target.shape, logits.shape[:-1]
+    terms = logit_terms(
+        logits, target, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy,
+        inplace_backward=inplace_backward,
+    )  # fmt: skip
+    return LogProb(terms[0].view(shape), terms[1].view(batch) if return_entropy else None)
+
+
+def logit_terms(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int | None = -100,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+    class_weight: Tensor | None = None,
+    return_mean: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, entropies, log-sum-exps and mean log-probs of the flat rows; arguments as ``token_logprob``.
+
+    Mean log-probs are ``sum_j class_weight_j log p_j / V``; what is not asked for is empty.
+    """
     logits, target, temperature = flat_rows("logits", logits, target, temperature)
     check_shape("logits", logits, (None, None))
     check(logits.shape[1] > 0, "logits: expected at least one column (vocabulary entry), got 0")
     check_dtype("logits", logits, FLOATS)
-    check_shape("target", target, (logits.shape[0],))
-    check_dtype("target", target, (torch.int64,))
-    check_same_device(logits=logits, target=target)
+    check_targets(target, logits.shape[0])
+    check_same_device(logits=logits, target=target, class_weight=class_weight)
     refuse_forward_mode("token_logprob", logits)
     per_row, value = row_temperature(temperature, target)
     op = _forward_op
@@ -275,10 +329,7 @@ def token_logprob(
         spread = all(stride > 0 or size == 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
         check(spread, "inplace_backward: logits are an expanded view, their elements share memory")
         op = _consuming_op
-    logp, entropy, _ = op(logits, target, per_row, value, ignore_index, return_entropy)
-    if len(shape) > 1:
-        logp, entropy = logp.view(shape), entropy.view(shape) if return_entropy else entropy
-    return LogProb(logp, entropy if return_entropy else None)
+    return op(logits, target, per_row, value, ignore_index, return_entropy, class_weight, return_mean)
 
 
 def token_logprob_reference(
@@ -291,30 +342,33 @@ def token_logprob_reference(
     inplace_backward: bool = False,
 ) -> LogProb:
     """The same function in plain torch, the reference in tests. Keeps float64."""
-    shape = target.shape
+    shape, batch = target.shape, logits.shape[:-1]
     logits, target, temperature = flat_rows("logits", logits, target, temperature)
+    targets = target if target.dim() > 1 else target[:, None]
     rowwise = isinstance(temperature, Tensor) and temperature.dim() > 0
     divisor = temperature[:, None] if rowwise else temperature  # type: ignore[index]
     z = logits.to(accumulator_dtype(logits.dtype))
-    ignored = torch.zeros_like(target, dtype=torch.bool) if ignore_index is None else target == ignore_index
+    skipped = torch.zeros_like(targets, dtype=torch.bool) if ignore_index is None else targets == ignore_index
+    ignored = skipped.all(1)
     log_p = torch.log_softmax((z / divisor).masked_fill(ignored[:, None], 0), 1)
-    logp = log_p.gather(1, target.masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0)
+    logp = log_p.gather(1, targets.masked_fill(skipped, 0)).masked_fill(skipped, 0)
     if not return_entropy:
         return LogProb(logp.view(shape), None)
     terms = torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min))
-    return LogProb(logp.view(shape), -terms.sum(1).masked_fill(ignored, 0).view(shape))
+    return LogProb(logp.view(shape), -terms.sum(1).masked_fill(ignored, 0).view(batch))
 
 
 def flat_rows(
     name: str, x: Tensor, target: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, float | Tensor]:
-    """[B, T, ..] rows with [B, T] targets as [B T] of them; int32 targets as int64."""
+    """[B, T, ..] rows with [B, T] or [B, T, K] targets as [B T] of them; int32 targets as int64."""
     if x.dim() == 3:
-        check_shape("target", target, tuple(x.shape[:2]))
+        several = target.dim() == 3
+        check_shape("target", target, (*x.shape[:2], *[None] * several))
         if isinstance(temperature, Tensor) and temperature.dim() == 2:
             check_shape("temperature", temperature, tuple(x.shape[:2]))
             temperature = temperature.reshape(-1)
-        x, target = x.reshape(-1, x.shape[2]), target.reshape(-1)
+        x, target = x.reshape(-1, x.shape[2]), target.reshape(x.shape[0] * x.shape[1], *target.shape[2:])
     else:
         check_shape(name, x, (None, None))
     return x, target.long() if target.dtype == torch.int32 else target, temperature
@@ -350,15 +404,25 @@ def check_values(target: Tensor, vocabulary: int, ignore_index: int | None, temp
     if ignore_index is not None:
         outside &= target != ignore_index
     if bool(outside.any()):
-        row = int(outside.nonzero()[0])
+        row = int(outside.nonzero()[0, 0])
         allowed = f"0..{vocabulary - 1}" + ("" if ignore_index is None else f" or ignore_index {ignore_index}")
-        raise ValueError(f"target: row {row} is {int(target[row])}, expected {allowed}")
+        raise ValueError(f"target: row {row} is {int(target[outside][0])}, expected {allowed}")
     if temperature is not None:
         check(bool((temperature > 0).all()), f"temperature: expected > 0, got {float(temperature.min())}")
 
 
-def _options(logits: Tensor, ignore_index: int | None) -> TileOptions:
-    return TileOptions(logits.shape[1], None, None, NO_IGNORE if ignore_index is None else ignore_index)
+def check_targets(target: Tensor, rows: int) -> None:
+    """Raise unless ``target`` is [rows] or [rows, K] int64."""
+    several = target.dim() == 2
+    check_shape("target", target, (rows, *[None] * several))
+    check_dtype("target", target, (torch.int64,))
+    if several:
+        check_number("target", target.shape[1], 1 <= target.shape[1] <= MAX_TARGETS, f"1 to {MAX_TARGETS} ids a row")
+
+
+def _options(logits: Tensor, ignore_index: int | None, class_weight: Tensor | None) -> TileOptions:
+    ignore = NO_IGNORE if ignore_index is None else ignore_index
+    return TileOptions(logits.shape[1], None, None, ignore, class_weight)
 
 
 def _unit_columns(logits: Tensor) -> Tensor:

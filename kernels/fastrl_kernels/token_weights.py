@@ -16,7 +16,7 @@ from torch import Tensor
 from fastrl_kernels._common import INTEGERS, check, check_dtype, check_number, check_same_device, check_shape, readable
 
 AGGREGATES = ("sequence", "token", "constant")
-_MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def token_weights(
@@ -42,7 +42,8 @@ def token_weights(
     the step in one call and slice them with the rows. ``"sequence"`` must not split a completion between calls.
 
     Args:
-        completion: ``[N]`` int64 or int32, the completion of each row, in any order. Negative: padding, weight 0.
+        completion: ``[N]`` (or padded, ``[B, T]``, as ``mask`` and the result then) int64 or int32, the completion of
+            each row, in any order. Negative: padding, weight 0.
         mask: ``[N]`` bool or integer, non-zero = counts. Default: every row that is not padding.
         normalizer: positive number, or a 0-d tensor on the same device (0 there gives weights 0).
         n_completions: exclusive upper bound of the ids. Saves a sort; ids beyond: an error on CPU, padding on GPU.
@@ -55,6 +56,11 @@ def token_weights(
         ValueError, TypeError: wrong shape, dtype, device or ``aggregate``, non-positive or missing ``normalizer``.
     """
     _check_arguments(completion, aggregate, mask, normalizer, n_completions)
+    if completion.dim() > 1:
+        return token_weights(
+            completion.reshape(-1), aggregate=aggregate, mask=None if mask is None else mask.reshape(-1),
+            normalizer=normalizer, n_completions=n_completions, dtype=dtype,
+        ).view(completion.shape)  # fmt: skip
     keep = completion >= 0
     if n_completions is not None:
         keep = keep & (completion < n_completions)
@@ -101,11 +107,11 @@ def _check_arguments(
     n_completions: int | None,
 ) -> None:
     check(aggregate in AGGREGATES, f"aggregate: expected one of {', '.join(AGGREGATES)}, got {aggregate!r}")
-    check_shape("completion", completion, (None,))
+    check_shape("completion", completion, (None, None) if completion.dim() == 2 else (None,))
     check_dtype("completion", completion, INTEGERS)
     if mask is not None:
-        check_shape("mask", mask, (completion.shape[0],))
-        check_dtype("mask", mask, _MASKS)
+        check_shape("mask", mask, tuple(completion.shape))
+        check_dtype("mask", mask, MASKS)
     if aggregate == "constant":
         check(normalizer is not None, "normalizer: aggregate='constant' needs one (the loss is sum / normalizer)")
     if isinstance(normalizer, Tensor):

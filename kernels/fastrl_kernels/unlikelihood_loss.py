@@ -37,6 +37,7 @@ from fastrl_kernels._common import (
 )
 from fastrl_kernels._numerics import expm1_tail, log1p_unit
 from fastrl_kernels._triton import tl, triton
+from fastrl_kernels.token_weights import MASKS
 
 MAX_P = 1.0 - 1e-6
 MAX_LOGP = math.log1p(-1e-6)
@@ -124,15 +125,23 @@ def _backward(ctx: Any, grad_loss: Tensor, grad_dlogp: Any) -> Any:
 _unlikelihood_op.register_autograd(_backward, setup_context=_setup)
 
 
-def unlikelihood_loss(logp: Tensor, sigma: Tensor, *, alpha: float = 10.0, weight: Tensor | None = None) -> Tensor:
+def unlikelihood_loss(
+    logp: Tensor,
+    sigma: Tensor,
+    *,
+    alpha: float = 10.0,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Reflective unlikelihood over tokens; formula, gradient and bounds at the top of this file.
 
     Args:
-        logp: ``[N]`` log-probs of the target tokens (fp32, bf16, fp16; float64 runs eagerly). Derivatives of
-            every order.
+        logp: ``[N]`` log-probs of the target tokens, or padded, ``[B, L]``, as all vectors then (fp32, bf16, fp16;
+            float64 runs eagerly). Derivatives of every order.
         sigma: ``[N]`` in [0, 1], the reward of the token's turn over its maximum. Constant.
         alpha: weight of the unlikelihood term, >= 0.
         weight: ``[N]`` constants, 0 = masked, for instance from ``token_weights``. Default: the mean over rows.
+        mask: like ``logp``, bool or integer; rows of 0 are masked too, and may hold NaN.
 
     Returns:
         0-d loss, fp32 (float64 in, float64 out). No row, or all of weight 0: 0. A NaN in a live row gives NaN.
@@ -140,16 +149,21 @@ def unlikelihood_loss(logp: Tensor, sigma: Tensor, *, alpha: float = 10.0, weigh
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or ``alpha``.
     """
-    _check_arguments(logp, sigma, weight, alpha)
+    logp, sigma, weight = _flat(logp, sigma, weight, mask, alpha)
     refuse_forward_mode("unlikelihood_loss", logp)
     return _unlikelihood_op(logp, sigma, weight, float(alpha))[0]
 
 
 def unlikelihood_loss_reference(
-    logp: Tensor, sigma: Tensor, *, alpha: float = 10.0, weight: Tensor | None = None
+    logp: Tensor,
+    sigma: Tensor,
+    *,
+    alpha: float = 10.0,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """``unlikelihood_loss`` in plain torch on any device: float64 inside, float64 out for float64 in."""
-    _check_arguments(logp, sigma, weight, alpha)
+    logp, sigma, weight = _flat(logp, sigma, weight, mask, alpha)
     return _eager(logp, sigma, weight, alpha)[0]
 
 
@@ -173,12 +187,20 @@ def _eager(logp: Tensor, sigma: Tensor, weight: Tensor | None, alpha: float) -> 
     return loss.to(out), dlogp.to(out)
 
 
-def _check_arguments(logp: Tensor, sigma: Tensor, weight: Tensor | None, alpha: float) -> None:
-    check_shape("logp", logp, (None,))
+def _flat(
+    logp: Tensor, sigma: Tensor, weight: Tensor | None, mask: Tensor | None, alpha: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checked, as vectors of [N], the mask as weights."""
+    check_shape("logp", logp, (None, None) if logp.dim() == 2 else (None,))
     check_dtype("logp", logp, FLOATS)
-    for name, tensor in (("sigma", sigma), ("weight", weight)):
+    for name, tensor, allowed in (("sigma", sigma, FLOATS), ("weight", weight, FLOATS), ("mask", mask, MASKS)):
         if tensor is not None:
-            check_shape(name, tensor, (logp.shape[0],))
-            check_dtype(name, tensor, FLOATS)
-    check_same_device(logp=logp, sigma=sigma, weight=weight)
+            check_shape(name, tensor, tuple(logp.shape))
+            check_dtype(name, tensor, allowed)
+    check_same_device(logp=logp, sigma=sigma, weight=weight, mask=mask)
     check_number("alpha", alpha, alpha >= 0, ">= 0")
+    if mask is not None:
+        kept = mask != 0
+        wide = torch.float64 if logp.dtype == torch.float64 else torch.float32
+        weight = kept.to(wide) / kept.sum().clamp(min=1) if weight is None else weight.masked_fill(~kept, 0)
+    return logp.reshape(-1), sigma.reshape(-1), None if weight is None else weight.reshape(-1)

@@ -7,6 +7,7 @@ the same numbers in float64) and returns every tensor that has to agree, gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -260,6 +261,25 @@ def _heads() -> Iterator[Case]:
 
             fast = (dtype, width) == (torch.bfloat16, 1031)
             yield Case(f"token_logprob/{str(dtype)[6:]}/{width}", tokens, dtype, names, fast=fast)
+    for dtype, width, several in product((torch.float32, torch.bfloat16), (100, 1031, 4096 + 9), (0, 3, 40)):
+
+        def classes(k: Any, real: Any, width: int = width, several: int = several) -> Outputs:
+            logits, weight = real(torch.randn(4, width) * 3).requires_grad_(), torch.rand(width)
+            target = torch.randint(width, (4, several) if several else (4,))
+            target[1] = -100
+            if not several:
+                options = {"label_smoothing": 0.1, "z_loss": 0.01, "reduction": "none"}
+                loss = k.cross_entropy(logits, target, weight.to(logits.dtype), **options)
+                plain = k.cross_entropy(logits, target, **options)
+                return [loss, plain, *_grads(loss[:3].sum(), logits), *_grads(plain[1:].sum(), logits)]
+            target[2] = target[2, 0]
+            out = k.token_logprob(logits, target, temperature=0.8, return_entropy=True)
+            loss = (out.logp * torch.randn(4, several)).sum() + 0.1 * out.entropy[:2].sum()
+            return [out.logp, out.entropy, *_grads(loss, logits)]
+
+        fast = (dtype, width) == (torch.bfloat16, 1031)
+        name = f"token_logprob/{several} targets" if several else "cross_entropy"
+        yield Case(f"{name}/{str(dtype)[6:]}/{width}", classes, dtype, names, fast=fast)
     for options in ({}, {"softcap": 5.0}, {"bias": True}, {"softcap": 5.0, "bias": True, "entropy": True}):
 
         def head(k: Any, real: Any, options: Any = options) -> Outputs:
@@ -278,6 +298,26 @@ def _heads() -> Iterator[Case]:
         yield Case(
             f"linear_logprob/{'+'.join(options) or 'plain'}", head, torch.float32, names, fast=len(options) in (0, 3)
         )
+
+    for options in ({}, {"softcap": 5.0}):
+
+        def smoothed(k: Any, real: Any, options: Any = options) -> Outputs:
+            hidden, weight = real(torch.randn(5, 16)).requires_grad_(), real(torch.randn(1100, 16) / 2).requires_grad_()
+            target, classes = torch.randint(1100, (5,)), real(torch.rand(1100))
+            target[2] = -100
+            named = {"label_smoothing": 0.2, "z_loss": 0.01, "scratch_bytes": 20000, **options}
+            loss = k.linear_cross_entropy(hidden, weight, target, classes, **named)
+            return [loss, *_grads(loss, hidden, weight)]
+
+        def several(k: Any, real: Any, options: Any = options) -> Outputs:
+            hidden, weight = real(torch.randn(5, 16)).requires_grad_(), real(torch.randn(1100, 16) / 2).requires_grad_()
+            target = torch.randint(1100, (5, 6))
+            target[2], target[:, 4] = -100, target[:, 1]
+            out = k.linear_logprob(hidden, weight, target, scratch_bytes=20000, **options)
+            return [out.logp, *_grads((out.logp * torch.randn(5, 6)).sum(), hidden, weight)]
+
+        yield Case(f"linear_cross_entropy/{'+'.join(options) or 'plain'}", smoothed, torch.float32, names)
+        yield Case(f"linear_logprob/6 targets/{'+'.join(options) or 'plain'}", several, torch.float32, names)
 
     def fused(k: Any, real: Any) -> Outputs:
         hidden, weight = real(torch.randn(40, 16)).requires_grad_(), real(torch.randn(300, 16) / 2).requires_grad_()

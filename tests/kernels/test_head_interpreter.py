@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import _linear_logprob_kernels as kernels
-from fastrl_kernels._linear_logprob_tiles import NO_IGNORE, RowTerms, TileOptions, differentiate_tile, fold_tile
+from fastrl_kernels._linear_logprob_tiles import (
+    NO_IGNORE,
+    RowTerms,
+    TileOptions,
+    Upstream,
+    differentiate_tile,
+    fold_tile,
+)
 from fastrl_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from fastrl_kernels.token_logprob import token_logprob, token_logprob_reference
 
@@ -67,7 +74,7 @@ def test_kernels_match_the_twin(widths: list[int], cap: float | None, with_bias:
     out, first = torch.full((n, v), torch.nan), 0
     for width in widths:
         part = slice(first, first + width)
-        differentiate_tile(s[:, part], out[:, part], first, options, rows, g, h)
+        differentiate_tile(s[:, part], out[:, part], first, options, rows, Upstream(g, h))
         first += width
     loss = (want.logp * g.nan_to_num().double()).sum() + (want.entropy * h.double()).sum()
     truth = torch.autograd.grad(loss, twin)[0]
@@ -86,7 +93,7 @@ def test_half_precision_gradients_are_rounded_once(dtype: torch.dtype) -> None:
     twin = s.double().requires_grad_()
     want = reference(twin, target, temperature, None, None)
     truth = torch.autograd.grad(want.logp, twin, up.double())[0]
-    differentiate_tile(s, s, 0, options, rows, up, None)
+    differentiate_tile(s, s, 0, options, rows, Upstream(up))
     unit = torch.finfo(dtype).eps / (1 if dtype == torch.bfloat16 else 2)  # the interpreter truncates to bf16
     tiny = torch.finfo(dtype).tiny  # below: fp16 loses bits to subnormals
     assert bool(((s.double() - truth).abs() <= truth.abs() * unit * 1.02 + tiny * 2**-10).all())
@@ -111,7 +118,7 @@ def test_forbidden_tokens_weigh_nothing() -> None:
     assert relative(rows.logp, want.logp) < 1e-6
     assert relative(rows.entropy, want.entropy) < 1e-6
     up = torch.tensor([1.0, -2.0, 3.0])
-    differentiate_tile(s, s, 0, options, rows, up, up)
+    differentiate_tile(s, s, 0, options, rows, Upstream(up, up))
     assert not s[:, :300].any()
     assert bool(s.isfinite().all())
 
@@ -131,7 +138,7 @@ def test_a_confident_target_keeps_its_gradient(position: int, widths: list[int])
     assert bool(((rows.entropy - want.entropy).abs() <= 1e-5 * want.entropy.abs()).all())
     up = torch.tensor([1.0, -1.0, 0.5, 2.0])
     truth = torch.autograd.grad(want.logp, twin, up.double())[0]
-    differentiate_tile(s, s, 0, options, rows, up, None)
+    differentiate_tile(s, s, 0, options, rows, Upstream(up))
     assert bool(((s - truth).abs() <= 1e-5 * truth.abs()).all())
 
 

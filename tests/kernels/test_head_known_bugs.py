@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastrl_kernels import _linear_logprob_kernels as kernels
-from fastrl_kernels._linear_logprob_tiles import RowTerms, TileOptions
+from fastrl_kernels import _linear_logprob_launch as launches
+from fastrl_kernels._linear_logprob_tiles import RowTerms, TileOptions, Upstream
 from fastrl_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
 from fastrl_kernels.policy_loss import policy_loss
@@ -127,13 +128,13 @@ def test_liger_1294_rows_are_on_grid_x(monkeypatch: pytest.MonkeyPatch) -> None:
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    monkeypatch.setattr(kernels, "linear_logprob_fold_kernel", Recorder())
-    monkeypatch.setattr(kernels, "linear_logprob_gradient_kernel", Recorder())
+    monkeypatch.setattr(launches, "linear_logprob_fold_kernel", Recorder())
+    monkeypatch.setattr(launches, "linear_logprob_gradient_kernel", Recorder())
     vector = torch.zeros(1).expand(70_000)
     rows = RowTerms(vector.long(), vector, vector, vector, None)
     tile, options = torch.zeros(1, 3).expand(70_000, 3), TileOptions(3, None, None, -100)
-    kernels.launch_fold(tile, 0, options, rows, torch.zeros(4, 1))
-    kernels.launch_gradient(tile, tile, 0, options, rows, vector, None)
+    launches.launch_fold(tile, 0, options, rows, torch.zeros(4, 1))
+    launches.launch_gradient(tile, tile, 0, options, rows, Upstream(vector))
     assert grids == [(70_000,), (70_000,)]
 
 
@@ -228,8 +229,9 @@ def test_flash_attention_labels_of_any_stride_and_alignment() -> None:
 def test_trl_sizes_and_temperatures_do_not_recompile() -> None:
     for kernel in (kernels.linear_logprob_fold_kernel, kernels.linear_logprob_gradient_kernel):
         constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-        assert constants - {"SAME_STRIDE"} == {"HAS_BIAS", "HAS_SOFTCAP", "HAS_ENTROPY", "BLOCK", "PACK"}
-    assert {kernels.launch_config(v) for v in range(1, 9000)} == {(256, 2), (1024, 4), (4096, 8)}
+        asked = {"HAS_BIAS", "HAS_SOFTCAP", "HAS_ENTROPY", "HAS_MEAN", "WEIGHTED", "TARGETS", "TARGET_LANES"}
+        assert constants - {"SAME_STRIDE", "HAS_MASS"} == asked | {"BLOCK", "PACK"}
+    assert {launches.launch_config(v) for v in range(1, 9000)} == {(256, 2), (1024, 4), (4096, 8)}
 
 
 def test_trl_temperature_may_differ_per_row() -> None:

@@ -258,7 +258,7 @@ def test_counted_flops_are_the_flops_done() -> None:
     target = target.clamp(min=0)
     head = driver.Head(leaves[1].detach(), None, None, None, 1.0, None, None, 1 << 20)
     with FlopCounterMode(display=False) as counter:
-        driver.forward(leaves[0].detach(), head, target, torch.ones(20), False)
+        driver.forward(leaves[0].detach(), head, target, torch.ones(20))
     assert counter.get_total_flops() == 2 * 20 * 8 * 300
 
 

@@ -231,7 +231,7 @@ def test_launch_configs_hold_their_items():
     [
         (ValueError, r"score: expected shape \[any, any\], got \[3\]", {"score": torch.ones(3)}),
         (ValueError, r"reward: expected shape \[2, 3\], got \[2, 4\]", {"reward": torch.ones(2, 4)}),
-        (TypeError, "reward: expected dtype .* got int64", {"reward": torch.ones(2, 3, dtype=torch.int64)}),
+        (TypeError, "reward: expected dtype .* got bool", {"reward": torch.ones(2, 3, dtype=torch.bool)}),
         (TypeError, "mask: expected dtype bool", {"mask": torch.ones(2, 3)}),
         (ValueError, "kind: expected one of perpo, listmle, got 'lipo'", {"kind": "lipo"}),
         (ValueError, "gamma: expected a finite number >= 0, got -1", {"gamma": -1}),

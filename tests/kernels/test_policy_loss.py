@@ -395,7 +395,8 @@ def test_compiles_into_one_graph(backend):
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
-        (ValueError, r"logp: expected shape \[any\], got \[4, 1\]", {"logp": torch.ones(4, 1)}),
+        (ValueError, r"logp: expected shape \[N\] or \[C, L\], got \[4, 1, 1\]", {"logp": torch.ones(4, 1, 1)}),
+        (ValueError, r"completion: expected shape \[4, 1\], got \[4\]", {"logp": torch.ones(4, 1)}),
         (TypeError, "logp: expected dtype .* got int64", {"logp": torch.ones(4, dtype=torch.int64)}),
         (ValueError, r"old_logp: expected shape \[4\], got \[3\]", {"old_logp": torch.ones(3)}),
         (ValueError, r"weight: expected shape \[4\]", {"weight": torch.ones(5)}),

@@ -95,7 +95,7 @@ def test_compiles_into_one_graph():
         (ValueError, "normalizer: aggregate='constant' needs one", [0], {"aggregate": "constant"}),
         (ValueError, "normalizer: expected a positive number, got 0", [0], {"normalizer": 0}),
         (ValueError, r"normalizer: expected shape \[\]", [0], {"normalizer": torch.ones(1)}),
-        (ValueError, r"completion: expected shape \[any\], got \[1, 1\]", [[0]], {}),
+        (ValueError, r"completion: expected shape \[any\], got \[1, 1, 1\]", [[[0]]], {}),
         (TypeError, "completion: expected dtype int64, int32, got float32", [0.0], {}),
         (ValueError, r"mask: expected shape \[1\]", [0], {"mask": torch.ones(2, dtype=torch.bool)}),
         (TypeError, "mask: expected dtype bool", [0], {"mask": torch.ones(1)}),

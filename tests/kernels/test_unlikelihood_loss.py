@@ -132,7 +132,7 @@ def test_op_is_well_registered_and_compiles():
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
-        (ValueError, r"logp: expected shape \[any\]", {"logp": torch.ones(2, 2)}),
+        (ValueError, r"logp: expected shape \[any\]", {"logp": torch.ones(2, 2, 2)}),
         (TypeError, "logp: expected dtype", {"logp": torch.ones(3, dtype=torch.int64)}),
         (ValueError, r"sigma: expected shape \[3\], got \[2\]", {"sigma": torch.ones(2)}),
         (ValueError, r"weight: expected shape \[3\]", {"weight": torch.ones(4)}),
