@@ -156,7 +156,8 @@ def permuted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with torch.library._scoped_library("plan_test", "FRAGMENT") as library:
         schema = str(op.default._schema).split("(", 1)[1]
         arguments, results = schema.split(") -> ")
-        library.define(f"permuted({', '.join(reversed(arguments.split(', ')))}) -> {results}")
+        given = [argument.split("=")[0] for argument in arguments.split(", ")]  # a default may not stand before others
+        library.define(f"permuted({', '.join(reversed(given))}) -> {results}")
         library.impl("permuted", lambda *args: op(**dict(zip(reversed(told), args, strict=True))), "Meta")
         made = torch.ops.plan_test.permuted
         _counting.scratch_of(made)(_counting._SCRATCH[op])
@@ -167,7 +168,7 @@ def test_an_operators_arguments_may_change_places(permuted: Any) -> None:
     """The bytes that the ledger adds for a call do not depend on the order of arguments."""
     op = torch.ops.fastrl.linear_logprob
     hidden, weight, target = (torch.empty(n, device="meta") for n in ((300, 32), (999, 32), (300,)))
-    args = (hidden, weight, target.long(), None, None, None, None, None, 1.0, 1.0, None, -100, True, False, 1 << 30)
+    args = (hidden, weight, target.long(), *(None,) * 5, 1.0, 1.0, None, -100, True, False, 1 << 30, None, False)
     peaks = []
     for called, given in ((op.default, args), (permuted.default, args[::-1])):
         with Ledger([hidden, weight], gpu=True) as ledger:
@@ -182,7 +183,7 @@ def test_scratch_beside_a_budget_counts_at_the_peak_alone(permuted: Any) -> None
     hidden = torch.empty(3, 4, device="meta")
     args = (hidden, torch.empty(5, 4, device="meta"), torch.empty(3, dtype=torch.int64, device="meta"))
     with Ledger([hidden, args[1]], gpu=True) as ledger:
-        permuted.default(1 << 30, False, False, -100, None, 1.0, 1.0, *[None] * 5, *args[::-1])
+        permuted.default(False, None, 1 << 30, False, False, -100, None, 1.0, 1.0, *[None] * 5, *args[::-1])
     assert ledger.head_scratch == 100
     assert 10**9 < ledger.peak < 1.001 * 10**9
 
