@@ -12,9 +12,9 @@ prompt's layers run once for it. To bring them into the same micro-batch, the an
 by prompt after TRL has shuffled them. Losses and weights equal those of TRL up to rounding; metrics that TRL logs as a
 mean over micro-batches (entropy, KL, clip fractions) are taken over different micro-batches.
 
-This works for the families of ``fastrl.models.families``. Pictures are shared for those whose processor returns
-``image_grid_thw`` (the Qwen-VL line); other prompts with pictures, and an MoE's router loss, use TRL's padded rows with
-the fused head.
+This works for the families of ``fastrl.models.families``. Pictures are shared for those that can tell the pictures of a
+processor's batch apart (``Family.processed``: the Qwen-VL line, GLM-4V, LLaVA-1.5); other prompts with pictures, and an
+MoE's router loss, use TRL's padded rows with the fused head.
 """
 
 from __future__ import annotations

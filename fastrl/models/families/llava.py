@@ -146,6 +146,12 @@ class Llava(LlavaFamily):
     def image_limit(self, folder: Path) -> int | None:
         return self.side**2
 
+    def processed(self, inputs: Mapping[str, Any]) -> list[ImageInput] | None:
+        pixels = inputs.get("pixel_values")
+        if pixels is None or pixels.dim() != 4:
+            return None
+        return [ImageInput(one[None], tuple(one.shape[-2:]), str(n)) for n, one in enumerate(pixels)]
+
     def tokens(self, image: ImageInput) -> int:
         return self.square_tokens
 
