@@ -44,9 +44,10 @@ def share_states(language: nn.Module) -> int:
 
 
 def is_delta_net(module: nn.Module) -> bool:
-    """Whether a module consists of the known parts of a gated delta net only."""
-    own = {name for name, _ in module.named_parameters(recurse=False)}
-    return {name for name, _ in module.named_children()} == MODULES and own == PARAMETERS
+    """Whether a module consists of the known parts of a gated delta net only. The convolution's weight is read without
+    a call of its module, so nothing may be around it."""
+    children, own = dict(module.named_children()), {name for name, _ in module.named_parameters(recurse=False)}
+    return set(children) == MODULES and own == PARAMETERS and type(children["conv1d"]) is nn.Conv1d
 
 
 def scan(
