@@ -137,7 +137,7 @@ def test_the_kernels_know_nothing_of_the_trainer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "text", "said"),
+    ("room", "text", "message"),
     [
         ("answers", "def f():\n    import fastrl.data\n", "answers -> data"),
         ("data", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fastrl.rewards import x\n", "rewards"),
@@ -146,15 +146,17 @@ def test_the_kernels_know_nothing_of_the_trainer() -> None:
         ("config", "import fastrl.config\nimport fastrl.http\nfrom fastrl_kernels import x\n", ""),
     ],
 )
-def test_the_reader_sees_local_type_only_and_relative_imports(tmp_path: Path, room: str, text: str, said: str) -> None:
+def test_the_reader_sees_local_type_only_and_relative_imports(
+    tmp_path: Path, room: str, text: str, message: str
+) -> None:
     for name in ("answers", "data", "rewards", "run", "config", room):
         (tmp_path / "fastrl" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "fastrl" / name / "__init__.py").write_text("")
     (tmp_path / "fastrl" / "__init__.py").write_text("")
     (tmp_path / "fastrl" / room / "some.py").write_text(text)
     found = faults(tmp_path / "fastrl")
-    assert len(found) == bool(said)
-    assert said in "".join(found)
+    assert len(found) == bool(message)
+    assert message in "".join(found)
 
 
 def test_circles_are_found() -> None:

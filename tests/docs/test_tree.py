@@ -41,7 +41,7 @@ def test_every_file_at_the_top_has_its_line() -> None:
 
 def test_every_line_says_something() -> None:
     for heading in ("Folders", "Files at the top of `fastrl`"):
-        assert [path for path, said in listed(heading).items() if len(said) < 8] == []
+        assert [path for path, message in listed(heading).items() if len(message) < 8] == []
 
 
 def test_what_the_table_of_additions_names_exists() -> None:

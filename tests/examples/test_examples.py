@@ -61,8 +61,8 @@ def test_the_notebook_holds_its_pictures_and_nothing_of_the_machine_that_ran_it(
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     pictures = [output for output in outputs_of(notebook) if "image/png" in output.get("data", {})]
     assert len(pictures) == 4
-    said = [output for output in outputs_of(notebook) if output not in pictures]
-    assert {output.get("name") for output in said} == {"stdout"}  # no warnings or errors
+    message = [output for output in outputs_of(notebook) if output not in pictures]
+    assert {output.get("name") for output in message} == {"stdout"}  # no warnings or errors
     assert "site-packages" not in NOTEBOOK.read_text(encoding="utf-8")
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":

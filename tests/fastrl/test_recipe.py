@@ -166,7 +166,7 @@ def test_overrides_are_yaml_and_reach_new_sections() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "printed"),
     [
         ("optim.lr=.inf", "optim.lr: .*finite"),
         ("optim.lr=1e39", "optim.lr: .*less than or equal to 100"),
@@ -178,8 +178,8 @@ def test_overrides_are_yaml_and_reach_new_sections() -> None:
         ('out=""', "out: .*at least 1 character"),
     ],
 )
-def test_numbers_no_run_can_have(change: str, said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_numbers_no_run_can_have(change: str, printed: str) -> None:
+    with pytest.raises(RecipeError, match=printed):
         load_recipe("perception-r1-grounding-tiny", [change])
 
 

@@ -208,12 +208,12 @@ def rows(path: str, query: dict[str, str]) -> Iterator[Any]:
 
 def test_what_a_loader_gives_is_checked() -> None:
     fastrl.data.register("mine", rows, keys=("a",))
-    for spec, said in [
+    for spec, message in [
         ("mine:3", "must be a fastrl.data.Record, got 3"),
         ("mine:x", "holds no rows"),
         ("mine:x?b=1", "unknown option 'b' of mine"),
     ]:
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             load_data(spec)
     with pytest.raises(TypeError, match=r"function of \(path, query\)"):
         fastrl.data.register("other", lambda path: [])  # type: ignore[arg-type, misc]
@@ -238,7 +238,7 @@ class Toy(Method):
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ({"row_local_los": lambda self: None}, "row_local_los is not part of a Method; did you mean row_local_loss?"),
         ({"stat": lambda self: {}}, "did you mean state?"),
@@ -250,10 +250,10 @@ class Toy(Method):
         ({"Options": MethodOptions}, "kind must be a Literal"),
     ],
 )
-def test_a_misspelt_hook_is_an_error_at_registration(body: dict[str, Any], said: str) -> None:
+def test_a_misspelt_hook_is_an_error_at_registration(body: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError) as error:
         fastrl.methods.register(type("Wrong", (Toy,), body))
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "toy" not in fastrl.methods.METHODS
     fastrl.methods.register(Toy)
     assert fastrl.methods.METHODS["toy"] is Toy
@@ -271,7 +271,7 @@ def test_a_misspelt_fact_of_an_instance_is_an_error_before_it_trains() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ({"scores": lambda self, answers, records: {}}, "did you mean score?"),
         ({"score": lambda self, answers: {}}, "score takes"),
@@ -280,11 +280,11 @@ def test_a_misspelt_fact_of_an_instance_is_an_error_before_it_trains() -> None:
         ({"score": Reward.score}, "score is missing"),
     ],
 )
-def test_a_misspelt_part_of_a_reward_is_an_error_at_registration(body: dict[str, Any], said: str) -> None:
+def test_a_misspelt_part_of_a_reward_is_an_error_at_registration(body: dict[str, Any], message: str) -> None:
     sound = {"parts": ("a",), "score": lambda self, answers, records: {"a": [1.0] * len(answers)}}
     with pytest.raises(TypeError) as error:
         fastrl.rewards.register("toy", type("Wrong", (Reward,), sound | body))
-    assert said in str(error.value)
+    assert message in str(error.value)
     right = type("Right", (Reward,), sound)
     assert fastrl.rewards.register("toy", right) is right
     assert reward_for("toy", weights={"a": 2}).total({"a": [1.0]}) == [2.0]

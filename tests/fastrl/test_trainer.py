@@ -221,10 +221,10 @@ def test_a_run_says_that_no_rewards_differ_and_what_its_loss_means(
 
     monkeypatch.setattr(PerceptionR1, "_score", flat)
     train(make_recipe(tiny_folder("qwen2_5"), tmp_path, optim__steps=3), records=make_records())
-    said = capsys.readouterr().err
-    assert said.count("steps 1 to 3: the rewards of every group were equal (mean reward 0.25)") == 1
-    assert said.count("in all 3 steps, no group had different rewards") == 1
-    assert said.count("About the loss: with one update per batch") == 1
+    message = capsys.readouterr().err
+    assert message.count("steps 1 to 3: the rewards of every group were equal (mean reward 0.25)") == 1
+    assert message.count("in all 3 steps, no group had different rewards") == 1
+    assert message.count("About the loss: with one update per batch") == 1
     notes = read_rows(tmp_path / "notes.jsonl")
     assert any("the rewards of every group were equal" in note["note"] for note in notes)
 

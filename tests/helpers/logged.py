@@ -25,12 +25,12 @@ def info(folder: Path, step: int = 0) -> RunInfo:
 
 
 def write(name: str, out: Path) -> list[str]:
-    """Tell the logger ``name`` of the run; what was said of failures."""
+    """Tell the logger ``name`` of the run; returns the messages about failures."""
     out.mkdir(parents=True, exist_ok=True)
-    said: list[str] = []
+    messages: list[str] = []
     pictures = (Image.new("RGB", SIZE, "red"), None)
     for done in (0, 1):
-        loggers = Loggers(make_loggers([name]), info(out, done), said.append)
+        loggers = Loggers(make_loggers([name]), info(out, done), messages.append)
         loggers.log(done + 1, ROWS[done])
         if not done:
             loggers.samples(1, lambda: [{**row, "picture": p} for row, p in zip(SAMPLES, pictures, strict=True)])
@@ -39,7 +39,7 @@ def write(name: str, out: Path) -> list[str]:
         second = int(time.time())
         while not done and int(time.time()) == second:  # wandb names the folder of each part by the second
             time.sleep(0.05)
-    return said
+    return messages
 
 
 if __name__ == "__main__":

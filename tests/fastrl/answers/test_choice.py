@@ -133,5 +133,5 @@ def test_yes_and_no(text: str, expected: bool | None) -> None:
 @given(st.sampled_from(["yes", "no"]), st.text(alphabet=" .,!\n*\"'", max_size=5), st.booleans())
 def test_decoration_changes_nothing(word: str, around: str, upper: bool) -> None:
     assume("." not in around and "!" not in around and "\n" not in around)
-    said = around + (word.upper() if upper else word) + around
-    assert parse_yes_no(said) is (word == "yes")
+    message = around + (word.upper() if upper else word) + around
+    assert parse_yes_no(message) is (word == "yes")

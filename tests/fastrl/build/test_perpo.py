@@ -137,7 +137,7 @@ def test_a_build_does_not_go_on_with_other_options(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"task": "groundin"}, "did you mean 'grounding'"),
         ({"n": 1}, "at least 2 answers"),
@@ -146,8 +146,8 @@ def test_a_build_does_not_go_on_with_other_options(monkeypatch: pytest.MonkeyPat
         ({"min_gap": float("nan")}, "0 or more"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make_options(**{"task": "grounding", "model": "m", "data": SPEC, **options})
 
 

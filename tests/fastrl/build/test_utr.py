@@ -36,10 +36,10 @@ def masks(data_dir: Path, tmp_path: Path) -> str:
 def test_build_parse_rebuild_is_lossless(source: str, data_dir: Path, tmp_path: Path, request: Any) -> None:
     spec = request.getfixturevalue("masks") if source == "masks" else f"mot:{data_dir}/video/pets09_s2l1_a"
     out = tmp_path / "d.jsonl"
-    said: list[str] = []
-    summary = build_dialogues(BuildOptions(spec, frames=8, motion=True), out, say=said.append)
+    text: list[str] = []
+    summary = build_dialogues(BuildOptions(spec, frames=8, motion=True), out, say=text.append)
     assert summary["notes"] == ({"gap": 2} if source == "masks" else {})
-    assert sum("gaps, the first between frames" in line for line in said) == sum(summary["notes"].values())
+    assert sum("gaps, the first between frames" in line for line in text) == sum(summary["notes"].values())
     rows = rows_of(out)
     assert summary["kept"] == len(rows) > 0
     (truth,) = load_data(spec)

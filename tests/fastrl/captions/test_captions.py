@@ -157,8 +157,8 @@ def test_a_model_folder_matches_softly_from_the_critic_and_the_protocol(tmp_path
     assert alone == pytest.approx(together, abs=1e-5)  # padding belongs to no phrase
     assert similarity(["boat"], ["boat"])[0][0] == pytest.approx(1.0)
     record = Record("r", "caption", (), question("caption"), {"references": ["A boat on the lake."]})
-    said = "A boat on the pond."
-    (hard,), (soft,) = (open_critic(s).score([Case(record, said)]) for s in ("rule", f"rule?soft={tmp_path}"))
+    message = "A boat on the pond."
+    (hard,), (soft,) = (open_critic(s).score([Case(record, message)]) for s in ("rule", f"rule?soft={tmp_path}"))
     assert hard.score is not None
     assert soft.score is not None
     assert hard.score < soft.score < 1
@@ -167,7 +167,7 @@ def test_a_model_folder_matches_softly_from_the_critic_and_the_protocol(tmp_path
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lack 1, the first: embeddings\.word_embeddings\.weight"):
         open_similarity(str(tmp_path))
-    assert evaluate("caption", [record], [said], similarity=similarity)["score"] == pytest.approx(soft.score)
+    assert evaluate("caption", [record], [message], similarity=similarity)["score"] == pytest.approx(soft.score)
     with pytest.raises(ValueError, match="no sentence-embedding model"):
         open_critic(f"rule?soft={tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match="captions"):
@@ -236,9 +236,11 @@ def test_real_captions_hallucinate_as_models_do(data_dir: Path) -> None:
     for name in ("human", "llava", "minigpt-4"):
         captions, present = [], []
         for row in rows:
-            said = row["human_captions"]
-            mine = said[-1:] if name == "human" else [c["caption"] for c in row["model_captions"] if c["model"] == name]
-            others = said[:-1] if name == "human" else said
+            message = row["human_captions"]
+            mine = (
+                message[-1:] if name == "human" else [c["caption"] for c in row["model_captions"] if c["model"] == name]
+            )
+            others = message[:-1] if name == "human" else message
             for caption in mine:
                 captions.append(caption)
                 present.append({c for text in others for c in mentioned_categories(text)})

@@ -29,7 +29,7 @@ def real(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     lines = (data_dir / "text" / "pope_model_captions.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["human_captions"]]
     pictures = sorted((data_dir / "coco" / "images").iterdir())
-    said = {str(row["image_id"]): [c["caption"][:300] for c in row["model_captions"]] for row in rows}
+    message = {str(row["image_id"]): [c["caption"][:300] for c in row["model_captions"]] for row in rows}
     records = [
         Record(str(row["image_id"]), "caption", (picture,), question("caption"), {"references": row["human_captions"]})
         for row, picture in zip(rows, pictures, strict=False)
@@ -43,7 +43,7 @@ def real(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tup
 
         def generate(self, sampling: Any, rng: Any) -> list[list[Any]]:
             self.turn += 1
-            return [[Completion(None, text=said[r.id][self.turn - 1])] for r in self.prompts]  # type: ignore[arg-type]
+            return [[Completion(None, text=message[r.id][self.turn - 1])] for r in self.prompts]  # type: ignore[arg-type]
 
     monkeypatch.setattr("fastrl.rollout.Generator", lambda policy: SimpleNamespace(session=Session))
     out = tmp_path / "dialogues.jsonl"

@@ -72,11 +72,11 @@ def test_eval_of_predictions_prints_one_json_object(fastrl: Callable[..., Done],
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [(("train",), "[runs/NAME]"), (("build", "perpo"), "[grounding 20, ocr 5]"), (("tpl",), "[beside")],
 )
-def test_help_says_the_defaults(fastrl: Callable[..., Done], command: tuple[str, ...], said: str) -> None:
-    assert said in fastrl(*command, "--help").stdout
+def test_help_says_the_defaults(fastrl: Callable[..., Done], command: tuple[str, ...], message: str) -> None:
+    assert message in fastrl(*command, "--help").stdout
 
 
 def test_tpl_prints_a_line_per_record_or_json(fastrl: Callable[..., Done], tiny_folder: Callable[[str], Path]) -> None:
@@ -91,7 +91,7 @@ def test_tpl_prints_a_line_per_record_or_json(fastrl: Callable[..., Done], tiny_
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("tpl", "--model", "x", "--data", "scenes:shown?n=1", "--keep-top", "0.5"), "--keep-top needs --out"),
         (("tpl", "--model", "tiny:perception", "--data", "scenes:shown?n=1", "--single", "frist"), "mean 'first'"),
@@ -114,16 +114,16 @@ def test_tpl_prints_a_line_per_record_or_json(fastrl: Callable[..., Done], tiny_
     ],
 )
 def test_a_mistake_is_one_message_and_status_2(
-    fastrl: Callable[..., Done], arguments: tuple[str, ...], said: str
+    fastrl: Callable[..., Done], arguments: tuple[str, ...], message: str
 ) -> None:
     done = fastrl(*arguments)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--frame", "thosand"), "thosand"),
         (("--frame", "original"), "--frame says what the coordinates of --predictions mean"),
@@ -133,12 +133,12 @@ def test_a_mistake_is_one_message_and_status_2(
     ],
 )
 def test_eval_refuses_what_it_cannot_do_before_it_begins(
-    fastrl: Callable[..., Done], tmp_path: Path, arguments: tuple[str, ...], said: str
+    fastrl: Callable[..., Done], tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "a-file").write_text("")
     done = fastrl("eval", "grounding", "--data", "scenes:grounding?n=2", "--model", str(tmp_path / "no"), *arguments)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert "model folder" not in done.stderr
 
 

@@ -71,9 +71,9 @@ def test_a_failed_command_leaves_nothing(
     monkeypatch.setattr(sys, "argv", ["fastrl", *FAILURES[what]])
     with pytest.raises(SystemExit) as ended:
         main()
-    said = capsys.readouterr().err
-    assert ended.value.code == 2, said
-    assert sorted(folder.rglob("*")) == before, said
+    message = capsys.readouterr().err
+    assert ended.value.code == 2, message
+    assert sorted(folder.rglob("*")) == before, message
 
 
 def test_what_was_there_before_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

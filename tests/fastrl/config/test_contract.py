@@ -48,7 +48,7 @@ def test_a_sound_class(cls: type) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ({"hok": lambda self, batch: None}, "hok is not part of a Base; did you mean hook?"),
         ({"facts": True}, "did you mean fact?"),
@@ -59,10 +59,10 @@ def test_a_sound_class(cls: type) -> None:
         ({"reads": classmethod(lambda cls: True)}, "reads takes (), but is called with (options)"),
     ],
 )
-def test_faults_are_named(body: dict[str, Any], said: str) -> None:
+def test_faults_are_named(body: dict[str, Any], message: str) -> None:
     found = faults(type("Toy", (Sound,), body), Base)
     assert len(found) == 1
-    assert said in found[0]
+    assert message in found[0]
 
 
 def test_what_is_missing_and_what_is_no_subclass() -> None:

@@ -33,7 +33,7 @@ def test_merge_keys_and_numbers(text: str, values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", r"r\.yaml: empty"),
         (b"# nothing\n", r"r\.yaml: empty"),
@@ -68,13 +68,13 @@ def test_merge_keys_and_numbers(text: str, values: dict[str, Any]) -> None:
     ],
     ids=lambda value: value[:24].decode("latin-1") if isinstance(value, bytes) else None,
 )
-def test_a_bad_file_is_one_line(data: bytes, said: str, tmp_path: Path) -> None:
+def test_a_bad_file_is_one_line(data: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(data)
-    with pytest.raises(RecipeError, match=said) as error:
+    with pytest.raises(RecipeError, match=message) as error:
         read_values(path)
     assert "\n" not in str(error.value)
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         load_recipe(path)
 
 
@@ -89,7 +89,7 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
         read_values(tmp_path)
 
 
-def said(text: str) -> str:
+def message(text: str) -> str:
     """The error message for a text; the recipe's name if there is none. Any other exception fails the test."""
     try:
         parse_yaml(text, "r.yaml")
@@ -100,12 +100,12 @@ def said(text: str) -> str:
 
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_anything_else(data: bytes) -> None:
-    assert said(data.decode("latin-1")).startswith("r.yaml")
+    assert message(data.decode("latin-1")).startswith("r.yaml")
 
 
 @given(st.text(alphabet="{}[]:,-&*<!|>'\"\n #%@ab01~?.", max_size=60))
 def test_no_text_raises_anything_else(text: str) -> None:
-    assert "\n" not in said(text)
+    assert "\n" not in message(text)
 
 
 plain = st.recursive(
@@ -125,7 +125,7 @@ def test_overrides_are_put_at_their_paths() -> None:
     override(values, ["optim.lr=2e-5", "model.lora.rank=4", "a=[1, 2]"])
     override(values, {"optim.steps": 3})
     assert values == {"optim": {"lr": 2e-5, "steps": 3}, "model": {"lora": {"rank": 4}}, "a": [1, 2]}
-    for wrong, said in [
+    for wrong, message in [
         ("optim", "key=value"),
         ("=3", "key=value"),
         ("optim.lr.x=1", "optim.lr has the value"),
@@ -133,5 +133,5 @@ def test_overrides_are_put_at_their_paths() -> None:
         ("a=" + "[" * 1000, "nested more than"),
         ("a=\udcff", "not YAML"),
     ]:
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError, match=message):
             override(values, [wrong])

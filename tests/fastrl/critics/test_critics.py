@@ -101,7 +101,7 @@ def test_specs(tmp_path: Path) -> None:
     )
     same: Any = open_critic("http:http://127.0.0.1:9/v1")
     assert same.server.url == served.url
-    for spec, said in (
+    for spec, message in (
         ("rul", "did you mean 'rule'"),
         ("rule?feedbak=x", "did you mean 'feedback'"),
         ("http://127.0.0.1:9/v1?timeout=soon", "timeout must be a float"),
@@ -109,7 +109,7 @@ def test_specs(tmp_path: Path) -> None:
         ("http://127.0.0.1:9/v1?timeout=nan", "a timeout above 0 and up to 1e\\+06"),
         ("http:nowhere", "expected an address"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             open_critic(spec)
 
 

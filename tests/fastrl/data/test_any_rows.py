@@ -42,7 +42,7 @@ def layouts(ask: str, truth: Any, picture: Any = "a.png") -> dict[str, dict[str,
     """One row with this question, truth (a JSON value) and picture in every layout."""
     text = truth if isinstance(truth, str) else json.dumps(truth)
     asked = [{"role": "user", "content": f"<image>{ask}"}]
-    said = [{"from": "human", "value": f"<image>\n{ask}"}, {"from": "gpt", "value": text}]
+    printed = [{"from": "human", "value": f"<image>\n{ask}"}, {"from": "gpt", "value": text}]
     return {
         "EasyR1": {"images": [picture], "problem": f"<image>{ask}", "answer": text},
         "verl": {
@@ -57,8 +57,11 @@ def layouts(ask: str, truth: Any, picture: Any = "a.png") -> dict[str, dict[str,
         "ms-swift, GRPO": {"messages": asked, "images": [picture], "solution": text},
         "TRL": {"prompt": [{"role": "user", "content": ask}], "image": picture, "solution": text},
         "TRL, text": {"prompt": ask, "images": [picture], "solution": f"<answer>{text}</answer>"},
-        "VLM-R1": {"image": picture, "conversations": [said[0], {**said[1], "value": f"<answer> {text} </answer>"}]},
-        "LLaVA": {"image": picture, "conversations": said},
+        "VLM-R1": {
+            "image": picture,
+            "conversations": [printed[0], {**printed[1], "value": f"<answer> {text} </answer>"}],
+        },
+        "LLaVA": {"image": picture, "conversations": printed},
         "PR1": {"image": picture, "problem": ask, "solution": f"<think>so</think>\n<answer>{text}</answer>"},
     }
 
@@ -296,8 +299,8 @@ def test_pictures_stand_where_the_text_has_them(folder: Path) -> None:
 
 
 def test_dialogues_keep_their_earlier_turns(folder: Path) -> None:
-    said = ["<image>\nWhat is it?", "A cat.", "Where?", "[10, 20, 200, 150]"]
-    turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(said)]
+    printed = ["<image>\nWhat is it?", "A cat.", "Where?", "[10, 20, 200, 150]"]
+    turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(printed)]
     record = load_data(f"rows:{write(folder, {'image': 'a.png', 'conversations': turns})}")[0]
     assert [m["role"] for m in record.messages] == ["user", "assistant", "user"]
     assert record.target["box"] == (10, 20, 200, 150)

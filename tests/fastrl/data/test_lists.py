@@ -62,7 +62,7 @@ def test_a_row_needs_no_target_where_rewards_are_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"rewards": [0.1]}, "2 answers but 1 rewards"),
         ({"rewards": [0.1, float("nan")]}, r"rewards\[1\] must be a finite number, got nan"),
@@ -90,9 +90,9 @@ def test_a_row_needs_no_target_where_rewards_are_given(tmp_path: Path) -> None:
         ({"resized": 3}, "resized must have one"),
     ],
 )
-def test_a_bad_row_is_reported_with_file_and_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_a_bad_row_is_reported_with_file_and_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     spec = write(tmp_path, SOUND, {**SOUND, "id": "8", **change})
-    with pytest.raises(DataError, match=rf"lists\.jsonl:2: .*{said}"):
+    with pytest.raises(DataError, match=rf"lists\.jsonl:2: .*{message}"):
         load_data(spec)
     kept = load_data(spec, skip_bad=True)
     assert [record.id for record in kept] == ["7"]

@@ -44,7 +44,7 @@ def test_a_row_round_trips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"turns": []}, "turns must be a list of 1 to 16"),
         ({"turns": "A dog."}, "turns must be a list"),
@@ -62,6 +62,6 @@ def test_a_row_round_trips(tmp_path: Path) -> None:
         ({"target": 3}, "target must be an object"),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_bad_rows_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         load_data(write(tmp_path, GOOD | change))

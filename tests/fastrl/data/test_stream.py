@@ -73,7 +73,7 @@ TEXT = ({"role": "user", "content": [{"type": "text", "text": "Read."}]},)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda rows: rows[:-1], "5 records where there were 6; gone: '5'"),
         (lambda rows: [*rows, *records(1, "x")], "7 records where there were 6; new: 'x0'"),
@@ -90,11 +90,11 @@ TEXT = ({"role": "user", "content": [{"type": "text", "text": "Read."}]},)
         ),
     ],
 )
-def test_data_that_changed_is_refused_and_named(change: Callable[[list[Record]], list[Record]], said: str) -> None:
+def test_data_that_changed_is_refused_and_named(change: Callable[[list[Record]], list[Record]], message: str) -> None:
     """All rows are compared, not a sample of ids."""
     begun = [replace(r, images=(Image.new("RGB", (8, 8)),)) for r in records(6)]
     stream = RecordStream(begun)
-    with pytest.raises(DataChanged, match=f"data has changed since the run started: .*{said}"):
+    with pytest.raises(DataChanged, match=f"data has changed since the run started: .*{message}"):
         RecordStream(change(begun)).load(stream.state(), stream.identity())
     again = RecordStream(change(begun))
     assert str(again.load(stream.state(), stream.identity(), accept=True))

@@ -110,18 +110,18 @@ ALONE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "said"), ZERO)
-def test_damage_with_zero_is_one_line(tmp_path: Path, change: Any, said: str) -> None:
-    check(fault(written(tmp_path, True, change), 0, 2, FLAT), tmp_path, said)
+@pytest.mark.parametrize(("change", "message"), ZERO)
+def test_damage_with_zero_is_one_line(tmp_path: Path, change: Any, message: str) -> None:
+    check(fault(written(tmp_path, True, change), 0, 2, FLAT), tmp_path, message)
 
 
-@pytest.mark.parametrize(("change", "said"), ALONE)
-def test_damage_without_zero_is_one_line(tmp_path: Path, change: Any, said: str) -> None:
-    check(fault(written(tmp_path, False, change), 0, 1, WHOLE), tmp_path, said)
+@pytest.mark.parametrize(("change", "message"), ALONE)
+def test_damage_without_zero_is_one_line(tmp_path: Path, change: Any, message: str) -> None:
+    check(fault(written(tmp_path, False, change), 0, 1, WHOLE), tmp_path, message)
 
 
-def check(found: str | None, folder: Path, said: str) -> None:
+def check(found: str | None, folder: Path, message: str) -> None:
     assert found is not None
-    assert said in found
+    assert message in found
     assert found.startswith(f"{folder}/")
     assert "\n" not in found

@@ -20,12 +20,12 @@ class Rank:
     """A watch that records the end of the process instead of ending it."""
 
     def __init__(self, folder: Path, rank: int, world_size: int = 2, timeout: float = 0.4) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.over = threading.Event()
         self.watch = Watch(folder, rank, world_size, timeout, stop=self.stop)
 
     def stop(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
         self.over.set()
 
     def wait(self, what: str = "a barrier") -> None:
@@ -45,10 +45,10 @@ def test_whoever_waits_too_long_names_the_rank_that_has_not_come(tmp_path: Path)
     for thread in waiting:
         thread.join()
     for rank, number in ((ranks[0], 0), (ranks[2], 2)):
-        (said,) = rank.said
-        assert said.startswith(f"rank {number} waited ")
-        assert "in a barrier for rank 1 (alive, has not come; last an update)" in said
-    assert ranks[1].said == []
+        (message,) = rank.messages
+        assert message.startswith(f"rank {number} waited ")
+        assert "in a barrier for rank 1 (alive, has not come; last an update)" in message
+    assert ranks[1].messages == []
     for rank in ranks:
         rank.watch.close()
     assert not list(tmp_path.iterdir())
@@ -59,12 +59,12 @@ def test_a_rank_without_a_sign_of_life_is_said_to_have_none(tmp_path: Path) -> N
     (tmp_path / "rank-2.json").write_text("{broken")
     first = Rank(tmp_path, 0, 3)
     first.wait()
-    assert "rank 2 (frozen or gone" in first.said[0]
+    assert "rank 2 (frozen or gone" in first.messages[0]
     (tmp_path / "rank-2.json").write_text('[9, 3, "an update"]')
     second = Rank(tmp_path, 0, 3)
     second.wait()
-    assert "rank 1 (frozen or gone: no sign of life" in second.said[0]
-    assert "rank 2 (frozen or gone" in second.said[0]
+    assert "rank 1 (frozen or gone: no sign of life" in second.messages[0]
+    assert "rank 2 (frozen or gone" in second.messages[0]
 
 
 def test_work_may_take_as_long_as_it_likes_and_so_may_many_short_waits(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_work_may_take_as_long_as_it_likes_and_so_may_many_short_waits(tmp_path:
             time.sleep(0.05)
         time.sleep(0.05)
     time.sleep(0.5)
-    assert rank.said == []
+    assert rank.messages == []
     rank.watch.close()
 
 
@@ -138,16 +138,16 @@ except LostRank as error:
 def test_a_process_that_is_frozen_or_gone_is_named(tmp_path: Path, how: str, code: int) -> None:
     first, second = start(MEET, tmp_path, tmp_path / "ranks", 3 if how == "frozen" else 600, how)
     try:
-        _, said = first.communicate(timeout=300)
+        _, message = first.communicate(timeout=300)
     finally:
         os.kill(second.pid, signal.SIGKILL)
         second.communicate()
-    assert first.returncode == code, said
+    assert first.returncode == code, message
     if how == "frozen":
-        assert "in a barrier for rank 1 (" in said
-        assert "stopping (engine.timeout). Go on with --resume" in said
+        assert "in a barrier for rank 1 (" in message
+        assert "stopping (engine.timeout). Go on with --resume" in message
     else:
-        assert "error: rank 0 lost another in a barrier" in said
+        assert "error: rank 0 lost another in a barrier" in message
 
 
 @pytest.mark.gate
@@ -157,18 +157,18 @@ def test_a_run_of_two_processes_stops_for_a_frozen_one_and_goes_on_later(
     out = tmp_path / "run"
     first, second = start(RUN, tmp_path, tiny_folder("qwen2_5"), out, 20, "frozen")
     try:
-        _, said = first.communicate(timeout=300)
+        _, message = first.communicate(timeout=300)
     finally:
         os.kill(second.pid, signal.SIGKILL)
         second.communicate()
-    assert first.returncode == EXIT, said
-    assert "error: rank 0 waited 2" in said
-    assert "for rank 1 (" in said
-    assert "stopping (engine.timeout). Go on with --resume" in said
+    assert first.returncode == EXIT, message
+    assert "error: rank 0 waited 2" in message
+    assert "for rank 1 (" in message
+    assert "stopping (engine.timeout). Go on with --resume" in message
     assert [path.name for path in keeping.list_checkpoints(out)] == ["step-00000001"]
     for process in start(RUN, tmp_path, tiny_folder("qwen2_5"), out, 600, "whole"):
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+        _, message = process.communicate(timeout=300)
+        assert process.returncode == 0, message
     assert keeping.list_checkpoints(out)[-1].name == "step-00000003"
     assert not list((out / ".ranks").iterdir())
 
@@ -176,8 +176,8 @@ def test_a_run_of_two_processes_stops_for_a_frozen_one_and_goes_on_later(
 @pytest.mark.gate
 def test_a_process_that_is_gone_is_one_line(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     first, second = start(RUN, tmp_path, tiny_folder("qwen2_5"), tmp_path / "run", 600, "killed")
-    _, said = first.communicate(timeout=300)
+    _, message = first.communicate(timeout=300)
     second.communicate()
-    assert first.returncode == 1, said
-    assert "error: rank 0 lost another in " in said
-    assert "Traceback" not in said
+    assert first.returncode == 1, message
+    assert "error: rank 0 lost another in " in message
+    assert "Traceback" not in message

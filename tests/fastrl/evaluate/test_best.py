@@ -39,7 +39,7 @@ def _is_error(name: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("metric", "mode", "said"),
+    ("metric", "mode", "message"),
     [
         ("acc", None, "no metric 'acc' here; did you mean accuracy"),
         ("eval/accuracy", None, "did you mean accuracy"),
@@ -47,8 +47,8 @@ def _is_error(name: str) -> bool:
         ("yes_rate", None, "the direction of yes_rate is not known: set eval.mode"),
     ],
 )
-def test_a_metric_that_cannot_decide_is_refused(metric: str, mode: Mode | None, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_metric_that_cannot_decide_is_refused(metric: str, mode: Mode | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check_metric(metric, ["accuracy", "yes_rate", "sampled/accuracy"], mode)
 
 

@@ -65,9 +65,9 @@ def test_model_captions_score_below_a_held_out_human_one(data_dir: Path) -> None
     rows = [row for row in rows if row["human_captions"]]
     assert len(data) == len(rows)
     assert data.skipped == 41 - len(rows)
-    said = [next(c["caption"] for c in row["model_captions"] if c["model"] == "minigpt-4") for row in rows]
+    message = [next(c["caption"] for c in row["model_captions"] if c["model"] == "minigpt-4") for row in rows]
     human = evaluate("caption", data, [row["human_captions"][0] for row in rows])
-    model = evaluate("caption", data, said)
+    model = evaluate("caption", data, message)
     assert human["chair_i"] < model["chair_i"]
     assert human["object_precision"] > model["object_precision"]
 

@@ -220,7 +220,7 @@ def rows_of(*tasks: str) -> list[Record]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "tasks", "said"),
+    ("changes", "tasks", "message"),
     [
         ({"eval__spec": "ocr:/nowhere.jsonl"}, None, "eval.spec: /nowhere.jsonl: no such file"),
         ({"eval__spec": "ocrr:x"}, None, "eval.spec: .*unknown data adapter 'ocrr'"),
@@ -239,10 +239,10 @@ def rows_of(*tasks: str) -> list[Record]:
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_any_work(
-    tmp_path: Path, changes: dict[str, Any], tasks: list[str] | None, said: str
+    tmp_path: Path, changes: dict[str, Any], tasks: list[str] | None, message: str
 ) -> None:
     recipe = make_recipe(tmp_path / "no model", tmp_path / "out", **changes)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         train(recipe, records=make_records(), eval_records=rows_of(*tasks) if tasks else None, show=False)
 
 
@@ -360,8 +360,8 @@ assert summary.best is not None and summary.best.name == "step-00000001", summar
 @pytest.mark.gate
 def test_two_processes_evaluate_together_and_stop_together(tiny_folder: Folder, tmp_path: Path) -> None:
     for process in start(RANKS, tmp_path, tiny_folder("qwen2_5"), tmp_path / "run"):
-        _, said = process.communicate(timeout=600)
-        assert process.returncode == 0, said
+        _, message = process.communicate(timeout=600)
+        assert process.returncode == 0, message
     rows = read_rows(tmp_path / "run" / "eval.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2]
     recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path / "alone", eval__samples=0, eval__max_new_tokens=6)

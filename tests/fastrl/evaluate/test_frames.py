@@ -31,9 +31,9 @@ def test_a_right_answer_in_another_frame_is_noticed() -> None:
     assert (report.frame, report.changes) == ("original", 3)
     assert report.better is not None
     assert (report.better[0], report.better[2]) == ("thousand", pytest.approx(0.75))
-    said = report.words(guessed=True)
-    assert len(said) == 2
-    assert "--frame thousand" in said[1]
+    message = report.words(guessed=True)
+    assert len(message) == 2
+    assert "--frame thousand" in message[1]
 
 
 def test_the_right_frame_leaves_nothing_to_say() -> None:
@@ -98,11 +98,11 @@ def test_predictions_need_no_picture_files_where_rows_state_sizes(tmp_path: Path
     answers = tmp_path / "answers.jsonl"
     text = json.dumps([{"bbox_2d": [100, 100, 400, 300], "label": "cat"}])
     answers.write_text(json.dumps({"id": 7, "answer": text}))
-    said: list[str] = []
-    wrong = run_evaluation("detection", f"coco:{path}?images=/nowhere", predictions=answers, say=said.append)
+    messages: list[str] = []
+    wrong = run_evaluation("detection", f"coco:{path}?images=/nowhere", predictions=answers, say=messages.append)
     assert (wrong["AP"], wrong["frame"], wrong["frame_changes"]) == (0.0, "original", 1)
-    assert any("--frame thousand" in line for line in said)
-    right = run_evaluation("detection", f"coco:{path}", predictions=answers, family="qwen3_vl", say=said.append)
+    assert any("--frame thousand" in line for line in messages)
+    right = run_evaluation("detection", f"coco:{path}", predictions=answers, family="qwen3_vl", say=messages.append)
     assert (right["AP"], right["frame"]) == (1.0, "thousand")
 
 

@@ -61,9 +61,9 @@ def test_choices_by_type() -> None:
     )
 
 
-def predictions(folder: Path, rows: Any, said: Callable[[Record], str]) -> Path:
+def predictions(folder: Path, rows: Any, message: Callable[[Record], str]) -> Path:
     path = folder / "p.jsonl"
-    path.write_text("".join(json.dumps({"id": r.id, "answer": said(r)}) + "\n" for r in rows))
+    path.write_text("".join(json.dumps({"id": r.id, "answer": message(r)}) + "\n" for r in rows))
     return path
 
 

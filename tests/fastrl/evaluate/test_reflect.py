@@ -137,13 +137,13 @@ RECORDS_LIST = list(RECORDS[:3])
 
 def test_one_image_from_the_command(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     Image.new("RGB", (56, 56), (255, 0, 0)).save(tmp_path / "a.png")
-    said: list[str] = []
+    messages: list[str] = []
     row = reflect_on_image(
         tmp_path / "a.png", "Describe.", model=str(tiny_folder("qwen2_5")), critic="rule", turns=2,
-        references=["A red square."], max_new_tokens=4, say=said.append,
+        references=["A red square."], max_new_tokens=4, say=messages.append,
     )  # fmt: skip
     assert [turn["score"] for turn in row["turns"]] == [0.0, 0.0]
-    assert said[0].startswith("turn 1:")
+    assert messages[0].startswith("turn 1:")
     with pytest.raises(ValueError, match="--reference"):
         reflect_on_image(tmp_path / "a.png", "Describe.", model="x", critic="rule")
     with pytest.raises(FileNotFoundError, match="image not found"):

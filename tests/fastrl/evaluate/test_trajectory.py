@@ -35,7 +35,7 @@ TWO = record(("cat", LEFT), ("dog", RIGHT))
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("message", "expected"),
     [
         (answer(("cat", LEFT), ("dog", RIGHT)), {"mean_iou": 1, "recall@0.5": 1, "identity_accuracy": 1, "mota": 1}),
         (answer(("dog", RIGHT), ("cat", LEFT)), {"mean_iou": 1, "identity_accuracy": 1, "idf1": 1, "mota": 1}),
@@ -54,8 +54,8 @@ TWO = record(("cat", LEFT), ("dog", RIGHT))
         ("I see nothing.", {"mean_iou": 0, "recall@0.5": 0, "identity_accuracy": 0, "mota": 0, "unparsable": 1}),
     ],
 )
-def test_metrics_by_hand(said: str, expected: dict[str, float]) -> None:
-    metrics = evaluate("trajectory", [TWO], [said])
+def test_metrics_by_hand(message: str, expected: dict[str, float]) -> None:
+    metrics = evaluate("trajectory", [TWO], [message])
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert metrics["n"] == 1
 
@@ -106,12 +106,12 @@ def test_without_motmetrics_its_metrics_are_left_out(monkeypatch: pytest.MonkeyP
 def test_frames_of_prediction_files(tmp_path: Path, frame: str) -> None:
     row = record(("cat", LEFT), frame="auto", views=(View(500, 250, 250, 125),))
     shrunk = {t: tuple(v / 2 for v in box) for t, box in LEFT.items()}
-    said = {
+    message = {
         "original": answer(("cat", LEFT)),
         "resized": answer(("cat", shrunk)),  # type: ignore[arg-type]
     }.get(frame, answer(("cat", LEFT), view=row.views[0]))
     path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"id": "a", "answer": said}))
+    path.write_text(json.dumps({"id": "a", "answer": message}))
     assert evaluate("trajectory", *load_predictions(path, [row], frame=frame))["mean_iou"] == pytest.approx(1.0)
 
 
@@ -125,8 +125,8 @@ def test_the_truth_written_as_an_answer_scores_one_on_real_clips(spec: str, data
     path = tmp_path / "p.jsonl"
     with path.open("w") as file:
         for row in rows:
-            said = format_answer("trajectory", row.target, view=View.unresized(*row.target["size"]))
-            file.write(json.dumps({"id": row.id, "answer": said}) + "\n")
+            message = format_answer("trajectory", row.target, view=View.unresized(*row.target["size"]))
+            file.write(json.dumps({"id": row.id, "answer": message}) + "\n")
     metrics = run_evaluation("trajectory", spec.format(data_dir), predictions=path)
     assert metrics["mean_iou"] > 0.97
     assert metrics["recall@0.5"] == metrics["identity_accuracy"] == 1.0

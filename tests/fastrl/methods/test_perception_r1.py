@@ -225,8 +225,8 @@ def test_metrics_say_what_of_the_answers_was_not_read(monkeypatch: pytest.Monkey
     method, groups = scored(answers)
     monkeypatch.setattr(method, "_sample", lambda records: groups)
     metrics = method.prepare([groups[0].record]).metrics  # type: ignore[list-item]
-    said = {name: value for name, value in metrics.items() if name.startswith("answers/")}
-    assert said == {f"answers/{n}": 0.25 for n in ("unparsable", "dropped", "unlabelled", "unknown_label")}
+    text = {name: value for name, value in metrics.items() if name.startswith("answers/")}
+    assert text == {f"answers/{n}": 0.25 for n in ("unparsable", "dropped", "unlabelled", "unknown_label")}
     assert [c.rewards["class"] for c in groups[0].completions] == [0.0, 0.0, 0.0, 1.0]
 
 

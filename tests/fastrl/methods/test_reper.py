@@ -215,8 +215,8 @@ def test_packed_dialogue_equals_turn_by_turn(tiny_folder: Callable[[str], Path])
     with torch.no_grad():
         packed = policy.logprob(batch).logp
         for number, turn in enumerate(TURNS):
-            said = dialogue_messages(record.messages, TURNS[:number])
-            prompt, _ = policy.encode(replace(record, messages=said))
+            message = dialogue_messages(record.messages, TURNS[:number])
+            prompt, _ = policy.encode(replace(record, messages=message))
             single = pack_row([PromptGroup(prompt, [Completion(policy.encode_text(turn.answer))])])
             chosen = batch.per_token["turn"] == number
             torch.testing.assert_close(policy.logprob(single).logp, packed[chosen], rtol=1e-4, atol=1e-4)

@@ -48,7 +48,7 @@ def second(value: Any) -> Callable[[Sequence[str]], Any]:
 
 
 @pytest.mark.parametrize(
-    ("rewards", "advantages", "said"),
+    ("rewards", "advantages", "message"),
     [
         ([0.0, 1e-300], [-1e-296, 1e-296], "vanish"),
         ([0.0, 1.0], [-1e300, 1e300], "overflow"),
@@ -58,15 +58,15 @@ def second(value: Any) -> Callable[[Sequence[str]], Any]:
     ],
 )
 def test_advantages_that_float32_does_not_hold_are_named(
-    rewards: list[float], advantages: list[float], said: str
+    rewards: list[float], advantages: list[float], message: str
 ) -> None:
     completions = [Completion(torch.tensor([1]), text=f"a{i}", scalars={"reward": r}) for i, r in enumerate(rewards)]
     group = PromptGroup(Prompt(torch.tensor([1]), torch.zeros(3, 1, dtype=torch.int64)), completions, RECORDS[0])
     values = [torch.tensor(advantages, dtype=torch.float64)]
-    if not said:
+    if not message:
         check_advantages([group], values)
         return
-    with pytest.raises(RewardError, match=rf"record 'r0' \(rows.*advantages that {said} in float32; .*'a1'"):
+    with pytest.raises(RewardError, match=rf"record 'r0' \(rows.*advantages that {message} in float32; .*'a1'"):
         check_advantages([group], values)
 
 
@@ -85,8 +85,8 @@ def test_a_step_with_such_a_reward_stops_the_run_and_is_named(
 
     monkeypatch.setattr(OcrReward, "score", score)
     recipe = make_recipe(tiny_folder("qwen2_5"), tmp_path, checkpoint__every=1, optim__steps=2)
-    said = "advantages that vanish .*answer .*components" if value == 1e-300 else "answer .*component"
-    with pytest.raises(TrainingError, match=rf"^step 2: .*record 'r\d'.*{said}"):
+    message = "advantages that vanish .*answer .*components" if value == 1e-300 else "answer .*component"
+    with pytest.raises(TrainingError, match=rf"^step 2: .*record 'r\d'.*{message}"):
         train(recipe, records=make_records(), show=False)
     assert [path.name for path in keeping.list_checkpoints(tmp_path)] == ["step-00000001"]
 

@@ -56,8 +56,8 @@ def test_answers_that_follow_are_made_likelier(
     def speak(self: Any, prompts: list[Any], sampling: Any, rng: Any) -> list[list[Completion]]:
         ids = [self.policy.encode_text(text) for text in (follows, copies)]
         gained.append(_margin(self.policy, prompts[0], ids))
-        said = [(ids[i], text) for _ in range(2) for i, text in enumerate((follows, copies))]
-        return [[Completion(i, text=text, sampler_logp=torch.zeros(len(i))) for i, text in said] for _ in prompts]
+        message = [(ids[i], text) for _ in range(2) for i, text in enumerate((follows, copies))]
+        return [[Completion(i, text=text, sampler_logp=torch.zeros(len(i))) for i, text in message] for _ in prompts]
 
     monkeypatch.setattr(Generator, "generate", speak)
     changes = {"optim__steps": 6, "data__prompts_per_step": 1, "optim__lr": 3e-3}

@@ -98,7 +98,7 @@ def test_a_run_is_its_last_or_its_best_checkpoint(tiny_folder: Folder, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"dtype": "bf16"}, "did you mean bfloat16"),
         ({"base": "tiny:perception"}, "has none"),
@@ -111,7 +111,7 @@ def test_a_run_is_its_last_or_its_best_checkpoint(tiny_folder: Folder, tmp_path:
     ],
 )
 def test_what_cannot_be_exported_leaves_nothing(
-    tiny_folder: Folder, tmp_path: Path, options: dict[str, Any], said: str
+    tiny_folder: Folder, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     for name in ("full", "ia3", "huge", "broken"):
         (tmp_path / name).mkdir()
@@ -125,7 +125,7 @@ def test_what_cannot_be_exported_leaves_nothing(
     given = {"source": tiny_folder("qwen2_5"), "out": "new/out", **options}
     source = given.pop("source")
     source = tmp_path / source if isinstance(source, str) else source
-    with pytest.raises((ValueError, OSError), match=said):
+    with pytest.raises((ValueError, OSError), match=message):
         export(source, tmp_path / given.pop("out"), **given)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -127,23 +127,25 @@ def test_weights_without_a_place_are_listed(
     extra = {f"extra.{i}": torch.ones(1) for i in range(7)}
     folder = _edited(tiny_folder("qwen2_5"), tmp_path / "more", lambda weights: weights.update(extra))
     load_policy(folder, device="cpu")
-    (said,) = [str(w.message) for w in recwarn if "no place" in str(w.message)]
-    assert f"{folder}: 7 of its weights have no place in the model, left out: extra.0" in said
-    assert said.endswith("extra.4 and 2 more")
+    (printed,) = [str(w.message) for w in recwarn if "no place" in str(w.message)]
+    assert f"{folder}: 7 of its weights have no place in the model, left out: extra.0" in printed
+    assert printed.endswith("extra.4 and 2 more")
 
 
-@pytest.mark.parametrize(("device", "said"), [("banana", "expected a device such as"), ("cuda:99", "does not exist")])
-def test_devices_that_are_not_there_are_named(tiny_folder: Folder, device: str, said: str) -> None:
-    with pytest.raises(ValueError, match=rf"model.device: .*{said}"):
+@pytest.mark.parametrize(
+    ("device", "printed"), [("banana", "expected a device such as"), ("cuda:99", "does not exist")]
+)
+def test_devices_that_are_not_there_are_named(tiny_folder: Folder, device: str, printed: str) -> None:
+    with pytest.raises(ValueError, match=rf"model.device: .*{printed}"):
         load_policy(tiny_folder("qwen2_5"), device=device)
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"),
+    ("targets", "printed"),
     [("([", "is not a regular expression"), ("nothing_here", "matches no linear layer; there are .*q_proj"), ([], "")],
 )
-def test_adapters_on_no_layer_are_an_error(tiny_folder: Folder, targets: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=f"lora.targets: .*{said}"):
+def test_adapters_on_no_layer_are_an_error(tiny_folder: Folder, targets: Any, printed: str) -> None:
+    with pytest.raises(ValueError, match=f"lora.targets: .*{printed}"):
         load_policy(tiny_folder("qwen2_5"), device="cpu", lora={"targets": targets})
 
 

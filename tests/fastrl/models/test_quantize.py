@@ -58,7 +58,7 @@ def test_a_run_is_refused_before_data_and_model_are_loaded(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model__lora": None}, "4-bit weights cannot be trained"),
         ({"model__device": "cpu"}, "needs a GPU"),
@@ -68,10 +68,10 @@ def test_a_run_is_refused_before_data_and_model_are_loaded(tmp_path: Path) -> No
     ],
 )
 def test_what_does_not_go_together_is_refused_with_the_recipe(
-    tmp_path: Path, changes: dict[str, Any], said: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     common = {"model__quantize": "4bit", "model__lora": LORA, "model__device": None}
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         make_recipe(Path("x"), tmp_path, **{**common, **changes})
 
 

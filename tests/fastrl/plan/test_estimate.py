@@ -300,6 +300,6 @@ def test_time_adds_bytes_to_flops_and_says_which_dominates() -> None:
     assert base.work.dominant == "movement"  # a model of 3 M parameters has little arithmetic
     slow = make_plan(small(), replace(gpu, flops=gpu.flops / 1e4))
     assert slow.work.dominant == "arithmetic"
-    for plan, said in ((base, "movement of bytes"), (slow, "arithmetic")):
-        assert f"most of it is {said}" in plan_text(plan, [])
+    for plan, message in ((base, "movement of bytes"), (slow, "arithmetic")):
+        assert f"most of it is {message}" in plan_text(plan, [])
         assert plan_values(plan, [])["dominant"] == plan.work.dominant

@@ -119,11 +119,11 @@ def test_nothing_is_loaded_from_elsewhere_and_model_text_stays_text(run: Path, t
     assert all(address.startswith("data:") for address in addresses)
 
 
-@pytest.mark.parametrize(("content", "said"), [(None, "it has no metrics.jsonl"), ("", "has no row yet")])
-def test_a_folder_without_a_run_is_refused(content: str | None, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "message"), [(None, "it has no metrics.jsonl"), ("", "has no row yet")])
+def test_a_folder_without_a_run_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises((FileNotFoundError, ValueError), match=said):
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
         write_report(tmp_path)
 
 

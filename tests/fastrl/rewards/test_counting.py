@@ -136,7 +136,7 @@ def test_a_box_with_its_corners_the_wrong_way_round_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"exact_bonus": "abc"}, "counting reward: exact_bonus must be a finite number, got 'abc'"),
         ({"exact_bonus": math.nan}, "exact_bonus must be a finite number, got nan"),
@@ -144,8 +144,8 @@ def test_a_box_with_its_corners_the_wrong_way_round_is_none() -> None:
         ({"max_items": 2.5}, "max_items must be a whole number, got 2.5"),
     ],
 )
-def test_an_option_of_the_wrong_type_is_named(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_option_of_the_wrong_type_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         reward_for("counting", **options)
 
 

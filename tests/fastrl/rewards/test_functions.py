@@ -253,13 +253,13 @@ def test_names_are_known_and_weigh(folder: Path, tiny_folder: Folder) -> None:
 def test_it_is_tried_before_anything_is_sampled(folder: Path, tiny_folder: Folder, name: str) -> None:
     section = {"function": f"my_rewards.py:{name}", "builtin": False}
     recipe = make_recipe(tiny_folder("qwen2_5"), folder / "run", reward=section)
-    said = {
+    printed = {
         "asks": "needs solutions, which record 'r1' does not have; it has task, id, text",
         "misspelt": "needs completion, which record 'r1' does not have; it has task, id, text, .*completions",
         "raises": "record 'r1'",
         "nothing": "nothing scores record 'r1' of task ocr: all give None",
     }
-    with pytest.raises(RewardError, match=said[name]):
+    with pytest.raises(RewardError, match=printed[name]):
         train(recipe, records=make_records(2)[1:], show=False)
     assert not (folder / "run/recipe.yaml").exists()
 

@@ -122,7 +122,7 @@ def test_a_reply_that_stays_without_a_score_is_none(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said"),
+    ("trouble", "message"),
     [
         (status(500), "did not answer 3 answers in a row, each tried 3 times"),
         (status(401), "refused: HTTP 401"),
@@ -130,11 +130,11 @@ def test_a_reply_that_stays_without_a_score_is_none(server: Server) -> None:
     ],
 )
 def test_a_server_that_is_gone_or_refuses_is_a_fault(
-    server: Server, trouble: Callable[[Handler], None], said: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, trouble: Callable[[Handler], None], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret-key")
     server.script = [trouble]
-    with pytest.raises(RewardError, match=f"reward.judge: the judge at .*{said}") as error:
+    with pytest.raises(RewardError, match=f"reward.judge: the judge at .*{message}") as error:
         judge(server, key_env="JUDGE_KEY")(answers(*"abcdef"))
     assert "secret-key" not in str(error.value)
     assert set(server.keys) == {"Bearer secret-key"}
@@ -267,7 +267,7 @@ def test_a_judge_is_tried_before_anything_is_sampled(server: Server, tiny_folder
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"reward__judge": {"url": "localhost:8000"}}, "http://localhost:8000/v1"),
         ({"reward__judge": {}}, "reward.judge.url: missing"),
@@ -280,8 +280,8 @@ def test_a_judge_is_tried_before_anything_is_sampled(server: Server, tiny_folder
         ({"reward__judge": {"url": "http://h/v1"}, "method": {"kind": "reper"}}, "scores no answers"),
     ],
 )
-def test_a_wrong_section_is_said_with_the_recipe(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_a_wrong_section_is_said_with_the_recipe(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         make_recipe(Path("x"), tmp_path, **changes)
 
 

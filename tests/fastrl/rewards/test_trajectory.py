@@ -38,9 +38,9 @@ def record(tracks: list[dict[int, Box]], spans: list[list[tuple[str, int, int]]]
     return Record("a", "trajectory", (), (), {"tracks": listed, "frames": 9}, frame="original")
 
 
-def text(tracks: list[dict[int, Box]], said: list[str] | None = None) -> str:
+def text(tracks: list[dict[int, Box]], message: list[str] | None = None) -> str:
     lines = [format_tracks([Track(k, f"thing {k}", boxes)]) for k, boxes in enumerate(tracks, start=1)]
-    return "\n".join(f"{line} {s}".strip() for line, s in zip(lines, said or [""] * len(lines), strict=True))
+    return "\n".join(f"{line} {s}".strip() for line, s in zip(lines, message or [""] * len(lines), strict=True))
 
 
 def parts(answer: str, row: Record, **options: Any) -> dict[str, float]:
@@ -98,8 +98,8 @@ def test_a_constant_box_earns_at_most_one_frame(clip: Any, box: list[Box], data:
     frames = len(tracks[0])
     some = st.sets(st.integers(1, frames), min_size=1)
     found = [dict.fromkeys(data.draw(some), box[k]) for k in range(len(tracks))]
-    said = [action_text(s) for s in spans] if data.draw(st.booleans()) else None
-    assert_bounded(text(found, said), record(tracks, spans), frames)
+    message = [action_text(s) for s in spans] if data.draw(st.booleans()) else None
+    assert_bounded(text(found, message), record(tracks, spans), frames)
 
 
 @given(clip=clips(), data=st.data())
@@ -109,8 +109,8 @@ def test_the_true_box_of_one_frame_copied_anywhere_earns_at_most_one_frame(clip:
     source = data.draw(st.integers(1, frames))
     some = st.sets(st.integers(1, frames), min_size=1)
     found = [dict.fromkeys(data.draw(some), track[source]) for track in tracks]
-    said = [action_text(s) for s in spans] if data.draw(st.booleans()) else None
-    assert_bounded(text(found, said), record(tracks, spans), frames)
+    message = [action_text(s) for s in spans] if data.draw(st.booleans()) else None
+    assert_bounded(text(found, message), record(tracks, spans), frames)
 
 
 @given(clip=clips(), data=st.data())

@@ -95,13 +95,13 @@ def test_interpreted_kernels_decode_what_transformers_generates(policy, mode: st
 def test_static_session_goes_on_after_more_was_said(policy, small_buckets) -> None:
     """The prompts' buffers grow between turns; each turn decodes with a new static cache."""
     prompts = encode(policy)
-    said = [torch.randint(0, 250, (n,), generator=rng(n)) for n in (3, 9, 0, 1, 20)]
+    message = [torch.randint(0, 250, (n,), generator=rng(n)) for n in (3, 9, 0, 1, 20)]
     sessions = [Generator(policy, decode=mode).session(prompts) for mode in ("eager", "static")]
     for turn in range(2):
         want, got = (session.generate(Sampling(3, 8), rng(turn)) for session in sessions)
         assert_same(got, want)
         for session in sessions:
-            session.extend(said)
+            session.extend(message)
 
 
 def test_static_under_lora_and_after_an_update_uses_the_present_weights(tiny_folder) -> None:

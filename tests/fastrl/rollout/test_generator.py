@@ -260,7 +260,7 @@ def whole(policy, prompt: Prompt, added: Tensor) -> Prompt:
 def test_session_continues_dialogues_of_different_lengths(policy) -> None:
     """Turns appended to a session give the samples of one long prompt; images and history are computed once."""
     prompts = encode(policy)
-    said = [torch.randint(0, 250, (n,), generator=rng(n)) for n in (3, 9, 0, 1, 20)]
+    message = [torch.randint(0, 250, (n,), generator=rng(n)) for n in (3, 9, 0, 1, 20)]
     more = [torch.randint(0, 250, (n,), generator=rng(n + 50)) for n in (5, 0, 2, 17, 1)]
     calls = Counter()
     generator = Generator(policy, prefill_tokens=40)
@@ -270,12 +270,12 @@ def test_session_continues_dialogues_of_different_lengths(policy) -> None:
     first = session.generate(Sampling(2, 6), rng(3))
     assert same(first, Generator(policy).generate(prompts, Sampling(2, 6), rng(3)))
     before = calls["vision"]
-    for added in (said, more):
+    for added in (message, more):
         session.extend(added)
     second = session.generate(Sampling(2, 6), rng(4))
     third = session.generate(Sampling(2, 6), rng(4))
     assert calls["vision"] == before
-    long = [whole(policy, p, torch.cat([a, b])) for p, a, b in zip(prompts, said, more, strict=True)]
+    long = [whole(policy, p, torch.cat([a, b])) for p, a, b in zip(prompts, message, more, strict=True)]
     assert session.next_position == [p.next_position for p in long]
     assert same(second, Generator(policy).generate(long, Sampling(2, 6), rng(4)))
     assert same(second, third)

@@ -117,13 +117,13 @@ def test_greedy_answers_are_transformers_and_log_probs_the_trainers(policy) -> N
 
 def test_a_session_goes_on_after_more_was_said(policy) -> None:
     prompts = encode(policy)
-    said = [torch.randint(0, 250, (n,), generator=rng(n)) for n in (3, 9, 0, 1, 20)]
+    message = [torch.randint(0, 250, (n,), generator=rng(n)) for n in (3, 9, 0, 1, 20)]
     sessions = [Generator(policy, decode=mode).session(prompts) for mode in ("eager", "native")]
     for turn in range(2):
         want, got = (session.generate(Sampling(3, 8), rng(turn)) for session in sessions)
         assert same(got, want)
         for session in sessions:
-            session.extend(said)
+            session.extend(message)
 
 
 def test_an_update_in_place_is_seen(qwen2_5) -> None:

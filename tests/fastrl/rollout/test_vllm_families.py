@@ -86,8 +86,8 @@ def test_a_dialogue_that_the_template_renders_differently_is_refused_before_it_i
     model_type, folder = family
     policy, oracle = load_policy(folder, device="cpu"), Oracle(folder, model_type)
     first = record("q", "Where is it?")
-    said = [{"role": "assistant", "content": "There."}, {"role": "user", "content": "And now?"}]
-    dialogue = type(first)("q", "qa", (), (*first.messages, *said), {})
+    printed = [{"role": "assistant", "content": "There."}, {"role": "user", "content": "And now?"}]
+    dialogue = type(first)("q", "qa", (), (*first.messages, *printed), {})
     prompt, _ = policy.encode(dialogue)
     remote = remote_of(policy, tmp_path)
     # Released templates of LLaVA close assistant turns in another form than answers end, Qwen3.5's drops thoughts.

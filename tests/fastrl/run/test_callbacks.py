@@ -120,7 +120,7 @@ async def wait(self: object, row: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attributes", "said"),
+    ("attributes", "message"),
     [
         ({"on_steps": print}, "on_steps is not a hook; did you mean on_step"),
         ({"on_step": print, "on_checkpoints": print}, "did you mean on_checkpoint"),
@@ -131,10 +131,10 @@ async def wait(self: object, row: Any) -> None:
     ],
 )
 def test_a_callback_that_would_never_be_called_is_refused_before_any_work(
-    tmp_path: Path, attributes: dict[str, Any], said: str
+    tmp_path: Path, attributes: dict[str, Any], message: str
 ) -> None:
     recipe = make_recipe(tmp_path / "no model", tmp_path / "out")
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(TypeError, match=message):
         fastrl.train(recipe, callbacks=[type("Mine", (), attributes)()])
     with pytest.raises(TypeError, match="is a class"):
         fastrl.train(recipe, callbacks=[Listener])

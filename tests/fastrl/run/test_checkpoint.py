@@ -173,7 +173,7 @@ def drop(*keys: str) -> Callable[[dict[str, Tensor]], object]:
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "text"),
     [
         (edit_tensors(OPTIMIZER, drop("state.exp_avg.weight")), "moments of weight have a missing .*: exp_avg"),
         (
@@ -211,14 +211,14 @@ def drop(*keys: str) -> Callable[[dict[str, Tensor]], object]:
     ],
 )
 def test_a_file_that_is_not_what_was_written_is_one_line(
-    tmp_path: Path, edit: Callable[[Path], object], said: str
+    tmp_path: Path, edit: Callable[[Path], object], text: str
 ) -> None:
     """Even if its checksum matches, or there is none."""
     run = run_state()
     advance(run)
     folder = checkpoint.save_checkpoint(tmp_path, 1, run, keep=1)
     edit(folder)
-    with pytest.raises((CheckpointError, ValueError), match=said) as error:
+    with pytest.raises((CheckpointError, ValueError), match=text) as error:
         checkpoint.load_checkpoint(folder, run_state())
     assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)
@@ -280,11 +280,11 @@ def test_a_write_that_fails_names_the_path_and_the_bytes_and_leaves_the_last_che
     advance(run)
     last = checkpoint.save_checkpoint(tmp_path, 1, run, keep=1)
     advance(run)
-    said = (
+    text = (
         rf"^{tmp_path}/checkpoints/step-00000002: not written: .*(too large|os error 27).*; "
         r"needs \d+ bytes, [\d,]+ are free; the last checkpoint, step-00000001, is kept$"
     )
-    with file_size_limit(size), pytest.raises(CheckpointError, match=said):
+    with file_size_limit(size), pytest.raises(CheckpointError, match=text):
         checkpoint.save_checkpoint(tmp_path, 2, run, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     inspect(last, 1)

@@ -71,8 +71,8 @@ def test_the_checkpoint_from_before_equal_rewards_stays_until_they_differ_again(
     assert watch_rewards(tmp_path, True) == ""  # there is none
     make(tmp_path, 10)
     assert watch_rewards(tmp_path, False) == ""
-    said = watch_rewards(tmp_path, True)
-    assert "step-00000010, is kept" in said
+    message = watch_rewards(tmp_path, True)
+    assert "step-00000010, is kept" in message
     for step in (20, 30, 40):
         make(tmp_path, step)
         rotate(tmp_path, 1)

@@ -161,8 +161,8 @@ def test_a_logger_of_a_users_own_is_told_of_a_run_from_the_command_line(
     monkeypatch.setattr(sys, "argv", ["fastrl", *command, "--out", "out", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
-    said = capsys.readouterr().err
-    assert ended.value.code in (0, None), said
+    message = capsys.readouterr().err
+    assert ended.value.code in (0, None), message
     assert [json.loads(line) for line in (mine / "out/mine.txt").read_text().splitlines()] == [
         ["open", "out", 0, "perception-r1", "words"],
         ["log", 0, ["eval/f1"]],
@@ -173,8 +173,12 @@ def test_a_logger_of_a_users_own_is_told_of_a_run_from_the_command_line(
         ["close"],
     ]
     for name, hook in (("Raises", "log"), ("Close", "close")):
-        assert said.count(f"logger my_logger.py:{name} failed in {hook}: ") == said.count(f"my_logger.py:{name}") == 1
-    assert "in fail: OSError: no network; the run continues" in said
+        assert (
+            message.count(f"logger my_logger.py:{name} failed in {hook}: ")
+            == message.count(f"my_logger.py:{name}")
+            == 1
+        )
+    assert "in fail: OSError: no network; the run continues" in message
     noted = [row["note"] for row in read_rows(mine / "out/notes.jsonl")]
     assert any(text.startswith("logger my_logger.py:Raises failed in log") for text in noted)
 
@@ -202,12 +206,12 @@ def test_a_logger_that_fails_too_often_in_a_row_is_called_no_more() -> None:
             if step != 2:
                 raise ValueError(step)
 
-    said: list[str] = []
-    loggers = Loggers({"flaky": Flaky()}, info(Path()), said.append)
+    message: list[str] = []
+    loggers = Loggers({"flaky": Flaky()}, info(Path()), message.append)
     for step in range(10):
         loggers.log(step, {"step": step, "a": 1})
     assert calls == [0, 1, 2, 3, 4, 5] == list(range(3 + FAILURES))
-    assert len(said) == 1
+    assert len(message) == 1
     loggers.close()
 
 
@@ -251,7 +255,7 @@ def test_samples_are_only_made_for_a_logger_that_takes_them(mine: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("my_logger.py:Needs", "my_logger.py:Needs cannot be created without arguments"),
         ("my_logger.py:Misspelt", "sample is not a hook of a logger; did you mean samples"),
@@ -265,9 +269,9 @@ def test_samples_are_only_made_for_a_logger_that_takes_them(mine: Path) -> None:
         ("fastrl.run.loggers:Logger", r"has no log\(step, values\)"),
     ],
 )
-def test_what_is_no_logger_is_refused_before_any_work(mine: Path, name: str, said: str) -> None:
+def test_what_is_no_logger_is_refused_before_any_work(mine: Path, name: str, message: str) -> None:
     recipe = make_recipe(mine / "no model", mine / "out", log__to=[name])
-    with pytest.raises(ValueError, match=f"log.to: .*{said}"):
+    with pytest.raises(ValueError, match=f"log.to: .*{message}"):
         train(recipe)
     assert not (mine / "out").exists()
 

@@ -26,11 +26,11 @@ def test_a_line_that_is_no_row_is_set_aside_and_no_row_is_lost(tmp_path: Path, b
     lines.insert(place, bad)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
-    said = str(cut_rows(path, 2))
+    message = str(cut_rows(path, 2))
     assert [row["step"] for row in read_rows(path)] == [1, 2]
     assert (tmp_path / "metrics.jsonl.bad").read_bytes() == bad + b"\n"
-    assert "1 row of steps that are done again cut from metrics.jsonl" in said
-    assert f"1 line of metrics.jsonl that cannot be read as a row set aside in {path}.bad" in said
+    assert "1 row of steps that are done again cut from metrics.jsonl" in message
+    assert f"1 line of metrics.jsonl that cannot be read as a row set aside in {path}.bad" in message
     assert str(cut_rows(path, 2)) == ""
     path.write_bytes(bad)
     cut_rows(path, 2)

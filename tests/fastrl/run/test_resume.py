@@ -211,10 +211,10 @@ def test_a_damaged_checkpoint_is_named_and_the_last_sound_one_is_offered(
     recipe = make_recipe(tiny_folder("qwen2_5"), run)
     with pytest.raises(CheckpointError) as error:
         train(recipe, records=make_records(), resume=True, show=False)
-    said = (
+    message = (
         f"{newest / name}: damaged: its checksum is not the one in state.json; the last intact checkpoint is of step 2"
     )
-    assert str(error.value) == f"{said}: --resume --from-step 2"
+    assert str(error.value) == f"{message}: --resume --from-step 2"
     assert state_of(run) == before
     if name != "optimizer.safetensors":
         return

@@ -7,14 +7,14 @@ from fastrl.run.variance import AFTER, EqualRewards
 
 def told(spreads: list[float | None], *, done: int = 0, last: int = 99) -> tuple[list[int], str]:
     """Steps with a note, and the note at the end."""
-    watch, said = EqualRewards(done, last), []
+    watch, message = EqualRewards(done, last), []
     for number, spread in enumerate(spreads, done + 1):
         row = {"step": number, "reward/mean": 0.0, **({} if spread is None else {"reward/group_std": spread})}
         text = watch.step(row)
         if text:
-            said.append(number)
+            message.append(number)
             assert f"to {number}: the rewards of every group were equal (mean reward 0)" in text or number == last
-    return said, watch.end(done + len(spreads))
+    return message, watch.end(done + len(spreads))
 
 
 def test_a_few_in_a_row_are_said_once() -> None:

@@ -118,13 +118,13 @@ def test_means_are_over_the_dialogues_that_reach_a_turn(tmp_path: Path) -> None:
 
 def test_from_the_commands(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     Image.new("RGB", (56, 56), (255, 0, 0)).save(tmp_path / "a.png")
-    model, said = str(tiny_folder("qwen2_5")), list[str]()
+    model, message = str(tiny_folder("qwen2_5")), list[str]()
     row = reflect_on_image(
         tmp_path / "a.png", "Describe.", model=model, critic="rule", turns=2, references=["A red square."],
-        max_new_tokens=4, attention=tmp_path / "one", draw=heat_maps, say=said.append,
+        max_new_tokens=4, attention=tmp_path / "one", draw=heat_maps, say=message.append,
     )  # fmt: skip
     assert len(row["attention"]) == 2
-    assert said[-1].startswith("attention on the image by turn: 0.")
+    assert message[-1].startswith("attention on the image by turn: 0.")
     assert (tmp_path / "one" / "attention.png").is_file()
     metrics = evaluate_reflection(
         "scenes:caption?n=2&seed=6", model=model, turns=2, max_new_tokens=4, attention=tmp_path / "two"

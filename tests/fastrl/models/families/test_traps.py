@@ -65,8 +65,8 @@ def test_the_frame_of_llava_follows_what_the_folders_processor_keeps(
     found = np.asarray(preprocessor.picture(image)).astype(int)[..., 0]
     rows, columns = np.nonzero(found > 170)
     seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-    said = [part * side for part in from_original(box, "padded_unit", view)]
-    assert seen == pytest.approx(said, abs=1.0)
+    message = [part * side for part in from_original(box, "padded_unit", view)]
+    assert seen == pytest.approx(message, abs=1.0)
     assert (view.canvas is None or view.canvas[0] < 0 or view.canvas[1] < 0) is settings[0]
 
 
