@@ -65,7 +65,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
     The score is the one that the demo reports (for sampled answers if it samples), followed by that of greedy answers.
     A demo that compares several models adds a line for each, with means over seeds; a counting demo adds a line with
-    the fraction of exact answers.
+    the fraction of exact answers. Below each demo stand its comparisons on the set that nothing was chosen on, which
+    its claim is held to: the change on every seed with its 95 % interval over records, and the spread over seeds.
     """
     scores = f"{'before':>7} {'after':>7} {'change':>15}"
     lines = [f"{'demo':25} {'metric':9} {'seed':>5} {scores} | greedy {scores} {'seconds':>8}"]
@@ -77,6 +78,7 @@ def table(results: list[dict[str, Any]]) -> str:
         if "exact_before" in rows[0]:
             lines.append(_line(name, "exact", "mean", rows, "exact_"))
         lines += _compared(rows)
+        lines += _unseen(rows)
     return "\n".join(lines)
 
 
@@ -100,6 +102,17 @@ def _compared(rows: list[dict[str, Any]]) -> list[str]:
     for name in models[0]:
         means = {key: mean(found[name][key] for found in models) for key in models[0][name]}
         lines.append(f"  {name:23} " + "  ".join(f"{key} {value:.3f}" for key, value in means.items()))
+    return lines
+
+
+def _unseen(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"  on {rows[0]['unseen']['n']} others, 95 % intervals over them:"]
+    for name in rows[0]["unseen"]["changes"]:
+        found = [row["unseen"]["changes"][name] for row in rows]
+        each = "  ".join(f"{c['change']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]" for c in found)
+        spread = f"  ± {stdev(c['change'] for c in found):.3f}" if len(found) > 1 else ""
+        means = f"{mean(c['before'] for c in found):.3f} {mean(c['after'] for c in found):.3f}"
+        lines.append(f"    {name:32} {means}  {each}{spread}")
     return lines
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -40,10 +41,10 @@ def evaluate_trajectory(records: Sequence[Record], answers: Sequence[str]) -> di
     for ours, true, iou, pairs in zip(found, truth, overlap, match_tracks(overlap), strict=True):
         of_track = {k: p for p, k in pairs}
         boxes += true.total
-        for k, shown in enumerate(true.boxes):
+        ious += _track_ious(true, iou, of_track)
+        for k in range(len(true.boxes)):
             p = of_track.get(k)
             hits = iou[p, k] >= FOUND if p is not None else torch.zeros(iou.shape[2], dtype=torch.bool)
-            ious.append(float(iou[p, k].sum()) / len(shown) if p is not None else 0.0)
             covered += int(hits.sum())
             seen += int((iou[:, k] >= FOUND).any(0).sum()) if len(iou) else 0
             right += int(hits.sum()) if p is not None and ours.names[p] == true.names[k] else 0
@@ -55,6 +56,21 @@ def evaluate_trajectory(records: Sequence[Record], answers: Sequence[str]) -> di
     if importlib.util.find_spec("motmetrics") is not None:
         result |= mot_metrics(found, truth, overlap)
     return {**result, "n": len(answers), "unparsable": sum(not each.boxes for each in found)}
+
+
+def trajectory_ious(records: Sequence[Record], answers: Sequence[str]) -> list[float]:
+    """Each record's mean over its true tracks of what ``evaluate_trajectory`` averages over all; in [0, 1]."""
+    truth = [true_tracks(record.target) for record in records]
+    overlap = overlaps([read_tracks(answer, record) for answer, record in zip(answers, records, strict=True)], truth)
+    found = zip(truth, overlap, match_tracks(overlap), strict=True)
+    return [fmean(_track_ious(true, iou, {k: p for p, k in pairs})) for true, iou, pairs in found]
+
+
+def _track_ious(true: Tracks, iou: Tensor, of_track: Mapping[int, int]) -> list[float]:
+    """Each true track's mean IoU over its boxes; 0 where no track of the answer is matched to it."""
+    return [
+        float(iou[of_track[k], k].sum()) / len(shown) if k in of_track else 0.0 for k, shown in enumerate(true.boxes)
+    ]
 
 
 def mot_metrics(found: Sequence[Tracks], truth: Sequence[Tracks], overlap: Sequence[Tensor]) -> dict[str, float]:

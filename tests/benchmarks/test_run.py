@@ -131,22 +131,29 @@ def test_ahead_of_time_table() -> None:
 
 def result(seed: int, before: float, after: float, task: str | None = "grounding") -> dict[str, Any]:
     scores = {"metric": "iou", "before": before, "after": after, "greedy_before": 0.6, "greedy_after": 0.61}
-    return {"method": "perception-r1", "task": task, "seed": seed, **scores, "seconds": 100.0 + seed}
+    change = {"before": before, "after": after, "change": after - before}
+    interval = change | {"low": after - before - 0.02, "high": after - before + 0.02}
+    unseen = {"n": 512, "changes": {"sampled": interval, "greedy": interval}}
+    return {"method": "perception-r1", "task": task, "seed": seed, **scores, "seconds": 100.0 + seed, "unseen": unseen}
 
 
 def test_demo_table_has_every_run_and_the_mean_over_seeds() -> None:
     lines = verify.table([result(0, 0.2, 0.5), result(1, 0.2, 0.7), result(0, 0.5, 0.4, "counting")]).splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 1 + (3 + 3) + (2 + 3)
     sampled, greedy = lines[3].split("|")
     assert " ".join(sampled.split()) == "perception-r1 grounding iou mean 0.200 0.600 +0.400 ± 0.141"
     assert greedy.split() == ["0.600", "0.610", "+0.010", "±", "0.000", "100"]
-    assert lines[5].split("|")[0].split()[-1] == "-0.100"
+    assert lines[4] == "  on 512 others, 95 % intervals over them:"
+    shown = "sampled 0.200 0.600 +0.300 [+0.280, +0.320] +0.500 [+0.480, +0.520] ± 0.141"
+    assert " ".join(lines[5].split()) == shown
+    assert lines[8].split("|")[0].split()[-1] == "-0.100"
+    assert "±" not in lines[-1]  # of one seed
 
 
 def test_demo_table_has_the_share_of_exact_counts() -> None:
     exact = {"exact_before": 0.3, "exact_after": 0.5, "greedy_exact_before": 0.4, "greedy_exact_after": 0.6}
     rows = [result(seed, 0.6, 0.7, "counting") | exact for seed in range(2)]
-    last = verify.table(rows).splitlines()[-1]
+    last = verify.table(rows).splitlines()[-4]
     assert " ".join(last.split("|")[0].split()) == "perception-r1 counting exact mean 0.300 0.500 +0.200 ± 0.000"
     assert last.split("|")[1].split()[:3] == ["0.400", "0.600", "+0.200"]
 
@@ -154,7 +161,10 @@ def test_demo_table_has_the_share_of_exact_counts() -> None:
 def test_demo_table_compares_models_where_a_demo_does() -> None:
     models = [{"start": {"mean_iou": 0.4}, "perpo": {"mean_iou": v}} for v in (0.5, 0.7)]
     rows = [result(n, 0.4, m["perpo"]["mean_iou"]) | {"models": m} for n, m in enumerate(models)]
-    assert verify.table(rows).splitlines()[-2:] == [f"  {'start':23} mean_iou 0.400", f"  {'perpo':23} mean_iou 0.600"]
+    assert verify.table(rows).splitlines()[-5:-3] == [
+        f"  {'start':23} mean_iou 0.400",
+        f"  {'perpo':23} mean_iou 0.600",
+    ]
 
 
 def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
@@ -176,7 +186,7 @@ def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
     assert verify.main(["--only", "counting", "--json", str(target)]) == 1
     printed = capsys.readouterr().out
     assert "demo fell over" in printed
-    assert "perception-r1 counting seed 1: the score changed by +0.0400, less than +0.05" in printed
+    assert "perception-r1 counting seed 1: sampled changed by +0.0400 [+0.0200, +0.0600], not above 0.05" in printed
     assert len(json.loads(target.read_text())["broken"]) == 1
 
 

@@ -22,42 +22,42 @@ class Claim:
         return [line for check in self.checks for line in check(results)]
 
 
-def rises(name: str = "", by: float = 0.0) -> Check:
-    """``{name}after − {name}before`` is at least ``by`` on every seed; with ``by`` 0, ``after`` is not lower."""
+def gains(comparison: str, above: float = 0.0) -> Check:
+    """On every seed the whole 95 % interval of a comparison on the reported set lies above ``above``."""
     return lambda results: [
-        f"seed {r['seed']}: {_shown(name)} changed by {change:+.4f}, less than {by:+g}"
-        for r, change in _changes(results, name)
-        if change < by
+        f"seed {seed}: {comparison} changed by {_shown(c)}, not above {above:g}"
+        for seed, c in _compared(results, comparison)
+        if c["low"] <= above
     ]
 
 
-def falls(name: str) -> Check:
-    """``{name}after`` is lower than ``{name}before`` on every seed."""
+def loses(comparison: str) -> Check:
+    """On every seed the whole interval lies below 0."""
     return lambda results: [
-        f"seed {r['seed']}: {_shown(name)} changed by {change:+.4f}, did not fall"
-        for r, change in _changes(results, name)
-        if change >= 0
+        f"seed {seed}: {comparison} changed by {_shown(c)}, not below 0"
+        for seed, c in _compared(results, comparison)
+        if c["high"] >= 0
     ]
 
 
-def rises_beyond_spread(name: str = "") -> Check:
-    """The change on every seed is positive and larger than the spread (largest − smallest change) between seeds."""
+def beyond_spread(comparison: str) -> Check:
+    """The change on every seed is larger than the spread (largest − smallest change) between seeds."""
 
     def check(results: Sequence[Result]) -> list[str]:
-        changes = list(_changes(results, name))
+        changes = [(seed, c["change"]) for seed, c in _compared(results, comparison)]
         spread = max((c for _, c in changes), default=0.0) - min((c for _, c in changes), default=0.0)
         return [
-            f"seed {r['seed']}: {_shown(name)} changed by {change:+.4f}, the spread between seeds is {spread:.4f}"
-            for r, change in changes
-            if change <= max(spread, 0.0)
+            f"seed {seed}: {comparison} changed by {changed:+.4f}, the spread between seeds is {spread:.4f}"
+            for seed, changed in changes
+            if changed <= max(spread, 0.0)
         ]
 
     return check
 
 
-def _changes(results: Sequence[Result], name: str) -> list[tuple[Result, float]]:
-    return [(r, r[f"{name}after"] - r[f"{name}before"]) for r in results]
+def _compared(results: Sequence[Result], comparison: str) -> list[tuple[int, Mapping[str, float]]]:
+    return [(r["seed"], r["unseen"]["changes"][comparison]) for r in results]
 
 
-def _shown(name: str) -> str:
-    return name.rstrip("_") or "the score"
+def _shown(found: Mapping[str, float]) -> str:
+    return f"{found['change']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"

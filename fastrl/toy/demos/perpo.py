@@ -19,10 +19,12 @@ from fastrl.evaluate.run import sample_records
 from fastrl.models.open import open_policy
 from fastrl.recipe import Recipe, load_recipe
 from fastrl.rewards.base import unknown
+from fastrl.rewards.grounding import GroundingReward
 from fastrl.run.setup import load_model
-from fastrl.toy.demos.claims import Claim, rises_beyond_spread
+from fastrl.toy.demos.claims import Claim, beyond_spread, gains
+from fastrl.toy.demos.evidence import Compared, Scores, change, per_record, print_evidence, report
 from fastrl.toy.demos.families import recipe_for
-from fastrl.toy.demos.scenes import scenes_like
+from fastrl.toy.demos.scenes import REPORTED_SEED, scenes_like
 from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import train
 
@@ -36,7 +38,13 @@ PROMPTS, ANSWERS, STEPS, PER_STEP = 1024, 12, 64, 16
 SHOWN = 6  # scenes in the figure
 CLAIM = Claim(
     "PerPO beats the starting model in mean IoU on every seed, by more than the spread between seeds",
-    (rises_beyond_spread(),),
+    (gains("PerPO"), beyond_spread("PerPO")),
+)
+COMPARED: tuple[Compared, ...] = (
+    change("PerPO", "sampled", "start", "perpo"),
+    change("PerPO, greedy", "greedy", "start", "perpo"),
+    change("PerPO against DPO", "sampled", "dpo", "perpo"),
+    change("PerPO against SFT", "sampled", "sft", "perpo"),
 )
 COLORS = {"start": "#999999", "sft": "#fdae61", "dpo": "#74add1", "perpo": "#1a9850"}
 
@@ -48,6 +56,7 @@ class Measured:
     sampled: dict[str, float]  # of answers sampled at temperature 1
     greedy: dict[str, float]
     answers: list[tuple[Record, str]]
+    scores: Scores  # IoU of each record: ``sampled``, ``greedy``
 
 
 def run(
@@ -62,7 +71,7 @@ def run(
     steps: int = STEPS,
 ) -> dict[str, Any]:
     """Measure, build lists, train with three methods, measure each; writes ``lists.jsonl`` with its histogram, a run
-    folder per method, ``comparison.png`` and ``before_after.png`` in ``out``.
+    folder per method, ``comparison.png``, ``before_after.png`` and ``scores.jsonl`` in ``out``.
 
     Raises:
         ValueError: an unknown task or family.
@@ -75,9 +84,10 @@ def run(
     base = load_recipe(name)
     length = base.rollout.max_new_tokens
     records = load_data(scenes_like(base.data.spec, n=held_out))
+    reported = load_data(scenes_like(base.data.spec, n=held_out, seed=REPORTED_SEED))
     policy = open_policy(base.model.path)
-    say(f"measuring {held_out} held-out scenes before training …")
-    before = measure(policy, records, length)
+    say(f"measuring two sets of {held_out} held-out scenes before training …")
+    before, unseen = measure(policy, records, length), {"start": measure(policy, reported, length).scores}
     spec = scenes_like(base.data.spec, n=prompts, seed=seed)
     gap = base.method.min_gap  # type: ignore[attr-defined]
     options = make_options(task, base.model.path, spec, n=ANSWERS, min_gap=gap, max_new_tokens=length, seed=seed)
@@ -87,7 +97,8 @@ def run(
     after: dict[str, Measured] = {}
     for kind, title in METHODS.items():
         say(f"training {title}: {steps} steps of {PER_STEP} lists …")
-        after[kind] = _train(_recipe(name, kind, out, seed, steps), records, length)
+        trained = _train(_recipe(name, kind, out, seed, steps))
+        after[kind], unseen[kind] = measure(trained, records, length), measure(trained, reported, length).scores
     _draw_comparison(before, after, out / "comparison.png")
     from fastrl.report.figures import before_after
 
@@ -104,6 +115,7 @@ def run(
             name: {f"{how}_{key}": values[key] for how, values in _both(found) for key in ("mean_iou", "acc@0.5")}
             for name, found in {"start": before, **after}.items()
         },
+        "unseen": report(out / "scores.jsonl", reported, unseen, COMPARED),
         "lists": lists["kept"],
         "held_out": held_out,
         "steps": steps,
@@ -120,15 +132,19 @@ def measure(policy: Policy, records: Any, max_new_tokens: int, samples: int = 2)
     from fastrl.rollout import Sampling
 
     found: dict[bool, dict[str, float]] = {}
+    each: dict[str, list[float]] = {}
+    reward = GroundingReward(format="none")
     greedy_answers: list[tuple[Record, str]] = []
     for greedy in (False, True):
         n = 1 if greedy else samples
         sampling = Sampling(n=n, max_new_tokens=max_new_tokens, temperature=0.0 if greedy else 1.0)
         answered = list(sample_records(policy, records, sampling, seed=0, portion=128))
         pairs = [(record, completion.text) for record, completions in answered for completion in completions]
-        found[greedy] = evaluate_grounding([record for record, _ in pairs], [text for _, text in pairs])
+        texts, asked = [text for _, text in pairs], [record for record, _ in pairs]
+        found[greedy] = evaluate_grounding(asked, texts)
+        each["greedy" if greedy else "sampled"] = per_record(reward.score(texts, asked)["iou"], n)
         greedy_answers = pairs
-    return Measured(found[False], found[True], greedy_answers)
+    return Measured(found[False], found[True], greedy_answers, each)
 
 
 def _recipe(name: str, kind: str, out: Path, seed: int, steps: int) -> Recipe:
@@ -146,10 +162,10 @@ def _recipe(name: str, kind: str, out: Path, seed: int, steps: int) -> Recipe:
     return load_recipe(name, changes)
 
 
-def _train(recipe: Recipe, records: Any, length: int) -> Measured:
+def _train(recipe: Recipe) -> Policy:
     policy = load_model(recipe)
     train(recipe, policy=policy)
-    return measure(policy, records, length)
+    return policy
 
 
 def _both(found: Measured) -> list[tuple[str, dict[str, float]]]:
@@ -191,4 +207,5 @@ def print_table(result: dict[str, Any]) -> None:
         ("model", "mean IoU", "Acc@0.5", "greedy mean IoU", "greedy Acc@0.5"),
         rows,
     )
+    print_evidence(result["unseen"], "scenes")
     print(f"{result['seconds']:.0f} s; lists, curves and figures in {result['out']}")

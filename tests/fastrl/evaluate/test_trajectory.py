@@ -15,6 +15,7 @@ from fastrl.data import load_data
 from fastrl.data.records import Record
 from fastrl.evaluate import evaluate, load_predictions
 from fastrl.evaluate.run import run_evaluation
+from fastrl.evaluate.trajectory import trajectory_ious
 
 Box = tuple[float, float, float, float]
 LEFT: dict[int, Box] = {t: (10.0 * t, 0.0, 10.0 * t + 20, 20.0) for t in range(1, 5)}
@@ -57,14 +58,17 @@ TWO = record(("cat", LEFT), ("dog", RIGHT))
 def test_metrics_by_hand(message: str, expected: dict[str, float]) -> None:
     metrics = evaluate("trajectory", [TWO], [message])
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert trajectory_ious([TWO], [said]) == pytest.approx([metrics["mean_iou"]])
     assert metrics["n"] == 1
 
 
 def test_iou_counts_every_frame_of_the_truth_and_averages_over_tracks() -> None:
     long = record(("cat", dict.fromkeys(range(1, 5), LEFT[1])), name="b")
     half = answer(("cat", dict.fromkeys((1, 2), (10.0, 0.0, 20.0, 20.0))))  # IoU 1/2 in two frames of four
-    metrics = evaluate("trajectory", [TWO, long], [answer(("cat", LEFT), ("dog", RIGHT)), half])
+    answers = [answer(("cat", LEFT), ("dog", RIGHT)), half]
+    metrics = evaluate("trajectory", [TWO, long], answers)
     assert metrics["mean_iou"] == pytest.approx((1 + 1 + 0.25) / 3)
+    assert trajectory_ious([TWO, long], answers) == pytest.approx([1, 0.25])  # of each record
     assert metrics["recall@0.5"] == pytest.approx((8 + 2) / 12)
 
 

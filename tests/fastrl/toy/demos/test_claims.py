@@ -6,38 +6,44 @@ from typing import Any
 
 import pytest
 
-from fastrl.toy.demos import perception_r1, perpo, reper
+from fastrl.toy.demos import perception_r1, perpo, reper, utr
 from fastrl.toy.demos.claims import Claim
 
+HALF = 0.01  # half of the width of every interval
 
-def results(*changes: float, greedy: float = 0.0, false: float = -0.1) -> list[dict[str, Any]]:
-    return [
-        {
-            "seed": seed,
-            "before": 0.4,
-            "after": 0.4 + change,
-            "greedy_before": 0.6,
-            "greedy_after": 0.6 + greedy,
-            "false_captions_before": 0.5,
-            "false_captions_after": 0.5 + false,
-        }
-        for seed, change in enumerate(changes)
-    ]
+
+def results(*changes: float, **others: float) -> list[dict[str, Any]]:
+    """A result for each seed in which the main comparison changed so; the others are given by name."""
+    names = {
+        **dict.fromkeys(("greedy", "UTR, greedy"), 0.2),
+        **dict.fromkeys(("UTR against one frame", "UTR against one frame, greedy", "UTR against one frame, TPL"), 0.2),
+        "turn 3, false captions": -0.2,
+        **others,
+    }
+    found = []
+    for seed, main in enumerate(changes):
+        every = {**names, **dict.fromkeys(("sampled", "PerPO", "turn 3", "UTR"), main)}
+        intervals = {name: {"change": c, "low": c - HALF, "high": c + HALF} for name, c in every.items()}
+        found.append({"seed": seed, "unseen": {"changes": intervals}})
+    return found
 
 
 @pytest.mark.parametrize(
     ("claim", "found", "broken"),
     [
-        (perception_r1.CLAIM, results(0.06, 0.08, 0.07), []),
-        (perception_r1.CLAIM, results(0.06, 0.04), ["seed 1: the score"]),
-        (perception_r1.CLAIM, results(0.06, greedy=-0.002), ["seed 0: greedy"]),
+        (perception_r1.CLAIM, results(0.07, 0.08, 0.07), []),
+        (perception_r1.CLAIM, results(0.07, 0.055), ["seed 1: sampled"]),  # 0.055 is above 0.05, its interval is not
+        (perception_r1.CLAIM, results(0.07, greedy=0.005), ["seed 0: greedy"]),
         (perpo.CLAIM, results(0.05, 0.08, 0.06), []),
-        (perpo.CLAIM, results(0.02, 0.08), ["seed 0: the score"]),  # 0.02 is within the spread of 0.06
-        (perpo.CLAIM, results(-0.01, -0.01), ["seed 0", "seed 1"]),
-        (perpo.CLAIM, results(0.0), ["seed 0"]),
-        (reper.CLAIM, results(0.01, 0.2), []),
-        (reper.CLAIM, results(0.0), ["seed 0: the score"]),
-        (reper.CLAIM, results(0.1, false=0.0), ["seed 0: false_captions"]),
+        (perpo.CLAIM, results(0.02, 0.08), ["seed 0: PerPO"]),  # 0.02 is within the spread of 0.06
+        (perpo.CLAIM, results(-0.02, -0.02), ["seed 0", "seed 1", "seed 0", "seed 1"]),
+        (perpo.CLAIM, results(0.0), ["seed 0", "seed 0"]),
+        (reper.CLAIM, results(0.02, 0.2), []),
+        (reper.CLAIM, results(0.005), ["seed 0: turn 3"]),  # it rises, but not surely
+        (reper.CLAIM, results(0.1, **{"turn 3, false captions": -0.005}), ["seed 0: turn 3, false captions"]),
+        (utr.CLAIM, results(0.1, 0.1), []),
+        (utr.CLAIM, results(0.1, **{"UTR against one frame, TPL": 0.0}), ["seed 0: UTR against one frame, TPL"]),
+        (utr.CLAIM, results(0.1, **{"UTR, greedy": 0.055}), ["seed 0: UTR, greedy"]),
     ],
 )
 def test_a_claim_names_the_seeds_that_break_it(claim: Claim, found: list[dict[str, Any]], broken: list[str]) -> None:

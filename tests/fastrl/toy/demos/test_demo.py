@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastrl.toy.demos import run_demo
 
-KEYS = {"method", "metric", "before", "after", "greedy_before", "greedy_after", "seconds"}
+KEYS = {"method", "metric", "before", "after", "greedy_before", "greedy_after", "seconds", "unseen"}
+
+
+def shows_evidence(result: dict[str, Any], out: Path, n: int) -> None:
+    """A line of scores for each record of the reported set, and an interval around each change."""
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == result["unseen"]["n"] == n
+    for found in result["unseen"]["changes"].values():
+        assert found["low"] <= found["change"] <= found["high"]
+        assert found["change"] == pytest.approx(found["after"] - found["before"])
 
 
 @pytest.mark.parametrize("task", ["grounding", "counting"])
@@ -29,12 +39,17 @@ def test_perception_r1_measures_trains_and_measures_again(
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert (tmp_path / "before_after.png").stat().st_size > 10_000
+    shows_evidence(result, tmp_path, 8)
+    assert list(result["unseen"]["changes"])[:1] == ["sampled"]
 
 
 @pytest.mark.parametrize("family", [None, "llava"])
 def test_utr_trains_on_both_sets_of_the_same_clips(tmp_path: Path, family: str | None) -> None:
-    result = run_demo("utr", family=family, out=tmp_path, seed=1, say=lambda _: None, clips=6, held_out=4, steps=2)
+    result = run_demo(
+        "utr", family=family, out=tmp_path, seed=1, say=lambda _: None, clips=6, held_out=4, reported=5, steps=2
+    )
     assert set(result) >= KEYS
+    shows_evidence(result, tmp_path, 5)
     json.dumps(result)
     assert list(result["models"]) == ["start", "hack", "utr"]
     assert (result["before"], result["after"]) == tuple(result["models"][m]["mean_iou"] for m in ("start", "utr"))
@@ -72,6 +87,7 @@ def test_reper_reflects_trains_and_reflects_again(
     rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert [len(row["before"]) for row in rows] == [3] * 6
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    shows_evidence(result, tmp_path, 6)
     assert "CHAIR-i" in capsys.readouterr().out
 
 
@@ -80,6 +96,7 @@ def test_perpo_on_a_small_llava_compares_three_ways_to_learn_from_the_same_lists
     result = run_demo("perpo", family="llava", out=out, seed=1, say=lambda _: None, held_out=6, prompts=24, steps=2)
     assert set(result) >= KEYS
     assert list(result["models"]) == ["start", "perpo", "dpo", "sft"]
+    shows_evidence(result, out, 6)
     assert (out / "perpo" / "recipe.yaml").read_text().count("tiny:llava") == 1
 
 

@@ -9,7 +9,17 @@ import pytest
 from fastrl.toy.demos import perception_r1, perpo, reper, utr
 from fastrl.toy.demos.table import WIDTH
 
-COMMON = {"held_out": 512, "steps": 60, "seconds": 4321.0, "out": "runs/demo", "lists": 1024, "dialogues": 1024}
+CHANGE = {"before": 0.768, "after": 0.848, "change": 0.08, "low": -0.012, "high": 0.123}
+UNSEEN = {"n": 256, "changes": {c.name: CHANGE for c in (*perpo.COMPARED, *reper.COMPARED, *utr.COMPARED)}}
+COMMON = {
+    "unseen": UNSEEN,
+    "held_out": 512,
+    "steps": 60,
+    "seconds": 4321.0,
+    "out": "runs/demo",
+    "lists": 1024,
+    "dialogues": 1024,
+}
 BEFORE_AFTER = {f"{how}{when}": 0.6179 for how in ("", "greedy_") for when in ("before", "after")}
 EXACT = {f"{how}exact_{when}": 0.6179 for how in ("", "greedy_") for when in ("before", "after")}
 TURN = {"score": 0.768, "false_captions": 0.738, "chair_i": 0.123}
