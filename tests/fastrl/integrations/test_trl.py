@@ -18,6 +18,7 @@ from benchmarks.versus.model import load_processor  # noqa: E402  (it needs tran
 from fastrl.integrations import trl as shared  # noqa: E402
 from fastrl.models.families import Family, families, family_of  # noqa: E402
 from fastrl.models.load import load_tokenizer  # noqa: E402
+from tests.helpers.families import build_family  # noqa: E402
 
 TOLERANCE = 1e-5
 STEPS = 5
@@ -124,12 +125,18 @@ QUICK = ("pictures",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.gate) for n in CASES])
-@pytest.mark.parametrize("style", ["qwen2_5", *(pytest.param(s, marks=pytest.mark.gate) for s in ("qwen2", "llava"))])
+@pytest.mark.parametrize(
+    "style", ["qwen2_5", *(pytest.param(s, marks=pytest.mark.gate) for s in ("qwen2", "llava", "qwen3_5"))]
+)
 def test_a_run_is_plain_trls(
     name: str, style: str, tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, options = LLAVA if style == "llava" else tiny_folder(style), CASES[name]
-    tolerance = 1e-4 if style == "llava" else TOLERANCE  # its gradients are ten times as large
+    if style == "qwen3_5":
+        folder = build_family(tmp_path / "model", style)
+    else:
+        folder = LLAVA if style == "llava" else tiny_folder(style)
+    options = CASES[name]
+    tolerance = TOLERANCE if style.startswith("qwen2") else 1e-4  # the others' gradients are ten times as large
     theirs = run(trl.GRPOTrainer, folder, tmp_path, **options)
     seen: list[tuple[int, int]] = []  # (prompts, answers) of each packed forward
     packed = shared.packed_states
@@ -201,7 +208,8 @@ def rows(family: Any, *, moved: bool = False) -> dict[str, Any]:
 
 def test_the_families_that_the_docs_name_share_pictures() -> None:
     sharing = {f.__name__ for f in families().values() if f.processed is not Family.processed}
-    assert sharing == {"Qwen2VL", "Qwen2_5VL", "Qwen3VL", "Qwen3VLMoe", "Glm4V", "Glm4VMoe", "Glm46V", "Llava"}
+    qwen = {"Qwen2VL", "Qwen2_5VL", "Qwen3VL", "Qwen3VLMoe", "Qwen3_5", "Qwen3_5Moe"}
+    assert sharing == qwen | {"Glm4V", "Glm4VMoe", "Glm46V", "Llava"}
 
 
 def test_squares_of_llava_are_told_apart() -> None:
