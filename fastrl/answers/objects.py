@@ -43,7 +43,7 @@ _HALF = r"(?<![A-Za-z0-9_<|/])(?P<half>[A-Za-z][A-Za-z0-9_]{0,60}+)"  # a quote 
 _DASH = r"(?:(?<=\s)(?P<dash>-)[ \t]++)?+"  # YAML's, before an item of a list
 _LINE = r"(?<![^\n])[ \t]{0,40}+(?P<item>-)[ \t]++(?P<line>[A-Za-z_][A-Za-z0-9_ -]{0,60}+):(?=\s)"  # YAML's
 _START = re.compile(
-    rf"(?P<brace>\{{)\s*+{_KEY}|{_LINE}|{_DASH}(?:{_ALONE}(?:{_COLON}|{_FORGOTTEN})"
+    rf"(?P<brace>[{{(])\s*+{_KEY}|{_LINE}|{_DASH}(?:{_ALONE}(?:{_COLON}|{_FORGOTTEN})"
     rf"|{_HALF}(?:(?<=2d)[^\w\[\]]{{0,8}}+|\\?+[{_OPENING}{_CLOSING}](?:{_COLON})?+\s*+)(?=\[))",
     re.IGNORECASE,
 )
@@ -53,13 +53,13 @@ _QUOTED_RUN = re.compile(rf"(?:.(?P<run>\s*+[\[(]{_RUN.pattern}))?+")
 _WORD = re.compile(rf"[^,;\[\]{{}}{_OPENING}:\n]{{0,200}}+")
 _NO_TEXT = ("", "null", "none", "true", "false")
 _LIST = re.compile(r"[^\[\]()]+")
-_CLOSED = r"(?P<closed>[ \t]*+(?=\n)|\s*+(?=[,;\]}]|\Z))?+"
+_CLOSED = r"(?P<closed>[ \t]*+(?=\n)|\s*+(?=[,;\]})]|\Z))?+"
 _STRINGS = {  # by the opening quote: a whole string, and where a damaged one ends
     opening: (
         re.compile(rf"{opening}(?P<body>{body})(?:(?P<end>{closing}){_CLOSED}|)", re.DOTALL),
         re.compile(
-            rf"(?P<end>[{_CLOSING}])(?:[ \t]*+(?=\n)|\s*+)(?=\n|[\]}}]|\Z|[,;]?+\s*+(?:{_again(_KEY)})|[,;]\s*+[\[{{])"
-            rf"|\{{\s*+(?:{_again(_KEY)})|(?:[,;]|\n(?:[ \t]*+-)?+)\s*+(?:{_again(_KEY)})"
+            rf"(?P<end>[{_CLOSING}])(?:[ \t]*+(?=\n)|\s*+)(?=\n|[\]}})]|\Z|[,;]?+\s*+(?:{_again(_KEY)})|[,;]\s*+[\[{{])"
+            rf"|[{{(]\s*+(?:{_again(_KEY)})|(?:[,;]|\n(?:[ \t]*+-)?+)\s*+(?:{_again(_KEY)})"
         ),
     )
     for opening, closing, body in (

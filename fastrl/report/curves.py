@@ -42,6 +42,7 @@ FAMILIES = {
 }
 SPAN = 50.0  # largest ratio of peak values of curves on one axis
 MOST = 10  # most curves in one chart
+FARTHEST = 1e100  # an axis to 1e308 overflows
 
 
 def families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -73,16 +74,21 @@ def chart(name: str, keys: Sequence[str], rows: Sequence[Mapping[str, Any]], *, 
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for key in keys:
-        points = [(float(row["step"]), float(row[key])) for row in rows if is_number(row.get(key))]
+        points = [(drawn(row["step"]), drawn(row[key])) for row in rows if is_number(row.get(key))]
         axis.plot(*zip(*points, strict=True), linewidth=1.2, label=label(key), marker="." if len(points) == 1 else "")
     if mark is not None:
-        axis.axvline(float(mark), color="gray", linestyle=":", linewidth=1)
+        axis.axvline(drawn(mark), color="gray", linestyle=":", linewidth=1)
     axis.set_title(label(name), fontsize=10)
     axis.set_xlabel("step", fontsize=8)
     axis.tick_params(labelsize=8)
     if len(keys) > 1:
         figure.legend(loc="outside right upper", fontsize=6, frameon=False)
     return figure
+
+
+def drawn(value: float) -> float:
+    """A value as a place on an axis, within ``FARTHEST``."""
+    return float(max(-FARTHEST, min(FARTHEST, value)))
 
 
 def _peaks(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

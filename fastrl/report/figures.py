@@ -11,6 +11,8 @@ from fastrl.data.pictures import open_picture
 from fastrl.data.records import Record
 from fastrl.run.samples import ANSWER, TRUTH, answer_boxes, true_boxes
 
+FARTHEST = 1e9  # pixels; an answer may have coordinates whose differences overflow
+
 
 def before_after(
     before: Sequence[tuple[Record, str]], after: Sequence[tuple[Record, str]], path: Path, *, columns: int = 6
@@ -60,7 +62,8 @@ def draw_answer(axis: Any, record: Record, answer: str) -> None:
         (TRUTH, true_boxes(record), "-"),
         (ANSWER, answer_boxes(record, answer), "--"),
     ):
-        for x1, y1, x2, y2 in boxes:
+        for box in boxes:
+            x1, y1, x2, y2 = (max(-FARTHEST, min(FARTHEST, value)) for value in box)
             axis.add_patch(
                 Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linestyle=style, linewidth=1.5)
             )

@@ -85,6 +85,7 @@ FORMS = (
         "，".join,
     ),
     Form("YAML", lambda box, name: f"- label: {json.dumps(name)}\n  bbox: {_numbers(box)}", "\n".join),
+    Form("calls", lambda box, name: f"Box(bbox={_numbers(box)}, label={name!r})", _listed),
     Form("backticks", lambda box, name: f"{{`bbox`: {_numbers(box)}, `name`: `{name}`}}", _listed),
     Form("guillemets", lambda box, name: f"{{«bbox»: {_numbers(box)}, «name»: «{name}»}}", _listed),
     Form("blanks", lambda box, name: _json(box, name).replace(str(_numbers(box)), _array(box)), _listed),

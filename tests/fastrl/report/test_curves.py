@@ -62,6 +62,18 @@ def test_every_metric_is_drawn_once_beside_those_of_its_size(row: dict[str, floa
         assert all(large <= SPAN * small for small, large in pairwise(sizes[:1] + sizes[-1:]))
 
 
+@pytest.mark.parametrize(
+    "values", [(-1e308, 1e308), (1e308, 1e-308), (5e-324, 5e-324), (1.0, 1.0 + 2**-52), (-1e308, 0.0)]
+)
+@pytest.mark.parametrize("step", [2, 10**400, -(10**400)])
+@pytest.mark.filterwarnings("error")
+def test_values_of_any_size_are_drawn(values: tuple[float, float], step: int) -> None:
+    rows = [{"step": 1, "loss": values[0]}, {"step": step, "loss": values[1]}]
+    figure = chart("loss", ["loss"], rows, mark=step)
+    figure.canvas.draw()
+    assert len(figure.axes[0].lines[0].get_xdata()) == 2
+
+
 @pytest.mark.parametrize("count", [2, MOST])
 def test_the_legend_is_beside_the_axes(count: int) -> None:
     keys = [f"time/phase_{place}" for place in range(count)]

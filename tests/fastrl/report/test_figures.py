@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from fastrl.answers import View
@@ -26,3 +27,12 @@ def test_boxes_are_drawn_in_original_pixels() -> None:
     record = replace(scene_record("grounding", 0, seed=1), views=(View(112, 112, 224, 224),), frame="resized")
     assert answer_boxes(record, '[{"bbox_2d": [20, 40, 60, 80]}]') == [(10.0, 20.0, 30.0, 40.0)]
     assert answer_boxes(record, "garbage [") == []
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("numbers", ["-1e308, 0, 1e308, 1e300", "1e308, 1e308, -1e308, -1e308", "5e-324, 0, 1, 1e-300"])
+def test_boxes_of_any_size_are_drawn(tmp_path: Path, numbers: str) -> None:
+    record = scene_record("grounding", 0, seed=1)
+    answer = f'[{{"bbox_2d": [{numbers}]}}]'
+    assert len(answer_boxes(record, answer)) == 1
+    before_after([(record, answer)], [(record, answer)], tmp_path / "figure.png")
