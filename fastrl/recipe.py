@@ -132,8 +132,9 @@ class Recipe(Section):
             )
         if self.engine.kind == "deepspeed" and (self.optim.states != "fp32" or self.optim.gradient_release):
             raise ValueError(
-                "optim.states and optim.gradient_release need engine.kind: local; with engine.kind: deepspeed use "
-                "engine.zero_stage and engine.offload_optimizer"
+                "optim.states and optim.gradient_release need engine.kind: local; with engine.kind: deepspeed set "
+                "optim.states: fp32 and optim.gradient_release: false, and use engine.zero_stage and "
+                "engine.offload_optimizer"
             )
         if self.engine.offload_optimizer and (self.engine.kind == "local" or self.engine.zero_stage == 0):
             raise ValueError(

@@ -29,6 +29,7 @@ from fastrl.models.quantize import check_quantize
 from fastrl.recipe import Recipe
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
+from fastrl.run.arguments import check_arguments
 from fastrl.run.callbacks import Callbacks
 from fastrl.run.checkpoint import RunState
 from fastrl.run.folder import begin_run, nothing_left, offer_earlier, open_run_folder
@@ -139,10 +140,11 @@ def train(
             is damaged or could not be written.
         TrainingError: a loss or gradient is not finite, a reward is invalid, or an evaluation failed; the message has
             the step and the records.
-        TypeError: a callback has no hook or a misspelt one.
+        TypeError: an argument has the wrong type, or a callback has no hook or a misspelt one.
         ValueError: recipe, data and model do not match.
     """
     start = time.monotonic()
+    check_arguments(recipe, policy, records=records, eval_records=eval_records)
     out, steps = recipe.folder, recipe.optim.steps
     if not resume and (from_step is not None or accept_changed_data):
         raise ValueError("from_step and accept_changed_data (--from-step, --accept-changed-data) need resume")

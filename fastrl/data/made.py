@@ -20,9 +20,9 @@ ROLES = ("system", "user", "assistant")
 _OTHERWISE = frozenset({"list", "dialogue"})  # target keys of ranked answers and dialogues, which need no truth
 
 
-def problems_of(record: Record, images: ImageFolder) -> list[Problem]:
-    """What is wrong with a record that names its ``source``; empty: nothing."""
-    row = Row({}, record.source, 0, images)
+def problems_of(record: Record, images: ImageFolder, where: str) -> list[Problem]:
+    """What is wrong with a record, which is called ``where`` in messages; empty: nothing."""
+    row = Row({}, where, 0, images)
     if not isinstance(record.id, str) or not record.id:
         row.fail("wrong type", f"id must be a non-empty string, got {short(record.id)}")
     if not isinstance(record.target, Mapping):
@@ -96,7 +96,8 @@ class _Target:
         value = self.fields.get(name)
         if value is None and needed:
             has = ", ".join(map(str, self.fields)) or "none"
-            self.row.fail("missing field", f"target has no {name!r}; its keys: {has}")
+            message = f"target has no {name!r}; its keys: {has} (truth of another kind makes a task of another name)"
+            self.row.fail("missing field", message)
         return value
 
     def text(self, name: str) -> None:

@@ -84,7 +84,7 @@ def _checked(found: Iterator[Any], name: str, images: ImageFolder) -> Iterator[R
         if not isinstance(record, Record):
             raise fail(where, "bad adapter", f"must be a fastrl.data.Record, got {short(record)}")
         record = replace(record, source=record.source or where)
-        problems = problems_of(record, images)
+        problems = problems_of(record, images, record.source)
         if problems:
             yield problems
             continue

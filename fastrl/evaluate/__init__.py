@@ -60,6 +60,7 @@ def evaluate(
     Raises:
         ValueError: the task is unknown, there are no records, records have another task, or the numbers of answers and
             records differ.
+        TypeError: an answer is no string.
     """
     if task not in EVALUATIONS:
         raise ValueError(unknown("task to evaluate", task, EVALUATIONS))
@@ -67,6 +68,9 @@ def evaluate(
         raise ValueError(f"{len(records)} records but {len(answers)} answers")
     if not records:
         raise ValueError(f"no {task} records to evaluate")
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            raise TypeError(f"answers[{number}] must be a string, got {answer!r:.80}; without an answer, give ''")
     for record in records:
         if record.task != task:
             raise ValueError(f"{record.source or record.id}: a {record.task} record cannot be evaluated as {task}")

@@ -153,6 +153,9 @@ class Reward:
         if answers is not None and record is not None and not call:
             if isinstance(answers, str):
                 raise TypeError(f"{self.__name__}: answers must be a sequence of strings, got one string")
+            for number, answer in enumerate(answers):
+                if not isinstance(answer, str):
+                    raise TypeError(f"{self.__name__}: answers[{number}] must be a string, got {answer!r:.80}")
             return self.score(answers, [record] * len(answers))
         from fastrl.rewards import adapters  # imported here, as it imports this module
 

@@ -54,6 +54,8 @@ class Callbacks:
     def __init__(self, callbacks: Iterable[object] = ()) -> None:
         self.reason: str | None = None
         self._hooks: dict[str, list[Callable[[Any], object]]] = {name: [] for name in HOOKS}
+        if not isinstance(callbacks, Iterable):
+            raise TypeError(f"callbacks must be a list of objects, got {callbacks!r}")
         for callback in callbacks:
             self.add(**_hooks_of(callback))
 

@@ -36,7 +36,7 @@ def record(task: str = "grounding", **changes: Any) -> Record:
 
 
 def problems(given: Record) -> list[tuple[str, str]]:
-    return [(problem.kind, str(problem)) for problem in problems_of(given, ImageFolder(Path()))]
+    return [(problem.kind, str(problem)) for problem in problems_of(given, ImageFolder(Path()), given.source)]
 
 
 @pytest.mark.parametrize("task", TRUTHS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastrl.data.records import Record
+from fastrl.data.records import Dataset, Record
 from fastrl.evaluate import during, evaluate
 from fastrl.evaluate.during import Evaluation, EvaluationError, held_out
 from fastrl.evaluate.run import sample_records
@@ -243,7 +243,7 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(
 ) -> None:
     recipe = make_recipe(tmp_path / "no model", tmp_path / "out", **changes)
     with pytest.raises(ValueError, match=message):
-        train(recipe, records=make_records(), eval_records=rows_of(*tasks) if tasks else None, show=False)
+        train(recipe, records=make_records(), eval_records=Dataset(rows_of(*tasks)) if tasks else None, show=False)
 
 
 def test_a_broken_picture_of_the_set_is_found_before_the_first_step(tmp_path: Path) -> None:
