@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastrl.cli.main import app
-from fastrl.data import DataError, load_data
+from fastrl.data import DataError, Record, load_data
 from fastrl.recipe import load_recipe
 from fastrl.run.logs import read_rows
 from fastrl.trainer import train
@@ -77,6 +78,14 @@ def test_a_function_of_ones_own_is_an_adapter(folder: Path) -> None:
     assert load_data(f"{folder / 'my_data.py'}:rows:{folder / 'things.csv'}?images={folder}")[0].target["text"] == "one"
     assert data[0].source == "my_data.py:rows:record 0"
     assert [record.id for record in load_data("my_data.py:Lazily:things.csv")] == ["0", "1"]
+
+
+def test_a_function_of_a_notebook_is_an_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cell(path: str) -> list[Record]:
+        return [Record(path, "ocr", (), ({"role": "user", "content": "?"},), {"text": "one"})]
+
+    monkeypatch.setattr(sys.modules["__main__"], "cell", cell, raising=False)
+    assert [record.id for record in load_data("__main__:cell:x")] == ["x"]
 
 
 def test_its_pictures_are_checked_like_any_others(folder: Path) -> None:

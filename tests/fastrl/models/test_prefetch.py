@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastrl.data.records import Dataset
 from fastrl.data.stream import RecordStream
 from fastrl.models.families.qwen2_vl import QwenPreprocessor, load_image_processor
 from fastrl.trainer import TrainingError, train
@@ -97,5 +98,5 @@ def test_a_bad_image_of_a_coming_step_stops_that_step_and_names_its_record(
         tiny_folder("qwen2_5"), tmp_path / "run", data__prompts_per_step=2, data__order="file", optim__steps=2
     )
     with pytest.raises(TrainingError, match=r"record 'r2'.*gone\.png"):
-        train(recipe, records=records, show=False)
+        train(recipe, records=Dataset(records), show=False)  # as if it was there when the data was read
     assert [row["step"] for row in steady_rows(tmp_path / "run")] == [1]

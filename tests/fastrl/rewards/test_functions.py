@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -177,6 +178,11 @@ def test_what_a_function_changes_stays_as_it_was_in_the_data(folder: Path) -> No
     given = record()
     made("keeps_nothing")([Answer("a", [1], given), Answer("b", [1], given)])
     assert (given, given.columns) == (record(), record().columns)
+
+
+def test_a_function_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "cell", lambda completions: [0.5] * len(completions), raising=False)
+    assert RewardFunction("__main__:cell", text=True, timeout=None)(answers(2)) == [0.5, 0.5]
 
 
 def test_arguments_by_position_are_refused(folder: Path) -> None:
