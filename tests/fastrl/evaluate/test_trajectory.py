@@ -58,7 +58,7 @@ TWO = record(("cat", LEFT), ("dog", RIGHT))
 def test_metrics_by_hand(message: str, expected: dict[str, float]) -> None:
     metrics = evaluate("trajectory", [TWO], [message])
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
-    assert trajectory_ious([TWO], [said]) == pytest.approx([metrics["mean_iou"]])
+    assert trajectory_ious([TWO], [message]) == pytest.approx([metrics["mean_iou"]])
     assert metrics["n"] == 1
 
 
