@@ -17,9 +17,12 @@ _FENCE_OPEN = re.compile(r"(?P<fence>```++)[A-Za-z0-9_+-]{0,20}+[ \t]*+\r?+\n?+"
 _THOUGHT = re.compile(  # a tag that lost its ">" is one too
     r"<\s{0,8}+\|?+\s{0,8}+(?P<end>/?+(?:end_of_)?+)\s{0,8}+(?:seed:|begin_of_)?+"
     r"(?:thinking|think|thoughts|thought_process|thought|reasoning|rationale|analysis|scratchpad)\b"
-    r"(?:[^<>\n]{0,100}+>)?+|◁(?P<stop>/?+)think▷|\[(?P<close>/?+)think\]",
+    r"(?:[^<>\n]{0,100}+>)?+|◁(?P<stop>/?+)think▷|\[(?P<close>/?+)think\]"
+    r"|<\|?+channel\|?+>\s{0,8}+(?:(?P<final>final)|analysis|commentary|thought)\b|(?P<channel><channel\|>)"
+    r"|<unused94>thought\b|(?P<unused><unused95>)",
     re.IGNORECASE,
 )
+_CLOSES = ("end", "stop", "close", "final", "channel", "unused")  # groups that are only in tags that end a thought
 _ANSWER = re.compile(r"<\s{0,8}+answer\b(?:[^<>\n]{0,100}+>)?+", re.IGNORECASE)  # also without its ">"
 _ANSWER_END = re.compile(r"<\s{0,8}+/\s{0,8}+answer\b(?:\s{0,8}+>)?+", re.IGNORECASE)
 _ESCAPED = re.compile(r"[^{\"']*+[\"']?+[^{\"']*+\{(?:\\[nrt]|\s){0,100}+\\{1,3}+[\"']")
@@ -72,9 +75,9 @@ def _without_thought(text: str) -> tuple[str, bool]:
     """The text after the last closing tag and before an opening one, and whether there is such an opening one."""
     start, end, open_ = 0, len(text), False
     for match in _THOUGHT.finditer(text):
-        if match["end"] or match["stop"] or match["close"]:
+        if any(match[name] for name in _CLOSES):
             start, end, open_ = match.end(), len(text), False
-        elif not open_:
+        elif not open_ and not match.group().endswith("/>"):  # <think/> holds nothing
             end, open_ = match.start(), True
     return text[start:end], open_
 

@@ -14,16 +14,18 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from fastrl.answers.frames import View, from_original
-from fastrl.answers.parse import FOUR
-from fastrl.answers.scan import Scanner, clean_label, number
+from fastrl.answers.scan import NUMBER, Scanner, clean_label, number
 from fastrl.answers.text import answer_region
 
 MAX_TRACKS = 256
 MAX_FRAMES = 4096  # boxes of one track
 
-_OPEN = re.compile(r"<id([0-9]{1,9}+)>", re.IGNORECASE)
+_OPEN = re.compile(r"<id\s{0,4}+([0-9]{1,9}+)\s{0,4}+>", re.IGNORECASE)
+_FOUR = r"(?:\s*+,\s*+|\s++)".join([f"({NUMBER})"] * 4)
 _FRAME = re.compile(  # a box that lost its bracket ends where the next thing begins; one that is none has no numbers
-    rf"frame[ \t]{{0,8}}+([0-9]{{1,9}}+)\s*+:\s*+\[(?:\s*+{FOUR}\s*+,?+\s*+(?:\]|(?=[;<]|frame)|\Z))?+", re.IGNORECASE
+    r"frame[ \t_]{0,8}+([0-9]{1,9}+)\s*+(?:[:=]\s*+[\[(]{0,2}+|[\[(]{1,2}+)"
+    rf"(?:\s*+{_FOUR}\s*+,?+\s*+(?:[\])]|(?=[;<]|frame)|\Z))?+",
+    re.IGNORECASE,
 )
 _HEADING = re.compile(r"track[ \t]{0,8}+[0-9]{0,9}+\s{0,8}+:", re.IGNORECASE)
 _TEXT_WINDOW = 4096  # characters after a track that are kept

@@ -56,17 +56,22 @@ def labels(text: str) -> list[str | None]:
 # ---- the format of the answer
 
 
+OTHER_ENDS = {"<|begin_of": "<|end_of_thought|>", "<|channel": "<channel|>", "<unused": "<unused95>"}
+
+
 def thoughts(cell: str) -> None:
     for tag in codes(cell):
         if tag in ("&gt;", ">"):
             continue
-        for form in (tag, tag.upper(), tag.replace(">", ' a="1">'), tag.replace(">", "")):
+        other = next((end for start, end in OTHER_ENDS.items() if tag.startswith(start)), "")
+        changed = (
+            () if "thought" in tag and ">" not in tag[-1:] else (tag.replace(">", ' a="1">'), tag.replace(">", ""))
+        )
+        for form in (tag, tag.upper(), *changed):
             end = form.replace("<|", "<|/").replace("[", "[/").replace("◁", "◁/")
-            end = end if "|" in end else end.replace("<", "</")
-            if "begin_of" in form.lower():
-                end = "<|end_of_thought|>"
-            assert not parse_boxes(f"{form} [1, 2, 3, 4]").parsable, form
-            assert boxes(f"{form} [1, 2, 3, 4]{end} [12, 34, 56, 78]") == [BOX], form
+            end = other or (end if "|" in end else end.replace("<", "</"))
+            assert not parse_boxes(f"{form}\n[1, 2, 3, 4]").parsable, form
+            assert boxes(f"{form}\n[1, 2, 3, 4]{end} [12, 34, 56, 78]") == [BOX], form
 
 
 def answer_tags(cell: str) -> None:
@@ -178,7 +183,24 @@ WRITTEN: Mapping[str, list[tuple[Callable[[str], Any], str, Any]]] = {
             lambda text: [(t.name, dict(t.boxes)) for t in parse_tracks(text)],
             "Track1: dog<Id1>Frame1:[1,2,3,4];Frame3:[5,6,7,8];</Id1>",
             [("dog", {1: (1, 2, 3, 4), 3: (5, 6, 7, 8)})],
-        )
+        ),
+        *(
+            (
+                lambda text: [(t.name, dict(t.boxes), parse_tracks(text).dropped) for t in parse_tracks(text)],
+                f"dog<Id1>{frame};Frame3:[5,6,7,8];</Id1>",
+                [("dog", {1: (1, 2, 3, 4), 3: (5, 6, 7, 8)}, 0)],
+            )
+            for frame in (
+                *(
+                    "Frame1:(1,2,3,4)",
+                    "frame 1 : [1 2 3 4]",
+                    "Frame1:1,2,3,4",
+                    "Frame1[1,2,3,4]",
+                    "FRAME_1=[[1,2,3,4]]",
+                ),
+                *("Frame1:[1,2,3,4", "Frame１：［1，2，3，4］"),
+            )
+        ),
     ],
 }
 
@@ -239,8 +261,12 @@ NOT_READ: Mapping[str, list[tuple[Callable[[str], Any], str, Any]]] = {
     "in a track": [
         (
             lambda text: (len(parse_tracks(text)), parse_tracks(text).dropped),
-            "a<Id1>Frame1:[1,2,3,4];Frame1:[1,2,3,4];Frame2:[1,2,x,4];</Id1> b<Id2></Id2>",
-            (1, 2),
+            f"a<Id1>Frame1:[1,2,3,4];{damaged};</Id1> b<Id2></Id2>",
+            (1, 1),
+        )
+        for damaged in (
+            *("Frame1:[1,2,3,4]", "Frame2:[1,2,x,4]", "Frame2:[1,2,3]", "Frame2:[1,2,3,4,5]", "Frame2:(1,2,NaN,4)"),
+            *('Frame2:["1","2","3","4"]', "Frame2[1,2"),
         )
     ],
 }

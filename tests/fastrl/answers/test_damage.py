@@ -274,6 +274,15 @@ def test_nothing_inside_a_thought_is_read(tag: str) -> None:
     assert not parse_boxes(f"<{tag}> so <answer>[1, 2, 30, 40]</answer>").parsable
 
 
+def test_an_empty_thought_hides_nothing() -> None:
+    for text in ("<think/>[1, 2, 30, 40]", "<think />[1, 2, 30, 40]", "<think></think>[1, 2, 30, 40]"):
+        assert parse_boxes(text)[0].box == (1, 2, 30, 40)
+    harmony = (
+        "<|channel|>analysis<|message|>[9, 9, 9, 9]<|end|><|start|>assistant<|channel|>final<|message|>[1, 2, 3, 4]"
+    )
+    assert [item.box for item in parse_boxes(harmony)] == [(1, 2, 3, 4)]
+
+
 # ---- number of operations
 
 

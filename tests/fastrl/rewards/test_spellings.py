@@ -161,6 +161,9 @@ THOUGHTS = (
     "<|think|>{}",
     "<|begin_of_thought|>{}<|end_of_thought|>",
     "<Analysis>{}",
+    "<|channel>thought\n{}<channel|>",
+    "<|channel|>analysis<|message|>{}<|end|>",
+    "<unused94>thought\n{}",
 )
 
 
