@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,14 +78,24 @@ def same_folder() -> Iterator[None]:
     Raises:
         UserCodeError: it was changed, and nothing else was raised.
     """
-    before = Path.cwd()
+    before = _folder()
     try:
         yield
-        after = Path.cwd()
+        after = _folder()
     finally:
-        os.chdir(before)
+        if before is not None:
+            with suppress(OSError):
+                os.chdir(before)
     if after != before:
         raise UserCodeError(f"changes the working folder to {after}; the run's paths are relative to {before}")
+
+
+def _folder() -> Path | None:
+    """The working folder; None if it was removed."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
 
 
 def _file(place: str) -> ModuleType:

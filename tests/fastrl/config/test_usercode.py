@@ -89,3 +89,12 @@ def test_the_working_folder_is_kept_when_something_else_is_raised(folder: Path) 
         work()
     assert Path.cwd() == folder
     assert where_it_raised(KeyError()) == ""
+
+
+def test_a_working_folder_that_was_removed_is_no_fault_of_the_code(folder: Path) -> None:
+    (folder / "gone").mkdir()
+    os.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+    with same_folder():
+        pass
+    os.chdir(folder)
