@@ -95,10 +95,9 @@ def save_checkpoint(out: Path, step: int, run: RunState, *, keep: int) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         require_space(folder, needed)
         temporary.mkdir()
-        with _no_progress_bars():
-            run.policy.save(temporary / "model")
-            if run.policy.peft is not None:
-                run.policy.save_adapter(temporary / "adapter")
+        run.policy.save(temporary / "model")
+        if run.policy.peft is not None:
+            run.policy.save_adapter(temporary / "adapter")
         (temporary / DATA).write_text(json.dumps(run.stream.identity().plain()))
 
     def finish() -> None:
@@ -214,20 +213,6 @@ def lock_run(out: Path) -> Iterator[None]:
         except OSError:
             raise CheckpointError(f"{out}: another process is training in this folder") from None
         yield  # the lock is released with the file, even if the process is killed
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Turn off progress bars of model writing, which would disturb the run's own display."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _save_rank(folder: Path, run: RunState) -> None:
