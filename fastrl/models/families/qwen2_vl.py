@@ -187,8 +187,14 @@ class Qwen2VL(Family):
         # A frozen tower needs no graph: nothing before the embeddings takes a gradient.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
         with torch.set_grad_enabled(trained):
-            out = visual(pixels, grid_thw=grids.to(device), **self._tables(visual, grids, device)).pooler_output
-        return [VisionFeatures(tokens) for tokens in out.split([self.tokens(image) for image in images])]
+            out = visual(pixels, grid_thw=grids.to(device), **self._tables(visual, grids, device))
+        counts = [self.tokens(image) for image in images]
+        levels = [level.split(counts) for level in (out.pooler_output, *self._deep(out))]
+        return [VisionFeatures(tokens, tuple(deep)) for tokens, *deep in zip(*levels, strict=True)]
+
+    def _deep(self, out: Any) -> Sequence[Tensor]:
+        """Features of the tower's output that are added after the first layers of the language model."""
+        return ()
 
     def _tables(self, visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
         return vision_tables(visual, grids, device)

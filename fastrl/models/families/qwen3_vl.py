@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastrl.batch import ImageInput
-from fastrl.models.families.base import Placed, VisionFeatures
+from fastrl.models.families.base import Placed
 from fastrl.models.families.qwen2_vl import Qwen2VL, vision_tables
 
 IMAGE = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -87,19 +86,8 @@ class Qwen3VL(Qwen2VL):
         language: Any = self.parts(core).language
         language._deepstack_process = MethodType(_add_rows, language)
 
-    def features(self, core: Any, images: Sequence[ImageInput]) -> list[VisionFeatures]:
-        if not images:
-            return []
-        visual: Any = self.parts(core).vision
-        device = next(visual.parameters()).device
-        pixels = torch.cat([image.pixel_values.to(device, visual.dtype, non_blocking=True) for image in images])
-        grids = torch.tensor([image.shape for image in images])
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
-        with torch.set_grad_enabled(trained):
-            out = visual(pixels, grid_thw=grids.to(device), **self._tables(visual, grids, device))
-        counts = [self.tokens(image) for image in images]
-        levels = [level.split(counts) for level in (out.pooler_output, *out.deepstack_features)]
-        return [VisionFeatures(tokens, tuple(deep)) for tokens, *deep in zip(*levels, strict=True)]
+    def _deep(self, out: Any) -> Sequence[Tensor]:
+        return out.deepstack_features
 
     def deep_options(self, embeds: Tensor, placed: Placed | None) -> dict[str, Any]:
         if placed is None:
