@@ -79,6 +79,11 @@ def readable(*tensors: Tensor | None) -> bool:
     return True
 
 
+def shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """``tensor.view(shape)``; no operator is dispatched where it has that shape."""
+    return tensor if tensor.shape == torch.Size(shape) else tensor.view(shape)
+
+
 def join_batches(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Arguments of an operator under ``torch.vmap`` with the mapped dimension joined to their first one, the batch.
 

@@ -34,6 +34,7 @@ from fastrl_kernels._common import (
     check_same_device,
     check_shape,
     refuse_forward_mode,
+    shaped,
 )
 from fastrl_kernels._counting import Scratch, flops_of, scratch_of
 from fastrl_kernels._dtensor import is_dtensor
@@ -122,7 +123,8 @@ def _backward_op(
     grad_lse: Tensor | None = None,
     grad_mean: Tensor | None = None,
     class_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
+    """Gradients of hidden, weight, bias, lora_a and lora_b, as far as they are needed."""
     head = Head(weight, bias, lora_a, lora_b, lora_scale, softcap, ignore_index, scratch_bytes, class_weight)
     scale = inverse_temperature(target, logp.dtype, temperature, temperature_value)
     if grad_entropy is None:
@@ -130,21 +132,17 @@ def _backward_op(
     terms = RowTerms(target.contiguous(), scale, logp, lse, entropy)
     upstream = Upstream.of(terms, head.options, grad_logp, grad_entropy, grad_lse, grad_mean)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _linear_logprob_backward.backward(hidden, head, terms, upstream, rows, skip_zero_rows, Needs(*needs))
+        made = _linear_logprob_backward.backward(hidden, head, terms, upstream, rows, skip_zero_rows, Needs(*needs))
+    return [grad for grad, needed in zip(made, needs, strict=True) if needed]
 
 
 @_backward_op.register_fake
 def _(
     grad_logp: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any,
     **_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    bias, lora_a, lora_b, needs = rest[0], rest[2], rest[3], rest[14]
-    sources = (hidden, weight, bias, lora_a, lora_b)
-    made = [
-        hidden.new_empty(0) if source is None else source.new_empty(source.shape if needed else (0,))
-        for source, needed in zip(sources, needs, strict=True)
-    ]
-    return made[0], made[1], made[2], made[3], made[4]
+) -> list[Tensor]:  # fmt: skip
+    sources, needs = (hidden, weight, rest[0], rest[2], rest[3]), rest[14]
+    return [source.new_empty(source.shape) for source, needed in zip(sources, needs, strict=True) if needed]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -176,7 +174,8 @@ def _backward(
         temperature_value, lora_scale, softcap, ignore_index, skip_zero_rows, scratch_bytes, needs,
         grad_lse, grad_mean, class_weight,
     )  # fmt: skip
-    d_hidden, d_weight, d_bias, d_a, d_b = (grad if wanted else None for grad, wanted in zip(grads, needs, strict=True))
+    made = iter(grads)
+    d_hidden, d_weight, d_bias, d_a, d_b = (next(made) if wanted else None for wanted in needs)
     return d_hidden, d_weight, None, d_bias, None, d_a, d_b, *[None] * (len(needed) - 7)
 
 
@@ -283,7 +282,7 @@ def linear_logprob(
         return_entropy=return_entropy, rows=rows, lora=lora, skip_zero_rows=skip_zero_rows,
         scratch_bytes=scratch_bytes,
     )  # fmt: skip
-    return LogProb(terms[0].view(shape), terms[1].view(batch) if return_entropy else None)
+    return LogProb(shaped(terms[0], shape), shaped(terms[1], batch) if return_entropy else None)
 
 
 def head_terms(
@@ -352,7 +351,7 @@ def linear_logprob_reference(
     logp, entropy = token_logprob_reference(
         logits, target, temperature=temperature, ignore_index=ignore_index, return_entropy=return_entropy
     )
-    return LogProb(logp.view(shape), None if entropy is None else entropy.view(batch))
+    return LogProb(shaped(logp, shape), None if entropy is None else shaped(entropy, batch))
 
 
 def reference_logits(

@@ -97,15 +97,16 @@ class _VocabParallel(torch.autograd.Function):
         if grad_logp is not None or grad_entropy is not None:
             if weight.shape[0]:
                 elsewhere = weight.shape[0]  # an index outside this shard
-                found = torch.ops.fastrl.linear_logprob_backward(
+                made = torch.ops.fastrl.linear_logprob_backward(
                     grad_logp, grad_entropy, hidden, weight, local.masked_fill(local == -1, elsewhere), bias,
                     temperature, lora_a, lora_b, rows, logp, entropy if return_entropy else None, lse, value,
                     lora_scale, softcap, _IGNORED, skip_zero_rows, scratch, needs,
                 )  # fmt: skip
             else:
-                sources = (hidden, weight, bias, lora_a, lora_b)
-                found = [None if source is None else torch.zeros_like(source) for source in sources]
-            grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
+                sources = zip((hidden, weight, bias, lora_a, lora_b), needs, strict=True)
+                made = [torch.zeros_like(source) for source, needed in sources if needed]
+            found = iter(made)
+            grads = [next(found) if needed else None for needed in needs]
             if ctx.reduce_hidden:
                 for grad in (grads[0], grads[3]):  # gradients with a part from every shard
                     if grad is not None:
