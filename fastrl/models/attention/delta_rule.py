@@ -97,12 +97,13 @@ def delta_rule(
     q, last = q * total.exp(), total[..., -1:, :]
     k, kept = (k * (last - total).exp()).transpose(-1, -2), last.exp()
     out = []
-    count = q.shape[2]
-    for n in range(count):
-        change = own[:, :, n] - read[:, :, n] @ memory
-        out.append(q[:, :, n] @ memory + weight[:, :, n] @ change)
-        if final or n < count - 1:
-            memory = memory * kept[:, :, n] + k[:, :, n] @ change
+    # Unbound at once: the backward of an index per chunk would fill and add the whole tensor for each.
+    parts = [x.unbind(2) for x in (q, k, own, read, weight, kept)]
+    for n, (q_n, k_n, own_n, read_n, weight_n, kept_n) in enumerate(zip(*parts, strict=True), 1):
+        change = own_n - read_n @ memory
+        out.append(q_n @ memory + weight_n @ change)
+        if final or n < len(parts[0]):
+            memory = memory * kept_n + k_n @ change
     return torch.cat(out, 2)[:, :, :length].transpose(1, 2), memory
 
 

@@ -31,6 +31,11 @@ STATED = {
     "Qwen/Qwen3-VL-2B-Instruct": 2.13,
     "Qwen/Qwen3-VL-4B-Instruct": 4.44,
     "Qwen/Qwen3-VL-8B-Instruct": 8.77,
+    "Qwen/Qwen3.5-0.8B": 0.853,  # Qwen3.5: without the layer that predicts several tokens at once, which is not loaded
+    "Qwen/Qwen3.5-4B": 4.54,
+    "Qwen/Qwen3.5-9B": 9.41,
+    "Qwen/Qwen3.5-27B": 27.36,
+    "Qwen/Qwen3.5-35B-A3B": 35.11,
     "llava-hf/llava-1.5-7b-hf": 7.06,
     "llava-hf/llava-1.5-13b-hf": 13.35,
     "llava-hf/llava-v1.6-mistral-7b-hf": 7.57,

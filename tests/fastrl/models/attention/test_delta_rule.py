@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl.models.attention.delta_rule import DeltaState, convolve, delta_rule, delta_step, next_window
+from tests.helpers.counting import cost
 from tests.helpers.delta import recurrence
 
 SIZES = {"rows": 2, "heads": 3, "dk": 4, "dv": 5}
@@ -72,6 +73,18 @@ def test_padding_of_decay_one_and_rate_zero_changes_nothing() -> None:
     out, end = delta_rule(q, k, v, decay, rate, memory, chunk=5)
     torch.testing.assert_close(end, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out[:, :7], recurrence(q, k, v, decay, rate, memory)[0][:, :7])
+
+
+def test_bytes_and_flops_are_linear_in_the_length() -> None:
+    """An index per chunk would allocate the whole text's tensors again for each in the backward."""
+
+    def learn(length: int) -> None:
+        given = [x.requires_grad_() for x in tensors(length, dtype=torch.float32)]
+        delta_rule(*given)[0].sum().backward()
+
+    short, long = cost(lambda: learn(256)), cost(lambda: learn(1024))
+    assert long.bytes < 4.2 * short.bytes
+    assert long.flops < 4.2 * short.flops
 
 
 def test_the_outputs_need_no_final_memory() -> None:
