@@ -51,9 +51,10 @@ def test_what_the_table_of_additions_names_exists() -> None:
         *("method", "reward", "data format", "model family", "kernel", "logger")
     ]
     for _, write, line, outside in rows:
-        template, place = re.findall(r"`([^`]+\.py)`", write)[0], re.findall(r"`([^`]+\.py)`", line)[0]
+        template, places = re.findall(r"`([^`]+\.py)`", write)[0], re.findall(r"`([^`]+\.py)`", line)
         assert (REPO / template).parent.is_dir(), template
-        assert (REPO / place).is_file(), place
+        assert places
+        assert [place for place in places if not (REPO / place).is_file()] == []
         for module, function in re.findall(r"`(fastrl[\w.]*)\.(\w+)\(", outside):
             assert callable(getattr(importlib.import_module(module), function))
 
