@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import textwrap
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 
+import fastrl
 import fastrl.data
 import fastrl.methods
 import fastrl.rewards
@@ -291,3 +293,59 @@ def test_a_misspelt_part_of_a_reward_is_an_error_at_registration(body: dict[str,
     for wrong in (int, 3):
         with pytest.raises(TypeError, match="must be a subclass of"):
             fastrl.rewards.register("toy2", wrong)  # type: ignore[arg-type]
+
+
+# Where a module asks whether an object has an attribute, and of whose objects: none is a hook of ours.
+PROBED = {
+    "registered classes": ("config/contract", "config/registry", "methods/__init__", "models/families/__init__"),
+        "config/contract",
+        "config/registry",
+        "methods/__init__",
+        "models/families/__init__",
+    ),
+    "users' functions, callbacks and arguments": (
+        *("config/usercode", "run/callbacks", "run/arguments", "rewards/functions", "rewards/base", "data/user"),
+    ),
+    "errors of the YAML reader": ("config/reader",),
+    "pictures and arrays in users' rows": (
+        *("data/made", "data/pictures", "data/show", "data/truth", "data/validate", "rewards/adapters"),
+    ),
+    "modules, configs and outputs of transformers, torch, peft, DeepSpeed and the hub": (
+        *("engine/deepspeed", "plan/ledger", "models/attention/switch", "models/attention/varlen", "models/dora"),
+        *("models/decode_layers", "models/export", "models/families/base", "models/families/llava", "models/flops"),
+        *("models/families/qwen2_vl", "models/liger", "models/load", "models/lora", "models/native_layers"),
+        *("models/offload", "models/policy"),
+    ),
+}
+
+
+def package_files() -> Iterator[tuple[str, ast.Module]]:
+    package = Path(fastrl.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        yield str(path.relative_to(package).with_suffix("")), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_no_hook_is_found_by_probing() -> None:
+    """Hooks are declared with defaults; ``hasattr`` and ``getattr`` with a default are for foreign objects alone."""
+    known = {name for names in PROBED.values() for name in names}
+    found = {
+        name
+        for name, tree in package_files()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3)
+    }
+    assert found - known == set()
+
+
+def compares_a_methods_kind(node: ast.AST) -> bool:
+    """Whether this is a comparison with ``….method.kind`` or ``options.kind``."""
+    sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+    owners = [side.value for side in sides if isinstance(side, ast.Attribute) and side.attr == "kind"]
+    return any({getattr(owner, "attr", ""), getattr(owner, "id", "")} & {"method", "options"} for owner in owners)
+
+
+def test_only_methods_ask_for_their_kind() -> None:
+    found = {name for name, tree in package_files() for node in ast.walk(tree) if compares_a_methods_kind(node)}
+    assert {name for name in found if not name.startswith("methods/")} == set()
+    assert "methods/perpo" in found  # the scan sees such comparisons
