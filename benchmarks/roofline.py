@@ -198,6 +198,8 @@ def problems() -> list[Problem]:
     return [
         Problem("token_logprob", "8192 × 151936 bf16", lambda n: _tokens(n, entropy=False), 8192, rows),
         Problem("token_logprob, entropy", "the same, entropy", lambda n: _tokens(n, entropy=True), 8192, rows),
+        Problem("cross_entropy", "the same, labels smoothed by 0.1, z-loss", _classes, 8192, rows),
+        Problem("token_logprob, 20 targets", "the same, 20 targets a row", _several, 8192, rows),
         Problem("policy_loss", "16384 tokens", _policy, 16384, (1024, 2048)),
         Problem("unlikelihood_loss", "16384 tokens", _unlikelihood, 16384, (1024, 2048)),
         Problem("group_advantage", "512 rewards, groups of 8", _advantage, 64, None),
@@ -226,6 +228,20 @@ def _tokens(rows: int, *, entropy: bool) -> None:
     logits = torch.randn(rows, 151936).bfloat16().requires_grad_()
     out = token_logprob(logits, torch.randint(151936, (rows,)), return_entropy=entropy)
     (out.logp.sum() + (0 if out.entropy is None else out.entropy.sum())).backward()
+
+
+def _classes(rows: int) -> None:
+    from fastrl_kernels import cross_entropy
+
+    logits = torch.randn(rows, 151936).bfloat16().requires_grad_()
+    cross_entropy(logits, torch.randint(151936, (rows,)), label_smoothing=0.1, z_loss=1e-4).backward()
+
+
+def _several(rows: int) -> None:
+    from fastrl_kernels import token_logprob
+
+    logits = torch.randn(rows, 151936).bfloat16().requires_grad_()
+    token_logprob(logits, torch.randint(151936, (rows, 20))).logp.sum().backward()
 
 
 def _policy(tokens: int) -> None:
