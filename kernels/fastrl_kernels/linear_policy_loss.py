@@ -36,52 +36,17 @@ from fastrl_kernels._common import (
     refuse_forward_mode,
 )
 from fastrl_kernels._counting import Scratch, flops_of, scratch_of
-from fastrl_kernels._linear_logprob_driver import (
-    EAGER_ROWS,
-    Head,
-    Plan,
-    Route,
-    accumulator_dtype,
-    matmul_into,
-    ranges,
-    route_of,
-    take_rows,
-    tile_dtype,
-)
-from fastrl_kernels._linear_logprob_tiles import (
-    RowTerms,
-    Upstream,
-    differentiate_row_bytes,
-    differentiate_tile,
-    eager_row_bytes,
-    fold_row_bytes,
-    fold_tile,
-    triton_path,
-)
+from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype, route_of
+from fastrl_kernels._linear_logprob_tiles import RowTerms, triton_path
+from fastrl_kernels._linear_policy_loop import Gradients, Policy, held_bytes, run
 from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, completion_ids, options_schema
-from fastrl_kernels._policy_rows import PARTIALS, policy_row_terms, policy_totals, sequence_importance
+from fastrl_kernels._policy_rows import policy_totals, sequence_importance
 from fastrl_kernels.linear_logprob import autocast_pair, check_rows, linear_logprob_reference
 from fastrl_kernels.policy_loss import policy_loss_reference
 from fastrl_kernels.token_logprob import check_values, flat_rows, inverse_temperature, row_temperature
 from fastrl_kernels.token_weights import token_weights
 
 __all__ = ["LinearPolicyLoss", "linear_policy_loss", "linear_policy_loss_reference"]
-
-
-class _Policy(NamedTuple):
-    """What the row function needs of the live rows."""
-
-    tensors: PolicyTensors
-    options: PolicyOptions
-    numbers: Tensor | None
-
-    def select(self, index: Tensor) -> _Policy:
-        return self._replace(tensors=self.tensors.rows(lambda t: t.index_select(0, index)))
-
-    def terms(self, logp: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """(d loss / d logp, partial sums) of these rows."""
-        rows = policy_row_terms(logp, self.tensors.rows(lambda t: t[part]), self.options, self.numbers)
-        return rows.dlogp, rows.partials
 
 
 class LinearPolicyLoss(NamedTuple):
@@ -94,102 +59,6 @@ class LinearPolicyLoss(NamedTuple):
     ratio_mean: Tensor
     ratio_max: Tensor
     logp: Tensor  # [N], without gradient; +inf where a row was not evaluated
-
-
-class _Gradients(NamedTuple):
-    """Buffers in which gradients are summed; empty if not needed."""
-
-    hidden: Tensor  # [N, H] of hidden's dtype
-    weight: Tensor  # [V, H] in the accumulator dtype
-    bias: Tensor  # [V] in the accumulator dtype
-
-
-def _plan(head: Head, n: int, route: Route) -> tuple[Plan, int, int]:
-    """(tile of whole rows, columns of a slab of the weight where it must be cast, bytes of its copy)."""
-    (vocabulary, size), item = head.weight.shape, route.dtype.itemsize
-    slab, slab_bytes = vocabulary, 0
-    if head.slab_copy(route.dtype).kept:
-        slab = max(64, min(vocabulary, head.scratch_bytes // 8 // max(1, size * item)))
-        slab_bytes = slab * size * item
-    row_bytes = 2 * size * item + (0 if route.triton else eager_row_bytes(item, head.softcap is not None))
-    whole = -(-vocabulary // 64) * 64
-    budget = head.scratch_bytes - slab_bytes
-    least = slab_bytes + row_bytes + whole * item
-    if least > head.scratch_bytes:
-        raise ValueError(
-            f"scratch_bytes: {head.scratch_bytes} is too small for a row of {vocabulary} logits: expected at least "
-            f"{least} (linear_logprob works with less)"
-        )
-    rows = min(n, budget // (row_bytes + whole * item), n if route.triton else EAGER_ROWS)
-    return Plan(-(-n // -(-n // max(1, rows))), vocabulary, whole), slab, slab_bytes
-
-
-def _held_bytes(hidden: Tensor, head: Head, n: int, route: Route, *, need_hidden: bool, plain: bool) -> int:
-    """What ``_run`` over ``n`` rows holds at once beside its arguments, the gradients and vectors."""
-    if n == 0:
-        return 0
-    plan, _, slab_bytes = _plan(head, n, route)
-    (vocabulary, size), item = head.weight.shape, route.dtype.itemsize
-    rows = head.rows_copy(hidden, route.dtype, taken=not route.triton, masked=route.triton)
-    turning = 0
-    if not route.triton:
-        softcap = differentiate_row_bytes(item, vocabulary, entropy=False, softcap=head.softcap is not None)
-        turning = max(fold_row_bytes(item, vocabulary, entropy=False, plain=plain), softcap)
-    slab = -(-slab_bytes // plan.rows)
-    gradient = need_hidden * size * item
-    return plan.bytes(item, (rows.making, 0), (rows.kept + turning, 0), (rows.kept + gradient + slab, 0))
-
-
-def _run(
-    hidden: Tensor,
-    head: Head,
-    rows: RowTerms,
-    policy: _Policy,
-    index: Tensor | None,
-    gradients: _Gradients,
-    grad_scale: float,
-) -> Tensor:
-    """Fill the gradients; returns the partial sums of the loss [P, PARTIALS]."""
-    count, dtype = rows.target.shape[0], tile_dtype(hidden)
-    if count == 0:
-        return rows.logp.new_zeros((0, PARTIALS))
-    plan, slab, _ = _plan(head, count, route_of(hidden))
-    buffer = plan.tile_buffer(hidden, dtype)
-    vocabulary = head.weight.shape[0]
-    state = rows.new_state(plan.rows)
-    partials = []
-    for start, end in ranges(count, plan.rows):
-        part = slice(start, end)
-        x = take_rows(hidden, index, start, end).to(dtype)
-        if triton_path(hidden):  # the contents of a row of weight 0 (such as NaN) must not reach the weight's gradient
-            x = x.masked_fill((policy.tensors.weight[part] == 0)[:, None], 0)
-        tile = plan.view(buffer, end - start, vocabulary)
-        for first, last in ranges(vocabulary, slab):
-            torch.mm(x, head.slab(first, last, dtype).T, out=tile[:, first:last])
-        chunk = rows.part(start, end)
-        fold_tile(tile, 0, head.options, chunk, state[:, : end - start])
-        dlogp, sums = policy.terms(chunk.logp, part)
-        partials.append(sums)
-        differentiate_tile(tile, tile, 0, head.options, chunk, Upstream(dlogp * grad_scale))
-        _add_gradients(x, tile, head, index, gradients, start, end, slab)
-    return torch.cat(partials)
-
-
-def _add_gradients(
-    x: Tensor, tile: Tensor, head: Head, index: Tensor | None, gradients: _Gradients, start: int, end: int, slab: int
-) -> None:
-    if gradients.hidden.numel():
-        d_x = torch.empty_like(x)
-        for first, last in ranges(tile.shape[1], slab):
-            matmul_into(d_x, tile[:, first:last], head.slab(first, last, tile.dtype), add=first > 0)
-        if index is None:
-            gradients.hidden[start:end].copy_(d_x)
-        else:
-            gradients.hidden.index_copy_(0, index[start:end], d_x.to(gradients.hidden.dtype))
-    if gradients.weight.numel():
-        matmul_into(gradients.weight, tile.T, x, add=True)
-    if gradients.bias.numel():
-        gradients.bias.add_(tile.sum(0, dtype=gradients.bias.dtype))
 
 
 def _forward(
@@ -225,13 +94,13 @@ def _forward(
     live &= (completion >= 0) & (completion < advantage.shape[0])  # the rest is padding
     weight = weight.to(kind).masked_fill(~live, 0)
     tensors = PolicyTensors(advantage, completion, weight, old_logp, ref_logp, sampler_logp)
-    policy = _Policy(tensors, PolicyOptions(*options), numbers)
+    policy = Policy(tensors, PolicyOptions(*options), numbers)
     if policy.options.needs_sums and old_logp is not None and sampler_logp is not None:
         counted = weight if rows is None else torch.zeros_like(weight).index_copy_(0, rows, weight[rows])
         log_weight = sequence_importance(old_logp, sampler_logp, completion, counted, advantage.shape[0])
         # the weight of the sequence, at each token
         tensors = tensors._replace(sampler_logp=old_logp.to(kind) - log_weight)
-        policy = _Policy(tensors, policy.options._replace(importance_level="token"), numbers)
+        policy = Policy(tensors, policy.options._replace(importance_level="token"), numbers)
     index = rows
     if hidden.device.type == "cpu" and not triton_path(hidden):
         index = live.nonzero()[:, 0] if rows is None else rows[live[rows]]
@@ -242,14 +111,14 @@ def _forward(
     if index is not None:
         terms, policy = terms.select(index), policy.select(index)
     need_hidden, need_weight, need_bias = needs
-    made = _Gradients(
+    made = Gradients(
         torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_zeros(0),
         hidden.new_zeros(head_weight.shape if need_weight and head_grad is None else (0,), dtype=kind),
         hidden.new_zeros(head_weight.shape[:1] if need_bias else (0,), dtype=kind),
     )
     into = made if head_grad is None or not need_weight else made._replace(weight=head_grad)
     with torch.autocast(hidden.device.type, enabled=False):
-        partials = _run(hidden, head, terms, policy, index, into, grad_scale)
+        partials = run(hidden, head, terms, policy, index, into, grad_scale)
         loss, metrics = policy_totals(partials)
     if index is not None:
         logp = logp.index_copy_(0, index, terms.logp)
@@ -302,7 +171,7 @@ def _(
     head = Head(head_weight, bias, None, None, 1.0, softcap, ignore_index, scratch_bytes)
     n = hidden.shape[0] if rows is None else rows.shape[0]
     plain = bias is None and softcap is None and temperature is None and temperature_value == 1.0
-    return Scratch(_held_bytes(hidden, head, n, route_of(hidden, triton=triton), need_hidden=needs[0], plain=plain))
+    return Scratch(held_bytes(hidden, head, n, route_of(hidden, triton=triton), need_hidden=needs[0], plain=plain))
 
 
 @torch.library.custom_op("fastrl::with_gradients", mutates_args=())
