@@ -13,7 +13,7 @@ from fastrl.data.disk import nothing_empty_left, remove_empty, replace_file
 from fastrl.recipe import Recipe, differences, load_recipe
 from fastrl.run.integrity import CheckpointError, Damaged, inspect
 from fastrl.run.keeping import clear_unfinished, kept, list_checkpoints, set_aside, step_of
-from fastrl.run.logs import cut_rows, has_rows
+from fastrl.run.logs import cut_rows, has_rows, steps_without_row
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 # Files that a run and its loggers write before the first step is done
@@ -112,6 +112,8 @@ def begin_run(recipe: Recipe, done: int) -> list[str]:
     notes = [f"set aside, as its step will be done again: {path}" for path in set_aside(out, done)]
     last = done if done else -1  # a new run keeps no rows, not even of an evaluation before the first step
     notes += [str(cut) for cut in (cut_rows(out / name, last) for name in LOGS) if str(cut)]
+    if lost := steps_without_row(out / LOGS[0], done):
+        notes.append(f"{out / LOGS[0]} has no row of {lost} of the {done} steps that were done; they are not repeated")
     replace_file(out / "recipe.yaml", recipe.dump().encode())
     return notes
 

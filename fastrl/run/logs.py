@@ -118,6 +118,12 @@ def cut_rows(path: Path, step: int) -> Cut:
     return Cut(later, len(broken), bad)
 
 
+def steps_without_row(path: Path, done: int) -> int:
+    """The number of the first ``done`` steps that have no row in a log; all, if there is no log."""
+    rows = scan(path) if path.is_file() else ()
+    return done - len({row["step"] for _, _, row in rows if row is not None and 1 <= row["step"] <= done})
+
+
 def has_rows(path: Path) -> bool:
     """Whether a log is not empty."""
     return path.is_file() and path.stat().st_size > 0

@@ -290,6 +290,18 @@ def test_lines_of_a_log_that_are_no_rows_are_set_aside_and_said(tiny_folder: Fol
     assert "2 lines of metrics.jsonl that cannot be read as a row set aside in" in notes(run)
 
 
+def test_rows_that_are_gone_are_said(tiny_folder: Folder, run: Path) -> None:
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    recipe = make_recipe(tiny_folder("qwen2_5"), run)
+    log.write_text("".join(lines[1:]))
+    train(recipe, records=make_records(), resume=True, show=False)
+    assert f"{log} has no row of 1 of the {len(lines)} steps that were done" in notes(run)
+    log.unlink()
+    train(recipe, records=make_records(), resume=True, show=False)
+    assert f"{log} has no row of {len(lines)} of the {len(lines)} steps that were done" in notes(run)
+
+
 def test_changed_data_is_named_and_may_be_accepted(tiny_folder: Folder, run: Path) -> None:
     changed = [replace(record, target={"text": "other"}) for record in make_records()]
     recipe = make_recipe(tiny_folder("qwen2_5"), run, optim__steps=5)
