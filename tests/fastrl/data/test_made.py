@@ -44,6 +44,13 @@ def test_a_good_record_of_each_task(task: str) -> None:
     assert problems(record(task)) == []
 
 
+@pytest.mark.parametrize("task", ["caption", "counting", "detection", "grounding", "ocr", "shown", "trajectory", "utr"])
+def test_records_of_our_own_are_good(task: str) -> None:
+    """What ``load_data`` gives may be handed on as a list."""
+    for made in load_data(f"scenes:{task}?n=4&difficulty=3"):
+        assert problems(made) == []
+
+
 @pytest.mark.parametrize(
     ("task", "target"),
     [
