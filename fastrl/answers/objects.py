@@ -78,6 +78,7 @@ _STRINGS = {  # by the opening quote: a whole string, and where a damaged one en
 }
 _AROUND = "\\ \t\r\n,;[]{}" + _OPENING + _CLOSING  # no part of a damaged label
 _AND = re.compile(r"(?:\s*+,\s*+(?=[" + _OPENING + r"]))?+")
+_ENDED = re.compile(r"(?P<ended>\s*+,?+\s*+(?:\]|\Z))?+")
 _ESCAPE = re.compile(r"\\")
 
 
@@ -139,7 +140,8 @@ def read_objects(scan: Scanner, wanted: Set[str], limit: int) -> tuple[list[Foun
 def _entry(scan: Scanner, stack: list[Found], found: list[Found], name: str, wanted: Set[str]) -> str | None:
     """Read the value of an entry and what follows it; returns the next key, or None if the structure ends."""
     top = stack[-1]
-    if name in top.values and top.wanted:  # a repeated key: a brace is missing
+    itself = len(stack) > 1 and stack[-2] is top and top.values.get(name) == _NOTHING  # {"bbox": {"bbox": […]}}
+    if name in top.values and top.wanted and not itself:  # a repeated key: a brace is missing
         top = stack[-1] = Found()
     if name in wanted and not top.wanted:
         top.wanted = True
@@ -191,6 +193,8 @@ def _strings(scan: Scanner, opening: str, many: bool) -> tuple[str | None, ...]:
     found = [_string(scan, opening)]
     while many and scan.at(_AND).group() and (opening := scan.plain[scan.position : scan.position + 1]) in _STRINGS:
         found.append(_string(scan, opening))
+    if many and scan.at(_ENDED)["ended"] is None:
+        found.append(None)  # what follows is no text
     return tuple(found)
 
 

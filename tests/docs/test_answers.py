@@ -127,6 +127,8 @@ WRITTEN: Mapping[str, list[tuple[Callable[[str], Any], str, Any]]] = {
         (labels, '{"bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8]], "label": "a"}', ["a", "a"]),
         (labels, '{"bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "labels": ["a", "b"]}', ["a", "b"]),
         (labels, '{"bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "labels": ["a", "b", "c"]}', [None, None]),
+        (labels, '{"bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "labels": ["a", 3]}', ["a", None]),
+        (labels, '{"bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "labels": ["a", "b", ]}', ["a", "b"]),
         (scores, '{"scores": [0.5, 0.25], "bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]]}', [0.5, 0.25]),
     ],
     "`[{…}, {…}]`": [
@@ -134,6 +136,8 @@ WRITTEN: Mapping[str, list[tuple[Callable[[str], Any], str, Any]]] = {
         (labels, '{"label": "a", "boxes": [{"bbox": [1, 2, 3, 4]}, {"bbox": [5, 6, 7, 8], "name": "b"}]}', ["a", "b"]),
         (labels, '{"boxes": [{"bbox": [1, 2, 3, 4]}, {"bbox": [5, 6, 7, 8]}], "label": "a"}', ["a", "a"]),
         (points, '{"points": [{"x": 1, "y": 2}, {"x": 3, "y": 4}]}', [(1, 2), (3, 4)]),
+        (labels, '{"bbox": {"bbox": [1, 2, 3, 4]}, "label": "a"}', ["a"]),
+        (lambda text: parse_boxes(text).dropped, '{"bbox": {"bbox": [1, 2, 3, 4]}, "label": "a"}', 0),
         (lambda text: parse_points(text).dropped, '{"points": [{"x": 1, "y": 2}, {"x": 3, "y": 4}]}', 0),
     ],
     "entries `x1 y1 x2 y2`": [
