@@ -19,7 +19,7 @@ from fastrl.critics import RuleCritic
 from fastrl.data import load_data
 from fastrl.evaluate.caption import evaluate_caption
 from fastrl.evaluate.reflect import reflect
-from fastrl.recipe import load_recipe
+from fastrl.recipe import Recipe, load_recipe
 from fastrl.rewards.base import unknown
 from fastrl.run.setup import load_model
 from fastrl.toy.demos.claims import Claim, gains, loses
@@ -74,17 +74,7 @@ def run(
         raise ValueError(unknown("demo task", str(task), ("caption",)))
     started = time.perf_counter()
     dialogues = out / "dialogues.jsonl"
-    changes: dict[str, Any] = {
-        "data.spec": f"reflection:{dialogues}",
-        "checkpoint.every": 0,
-        "log.samples_every": 0,
-        "log.every": 10,
-        "out": str(out / "run"),
-        "seed": seed,
-    }
-    if steps is not None:
-        changes["optim.steps"] = steps
-    recipe = load_recipe(recipe_for("reper-caption", family), changes)
+    recipe = _recipe(out, dialogues, family, seed, steps)
     policy = load_model(recipe)
     records, reported = (
         load_data(f"scenes:caption?n={held_out}&seed={held}&difficulty=2") for held in (HELD_OUT_SEED, REPORTED_SEED)
@@ -101,12 +91,7 @@ def run(
     say("reflecting on the same scenes again …")
     after, last_answers = measure(policy, records)
     unseen["after"] = scores(policy, reported)
-    captions = [
-        {"id": record.id, "truth": record.target["references"][0], "before": old, "after": new}
-        for record, old, new in zip(records, first_answers, last_answers, strict=True)
-    ]
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in captions)
-    (out / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+    captions = _write_captions(out / "captions.jsonl", records, first_answers, last_answers)
     result: dict[str, Any] = {
         "method": "reper",
         "task": "caption",
@@ -134,6 +119,33 @@ def run(
     print_captions(captions[:SHOWN])
     print(f"{result['seconds']:.0f} s; captions, dialogues and curves in {result['out']}")
     return result
+
+
+def _recipe(out: Path, dialogues: Path, family: str | None, seed: int, steps: int | None) -> Recipe:
+    changes: dict[str, Any] = {
+        "data.spec": f"reflection:{dialogues}",
+        "checkpoint.every": 0,
+        "log.samples_every": 0,
+        "log.every": 10,
+        "out": str(out / "run"),
+        "seed": seed,
+    }
+    if steps is not None:
+        changes["optim.steps"] = steps
+    return load_recipe(recipe_for("reper-caption", family), changes)
+
+
+def _write_captions(
+    path: Path, records: Sequence[Record], before: Sequence[list[str]], after: Sequence[list[str]]
+) -> list[dict[str, Any]]:
+    """Write the answers of all turns before and after training, and return them."""
+    captions = [
+        {"id": record.id, "truth": record.target["references"][0], "before": old, "after": new}
+        for record, old, new in zip(records, before, after, strict=True)
+    ]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in captions)
+    path.write_text("".join(lines), encoding="utf-8")
+    return captions
 
 
 def measure(policy: Policy, records: Sequence[Record]) -> tuple[list[dict[str, float]], list[list[str]]]:
