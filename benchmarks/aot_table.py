@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.table import embed as place
+
 RESULTS = Path(__file__).parent / "results" / "aot.json"
 BEGIN, END = "<!-- aot table: begin -->", "<!-- aot table: end -->"
 
@@ -33,16 +35,8 @@ def _cell(rows: list[dict[str, Any]]) -> str:
 
 
 def embed(document: str, payload: dict[str, Any]) -> str:
-    """The document with the table between its marks.
-
-    Raises:
-        ValueError: the marks are missing.
-    """
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the document has no {BEGIN!r} … {END!r}")
-    return f"{before}{BEGIN}\n\n{table(payload)}\n\nTriton {payload['triton']}.\n{END}{after}"
+    """The document with the table between its marks. Raises ``ValueError`` if they are missing."""
+    return place(document, BEGIN, END, f"{table(payload)}\n\nTriton {payload['triton']}.")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 
 from benchmarks.machine_code import disassemble, issued
+from benchmarks.table import embed as place
 
 RESULTS = Path(__file__).parent / "results" / "roofline.json"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -177,16 +178,8 @@ def _millions(value: float) -> str:
 
 
 def embed(document: str, payload: dict[str, Any]) -> str:
-    """The document with the table between its marks.
-
-    Raises:
-        ValueError: the marks are missing.
-    """
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the document has no {BEGIN!r} … {END!r}")
-    return f"{before}{BEGIN}\n\n{table(payload)}\n\nComputed, Triton {payload['triton']}.\n{END}{after}"
+    """The document with the table between its marks. Raises ``ValueError`` if they are missing."""
+    return place(document, BEGIN, END, f"{table(payload)}\n\nComputed, Triton {payload['triton']}.")
 
 
 # ---- problems --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,19 @@ RESULTS = Path(__file__).parent / "results"
 OURS = "fastrl"
 
 
+def embed(document: str, begin: str, end: str, text: str) -> str:
+    """The document with ``text`` between its marks ``begin`` and ``end``.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    before, first, rest = document.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise ValueError(f"the document has no {begin!r} … {end!r}")
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
+
+
 def tables(report: dict[str, Any]) -> str:
     """Markdown of one results file of any command; empty for kinds without a table."""
     if "fairness" in report:
