@@ -124,6 +124,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _kept(self) -> Recipe:
+        obstacle = self.keep_obstacle if self.rollout.keep_prompts == "on" else None
+        if obstacle is not None:
+            raise ValueError(f"rollout.keep_prompts: on trains from the rollout's passes, but {obstacle}")
+        return self
+
+    @model_validator(mode="after")
     def _memory(self) -> Recipe:
         if self.model.offload_activations and not self.model.gradient_checkpointing:
             raise ValueError(
@@ -180,6 +187,24 @@ class Recipe(Section):
     def scores_groups(self) -> bool:
         """Whether the method learns from groups of answers that the reward scores (unless the data has scores)."""
         return method_for(self.method).samples
+
+    @property
+    def keep_obstacle(self) -> str | None:
+        """Why an update cannot train from the passes that the rollout made of its prompts, naming the key; None: the
+        recipe permits it."""
+        lora = self.model.lora
+        obstacles = (
+            (
+                not method_for(self.method).keeps_prompts,
+                f"method.kind: {self.method.kind} trains on given or older answers",
+            ),
+            (self.rollout.backend != "local", f"rollout.backend: {self.rollout.backend} samples in another process"),
+            (self.optim.updates_per_batch > 1, "optim.updates_per_batch is above 1: later updates have other weights"),
+            (self.engine.kind != "local", f"engine.kind: {self.engine.kind} reduces gradients batch by batch"),
+            (self.optim.gradient_release, "optim.gradient_release updates weights before the prompts' backward"),
+            (lora is not None and lora.dropout > 0, "model.lora.dropout: sampling uses none, so the passes differ"),
+        )
+        return next((reason for found, reason in obstacles if found), None)
 
     @property
     def folder(self) -> Path:

@@ -6,6 +6,8 @@ keyword ``fastrl_segments``.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -112,7 +114,8 @@ class ScanTables:
 class VarlenTables:
     """One variable-length call for the whole row: queries are the segments in row order, keys are gathered.
 
-    ``key_rows`` [K] int64: row of each gathered key, ``[prompt | prompt, c1 | prompt, c2 | …]`` for each group.
+    ``key_rows`` [K] int64: row of each gathered key, ``[prompt | prompt, c1 | prompt, c2 | …]`` for each group. Of
+    answers alone (``AnswerRows``) they are rows of ``[prompt 0 | prompt 1 | … | answers]``, and no prompt is a segment.
     ``cu_q``, ``cu_k`` [S + 1] int32; every segment is causal, its queries aligned with its last keys. ``rows``: the
     number of queries. ``copies``: for the gather's backward, pairs (rows, places): the j-th copy of ``rows`` is at
     ``places`` of the gathered keys. No row occurs twice within a pair, so gradients are summed without atomics.
@@ -150,7 +153,9 @@ class Segments:
 
     @cached_property
     def dense(self) -> DenseTables:
-        groups = tuple(DenseGroup(span, _blocks(span)) for span in self.spans)
+        groups = tuple(
+            DenseGroup(span, _blocks(span.prompt, span.start + span.prompt, span.completions)) for span in self.spans
+        )
         order = _order([rows for group in groups for rows in group.rows], self.device)
         return DenseTables(tuple(group.to(self.device) for group in groups), order)
 
@@ -163,19 +168,103 @@ class Segments:
 
     @cached_property
     def varlen(self) -> VarlenTables:
-        return _varlen(self.spans, self.device)
+        return _varlen(self._segments(), self.device)
+
+    @cached_property
+    def answers(self) -> AnswerRows:
+        """The completions as a row of their own, for prompts whose keys were computed before."""
+        return AnswerRows(self.spans, self.device)
+
+    def _segments(self) -> Iterable[_Segment]:
+        for span in self.spans:
+            yield span.prompt, ((span.start, span.prompt, 0),)
+            at = span.start + span.prompt
+            for copy, length in enumerate((n for n in span.completions if n), start=1):
+                yield length, ((span.start, span.prompt, copy), (at, length, 0))
+                at += length
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """The completions of a packed row as a row of their own, ``[c1 | c2 | …]`` group after group, without their
+    prompts and without each completion's last token, which predicts nothing and to which nothing attends.
+
+    ``spans``: those of the packed row.
+    """
+
+    spans: tuple[Span, ...]
+    device: torch.device = CPU
+
+    @cached_property
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Rows of each completion of each group."""
+        return tuple(tuple(max(n - 1, 0) for n in span.completions) for span in self.spans)
+
+    @property
+    def length(self) -> int:
+        return sum(map(sum, self.lengths))
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[length] int64: the packed row's index of each row."""
+        found = [torch.empty(0, dtype=torch.int64)]
+        for span in self.spans:
+            starts = accumulate(span.completions, initial=span.start + span.prompt)
+            found += [torch.arange(s, s + n - 1) for s, n in zip(starts, span.completions, strict=False) if n]
+        return torch.cat(found).to(self.device)
+
+    @cached_property
+    def predict(self) -> Tensor:
+        """[N] int64: what predicts each token of the completions, as an index into [last state of each prompt | rows]:
+        its prompt for a completion's first token, its predecessor for the others."""
+        found, at = [torch.empty(0, dtype=torch.int64)], len(self.spans)
+        for group, span in enumerate(self.spans):
+            for length in span.completions:
+                if length:
+                    found += [torch.tensor([group]), torch.arange(at, at + length - 1)]
+                    at += length - 1
+        return torch.cat(found).to(self.device)
+
+    @cached_property
+    def dense(self) -> tuple[tuple[tuple[CompletionBlock, ...], ...], Tensor | None]:
+        """Each group's blocks, and the order [length] that brings their concatenated outputs into row order (None: they
+        are)."""
+        firsts = accumulate(map(sum, self.lengths), initial=0)
+        groups = [
+            _blocks(span.prompt, first, lengths)
+            for span, first, lengths in zip(self.spans, firsts, self.lengths, strict=False)
+        ]
+        order = _order([block.target for blocks in groups for block in blocks], self.device)
+        return tuple(tuple(block.to(self.device) for block in blocks) for blocks in groups), order
+
+    @cached_property
+    def varlen(self) -> VarlenTables:
+        return _varlen(self._segments(), self.device)
+
+    def _segments(self) -> Iterable[_Segment]:
+        starts = list(accumulate((span.prompt for span in self.spans), initial=0))
+        at = starts[-1]
+        for span, start, lengths in zip(self.spans, starts, self.lengths, strict=False):
+            for copy, length in enumerate(n for n in lengths if n):
+                yield length, ((start, span.prompt, copy), (at, length, 0))
+                at += length
+
+
+# Queries of a segment, and its keys as runs (first row, number of rows, which copy of these rows it is)
+_Segment = tuple[int, tuple[tuple[int, int, int], ...]]
 
 
 def _order(parts: list[Tensor], device: torch.device) -> Tensor | None:
     """The order that sorts the rows of concatenated outputs, or None if they are ascending."""
-    rows = torch.cat(parts)
+    rows = torch.cat([torch.empty(0, dtype=torch.int64), *parts])
     return None if bool((rows[1:] > rows[:-1]).all()) else torch.argsort(rows).to(device)
 
 
-def _blocks(span: Span) -> tuple[CompletionBlock, ...]:
-    starts = list(accumulate(span.completions, initial=span.start + span.prompt))
-    members = [(s, n) for s, n in zip(starts, span.completions, strict=False) if n]
-    return tuple(_block(span, [members[n] for n in some]) for some in _similar([n for _, n in members]))
+def _blocks(prompt: int, first: int, completions: Sequence[int]) -> tuple[CompletionBlock, ...]:
+    """Blocks of the completions of a prompt of that many tokens, which begin at row ``first``."""
+    starts = list(accumulate(completions, initial=first))
+    members = [(s, n) for s, n in zip(starts, completions, strict=False) if n]
+    return tuple(_block(prompt, [members[n] for n in some]) for some in _similar([n for _, n in members]))
 
 
 def _similar(lengths: list[int]) -> list[list[int]]:
@@ -199,11 +288,11 @@ def _padded(members: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     return torch.where(real, start + step, start), real
 
 
-def _block(span: Span, members: list[tuple[int, int]]) -> CompletionBlock:
+def _block(prompt: int, members: list[tuple[int, int]]) -> CompletionBlock:
     rows, real = _padded(members)
     valid = real.flatten().nonzero()[:, 0]
     step = torch.arange(rows.shape[1])[:, None]
-    mask = torch.arange(span.prompt + len(step)) <= step + span.prompt
+    mask = torch.arange(prompt + len(step)) <= step + prompt
     return CompletionBlock(rows, valid, rows.flatten()[valid], mask)
 
 
@@ -226,38 +315,31 @@ def _scan(members: list[tuple[int, int]], sources: list[int]) -> Scan:
     rows, real = _padded(members)
     valid = real.flatten().nonzero()[:, 0]
     copies: dict[int, tuple[list[int], list[int]]] = {}
+    seen = Counter[int]()
     for place, prompt in enumerate(sources):
-        to, at = copies.setdefault(sources[:place].count(prompt), ([], []))
+        to, at = copies.setdefault(seen[prompt], ([], []))
         to.append(prompt)
         at.append(place)
+        seen[prompt] += 1
     pairs = tuple((torch.tensor(to), torch.tensor(at)) for to, at in copies.values())
     source = torch.tensor(sources, dtype=torch.int64)
     return Scan(rows, real, real.sum(1), valid, rows.flatten()[valid], source, pairs)
 
 
-def _varlen(spans: tuple[Span, ...], device: torch.device) -> VarlenTables:
+def _varlen(segments: Iterable[_Segment], device: torch.device) -> VarlenTables:
     q_lengths, k_lengths, key_rows = [], [], []
     copies: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-
-    def gather(first: int, count: int, copy: int) -> None:
-        place = sum(len(rows) for rows in key_rows)
-        rows = torch.arange(first, first + count)
-        key_rows.append(rows)
-        to, at = copies.setdefault(copy, ([], []))
-        to.append(rows)
-        at.append(torch.arange(place, place + count))
-
-    for span in spans:
-        q_lengths.append(span.prompt)
-        k_lengths.append(span.prompt)
-        gather(span.start, span.prompt, 0)
-        at = span.start + span.prompt
-        for copy, length in enumerate((n for n in span.completions if n), start=1):
-            q_lengths.append(length)
-            k_lengths.append(span.prompt + length)
-            gather(span.start, span.prompt, copy)
-            gather(at, length, 0)
-            at += length
+    place = 0
+    for queries, runs in segments:
+        q_lengths.append(queries)
+        k_lengths.append(sum(count for _, count, _ in runs))
+        for first, count, copy in runs:
+            rows = torch.arange(first, first + count)
+            key_rows.append(rows)
+            to, at = copies.setdefault(copy, ([], []))
+            to.append(rows)
+            at.append(torch.arange(place, place + count))
+            place += count
     cumulative = [
         torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
         for lengths in (q_lengths, k_lengths)

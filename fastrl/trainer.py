@@ -25,7 +25,9 @@ from fastrl.engine.base import Engine, NonFiniteError, StepInfo
 from fastrl.evaluate.during import Evaluation, EvaluationError, held_out
 from fastrl.methods import Clock, Context, Method, Prepared, make_method
 from fastrl.methods.rollouts import functions_of
+from fastrl.models.kept import KeptPrompts
 from fastrl.models.quantize import check_quantize
+from fastrl.plan.running import choose_keep
 from fastrl.recipe import Recipe
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
@@ -174,7 +176,7 @@ def train(
         log = MetricsLog(out, loggers, about, progress.note) if writes else NoLog()
         stack.callback(log.close)
         outlets = Outlets(log, progress, listeners)
-        for text in (run.skipped, run.evaluation.skipped, *notes):
+        for text in (run.skipped, run.evaluation.skipped, run.keep_note, *notes):
             outlets.note(done, text)
         if remark := run.method.loss_note(recipe.method, recipe.optim.updates_per_batch):
             outlets.say(remark)
@@ -311,6 +313,7 @@ class Run:
         self.stream = make_stream(recipe, data, rank=self.engine.rank, world_size=self.engine.world_size)
         if functions is not None:
             self._try(functions)
+        self.keeping = choose_keep(recipe, self.policy)
         seed_generators(recipe.seed + self.engine.rank)  # so that random numbers in the steps do not depend on loading
         rng = torch.Generator().manual_seed(recipe.seed + self.engine.rank)
         self.context = Context(
@@ -326,6 +329,7 @@ class Run:
             updates=lambda: self.engine.updates,
             folder=recipe.folder,
             features=None if self.policy.trains_vision else {},
+            kept=KeptPrompts() if self.keeping.on else None,
         )
         self.method: Method = make_method(recipe.method, self.context)
         self.reads_reference = self.method.reads_reference(recipe.method)
@@ -388,6 +392,11 @@ class Run:
         return [self.evaluation.note, keep_best(self.recipe.folder, self.evaluation.best.step)]
 
     @property
+    def keep_note(self) -> str:
+        """Whether prompts are computed once or twice, and why; empty if none are sampled."""
+        return self.keeping.note if self.method.samples else ""
+
+    @property
     def best_checkpoint(self) -> Path | None:
         """The checkpoint of the best evaluation, if it exists."""
         step = kept(self.recipe.folder).get(BEST) if self.evaluation.held_out is not None else None
@@ -417,6 +426,7 @@ class Run:
         recipe, method, meter = self.recipe, self.method, Meter()
         if self.context.features is not None:
             self.context.features.clear()
+        self.context.keep_only(())
         with self.clock.phase("data"):
             records = self.stream.take(recipe.data.prompts_per_step)
             self._prefetch(records, more=number < recipe.optim.steps)
@@ -434,6 +444,7 @@ class Run:
         with self.clock.phase("pack"):
             batches = self._pack(prepared, records)
             self._drop_features(batches)
+            self.context.keep_only(prepared.groups)
         if self.reads_reference:
             with self.clock.phase("reference"):
                 self._score_reference(batches)
@@ -539,6 +550,7 @@ class Run:
             return 0.0, None
         optim = self.recipe.optim
         keep_old = first and optim.updates_per_batch > 1
+        kept = self.context.kept
         losses = []
         for index, batch in enumerate(batches):
             with self.engine.gathered():
@@ -547,7 +559,8 @@ class Run:
                     loss, metrics, logp = self._loss(batch, packed)
                 try:
                     with self.clock.phase("backward"):
-                        self.engine.backward(loss * batch.scale, last=index == len(batches) - 1)
+                        last = kept is None and index == len(batches) - 1
+                        self.engine.backward(loss * batch.scale, last=last)
                 except NonFiniteError as error:
                     raise TrainingError(_not_finite(str(error), number, [batch])) from None
             losses.append(loss.detach())
@@ -557,6 +570,10 @@ class Run:
             # the weights have not changed since the rollout, so these are the old log-probs
             if keep_old and logp is not None:
                 batch.packed.per_token["old_logp"] = logp.detach()
+        rest = kept.rest() if kept is not None else None
+        if rest is not None:
+            with self.clock.phase("backward"):
+                self.engine.backward(rest)
         total = torch.stack(losses).double().cpu()
         bad = [b for b, finite in zip(batches, total.isfinite().tolist(), strict=True) if not finite]
         if bad:
@@ -575,8 +592,10 @@ class Run:
             return self.policy.logprob(packed, features=features).logp.sum(), {}, None
         rows = self.method.rows(batch.packed)  # from the batch on the host, without synchronising
         rows = rows.to(packed.device) if rows is not None else None
+        kept = self.context.kept
+        prompts = kept.of(group.prompt for group in batch.groups) if kept is not None else None
         if self.recipe.optim.row_local_head:
-            hidden, weight = self.policy.hidden(packed, features=features), self.policy.head_weight
+            hidden, weight = self.policy.hidden(packed, features=features, kept=prompts), self.policy.head_weight
             head = {"head_grad": self.engine.gradient_of(weight), "grad_scale": batch.scale}
             assert self.method.row_local_loss is not None  # checked by the recipe
             return self.method.row_local_loss(hidden, weight, packed, rows, **head)
@@ -586,6 +605,7 @@ class Run:
             return_entropy=self.method.needs_entropy,
             rows=rows,
             features=features,
+            kept=prompts,
         )
         loss, metrics = self.method.loss(result.logp, result.entropy, packed)
         return loss, metrics, result.logp

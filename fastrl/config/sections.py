@@ -255,6 +255,10 @@ class RolloutRecipe(Section):
     decode: Literal["auto", "eager", "native", "static", "graph"] = "auto"
     """`auto`: `graph` (CUDA graphs) on a GPU, `native` (steps in C++) on a CPU. Use `eager` if a model cannot be
     captured, and `static` for the graphs' buffers without a graph (debugging)."""
+    keep_prompts: Literal["auto", "on", "off"] = "auto"
+    """Compute each prompt and its pictures once: the update trains from the rollout's pass over them. `auto`: if that
+    is exact and memory allows it; `on`: always, with an error if it would not be exact; `off`: the update computes them
+    again."""
     backend: Literal["local", "vllm"] = "local"
     """`vllm`: a vLLM server samples the answers and receives the weights. `local`: the training process samples."""
     server: str | None = None
@@ -263,6 +267,11 @@ class RolloutRecipe(Section):
     """With `vllm`: a folder for transferring weights, which has the same path on the server; none: `OUT/rollout`."""
     server_timeout: float = Field(600.0, gt=0)
     """With `vllm`: time limit in seconds for the answers to one prompt, or for loading new weights."""
+
+    @field_validator("keep_prompts", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads on and off so
 
     @model_validator(mode="after")
     def _unbiased(self) -> RolloutRecipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastrl.data.records import Record
     from fastrl.data.stream import RecordStream
     from fastrl.models.families import VisionFeatures
+    from fastrl.models.kept import KeptPrompts
     from fastrl.models.load import Policy
     from fastrl.rewards.functions import Functions
     from fastrl.rollout import Generator
@@ -51,7 +52,8 @@ class Context:
     returns the number of optimizer updates made; with ``folder``, where the run writes, it tells a rollout server which
     weights to load. ``features`` holds vision features by image key, shared by all passes of a step if the vision tower
     is frozen; None: each pass computes its own. ``rewards`` are the reward sections of a mixture's parts, by name;
-    ``functions`` the user functions of all these sections, None: loaded when needed.
+    ``functions`` the user functions of all these sections, None: loaded when needed. ``kept`` gets the passes over
+    sampled prompts from which the update trains; None: it computes the prompts again.
     """
 
     policy: Policy
@@ -66,6 +68,12 @@ class Context:
     features: dict[str, VisionFeatures] | None = None
     rewards: Mapping[str, RewardRecipe] = field(default_factory=dict)
     functions: Functions | None = None
+    kept: KeptPrompts | None = None
+
+    def keep_only(self, groups: Iterable[PromptGroup]) -> None:
+        """Free what the rollout kept of all other prompts: they are not trained."""
+        if self.kept is not None:
+            self.kept.only(group.prompt for group in groups)
 
     @cached_property
     def generator(self) -> Generator | VllmGenerator:
@@ -118,6 +126,7 @@ class Method(ABC):
     samples: ClassVar[bool] = False  # samples groups of answers and scores them, unless the data has answers
     least_group: ClassVar[int] = 1  # smallest number of answers to a prompt that it can learn from
     needs_entropy: ClassVar[bool] = False  # whether the loss gets the entropy of the predicted rows
+    keeps_prompts: ClassVar[bool] = False  # whether each step trains on the very prompts of its ``sample_groups``
     adds_overlong: ClassVar[bool] = False  # whether it adds the recipe's ``reward.overlong`` to the rewards
     temperature: float = 1.0  # of the log-probs that the loss gets
     # (hidden [N, H], head weight [V, H], batch, rows, **head) → loss, metrics, log-probs: :meth:`loss` from hidden

@@ -114,6 +114,7 @@ class PerceptionR1(Method):
     samples = True
     least_group = 2
     needs_entropy = True  # for the log
+    keeps_prompts = True
     adds_overlong = True
 
     def __init__(self, options: PerceptionR1Options, context: Context) -> None:
@@ -166,6 +167,7 @@ class PerceptionR1(Method):
             sampled += groups
             constant_groups += sum(constant)
             kept += [g for g, c in zip(groups, constant, strict=True) if options.zero_variance == "keep" or not c]
+            self.context.keep_only(kept)
             missing = wanted - len(kept)
             if options.zero_variance != "resample" or missing <= 0 or rounds >= options.max_resample:
                 break

@@ -39,7 +39,8 @@ def sample_groups(context: Context, records: Sequence[Record]) -> list[PromptGro
     with context.clock.phase("preprocess"):
         encoded = [context.policy.encode(record) for record in records]
     sampling = sampling_of(context.rollout)
-    answers = context.generator.generate([prompt for prompt, _ in encoded], sampling, context.rng)
+    keep = {"keep": context.kept} if context.kept is not None else {}  # only the local generator is asked to
+    answers = context.generator.generate([prompt for prompt, _ in encoded], sampling, context.rng, **keep)
     return [PromptGroup(p, completions, record) for (p, record), completions in zip(encoded, answers, strict=True)]
 
 

@@ -16,6 +16,7 @@ from fastrl.batch import Completion, ImageInput, PackedBatch, Prompt
 from fastrl.models.attention.prefix import use_prefix_attention
 from fastrl.models.encoding import Encoder
 from fastrl.models.families import Parts, Placed, VisionFeatures, family_of
+from fastrl.models.kept import KeptPrompt, answer_states
 from fastrl.models.lora import Lora, add_lora, merged_state_dict
 from fastrl.models.quantize import is_quantized
 from fastrl.models.vision import ImagePreprocessor, unique_images
@@ -140,15 +141,23 @@ class Policy:
         """Vision features by image key; each key goes through the tower once."""
         return keyed_features(self.core, images)
 
-    def hidden(self, batch: PackedBatch, *, features: Mapping[str, VisionFeatures] | None = None) -> Tensor:
+    def hidden(
+        self,
+        batch: PackedBatch,
+        *,
+        features: Mapping[str, VisionFeatures] | None = None,
+        kept: Sequence[KeptPrompt] | None = None,
+    ) -> Tensor:
         """Hidden states [N, hidden] at the batch's prediction rows.
 
         Args:
             batch: on this policy's device.
             features: vision features by image key, if the caller has them already (computed with the current weights);
                 default: the tower runs once per unique image.
+            kept: what the rollout kept of each group's prompt: only the answers are computed, and the backward is
+                unfinished (see ``fastrl.models.kept``). ``features`` are then not read.
         """
-        return predicted_states(self.core, batch, features)
+        return predicted_states(self.core, batch, features, kept)
 
     def logprob(
         self,
@@ -158,6 +167,7 @@ class Policy:
         return_entropy: bool = False,
         rows: Tensor | None = None,
         features: Mapping[str, VisionFeatures] | None = None,
+        kept: Sequence[KeptPrompt] | None = None,
     ) -> LogProb:
         """Log-probs [N] float32 (and entropies) of the batch's completion tokens.
 
@@ -166,11 +176,11 @@ class Policy:
             temperature: divides the logits.
             return_entropy: also the entropy [N] of each predicted distribution.
             rows: indices into N whose gradient may be nonzero (see ``fastrl_kernels.linear_logprob``).
-            features: see ``hidden``.
+            features, kept: see ``hidden``.
         """
         from fastrl_kernels.linear_logprob import linear_logprob
 
-        hidden = self.hidden(batch, features=features)
+        hidden = self.hidden(batch, features=features, kept=kept)
         return linear_logprob(
             hidden,
             self.head_weight,
@@ -269,11 +279,18 @@ def packed_states(
     return family_of(core.config).hidden(core, embeds, batch.positions, placed, **attention)
 
 
-def predicted_states(core: Any, batch: PackedBatch, features: Mapping[str, VisionFeatures] | None = None) -> Tensor:
+def predicted_states(
+    core: Any,
+    batch: PackedBatch,
+    features: Mapping[str, VisionFeatures] | None = None,
+    kept: Sequence[KeptPrompt] | None = None,
+) -> Tensor:
     """Hidden states [N, hidden] of ``core`` at the batch's prediction rows (see ``Policy.hidden``)."""
     # Only passes with gradients use dropout and checkpointing; those for old and reference log-probs use neither.
     if core.training != torch.is_grad_enabled():
         core.train(torch.is_grad_enabled())
+    if kept is not None:
+        return answer_states(core, batch, kept)
     hidden = packed_states(core, batch, features, fastrl_segments=batch.segments)
     return hidden[0].index_select(0, batch.predict_rows)
 

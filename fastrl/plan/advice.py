@@ -45,6 +45,8 @@ def _candidates(plan: Plan, found: Sequence[Change]) -> Iterator[tuple[dict[str,
     ``found``: the changes accepted so far; the caller appends to it while iterating.
     """
     recipe, work = plan.recipe, plan.workload
+    if plan.keeping.on:
+        yield {"rollout.keep_prompts": "off"}, "prompts are computed twice; the gradient stays the same"
     if work.group_tokens < recipe.optim.token_budget:
         yield {"optim.token_budget": work.group_tokens}, "smaller micro-batches; the gradient stays the same"
     if not recipe.model.gradient_checkpointing:

@@ -8,13 +8,13 @@ efficiency: estimates, not measurements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fastrl.batch import PackedBatch
+from fastrl.batch import PromptGroup, pack_row
 from fastrl.engine.costs import FLOAT, gradients_leave, held, moved, on_host
 from fastrl.engine.optimizers import step_scratch
 from fastrl.methods import method_for
@@ -23,8 +23,9 @@ from fastrl.models.load import default_dtype
 from fastrl.models.quantize import PACKED
 from fastrl.plan.configs import config_of, image_limit
 from fastrl.plan.hardware import HOST_BANDWIDTH, Gpu
+from fastrl.plan.keep import Keeping, decide_keep
 from fastrl.plan.quantized import Planned4bit, unpacked
-from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_rollout
+from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_kept, trace_rollout
 from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe
 from fastrl.rollout.decode import decode_mode, own_keys
@@ -65,6 +66,7 @@ class Memory:
     head_scratch: float
     kv_cache: float
     features: float  # of a step's images, if the tower is frozen and all passes share them
+    prompts: float  # graphs of the step's prompts, kept from rollout to update, with their gradients
     pool: float  # temporaries of a decode step, reserved by its CUDA graph
     update: float
     optimizer: float
@@ -114,6 +116,7 @@ class Plan:
     workload: Workload
     memory: Memory
     work: Work
+    keeping: Keeping
 
     @property
     def limit(self) -> float:
@@ -148,27 +151,36 @@ def make_plan(
     family = family_of(core.config)
     work = workload_of(recipe, family, image_limit=image_limit(recipe.model.path, family), **(sizes or {}))
     model, release = count_model(core), release_of(recipe, work)
+    keeping = decide_keep(recipe, core, work, room_of(recipe, core, work, gpu.memory - gpu.reserve), gpu=True)
 
-    def trace(batch: PackedBatch) -> Trace:
-        return trace_batch(
-            core,
-            batch,
-            gpu=True,
-            entropy=method_for(recipe.method).needs_entropy,
-            row_local=recipe.optim.row_local_head,
-            accumulates=work.micro_batches > 1 and release is None,
-            release=release,
-        )
+    def trace(groups: Sequence[PromptGroup], *, keep: bool = keeping.on) -> Trace:
+        options: dict[str, Any] = {
+            "gpu": True,
+            "entropy": method_for(recipe.method).needs_entropy,
+            "row_local": recipe.optim.row_local_head,
+            "accumulates": work.micro_batches > 1 and release is None,
+        }
+        if keep:
+            return trace_kept(core, groups, **options)
+        return trace_batch(core, pack_row(groups), release=release, **options)
 
-    fullest, full = work.fullest_batch(), work.full_batch()
+    fullest, full = work.fullest_groups(), work.full_groups()
     traced = trace(fullest)
-    counted = traced if fullest.segments.spans == full.segments.spans else trace(full)
+    same = [group.tokens for group in fullest] == [group.tokens for group in full]
+    counted = traced if same else trace(full)
+    whole = trace(full, keep=False) if keeping.on and reads_reference(recipe) else counted
     rollout = RolloutTrace()
     if work.sampling is not None:
         rollout = trace_rollout(core, work.chunk(), limits=work.limits, sampling=work.sampling, gpu=True)
     memory = memory_of(recipe, model, work, traced, rollout, gpus=gpus)
-    done = work_of(recipe, model, work, counted, rollout, gpu, efficiency)
-    return Plan(recipe, gpu, gpus, efficiency, model, work, memory, done)
+    done = work_of(recipe, model, work, counted, rollout, gpu, efficiency, whole=whole)
+    return Plan(recipe, gpu, gpus, efficiency, model, work, memory, done, keeping)
+
+
+def room_of(recipe: Recipe, core: Any, work: Workload, limit: float) -> float:
+    """What weights, gradients, optimizer states and a reference leave of ``limit`` bytes."""
+    nothing = Trace(0, 0, 0, 0, 0, 0), RolloutTrace()
+    return limit - memory_of(recipe, count_model(core), work, *nothing).optimizer
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
@@ -235,7 +247,8 @@ def memory_of(
     """Bytes by kind, and the peaks of the phases (see :class:`Memory`).
 
     Args:
-        traced, rollout: peaks of a micro-batch's training pass and of a rollout's calls.
+        traced, rollout: peaks of a micro-batch's training pass and of a rollout's calls. ``traced`` says whether
+            prompts are kept.
         gpus: data-parallel ranks that share optimizer states (``engine.zero_stage`` above 0) and gradients (2).
         gpu: count AdamW as on a GPU, else as on a CPU.
     """
@@ -248,7 +261,13 @@ def memory_of(
     features = 0 if model.trains_vision else traced.features * work.prompts
     resident = model.weight_bytes + copies + moments + reference + features
     step = 0 if on_host(optim, recipe.engine) else step_scratch(model.largest, optim.states, fused=gpu)
+    kept = work.prompts * traced.prompt
+    collected = work.prompt_tokens * rollout.token  # the gradients of a kept prompt's keys and values
+    others = max(0, work.prompts - traced.groups) * (traced.prompt + collected) if kept else 0
     sampled = rollout_bytes(work, rollout, shared=not model.trains_vision)
+    if kept:  # the passes' features are in what is kept, or shared; prompts are read one by one
+        alone = replace(rollout, features=0, vision=0, language=traced.reading)
+        sampled = features + kept + rollout_bytes(work, alone)
     graph = gpu and work.samples and decode_mode(recipe.rollout.decode, CUDA) == "graph"
     pool = rollout.drawing if graph else 0
     return Memory(
@@ -261,8 +280,9 @@ def memory_of(
         head_scratch=traced.head_scratch,
         kv_cache=kv_bytes(work, rollout),
         features=features,
+        prompts=kept + work.prompts * collected if kept else 0,
         pool=pool,
-        update=resident + pool + max(traced.peak - whole + gradients, traced.kept),
+        update=resident + pool + max(traced.peak - whole + gradients, traced.kept) + others,
         optimizer=resident + pool + gradients + step,
         rollout=resident - features + sampled if work.samples else 0.0,
         host=each.host * model.trainable,
@@ -290,9 +310,18 @@ def kv_bytes(work: Workload, rollout: RolloutTrace, *, own: bool = True) -> int:
 
 
 def work_of(
-    recipe: Recipe, model: Model, work: Workload, traced: Trace, rollout: RolloutTrace, gpu: Gpu, efficiency: float
+    recipe: Recipe,
+    model: Model,
+    work: Workload,
+    traced: Trace,
+    rollout: RolloutTrace,
+    gpu: Gpu,
+    efficiency: float,
+    *,
+    whole: Trace,
 ) -> Work:
-    """FLOPs, bytes and seconds of one step (see :class:`Work`). ``traced``: a micro-batch of full groups."""
+    """FLOPs, bytes and seconds of one step (see :class:`Work`). ``traced``: a micro-batch of full groups; ``whole``:
+    the same without kept prompts, as the reference computes it."""
     batches = work.prompts / work.groups_per_batch
     flops = dict.fromkeys(PHASES, 0.0)
     traffic = dict.fromkeys((*PHASES, "optimizer"), 0.0)
@@ -307,12 +336,14 @@ def work_of(
         read = decode_bytes(model, work, rollout)
     if work.samples or not model.trains_vision:
         flops["vision"], traffic["vision"] = batches * traced.vision_flops, batches * traced.vision_traffic
-    # a frozen tower runs once for all passes
+    # a frozen tower, and one that is kept, runs once for all passes
+    again = (traced.vision_flops, traced.vision_traffic) if model.trains_vision else (0, 0)
     forward, moves = traced.forward_flops, traced.forward_traffic
-    if model.trains_vision:
-        forward, moves = forward + traced.vision_flops, moves + traced.vision_traffic
+    if not traced.prompt:
+        forward, moves = forward + again[0], moves + again[1]
     if reads_reference(recipe):
-        flops["reference"], traffic["reference"] = batches * forward, batches * moves
+        flops["reference"] = batches * (whole.forward_flops + again[0])
+        traffic["reference"] = batches * (whole.forward_traffic + again[1])
     passes = recipe.optim.updates_per_batch * batches
     flops["forward"], traffic["forward"] = passes * forward, passes * moves
     flops["backward"], traffic["backward"] = passes * traced.backward_flops, passes * traced.backward_traffic

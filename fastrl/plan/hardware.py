@@ -25,7 +25,12 @@ class Gpu:
     @property
     def reserve(self) -> float:
         """Bytes to leave free for the context, libraries and fragmentation of the caching allocator."""
-        return 1.0 * GIB + 0.04 * self.memory
+        return reserve(self.memory)
+
+
+def reserve(memory: float) -> float:
+    """Bytes of a device's memory that are not planned with (see ``Gpu.reserve``)."""
+    return 1.0 * GIB + 0.04 * memory
 
 
 GPUS = {

@@ -187,19 +187,30 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 def _language_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    segments = kwargs["fastrl_segments"]
-    lengths = [
-        (n, k) for s in segments.spans for n, k in [(s.prompt, s.prompt), *((c, s.prompt + c) for c in s.completions)]
-    ]
+    segments, answers, keep = kwargs.get("fastrl_segments"), kwargs.get("fastrl_answers"), kwargs.get("fastrl_keep")
+    if answers is not None:
+        rows = answers.rows
+        lengths = [(n, s.prompt + n) for s, own in zip(rows.spans, rows.lengths, strict=True) for n in own]
+    else:
+        assert segments is not None
+        lengths = [
+            (n, k)
+            for s in segments.spans
+            for n, k in [(s.prompt, s.prompt), *((c, s.prompt + c) for c in s.completions)]
+        ]
     _, heads, _, dim = query.shape
     flops = segment_attention_flops(lengths, heads, dim)
 
     def call(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         return _planned_attention(q, k, v, flops)[0]
 
-    return prefix_attention.varlen_prefix_attention(
-        query, key, value, segments.varlen, call, scale=kwargs.get("scaling")
-    ), None
+    scale = kwargs.get("scaling")
+    if answers is not None:
+        return prefix_attention.answer_attention(query, key, value, answers, module.layer_idx, call, scale=scale), None
+    assert segments is not None
+    if keep is not None:
+        keep.put(module.layer_idx, key, value)
+    return prefix_attention.varlen_prefix_attention(query, key, value, segments.varlen, call, scale=scale), None
 
 
 def _vision_attention(

@@ -20,6 +20,7 @@ KINDS = {
     "head_scratch": "scratch of the head",
     "kv_cache": "keys and values of the rollout",
     "features": "shared vision features",
+    "prompts": "prompts kept from rollout to update",
     "pool": "reserved for decode graphs",
 }
 DOMINANT = {
@@ -52,6 +53,7 @@ def plan_values(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
             "answer_tokens": work.answer_tokens,
             "micro_batches": work.micro_batches,
         },
+        "keep_prompts": plan.keeping._asdict(),
         "memory": {name: int(getattr(memory, name)) for name in (*KINDS, "host")},
         "peaks": {name: int(getattr(memory, name)) for name in PHASES},
         "peak": int(memory.peak),
@@ -85,6 +87,7 @@ def _head(plan: Plan) -> list[str]:
         f"a step     {work.prompts} prompts of {work.prompt_tokens} tokens{pictures}; "
         f"{work.group} answers each of {work.answer_tokens} tokens, the longest allowed; "
         f"{work.micro_batches} micro-batches",
+        *([f"           {plan.keeping.note}"] if work.samples else []),
     ]
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastrl.batch import PackedBatch, Prompt
+from fastrl.batch import PackedBatch, Prompt, PromptGroup, pack_row
 from fastrl.models.attention.prefix import use_prefix_attention
 from fastrl.models.families import VisionFeatures, family_of
+from fastrl.models.kept import KeptPrompts, keep_prompt, trained_features
 from fastrl.models.load import use_checkpointing
 from fastrl.models.lora import add_lora, freeze
 from fastrl.models.policy import keyed_features, predicted_states
@@ -32,7 +34,9 @@ META = torch.device("meta")
 class Trace:
     """Bytes and FLOPs of one micro-batch. Bytes are above the state between steps (weights, copies, optimizer states).
 
-    ``peak`` includes gradients that exist at that moment; ``kept`` is what the forward saves for the backward.
+    ``peak`` includes gradients that exist at that moment; ``kept`` is what the forward saves for the backward. Where
+    prompts are kept from the rollout, the forward is that of the answers alone, the backward that of both, and ``peak``
+    includes ``groups`` of the step's prompts.
     """
 
     peak: int
@@ -45,6 +49,9 @@ class Trace:
     vision_traffic: int = 0  # bytes moved by operators without FLOPs, of the same parts
     forward_traffic: int = 0
     backward_traffic: int = 0
+    groups: int = 0  # prompts in the micro-batch
+    prompt: int = 0  # bytes that are kept of one prompt
+    reading: int = 0  # temporary bytes of a kept prompt's pass
 
 
 @dataclass(frozen=True)
@@ -110,23 +117,15 @@ def trace_batch(
     """
     batch = _on_meta(batch)
     ledger = Ledger(_known(core, batch), gpu=gpu)
-    gradients: dict[nn.Parameter, Tensor] = {}
-    hooks = [_collect(p, gradients, ledger, release) for p in core.parameters() if p.requires_grad]
     passed, before = _Pass(0, 0, 0, 0, 0, 0), 0
-    try:
-        with planned_attention(core, gpu=gpu):
-            for _ in range(1 + accumulates):
-                ledger.peak, before = ledger.live, ledger.live
-                ledger.flops = ledger.traffic = 0
-                with ledger:
-                    into = _head_gradient(core, gradients) if row_local and release is None else None
-                    head = _RowLocal(into) if row_local else _LogProb(entropy)
-                    passed = _pass(core, batch, head, ledger)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in core.parameters():
-            parameter.grad = None
+    with _collecting(core, ledger, release) as gradients, planned_attention(core, gpu=gpu):
+        for _ in range(1 + accumulates):
+            ledger.peak, before = ledger.live, ledger.live
+            ledger.flops = ledger.traffic = 0
+            with ledger:
+                into = _head_gradient(core, gradients) if row_local and release is None else None
+                head = _RowLocal(into) if row_local else _LogProb(entropy)
+                passed = _pass(core, batch, head, ledger)
     return Trace(
         peak=ledger.peak,
         kept=passed.kept - before,
@@ -138,7 +137,93 @@ def trace_batch(
         vision_traffic=passed.vision_traffic,
         forward_traffic=passed.forward_traffic - passed.vision_traffic,
         backward_traffic=ledger.traffic - passed.forward_traffic,
+        groups=batch.n_groups,
     )
+
+
+def trace_kept(
+    core: Any,
+    groups: Sequence[PromptGroup],
+    *,
+    gpu: bool,
+    entropy: bool = False,
+    row_local: bool = False,
+    accumulates: bool = False,
+) -> Trace:
+    """:func:`trace_batch` where the rollout's passes over prompts are kept (``fastrl.models.kept``): these passes, then
+    the answers' forward and backward, then the prompts' backward.
+
+    Args:
+        groups: the micro-batch, on the host.
+        accumulates: another micro-batch has used the gradients before.
+    """
+    batch = _on_meta(pack_row(groups))
+    prompts = [group.prompt for group in groups]
+    ledger = Ledger(_known(core, batch), gpu=gpu)
+    kept, forward, moved, saved = KeptPrompts(), 0, 0, 0
+    with _collecting(core, ledger, None) as gradients, planned_attention(core, gpu=gpu), ledger:
+        read = _read(core, prompts, kept, ledger)
+        for _ in range(1 + accumulates):
+            head = _RowLocal(_head_gradient(core, gradients)) if row_local else _LogProb(entropy)
+            before, ledger.flops, ledger.traffic = ledger.live, 0, 0
+            hidden = predicted_states(core, batch, kept=kept.of(prompts))
+            result = head(hidden, core.get_output_embeddings().weight, batch)
+            del hidden
+            forward, moved, saved = ledger.flops, ledger.traffic, ledger.live - before
+            result.backward(torch.ones_like(result))
+            del result
+        rest = kept.rest()
+        if rest is not None:
+            rest.backward(torch.ones_like(rest))
+    return Trace(
+        peak=ledger.peak,
+        kept=saved,
+        head_scratch=ledger.head_scratch,
+        vision_flops=read.vision,
+        forward_flops=forward,
+        backward_flops=ledger.flops - forward,
+        features=read.features // len(groups),
+        vision_traffic=read.vision_traffic,
+        forward_traffic=moved,
+        backward_traffic=ledger.traffic - moved,
+        groups=len(groups),
+        prompt=read.kept // len(groups),
+        reading=read.temporary,
+    )
+
+
+def trace_prompt(core: Any, prompt: Prompt, *, gpu: bool) -> int:
+    """Bytes that are kept of a prompt from rollout to update."""
+    pixels = [image.pixel_values for image in prompt.images]
+    ledger = Ledger([*core.parameters(), *core.buffers(), *pixels], gpu=gpu)
+    with planned_attention(core, gpu=gpu), ledger:
+        return _read(core, [prompt], KeptPrompts(), ledger).kept
+
+
+class _Read(NamedTuple):
+    """Of the passes over prompts: FLOPs of the vision tower and bytes it moves; bytes of features, of what is kept, and
+    of temporaries."""
+
+    vision: int
+    vision_traffic: int
+    features: int
+    kept: int
+    temporary: int
+
+
+def _read(core: Any, prompts: Sequence[Prompt], kept: KeptPrompts, ledger: Ledger) -> _Read:
+    vision = moved = size = temporary = 0
+    begin = ledger.live
+    for prompt in prompts:
+        ledger.peak, before, begun = ledger.live, ledger.flops, ledger.traffic
+        features = trained_features(core, prompt.images)
+        vision, moved = vision + ledger.flops - before, moved + ledger.traffic - begun
+        size += _bytes(features)
+        kept.add(prompt, keep_prompt(core, prompt, features, META))
+        del features
+        temporary = max(temporary, ledger.peak - ledger.live)
+    ledger.peak = ledger.live
+    return _Read(vision, moved, size, ledger.live - begin, temporary)
 
 
 def trace_rollout(
@@ -262,6 +347,22 @@ def _head_gradient(core: Any, gradients: dict[nn.Parameter, Tensor]) -> Tensor |
     if weight not in gradients:
         gradients[weight] = torch.zeros(weight.shape, device=META)
     return gradients[weight]
+
+
+@contextmanager
+def _collecting(
+    core: Any, ledger: Ledger, release: Callable[[int], int] | None
+) -> Iterator[dict[nn.Parameter, Tensor]]:
+    """In a block, treat gradients as the engine does; the model's are gone afterwards."""
+    gradients: dict[nn.Parameter, Tensor] = {}
+    hooks = [_collect(p, gradients, ledger, release) for p in core.parameters() if p.requires_grad]
+    try:
+        yield gradients
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in core.parameters():
+            parameter.grad = None
 
 
 def _collect(

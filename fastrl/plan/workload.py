@@ -78,22 +78,26 @@ class Workload:
         """Answers sampled in a step."""
         return self.prompts * self.group if self.samples else 0
 
-    def fullest_batch(self) -> PackedBatch:
+    def fullest_groups(self) -> list[PromptGroup]:
         """The micro-batch with the most tokens within the budget: full groups, plus a group of shorter answers in the
         remaining tokens, as may occur in a step with answers of different lengths."""
         sizes = self._full_groups
         left = self.token_budget - self.groups_per_batch * self.group_tokens - self.prompt_tokens
         if left >= self.group and self.groups_per_batch < self.prompts:
             sizes.append((min(left // self.group, self.answer_tokens),) * self.group)
-        return packed(self.family, self.text_tokens, [self.image] * self.images, sizes)
+        return blank_groups(self.family, self.text_tokens, [self.image] * self.images, sizes)
 
-    def full_batch(self) -> PackedBatch:
+    def full_groups(self) -> list[PromptGroup]:
         """The micro-batch of as many full groups as the budget allows; a step consists of these."""
-        return packed(self.family, self.text_tokens, [self.image] * self.images, self._full_groups)
+        return blank_groups(self.family, self.text_tokens, [self.image] * self.images, self._full_groups)
 
     @property
     def _full_groups(self) -> list[tuple[int, ...]]:
         return [(self.answer_tokens,) * self.group] * self.groups_per_batch
+
+    def prompt(self) -> Prompt:
+        """One of the prompts."""
+        return blank_prompts(self.family, self.text_tokens, [self.image] * self.images, 1)[0]
 
     def chunk(self) -> list[Prompt]:
         """The prompts that the rollout answers together."""
@@ -112,7 +116,14 @@ def blank_prompts(family: Family, text: int, images: Sequence[ImageInput], count
 
 
 def packed(family: Family, text: int, images: Sequence[ImageInput], answers: list[tuple[int, ...]]) -> PackedBatch:
-    """A batch of these sizes without content: pixels on the meta device, arbitrary token ids.
+    """``blank_groups`` as one batch."""
+    return pack_row(blank_groups(family, text, images, answers))
+
+
+def blank_groups(
+    family: Family, text: int, images: Sequence[ImageInput], answers: list[tuple[int, ...]]
+) -> list[PromptGroup]:
+    """Groups of these sizes without content: pixels on the meta device, arbitrary token ids.
 
     Args:
         family: lays out the pictures.
@@ -122,7 +133,7 @@ def packed(family: Family, text: int, images: Sequence[ImageInput], answers: lis
     """
     made = [[Completion(torch.zeros(n, dtype=torch.int64)) for n in lengths] for lengths in answers]
     prompts = blank_prompts(family, text, images, len(made))
-    return pack_row([PromptGroup(prompt, some) for prompt, some in zip(prompts, made, strict=True)])
+    return [PromptGroup(prompt, some) for prompt, some in zip(prompts, made, strict=True)]
 
 
 def workload_of(

@@ -10,7 +10,7 @@ their inputs (``recur``). Positions are always explicit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,16 @@ class PromptCache:
         for buffers in (self.keys, self.values):
             for layer, old in buffers.items():
                 buffers[layer] = F.pad(old, (0, 0, 0, capacity - old.shape[2]))
+
+    @torch.no_grad()
+    def fill(self, row: int, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> None:
+        """Store an empty text whose keys and values [1, Hkv, P, D] by layer were computed elsewhere."""
+        for layer, key in keys.items():
+            length = key.shape[2]
+            self.reserve(length)
+            self.length[row] = length
+            for buffer, new in zip(self.buffers(layer, key), (key, values[layer]), strict=True):
+                buffer[row, :, :length] = new[0]
 
     def buffers(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self.keys:

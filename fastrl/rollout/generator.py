@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastrl.batch import Completion, ImageInput, Prompt
 from fastrl.clock import Clock
 from fastrl.models.families import Placed, VisionFeatures, family_of
+from fastrl.models.kept import KeptPrompts, keep_prompt, trained_features
 from fastrl.rollout.cache import PromptCache, rollout_mode
 from fastrl.rollout.decode import Decode, Start, decode_mode
 from fastrl.rollout.limits import Limits
@@ -56,7 +57,12 @@ class Generator:
         self.features = features
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, rng: torch.Generator | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        rng: torch.Generator | None = None,
+        *,
+        keep: KeptPrompts | None = None,
     ) -> list[list[Completion]]:
         """Sample ``sampling.n`` completions of each prompt.
 
@@ -68,6 +74,8 @@ class Generator:
             prompts: encoded prompts; each image key goes through the vision tower at most once per call.
             sampling: see ``Sampling``. Temperature 0 draws nothing from ``rng``, and its n completions are equal.
             rng: on any device. May be None for temperature 0.
+            keep: gets the prompts' passes with their graph, for an update with the same weights. Each prompt and its
+                pictures then go through the model in calls of their own, which are those of training.
 
         Returns:
             The ``n`` completions of each prompt: ``token_ids`` [T] int64 on the CPU, ending with EOS if ``finished``,
@@ -83,7 +91,7 @@ class Generator:
         out: list[list[Completion]] = [[] for _ in prompts]
         chunks = self.limits.chunks([len(p.token_ids) for p in prompts], rows)
         for number, chunk in enumerate(chunks):
-            session = self._session([prompts[i] for i in chunk], features)
+            session = self._session([prompts[i] for i in chunk], features, keep)
             if self.features is None:  # what no later chunk reads is freed before this one decodes
                 read = {image.key for later in chunks[number + 1 :] for i in later for image in prompts[i].images}
                 for key in features.keys() - read:
@@ -103,9 +111,17 @@ class Generator:
         """
         return self._session([prompts] if isinstance(prompts, Prompt) else list(prompts), {})
 
-    def _session(self, prompts: list[Prompt], features: dict[str, VisionFeatures]) -> Session:
-        features.update(self._features([image for p in prompts for image in p.images if image.key not in features]))
-        return Session(self, prompts, features)
+    def _session(
+        self, prompts: list[Prompt], features: dict[str, VisionFeatures], keep: KeptPrompts | None = None
+    ) -> Session:
+        if keep is None:
+            images = [image for p in prompts for image in p.images if image.key not in features]
+            features.update(self._features(images))
+            return Session(self, prompts, features)
+        with self.phase("vision"):
+            for prompt in prompts:
+                features.update(trained_features(self.policy.core, [i for i in prompt.images if i.key not in features]))
+        return Session(self, prompts, features, keep)
 
     def _features(self, images: Sequence[ImageInput]) -> dict[str, VisionFeatures]:
         """Vision features by image key, each computed once."""
@@ -121,7 +137,13 @@ class Generator:
 class Session:
     """B dialogues whose images and history are processed once. Made by ``Generator.session``."""
 
-    def __init__(self, generator: Generator, prompts: Sequence[Prompt], features: Mapping[str, VisionFeatures]) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Sequence[Prompt],
+        features: Mapping[str, VisionFeatures],
+        keep: KeptPrompts | None = None,
+    ) -> None:
         self._generator, self._policy = generator, generator.policy
         device = self._policy.device
         self._family = family_of(self._policy.core.config)
@@ -132,6 +154,9 @@ class Session:
         self._cache = PromptCache(len(prompts))
         self._cache.reserve(max((len(p.token_ids) for p in prompts), default=0))
         self._hidden: list[Tensor] = [torch.empty(0)] * len(prompts)  # [H] of each dialogue's last token
+        if keep is not None:
+            self._read_and_keep(prompts, features, keep)
+            return
         with generator.phase("prefill"), rollout_mode(self._policy.core):
             for rows in generator.limits.prefill_calls([len(p.token_ids) for p in prompts]):
                 ends = prefill(self._policy.core, self._cache, rows, [prompts[i] for i in rows], features, device)
@@ -198,6 +223,16 @@ class Session:
         if rows < sampling.n:
             return [[copy_completion(flat[b]) for _ in range(sampling.n)] for b in range(len(flat))]
         return [flat[b * rows : (b + 1) * rows] for b in range(len(self.next_position))]
+
+    def _read_and_keep(
+        self, prompts: Sequence[Prompt], features: Mapping[str, VisionFeatures], keep: KeptPrompts
+    ) -> None:
+        with self._generator.phase("prefill"):
+            for i, prompt in enumerate(prompts):
+                kept = keep_prompt(self._policy.core, prompt, features, self._policy.device)
+                keep.add(prompt, kept)
+                self._cache.fill(i, kept.keys, kept.values)
+                self._hidden[i] = kept.last.detach()
 
     def _keep(self, rows: list[int], ends: Tensor) -> None:
         for i, hidden in zip(rows, ends, strict=True):

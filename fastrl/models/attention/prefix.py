@@ -7,7 +7,9 @@ completion; nothing attends across groups. Two paths compute this:
   then its completions as padded blocks of similar length.
 - GPU: one variable-length call per layer over the whole row; a completion's keys are gathered as [prompt, own].
 
-``fastrl.models.attention.varlen`` chooses the path of a call and gives the reason.
+``fastrl.models.attention.varlen`` chooses the path of a call and gives the reason. Prompts may also go through the
+layers in a pass of their own, which keeps their keys (``fastrl_keep``), and their answers in a later one that reads
+them (``fastrl_answers``); both compute what the whole row does.
 
 Calls without segments (a model's own forward, recomputed by checkpointing) use transformers' attention. A vision tower
 for images of varying size makes one call per layer over the lengths of all images or windows; transformers makes that
@@ -19,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ from torch import Tensor
 from fastrl.models.attention import varlen
 from fastrl.models.attention.switch import register, set_attention
 from fastrl.models.attention.varlen import VarlenCall
-from fastrl.segments import CompletionBlock, Segments, Span, VarlenTables
+from fastrl.segments import AnswerRows, CompletionBlock, Segments, VarlenTables
 
 if TYPE_CHECKING:
     from fastrl.models.families import Family
@@ -48,7 +50,9 @@ def language_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, Hq, L, D], key and value [1, Hkv, L, D] → [1, L, Hq, D]."""
     segments: Segments | None = kwargs.pop("fastrl_segments", None)
-    if segments is None:
+    answers: Answers | None = kwargs.pop("fastrl_answers", None)
+    keep: Keep | None = kwargs.pop("fastrl_keep", None)
+    if segments is None and answers is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -56,6 +60,11 @@ def language_attention(
     if kwargs.get("dropout") or kwargs.get("sliding_window") is not None:
         raise NotImplementedError("prefix-shared attention supports neither dropout nor a sliding window")
     call = varlen.choose(query.device, query.dtype, query.shape[-1]).call
+    if answers is not None:
+        return answer_attention(query, key, value, answers, module.layer_idx, call, scale=scale), None
+    assert segments is not None
+    if keep is not None:
+        keep.put(module.layer_idx, key, value)
     if call is None:
         return dense_prefix_attention(query, key, value, segments, scale=scale), None
     return varlen_prefix_attention(query, key, value, segments.varlen, call, scale=scale), None
@@ -76,6 +85,65 @@ def vision_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     longest = kwargs["max_length_q"]
     return call(q, k, v, cu, cu, longest, longest, scale=scale, causal=False)[None], None
+
+
+# Prompts in a pass of their own
+
+
+class Keep(Protocol):
+    """Takes the keys and values [1, Hkv, P, D] of a prompt's pass, with their graph (``fastrl_keep``)."""
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None: ...
+
+
+class Answers(Protocol):
+    """Answers whose prompts went through the layers before them (``fastrl_answers``)."""
+
+    rows: AnswerRows
+
+    def prompts(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Each group's keys and values, [1, Hkv, P, D]."""
+        ...
+
+
+def answer_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    answers: Answers,
+    layer: int,
+    call: VarlenCall | None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Prefix-shared attention of the answers' rows alone.
+
+    Args:
+        query: [1, Hq, L, D]; key, value: [1, Hkv, L, D] of ``answers.rows.length`` rows.
+        answers: has the prompts' keys and values.
+        layer: of them.
+        call: the variable-length call; None: scaled-dot-product attention.
+        scale: of the scores; default 1/sqrt(D).
+
+    Returns:
+        [1, L, Hq, D], the rows that ``dense_prefix_attention`` of whole groups gives for the answers.
+    """
+    rows, prompts = answers.rows, answers.prompts(layer)
+    _check_rows(query, rows.length)
+    if call is not None:
+        k, v = (
+            torch.cat([x[0].transpose(0, 1) for x in (*shared, own)])
+            for shared, own in zip(zip(*prompts, strict=True), (key, value), strict=True)
+        )
+        return _gathered_call(query, k, v, rows.varlen, call, scale)
+    groups, order = rows.dense
+    parts = [
+        _completion_block(query[0], key[0], value[0], (prompt[0][0], prompt[1][0]), block, scale)
+        for prompt, blocks in zip(prompts, groups, strict=True)
+        for block in blocks
+    ]
+    out = torch.cat(parts)
+    return (out if order is None else out[order])[None]
 
 
 # Scaled-dot-product path
@@ -103,16 +171,22 @@ def dense_prefix_attention(
             query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal=True, scale=scale, enable_gqa=True
         )
         parts.append(prompt[0].transpose(0, 1))
-        parts += [_completion_block(query[0], key[0], value[0], span, block, scale) for block in group.blocks]
+        shared = key[0, :, rows], value[0, :, rows]
+        parts += [_completion_block(query[0], key[0], value[0], shared, block, scale) for block in group.blocks]
     out = torch.cat(parts)
     order = segments.dense.order
     return (out if order is None else out[order])[None]
 
 
 def _completion_block(
-    query: Tensor, key: Tensor, value: Tensor, span: Span, block: CompletionBlock, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt: tuple[Tensor, Tensor],
+    block: CompletionBlock,
+    scale: float | None,
 ) -> Tensor:
-    """Attention of one block's real rows, [rows, Hq, D].
+    """Attention of one block's real rows, [rows, Hq, D]. ``prompt``: its keys and values, [Hkv, P, D].
 
     Query heads of one key head are stacked along the query axis, so that the mask is repeated instead of the keys.
     """
@@ -121,13 +195,14 @@ def _completion_block(
     b, t = block.rows.shape
     rows = block.rows.flatten()
 
-    def with_prompt(x: Tensor) -> Tensor:  # [Hkv, L, D] → [B, Hkv, P + T, D]
-        prompt = x[:, span.start : span.start + span.prompt].expand(b, -1, -1, -1)
-        return torch.cat([prompt, x[:, rows].view(hkv, b, t, d).transpose(0, 1)], dim=2)
+    def with_prompt(shared: Tensor, x: Tensor) -> Tensor:  # [Hkv, P, D], [Hkv, L, D] → [B, Hkv, P + T, D]
+        own = x[:, rows].view(hkv, b, t, d).transpose(0, 1)
+        return torch.cat([shared.expand(b, -1, -1, -1), own], dim=2)
 
     stacked = query[:, rows].view(hkv, ratio, b, t, d).permute(2, 0, 1, 3, 4).reshape(b, hkv, ratio * t, d)
     mask = block.mask.repeat(ratio, 1)
-    out = F.scaled_dot_product_attention(stacked, with_prompt(key), with_prompt(value), attn_mask=mask, scale=scale)
+    keys, values = (with_prompt(shared, x) for shared, x in zip(prompt, (key, value), strict=True))
+    out = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scale)
     out = out.view(b, hkv, ratio, t, d).permute(0, 3, 1, 2, 4).reshape(b * t, hq, d)
     return out if len(block.valid) == b * t else out[block.valid]
 
@@ -164,7 +239,14 @@ def varlen_prefix_attention(
 ) -> Tensor:
     """``dense_prefix_attention`` as one variable-length call."""
     _check_rows(query, tables.rows)
-    k, v = (gather_rows(x[0].transpose(0, 1), tables.key_rows, tables.copies) for x in (key, value))
+    return _gathered_call(query, key[0].transpose(0, 1), value[0].transpose(0, 1), tables, call, scale)
+
+
+def _gathered_call(
+    query: Tensor, key: Tensor, value: Tensor, tables: VarlenTables, call: VarlenCall, scale: float | None
+) -> Tensor:
+    """Query [1, Hq, L, D] with the keys and values that the tables gather of [rows, Hkv, D] → [1, L, Hq, D]."""
+    k, v = (gather_rows(x, tables.key_rows, tables.copies) for x in (key, value))
     q = query[0].transpose(0, 1)
     return call(q, k, v, tables.cu_q, tables.cu_k, tables.max_q, tables.max_k, scale=scale, causal=True)[None]
 

@@ -11,37 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
-from fastrl.data.records import Record
+from fastrl.batch import PackedBatch, PromptGroup, pack, pack_row
 from fastrl.models import Policy, load_policy
+from tests.helpers.groups import group, picture
 
 STYLES = ("qwen2_5", "qwen2")
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-def record(name: str, images: Sequence[Image.Image], text: str) -> Record:
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-    return Record(name, "qa", tuple(images), ({"role": "user", "content": content},), {})
-
-
-def group(policy: Policy, images: Sequence[Image.Image], text: str, lengths: Sequence[int], seed: int) -> PromptGroup:
-    """A group with random completions of these lengths over the text vocabulary, and a random weight per token."""
-    generator = torch.Generator().manual_seed(seed)
-    prompt, _ = policy.encode(record(f"r{seed}", images, text))
-    completions = []
-    for length in lengths:
-        completion = Completion(torch.randint(0, 256, (length,), generator=generator))
-        completion.per_token["weight"] = torch.randn(length, generator=generator)
-        completions.append(completion)
-    return PromptGroup(prompt, completions)
 
 
 def groups_of_every_kind(policy: Policy) -> list[PromptGroup]:

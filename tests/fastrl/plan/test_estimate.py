@@ -81,7 +81,7 @@ FAMILY = family_of(config_of("Qwen/Qwen2.5-VL-3B-Instruct"))
 
 
 def small(*changes: str) -> Any:
-    return load_recipe("perception-r1-counting-tiny", ["model.freeze=[]", *changes])
+    return load_recipe("perception-r1-counting-tiny", ["model.freeze=[]", "rollout.keep_prompts=off", *changes])
 
 
 def test_lora_of_3b_fits_in_24_gb() -> None:
@@ -168,7 +168,7 @@ def test_a_row_local_head_saves_a_product_over_the_vocabulary() -> None:
 def test_work_does_not_depend_on_how_a_step_is_cut() -> None:
     """A budget with room for part of a group takes memory for that part, and adds no work."""
     whole, cut = (make_plan(small(f"optim.token_budget={n}"), gpu_named("l4")) for n in (100_000, 2500))
-    assert cut.workload.fullest_batch().n_groups > cut.workload.groups_per_batch
+    assert len(cut.workload.fullest_groups()) > cut.workload.groups_per_batch
     for name, flops in whole.work.flops.items():
         assert cut.work.flops[name] == pytest.approx(flops, rel=1e-6), name
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,8 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastrl.models.attention import varlen
-from fastrl.models.attention.prefix import dense_prefix_attention, segment_attention, varlen_prefix_attention
-from fastrl.segments import Segments, Span
+from fastrl.models.attention.prefix import (
+    answer_attention,
+    dense_prefix_attention,
+    segment_attention,
+    varlen_prefix_attention,
+)
+from fastrl.segments import AnswerRows, Segments, Span
 from tests.helpers.attention import eager_varlen, truth
 
 SHAPES: dict[str, list[tuple[int, tuple[int, ...]]]] = {
@@ -58,6 +65,49 @@ def run_both(segments: Segments, heads: int, kv_heads: int, path: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+class Held:
+    """Prompts' keys and values, cut out of those of the whole row."""
+
+    def __init__(self, segments: Segments, key: Tensor, value: Tensor) -> None:
+        self.rows: AnswerRows = segments.answers
+        self.pairs = [
+            (key[:, :, span.start : span.start + span.prompt], value[:, :, span.start : span.start + span.prompt])
+            for span in segments.spans
+        ]
+
+    def prompts(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        assert layer == 3
+        return self.pairs
+
+
+def run_answers(segments: Segments, heads: int, kv_heads: int, path: str) -> None:
+    """Answers alone, in both paths, against the rows of the whole."""
+    rows, d, scale = segments.answers.rows, 8, 0.3
+    if not len(rows):
+        return
+    inputs = [torch.randn(1, h, segments.length, d, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
+    upstream = torch.randn(1, len(rows), heads, d, dtype=torch.float64)
+    results = []
+    for run in (path, "truth"):
+        q, k, v = leaves = [x.clone().requires_grad_() for x in inputs]
+        if run == "truth":
+            out = truth(*leaves, visible(segments), scale)[:, rows]
+        else:
+            call = eager_varlen if run == "varlen" else None
+            own = (x[:, :, rows] for x in leaves)
+            out = answer_attention(*own, Held(segments, k, v), 3, call, scale=scale)
+        results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), [q, k, v])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", ["dense", "varlen"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_answers_alone_are_rows_of_the_whole(shape: list, heads: tuple[int, int], path: str) -> None:
+    run_answers(segments_of(shape), *heads, path)
+
+
 @pytest.mark.parametrize("path", ["dense", "varlen"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -72,6 +122,37 @@ spans = st.tuples(st.integers(1, 5), st.lists(st.integers(0, 6), max_size=4).map
 def test_any_row_follows_the_visibility_rule(shape: list, path: str) -> None:
     torch.manual_seed(0)
     run_both(segments_of(shape), 2, 1, path)
+    run_answers(segments_of(shape), 2, 1, path)
+
+
+def test_answers_name_their_rows_and_what_predicts_each_token() -> None:
+    segments = segments_of([(3, (2, 0, 1)), (2, (3,))])
+    assert segments.answers.rows.tolist() == [3, 8, 9]
+    assert segments.answers.predict.tolist() == [0, 2, 0, 1, 3, 4]  # states of two prompts, then three rows
+    nothing = segments_of([(4, (1, 0))]).answers
+    assert (nothing.length, nothing.rows.tolist(), nothing.predict.tolist()) == (0, [], [0])
+
+
+def test_tables_take_work_in_proportion_to_the_segments() -> None:
+    """Counted: calls of Python and C functions for 40 and for 80 groups."""
+    from fastrl import segments as module
+
+    def calls(groups: int) -> int:
+        count = 0
+
+        def traced(frame: object, event: str, arg: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        made = segments_of([(3, (2, 5, 1))] * groups)
+        sys.setprofile(traced)
+        try:
+            module._varlen(made._segments(), made.device)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(80) <= 2.05 * calls(40)
 
 
 def test_padding_at_most_doubles_the_completion_rows() -> None:

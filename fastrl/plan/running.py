@@ -1,0 +1,41 @@
+"""What a run asks of the plan, for the device it runs on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from fastrl.models.families import family_of
+from fastrl.plan.configs import image_limit
+from fastrl.plan.estimate import room_of
+from fastrl.plan.hardware import reserve
+from fastrl.plan.keep import Keeping, decide_keep, decided_by_recipe
+from fastrl.plan.trace import meta_model
+from fastrl.plan.workload import workload_of
+from fastrl.recipe import Recipe
+
+
+def choose_keep(recipe: Recipe, policy: Any) -> Keeping:
+    """Whether this run keeps its prompts (see ``fastrl.plan.keep``).
+
+    Args:
+        recipe: the run's.
+        policy: the loaded ``fastrl.models`` policy.
+    """
+    decided = decided_by_recipe(recipe)
+    if decided is not None:
+        return decided
+    core = meta_model(policy.core.config.to_dict(), recipe.model, policy.dtype)
+    family = family_of(core.config)
+    work = workload_of(recipe, family, image_limit=image_limit(recipe.model.path, family))
+    memory, gpu = memory_bytes(policy.device), policy.device.type == "cuda"
+    return decide_keep(recipe, core, work, room_of(recipe, core, work, memory - reserve(memory)), gpu=gpu)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
