@@ -11,9 +11,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.data.blank import BlankImages
 from fastrl.data.decodable_stream import DecodableStream
 from fastrl.data.disk import require_space
@@ -21,7 +19,7 @@ from fastrl.data.mixture import summary_of
 from fastrl.data.pictures import PictureError
 from fastrl.data.records import Record
 from fastrl.engine import make_engine
-from fastrl.engine.base import Engine, NonFiniteError, StepInfo
+from fastrl.engine.base import Engine, StepInfo
 from fastrl.evaluate.during import Evaluation, EvaluationError, held_out
 from fastrl.methods import Clock, Context, Method, Prepared, make_method
 from fastrl.methods.rollouts import functions_of
@@ -44,7 +42,6 @@ from fastrl.run.metrics import (
     NoLog,
     group_metrics,
     over_ranks,
-    sampler_gap,
     source_metrics,
     work_metrics,
 )
@@ -62,11 +59,11 @@ from fastrl.run.setup import (
     use_own_device,
 )
 from fastrl.run.signals import stop_signals
+from fastrl.run.updates import MicroBatch, TrainingError, Updates
 from fastrl.run.variance import EqualRewards
 
 if TYPE_CHECKING:
     from fastrl.data.validate import Problem
-    from fastrl.models.families import VisionFeatures
     from fastrl.models.load import Policy
     from fastrl.rewards.functions import Functions
 
@@ -75,10 +72,6 @@ BROKEN = (
     "This step was discarded: continue from the last checkpoint with --resume --skip-bad, which skips such records, or "
     "repair the file; fastrl data SPEC --deep finds all of them beforehand"
 )
-
-
-class TrainingError(RuntimeError):
-    """Training stopped because continuing would damage the weights, which are those of the last good update."""
 
 
 @dataclass
@@ -335,6 +328,7 @@ class Run:
         self.reads_reference = self.method.reads_reference(recipe.method)
         if self.reads_reference and recipe.model.lora is None:
             self.policy.make_reference()
+        self.updates = Updates(recipe.optim, self.context, self.engine, self.method)
         self.evaluation = Evaluation(recipe, measured, self.context, self.engine)
         base = checkpoint.fingerprint(self.policy.core)
         self.state = RunState(self.policy, self.engine, self.stream, rng, self.method, base, self.evaluation)
@@ -442,15 +436,14 @@ class Run:
                 raise
             raise TrainingError(f"step {number}: {error}. {BROKEN}") from None
         with self.clock.phase("pack"):
-            batches = self._pack(prepared, records)
-            self._drop_features(batches)
+            batches = self.updates.pack(prepared, records)
             self.context.keep_only(prepared.groups)
         if self.reads_reference:
             with self.clock.phase("reference"):
-                self._score_reference(batches)
+                self.updates.score_reference(batches)
         info, losses = None, []
         for update in range(recipe.optim.updates_per_batch):
-            loss, info = self._update(number, batches, meter, first=update == 0)
+            loss, info = self.updates.make(number, batches, meter, first=update == 0)
             losses.append(loss)
         row = {
             "step": number,
@@ -495,122 +488,7 @@ class Run:
         for record in (*records, *coming):
             self.policy.preprocessor.prefetch(record.images, data.workers, among=len(record.images))
 
-    def _pack(self, prepared: Prepared, records: Sequence[Record]) -> list[_Batch]:
-        """Pack groups into micro-batches, the same number on every rank; extra ones have weight 0."""
-        groups = prepared.groups
-        batches = [_Batch(b) for b in pack(groups, self.recipe.optim.token_budget)]
-        offset = 0
-        for batch in batches:
-            batch.groups = groups[offset : offset + batch.packed.n_groups]
-            offset += batch.packed.n_groups
-        missing = int(self.engine.maximum(len(batches))) - len(batches)
-        if missing:
-            any_group = next(iter((*groups, *prepared.sampled)), None)
-            prompt = any_group.prompt if any_group is not None else self.policy.encode(records[0])[0]
-            nothing = Completion(torch.tensor([self.policy.end_of_turn_id]))  # any token, as its loss has weight 0
-            filler = pack_row([PromptGroup(prompt, [nothing])])
-            batches += [_Batch(filler, scale=0.0) for _ in range(missing)]
-        return batches
-
-    def _drop_features(self, batches: Sequence[_Batch]) -> None:
-        """Keep only the shared vision features that later passes read: groups may have been dropped, or belong to later
-        steps."""
-        features = self.context.features
-        if features:
-            used = {image.key for batch in batches for image in batch.packed.images}
-            for key in features.keys() - used:
-                del features[key]
-
-    def _score_reference(self, batches: Sequence[_Batch]) -> None:
-        """Log-probs under the reference, once per step (skipped if the method has set them)."""
-        with self.policy.reference():
-            for batch in batches:
-                if batch.scale and "ref_logp" not in batch.packed.per_token:
-                    packed = batch.packed.to(self.policy.device)
-                    features = self._vision(packed)
-                    result = self.policy.logprob(packed, temperature=self.method.temperature, features=features)
-                    batch.packed.per_token["ref_logp"] = result.logp
-
-    def _vision(self, packed: PackedBatch) -> dict[str, VisionFeatures] | None:
-        """Vision features shared by the step's passes, including the rollout; None: each pass computes its own."""
-        features = self.context.features
-        if features is None or not packed.images:
-            return None
-        missing = [image for image in packed.images if image.key not in features]
-        if missing:
-            with torch.no_grad(), self.clock.phase("vision"):
-                features.update(self.policy.features(missing))
-        return features
-
-    def _update(
-        self, number: int, batches: Sequence[_Batch], meter: Meter, *, first: bool
-    ) -> tuple[float, StepInfo | None]:
-        """One optimizer update over all micro-batches; none if there is nothing to learn from."""
-        if not batches:
-            return 0.0, None
-        optim = self.recipe.optim
-        keep_old = first and optim.updates_per_batch > 1
-        kept = self.context.kept
-        losses = []
-        for index, batch in enumerate(batches):
-            with self.engine.gathered():
-                with self.clock.phase("forward"):
-                    packed = batch.packed.to(self.policy.device)
-                    loss, metrics, logp = self._loss(batch, packed)
-                try:
-                    with self.clock.phase("backward"):
-                        last = kept is None and index == len(batches) - 1
-                        self.engine.backward(loss * batch.scale, last=last)
-                except NonFiniteError as error:
-                    raise TrainingError(_not_finite(str(error), number, [batch])) from None
-            losses.append(loss.detach())
-            if batch.scale:
-                gap = sampler_gap(logp, packed) if first and logp is not None else {}
-                meter.add(metrics | gap, len(packed.targets))
-            # the weights have not changed since the rollout, so these are the old log-probs
-            if keep_old and logp is not None:
-                batch.packed.per_token["old_logp"] = logp.detach()
-        rest = kept.rest() if kept is not None else None
-        if rest is not None:
-            with self.clock.phase("backward"):
-                self.engine.backward(rest)
-        total = torch.stack(losses).double().cpu()
-        bad = [b for b, finite in zip(batches, total.isfinite().tolist(), strict=True) if not finite]
-        if bad:
-            raise TrainingError(_not_finite("the loss is not a finite number", number, bad))
-        try:
-            with self.clock.phase("optimizer"):
-                info = self.engine.step()
-        except NonFiniteError as error:
-            raise TrainingError(_not_finite(str(error), number, batches, changed=optim.gradient_release)) from None
-        return float((total * torch.tensor([b.scale for b in batches], dtype=torch.float64)).sum()), info
-
-    def _loss(self, batch: _Batch, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Loss, metrics and log-probs of a micro-batch (None if it only keeps ranks in step)."""
-        features = self._vision(packed)
-        if not batch.scale:  # it lacks the method's coefficients, so the method is not called
-            return self.policy.logprob(packed, features=features).logp.sum(), {}, None
-        rows = self.method.rows(batch.packed)  # from the batch on the host, without synchronising
-        rows = rows.to(packed.device) if rows is not None else None
-        kept = self.context.kept
-        prompts = kept.of(group.prompt for group in batch.groups) if kept is not None else None
-        if self.recipe.optim.row_local_head:
-            hidden, weight = self.policy.hidden(packed, features=features, kept=prompts), self.policy.head_weight
-            head = {"head_grad": self.engine.gradient_of(weight), "grad_scale": batch.scale}
-            assert self.method.row_local_loss is not None  # checked by the recipe
-            return self.method.row_local_loss(hidden, weight, packed, rows, **head)
-        result = self.policy.logprob(
-            packed,
-            temperature=self.method.temperature,
-            return_entropy=self.method.needs_entropy,
-            rows=rows,
-            features=features,
-            kept=prompts,
-        )
-        loss, metrics = self.method.loss(result.logp, result.entropy, packed)
-        return loss, metrics, result.logp
-
-    def _counts(self, prepared: Prepared, batches: Sequence[_Batch], info: StepInfo | None) -> dict[str, Any]:
+    def _counts(self, prepared: Prepared, batches: Sequence[MicroBatch], info: StepInfo | None) -> dict[str, Any]:
         """Metrics of rewards, advantages, lengths, consumed data and the optimizer."""
         return {
             **group_metrics(prepared.sampled),
@@ -625,19 +503,3 @@ class Run:
             "data/epoch": self.stream.epochs,
             **({"data/broken": float(self.stream.broken)} if isinstance(self.stream, DecodableStream) else {}),
         }
-
-
-@dataclass
-class _Batch:
-    """A micro-batch and its groups."""
-
-    packed: PackedBatch
-    groups: list[PromptGroup] = field(default_factory=list)
-    scale: float = 1.0  # 0: only keeps ranks in step
-
-
-def _not_finite(what: str, step: int, batches: Sequence[_Batch], *, changed: bool = False) -> str:
-    names = [g.record.id if g.record is not None else "?" for b in batches for g in b.groups]
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    weights = "The weights were changed: continue from the last checkpoint" if changed else "The weights are unchanged"
-    return f"step {step}: {what}. {weights}. Records of the batch: {shown}"

@@ -99,13 +99,13 @@ def test_groups_without_different_rewards_are_not_kept(
     kept = run.context.kept
     assert kept is not None
     held: list[tuple[int, int]] = []
-    pack = run._pack
+    pack = run.updates.pack
 
     def watched(prepared: Any, records: Any) -> Any:
         held.append((len(kept), len(prepared.groups)))
         return pack(prepared, records)
 
-    monkeypatch.setattr(run, "_pack", watched)
+    monkeypatch.setattr(run.updates, "pack", watched)
     score = run.method._score  # type: ignore[attr-defined]
 
     def equal_but_for_the_first(groups: Any) -> None:
