@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.case import Case, Inputs, Run, dtype_for, installed, leaf, with_gradients
 from benchmarks.cases_losses import eager_policy_loss
+from fastrl_kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
 from fastrl_kernels.policy_loss import policy_loss
@@ -24,6 +25,8 @@ SHAPES = {  # completions, tokens each, hidden, vocabulary, scratch bytes of our
     "cpu": (8, 32, 256, 32768, 8 << 20),
     "gpu": (64, 256, 2048, 151936, 1 << 30),
 }
+LOGITS = {"tiny": (7, 129), "cpu": (256, 32768), "gpu": (8192, 151936)}  # rows, vocabulary
+SMOOTHED = {"label_smoothing": 0.1, "z_loss": 1e-4}
 TRL_COLUMNS = 32768  # the vocabulary tile its trainers use
 HAS_TRL = installed("trl")
 POLICY = {"beta": 0.04, "kl": "k3", "clip_low": 0.2, "clip_high": 0.28}
@@ -34,6 +37,8 @@ def cases(size: str) -> list[Case]:
     return [
         *(_logprob_case(size, kind) for kind in ("forward", "forward+backward", "frozen", "rows")),
         _policy_case(size),
+        _cross_entropy_case(size),
+        _cross_entropy_of_logits_case(size),
         _logits_case(size, backward=False),
         _logits_case(size, backward=True),
     ]
@@ -169,8 +174,61 @@ def _policy_case(size: str) -> Case:
     )  # fmt: skip
 
 
+def _torch_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    loss = torch.nn.functional.cross_entropy(logits, target, label_smoothing=SMOOTHED["label_smoothing"])
+    return loss + SMOOTHED["z_loss"] * logits.logsumexp(1).square().mean()
+
+
+def _cross_entropy_case(size: str) -> Case:
+    completions, length, h, v, _ = SHAPES[size]
+    n = completions * length
+
+    def ours(x: Inputs) -> tuple[Tensor, ...]:
+        head = {**SMOOTHED, "scratch_bytes": x["scratch_bytes"]}
+        return with_gradients(linear_cross_entropy(x["hidden"], x["weight"], x["target"], **head), _leaves(x))
+
+    def eager(x: Inputs) -> tuple[Tensor, ...]:
+        logits = (x["hidden"] @ x["weight"].T).float()
+        return with_gradients(_torch_cross_entropy(logits, x["target"]), _leaves(x))
+
+    def liger(x: Inputs) -> tuple[Tensor, ...]:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused = LigerFusedLinearCrossEntropyLoss(
+            label_smoothing=SMOOTHED["label_smoothing"], lse_square_scale=SMOOTHED["z_loss"]
+        )
+        return with_gradients(fused(x["weight"], x["hidden"], x["target"]), _leaves(x))
+
+    peers: dict[str, Run | None] = {"torch": eager, "liger": liger if installed("liger_kernel", gpu=True) else None}
+    return Case(
+        name="linear_cross_entropy/forward+backward", op="linear_cross_entropy", shape={"N": n, "H": h, "V": v},
+        make=lambda device: _head_inputs(size, device), ours=ours, peers=peers, flops=8.0 * n * h * v,
+        dtype=dtype_for(size),
+    )  # fmt: skip
+
+
+def _cross_entropy_of_logits_case(size: str) -> Case:
+    n, v = LOGITS[size]
+    dtype = dtype_for(size)
+
+    def make(device: torch.device) -> Inputs:
+        logits = leaf(torch.randn(n, v, device=device).to(dtype))
+        return {"logits": logits, "target": torch.randint(v, (n,), device=device)}
+
+    def ours(x: Inputs) -> tuple[Tensor, ...]:
+        return with_gradients(cross_entropy(x["logits"], x["target"], **SMOOTHED), [x["logits"]])
+
+    def eager(x: Inputs) -> tuple[Tensor, ...]:
+        return with_gradients(_torch_cross_entropy(x["logits"].float(), x["target"]), [x["logits"]])
+
+    return Case(
+        name="cross_entropy/forward+backward", op="cross_entropy", shape={"N": n, "V": v}, make=make, ours=ours,
+        peers={"torch": eager}, bytes=float(3 * n * v * dtype.itemsize), dtype=dtype,
+    )  # fmt: skip
+
+
 def _logits_case(size: str, *, backward: bool) -> Case:
-    n, v = {"tiny": (7, 129), "cpu": (256, 32768), "gpu": (8192, 151936)}[size]
+    n, v = LOGITS[size]
     dtype = dtype_for(size)
 
     def make(device: torch.device) -> Inputs:

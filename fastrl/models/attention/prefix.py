@@ -167,11 +167,12 @@ def dense_prefix_attention(
     for group in segments.dense.groups:
         span = group.span
         rows = slice(span.start, span.start + span.prompt)
+        keys, values = key[:, :, rows], value[:, :, rows]
         prompt = F.scaled_dot_product_attention(
-            query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal=True, scale=scale, enable_gqa=True
+            query[:, :, rows], keys, values, is_causal=True, scale=scale, enable_gqa=True
         )
         parts.append(prompt[0].transpose(0, 1))
-        shared = key[0, :, rows], value[0, :, rows]
+        shared = keys[0], values[0]
         parts += [_completion_block(query[0], key[0], value[0], shared, block, scale) for block in group.blocks]
     out = torch.cat(parts)
     order = segments.dense.order

@@ -60,7 +60,7 @@ def test_answers_that_follow_are_made_likelier(
         return [[Completion(i, text=text, sampler_logp=torch.zeros(len(i))) for i, text in message] for _ in prompts]
 
     monkeypatch.setattr(Generator, "generate", speak)
-    changes = {"optim__steps": 6, "data__prompts_per_step": 1, "optim__lr": 3e-3}
+    changes = {"optim__steps": 6, "data__prompts_per_step": 1, "optim__lr": 3e-3, "rollout__keep_prompts": "off"}
     train(make_recipe(tiny_folder("qwen2_5"), tmp_path, **changes), records=[record] * 6, show=False)
     assert gained[-1] > gained[0] + 0.1
     rows = read_rows(tmp_path / "metrics.jsonl")

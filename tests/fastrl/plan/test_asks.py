@@ -33,6 +33,7 @@ PLAN = Path(fastrl.plan.__file__).parent
 SMALL = [
     *("model.freeze=[vision, projector]", "model.max_pixels=20000", "optim.states=8bit"),
     *("data.prompts_per_step=4", "rollout.group_size=4", "rollout.max_new_tokens=16", "optim.token_budget=100000"),
+    "rollout.keep_prompts=off",
 ]
 
 

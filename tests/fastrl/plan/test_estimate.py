@@ -93,7 +93,9 @@ def test_lora_of_3b_fits_in_24_gb() -> None:
     assert plan.memory.peak < 22 * GIB
 
 
-@pytest.mark.parametrize("task", ["grounding", "counting", "detection", "ocr"])
+@pytest.mark.parametrize(
+    "task", ["grounding", *(pytest.param(task, marks=pytest.mark.gate) for task in ("counting", "detection", "ocr"))]
+)
 def test_all_weights_of_3b_fit_in_80_gb(task: str) -> None:
     recipe = load_recipe(f"perception-r1-{task}-3b")
     assert (recipe.rollout.group_size, recipe.model.lora, recipe.model.freeze) == (8, None, [])
@@ -269,6 +271,7 @@ def test_command_prints_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys:
     assert values["peak"] <= values["limit"]
 
 
+@pytest.mark.gate
 def test_4bit_weights_take_a_quarter_and_are_read_unpacked() -> None:
     """Same numbers, FLOPs and adapters; the language model's layers in 4 bits with their scales."""
     plain, packed = (
