@@ -44,6 +44,8 @@ def resolve(opcode: str, sources: int) -> Operation:
         return Operation(kind, (kind, kind, "pred"), lambda a, b, p: np.where(p, a, b))
     if name == "fma" and modifiers in (["rn", "f32", "bf16"], ["rn", "f32", "f16"]):
         return Operation("f32", (kind, kind, "f32"), fma)
+    if name in _SUMS and modifiers in (["rn", "f32", "bf16"], ["rn", "f32", "f16"]):  # sm_100
+        return Operation("f32", (kind, "f32"), _in_single(_SUMS[name]))
     if name in ("min", "max") and sources == 3:  # sm_100
         two = resolve(opcode, 2)
         return Operation(kind, (kind,) * 3, lambda a, b, c: two.compute(two.compute(a, b), c))
@@ -94,6 +96,13 @@ def fma(a: Array, b: Array, c: Array) -> Array:
 def _in_halves(compute: Callable[..., Array]) -> Callable[..., Array]:
     """16-bit floats: in float64, rounded when they are encoded."""
     return lambda *values: compute(*(value.astype("f8") for value in values))
+
+
+def _in_single(compute: Callable[..., Array]) -> Callable[..., Array]:
+    return lambda *values: compute(*(value.astype("f4") for value in values))
+
+
+_SUMS: dict[str, Callable[..., Array]] = {"add": np.add, "sub": np.subtract}
 
 
 def _multiply_add(a: Array, b: Array, c: Array) -> Array:

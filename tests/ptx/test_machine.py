@@ -232,6 +232,15 @@ def test_bfloat16_instruction(opcode: str) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["add", "sub"])
+def test_a_16_bit_operand_beside_a_float32(name: str, dtype: torch.dtype) -> None:
+    a, b = F[8:].repeat(2)[:64].clamp(-6e4, 6e4).to(dtype), G[8:].repeat(2)[:64]
+    kind = "bf16" if dtype == torch.bfloat16 else "f16"
+    got = elementwise(f"{name}.rn.f32.{kind}", dtype, torch.float32, a, b)
+    assert torch.equal(got, a.float() + b if name == "add" else a.float() - b)
+
+
 COMPARISONS = {
     "lt": (np.less, False),
     "equ": (np.equal, True),

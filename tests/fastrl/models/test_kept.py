@@ -25,6 +25,7 @@ from tests.helpers.groups import group, picture
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava")
 MORE = ("qwen2_vl", "qwen3_vl_moe", "llava_next", "llava_onevision", "internvl", "glm4v", "smolvlm")
 LIMITS = {torch.float32: (1e-6, 2e-6), torch.float64: (1e-12, 1e-12)}
+IN_FLOAT32 = ("visual.embeddings.position_embedding.weight",)  # GLM's tower interpolates it in float32 at any dtype
 SAMPLING = Sampling(2, 4)
 
 
@@ -95,9 +96,10 @@ def assert_same(
     assert got[1].keys() == want[1].keys()
     scale = max(float(g.norm()) for g in want[1].values())
     for name, value in want[1].items():
-        # Some gradients are zero up to rounding (the key bias: softmax ignores it); those compare with the whole.
-        allowed = gradient * max(float(value.norm()), 1e-3 * scale)
-        assert float((got[1][name] - value).norm()) <= allowed, name
+        limit = LIMITS[torch.float32][1] if name.endswith(IN_FLOAT32) else gradient
+        # The gradient of a key bias is zero up to rounding, as softmax ignores the bias: it compares with the whole.
+        least = 1.0 if name.endswith("k_proj.bias") else 1e-3
+        assert float((got[1][name] - value).norm()) <= limit * max(float(value.norm()), least * scale), name
 
 
 @pytest.mark.parametrize("budget", [10_000, 1], ids=["one micro-batch", "a group each"])
@@ -106,6 +108,8 @@ def assert_same(
 def test_logprobs_and_every_gradient_are_those_of_one_forward(
     folder: Callable[[str], Path], model_type: str, dtype: torch.dtype, budget: int
 ) -> None:
+    if "moe" in model_type and dtype == torch.float64:
+        pytest.skip("torch multiplies groups of experts in float32 at most")
     policy = load_policy(folder(model_type), device="cpu", dtype=dtype)
     groups = groups_of(policy)
     assert_same(from_rollout(policy, groups, budget), whole(policy, groups), dtype)
