@@ -257,8 +257,8 @@ class RolloutRecipe(Section):
     captured, and `static` for the graphs' buffers without a graph (debugging)."""
     keep_prompts: Literal["auto", "on", "off"] = "auto"
     """Compute each prompt and its pictures once: the update trains from the rollout's pass over them. `auto`: if that
-    is exact and memory allows it; `on`: always, with an error if it would not be exact; `off`: the update computes them
-    again."""
+    is exact, prompts have at least 256 tokens and memory allows it; `on`: always, with an error if it would not be
+    exact; `off`: the update computes them again."""
     backend: Literal["local", "vllm"] = "local"
     """`vllm`: a vLLM server samples the answers and receives the weights. `local`: the training process samples."""
     server: str | None = None

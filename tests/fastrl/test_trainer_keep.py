@@ -15,6 +15,13 @@ from tests.helpers.training import make_recipe, make_records, steady_rows
 
 Folder = Callable[[str], Path]
 
+
+@pytest.fixture(autouse=True)
+def short_prompts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` judges the small prompts here as if they were long."""
+    monkeypatch.setattr("fastrl.plan.keep.FEWEST_TOKENS", 1)
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "a group per micro-batch": {"optim__token_budget": 64},
     "one micro-batch": {"optim__token_budget": 100_000},

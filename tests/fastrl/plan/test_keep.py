@@ -152,6 +152,27 @@ def test_a_reference_still_computes_all(folder: Path) -> None:
     assert on["reference"] == off["reference"] > on["forward"]
 
 
+@pytest.fixture
+def short_prompts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` judges the small models' prompts as if they were long."""
+    monkeypatch.setattr("fastrl.plan.keep.FEWEST_TOKENS", 1)
+
+
+def test_auto_leaves_short_prompts_to_be_read_together(folder: Path) -> None:
+    recipe = small(**{"model.path": str(folder)})
+    core = meta_model(json.loads((folder / "config.json").read_text()), recipe.model, torch.float32)
+    work = work_of(16)
+    short, long = (replace(work, text_tokens=n + work.text_tokens - work.prompt_tokens) for n in (255, 256))
+    assert (short.prompt_tokens, long.prompt_tokens) == (255, 256)
+    found = decide_keep(recipe, core, short, 1e12, gpu=True)
+    assert not found.on
+    assert "prompts of 255 tokens, as planned, are read faster together" in found.note
+    assert decide_keep(recipe, core, long, 1e12, gpu=True).on
+    forced = small(**{"model.path": str(folder), "rollout.keep_prompts": "on"})
+    assert decide_keep(forced, core, short, 1e12, gpu=True).on
+
+
+@pytest.mark.usefixtures("short_prompts_too")
 def test_auto_keeps_what_takes_at_most_half_of_the_room(folder: Path) -> None:
     recipe = small(**{"model.path": str(folder)})
     core = meta_model(json.loads((folder / "config.json").read_text()), recipe.model, torch.float32)
@@ -206,6 +227,7 @@ def test_the_switch_is_read_as_yaml_reads_it() -> None:
         small(**{"rollout.keep_prompts": "maybe"})
 
 
+@pytest.mark.usefixtures("short_prompts_too")
 def test_a_run_decides_by_all_memory_of_its_device(folder: Path) -> None:
     policy = load_policy(folder, device="cpu")
     recipe = small(**{"model.path": str(folder)})
@@ -224,6 +246,7 @@ def test_a_run_decides_by_all_memory_of_its_device(folder: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("short_prompts_too")
 def test_a_plan_says_which_it_is(folder: Path) -> None:
     keys = {"model.path": str(folder), "rollout.max_new_tokens": 16, "data.prompts_per_step": 2}
     on, off = (make_plan(small(**keys, **{"rollout.keep_prompts": k}), gpu_named("l4")) for k in ("auto", "off"))

@@ -35,10 +35,17 @@ class Stop(Exception):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optim__schedule": "cosine", "optim__warmup": 1},
+        {"optim__schedule": "cosine", "optim__warmup": 1, "rollout__keep_prompts": "on"},
         {"optim__updates_per_batch": 2, "method__beta": 0.05, "method__aggregate": "token"},
         {"optim__updates_per_batch": 2, "method__beta": 0.05, "model__lora": {"rank": 2, "dropout": 0.1}},
-        {"method__zero_variance": "resample", "rollout__max_new_tokens": 2, "model__gradient_checkpointing": True},
+        {
+            **{
+                "method__zero_variance": "resample",
+                "rollout__max_new_tokens": 2,
+                "model__gradient_checkpointing": True,
+            },
+            "rollout__keep_prompts": "on",
+        },
         {"optim__states": "8bit", "optim__token_budget": 96},
         {"optim__states": "offload", "model__gradient_checkpointing": True, "model__offload_activations": True},
         {"optim__gradient_release": True, "optim__clip_norm": None, "model__dtype": "bfloat16"},
