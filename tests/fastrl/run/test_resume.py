@@ -39,11 +39,9 @@ class Stop(Exception):
         {"optim__updates_per_batch": 2, "method__beta": 0.05, "method__aggregate": "token"},
         {"optim__updates_per_batch": 2, "method__beta": 0.05, "model__lora": {"rank": 2, "dropout": 0.1}},
         {
-            **{
-                "method__zero_variance": "resample",
-                "rollout__max_new_tokens": 2,
-                "model__gradient_checkpointing": True,
-            },
+            "method__zero_variance": "resample",
+            "rollout__max_new_tokens": 2,
+            "model__gradient_checkpointing": True,
             "rollout__keep_prompts": "on",
         },
         {"optim__states": "8bit", "optim__token_budget": 96},
