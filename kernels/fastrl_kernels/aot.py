@@ -242,7 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         plain = [{key: value for key, value in launch.row().items() if key != "compiled"} for launch in rows]
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": plain}, indent=1) + "\n")
+        lines = ",\n".join(map(json.dumps, plain))  # a launch a line, so that changes are seen
+        args.json.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
     print("\n".join(found) or f"{len(rows)} compiled, no problem", file=sys.stderr if found else sys.stdout)
     return 1 if found else 0
 
