@@ -84,6 +84,7 @@ def small(*changes: str) -> Any:
     return load_recipe("perception-r1-counting-tiny", ["model.freeze=[]", "rollout.keep_prompts=off", *changes])
 
 
+@pytest.mark.gate
 def test_lora_of_3b_fits_in_24_gb() -> None:
     recipe = load_recipe("perception-r1-grounding-3b", ["model.lora.rank=16"])
     assert recipe.rollout.group_size == 8

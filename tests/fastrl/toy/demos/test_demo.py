@@ -11,6 +11,7 @@ import pytest
 
 from fastrl.toy.demos import run_demo
 
+FAMILIES = [None, pytest.param("llava", marks=pytest.mark.gate)]
 KEYS = {"method", "metric", "before", "after", "greedy_before", "greedy_after", "seconds", "unseen"}
 
 
@@ -43,7 +44,7 @@ def test_perception_r1_measures_trains_and_measures_again(
     assert list(result["unseen"]["changes"])[:1] == ["sampled"]
 
 
-@pytest.mark.parametrize("family", [None, "llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_utr_trains_on_both_sets_of_the_same_clips(tmp_path: Path, family: str | None) -> None:
     result = run_demo(
         "utr", family=family, out=tmp_path, seed=1, say=lambda _: None, clips=6, held_out=4, reported=5, steps=2
@@ -71,7 +72,7 @@ def test_a_demo_never_overwrites_a_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert fresh(Path("runs/demo")) == Path("runs/demo-2")
 
 
-@pytest.mark.parametrize("family", [None, "llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_reper_reflects_trains_and_reflects_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str | None
 ) -> None:
@@ -91,6 +92,7 @@ def test_reper_reflects_trains_and_reflects_again(
     assert "CHAIR-i" in capsys.readouterr().out
 
 
+@pytest.mark.gate
 def test_perpo_on_a_small_llava_compares_three_ways_to_learn_from_the_same_lists(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     result = run_demo("perpo", family="llava", out=out, seed=1, say=lambda _: None, held_out=6, prompts=24, steps=2)
