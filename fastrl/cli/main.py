@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 MISSING = "the fastrl command needs the training extra: pip install 'fastrl[train]'"
 
@@ -426,10 +426,19 @@ def main() -> None:
         file = error.filename if isinstance(error, OSError) else None
         message = f"{file}: {error.strerror}" if isinstance(error, OSError) and file is not None else str(error)
         sys.stderr.write(f"error: {message}\n")
-        raise SystemExit(2) from None
+        _leave(2)
     except ModuleNotFoundError as error:
         sys.stderr.write(f"error: {error.name} is not installed; {MISSING}\n")
         raise SystemExit(2) from None
+
+
+def _leave(status: int) -> NoReturn:
+    """As ``fastrl.engine.ranks.leave``, and without loading torch where no command did."""
+    if "torch.distributed" in sys.modules:
+        from fastrl.engine.ranks import leave
+
+        leave(status)
+    raise SystemExit(status) from None
 
 
 def _print_metrics(metrics: Mapping[str, float | None], as_json: bool) -> None:

@@ -91,6 +91,7 @@ RUN = """
 import os, signal, sys
 from pathlib import Path
 import fastrl.trainer
+from fastrl.engine.ranks import leave
 from fastrl.trainer import train
 from tests.helpers.gloo import GlooEngine
 from tests.helpers.training import make_records, make_recipe
@@ -109,7 +110,8 @@ try:
     train(recipe, records=make_records(), resume=how == "whole", on_step=freeze, show=False)
 except RuntimeError as error:
     assert type(error).__module__.startswith("fastrl"), error  # which the command makes one line
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    leave(1)
 """
 
 
@@ -117,7 +119,7 @@ MEET = """
 import os, signal, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from fastrl.engine.ranks import LostRank, Ranks
+from fastrl.engine.ranks import LostRank, Ranks, leave
 from fastrl.engine.watch import Watch
 
 out, timeout, how = sys.argv[1:4]
@@ -130,7 +132,8 @@ if ranks.rank == 1:
 try:
     ranks.barrier()
 except LostRank as error:
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    leave(1)
 """
 
 
