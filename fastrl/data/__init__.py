@@ -27,6 +27,7 @@ from urllib.parse import quote, unquote
 
 from fastrl.config.registry import Registry, called
 from fastrl.data.decodable import decoded
+from fastrl.data.prompts import KEY, asked, template_of
 from fastrl.data.records import PROMPTS, Dataset, Record, question
 from fastrl.data.validate import DataError, Problem, fail, nearest
 
@@ -262,10 +263,12 @@ def read_data(spec: str) -> Dataset:
         from fastrl.data.user import load_registered
 
         return load_registered(load, adapter, path, query)
+    template = template_of(query.get(KEY), adapter, path)
+    if template is not None:
+        del query[KEY]
     loaded = load(path, query)
-    if isinstance(loaded, Dataset):
-        return loaded
-    return Dataset(loaded if isinstance(loaded, Sequence) else list(loaded))
+    data = loaded if isinstance(loaded, Dataset) else Dataset(loaded if isinstance(loaded, Sequence) else list(loaded))
+    return data if template is None else asked(data, template, spec)
 
 
 def _other_adapter(spec: str, dataset: Dataset) -> str:

@@ -8,7 +8,7 @@ it must be given: ``task=ocr`` or ``task=caption``.
 
 Query keys: ``images`` (folder the image paths start from), ``split``, ``limit``, ``seed``, ``task``, ``frame`` (unit of
 the truth's coordinates: ``original``, pixels; ``unit``, 0 to 1; ``thousand``), ``box`` (``xyxy`` or ``xywh``),
-``prompt`` (``row``: the row's own; ``paper``: Perception-R1's for the task).
+``prompt`` (``row``: the row's own; ``paper``: Perception-R1's for the task; or a template, see ``prompts``).
 """
 
 from __future__ import annotations

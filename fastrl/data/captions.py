@@ -5,7 +5,8 @@
 - JSONL (or a JSON list): ``{"image": …, "references": [str, …], "prompt"?: str, "objects"?: [str, …], "id"?}``;
   ``captions`` and ``human_captions`` are read as ``references`` too.
 
-Other query keys: ``images`` (folder), ``limit``, ``seed``, ``prompt`` (the question; default RePer's). With
+Other query keys: ``images`` (folder), ``limit``, ``seed``, ``prompt`` (see ``prompts``; default the row's own, else
+RePer's). With
 ``images=none`` records have no picture, for scoring existing captions.
 """
 
@@ -31,10 +32,10 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     plain = {k: v for k, v in query.items() if pictures or k != "images"}
     is_coco = path.endswith(".json") and not read_text(Path(path)).lstrip().startswith("[")
     given = _coco_rows(path, query.get("instances")) if is_coco else None
-    return load_rows(path, plain, lambda row: _record(row, query.get("prompt"), pictures), given)
+    return load_rows(path, plain, lambda row: _record(row, pictures), given)
 
 
-def _record(row: Row, prompt: str | None, pictures: bool) -> Record | LeftOut | None:
+def _record(row: Row, pictures: bool) -> Record | LeftOut | None:
     identity = row.id()
     name, value = row.first(REFERENCES)
     value = read_truth(value)
@@ -50,7 +51,7 @@ def _record(row: Row, prompt: str | None, pictures: bool) -> Record | LeftOut | 
         return None
     if not value:
         return LeftOut("no references", "has no reference captions")
-    words = row.fields.get("prompt", prompt)
+    words = row.fields.get("prompt")
     asked = question("caption", images=int(pictures), prompt=words if isinstance(words, str) and words else None)
     target: dict[str, Any] = {"references": list(value)}
     if objects:

@@ -33,7 +33,7 @@ from fastrl.data.validate import (
     short,
 )
 
-KEYS = (*rows.KEYS, "task", "categories", "empty", "min_count", "max_count")
+KEYS = (*rows.KEYS, "task", "categories", "empty", "min_count", "max_count", "prompt")
 
 
 class _Instance(NamedTuple):

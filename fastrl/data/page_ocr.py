@@ -17,7 +17,7 @@ from fastrl.data.rows import IMAGE_FIELDS, collect, int_option, load_rows, order
 from fastrl.data.tables import is_table
 from fastrl.data.validate import DataError, ImageFolder, Problem, Row, fail
 
-KEYS = rows.KEYS
+KEYS = (*rows.KEYS, "prompt")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 
 

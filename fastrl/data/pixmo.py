@@ -18,7 +18,7 @@ from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import IMAGE_FIELDS, LeftOut, choice_option, int_option, load_rows
 from fastrl.data.validate import SIDES, Row
 
-KEYS = (*rows.KEYS, "frame", "min_count", "max_count")
+KEYS = (*rows.KEYS, "frame", "min_count", "max_count", "prompt")
 
 
 def load(path: str, query: Mapping[str, str]) -> Dataset:

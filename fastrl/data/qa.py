@@ -19,17 +19,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
-from fastrl.answers.choice import LETTERS
 from fastrl.data import rows
 from fastrl.data.clips import SAMPLING, frame_files, read_video, sample_frames, video_info
-from fastrl.data.records import Dataset, Record, question
+from fastrl.data.records import Dataset, Record, lettered, question
 from fastrl.data.rows import Rows, choice_option, int_option, load_rows, read_text, reading
 from fastrl.data.validate import ImageFolder, Problem, Reading, Row, fail, short
 
 KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "nextqa": ("videos", "frames", "sample", "fps", "limit", "seed", *rows.READING),
-        "pope": rows.KEYS,
+        "nextqa": ("videos", "frames", "sample", "fps", "limit", "seed", "prompt", *rows.READING),
+        "pope": (*rows.KEYS, "prompt"),
     }
 )
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
@@ -73,8 +72,7 @@ def load_pope(path: str, query: Mapping[str, str]) -> Dataset:
 
 def choice_question(text: str, choices: Sequence[str]) -> str:
     """A multiple-choice question as the model gets it: the options with their letters, one per line."""
-    options = [f"{LETTERS[n]}. {choice}" for n, choice in enumerate(choices)]
-    return "\n".join([text, *options, CHOICE_PROMPT])
+    return "\n".join([text, *lettered(choices), CHOICE_PROMPT])
 
 
 def _choice_record(row: Row) -> Record | None:
@@ -91,7 +89,7 @@ def _choice_record(row: Row) -> Record | None:
     if row.problems or video is None or asked is None or answer is None:
         return None
     options = [choice for choice in choices if choice is not None]
-    target: dict[str, Any] = {"choices": options, "answer": int(answer), "video": video}
+    target: dict[str, Any] = {"choices": options, "answer": int(answer), "video": video, "question": asked}
     if row.fields.get("type"):
         target["type"] = str(row.fields["type"]).strip()
     messages = question("qa", images=0, prompt=choice_question(asked, options))
@@ -109,7 +107,9 @@ def _yes_no_record(row: Row, pictures: bool) -> Record | None:
     if row.problems or asked is None or label is None:
         return None
     messages = question("qa", images=int(image is not None), prompt=f"{asked} {YES_NO_PROMPT}")
-    return Record(str(identity), "qa", (image[0],) if image else (), messages, {"answer": label.lower()})
+    return Record(
+        str(identity), "qa", (image[0],) if image else (), messages, {"answer": label.lower(), "question": asked}
+    )
 
 
 def _csv_rows(path: str) -> Rows:

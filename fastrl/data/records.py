@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
+from fastrl.answers.choice import LETTERS
+
 if TYPE_CHECKING:
     from fastrl.answers import View
     from fastrl.data.pictures import AnyPicture
@@ -54,6 +56,11 @@ def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
+def lettered(choices: Sequence[str]) -> list[str]:
+    """Options with their letters, ``A. dog``, as models are shown them; at most 26."""
+    return [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+
+
 def frame_label(number: int, seconds: float) -> str:
     """The label before a frame in a prompt: its number (from 1) and its time to a hundredth of a second."""
     return f"Frame{number} {round(seconds, 2):g}s:"
@@ -73,7 +80,8 @@ class Record:
     - caption: ``references`` [str, ...], and if known ``objects``, ``attributes``, ``relations``
     - trajectory: ``tracks`` [{``id``, ``name``, ``boxes`` {frame number from 1: (x1, y1, x2, y2)}}, ...], ``frames``,
       ``seconds``, ``size``; for a dialogue also ``answer`` (the text to learn), ``query``, and ``tpl`` if known
-    - qa: ``choices`` [str, ...] and ``answer`` (index of the right one, from 0), or ``answer`` yes or no; ``type``
+    - qa: ``choices`` [str, ...] and ``answer`` (index of the right one, from 0), or ``answer`` yes or no; ``type``,
+      ``question``; ``groups``, under which answers are right only if all are (``fastrl.evaluate.qa``)
     """
 
     id: str

@@ -10,7 +10,7 @@ A null box means that the object is absent: the row is left out and counted, sin
 
 Query keys: ``images`` (folder the image paths start from), ``limit``, ``seed``, ``box`` (``xyxy`` or ``xywh``),
 ``frame`` (unit of the boxes: ``original``, pixels; ``unit``, 0 to 1; ``thousand``), ``prompt`` (``paper``:
-Perception-R1's; ``row``: the row's own ``problem``).
+Perception-R1's; ``row``: the row's own ``problem``; or a template, see ``prompts``).
 """
 
 from __future__ import annotations

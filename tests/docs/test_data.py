@@ -1,5 +1,5 @@
-"""Every row of the tables on pictures, rows and COCO files in ``docs/data.md`` is true: each has an example that is
-loaded. The conversion of every mode and format is tested in ``tests/fastrl/data/test_pictures.py``."""
+"""Every row of the tables on pictures, rows, COCO files and prompts in ``docs/data.md`` is true: each has an example
+that is loaded. The conversion of every mode and format is tested in ``tests/fastrl/data/test_pictures.py``."""
 
 from __future__ import annotations
 
@@ -58,6 +58,15 @@ class Loads:
     def kinds(self, *rows: dict[str, Any], adapter: str = "refexp") -> set[str]:
         with pytest.raises(DataError) as error:
             self._load(f"{adapter}:{self._file(*rows)}")
+        return {problem.kind for problem in error.value.problems}
+
+    def asked(self, prompt: str, **columns: Any) -> str:
+        (record,) = self._load(f"refexp:{self._file({**ROW, **columns})}?prompt={prompt}")
+        return record.messages[0]["content"][-1]["text"]
+
+    def prompt_kinds(self, prompt: str, row: dict[str, Any] = ROW, adapter: str = "refexp") -> set[str]:
+        with pytest.raises(DataError) as error:
+            self._load(f"{adapter}:{self._file(row)}?prompt={prompt}")
         return {problem.kind for problem in error.value.problems}
 
     def left_out(self, *rows: dict[str, Any]) -> dict[str, int]:
@@ -213,6 +222,41 @@ COCO_ROWS: list[tuple[str, Callable[[Loads], bool]]] = [
 ]
 
 
+PROMPTS: list[tuple[str, Callable[[Loads], bool]]] = [
+    (
+        "`Where is the {expression}?`",
+        lambda d: (
+            d.asked("Where is the {expression}?") == "Where is the the cat?"
+            and d.asked("In {place}: {prompt}", place="a box").startswith(
+                "In a box: Output the bounding box of the cat"
+            )
+            and d.prompt_kinds("Where is {label}?") == {"unknown word"}
+        ),
+    ),
+    ("`{prompt} Think first.`", lambda d: d.asked("{prompt} Think first.").endswith("in the image. Think first.")),
+    (
+        "`Count the {{ and }}.`",
+        lambda d: (
+            d.asked("Count the {{ and }}.") == "Count the { and }."
+            and all(d.prompt_kinds(text) == {"bad option"} for text in ("a {", "a }", "a {}"))
+        ),
+    ),
+    (
+        "`perpo`",
+        lambda d: (
+            f"`{d.asked('perpo').removesuffix('the cat')}{{expression}}`" in PAGE
+            and d.prompt_kinds("perpo", COUNT, adapter="pixmo") == {"prompt of another task"}
+        ),
+    ),
+    (
+        "`paper`, `row`",
+        lambda d: (
+            d.asked("row", problem="Where?") == "Where?"
+            and d.asked("paper", problem="Where?").startswith("Output the bounding box")
+            and d.prompt_kinds("papers") == {"bad option"}
+        ),
+    ),
+]
 GREY = np.array([[0, 32896], [65278, 65535]], dtype=np.uint16)  # 65535 / 255 = 257
 
 
@@ -354,7 +398,13 @@ def test_a_row_of_pictures_is_true(tmp_path: Path, start: str, holds: Callable[[
 
 
 @pytest.mark.parametrize(
-    ("heading", "checks"), [("## Pictures", PICTURES), ("## Rows", ROWS), ("COCO instance files:", COCO_ROWS)]
+    ("heading", "checks"),
+    [
+        ("## Pictures", PICTURES),
+        ("## Rows", ROWS),
+        ("COCO instance files:", COCO_ROWS),
+        ("## Prompts", PROMPTS),
+    ],
 )
 def test_every_row_has_its_example(heading: str, checks: list[tuple[str, Any]]) -> None:
     cells = rows_of(heading)
@@ -364,7 +414,7 @@ def test_every_row_has_its_example(heading: str, checks: list[tuple[str, Any]]) 
 
 
 @pytest.mark.parametrize(
-    ("start", "holds"), [*ROWS, *COCO_ROWS], ids=lambda value: value if isinstance(value, str) else ""
+    ("start", "holds"), [*ROWS, *COCO_ROWS, *PROMPTS], ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_a_row_of_the_table_is_true(folder: Path, start: str, holds: Callable[[Loads], bool]) -> None:
     assert holds(Loads(folder)), start
