@@ -11,6 +11,7 @@ from fastrl.answers.text import plain_answer, without_end_of_turn
 from fastrl.answers.tracks import Track, format_tracks, matches_tracks
 
 check_style = style_named
+WRITTEN = ("grounding", "counting", "detection", "ocr", "caption", "qa", "trajectory")  # tasks with an answer text
 
 
 def round_coords(coords: Sequence[float], style: str, view: View) -> tuple[float, ...]:
@@ -43,8 +44,9 @@ def format_answer(
     if task == "qa":
         answer = target["answer"]
         return chr(ord("A") + answer) if isinstance(answer, int) and target.get("choices") else str(answer)
-    if task not in ("grounding", "counting", "detection", "trajectory"):
-        raise ValueError(f"no answer format for task {task!r}")
+    reason = unwritable(task, target)
+    if reason is not None:
+        raise ValueError(reason)
     if view is None:
         raise ValueError(f"task {task!r} answers with coordinates: a view is needed")
     if task == "trajectory":
@@ -54,6 +56,16 @@ def format_answer(
         return "[]"
     items = [(writer.numbers(c, view), name) for c, name in zip(coords, names, strict=True)]
     return writer.write(task, items, task != "grounding" if labels is None else labels)
+
+
+def unwritable(task: str, target: Mapping[str, Any]) -> str | None:
+    """Why no family has an answer text for a truth; None: :func:`format_answer` writes it, if the style can."""
+    if task not in WRITTEN:
+        return f"no answer format for task {task!r}; there is one for {', '.join(WRITTEN)}"
+    known = any(target.get(key) is not None for key in ("boxes", "points"))
+    if task == "counting" and not known and target.get("count") != 0:
+        return "counting truth without boxes and points has no answer text"
+    return None
 
 
 def as_track(track: Track | Mapping[str, Any]) -> Track:
@@ -74,9 +86,7 @@ def _truth(task: str, target: Mapping[str, Any]) -> tuple[list[Sequence[float]],
     if coords is None:
         coords = target.get("points")
     if coords is None:
-        if target.get("count") == 0:
-            return [], []
-        raise ValueError("counting truth without boxes and points has no answer text")
+        return [], []  # a count of 0
     return list(coords), [str(target.get("label", ""))] * len(coords)
 
 

@@ -13,12 +13,14 @@ from fastrl.methods.base import Clock, Context, Method, MethodOptions, Prepared
 from fastrl.methods.perception_r1 import PerceptionR1
 from fastrl.methods.perpo import PerPO
 from fastrl.methods.reper import RePer
+from fastrl.methods.sft import SFT
 from fastrl.methods.utr import UTR
 
 METHODS: Registry[type[Method]] = Registry("method")  # by method.kind
 
 __all__ = [
     "METHODS",
+    "SFT",
     "UTR",
     "Clock",
     "Context",
@@ -97,5 +99,5 @@ def _faults(method: type[Method]) -> list[str]:
     return found
 
 
-for _method in (PerceptionR1, PerPO, RePer, UTR):
+for _method in (PerceptionR1, PerPO, RePer, UTR, SFT):
     register(_method)

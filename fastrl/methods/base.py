@@ -158,6 +158,11 @@ class Method(ABC):
         return given
 
     @classmethod
+    def misfit(cls, options: Any, record: Record) -> str | None:
+        """Why a record of the data cannot be trained on, which makes it a bad row; None: it can."""
+        return None
+
+    @classmethod
     def loss_note(cls, options: Any, updates: int) -> str:
         """A note on how to read the logged loss if each batch is used for ``updates`` updates, or ""."""
         return ""

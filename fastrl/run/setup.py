@@ -12,6 +12,7 @@ from fastrl.data.decodable_stream import DecodableStream
 from fastrl.data.mixture import Curriculum, Mixture, MixturePlan, parts_of
 from fastrl.data.records import Record
 from fastrl.data.stream import RecordStream
+from fastrl.methods import method_for
 from fastrl.methods.rollouts import RecipeRewards
 from fastrl.recipe import Recipe, load_records
 
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 
 
 def scorable_records(recipe: Recipe, functions: Functions | None) -> Sequence[Record]:
-    """The recipe's records; a row that its rewards cannot score is a bad row. Raises ``DataError``."""
+    """The recipe's records; a row that its rewards cannot score or its method cannot learn is a bad row. Raises
+    ``DataError``."""
+    method = method_for(recipe.method)
     if functions is None:
-        return load_records(recipe)
+        return load_records(recipe, misfit=lambda record: method.misfit(recipe.method, record))
     rewards = RecipeRewards(recipe.reward, recipe.mix_rewards, functions=functions)
-    return load_records(recipe, misfit=rewards.misfit)
+    return load_records(recipe, misfit=lambda r: method.misfit(recipe.method, r) or rewards.misfit(r))
 
 
 def check_tasks(recipe: Recipe, data: Sequence[Record], functions: Functions) -> None:
