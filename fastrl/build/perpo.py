@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -24,7 +24,7 @@ from fastrl.data import load_data
 from fastrl.data.disk import writing
 from fastrl.data.files import image_names, write_atomically
 from fastrl.data.lists import list_row
-from fastrl.methods.ranking import Ranking, rank_answers
+from fastrl.methods.ranking import Ranking, Unreadable, rank_answers
 from fastrl.models.open import open_policy
 from fastrl.rewards import reward_for
 from fastrl.rewards.base import Reward, unknown
@@ -56,6 +56,7 @@ class BuildOptions:
     skip_bad: bool = False
     min_pixels: int | None = None  # area of a resized image; training needs the same limits
     max_pixels: int | None = None
+    unreadable: Unreadable = "drop"  # answers that cannot be parsed; worst: they stay, with the lowest reward
 
     def __post_init__(self) -> None:
         if self.n < 2:
@@ -64,6 +65,8 @@ class BuildOptions:
             raise ValueError(f"--temperature: greedy answers are all equal; expected > 0, got {self.temperature}")
         if not self.min_gap >= 0:
             raise ValueError(f"--min-gap: expected 0 or more, got {self.min_gap}")
+        if self.unreadable not in get_args(Unreadable):
+            raise ValueError(unknown("value of --unreadable", self.unreadable, get_args(Unreadable)))
 
 
 @dataclass
@@ -205,9 +208,8 @@ class _Worker:
         answers = self.generator.generate([prompt for prompt, _ in encoded], self.sampling, rng)
         groups = [PromptGroup(p, a, r) for (p, r), a in zip(encoded, answers, strict=True)]
         lines = []
-        for number, (_, record), group, ranking in zip(
-            numbers, encoded, groups, rank_answers(groups, self.reward), strict=True
-        ):
+        rankings = rank_answers(groups, self.reward, self.options.unreadable)
+        for number, (_, record), group, ranking in zip(numbers, encoded, groups, rankings, strict=True):
             if tally.add(ranking, len(group.completions), self.options.min_gap):
                 texts = [group.completions[i].text for i in ranking.order]
                 row = list_row(record, image_names(record.images, number, self.out), texts, ranking.rewards)

@@ -29,6 +29,9 @@ def build_perpo(
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="Largest area; use the same limits in training.")
     ] = None,
+    unreadable: Annotated[
+        str, typer.Option(help="Answers that cannot be parsed: drop, or worst (kept as the worst of their list).")
+    ] = "drop",
     skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
@@ -48,6 +51,7 @@ def build_perpo(
         skip_bad=skip_bad,
         min_pixels=min_pixels,
         max_pixels=max_pixels,
+        unreadable=unreadable,
     )
     summary = build_lists(options, out, say=say)
     _show(summary, out, as_json, "lists of {prompts} prompts", ("dropped", "answers"))

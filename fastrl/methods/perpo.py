@@ -29,7 +29,7 @@ from torch import Tensor
 from fastrl.batch import Completion, PackedBatch, PromptGroup
 from fastrl.data.lists import ranked_list
 from fastrl.methods.base import Context, Method, MethodOptions, Prepared, likelihood_loss, set_token_weights
-from fastrl.methods.ranking import rank
+from fastrl.methods.ranking import Unreadable, rank, worst_reward
 from fastrl.methods.rollouts import RecipeRewards, sample_groups
 from fastrl_kernels.listwise_loss import listwise_loss
 
@@ -50,6 +50,9 @@ class PerPOOptions(MethodOptions):
     """An answer's log-ratio: the sum over its tokens, or their mean (the authors' "norm" variant)."""
     min_gap: float = Field(0.0, ge=0)
     """Skip lists whose best and worst rewards differ by less."""
+    unreadable: Unreadable = "drop"
+    """Answers that cannot be parsed, where rewards are computed here: `drop` them, or keep them as the `worst` of their
+    list, 1 below its lowest reward and 0. Truncated answers are always dropped."""
     online_every: int = Field(1, ge=1)
     """For data without lists: number of steps for which lists are sampled at once, so that they are at most that many −
     1 updates old."""
@@ -150,6 +153,18 @@ class PerPO(Method):
             for (group, i), found in zip(places, self._rewards.scores(places), strict=True):
                 completion = group.completions[i]
                 completion.rewards, completion.scalars["reward"] = found.components, found.total
+            if self.options.unreadable == "worst":
+                for group in groups:
+                    self._lower_unreadable(group)
+
+    def _lower_unreadable(self, group: PromptGroup) -> None:
+        """Put the unreadable answers of a given list below all others."""
+        readable = self._rewards.readable(group)
+        pairs = list(zip(group.completions, readable, strict=True))
+        below = worst_reward([completion.scalars["reward"] for completion, parsed in pairs if parsed])
+        for completion, parsed in pairs:
+            if not parsed:
+                completion.rewards, completion.scalars["reward"] = {}, below
 
     def _online_groups(self, records: Sequence[Record]) -> tuple[list[PromptGroup], dict[str, float]]:
         """This step's lists; every ``online_every`` steps, those of the next steps are sampled at once."""
@@ -174,7 +189,8 @@ class PerPO(Method):
         self._lists = {}
         left, total = 0, sum(len(g.completions) for g in groups)
         with context.clock.phase("reward"):
-            for group, ranking in zip(groups, rank(groups, self._rewards.readable, self._rewards.scores), strict=True):
+            rankings = rank(groups, self._rewards.readable, self._rewards.scores, self.options.unreadable)
+            for group, ranking in zip(groups, rankings, strict=True):
                 assert group.record is not None
                 left += len(ranking.order)
                 self._lists[group.record.id] = [

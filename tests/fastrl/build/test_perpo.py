@@ -16,7 +16,7 @@ from fastrl.build import perpo
 from fastrl.build.perpo import BuildOptions, build_lists, list_reward, make_options
 from fastrl.data import DataError, load_data
 from fastrl.data.records import Record
-from fastrl.methods.ranking import rank_answers
+from fastrl.methods.ranking import rank_answers, worst_reward
 from fastrl.recipe import load_recipe
 from fastrl.trainer import train
 
@@ -74,6 +74,27 @@ def test_lists_are_distinct_readable_whole_and_best_first(monkeypatch: pytest.Mo
     read = load_data(f"lists:{out}")
     assert [list(r.target["box"]) for r in read] == [[float(v) for v in r.target["box"]] for r in load_data(SPEC)]
     assert read[0].target["list"].rewards == tuple(rows[0]["rewards"])
+
+
+def test_unreadable_answers_may_stay_as_the_worst(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    policy = scripted(lambda record: [*around(record), "no idea", "none"], monkeypatch)
+    out = tmp_path / "lists.jsonl"
+    options = make_options("grounding", "m", SPEC, n=8, limit=2, unreadable="worst")
+    summary = build_lists(options, out, policy=policy)
+    for row in lines(out):
+        assert row["answers"][-2:] == ["no idea", "none"]
+        assert row["rewards"] == pytest.approx([1.0, 0.5, 0.0, -1.0, -1.0], abs=0.02)
+    assert summary["answers"] == {"sampled": 16, "kept": 10, "duplicate": 4, "truncated": 2}
+    assert (summary["mean_best"], summary["mean_worst"]) == (1.0, -1.0)
+    read = load_data(f"lists:{out}")
+    assert read[0].target["list"].rewards == tuple(lines(out)[0]["rewards"])
+    with pytest.raises(ValueError, match="unknown value of --unreadable 'last'"):
+        make_options("grounding", "m", SPEC, unreadable="last")
+
+
+@pytest.mark.parametrize(("rewards", "below"), [([], -1.0), ([0.9, 0.2], -1.0), ([0.0], -1.0), ([1.0, -3.0], -4.0)])
+def test_the_worst_is_below_every_other(rewards: list[float], below: float) -> None:
+    assert worst_reward(rewards) == below
 
 
 def test_prompts_are_dropped_for_a_counted_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -210,6 +210,20 @@ def test_rewards_that_are_not_given_come_from_the_target(tiny_folder: Folder) ->
         assert rewards[0] > rewards[1] > 0.9 > 0.1 > rewards[2]
 
 
+def test_unreadable_answers_of_a_given_list_may_be_its_worst(tiny_folder: Folder) -> None:
+    policy = load_policy(tiny_folder("qwen2_5"), device="cpu")
+    answers = (TEXT, "zzz", "<think>so", "")  # the last two say nothing
+    records = given(make_records(1), [RankedList(answers, None)])
+    found = {}
+    for unreadable in ("drop", "worst"):
+        (group,) = method(records, policy, unreadable=unreadable).prepare(records).groups
+        found[unreadable] = [round(c.scalars["reward"], 3) for c in group.completions]
+    assert found["worst"] == [*found["drop"][:2], -1.0, -1.0]
+    assert min(found["drop"]) == 0.0
+    (pair,) = method(records, policy, kind="dpo", unreadable="worst").prepare(records).groups
+    assert [c.text for c in pair.completions] == [TEXT, "<think>so"]
+
+
 def test_lists_about_images_of_another_size_are_refused(tiny_folder: Folder) -> None:
     """Coordinates for one picture size are other positions at another: with wrong pixel limits training must not
     start."""
@@ -290,6 +304,22 @@ def test_online_lists_are_sampled_every_k_steps(tiny_folder: Folder, tmp_path: P
     rows = steady_rows(tmp_path)
     assert [row.get("lists/resampled") for row in rows] == [9.0, None, None, 9.0, None]
     assert all(row["lists/used"] > 0 for row in rows)
+
+
+def test_online_lists_keep_unreadable_answers_as_the_worst(tiny_folder: Folder, tmp_path: Path) -> None:
+    """A random model's answers are never boxes: without the option nothing is learned, with it nothing is preferred."""
+    folder = tiny_folder("qwen2_5")
+    records = list(load_data("scenes:grounding?n=6&size=56"))
+    kept = {}
+    for unreadable in ("drop", "worst"):
+        out = tmp_path / unreadable
+        recipe = make_recipe(folder, out, method={"kind": "perpo", "unreadable": unreadable}, optim__steps=1)
+        train(recipe, records=records, policy=brief_policy(folder), show=False)
+        kept[unreadable] = steady_rows(out)[0]
+    assert kept["drop"]["lists/answers_kept"] == 0
+    assert kept["worst"]["lists/answers_kept"] > 0
+    assert kept["worst"]["reward/mean"] == -1
+    assert kept["worst"]["lists/used"] == 0  # all are equally bad
 
 
 def test_a_step_without_any_whole_answer_changes_nothing(tiny_folder: Folder, tmp_path: Path) -> None:
