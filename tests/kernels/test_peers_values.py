@@ -1,20 +1,22 @@
 """The cases of other libraries' own tests, as the numbers that they assert.
 
-SciPy (``scipy.sparse.csgraph``'s and ``scipy.optimize``'s assignment), torch-linear-assignment, torchvision and fvcore
-(boxes), TensorFlow Addons (GIoU), allRank and TensorFlow Ranking (listwise losses), PyTorch's documentation
-(cross-entropy). Code of theirs that runs on a CPU is called in ``test_parity`` and ``integrations``.
+SciPy (``scipy.sparse.csgraph``'s and ``scipy.optimize``'s assignment), torch-linear-assignment, DETR (its matcher),
+torchvision, fvcore and detectron2 (boxes), TensorFlow Addons (GIoU), allRank and TensorFlow Ranking (listwise losses),
+TRL (DPO), PyTorch's documentation, QuACK and Liger (cross-entropy). Advantages and policy losses are in
+``test_peers_policy_values``. Code of theirs that runs on a CPU is called in ``test_parity`` and ``integrations``.
 """
 
 from __future__ import annotations
 
-from itertools import product
-from math import exp, inf, log
+from collections.abc import Sequence
+from itertools import pairwise, product
+from math import exp, inf, log, tanh
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastrl_kernels import cross_entropy, linear_assignment, listwise_loss, pairwise_iou
+from fastrl_kernels import cross_entropy, linear_assignment, linear_cross_entropy, listwise_loss, pairwise_iou
 from fastrl_kernels.linear_assignment import INFEASIBLE, INVALID
 
 pytestmark = pytest.mark.usefixtures("path")
@@ -30,9 +32,9 @@ SCIPY = [
 ]
 
 
-def picked(cost: Tensor, **options: bool) -> list[float]:
+def picked(cost: Tensor, *, maximize: bool = False) -> list[float]:
     """The costs of the matched pairs, row by row; the total is their sum."""
-    out = linear_assignment(cost[None], **options)
+    out = linear_assignment(cost[None], maximize=maximize)
     match = out.match[0]
     assert out.status.item() == 0
     found = [cost[i, j].item() for i, j in enumerate(match.tolist()) if j >= 0]
@@ -44,32 +46,108 @@ def picked(cost: Tensor, **options: bool) -> list[float]:
 @pytest.mark.parametrize(("cost", "expected"), SCIPY)
 def test_scipys_matrices(cost: list[list[float]], expected: list[float], sign: int) -> None:
     matrix, wanted = sign * torch.tensor(cost), [sign * x for x in expected]
-    options = {"maximize": sign == -1}
-    assert picked(matrix, **options) == wanted
-    assert sorted(picked(matrix.T, **options)) == sorted(wanted)
+    assert picked(matrix, maximize=sign == -1) == wanted
+    assert sorted(picked(matrix.T, maximize=sign == -1)) == sorted(wanted)
 
 
 def test_scipys_edges() -> None:
     assert linear_assignment(torch.ones(1, 8, 8)).match.tolist() == [list(range(8))]
-    for shape in ((1, 0, 0), (1, 2, 0), (1, 0, 3)):
+    for shape in ((1, 0, 0), (1, 2, 0), (1, 0, 3), (1, 0, 2), (1, 3, 0)):
         out = linear_assignment(torch.empty(shape))
         assert out.match.tolist() == [[-1] * shape[1]]
     bad = torch.eye(3)
     bad[:, 0] = inf
     assert linear_assignment(bad[None]).status.tolist() == [INFEASIBLE]
-    for value in (torch.nan, -inf):
-        bad = torch.diag(torch.tensor([1.0, value, 1.0]))
+    for diagonal in ([1.0, torch.nan, 1.0], [torch.nan, 1.0, 1.0], [1.0, -inf, 1.0]):
+        bad = torch.diag(torch.tensor(diagonal))
         assert linear_assignment(bad[None]).status.tolist() == [INVALID]
     assert picked(torch.tensor([[1.0, 2, 3], [4, 5, 6]])) == [1, 5]
+    with pytest.raises(ValueError, match="cost"):
+        linear_assignment(torch.tensor([1.0, 2, 3]))
+
+
+def graph(edges: list[list[float]]) -> Tensor:
+    """The costs of a sparse graph: no edge where there is a 0."""
+    cost = torch.tensor(edges, dtype=torch.float32)
+    return cost.masked_fill(cost == 0, inf)
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [
+        [[1, 1, 1], [1, 0, 0], [1, 0, 0]],
+        [[1, 1, 1], [0, 0, 1], [0, 0, 1]],
+        [[1, 0, 0, 1], [1, 1, 0, 1], [0, 0, 0, 0]],
+        [[1, 0, 0], [2, 0, 0]],
+        [[0, 1, 0], [0, 2, 0]],
+        [[1, 0], [2, 0], [5, 0]],
+    ],
+)
+def test_scipys_graphs_without_a_full_matching(edges: list[list[float]]) -> None:
+    assert linear_assignment(graph(edges)[None]).status.tolist() == [INFEASIBLE]
+
+
+# csgraph's regression test of its issue 17269: rows 0 to 8 have one edge of 0.001 to column 13 + row
+ISSUE_17269 = [
+    {1: 0.11687445, 4: 0.01319788, 5: 0.07509257, 9: 0.74228317},
+    {3: 0.81087935},
+    {4: 0.8408466, 9: 0.01194389},
+    {1: 0.82994211, 5: 0.11468516, 9: 0.11173505},
+    {0: 0.18796507, 2: 0.04002318, 8: 0.75883335},
+    {2: 0.71545464, 8: 0.02748488},
+    {0: 0.78470564, 8: 0.14829198},
+    {1: 0.10870609, 5: 0.8918677, 9: 0.06306644},
+    {12: 0.63844085},
+    {6: 0.7442354},
+    {7: 0.09850549, 10: 0.18638258, 11: 0.2769244},
+    {7: 0.73182464, 10: 0.46443561, 11: 0.38589284},
+    {0: 0.29510278, 8: 0.09666032},
+]
+
+
+def test_scipys_large_graph_without_a_full_matching() -> None:
+    cost = torch.full((22, 22), inf)
+    for row, edges in enumerate([{13 + row: 0.001} for row in range(9)] + ISSUE_17269):
+        for column, value in edges.items():
+            cost[row, column] = value
+    assert linear_assignment(cost[None]).status.tolist() == [INFEASIBLE]
+
+
+EDGES = [11, 12, 19, 22, 23, 5, 22, 3, 8, 10, 5, 6, 11, 12, 13, 5, 13, 14, 20, 22, 3, 15, 3, 13, 14] * 2
+ROW_ENDS = [0, 5, 7, 10, 10, 15, 20, 22, 22, 23, 25, 30, 32, 35, 35, 40, 45, 47, 47, 48, 50]
+
+
+def test_scipys_maximum_matchings() -> None:
+    """A largest matching is an assignment in which an edge costs 0 and any other pair 1 (csgraph's issue 11458)."""
+    cost = torch.ones(20, 25)
+    for row, (first, last) in enumerate(pairwise(ROW_ENDS)):
+        cost[row, EDGES[first:last]] = 0
+    for turned in (cost, cost.T):
+        assert linear_assignment(turned[None]).total.item() == 20 - 13
+    assert linear_assignment(torch.tensor([[[0, 0], [0, 1]]])).match.tolist() == [[1, 0]]
+    assert linear_assignment(torch.tensor([[[0, 0, 1], [1, 1, 0]]])).total.item() == 0
+    assert linear_assignment(torch.tensor([[[0, 0], [0, 1], [1, 0]]])).total.item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 def test_torch_linear_assignments_example(dtype: torch.dtype) -> None:
     cost = torch.tensor([[8, 4, 7], [5, 2, 3], [9, 6, 7], [9, 4, 8]], dtype=dtype)
     assert linear_assignment(cost[None]).match.tolist() == [[0, 2, -1, 1]]
+    assert linear_assignment(torch.empty(0, 5, 5, dtype=dtype)).match.shape == (0, 5)
 
 
-# ---- boxes: torchvision, fvcore, TensorFlow Addons
+def test_detrs_matcher() -> None:
+    """100 queries, 15 objects: each object once, the same in every copy of a batch; none where there are no objects."""
+    cost = torch.rand(1, 100, 15, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1)
+    once, twice = linear_assignment(cost[:1]).match, linear_assignment(cost).match
+    assert sorted(once[once >= 0].tolist()) == list(range(15))
+    assert twice.tolist() == [*once.tolist(), *once.tolist()]
+    counts = torch.tensor([15, 0])
+    found = linear_assignment(cost, n_cols=counts).match
+    assert (found >= 0).sum(1).tolist() == [15, 0]
+
+
+# ---- boxes: torchvision, fvcore, detectron2, TensorFlow Addons
 
 INT_BOXES = [[0, 0, 100, 100], [0, 0, 50, 50], [200, 200, 300, 300], [0, 0, 25, 25]]
 FLOAT_BOXES = [
@@ -93,10 +171,10 @@ def test_torchvisions_boxes(kind: str) -> None:
         boxes = torch.tensor(INT_BOXES, dtype=dtype)
         found = pairwise_iou(boxes, boxes[:3], kind=kind)
         torch.testing.assert_close(found, torch.tensor(TORCHVISION[kind]), rtol=0, atol=1e-4)
-    for dtype, tolerance in ((torch.float16, 2e-3), (torch.float32, 1e-3)):
+    for dtype, tolerance in ((torch.float16, 2e-3), (torch.float32, 1e-3), (torch.float64, 1e-3)):
         boxes = torch.tensor(FLOAT_BOXES, dtype=dtype)
         found = pairwise_iou(boxes, boxes, kind=kind)
-        torch.testing.assert_close(found, torch.tensor(NEAR), rtol=0, atol=tolerance)
+        torch.testing.assert_close(found, torch.tensor(NEAR), rtol=0, atol=tolerance, check_dtype=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -110,6 +188,22 @@ def test_losses_of_torchvision_and_fvcore(dtype: torch.dtype) -> None:
         assert (loss[kind][1, 2] + loss[kind][1, 3]).item() == pytest.approx(2.45, abs=5e-5)
 
 
+@pytest.mark.parametrize("kind", TORCHVISION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_boxes_have_an_empty_loss_and_a_gradient(kind: str, dtype: torch.dtype) -> None:
+    a, b = (torch.empty(0, 4, dtype=dtype, requires_grad=True) for _ in range(2))
+    loss = 1 - pairwise_iou(a, b, kind=kind)
+    assert loss.numel() == 0
+    assert [x.shape for x in torch.autograd.grad(loss.sum(), [a, b])] == [(0, 4), (0, 4)]
+
+
+def test_detectron2s_boxes() -> None:
+    whole = torch.tensor([[0.0, 0, 1, 1]] * 2)
+    parts = [[0, 0, 1, 1], [0, 0, 0.5, 1], [0, 0, 1, 0.5], [0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0.5, 0.5, 1.5, 1.5]]
+    expected = torch.tensor([[1, 0.5, 0.5, 0.25, 0.25, 0.25 / (2 - 0.25)]] * 2)
+    torch.testing.assert_close(pairwise_iou(whole, torch.tensor(parts)), expected)
+
+
 def test_tensorflow_addons_giou() -> None:
     a = torch.tensor([[4.0, 3, 7, 5], [5, 6, 10, 7]])
     b = torch.tensor([[3.0, 4, 6, 8], [14, 14, 15, 15]])
@@ -118,10 +212,10 @@ def test_tensorflow_addons_giou() -> None:
     torch.testing.assert_close(giou, torch.tensor([1.07500000298023224, 1.9333333373069763]))
 
 
-# ---- listwise losses: allRank, TensorFlow Ranking
+# ---- listwise losses: allRank, TensorFlow Ranking, TRL's DPO
 
 
-def ranked(score: list[float], reward: list[float], mask: list[bool] | None = None, **options: object) -> float:
+def ranked(score: Sequence[float], reward: Sequence[float], mask: list[bool] | None = None, **options: object) -> float:
     chosen = None if mask is None else torch.tensor([mask])
     scores = torch.tensor([score], dtype=torch.float32)
     loss = listwise_loss(scores, torch.tensor([reward]), mask=chosen, beta=1.0, **options)  # type: ignore[arg-type]
@@ -145,12 +239,12 @@ def test_allranks_listmle_and_ranknet() -> None:
     assert ranked([0.5, 0.2, 0.66], [1, 0, -1], padded, **plain) == pytest.approx(one)
 
 
-def test_allranks_ranknet_weighted_by_the_gap() -> None:
-    """It divides by the pairs, PerPO by their weights: 1, 2 and 1 of gap 1, 2 and 1."""
-    losses = bce(0.3, 0.4, 0.1)
-    theirs = (1 * losses[0] + 2 * losses[1] + 1 * losses[2]) / 3
-    ours = ranked([0.5, 0.2, 0.1], [2, 1, 0], kind="perpo", gamma=1.0)
-    assert ours * 4 / 3 == pytest.approx(theirs)
+@pytest.mark.parametrize(("power", "weights"), [(1, (1, 2, 1)), (2, (3, 4, 1))])
+def test_allranks_ranknet_weighted_by_the_gap(power: int, weights: tuple[int, ...]) -> None:
+    """Of the labels 2, 1, 0 or of their squares. It divides by the pairs, PerPO by their weights."""
+    theirs = sum(w * x for w, x in zip(weights, bce(0.3, 0.4, 0.1), strict=True)) / 3
+    ours = ranked([0.5, 0.2, 0.1], [2**power, 1, 0], kind="perpo", gamma=1.0)
+    assert ours * sum(weights) / 3 == pytest.approx(theirs)
 
 
 LN2, LN3 = log(2), log(3)
@@ -162,10 +256,25 @@ LN2, LN3 = log(2), log(3)
         ([0, LN3, LN2], [0, 2, 1], -(log(3 / 6) + log(2 / 3))),
         ([0, LN2, LN3], [1, 0, 2], -(log(3 / 6) + log(1 / 3))),
         ([1.0, 3, 2], [0, 0.5, 1], log(exp(1) + exp(3) + exp(2)) - 2 + log(exp(1) + exp(3)) - 3),
+        ([LN2, 0, LN3], [0, 0, 1], -(log(3 / 6) + log(2 / 3))),  # ties: its draw of an order is our order of the items
+        ([1.0, 3, 2], [0, 0, 1], 3.534534),
+        ([1.0, 3], [0, 2], 0.126928),
     ],
 )
 def test_tensorflow_rankings_listmle(score: list[float], reward: list[float], expected: float) -> None:
     assert ranked(score, reward, kind="listmle") == pytest.approx(expected, abs=1e-5)
+
+
+def test_tensorflow_rankings_listmle_of_several_lists() -> None:
+    scores = torch.tensor([[0, LN3, LN2], [0, LN2, LN3]])
+    first, second = -(log(3 / 6) + log(2 / 3)), -(log(3 / 6) + log(1 / 3))
+    losses = listwise_loss(scores, torch.tensor([[0.0, 2, 1], [1, 0, 2]]), kind="listmle", beta=1.0)
+    assert losses.mean().item() == pytest.approx((first + second) / 2, abs=1e-5)
+    assert (losses @ torch.tensor([2.0, 1])).item() / 2 == pytest.approx((2 * first + second) / 2, abs=1e-5)
+    masked = ranked([0, LN2, LN3], [0, 0, 1], [True, False, True], kind="listmle")
+    assert masked == pytest.approx(-log(3 / 4), abs=1e-5)
+    ragged = ranked([3, 1, 2], [0, 0, 1], kind="listmle") + ranked([3, 2], [0, 2], kind="listmle")
+    assert ragged == pytest.approx(2.8477957, abs=1e-5)
 
 
 def test_tensorflow_rankings_pairwise_logistic() -> None:
@@ -177,9 +286,42 @@ def test_tensorflow_rankings_pairwise_logistic() -> None:
     ragged = 2 * ranked([1, 3, 2], [0, 0, 1], **plain) + ranked([3, 2], [0, 2], **plain)
     assert ragged == pytest.approx(2.9397852, abs=1e-5)
     assert ranked([1, 3, 2], [0, -1, 1], [True, False, True], **plain) == pytest.approx(log(1 + exp(-1)), abs=1e-5)
+    for score, reward, each in (([1, 3, 2], [0, 0, 1], 0.813262), ([1, 3], [0, 2], 0.126928)):
+        assert ranked(score, reward, **plain) == pytest.approx(each, abs=1e-5)
 
 
-# ---- cross-entropy: what PyTorch's tests and documentation state
+def test_tensorflow_rankings_pairwise_logistic_of_several_lists() -> None:
+    """Means over all pairs, weighted by list, and with an item left out: from our mean of each list's pairs."""
+    scores, rewards = torch.tensor([[1.0, 3, 2], [1, 2, 3]]), torch.tensor([[0.0, 0, 1], [0, 0, 2]])
+    plain = {"kind": "perpo", "gamma": 0.0, "beta": 1.0}
+    losses = listwise_loss(scores, rewards, **plain)  # type: ignore[arg-type]
+    assert losses.mean().item() == pytest.approx(sum(bce(1, -1, 2, 1)) / 4, abs=1e-5)
+    weighted = 2 * losses @ torch.tensor([1.0, 2]) / 6
+    assert weighted.item() == pytest.approx((sum(bce(1, -1)) + 2 * sum(bce(1, 2))) / 6, abs=1e-5)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    losses = listwise_loss(scores, torch.tensor([[1.0, 0, 0], [0, 0, 2]]), mask=mask, **plain)  # type: ignore[arg-type]
+    assert (losses @ torch.tensor([1.0, 2])).item() / 3 == pytest.approx(sum(bce(-1, 2, 1)) / 3, abs=1e-5)
+
+
+# log-probs of its chosen and rejected answers, then of the reference
+TRL_DPO = [((410.0, 810.5), (-610.0, 110.6)), ((410.0, 95.5), (-610.0, 5.5)), ((0.1, 0.2), (-0.1, 0.5))]
+
+
+@pytest.mark.parametrize(("policy", "reference"), TRL_DPO)
+@pytest.mark.parametrize("turned", [False, True])
+def test_trls_extreme_dpo_pairs_are_finite(
+    policy: tuple[float, float], reference: tuple[float, float], turned: bool
+) -> None:
+    score = (torch.tensor([policy]) - torch.tensor([reference])).requires_grad_()
+    reward = torch.tensor([[0.0, 1.0] if turned else [1.0, 0.0]])
+    loss = listwise_loss(score, reward, kind="perpo", gamma=0.0, beta=0.1)
+    (gradient,) = torch.autograd.grad(loss.sum(), score)
+    gap = 0.1 * (policy[0] - reference[0] - policy[1] + reference[1]) * (-1 if turned else 1)
+    assert loss.item() == pytest.approx(log(1 + exp(-gap)), rel=1e-5)
+    assert gradient.isfinite().all()
+
+
+# ---- cross-entropy: what PyTorch's tests and documentation state, QuACK, Liger
 
 
 @pytest.mark.parametrize("v", [2, 7])
@@ -196,3 +338,58 @@ def test_sure_logits_and_ignored_rows() -> None:
     assert cross_entropy(torch.tensor([[100.0, 0.0]]), torch.tensor([1])) == 100
     smoothed = cross_entropy(torch.tensor([[100.0, 0.0]]), torch.tensor([0]), label_smoothing=0.1)
     assert smoothed == pytest.approx(0.1 / 2 * 100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_quacks_extreme_values(dtype: torch.dtype) -> None:
+    target = torch.tensor([0, 5, 511, 1023])
+    for level in (10.0, -10.0):
+        loss = cross_entropy(torch.full((4, 1024), level, dtype=dtype), target, reduction="none")
+        torch.testing.assert_close(loss, torch.full((4,), log(1024)), rtol=1e-6, atol=0)
+    sure = torch.full((4, 1024), -10.0, dtype=dtype).scatter(1, target[:, None], 10.0)
+    loss = cross_entropy(sure, target, reduction="none")
+    torch.testing.assert_close(loss, torch.full((4,), 1023 * exp(-20)), rtol=1e-4, atol=0)
+
+
+def test_quacks_invariances() -> None:
+    """Logits raised by 100; class weights of 1; the last class ignored, with and without weights."""
+    logits, target = torch.randn(4, 512), torch.tensor([0, 3, 511, 511])
+    loss = cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(cross_entropy(logits + 100, target, reduction="none"), loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cross_entropy(logits, target, torch.ones(512), reduction="none"), loss)
+    for weight in (None, torch.ones(512)):
+        ignored = cross_entropy(logits, target, weight, reduction="none", ignore_index=511)
+        assert ignored.tolist() == [*loss[:2].tolist(), 0, 0]
+
+
+LIGER = [  # z-loss, smoothing, softcap, ignored class
+    (1e-4, 0.0, None, -100),
+    (1e-5, 0.0, None, -123),
+    (0.0, 0.1, None, 2),
+    (1e-4, 0.1, None, 42),
+    (1e-5, 0.2, None, -42),
+    (1e-4, 0.1, 30.0, -100),
+    (1e-5, 0.2, 40.0, 42),
+]
+
+
+@pytest.mark.parametrize(("z_loss", "smoothing", "softcap", "ignored"), LIGER)
+def test_ligers_settings_on_equal_logits(z_loss: float, smoothing: float, softcap: float | None, ignored: int) -> None:
+    """Equal logits have a closed form in each of its settings; the settings are its, the logits ours."""
+    v, level = 45, 25.0
+    capped = level if softcap is None else softcap * tanh(level / softcap)
+    each = log(v) + z_loss * (capped + log(v)) ** 2
+    target = torch.tensor([0, ignored, 44])
+    for reduction, expected in (("none", [each, 0, each]), ("mean", each), ("sum", 2 * each)):
+        loss = linear_cross_entropy(
+            torch.full((3, 1), level), torch.ones(v, 1), target, z_loss=z_loss, label_smoothing=smoothing,
+            softcap=softcap, ignore_index=ignored, reduction=reduction,
+        )  # fmt: skip
+        torch.testing.assert_close(loss, torch.tensor(expected), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("ignored", [2, -123])
+def test_ligers_targets_out_of_bounds(ignored: int) -> None:
+    target = torch.tensor([0, ignored, 8, 15])
+    with pytest.raises(ValueError, match=r"target: row 2 is 8, expected 0\.\.7"):
+        cross_entropy(torch.randn(4, 8), target, ignore_index=ignored)
