@@ -24,6 +24,7 @@ from fastrl.cli.build import app as build_app  # noqa: E402
 from fastrl.cli.data import data as data_command  # noqa: E402
 from fastrl.cli.export import export as export_command  # noqa: E402
 from fastrl.cli.recipes import recipes as recipes_command  # noqa: E402
+from fastrl.cli.study import study as study_command  # noqa: E402
 from fastrl.cli.terminal import Json, SkipBad, print_json, say  # noqa: E402
 from fastrl.data.records import PROMPTS  # noqa: E402
 
@@ -40,6 +41,7 @@ app.add_typer(tiny_app, name="tiny")
 app.command(name="data")(data_command)
 app.command(name="recipes")(recipes_command)
 app.command(name="export")(export_command)
+app.command(name="study")(study_command)
 
 Data = Annotated[str | None, typer.Option("--data", metavar="SPEC", help="adapter:path[?key=value&…]")]
 Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")]
@@ -356,31 +358,6 @@ def reflect_command(
         print_json(result)
     if result["error"]:
         raise typer.Exit(1)
-
-
-@app.command()
-def study(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")],
-    held_out: Annotated[str, typer.Option("--held-out", metavar="SPEC", help="Data to evaluate on.")],
-    data: Data = None,
-    model: Model = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for both runs [runs/study-NAME].")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate the first N records.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer [the protocol's].")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a recipe key.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Train with and without images and compare both, to see whether what was learned depends on the images."""
-    from fastrl.recipe import load_recipe
-    from fastrl.studies.blind import print_study, run_study
-
-    changes = {"data.spec": data, "model.path": model}
-    named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
-    chosen = load_recipe(recipe, [*named, *(overrides or [])])
-    result = run_study(chosen, held_out, out=out, limit=limit, max_new_tokens=max_new_tokens, say=say)
-    print_study(result)
-    if as_json:
-        print_json(result)
 
 
 @tiny_app.command(name="build")

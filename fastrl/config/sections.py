@@ -217,8 +217,8 @@ class DataRecipe(Section):
     """Threads that preprocess the pictures of this and the next step in the background; `0`: none, for simpler
     tracebacks."""
     blank_images: bool = False
-    """Replace pictures by grey ones of the same size, so that the model can only learn from the text. `fastrl study`
-    trains with and without."""
+    """Replace pictures by grey ones of the same size, so that the model can only learn from the text. `fastrl study
+    blind` trains with and without."""
 
     @field_validator("spec", mode="before")
     @classmethod

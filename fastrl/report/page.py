@@ -70,13 +70,21 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         _sample_section(samples, stored),
         f"<h2>Recipe</h2><pre>{shown(recipe, 100_000)}</pre>" if recipe else "",
     ]
-    title = html.escape(plain(run.resolve().name, 200))
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    out = out if out is not None else run / "report.html"
-    with nothing_empty_left(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, page + "\n".join(parts) + "</html>\n")
-    return out
+    return write_page_file(out if out is not None else run / "report.html", page(run.resolve().name, parts))
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole page of HTML parts with the style of all pages; ``title`` is plain text."""
+    head = f"<title>{html.escape(plain(title, 200))}</title><style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><meta charset="utf-8">{head}' + "\n".join(parts) + "</html>\n"
+
+
+def write_page_file(path: Path, text: str) -> Path:
+    """Write a page, with the folders it needs; nothing new is left where that fails. Returns ``path``."""
+    with nothing_empty_left(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    return path
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -135,7 +143,7 @@ def _evaluation_section(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     best = max((row["step"] for row in rows if row.get("best") is True), default=None)
     charts = [
-        f'<img alt="{html.escape(plain(name, 60))}" src="{_address(chart(name, keys, rows, mark=best))}">'
+        f'<img alt="{html.escape(plain(name, 60))}" src="{figure_address(chart(name, keys, rows, mark=best))}">'
         for name, keys in measured(rows).items()
     ]
     caption = f"<p>Best after step {best} (dotted line).</p>" if best is not None else ""
@@ -147,7 +155,7 @@ def _charts(rows: Sequence[Mapping[str, Any]], note: str) -> Iterable[str]:
     for name, keys in families(rows).items():
         title = html.escape(plain(name, 200))
         caption = f"<figcaption>{shown(note)}</figcaption>" if note and name == "loss" else ""
-        yield f'<figure><img alt="{title}" src="{_address(chart(name, keys, rows))}">{caption}</figure>'
+        yield f'<figure><img alt="{title}" src="{figure_address(chart(name, keys, rows))}">{caption}</figure>'
 
 
 def _loss_note(recipe: Path) -> str:
@@ -162,7 +170,8 @@ def _loss_note(recipe: Path) -> str:
         return ""
 
 
-def _address(figure: Any) -> str:
+def figure_address(figure: Any) -> str:
+    """A figure as the ``src`` of an image: its PNG, in the page itself."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -229,4 +238,4 @@ def _picture(sample: Mapping[str, Any], record: Record) -> str:
     reward = sample.get("reward")
     total = f", reward {reward:.2f}" if is_number(reward) else ""
     axis.set_title(label(f"step {sample.get('step', '–')}{total}"), fontsize=8)
-    return f'<img alt="{attribute(sample.get("question", ""))}" src="{_address(figure)}">'
+    return f'<img alt="{attribute(sample.get("question", ""))}" src="{figure_address(figure)}">'

@@ -1,4 +1,4 @@
-"""The image-unconditional study (PerPO §4.7): the same training with and without images, before and after.
+"""The image-unconditional study (PerPO §4.7): the same lists, trained on with the pictures and with grey ones.
 
 A model can learn preferences from the text alone: the form of good answers, likely positions. For a perception model
 this is reward hacking, and it appears as a gain also when training on blank pictures. Only the additional gain of a
@@ -7,26 +7,34 @@ method comes from the images.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrl.data import load_data
-from fastrl.data.blank import BlankImages
-from fastrl.evaluate import EVALUATIONS, Metrics, evaluate
-from fastrl.evaluate.run import MAX_NEW_TOKENS, sample_records
-from fastrl.recipe import Recipe, build_recipe
+from fastrl.data import load_data, parse_spec
+from fastrl.evaluate import EVALUATIONS, evaluate
+from fastrl.evaluate.run import MAX_NEW_TOKENS
+from fastrl.methods import method_for
+from fastrl.methods.perpo import PerPO
+from fastrl.recipe import Recipe, load_recipe
 from fastrl.rewards.base import unknown
-from fastrl.run.integrity import CheckpointError
 from fastrl.run.setup import load_model
-from fastrl.trainer import train
+from fastrl.studies.base import REPORTED, About, Arm, Job, Measured, Say, Study
+from fastrl.studies.training import changed, make_lists, measure, scene_sets, train_job
+from fastrl.toy.demos.evidence import Compared, change
+from fastrl.toy.demos.scenes import scenes_like
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
-    from fastrl.models.load import Policy
 
-# The number the table shows of each task; "edit_distance" is better when lower
+RECIPE = "perpo-grounding-tiny"
+KINDS = ("perpo", "dpo", "sft")
+SEEING, BLIND = "pictures", "grey"
+ANSWERS, PROMPTS, PER_STEP = 12, 1024, 16
+RATES = (5e-5, 1e-4, 2e-4)
+
+# The measure of each task; an answer's score is that of its record alone
 SHOWN = {
     "grounding": "mean_iou",
     "counting": "accuracy",
@@ -35,109 +43,145 @@ SHOWN = {
     "trajectory": "mean_iou",
     "qa": "accuracy",
 }
-ROWS = {"with image": False, "without image": True}
 
 
-def run_study(
-    recipe: Recipe,
-    held_out: str,
-    *,
-    out: Path | None = None,
-    limit: int | None = None,
-    max_new_tokens: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Train twice with the same model, data, seed and steps: on the pictures, and on grey ones of the same size.
+@dataclass(frozen=True)
+class Own:
+    """A study of one's own recipe and data, instead of the small model on scenes."""
 
-    Args:
-        recipe: the run; its ``data.blank_images`` and ``out`` are set here.
-        held_out: data to measure on, with a task that can be evaluated.
-        out: folder for both runs (default ``runs/study-NAME``).
-        limit: measure on the first records only.
-        max_new_tokens: longest answer (default the protocol's).
-        say: called with progress messages.
-
-    Returns:
-        ``metric`` and ``cells``: training (``with image``, ``without image``) → ``before``, ``after`` measured on
-        pictures, and ``blank_before``, ``blank_after`` measured on grey ones; ``metrics`` has all numbers of each.
-
-    Raises:
-        ValueError: held-out records have several tasks, or one without an evaluation.
-        CheckpointError: the folder already contains a study.
-    """
-    started = time.perf_counter()
-    records = load_data(held_out)
-    records = records if limit is None else records[:limit]
-    task = records[0].task
-    if task not in SHOWN or task not in EVALUATIONS:
-        raise ValueError(unknown("task for a study", task, SHOWN))
-    length = max_new_tokens or MAX_NEW_TOKENS[task]
-    out = out if out is not None else Path("runs") / f"study-{recipe.name}"
-    if any((out / _folder(blank)).exists() for blank in ROWS.values()):
-        raise CheckpointError(f"{out} already contains a study: choose another --out")
-    metrics: dict[str, dict[str, Metrics]] = {}
-    before: dict[str, Metrics] | None = None
-    for name, blank in ROWS.items():
-        values = recipe.model_dump(mode="json")
-        values["data"]["blank_images"] = blank
-        values["out"] = str(out / _folder(blank))
-        run = build_recipe(values)
-        policy = load_model(run)
-        if before is None:
-            say(f"measuring {len(records)} held-out records before training …")
-            before = _measure(policy, records, task, length)
-        if before["seen"][SHOWN[task]] is None:
-            raise ValueError(f"{held_out}: has no object, so {SHOWN[task]} is not defined")
-        say(f"training {name}: {run.optim.steps} steps …")
-        train(run, policy=policy)
-        say("measuring again …")
-        after = _measure(policy, records, task, length)
-        metrics[name] = {"before": before["seen"], "after": after["seen"]}
-        metrics[name] |= {"blank_before": before["blank"], "blank_after": after["blank"]}
-    shown = SHOWN[task]
-    return {
-        "recipe": recipe.name,
-        "task": task,
-        "metric": shown,
-        "held_out": len(records),
-        "steps": recipe.optim.steps,
-        "cells": {name: {when: row[shown] for when, row in rows.items()} for name, rows in metrics.items()},
-        "metrics": metrics,
-        "seconds": time.perf_counter() - started,
-        "out": str(out),
-    }
+    recipe: Recipe
+    held_out: str
+    limit: int | None = None
+    max_new_tokens: int | None = None
 
 
-def print_study(result: dict[str, Any]) -> None:
-    """The 2×2 table (training with and without image, before and after), and the same measured on grey pictures."""
-    from rich.console import Console
-    from rich.table import Table
+class Experiment(Study):
+    """PerPO, DPO and SFT on the same lists, with the pictures and without."""
 
-    lower = ", lower is better" if result["metric"] == "edit_distance" else ""
-    console = Console()
-    for prefix, measured in (("", "pictures"), ("blank_", "grey pictures")):
-        title = f"{result['recipe']}: {result['metric']} of {result['held_out']} held-out {measured}{lower}"
-        table = Table(title=title)
-        table.add_column("training")
-        for column in ("before", "after", "change"):
-            table.add_column(column, justify="right")
-        for name, row in result["cells"].items():
-            old, new = row[f"{prefix}before"], row[f"{prefix}after"]
-            table.add_row(name, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
-        console.print(table)
+    about = About(
+        name="blind",
+        question="does what a method gains come from the pictures?",
+        paper="PerPO (arXiv:2502.04371), §4.7",
+        design="the same ranked lists for every arm, pictures as they are or grey; PerPO, DPO and SFT; measured on "
+        "pictures",
+        expected="what seeing adds to training blind is larger for PerPO than for DPO",
+        minutes=20,
+        quick_minutes=4,
+    )
+
+    def __init__(self, *, quick: bool = False, say: Say = lambda text: None, own: Own | None = None) -> None:
+        super().__init__(quick=quick, say=say)
+        self.own = own
+        self.recipe = own.recipe if own is not None else self._small()
+        # Lists are the data of PerPO and its baselines only; other methods are compared with themselves
+        self.kinds = KINDS if method_for(self.recipe.method) is PerPO else (self.recipe.method.kind,)
+        self.rates = RATES if own is None else ()
+        self.sets: dict[str, Sequence[Record]] = {}
+        self.task = ""
+
+    @property
+    def measures(self) -> Mapping[str, str]:  # type: ignore[override]
+        name = SHOWN.get(self.task, "score")
+        lower = " (lower is better)" if name == "edit_distance" else ""
+        return {"sampled": f"{name}, sampled{lower}", "greedy": f"greedy{lower}"}
+
+    def arms(self) -> Sequence[Arm]:
+        seeing = [(kind, blank) for kind in self.kinds for blank in (False, True)]
+        return [Arm("start"), *(Arm(_arm(k, blank), k, {"kind": k, "blank": blank}) for k, blank in seeing)]
+
+    def differences(self) -> Mapping[str, tuple[str, str]]:
+        return {_added(kind): (_arm(kind, False), _arm(kind, True)) for kind in self.kinds}
+
+    def comparisons(self) -> Sequence[Compared]:
+        found = []
+        for how in ("sampled", "greedy"):
+            end = "" if how == "sampled" else f", {how}"
+            for kind in self.kinds:
+                seeing, blind = _arm(kind, False), _arm(kind, True)
+                found += [
+                    change(f"{kind}: seeing{end}", how, "start", seeing),
+                    change(f"{kind}: blind{end}", how, "start", blind),
+                    change(f"{kind}: seeing − blind{end}", how, blind, seeing),
+                ]
+            found += [
+                change(f"seeing − blind: perpo − {kind}{end}", how, _added(kind), _added("perpo"))
+                for kind in self.kinds[1:]
+            ]
+        return found
+
+    def settings(self) -> Mapping[str, Any]:
+        if self.own is None:
+            return {"prompts": self._prompts, "steps": self.recipe.optim.steps, "held_out": self._held_out}
+        run = {key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in ("out", "seed")}
+        given = {"held_out": self.own.held_out, "limit": self.own.limit, "max_new_tokens": self.own.max_new_tokens}
+        return {"recipe": self.recipe.name, **given, "keys": run}
+
+    def begin(self) -> None:
+        if self.own is None:
+            self.sets = scene_sets(self.recipe.data.spec, self._held_out)
+        else:
+            self.sets = {REPORTED: load_data(self.own.held_out)[: self.own.limit]}
+        records = self.sets[REPORTED]
+        self.task = records[0].task
+        if self.task not in SHOWN or self.task not in EVALUATIONS:
+            raise ValueError(unknown("task for a study", self.task, SHOWN))
+        if self.task == "detection" and not all(record.target["boxes"] for record in records):
+            raise ValueError(f"{self.own.held_out if self.own else ''}: a picture without objects has no AP of its own")
+        self.start = load_model(self.recipe)
+
+    def prepare(self, seed: int, shared: Path) -> None:
+        if method_for(self.recipe.method) is PerPO and not self._given_lists:
+            own = self.own is not None
+            spec = self.recipe.data_spec if own else scenes_like(self.recipe.data.spec, n=self._prompts, seed=seed)
+            n = self.recipe.rollout.group_size if own else ANSWERS
+            limit = self.recipe.optim.steps * self.recipe.data.prompts_per_step if own else None
+            gap = self.recipe.method.min_gap  # type: ignore[attr-defined]
+            task = self.task if own else "grounding"
+            make_lists(self.recipe, spec, task, shared, n=n, min_gap=gap, seed=seed, limit=limit)
+
+    def run(self, job: Job) -> Mapping[str, Measured]:
+        policy = self.start
+        if job.arm.group:
+            changes: dict[str, Any] = {"method.kind": job.arm.options["kind"]}
+            changes["data.blank_images"] = job.arm.options["blank"]
+            if method_for(self.recipe.method) is PerPO and not self._given_lists:
+                changes |= {"data.spec": f"lists:{job.shared / 'lists.jsonl'}", "data.adapter": None}
+            policy = train_job(changed(self.recipe, changes), job)
+        return {name: self._measure(policy, self.sets[name]) for name in job.sets}
+
+    def _measure(self, policy: Any, records: Sequence[Record]) -> Measured:
+        length = self.recipe.rollout.max_new_tokens
+        if self.own is not None:
+            length = self.own.max_new_tokens or MAX_NEW_TOKENS[self.task]
+        return measure(policy, records, length, {"": self._score})
+
+    def _score(self, answers: Sequence[str], records: Sequence[Record]) -> list[float]:
+        shown = SHOWN[self.task]
+        return [
+            float(evaluate(self.task, [record], [answer])[shown] or 0.0)
+            for answer, record in zip(answers, records, strict=True)
+        ]
+
+    @property
+    def _given_lists(self) -> bool:
+        return bool(self.recipe.data.spec) and parse_spec(self.recipe.data.spec)[0] == "lists"
+
+    @property
+    def _prompts(self) -> int:
+        return PROMPTS // 2 if self.quick else PROMPTS
+
+    @property
+    def _held_out(self) -> int:
+        return 256 if self.quick else 512
+
+    def _small(self) -> Recipe:
+        steps = {"optim.steps": 32 if self.quick else 64, "data.prompts_per_step": PER_STEP}
+        return load_recipe(RECIPE, steps)
 
 
-def _folder(blank: bool) -> str:
-    return "without-image" if blank else "with-image"
+def _arm(kind: str, blank: bool) -> str:
+    return f"{kind}, {BLIND if blank else SEEING}"
 
 
-def _measure(policy: Policy, records: Sequence[Record], task: str, length: int) -> dict[str, Metrics]:
-    """Metrics of greedy answers, on the pictures and on grey ones."""
-    from fastrl.rollout import Sampling
-
-    sampling = Sampling(n=1, max_new_tokens=length, temperature=0.0)
-    found = {}
-    for name, data in (("seen", records), ("blank", BlankImages(records))):
-        answered = list(sample_records(policy, data, sampling))
-        found[name] = evaluate(task, [r for r, _ in answered], [completions[0].text for _, completions in answered])
-    return found
+def _added(kind: str) -> str:
+    return f"{kind}, {SEEING} − {BLIND}"

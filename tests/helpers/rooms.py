@@ -16,7 +16,8 @@ LEVELS = (
     ("recipe",),
     ("evaluate", "run", "plan"),
     ("trainer",),
-    ("studies", "report", "build", "integrations"),
+    ("report", "build", "integrations"),
     ("toy",),
+    ("studies",),
     ("cli",),
 )

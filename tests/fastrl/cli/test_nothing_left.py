@@ -47,8 +47,8 @@ FAILURES = {
     "tpl": ("tpl", *GONE, "--data", "scenes:shown?n=1", "--plot", "deep/plot.png"),
     "report": ("report", "no-run", "--out", "deep/page.html"),
     "study": (
-        *("study", "perception-r1-grounding-tiny", *GONE, "--held-out", GROUNDING, "--out", "deep/out"),
-        *("--data", GROUNDING),
+        *("study", "blind", "--recipe", "perception-r1-grounding-tiny", *GONE, "--held-out", GROUNDING),
+        *("--out", "deep/out", "--data", GROUNDING),
     ),
     "tiny build": ("tiny", "build", "juggling", "--out", "deep/out"),
     "data": ("data", "refexp:no.jsonl", "--draw", "deep/truth.png"),

@@ -70,7 +70,9 @@ COMMANDS = {
     "reflect --critic": "reflect --model tiny:language --critic model:{model} --image {picture}",
     "build perpo": "build perpo --task grounding --model {model} --data scenes:grounding --out {out} --limit 1",
     "build reper": "build reper --model {model} --critic rule --data scenes:caption --out {out} --limit 1",
-    "study": "study perception-r1-grounding-tiny --held-out scenes:grounding --model {model} --out {out}",
+    "study": (
+        "study blind --recipe perception-r1-grounding-tiny --held-out scenes:grounding --model {model} --out {out}"
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The image-unconditional study: blank pictures, training and evaluating with them, the 2×2 table."""
+"""The image-unconditional study: blank pictures, training and evaluating with them, and the arms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,10 +14,10 @@ from fastrl.cli.main import main
 from fastrl.data import load_data
 from fastrl.data.blank import GREY, BlankImages
 from fastrl.evaluate.run import run_evaluation
-from fastrl.models.load import load_policy
 from fastrl.recipe import load_recipe
-from fastrl.run.integrity import CheckpointError
-from fastrl.studies.blind import print_study, run_study
+from fastrl.studies.blind import Experiment, Own
+from fastrl.studies.outcome import print_result
+from fastrl.studies.runner import run_study
 from fastrl.trainer import Run
 from tests.helpers.training import make_recipe, make_records
 
@@ -68,30 +67,52 @@ def test_blank_images_need_a_model() -> None:
         run_evaluation("grounding", "scenes:grounding?n=1", predictions=Path("x"), blank_images=True)
 
 
-def make_study(out: Path) -> dict[str, Any]:
-    small = {"optim.steps": 2, "rollout.group_size": 6, "data.prompts_per_step": 2, "method.online_every": 2}
+def small_study() -> Experiment:
+    small = {"optim.steps": 2, "rollout.group_size": 6, "data.prompts_per_step": 2, "optim.lr": 1e-3}
     recipe = load_recipe("perpo-grounding-tiny", small | {"method.min_gap": 0.0, "log.tensorboard": False})
-    return run_study(recipe, "scenes:grounding?n=4&seed=5", out=out, max_new_tokens=40)
+    return Experiment(own=Own(recipe, "scenes:grounding?n=4&seed=5", max_new_tokens=40))
 
 
-def test_the_study_trains_twice_and_prints_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = make_study(tmp_path / "study")
-    cells = result["cells"]
-    assert list(cells) == ["with image", "without image"]
-    for when in ("before", "blank_before"):
-        assert cells["with image"][when] == cells["without image"][when]
-    assert cells["with image"]["before"] > cells["with image"]["blank_before"]
-    assert set(cells["with image"]) == {"before", "after", "blank_before", "blank_after"}
-    assert result["metric"] == "mean_iou"
-    weights = [tmp_path / "study" / name / "model" for name in ("with-image", "without-image")]
-    a, b = (load_policy(path, device="cpu").core.state_dict() for path in weights)
-    assert any(not a[name].equal(b[name]) for name in a)
-    print_study(result)
-    shown = capsys.readouterr().out
-    assert "without image" in shown
-    assert "grey pictures" in shown
-    with pytest.raises(CheckpointError, match="already contains a study"):
-        make_study(tmp_path / "study")
+@pytest.mark.gate
+def test_every_arm_trains_on_the_same_lists_with_pictures_and_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = small_study()
+    result = run_study(study, tmp_path / "study", seeds=1)
+    arms = [f"{kind}, {look}" for kind in ("perpo", "dpo", "sft") for look in ("pictures", "grey")]
+    assert list(result["arms"]) == ["start", *arms]
+    recipes = {arm: load_recipe(tmp_path / "study" / folder(arm) / "seed-0" / "run" / "recipe.yaml") for arm in arms}
+    lists = {recipe.data.spec for recipe in recipes.values()}
+    assert lists == {f"lists:{tmp_path / 'study' / 'seed-0' / 'lists.jsonl'}"}
+    assert [recipes[arm].data.blank_images for arm in arms] == [False, True] * 3
+    assert [recipes[arm].method.kind for arm in arms] == ["perpo", "perpo", "dpo", "dpo", "sft", "sft"]
+    ious = {arm: result["arms"][arm]["sampled"]["mean"] for arm in arms}
+    assert len(set(ious.values())) > 2  # the arms did learn different things
+    found = result["changes"]["perpo: seeing − blind"]
+    assert found["change"] == pytest.approx(ious["perpo, pictures"] - ious["perpo, grey"])
+    contrast = result["changes"]["seeing − blind: perpo − sft"]
+    seeing = [ious[f"{kind}, pictures"] - ious[f"{kind}, grey"] for kind in ("perpo", "sft")]
+    assert contrast["change"] == pytest.approx(seeing[0] - seeing[1])
+    print_result(study, result)
+    assert "sft, grey" in capsys.readouterr().out
+
+
+def folder(arm: str) -> str:
+    return arm.replace(" ", "-")
+
+
+def test_other_methods_are_compared_with_themselves() -> None:
+    study = Experiment(own=Own(load_recipe("perception-r1-grounding-tiny"), "scenes:grounding?n=4"))
+    assert [arm.name for arm in study.arms()] == ["start", "perception-r1, pictures", "perception-r1, grey"]
+    assert {c.name for c in study.comparisons()} == {
+        f"perception-r1: {what}{how}" for what in ("seeing", "blind", "seeing − blind") for how in ("", ", greedy")
+    }
+
+
+def test_a_task_without_a_measure_is_refused() -> None:
+    study = Experiment(own=Own(load_recipe("perpo-grounding-tiny"), "scenes:caption?n=4"))
+    with pytest.raises(ValueError, match=r"caption.*grounding"):
+        study.begin()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -117,10 +138,16 @@ def test_build_train_and_study_from_the_command_line(
         assert command(monkeypatch, "train", "perpo-ocr-tiny", *given, *steps, "--blank-images") == 0
         assert "blank_images: true" in (tmp_path / "run" / "recipe.yaml").read_text()
     capsys.readouterr()
-    study = ("study", "perpo-ocr-tiny", "--model", folder, "--data", spec, "--held-out", spec, "--out", "study")
+    own = ("--recipe", "perpo-ocr-tiny", "--model", folder, "--held-out", spec)
+    Image.new("RGB", (56, 56), (200, 10, 10)).save("a.png")
+    rows = [{"id": n, "image": "a.png", "prompt": "Read.", "answers": ["ab", "c"], "rewards": [1, 0]} for n in (1, 2)]
+    Path("ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--data", "lists:ranked.jsonl")
+    study = ("study", "blind", *own, *given, "--out", "study", "--seeds", "1", "--set", "data.prompts_per_step=2")
     short = ("--max-new-tokens", "6", "--set", "rollout.max_new_tokens=6", "--limit", "2", "--json")
     assert command(monkeypatch, *study, *steps, *short) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["study"], result["seeds"], result["records"]) == ("blind", 1, 2)
     assert command(monkeypatch, *build[:3], "juggling", *build[4:]) == 2
     assert "grounding, ocr" in capsys.readouterr().err
 

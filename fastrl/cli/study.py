@@ -1,0 +1,108 @@
+"""``fastrl study``: the papers' claims as experiments."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastrl.cli.terminal import Json, print_json, say
+
+if TYPE_CHECKING:
+    from fastrl.studies.base import Study
+
+OWN = "studies of your own recipe: blind"
+
+
+def study(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Which study; --list shows them.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show question, design and minutes of every study.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, smaller, no choice of learning rates: 5 minutes or less.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds [the study's].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; an interrupted study continues [runs/study-…].")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="blind: a shipped recipe or YAML file instead of the study's.")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option("--held-out", metavar="SPEC", help="With --recipe: data to evaluate on.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="SPEC", help="With --recipe: adapter:path[?key=value&…]")] = None,
+    model: Annotated[str | None, typer.Option(metavar="DIR", help="With --recipe: the model.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --recipe: evaluate the first N records.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --recipe: longest answer [the protocol's].")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="a.b=c", help="With --recipe: set a recipe key.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Test a paper's claim: train what it compares, and show the differences with their intervals."""
+    if listed:
+        _list(as_json)
+        return
+    if name is None:
+        raise ValueError("name a study; fastrl study --list shows them")
+    own = {"held_out": held_out, "data": data, "model": model, "limit": limit, "max_new_tokens": max_new_tokens}
+    chosen = _make(name, quick, recipe, own, overrides or [])
+    from fastrl.studies.outcome import print_result
+    from fastrl.studies.runner import run_study
+
+    ending = recipe_name(recipe) if recipe is not None else ""
+    where = out or Path("runs") / "-".join(filter(None, ("study", name, ending, "quick" if quick else "")))
+    result = run_study(chosen, where, seeds=seeds)
+    print_result(chosen, result)
+    if as_json:
+        print_json(result)
+
+
+def recipe_name(recipe: str) -> str:
+    """The name of a recipe, or of its file without folder and ending."""
+    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+
+
+def _make(name: str, quick: bool, recipe: str | None, own: dict[str, Any], overrides: list[str]) -> Study:
+    from fastrl.config.shipped import shipped_recipes
+    from fastrl.studies import STUDIES, study_class
+
+    if name not in STUDIES and (name in shipped_recipes() or name.endswith((".yaml", ".yml"))):
+        raise ValueError(f"{name} is a recipe: write fastrl study blind --recipe {name} --held-out SPEC")
+    kind = study_class(name)
+    given = [f"--{key.replace('_', '-')}" for key, value in own.items() if value is not None]
+    given += ["--set"] if overrides else []
+    if recipe is None:
+        if given:
+            raise ValueError(f"{given[0]} goes with --recipe: without it, a study has its own recipe and data")
+        return kind(quick=quick, say=say)
+    if name != "blind":
+        raise ValueError(f"--recipe: {name} has its own recipes ({OWN})")
+    if own["held_out"] is None:
+        raise ValueError("--recipe needs --held-out SPEC: data to evaluate on")
+    if quick:
+        raise ValueError("--quick makes the study's own recipe smaller; with --recipe, set optim.steps and --seeds 1")
+    from fastrl.recipe import load_recipe
+    from fastrl.studies.blind import Experiment, Own
+
+    changes = {"data.spec": own["data"], "model.path": own["model"]}
+    named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
+    chosen = load_recipe(recipe, [*named, *overrides])
+    return Experiment(own=Own(chosen, own["held_out"], own["limit"], own["max_new_tokens"]), say=say)
+
+
+def _list(as_json: bool) -> None:
+    from fastrl.studies import all_studies
+
+    found = [kind.about._asdict() for kind in all_studies()]
+    if as_json:
+        print_json({"studies": found})
+        return
+    for about in found:
+        print(f"{about['name']}: {about['question']}")
+        print(f"  paper     {about['paper']}")
+        print(f"  design    {about['design']}")
+        print(f"  expected  {about['expected']}")
+        print(f"  minutes   {about['minutes']} on two quiet cores, --quick {about['quick_minutes']}")

@@ -1,0 +1,128 @@
+"""What a study is: a claim of a paper, the arms that are compared, and how one of them is trained and measured."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from fastrl.toy.demos.evidence import Compared, Scores
+
+CHOOSING, REPORTED = "choosing", "reported"  # rates are chosen on the first set, everything shown is of the second
+Say = Callable[[str], None]
+
+
+class About(NamedTuple):
+    """What ``fastrl study --list`` and the head of a page say."""
+
+    name: str
+    question: str
+    paper: str  # and where in it
+    design: str
+    expected: str  # what the paper leads one to expect
+    minutes: int  # of the whole study on two quiet cores
+    quick_minutes: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training that is compared with others.
+
+    Attributes:
+        name: of its folder, and in tables.
+        group: arms of one group share a learning rate, chosen on the group's first arm; empty: nothing is trained, and
+            one seed is enough.
+        options: what the study's :meth:`Study.run` reads.
+        quick: also part of ``--quick``.
+    """
+
+    name: str
+    group: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    quick: bool = True
+
+
+class Job(NamedTuple):
+    """One arm to be trained and measured."""
+
+    arm: Arm
+    seed: int
+    rate: float | None  # learning rate; None: the recipe's
+    folder: Path  # of this job alone
+    shared: Path  # of the seed: what :meth:`Study.prepare` made
+    sets: Sequence[str]  # to measure on: ``REPORTED``, ``CHOOSING`` or both
+
+
+class Measured(NamedTuple):
+    """Scores of one set of records."""
+
+    ids: Sequence[str]
+    scores: Scores  # measure -> one per record
+    numbers: Mapping[str, float] = {}  # measures that are defined for the whole set only
+
+
+class Line(NamedTuple):
+    """A line of a plot: ``points`` are (place on the x axis, name of an arm)."""
+
+    label: str
+    points: Sequence[tuple[float, str]]
+
+
+class Plot(NamedTuple):
+    """A plot of one measure over arms."""
+
+    title: str
+    across: str  # label of the x axis
+    measure: str
+    lines: Sequence[Line]
+
+
+class Study(ABC):
+    """An experiment. Subclasses say what is compared; ``fastrl.studies.runner`` runs it."""
+
+    about: ClassVar[About]
+    measures: Mapping[str, str]  # measure -> its title; rates are chosen by the first
+    rates: Sequence[float] = ()  # the grid of learning rates, equal for all groups; empty: the recipe's rate
+    seeds: int = 3
+
+    def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:
+        self.quick, self.say = quick, say
+
+    @abstractmethod
+    def arms(self) -> Sequence[Arm]:
+        """All arms of the whole study."""
+
+    @abstractmethod
+    def comparisons(self) -> Sequence[Compared]:
+        """What is compared, as states (arms and :meth:`differences`) and measures. Those of arms that were left out
+        are skipped."""
+
+    def differences(self) -> Mapping[str, tuple[str, str]]:
+        """State -> (arm, other arm): record by record the first one's score minus the other's."""
+        return {}
+
+    def plots(self) -> Sequence[Plot]:
+        """Plots besides the one of the comparisons."""
+        return ()
+
+    def settings(self) -> Mapping[str, Any]:
+        """What a folder of results holds for; plain JSON values."""
+        return {}
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Load what all jobs need; called before anything is written. Raises what is wrong with the settings."""
+
+    def prepare(self, seed: int, shared: Path) -> None:
+        """Make what the arms of a seed share; called before each job, and keeps what is there already."""
+        return
+
+    @abstractmethod
+    def run(self, job: Job) -> Mapping[str, Measured]:
+        """Train one arm and measure it on each set of the job."""
+
+    def findings(self, out: Path) -> Mapping[str, Any]:
+        """Further results, by title: ``value``, ``low``, ``high``. Read from the folder of a finished study."""
+        return {}

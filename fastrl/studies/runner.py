@@ -1,0 +1,115 @@
+"""Runs a study: every arm with every seed, each in its own folder; what is finished is not done again.
+
+    OUT/study.json                       the study and its settings; another study or setting is refused
+    OUT/seed-0/                          what the arms of this seed share
+    OUT/ARM/seed-0/rate-0.0001/          one job: scores of every record (JSON lines), the run's files, done.json
+    OUT/scores.jsonl, results.json, study.html
+
+Learning rates are chosen for each group of arms from one grid, by one seed, on a set of records that is not reported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fastrl.data.disk import nothing_empty_left
+from fastrl.data.files import write_atomically
+from fastrl.studies.base import CHOOSING, REPORTED, Arm, Job, Study
+from fastrl.studies.cells import is_done, read_cell, run_job
+from fastrl.studies.outcome import outcome
+from fastrl.studies.page import write_page
+
+FILE = "study.json"
+
+
+def run_study(study: Study, out: Path, *, seeds: int | None = None) -> dict[str, Any]:
+    """Run what is not finished yet, and write the results and the page.
+
+    Args:
+        study: with its settings.
+        out: the study's folder; that of an interrupted study is continued.
+        seeds: number of seeds, from 0 (None: the study's; quick studies have one). More can be added later.
+
+    Returns:
+        See ``fastrl.studies.outcome.outcome``.
+
+    Raises:
+        ValueError: several seeds for a quick study, the folder holds something else or another study or setting, or
+            what the study's ``begin`` says.
+    """
+    if study.quick and seeds not in (None, 1):
+        raise ValueError(f"--quick has one seed, got --seeds {seeds}: leave one of them out")
+    count = 1 if study.quick else seeds or study.seeds
+    described = {"study": study.about.name, "quick": study.quick, "settings": dict(study.settings())}
+    described = json.loads(json.dumps(described))  # tuples as JSON has them
+    check_folder(out, described)
+    study.begin()
+    with nothing_empty_left(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / FILE, json.dumps(described, indent=1) + "\n")
+    arms = [arm for arm in study.arms() if arm.quick or not study.quick]
+    rates = choose_rates(study, arms, out)
+    jobs = [
+        _job(arm, seed, rates.get(arm.group), out) for seed in range(count) for arm in arms if arm.group or seed == 0
+    ]
+    _run(study, jobs)
+    result = outcome(study, {(job.arm.name, job.seed): read_cell(job.folder) for job in jobs}, rates, out)
+    write_atomically(out / "results.json", json.dumps(result, indent=1) + "\n")
+    write_page(study, result, out / "study.html")
+    return result
+
+
+def check_folder(out: Path, described: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if ``out`` holds anything but this study with these settings."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / FILE).is_file():
+        raise ValueError(f"{out} is not empty and holds no study: choose another --out")
+    held = json.loads((out / FILE).read_text(encoding="utf-8"))
+    for name, old, new in (
+        *((key, held.get(key), described[key]) for key in ("study", "quick")),
+        *(
+            (key, held.get("settings", {}).get(key), described["settings"].get(key))
+            for key in {**held.get("settings", {}), **described["settings"]}
+        ),
+    ):
+        if old != new:
+            raise ValueError(f"{out} was begun with {name}: {old}, this is {name}: {new}; choose another --out")
+
+
+def choose_rates(study: Study, arms: Sequence[Arm], out: Path) -> dict[str, float | None]:
+    """The rate of each group: that of the grid with the best first measure on the choosing set, by seed 0 of the
+    group's first arm. Quick studies and those without a grid choose nothing."""
+    first = {arm.group: arm for arm in reversed(arms) if arm.group}
+    if len(study.rates) < 2 or study.quick:
+        given = study.rates[len(study.rates) // 2] if study.rates else None
+        return dict.fromkeys(first, given)
+    measure, chosen = next(iter(study.measures)), {}
+    for group, arm in reversed(first.items()):
+        jobs = {rate: _job(arm, 0, rate, out, (CHOOSING, REPORTED)) for rate in study.rates}
+        _run(study, list(jobs.values()))
+        means = {rate: fmean(read_cell(job.folder).sets[CHOOSING].scores[measure]) for rate, job in jobs.items()}
+        chosen[group] = max(means, key=means.__getitem__)
+        shown = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in means.items())
+        study.say(f"{group}: learning rate {chosen[group]:g} ({measure} on the choosing set: {shown})")
+    return chosen
+
+
+def _job(arm: Arm, seed: int, rate: float | None, out: Path, sets: Sequence[str] = (REPORTED,)) -> Job:
+    folder = out / arm.name.replace("/", "-").replace(" ", "-") / f"seed-{seed}"
+    return Job(arm, seed, rate, folder if rate is None else folder / f"rate-{rate:g}", out / f"seed-{seed}", sets)
+
+
+def _run(study: Study, jobs: Sequence[Job]) -> None:
+    """The jobs that are not finished, one after the other."""
+    left = [job for job in jobs if not is_done(job.folder)]
+    if len(left) < len(jobs):
+        study.say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already and are not done again")
+    for number, job in enumerate(left, 1):
+        study.say(f"run {number} of {len(left)}: {job.arm.name}, seed {job.seed}")
+        study.prepare(job.seed, job.shared)
+        run_job(study, job)

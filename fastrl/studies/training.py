@@ -1,0 +1,97 @@
+"""What the studies' jobs share: recipes that keep no weights, ranked lists made once, answers scored one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastrl.build.perpo import build_lists, make_options
+from fastrl.data import load_data
+from fastrl.evaluate.run import sample_records
+from fastrl.recipe import Recipe, build_recipe
+from fastrl.run.setup import load_model
+from fastrl.studies.base import CHOOSING, REPORTED, Job, Measured
+from fastrl.toy.demos.evidence import Scores, per_record
+from fastrl.toy.demos.scenes import HELD_OUT_SEED, REPORTED_SEED, scenes_like
+from fastrl.trainer import train
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+    from fastrl.models.load import Policy
+
+LISTS = "lists.jsonl"
+Score = Callable[[Sequence[str], Sequence["Record"]], Sequence[float]]  # answers, their records -> one number each
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe with other values, by dotted path. Raises ``RecipeError``."""
+    values = recipe.model_dump(mode="json")
+    for path, value in changes.items():
+        section = values
+        *parents, key = path.split(".")
+        for parent in parents:
+            section = section[parent]
+        section[key] = value
+    return build_recipe(values, source=recipe.name)
+
+
+def train_job(recipe: Recipe, job: Job, records: Sequence[Record] | None = None) -> Policy:
+    """Train a job's arm in its folder, without keeping weights, and return the model.
+
+    ``records``: the data, instead of the recipe's.
+    """
+    rate = {} if job.rate is None else {"optim.lr": job.rate}
+    kept = {"checkpoint.every": 0, "checkpoint.final": False, "log.samples_every": 0, "log.to": [], "log.every": 20}
+    run = changed(recipe, {"out": str(job.folder / "run"), "seed": job.seed, **rate, **kept})
+    policy = load_model(run)
+    train(run, policy=policy, records=records)
+    return policy
+
+
+def scene_sets(spec: str, n: int) -> dict[str, Sequence[Record]]:
+    """Both sets of ``n`` scenes like those of ``spec``, by name."""
+    seeds = {CHOOSING: HELD_OUT_SEED, REPORTED: REPORTED_SEED}
+    return {name: load_data(scenes_like(spec, n=n, seed=seed)) for name, seed in seeds.items()}
+
+
+def make_lists(
+    recipe: Recipe, spec: str, task: str, shared: Path, *, n: int, min_gap: float, seed: int, limit: int | None = None
+) -> Path:
+    """The list file of a seed: ``n`` answers of the recipe's model to each of the (first ``limit``) prompts of
+    ``spec``; an interrupted build continues. Raises ``ValueError`` if no list is kept.
+    """
+    shared.mkdir(parents=True, exist_ok=True)
+    sampled = {"max_new_tokens": recipe.rollout.max_new_tokens, "temperature": recipe.rollout.temperature}
+    pixels = {"min_pixels": recipe.model.min_pixels, "max_pixels": recipe.model.max_pixels}
+    given = {"n": n, "min_gap": min_gap, "seed": seed, "limit": limit, **sampled, **pixels}
+    found = build_lists(make_options(task, recipe.model.path, spec, **given), shared / LISTS)
+    if not found["kept"]:
+        raise ValueError(f"{spec}: none of {found['prompts']} lists has rewards that differ by {min_gap:g} or at all")
+    return shared / LISTS
+
+
+def measure(
+    policy: Policy, records: Sequence[Record], length: int, scores: Mapping[str, Score], samples: int = 2
+) -> Measured:
+    """Scores of ``samples`` answers per record at temperature 1 (``sampled``; a fixed seed) and of the greedy one.
+
+    Args:
+        policy: the model.
+        records: of one set.
+        length: of the longest answer, in tokens.
+        scores: suffix of a measure's name (empty for the main one) → how an answer is scored.
+        samples: answers whose mean is a record's sampled score; 0: greedy answers only.
+    """
+    from fastrl.rollout import Sampling
+
+    each: dict[str, Sequence[float]] = {}
+    for name, n in (("sampled", samples), ("greedy", 1)):
+        if n:
+            sampling = Sampling(n=n, max_new_tokens=length, temperature=1.0 if name == "sampled" else 0.0)
+            answered = list(sample_records(policy, records, sampling, seed=0, portion=128))
+            texts = [completion.text for _, completions in answered for completion in completions]
+            asked = [record for record, completions in answered for _ in completions]
+            each |= {name + suffix: per_record(score(texts, asked), n) for suffix, score in scores.items()}
+    found: Scores = each
+    return Measured([record.id for record in records], found)

@@ -1,0 +1,236 @@
+"""Studies in general: resuming, refusals, the choice of rates, and tables from fixed scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastrl.cli.main import main
+from fastrl.studies import STUDIES, all_studies, study_class
+from fastrl.studies.base import REPORTED, About, Arm, Job, Line, Measured, Plot, Study
+from fastrl.studies.outcome import change_rows, conditions, print_result, verdict
+from fastrl.studies.runner import run_study
+from fastrl.toy.demos.evidence import Compared, change
+
+
+class Fixed(Study):
+    """Scores that follow from arm, seed and rate; ``ran`` are the jobs that were run."""
+
+    about = About("fixed", "does a differ from b?", "none", "none", "a above b", 1, 1)
+    measures = {"score": "score"}  # noqa: RUF012
+    rates = (0.1, 0.2, 0.3)
+    seeds = 2
+
+    def __init__(self, *, quick: bool = False, fails_at: str = "", size: int = 4) -> None:
+        super().__init__(quick=quick)
+        self.ran: list[tuple[str, int, float | None]] = []
+        self.made: list[int] = []
+        self.fails_at, self.size = fails_at, size
+
+    def arms(self) -> Sequence[Arm]:
+        return [Arm("start"), Arm("a", "a"), Arm("b", "b"), Arm("b/long", "b", quick=False)]
+
+    def comparisons(self) -> Sequence[Compared]:
+        names = ("a", "b", "b/long", "a − b")
+        return [change(name, "score", "start", name) for name in names]
+
+    def differences(self) -> Mapping[str, tuple[str, str]]:
+        return {"a − b": ("a", "b")}
+
+    def plots(self) -> Sequence[Plot]:
+        return [Plot("lengths", "length", "score", [Line("b", [(1, "b"), (2, "b/long")])])]
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"size": self.size}
+
+    def begin(self) -> None:
+        pass
+
+    def prepare(self, seed: int, shared: Path) -> None:
+        self.made.append(seed)
+
+    def run(self, job: Job) -> Mapping[str, Measured]:
+        if job.arm.name == self.fails_at:
+            raise RuntimeError("stopped")
+        self.ran.append((job.arm.name, job.seed, job.rate))
+        (job.folder / "run").mkdir()
+        best = {"a": 0.1, "b": 0.3}.get(job.arm.group, 0.0)
+        base = {"start": 0.0, "a": 1.0, "b": -1.0, "b/long": 0.0}[job.arm.name]
+        value = base + job.seed - abs((job.rate or 0.0) - best)
+        found = Measured(["r0", "r1", "r2", "r3"], {"score": [value, value, value + 0.5, value - 0.5]}, {"AP": value})
+        return dict.fromkeys(job.sets, found)
+
+
+def test_rates_are_chosen_for_each_group_by_seed_0_on_the_choosing_set(tmp_path: Path) -> None:
+    study = Fixed()
+    result = run_study(study, tmp_path)
+    assert result["rates"] == {"a": 0.1, "b": 0.3}
+    reported = [job for job in study.ran if job[1] == 1 or job[0] in ("start", "b/long")]
+    assert reported == [("start", 0, None), ("b/long", 0, 0.3), ("a", 1, 0.1), ("b", 1, 0.3), ("b/long", 1, 0.3)]
+    assert sorted(job for job in study.ran if job not in reported) == [
+        *(("a", 0, rate) for rate in study.rates),
+        *(("b", 0, rate) for rate in study.rates),
+    ]
+    assert (tmp_path / "a" / "seed-0" / "rate-0.1" / "choosing.jsonl").is_file()
+    assert not (tmp_path / "a" / "seed-1" / "rate-0.1" / "choosing.jsonl").exists()
+
+
+def test_the_table_has_means_changes_intervals_and_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = Fixed()
+    result = run_study(study, tmp_path)
+    assert result["arms"]["a"]["score"] == {"mean": pytest.approx(1.5), "seeds": pytest.approx([1.0, 2.0])}
+    assert result["arms"]["a"]["AP"]["mean"] == pytest.approx(1.5)
+    found = result["changes"]["a"]
+    assert (found["before"], found["change"]) == (pytest.approx(0.0), pytest.approx(1.5))
+    assert found["low"] == pytest.approx(1.5)  # every record changed by as much
+    assert found["seeds"] == pytest.approx([1.0, 2.0])
+    assert result["changes"]["a − b"]["change"] == pytest.approx(2.0)
+    assert [row[-1] for row in change_rows(result)[1]] == ["rises", "falls", "rises", "rises"]
+    print_result(study, result)
+    shown = capsys.readouterr().out
+    assert "does a differ from b?" in shown
+    assert "+1.500" in shown
+    assert "± 0.707" in shown
+    scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in scores] == ["r0", "r1", "r2", "r3"]
+    assert scores[2]["a"]["score"] == pytest.approx(2.0)
+    page = (tmp_path / "study.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "does a differ from b?" in page
+    assert json.loads((tmp_path / "results.json").read_text())["changes"] == result["changes"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"), [(0.01, 0.2, "rises"), (-0.2, -0.01, "falls"), (-0.1, 0.1, "level"), (0.0, 0.1, "level")]
+)
+def test_the_whole_interval_decides(low: float, high: float, said: str) -> None:
+    assert verdict({"low": low, "high": high}) == said
+
+
+def test_an_interrupted_study_continues_and_repeats_nothing(tmp_path: Path) -> None:
+    broken = Fixed(fails_at="b/long")
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_study(broken, tmp_path)
+    said: list[str] = []
+    again = Fixed()
+    again.say = said.append
+    result = run_study(again, tmp_path)
+    assert set(broken.ran).isdisjoint(again.ran)
+    assert again.ran[0] == ("b/long", 0, 0.3)
+    assert any("finished already and are not done again" in line for line in said)
+    whole = run_study(Fixed(), tmp_path.with_name("whole"))
+    assert result["changes"] == whole["changes"]
+    finished = Fixed()
+    assert run_study(finished, tmp_path)["changes"] == result["changes"]
+    assert finished.ran == []
+    shutil.rmtree(tmp_path / "b" / "seed-1")
+    once_more = Fixed()
+    run_study(once_more, tmp_path, seeds=3)
+    assert once_more.ran == [("b", 1, 0.3), ("a", 2, 0.1), ("b", 2, 0.3), ("b/long", 2, 0.3)]
+
+
+def test_quick_has_one_seed_no_grid_and_says_so(tmp_path: Path) -> None:
+    study = Fixed(quick=True)
+    result = run_study(study, tmp_path)
+    assert study.ran == [("start", 0, None), ("a", 0, 0.2), ("b", 0, 0.2)]
+    assert "quick: one seed" in conditions(result)
+    assert "quick: one seed" in (tmp_path / "study.html").read_text()
+    assert "b/long" not in result["changes"]
+    with pytest.raises(ValueError, match="--quick has one seed, got --seeds 2"):
+        run_study(study, tmp_path, seeds=2)
+
+
+def test_another_setting_in_the_same_folder_is_refused_by_name(tmp_path: Path) -> None:
+    run_study(Fixed(quick=True), tmp_path)
+    held = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="begun with quick: True, this is quick: False"):
+        run_study(Fixed(), tmp_path)
+    with pytest.raises(ValueError, match="begun with size: 4, this is size: 5"):
+        run_study(Fixed(quick=True, size=5), tmp_path)
+    assert sorted(tmp_path.rglob("*")) == held
+    other = tmp_path.with_name("other")
+    other.mkdir()
+    (other / "mine.txt").write_text("")
+    with pytest.raises(ValueError, match="is not empty and holds no study"):
+        run_study(Fixed(), other)
+
+
+def test_arms_measured_on_other_records_are_not_compared(tmp_path: Path) -> None:
+    run_study(Fixed(quick=True), tmp_path)
+    path = tmp_path / "a" / "seed-0" / "rate-0.2" / f"{REPORTED}.jsonl"
+    path.write_text(path.read_text().replace("r3", "r4"))
+    with pytest.raises(ValueError, match="a, seed 0, was measured on other records than start"):
+        run_study(Fixed(quick=True), tmp_path)
+
+
+def test_every_study_says_what_it_is_and_compares_its_own_arms() -> None:
+    for name, kind in zip(STUDIES, all_studies(), strict=True):
+        assert kind.about.name == name
+        assert all(str(text).strip() for text in kind.about)
+        assert kind.about.minutes <= 60
+        assert kind.about.quick_minutes <= 5
+        for quick in (False, True):
+            study = kind(quick=quick)
+            arms = [arm.name for arm in study.arms()]
+            assert len(set(arms)) == len(arms)
+            states = {*arms, *study.differences()}
+            assert {state for c in study.comparisons() for state, _ in (c.before, c.after)} <= states
+            assert {arm for plot in study.plots() for line in plot.lines for _, arm in line.points} <= set(arms)
+            json.dumps(study.settings())
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fastrl", "study", *arguments])
+    try:
+        main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_the_list_shows_every_study(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(monkeypatch, "--list") == 0
+    shown = capsys.readouterr().out
+    for name in STUDIES:
+        about = study_class(name).about
+        assert all(text in shown for text in (about.question, about.paper, about.design, about.expected))
+    assert run_command(monkeypatch, "--list", "--json") == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["studies"]] == list(STUDIES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "name a study"),
+        (("juggling",), "blind, "),
+        (
+            ("perpo-grounding-tiny", "--held-out", "scenes:grounding"),
+            "write fastrl study blind --recipe perpo-grounding-tiny --held-out SPEC",
+        ),
+        (("my.yaml", "--held-out", "scenes:grounding"), "write fastrl study blind --recipe my.yaml"),
+        (("blind", "--held-out", "scenes:grounding"), "--held-out goes with --recipe"),
+        (("blind", "--set", "optim.steps=1"), "--set goes with --recipe"),
+        (("blind", "--recipe", "perpo-grounding-tiny"), "--recipe needs --held-out"),
+        (("preference", "--recipe", "perpo-grounding-tiny", "--held-out", "x"), "preference has its own recipes"),
+        (("blind", "--quick", "--seeds", "3"), "--quick has one seed"),
+    ],
+)
+def test_a_wrong_command_is_one_line_that_says_what_to_write(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
