@@ -28,11 +28,12 @@ def jobs(family: str | None = None) -> list[tuple[str, str | None]]:
     ]
 
 
-def claim_of(method: str) -> Claim:
-    """The claim of a method's demo: its module's ``CLAIM``."""
+def claim_of(method: str, task: str | None = None) -> Claim:
+    """The claim of a method's demo: its module's ``CLAIM``, or that of the task in its ``CLAIMS``."""
     from fastrl.toy.demos import DEMOS
 
-    return importlib.import_module(DEMOS[method]).CLAIM
+    module = importlib.import_module(DEMOS[method])
+    return getattr(module, "CLAIMS", {}).get(task, module.CLAIM)
 
 
 def run_demo(method: str, task: str | None, seed: int, out: Path, family: str | None = None) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def broken_claims(results: list[dict[str, Any]]) -> list[str]:
     return [
         f"{method} {task or ''}".strip() + f" {line} (claim: {claim.text})"
         for (method, task), rows in by_demo(results).items()
-        for claim in [claim_of(method)]
+        for claim in [claim_of(method, task)]
         for line in claim.broken(rows)
     ]
 
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         print(table(results))
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(environment() | {"results": results, "broken": broken}, indent=1) + "\n")
-    held = [f"{method} {task or ''}: {claim_of(method).text}" for method, task in by_demo(results)]
+    held = [f"{method} {task or ''}: {claim_of(method, task).text}" for method, task in by_demo(results)]
     print("\n".join([*failed, *broken]) or "\n".join(["every claim holds:", *(f"  {line}" for line in held)]))
     return int(bool(failed or broken))
 

@@ -68,7 +68,7 @@ def options(
 @app.command()
 def demo(
     method: Annotated[str, typer.Option(help="Which method to show.")] = "perception-r1",
-    task: Annotated[str | None, typer.Option(help="grounding or counting (perception-r1).")] = None,
+    task: Annotated[str | None, typer.Option(help="grounding, counting, detection or ocr (perception-r1).")] = None,
     family: Annotated[
         str | None, typer.Option(help="llava: on a small LLaVA-1.5 (perpo, reper, utr) [qwen2_5_vl].")
     ] = None,

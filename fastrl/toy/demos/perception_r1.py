@@ -1,7 +1,8 @@
-"""Perception-R1's demo: GRPO on scene grounding or counting, measured on the same held-out scenes before and after.
+"""Perception-R1's demo: GRPO on scenes, measured on the same held-out ones before and after, for each of its tasks.
 
-The small model was trained on pictures of 112 pixels; the recipes use smaller ones, for which its boxes are inaccurate.
-It gets no answers: it only learns from rewards.
+The small model was trained on pictures of 112 pixels; the recipes with boxes use smaller ones, for which its boxes are
+inaccurate. (OCR keeps the size: in pictures of 84 pixels this model hardly reads, and 60 steps bring it from 0.15 to
+0.20.) It gets no answers: it only learns from rewards.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fastrl.data import load_data
+from fastrl.evaluate.coco import evaluate_detection
 from fastrl.evaluate.run import sample_records
 from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
@@ -30,12 +32,18 @@ if TYPE_CHECKING:
     from fastrl.models.load import Policy
 
 # task -> the reward component that is reported
-METRICS = {"grounding": "iou", "counting": "points"}
+METRICS = {"grounding": "iou", "counting": "points", "detection": "f1", "ocr": "text"}
 SHOWN = 6  # scenes in the figure
 CLAIM = Claim(
     "sampled answers gain more than 0.05 and greedy ones gain, on every seed",
     (gains("sampled", above=0.05), gains("greedy")),
 )
+# claims of tasks that have another one
+CLAIMS = {
+    "ocr": Claim(  # greedy answers are nearly all right from the start
+        "sampled answers gain more than 0.05, on every seed", (gains("sampled", above=0.05),)
+    )
+}
 
 
 @dataclass
@@ -46,6 +54,7 @@ class Measured:
     greedy: float
     exact: float | None  # counting: fraction of sampled answers with the right number, at any positions
     greedy_exact: float | None
+    ap: float | None  # detection: COCO's AP of the greedy answers
     answers: list[tuple[Record, str]]
     scores: Scores  # of each record: ``sampled``, ``greedy`` and, for counting, the same with ``_exact``
 
@@ -95,6 +104,7 @@ def run(
         "greedy_before": before.greedy,
         "greedy_after": after.greedy,
         **_exact(before, after),
+        **({"ap_before": before.ap, "ap_after": after.ap} if task == "detection" else {}),
         "unseen": report(out / "scores.jsonl", reported, unseen, [change(name, name) for name in before.scores]),
         "held_out": held_out,
         "steps": recipe.optim.steps,
@@ -110,7 +120,8 @@ def measure(policy: Policy, records: Any, task: str, max_new_tokens: int, sample
     """Mean reward of ``samples`` answers per record at temperature 1 (a fixed seed), and of the greedy one.
 
     Matched points alone overestimate: an answer independent of the picture, with the usual number of evenly spread
-    points, scores 0.79. So counting also reports the fraction of answers with the exact number.
+    points, scores 0.79. So counting also reports the fraction of answers with the exact number. F1 of detection counts
+    boxes with an IoU of at least 0.5, whatever their labels; AP counts labels too.
     """
     from fastrl.rollout import Sampling
 
@@ -135,7 +146,10 @@ def measure(policy: Policy, records: Any, task: str, max_new_tokens: int, sample
         each |= {f"{key}_exact": per_record(right, sampling.n)} if counter is not None else {}
     means = {name: fmean(values) for name, values in each.items()}
     exact = means.get("sampled_exact"), means.get("greedy_exact")
-    return Measured(means["sampled"], means["greedy"], *exact, greedy_answers, each)
+    ap = None
+    if task == "detection":
+        ap = evaluate_detection([r for r, _ in greedy_answers], [text for _, text in greedy_answers])["AP"]
+    return Measured(means["sampled"], means["greedy"], *exact, ap, greedy_answers, each)
 
 
 def _exact(before: Measured, after: Measured) -> dict[str, float]:
@@ -151,6 +165,7 @@ def print_table(result: dict[str, Any]) -> None:
     rows = [("sampled (temperature 1)", ""), ("greedy", "greedy_")]
     if "exact_before" in result:
         rows += [("sampled, exact count", "exact_"), ("greedy, exact count", "greedy_exact_")]
+    rows += [("greedy, AP", "ap_")] if "ap_before" in result else []
     pairs = [(label, result[f"{key}before"], result[f"{key}after"]) for label, key in rows]
     print_rows(
         f"{result['method']}: {result['task']}, {result['held_out']} held-out scenes, mean {result['metric']}",

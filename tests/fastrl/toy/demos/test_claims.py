@@ -34,6 +34,8 @@ def results(*changes: float, **others: float) -> list[dict[str, Any]]:
         (perception_r1.CLAIM, results(0.07, 0.08, 0.07), []),
         (perception_r1.CLAIM, results(0.07, 0.055), ["seed 1: sampled"]),  # 0.055 is above 0.05, its interval is not
         (perception_r1.CLAIM, results(0.07, greedy=0.005), ["seed 0: greedy"]),
+        (perception_r1.CLAIMS["ocr"], results(0.07, greedy=-0.02), []),
+        (perception_r1.CLAIMS["ocr"], results(0.055, greedy=0.5), ["seed 0: sampled"]),
         (perpo.CLAIM, results(0.05, 0.08, 0.06), []),
         (perpo.CLAIM, results(0.02, 0.08), ["seed 0: PerPO"]),  # 0.02 is within the spread of 0.06
         (perpo.CLAIM, results(-0.02, -0.02), ["seed 0", "seed 1", "seed 0", "seed 1"]),

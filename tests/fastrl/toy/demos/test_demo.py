@@ -24,7 +24,7 @@ def shows_evidence(result: dict[str, Any], out: Path, n: int) -> None:
         assert found["change"] == pytest.approx(found["after"] - found["before"])
 
 
-@pytest.mark.parametrize("task", ["grounding", "counting"])
+@pytest.mark.parametrize("task", ["grounding", "counting", pytest.param("detection", marks=pytest.mark.gate), "ocr"])
 def test_perception_r1_measures_trains_and_measures_again(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -35,7 +35,10 @@ def test_perception_r1_measures_trains_and_measures_again(
     exact = [f"{kind}exact_{when}" for kind in ("", "greedy_") for when in ("before", "after")]
     counts = task == "counting"  # matched points alone would favour answers without looking
     assert [key in result and 0 <= result[key] <= 1 for key in exact] == [counts] * 4
-    assert ("exact count" in capsys.readouterr().out) == counts
+    printed = capsys.readouterr().out
+    assert ("exact count" in printed) == counts
+    assert ("greedy, AP" in printed) == (task == "detection")
+    assert (0 <= result["ap_before"] <= 1) if task == "detection" else ("ap_before" not in result)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) for row in rows)
