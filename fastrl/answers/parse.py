@@ -16,11 +16,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from itertools import islice
 
-from fastrl.answers.items import MAX_ITEMS, Item, Items, Parsed
+from fastrl.answers.items import MAX_ITEMS, Items, Parsed
 from fastrl.answers.objects import Found, Value, read_objects
-from fastrl.answers.scan import NUMBER, Scanner, clean_label, number
+from fastrl.answers.pairs import BOX, PAIR, from_pairs
+from fastrl.answers.scan import FOUR, GAP, NUMBER, REST, Scanner, clean_label, finite, number
 from fastrl.answers.text import answer_region, strip_fence, strip_special_tokens, unescaped
 
 # Names of entries, without case, blanks, "_" and "-"; of several in one object the first valid one is used.
@@ -69,21 +69,17 @@ _CORNERS = (
 )
 _CORNER_KEYS = frozenset(names[0] for names in _CORNERS)
 
-_GAP = r"\s*+,\s*+"
-_PAIR = rf"\(\s*+({NUMBER}){_GAP}({NUMBER})\s*+(?:\)|\Z)"
-_OPEN_CORNER = rf"\[\s*+({NUMBER}){_GAP}({NUMBER})\s*+"
+_OPEN_CORNER = rf"\[\s*+({NUMBER}){GAP}({NUMBER})\s*+"
 _CORNER = rf"{_OPEN_CORNER}\]"
-FOUR = _GAP.join([f"({NUMBER})"] * 4)
-_REST = r"\s*+,?+\s*+"
 _BOXES = (
-    ("brackets", re.compile(rf"\[\s*+{FOUR}{_REST}(?:\]|\Z)")),
-    ("parens", re.compile(rf"\(\s*+{FOUR}{_REST}(?:\)|\Z)")),
-    ("corners", re.compile(rf"\[\s*+{_CORNER}{_GAP}{_OPEN_CORNER}(?:\]{_REST}(?:\]|\Z)|\Z)")),
+    ("brackets", re.compile(rf"\[\s*+{FOUR}{REST}(?:\]|\Z)")),
+    ("parens", BOX),
+    ("corners", re.compile(rf"\[\s*+{_CORNER}{GAP}{_OPEN_CORNER}(?:\]{REST}(?:\]|\Z)|\Z)")),
 )
 _BOXES_AND_POINTS = tuple(
     (
         name,
-        re.compile(rf"{opening}\s*+({NUMBER}){_GAP}({NUMBER})(?:{_GAP}({NUMBER}){_GAP}({NUMBER}){_REST}{end}|{close})"),
+        re.compile(rf"{opening}\s*+({NUMBER}){GAP}({NUMBER})(?:{GAP}({NUMBER}){GAP}({NUMBER}){REST}{end}|{close})"),
     )
     for name, opening, end, close in (
         ("brackets", r"\[", r"(?:\]|\Z)", r"\s*+\]"),
@@ -92,11 +88,6 @@ _BOXES_AND_POINTS = tuple(
 )
 _MARKED = re.compile(r"\A[\[\](),;\s]*+" + r"[\[\](),;\s]++".join([f"({NUMBER})"] * 4) + r"[\[\](),;\s]*+\Z")
 _BRACKET_POINT = re.compile(_CORNER)
-_ONE_PAIR = re.compile(_PAIR)
-_GROUP = re.compile(  # a pair, or a damaged one
-    rf"(?:\([^()\[\]{{}}<>]{{1,200}}+\)?+|(?<![\w.,(\[]){NUMBER}(?:{_GAP}{NUMBER})?+\s*+\))"
-)
-_GROUPS = re.compile(rf"{_GROUP.pattern}(?:(?:\s*+,\s*+|(?<![)\n])){_GROUP.pattern})*+")
 _MARK = re.compile(
     r"<\|(?P<qwen>object_ref_start|object_ref_end|box_start|box_end)\|>|<(?P<intern>/?(?:ref|box))>", re.IGNORECASE
 )
@@ -341,24 +332,26 @@ def _from_bare(scan: Scanner, max_items: int, points: bool, marked: bool = False
 
 
 def _bare_readings(points: bool, marked: bool) -> Iterator[Callable[[Scanner, int], Parsed]]:
-    if points and not marked:
-        for name, pattern in _BOXES_AND_POINTS:
+    whole = _BOXES_AND_POINTS if points and not marked else _BOXES
+    for name, pattern in whole:
+        if name == "parens":
+            yield lambda scan, n: from_pairs(scan, n, points, marked, mixed=True)
+        if points and not marked:
             yield lambda scan, n, name=name, pattern=pattern: _with_a_box(_each(scan, n, pattern, name))
-    else:
-        for name, pattern in _BOXES:
+        else:
             yield lambda scan, n, name=name, pattern=pattern: _each(scan, n, pattern, name)
-    yield lambda scan, n: _from_pairs(scan, n, points, marked)
+    yield lambda scan, n: from_pairs(scan, n, points, marked)
     if marked:  # four numbers, whatever became of the commas and brackets
         yield lambda scan, n: _each(scan, n, _MARKED, "brackets")
     if points:
         yield lambda scan, n: _each(scan, n, _BRACKET_POINT, "brackets")
-        yield lambda scan, n: _each(scan, n, _ONE_PAIR, "parens")
+        yield lambda scan, n: _each(scan, n, PAIR, "parens")
 
 
 def _each(scan: Scanner, max_items: int, pattern: re.Pattern[str], format: str) -> Parsed:
     result = Items(max_items)
     for match in scan.each(pattern):
-        result.add(_finite(match.groups()), match.group())
+        result.add(finite(match.groups()), match.group())
         if result.truncated:
             break
     return result.parsed(format)
@@ -367,36 +360,3 @@ def _each(scan: Scanner, max_items: int, pattern: re.Pattern[str], format: str) 
 def _with_a_box(parsed: Parsed) -> Parsed:
     """Boxes with points among them; without any box, another notation."""
     return parsed if any(len(item.coords) == 4 for item in parsed) else Parsed()
-
-
-def _from_pairs(scan: Scanner, max_items: int, points: bool, marked: bool) -> Parsed:
-    """Boxes as two pairs each. A run of pairs that are not all boxes is points (two between marks are always a box)."""
-    result = Items(max_items)
-    for run in scan.each(_GROUPS):
-        scan.visited += len(run.group())
-        groups = islice(_GROUP.finditer(run.group()), 2 * max_items + 2)  # what follows is not looked at
-        pairs = [_pair(group.group()) for group in groups]
-        if not any(pairs):  # prose in parentheses
-            continue
-        boxes = [None if a is None or b is None else (*a, *b) for a, b in zip(pairs[::2], pairs[1::2], strict=False)]
-        odd = sum(1 for _ in _GROUP.finditer(run.group())) % 2
-        certain = len(pairs) == 2 and (marked or not points)
-        if not certain and (odd or any(box is not None and Item(box).inverted for box in boxes)):
-            if points:
-                return Parsed()  # in one answer all are points
-            boxes = [] if all(pairs) else [None]
-        for box in boxes:
-            result.add(box, run.group())
-        if result.truncated:
-            break
-    return result.parsed("pairs")
-
-
-def _pair(group: str) -> tuple[float, ...] | None:
-    match = _ONE_PAIR.match(group)
-    return None if match is None else _finite(match.groups())
-
-
-def _finite(raw: Sequence[str | None]) -> tuple[float, ...] | None:
-    values = [number(v) for v in raw if v is not None]
-    return None if None in values else tuple(v for v in values if v is not None)

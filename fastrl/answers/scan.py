@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 MAX_LABEL = 1000  # characters
 
 # Longer digit runs match nothing, which rejects them: no real coordinate needs them.
 NUMBER = r"[-+]?+(?:[0-9]{1,24}+(?:\.[0-9]{0,40}+)?+|\.[0-9]{1,40}+)(?:[eE][-+]?+[0-9]{1,6}+)?+"
 _NUMBER = re.compile(NUMBER)
+GAP = r"\s*+,\s*+"
+FOUR = GAP.join([f"({NUMBER})"] * 4)
+REST = r"\s*+,?+\s*+"  # a comma may stand behind the last one
 
 # Written by models that answer in Chinese, Japanese, Arabic or Persian; each stands for one ASCII character, so places
 # stay the same.
@@ -68,6 +71,12 @@ def number(text: str) -> float | None:
         return None
     value = float(text)
     return value if math.isfinite(value) else None
+
+
+def finite(raw: Sequence[str | None]) -> tuple[float, ...] | None:
+    """The numbers of a match's groups; None if one of them is no finite number."""
+    values = [number(v) for v in raw if v is not None]
+    return None if None in values else tuple(v for v in values if v is not None)
 
 
 def numbers(text: str) -> tuple[float, ...] | None:

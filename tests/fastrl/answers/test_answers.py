@@ -324,6 +324,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_is_read_in_linear_time(name: str) -> None:
     """A quadratic parser would take minutes to days for each of these; a new process limits the wait."""

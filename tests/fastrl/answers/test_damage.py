@@ -146,6 +146,41 @@ def test_what_becomes_of_a_damaged_item(text: str, items: list[tuple]) -> None:
     assert labelled(parse_boxes(text)) == items
 
 
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        # brackets lost between two pairs: still a box, and its neighbours stay
+        ("(1,2),(3,4)\n(5,6,7,8)\n(9,10),(11,12)", [(1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]),
+        ("(1,2,3,4)\n(5,6),(7,8)", [(1, 2, 3, 4), (5, 6, 7, 8)]),
+        ("(1, 2), (3, 4), (5, 6, 7, 8), (9, 10), (11, 12)", [(1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]),
+        # one damaged group where the others come out even stands for a box
+        ("(1, 2), (3, 4), (5, 6 0 7, 8), (9, 10), (11, 12)", [(1, 2, 3, 4), (9, 10, 11, 12)]),
+        # blanks between boxes and none inside say which pairs belong together
+        ("(1,2),(3,4), (5,6),7,8), (9,10),(11,12)", [(1, 2, 3, 4), (9, 10, 11, 12)]),
+        ("(1,2),(3,4), (5,6), (9,10),(11,12)", [(1, 2, 3, 4), (9, 10, 11, 12)]),
+        ("(1,2),(3,4), (5,6),(7,x), (9,10),(11,12)", [(1, 2, 3, 4), (9, 10, 11, 12)]),
+        ("(1,2),(3,4), (5,6),(7,8, (9,10),(11,12)", [(1, 2, 3, 4), (9, 10, 11, 12)]),
+        # words between two notations: the four numbers are the answer
+        ("From (1,2),(3,4) follows (5,6,7,8)", [(5, 6, 7, 8)]),
+        # points
+        ("(1, 2), (3, 4), (5, 6)", []),
+    ],
+)
+def test_what_becomes_of_damaged_pairs(text: str, boxes: list[tuple[float, ...]]) -> None:
+    assert [item.box for item in parse_boxes(text)] == boxes
+
+
+def test_points_stay_points_whatever_the_blanks() -> None:
+    assert len(parse_points("(1, 2), (3, 4), (5, 6)")) == 3
+    assert len(parse_points("(1,2),(3,4), (5,6)")) == 3
+    assert [item.point for item in parse_points("(1,2),(3,4), (5,6),(7,8), (9,1),(2,3), (20,20),(40,40)")] == [
+        (2, 3),
+        (6, 7),
+        (5.5, 2),
+        (30, 30),
+    ]
+
+
 # ---- keys, labels and punctuation
 
 
