@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.gate  # two builds and two installs
+
 REPO = Path(__file__).resolve().parents[1]
 
 

@@ -68,6 +68,7 @@ def test_agreement_of_known_vectors() -> None:
         gradients.agreement({"a": one["a"]}, one)
 
 
+@pytest.mark.gate
 def test_a_case_has_every_number_of_both_sides(folder: Path, tmp_path: Path) -> None:
     bench = vs_trl.Bench(folder, tmp_path, CPU, rounds=1)
     case = bench.case(work.TINY, "full", "equal")

@@ -39,6 +39,7 @@ def test_the_meter_counts_what_is_alive() -> None:
     assert 6 * MIB <= peak_bytes(run) < 6.1 * MIB
 
 
+@pytest.mark.gate
 def test_forward_and_backward_stay_in_the_budget() -> None:
     """N = 4096, H = 512, V = 65536, 64 MiB: under gradients + 1.25 x the budget. The logits would be 1 GiB."""
     n, h, v, budget = 4096, 512, 65536, 64 * MIB

@@ -97,6 +97,7 @@ def test_a_rank_without_an_answer_to_learn_keeps_step_with_the_others(
     assert (row["dialogue/used"], row["grad_norm"]) == (0, 0)
 
 
+@pytest.mark.gate
 def test_twenty_steps_on_the_real_clip(tiny_folder: Callable[[str], Path], pedestrians: Path, tmp_path: Path) -> None:
     rows = {}
     for run in ("a", "b"):

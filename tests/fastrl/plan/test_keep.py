@@ -64,7 +64,13 @@ def filled(groups: list[PromptGroup]) -> list[PromptGroup]:
     return [PromptGroup(prompt(group), group.completions) for group in groups]
 
 
-OPTIONS = [{}, {"gradient_checkpointing": True}, {"lora": True}, {"freeze": ["vision", "projector"]}]
+OPTIONS = [
+    {},
+    *(
+        pytest.param(options, marks=pytest.mark.gate)
+        for options in ({"gradient_checkpointing": True}, {"lora": True}, {"freeze": ["vision", "projector"]})
+    ),
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

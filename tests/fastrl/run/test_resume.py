@@ -132,6 +132,7 @@ def killed(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> dic
     return folders
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("point", ["logged", "writing"])
 def test_kill_9_loses_at_most_the_steps_since_the_checkpoint(
     tiny_folder: Folder, never_stopped: Path, killed: dict[str, Path], point: str

@@ -152,6 +152,7 @@ def test_build_train_and_study_from_the_command_line(
     assert "grounding, ocr" in capsys.readouterr().err
 
 
+@pytest.mark.gate
 def test_the_demo_compares_three_methods(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
