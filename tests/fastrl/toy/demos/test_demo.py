@@ -11,7 +11,6 @@ import pytest
 
 from fastrl.toy.demos import run_demo
 
-FAMILIES = [None, pytest.param("llava", marks=pytest.mark.gate)]
 KEYS = {"method", "metric", "before", "after", "greedy_before", "greedy_after", "seconds", "unseen"}
 
 
