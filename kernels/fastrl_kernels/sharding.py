@@ -7,8 +7,8 @@
   is also correct if all ranks hold the same rows).
 - **DTensor hidden states**: values and gradients are those of the global tensors. Rows may be sharded (the weight's
   gradient is then a sum over ranks). A weight sharded over the vocabulary along a mesh dimension that does not shard
-  the rows is not moved: each rank computes the statistics of its slice, and one all-gather of three numbers per row
-  gives the result. Any other placement is redistributed to one of these.
+  the rows is not moved: each rank computes the statistics of its slice, and one all-gather of two numbers per row and
+  one per target gives the result. Any other placement is redistributed to one of these.
 
 With the log-sum-exp ``l_r``, entropy ``H_r`` and target log-prob within shard r, ``l = log sum_r exp(l_r)`` and
 ``p_r = exp(l_r - l)``:
@@ -36,7 +36,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from fastrl_kernels._common import check, check_shape
 from fastrl_kernels._linear_logprob_driver import accumulator_dtype
 from fastrl_kernels.linear_logprob import autocast_pair, linear_logprob
-from fastrl_kernels.token_logprob import LogProb, flat_rows, row_temperature
+from fastrl_kernels.token_logprob import LogProb, check_targets, flat_rows, row_temperature
 
 __all__ = ["sharded_linear_logprob", "vocab_parallel_logprob"]
 
@@ -55,7 +55,7 @@ class _VocabParallel(torch.autograd.Function):
         bias: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
-        local: Tensor,  # [N] row of the target in this shard, -1 if another shard holds it, or _IGNORED
+        local: Tensor,  # [N] or [N, K] row of a target in this shard, -1 if another shard holds it, or _IGNORED
         temperature: Tensor | None,
         rows: Tensor | None,
         group: Any,
@@ -64,21 +64,23 @@ class _VocabParallel(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         value, lora_scale, softcap, return_entropy, skip_zero_rows, scratch = options
         kind = accumulator_dtype(hidden.dtype)
-        mine = torch.full((3, len(local)), -math.inf, dtype=kind, device=hidden.device)  # lse, entropy, logp
-        mine[1:] = 0
+        targets = _columns(local)
+        lines = 2 + targets.shape[1]  # lse, entropy, logp of each target
+        mine = torch.zeros((lines, len(local)), dtype=kind, device=hidden.device)
         if weight.shape[0]:
             at = local.masked_fill(local == -1, _OTHERS_TARGET)
             logp, entropy, lse, _ = torch.ops.fastrl.linear_logprob(
                 hidden, weight, at, bias, temperature, lora_a, lora_b, None, value, lora_scale, softcap, _IGNORED,
                 return_entropy, skip_zero_rows, scratch,
             )  # fmt: skip
-            mine[0], mine[2] = lse, logp
+            mine[0], mine[2:] = lse, _columns(logp).T
             if return_entropy:
                 mine[1] = entropy
-        mine[2].masked_fill_(local == -1, math.nan)
-        if not weight.shape[0]:
-            mine[2].fill_(math.nan)
-        logp, entropy, lse = _merge(_all_gather(mine, group), local == _IGNORED)
+            mine[2:].masked_fill_(targets.T == -1, math.nan)
+        else:
+            mine[0], mine[2:] = -math.inf, math.nan
+        logp, entropy, lse = _merge(_all_gather(mine, group), targets.T == _IGNORED)
+        logp = logp.T.reshape(local.shape)
         if not return_entropy:
             entropy = entropy.new_zeros(0)
         ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, local, temperature, rows, logp, entropy, lse)
@@ -121,9 +123,15 @@ def _all_gather(mine: Tensor, group: Any) -> Tensor:
     return out
 
 
+def _columns(target: Tensor) -> Tensor:
+    """[N, K] of [N, K] or [N]."""
+    return target if target.dim() > 1 else target[:, None]
+
+
 def _merge(shards: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, entropy, lse) [N] of the whole from each shard's lse, entropy and logp (NaN: no target here) [W, 3, N]."""
-    lse, entropy, logp = shards.unbind(1)
+    """logp [K, N], entropy and lse [N] of the whole from each shard's lse, entropy and logp (NaN: that target is not
+    here) [W, 2 + K, N]; ``ignored`` [K, N]."""
+    lse, entropy, logp = shards[:, 0], shards[:, 1], shards[:, 2:]
     top, best = lse.max(0)
     behind = (lse - top).exp()
     rest = behind.scatter(0, best[None], 0).sum(0)  # mass of the other shards relative to the largest
@@ -133,11 +141,12 @@ def _merge(shards: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         torch.where(torch.arange(len(lse), device=lse.device)[:, None] == best, 0.0, lse - top) - rest.log1p()
     )
     held = ~logp.isnan()
-    chosen = torch.where(held, logp + log_fraction, 0.0).sum(0)
+    chosen = torch.where(held, logp + log_fraction[:, None], 0.0).sum(0)
     chosen = torch.where(held.any(0), chosen, math.nan)  # a target in no shard, or NaN itself
     mass = log_fraction.exp()
     mixed = torch.where(mass > 0, mass * (entropy - log_fraction), 0.0).sum(0)
-    return tuple(x.masked_fill(ignored, 0) for x in (chosen, mixed, total))  # type: ignore[return-value]
+    nothing = ignored.all(0)
+    return chosen.masked_fill(ignored, 0), mixed.masked_fill(nothing, 0), total.masked_fill(nothing, 0)
 
 
 def vocab_parallel_logprob(
@@ -160,13 +169,14 @@ def vocab_parallel_logprob(
 ) -> LogProb:
     """``linear_logprob`` of a head whose vocabulary is split over the processes of ``group``, in order of their ranks.
 
-    All processes of the group must call it with the same rows. The forward all-gathers three numbers per row.
+    All processes of the group must call it with the same rows. The forward all-gathers two numbers per row and one per
+    target.
 
     Args:
         hidden: [N, H], or [B, T, H] with ``target`` [B, T], the same on every process.
         weight: [V / W, H], this process's slice of the head. It may be empty.
-        target: [N] int64 or int32, of the whole vocabulary. One that no slice holds (and is not ``ignore_index``)
-            raises on a CPU and gives NaN on a GPU.
+        target: [N] int64 or int32, of the whole vocabulary, or [N, K] (``[B, T, K]``), several ids a row. One that no
+            slice holds (and is not ``ignore_index``) raises on a CPU and gives NaN on a GPU.
         group: the process group; None: the default one.
         first: token id of the slice's first row. Default: computed for slices of equal length.
         bias, lora: this process's slice of the bias, and of LoRA's B; LoRA's A is not sliced.
@@ -175,13 +185,13 @@ def vocab_parallel_logprob(
         temperature, softcap, ignore_index, return_entropy, rows, skip_zero_rows, scratch_bytes: as ``linear_logprob``.
 
     Returns:
-        ``LogProb(logp [N], entropy [N] | None)``, the same on every process.
+        ``LogProb(logp like target, entropy [N] | None)``, the same on every process.
     """
-    shape = target.shape
+    shape, batch = target.shape, hidden.shape[:-1]
     hidden, target, temperature = flat_rows("hidden", hidden, target, temperature)
     hidden, weight = autocast_pair(hidden, weight)
     check_shape("weight", weight, (None, hidden.shape[1]))
-    check_shape("target", target, (hidden.shape[0],))
+    check_targets(target, hidden.shape[0])
     check(weight.dtype == hidden.dtype, f"weight: expected {hidden.dtype} as hidden, got {weight.dtype}")
     held = weight.shape[0]
     start = dist.get_rank(group) * held if first is None else first
@@ -200,9 +210,9 @@ def vocab_parallel_logprob(
         lost[local != -1] = 1
         dist.all_reduce(lost, group=group)
         if bool((lost == 0).any()):
-            row = int((lost == 0).nonzero()[0])
-            raise ValueError(f"target: row {row} is {int(target[row])}, which no slice of the vocabulary holds")
-    return LogProb(logp.view(shape), entropy.view(shape) if return_entropy else None)
+            at = (lost == 0).nonzero()[0].tolist()
+            raise ValueError(f"target: row {at[0]} is {int(target[*at])}, which no slice of the vocabulary holds")
+    return LogProb(logp.view(shape), entropy.view(batch) if return_entropy else None)
 
 
 def sharded_linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> LogProb:
@@ -249,7 +259,7 @@ class _Global:
         lora: tuple[Tensor, Tensor, float] | None = None,
         **options: Any,
     ) -> LogProb:
-        check_shape("target", target, (self.hidden.shape[0],))
+        check_shape("target", target, (self.hidden.shape[0], *[None] * (target.dim() > 1)))
         shards_rows = any(p.is_shard() for p in self.rows)
         check(rows is None or not shards_rows, "rows: not supported with rows that are sharded over processes")
         if lora is not None:

@@ -188,6 +188,33 @@ def plain_shards_and_a_group(mesh: DeviceMesh) -> None:
 
 
 @check
+def several_targets_a_row(mesh: DeviceMesh) -> None:
+    """In different slices, repeated, ignored; rows of batches; a slice without rows."""
+    rank, data = dist.get_rank(), inputs()
+    target = torch.randint(31, (ROWS, 3), generator=torch.Generator().manual_seed(5))
+    target[0], target[1, ::2], target[2] = 7, -100, -100
+    data |= {"target": target, "g": torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(6))}
+    expected = unsharded(data, **OPTIONS)
+    for rows in (Replicate(), Shard(0)):
+        compare(of_dtensors(mesh, data, rows, Shard(0), **OPTIONS), expected)
+    for cut in (20, 31):
+        part = slice(0, cut) if rank == 0 else slice(cut, 31)
+        leaves = {n: data[n].clone().requires_grad_() for n in ("hidden", "a")}
+        leaves |= {n: data[n][part].clone().requires_grad_() for n in ("weight", "bias", "b")}
+        out = vocab_parallel_logprob(
+            leaves["hidden"].view(2, 5, SIZE), leaves["weight"], target.view(2, 5, 3).int(), first=part.start,
+            bias=leaves["bias"], lora=(leaves["a"], leaves["b"], 0.5), **OPTIONS,
+        )  # fmt: skip
+        logp, entropy = out.logp.view(ROWS, 3), out.entropy.view(ROWS)
+        ((logp * data["g"]).sum() + (entropy * data["h"]).sum()).backward()
+        found = {n: leaf.grad for n, leaf in leaves.items()} | {"logp": logp, "entropy": entropy}
+        compare(found, expected | {n: expected[n][part] for n in ("weight", "bias", "b")})
+    target[4, 1] = 31
+    with pytest.raises(ValueError, match="target: row 4 is 31, which no slice"):
+        vocab_parallel_logprob(data["hidden"], data["weight"][part], target, first=part.start)
+
+
+@check
 def megatron_sums_later(mesh: DeviceMesh) -> None:
     data, rank = inputs(32), dist.get_rank()
     hidden = data["hidden"].clone().requires_grad_()
