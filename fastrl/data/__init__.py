@@ -11,7 +11,8 @@ Adapters, each in its own module with a ``load(path, query)`` (a new format need
 - ``lists``: several answers to a prompt with their rewards → PerPO
 - ``captions``: pictures with reference captions     - ``reflection``: policy/critic dialogues → RePer
 - ``utr``: questions about tracked clips with their answers → trajectory
-- ``nextqa``, ``pope``: multiple choice, yes or no → qa
+- ``nextqa``, ``pope``: multiple choice, yes or no → qa   - ``choice``: MMBench, SEED, AI2D, MVBench, … → qa
+- ``hallusion``, ``mme``: yes or no, scored in groups → qa   - ``refcoco``: RefCOCO's pickles → grounding
 """
 
 from __future__ import annotations
@@ -106,6 +107,10 @@ ADAPTERS: Registry[Adapter | Shipped] = Registry(
             "utr": ("fastrl.data.utr", "load"),
             "nextqa": ("fastrl.data.qa", "load_nextqa"),
             "pope": ("fastrl.data.qa", "load_pope"),
+            "choice": ("fastrl.data.choice", "load"),
+            "hallusion": ("fastrl.data.hallusion", "load"),
+            "mme": ("fastrl.data.mme", "load"),
+            "refcoco": ("fastrl.data.refcoco", "load"),
         }.items()
     },
 )

@@ -3,7 +3,8 @@
 - COCO's ``captions_*.json``: one record per image with its captions as references. Query key ``instances`` names the
   matching instance JSON, whose categories then count as present in the picture (for CHAIR).
 - JSONL (or a JSON list): ``{"image": …, "references": [str, …], "prompt"?: str, "objects"?: [str, …], "id"?}``;
-  ``captions`` and ``human_captions`` are read as ``references`` too.
+  ``captions`` and ``human_captions`` are read as ``references`` too, and so are the columns of DetailCaps-4870
+  (``GT_Caption_GPT4O``, ``GT_Caption_GPT4V``, ``GT_Caption_Gemini15Pro``; the picture in ``binary``).
 
 Other query keys: ``images`` (folder), ``limit``, ``seed``, ``prompt`` (see ``prompts``; default the row's own, else
 RePer's). With
@@ -24,6 +25,7 @@ from fastrl.data.validate import DataError, Problem, Row, fail, short
 
 KEYS = (*rows.KEYS, "instances", "prompt")
 REFERENCES = ("references", "captions", "human_captions")
+DETAILCAPS = ("GT_Caption_GPT4O", "GT_Caption_GPT4V", "GT_Caption_Gemini15Pro")  # its three references
 
 
 def load(path: str, query: Mapping[str, str]) -> Dataset:
@@ -39,7 +41,11 @@ def _record(row: Row, pictures: bool) -> Record | LeftOut | None:
     identity = row.id()
     name, value = row.first(REFERENCES)
     value = read_truth(value)
-    image = row.image(*IMAGE_FIELDS) if pictures else None
+    detailed = [column for column in DETAILCAPS if row.fields.get(column)]
+    if name not in row.fields and detailed:
+        name, value = detailed[0], [row.fields[column] for column in detailed]
+    # DetailCaps has the bytes in ``binary`` and the name of the original in ``image``
+    image = row.image("binary", *IMAGE_FIELDS) if pictures else None
     if name not in row.fields:
         row.fail("missing field", f"no {' or '.join(REFERENCES)}")
     elif not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):

@@ -14,24 +14,22 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, overload
+from typing import Any
 
-from fastrl.data import rows
-from fastrl.data.clips import SAMPLING, frame_files, read_video, sample_frames, video_info
+from fastrl.data import rows, videos
 from fastrl.data.records import Dataset, Record, lettered, question
-from fastrl.data.rows import Rows, choice_option, int_option, load_rows, read_text, reading
-from fastrl.data.validate import ImageFolder, Problem, Reading, Row, fail, short
+from fastrl.data.rows import Rows, load_rows, read_text, reading
+from fastrl.data.validate import Problem, Row, fail, short
+from fastrl.data.videos import with_videos
 
 KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "nextqa": ("videos", "frames", "sample", "fps", "limit", "seed", "prompt", *rows.READING),
+        "nextqa": (*videos.KEYS, "limit", "seed", "prompt", *rows.READING),
         "pope": (*rows.KEYS, "prompt"),
     }
 )
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 COLUMNS = ("video", "question", "answer", "qid", "type")
 CHOICE_PROMPT = "Answer with the letter of the right option."
 YES_NO_PROMPT = "Answer yes or no."
@@ -39,26 +37,8 @@ YES_NO_PROMPT = "Answer yes or no."
 
 def load_nextqa(path: str, query: Mapping[str, str]) -> Dataset:
     """Read a NExT-QA file. Raises ``DataError`` for an unreadable file or option, and for videos that are missing."""
-    count = int_option(query, "frames", path, 1) or 8
-    sample = choice_option(query, "sample", SAMPLING, path)
-    fps = int_option(query, "fps", path, 1)
-    data = load_rows(path, {k: v for k, v in query.items() if k in ("limit", "seed")}, _choice_record, _csv_rows(path))
-    how = reading(query, path)
-    if "videos" not in query or how.stated:  # whose answers are scored without a look at them
-        return data
-    folder = Path(query["videos"])
-    if not folder.is_dir():
-        raise fail(path, "missing file", f"videos folder not found: {folder}")
-    found = {name: _find_video(folder, name) for name in dict.fromkeys(r.target["video"] for r in data)}
-    kept = [r for r in data if found[r.target["video"]] is not None]
-    problems = [
-        Problem(r.source, "missing video", f"no video or folder of frames {r.target['video']!r} in {folder}")
-        for r in data
-        if found[r.target["video"]] is None
-    ]
-    sources = {name: file for name, file in found.items() if file is not None}
-    records = VideoRecords(kept, sources, Frames(count, sample, fps, int(query.get("seed", "0")), how))
-    return Dataset(records, [*data.problems, *problems], data.left_out)
+    plain = {k: v for k, v in query.items() if k in ("limit", "seed")}
+    return with_videos(load_rows(path, plain, _choice_record, _csv_rows(path)), path, query)
 
 
 def load_pope(path: str, query: Mapping[str, str]) -> Dataset:
@@ -130,73 +110,3 @@ def _csv_rows(path: str) -> Rows:
     except csv.Error as error:
         raise fail(path, "unreadable file", f"cannot be read as CSV ({error})") from None
     return rows
-
-
-# ---- videos
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Which frames of a video the model gets; ``fps`` is the rate for folders of frames, which have no times."""
-
-    count: int
-    how: str
-    fps: int | None
-    seed: int
-    reading: Reading = field(default_factory=Reading)
-
-
-class VideoFrames(NamedTuple):
-    """Pictures of a video with their times in seconds (none: unknown)."""
-
-    images: tuple[Any, ...]
-    seconds: tuple[float, ...]
-
-
-class VideoRecords(Sequence[Record]):
-    """Records with the frames of their videos, read on demand."""
-
-    def __init__(self, records: Sequence[Record], files: Mapping[str, Path], frames: Frames) -> None:
-        self.records, self.files, self.frames = records, files, frames
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-        if isinstance(index, slice):
-            return VideoRecords(self.records[index], self.files, self.frames)
-        record = self.records[index]
-        shown = read_frames(self.files[record.target["video"]], self.frames)
-        words = record.messages[0]["content"][-1]["text"]
-        asked = question("qa", images=len(shown.images), prompt=words, seconds=shown.seconds)
-        return replace(record, images=shown.images, messages=asked)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-
-def read_frames(file: Path, frames: Frames) -> VideoFrames:
-    """The chosen frames of a video file or of a folder of pictures. Raises ``DataError``."""
-    if file.is_dir():
-        pictures, folder = frame_files(file), ImageFolder(file, frames.reading)
-        numbers = [n - 1 for n in sample_frames(len(pictures), frames.count, frames.how, f"{frames.seed}/{file.stem}")]
-        seconds = tuple(n / frames.fps for n in numbers) if frames.fps else ()
-        return VideoFrames(tuple(folder.picture(pictures[n]) for n in numbers), seconds)
-    info = video_info(file)
-    numbers = [n - 1 for n in sample_frames(info.frames, frames.count, frames.how, f"{frames.seed}/{file.stem}")]
-    return VideoFrames(tuple(read_video(file, numbers)), tuple(n / info.fps for n in numbers))
-
-
-def _find_video(folder: Path, name: str) -> Path | None:
-    """A video's file or non-empty folder of frames, in ``folder`` or one level below (as NExT-QA is laid out)."""
-    for pattern in ("", "*/"):
-        for suffix in (*VIDEO_SUFFIXES, ""):
-            for found in sorted(folder.glob(f"{pattern}{_literal(name)}{suffix}")):
-                if found.is_file() if suffix else bool(frame_files(found)):
-                    return found
-    return None
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

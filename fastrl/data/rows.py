@@ -21,7 +21,7 @@ from fastrl.data.validate import ImageFolder, Problem, Reading, Row, fail, find_
 READING = ("orient", "max_image_pixels", "pictures")  # query keys of every adapter that opens picture files
 KEYS = ("images", "split", "limit", "seed", *READING)  # query keys every row adapter takes
 IMAGE_FIELDS = ("image", "image_path", "file_name")
-PICTURES = ("image", "images")  # columns that may contain pictures as well as file names
+PICTURES = ("image", "images", "binary")  # columns that may contain pictures as well as file names
 LOOKED_AT = 64  # rows of a file that is not held in memory, from whose image names the folder is found
 T = TypeVar("T")
 

@@ -41,7 +41,8 @@ def evaluate(
     similarity: Similarity | None = None,
     normalise: Normalise = "nfc",
 ) -> Metrics:
-    """Metrics of ``answers[i]`` as an answer to ``records[i]``; all but the counts are fractions or means in [0, 1].
+    """Metrics of ``answers[i]`` as an answer to ``records[i]``; all but the counts and MME's scores are fractions or
+    means in [0, 1].
 
     - grounding: ``acc@0.5 acc@0.75 acc@0.95 mean_iou``
     - counting: ``accuracy``
@@ -52,7 +53,8 @@ def evaluate(
     - ocr: ``edit_distance`` (lower is better) ``f1 precision recall bleu meteor``
       (``normalise``: see ``evaluate_ocr``)
     - trajectory: ``mean_iou recall@0.5 identity_accuracy``, with py-motmetrics ``mota idf1`` (``evaluate_trajectory``)
-    - qa: ``accuracy``, ``accuracy_TYPE``, of yes/no questions ``precision recall f1 yes_rate``
+    - qa: ``accuracy``, ``accuracy_TYPE``, of yes/no questions ``precision recall f1 yes_rate``,
+      of questions in groups ``GROUP_accuracy``, of MME ``accuracy_plus score_CATEGORY`` (``groups.group_metrics``)
 
     and always ``n`` (answers) and ``unparsable`` (answers that could not be parsed). Coordinates are interpreted in
     each record's ``frame``, with the sizes in its ``views``.

@@ -1,21 +1,28 @@
-"""Question answering: accuracy of multiple choice by type (NExT-QA), and precision, recall, F1 of yes or no (POPE)."""
+"""Question answering: accuracy of multiple choice by type (NExT-QA), and precision, recall, F1 of yes or no (POPE);
+accuracies over questions that belong together are in ``groups``."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from fastrl.answers.choice import parse_choice, parse_yes_no
 from fastrl.data.records import Record
+from fastrl.evaluate.groups import group_metrics
+
+_NEXT_QA = re.compile(r"[CTD][A-Z]")  # its types: causal, temporal, descriptive, and which of each
 
 
 def evaluate_qa(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
     """Metrics of answers to questions with options (``target["choices"]``, ``answer`` the place of the right one) or
     with ``answer`` yes or no.
 
-    - ``accuracy`` over all; an answer that names no option, or neither yes nor no, is wrong.
-    - ``accuracy_TYPE`` for each ``target["type"]``, and of each first letter that several types share (NExT-QA's
-      ``C`` causal, ``T`` temporal, ``D`` descriptive).
+    - ``accuracy`` over all; an answer that names no option, or neither yes nor no, is wrong (but right where
+      ``target["unsure_is_right"]``: HallusionBench counts it for questions about a figure that is not there).
+    - ``accuracy_TYPE`` for each ``target["type"]``, and of each first letter that several of NExT-QA's types share
+      (``C`` causal, ``T`` temporal, ``D`` descriptive).
+    - Accuracies over groups of questions (:func:`fastrl.evaluate.groups.group_metrics`).
     - Where there are yes/no questions: ``precision``, ``recall`` and ``f1`` of yes, and ``yes_rate``, the share of them
       answered yes (POPE). An unreadable answer is no yes: where yes is right it is missed.
     - ``n`` and ``unparsable``.
@@ -31,17 +38,19 @@ def evaluate_qa(records: Sequence[Record], answers: Sequence[str]) -> dict[str, 
         truth = _truth(record)
         found = parse_yes_no(answer) if isinstance(truth, bool) else parse_choice(answer, record.target["choices"])
         unparsable += found is None
-        right.append(found is not None and found == truth)
+        right.append(bool(record.target.get("unsure_is_right")) if found is None else found == truth)
         if isinstance(truth, bool):
             verdicts.append((truth, None if found is None else bool(found)))
         kind = record.target.get("type")
         if kind:
-            for name in dict.fromkeys((str(kind), str(kind)[0])):
+            letter = str(kind)[0] if _NEXT_QA.fullmatch(str(kind)) else str(kind)
+            for name in dict.fromkeys((str(kind), letter)):
                 types.setdefault(name, []).append(right[-1])
     result = {"accuracy": sum(right) / len(right)}
     for name in sorted(types, key=lambda name: (len(name), name)):
         if len(name) > 1 or name in {str(r.target.get("type")) for r in records} or _shared(name, types):
             result[f"accuracy_{name}"] = sum(types[name]) / len(types[name])
+    result |= group_metrics(records, right)
     if verdicts:
         result |= _yes_metrics(verdicts)
     return {**result, "n": len(right), "unparsable": unparsable}

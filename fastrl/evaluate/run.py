@@ -173,7 +173,7 @@ def _file_answers(
 
 def check_answerable(task: str, records: Sequence[Record]) -> None:
     """Raise ``ValueError`` for records that lack what a model is to see; answers from a file may do without."""
-    if task == "qa" and len(records) and not records[0].images:
+    if task == "qa" and len(records) and not any(record.images for record in records):
         raise ValueError(
             "these questions come without pictures: give images= or videos= in their spec, or score --predictions"
         )

@@ -1,9 +1,10 @@
-"""Every row of the tables on pictures, rows, COCO files and prompts in ``docs/data.md`` is true: each has an example
-that is loaded. The conversion of every mode and format is tested in ``tests/fastrl/data/test_pictures.py``."""
+"""Every row of the tables on pictures, rows, COCO files, prompts and benchmarks in ``docs/data.md`` is true: each has
+an example that is loaded. How each mode and format is converted is tested in ``tests/fastrl/data/test_pictures.py``."""
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,11 @@ class Loads:
         return record.messages[0]["content"][-1]["text"]
 
     def prompt_kinds(self, prompt: str, row: dict[str, Any] = ROW, adapter: str = "refexp") -> set[str]:
+        return self.refused(f"{adapter}:{self._file(row)}?prompt={prompt}")
+
+    def refused(self, spec: str) -> set[str]:
         with pytest.raises(DataError) as error:
-            self._load(f"{adapter}:{self._file(row)}?prompt={prompt}")
+            self._load(spec)
         return {problem.kind for problem in error.value.problems}
 
     def left_out(self, *rows: dict[str, Any]) -> dict[str, int]:
@@ -257,6 +261,57 @@ PROMPTS: list[tuple[str, Callable[[Loads], bool]]] = [
         ),
     ),
 ]
+REFERENCE = {"ref_id": 0, "ann_id": 1, "image_id": 1, "split": "val", "sentences": [{"sent_id": 4, "sent": "cat"}]}
+CHOICE = {"question": "Which?", "options": ["a", "b"], "answer": "1", "image": "a.png"}
+HALLUSION = {"category": "VD", "subcategory": "map", "visual_input": "1", "set_id": "0", "figure_id": "0"}
+HALLUSION |= {"question_id": "0", "question": "Is it?", "gt_answer": "1"}
+MME_ROW = {"question_id": "1", "image": "a.png", "question": "Is it?", "answer": "Yes", "category": "color"}
+
+
+def pickled(d: Loads, value: Any) -> str:
+    (d.folder / "refs.p").write_bytes(pickle.dumps(value))
+    (d.folder / "instances.json").write_text(json.dumps(COCO))
+    return f"refcoco:{d.folder}/refs.p?split=val"
+
+
+BENCHMARKS: list[tuple[str, Callable[[Loads], bool]]] = [
+    (
+        "`refcoco:refs(unc).p`",
+        lambda d: (
+            d._load(pickled(d, [REFERENCE]))[0].target == {"box": WANT, "expression": "cat"}
+            and d.refused(pickled(d, [{**REFERENCE, "split": Path}])) == {"unsafe pickle"}
+        ),
+    ),
+    (
+        "`choice:FILE`",
+        lambda d: (
+            d.target(CHOICE, f"?images={d.folder}", adapter="choice")["answer"] == 1
+            and len(d._load(f"choice:{d._file(CHOICE)}?circular=yes")) == 2
+            and d.target({**CHOICE, "kind": "x"}, "?type=kind", adapter="choice")["type"] == "x"
+        ),
+    ),
+    (
+        "`hallusion:HallusionBench.json`",
+        lambda d: d.target(HALLUSION, adapter="hallusion")["groups"] == {"pair": "VD_map_0_0", "figure": "VD_map_0_0"},
+    ),
+    (
+        "`mme:FOLDER`, `mme:FILE`",
+        lambda d: (
+            len(d._load(f"mme:{d._file(MME_ROW, MME_ROW)}")) == 2
+            and d.kinds(MME_ROW, adapter="mme") == {"unpaired question"}
+        ),
+    ),
+    (
+        "`captions:FILE`",
+        lambda d: (
+            d.target({"GT_Caption_GPT4O": "A cat."}, "?images=none", adapter="captions")["references"] == ["A cat."]
+        ),
+    ),
+    (
+        "`nextqa:FILE`, `pope:FILE`",
+        lambda d: d.target({"question_id": 1, "text": "Is it?", "label": "no"}, adapter="pope")["answer"] == "no",
+    ),
+]
 GREY = np.array([[0, 32896], [65278, 65535]], dtype=np.uint16)  # 65535 / 255 = 257
 
 
@@ -404,6 +459,7 @@ def test_a_row_of_pictures_is_true(tmp_path: Path, start: str, holds: Callable[[
         ("## Rows", ROWS),
         ("COCO instance files:", COCO_ROWS),
         ("## Prompts", PROMPTS),
+        ("## Benchmarks", BENCHMARKS),
     ],
 )
 def test_every_row_has_its_example(heading: str, checks: list[tuple[str, Any]]) -> None:
@@ -414,7 +470,9 @@ def test_every_row_has_its_example(heading: str, checks: list[tuple[str, Any]]) 
 
 
 @pytest.mark.parametrize(
-    ("start", "holds"), [*ROWS, *COCO_ROWS, *PROMPTS], ids=lambda value: value if isinstance(value, str) else ""
+    ("start", "holds"),
+    [*ROWS, *COCO_ROWS, *PROMPTS, *BENCHMARKS],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_row_of_the_table_is_true(folder: Path, start: str, holds: Callable[[Loads], bool]) -> None:
     assert holds(Loads(folder)), start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 
 from fastrl.answers import View, format_answer, matches_format, parse_boxes, parse_points, to_original
 from fastrl.data import DataError, Dataset, Record, load_data
+from fastrl.data.pictures import picture_size
 from fastrl.data.refexp import bare_expression
 
 REAL = {
@@ -217,3 +219,17 @@ def test_a_malformed_entry_of_caption_json_is_named(tmp_path: Path, change: dict
     (tmp_path / "instances.json").write_text(json.dumps(instances))
     with pytest.raises(DataError, match="category_id 7 is no category"):
         load_data(f"captions:{file}?images=none&instances={tmp_path / 'instances.json'}")
+
+
+def test_captions_in_the_columns_of_detailcaps(tmp_path: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(file, "png")
+    row = {"source": "coco", "image": "train2014/a.jpg", "binary": file.getvalue(), "GT_Caption_GPT4O": "A cat."}
+    row |= {"GT_Caption_GPT4V": "A grey cat.", "GT_Caption_Gemini15Pro": "A cat sits."}
+    pq.write_table(pa.Table.from_pylist([row, {**row, "GT_Caption_GPT4V": None}]), tmp_path / "d.parquet")
+    data = load_data(f"captions:{tmp_path}/d.parquet")
+    assert [len(record.target["references"]) for record in data] == [3, 2]
+    assert data[0].target["references"] == ["A cat.", "A grey cat.", "A cat sits."]
+    assert picture_size(data[0].images[0]) == (30, 20)
+    assert "binary" not in data[0].columns
