@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastrl_kernels._common import FLOATS, check, check_dtype, check_number, check_shape, refuse_forward_mode
 from fastrl_kernels._linear_logprob_driver import accumulator_dtype
-from fastrl_kernels.linear_logprob import head_terms, reference_logits
+from fastrl_kernels.linear_logprob import HeadOptions, head_terms, reference_logits
 from fastrl_kernels.token_logprob import flat_rows, logit_terms
 
 __all__ = ["cross_entropy", "cross_entropy_reference", "linear_cross_entropy", "linear_cross_entropy_reference"]
@@ -104,12 +104,12 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or value; a budget too small for the smallest tile.
     """
-    lora = head.get("lora")
-    refuse_forward_mode("linear_cross_entropy", hidden, head_weight, head.get("bias"), *(lora[:2] if lora else ()))
+    options = HeadOptions(ignore_index=ignore_index, **head)
+    refuse_forward_mode("linear_cross_entropy", hidden, head_weight, options.bias, *options.adapter[:2])
     vocabulary = head_weight.shape[0] if head_weight.dim() else 0
     weight = _check_options(weight, vocabulary, target, reduction, label_smoothing, z_loss)
     terms = head_terms(
-        hidden, head_weight, target, ignore_index=ignore_index, **head,
+        hidden, head_weight, target, options,
         class_weight=weight if label_smoothing else None, return_mean=bool(label_smoothing),
     )  # fmt: skip
     return _combine(terms, target, weight, ignore_index, reduction, label_smoothing, z_loss)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -220,6 +220,25 @@ def _head(
     return Head(weight, bias, lora_a, lora_b, lora_scale, softcap, ignore_index, scratch_bytes)
 
 
+class HeadOptions(NamedTuple):
+    """The options of ``linear_logprob``; see its docstring."""
+
+    bias: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    ignore_index: int | None = -100
+    return_entropy: bool = False
+    rows: Tensor | None = None
+    lora: tuple[Tensor, Tensor, float] | None = None
+    skip_zero_rows: bool = False
+    scratch_bytes: int = 1 << 30
+
+    @property
+    def adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """LoRA's A, B and scale, if there is one."""
+        return (None, None, 1.0) if self.lora is None else self.lora
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -268,20 +287,15 @@ def linear_logprob(
     Raises:
         ValueError, TypeError: wrong shape, device, dtype or value; a budget too small for the smallest tile.
     """
+    options = HeadOptions(
+        bias, temperature, softcap, ignore_index, return_entropy, rows, lora, skip_zero_rows, scratch_bytes
+    )
     if is_dtensor(hidden) or is_dtensor(weight):
         from fastrl_kernels.sharding import sharded_linear_logprob
 
-        return sharded_linear_logprob(
-            hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
-            return_entropy=return_entropy, rows=rows, lora=lora, skip_zero_rows=skip_zero_rows,
-            scratch_bytes=scratch_bytes,
-        )  # fmt: skip
+        return sharded_linear_logprob(hidden, weight, target, **options._asdict())
     shape, batch = target.shape, hidden.shape[:-1]
-    terms = head_terms(
-        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
-        return_entropy=return_entropy, rows=rows, lora=lora, skip_zero_rows=skip_zero_rows,
-        scratch_bytes=scratch_bytes,
-    )  # fmt: skip
+    terms = head_terms(hidden, weight, target, options)
     return LogProb(shaped(terms[0], shape), shaped(terms[1], batch) if return_entropy else None)
 
 
@@ -289,16 +303,8 @@ def head_terms(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
+    options: HeadOptions,
     *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int | None = -100,
-    return_entropy: bool = False,
-    rows: Tensor | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-    skip_zero_rows: bool = False,
-    scratch_bytes: int = 1 << 30,
     class_weight: Tensor | None = None,
     return_mean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -306,16 +312,17 @@ def head_terms(
 
     Mean log-probs are ``sum_j class_weight_j log p_j / V``; what is not asked for is empty.
     """
-    hidden, target, temperature = flat_rows("hidden", hidden, target, temperature)
+    o = options
+    hidden, target, temperature = flat_rows("hidden", hidden, target, o.temperature)
     hidden, weight = autocast_pair(hidden, weight)
-    lora_a, lora_b, lora_scale = (None, None, 1.0) if lora is None else lora
-    _check_arguments(hidden, weight, target, bias, rows, lora_a, lora_b, softcap, scratch_bytes)
-    refuse_forward_mode("linear_logprob", hidden, weight, bias, lora_a, lora_b)
+    _check_arguments(hidden, weight, target, o)
+    lora_a, lora_b, lora_scale = o.adapter
+    refuse_forward_mode("linear_logprob", hidden, weight, o.bias, lora_a, lora_b)
     per_row, value = row_temperature(temperature, target)
     return _forward_op(
-        hidden, weight, target, bias, per_row, lora_a, lora_b, rows, value, float(lora_scale),
-        None if softcap is None else float(softcap), ignore_index, return_entropy, skip_zero_rows, scratch_bytes,
-        class_weight, return_mean,
+        hidden, weight, target, o.bias, per_row, lora_a, lora_b, o.rows, value, float(lora_scale),
+        None if o.softcap is None else float(o.softcap), o.ignore_index, o.return_entropy, o.skip_zero_rows,
+        o.scratch_bytes, class_weight, return_mean,
     )  # fmt: skip
 
 
@@ -393,17 +400,9 @@ def check_rows(rows: Tensor, target: Tensor) -> None:
         check(rows.unique().numel() == rows.numel(), "rows: expected distinct indices, got repeated ones")
 
 
-def _check_arguments(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    softcap: float | None,
-    scratch_bytes: int,
-) -> None:
+def _check_arguments(hidden: Tensor, weight: Tensor, target: Tensor, options: HeadOptions) -> None:
+    bias, softcap, rows, scratch_bytes = options.bias, options.softcap, options.rows, options.scratch_bytes
+    lora_a, lora_b, _ = options.adapter
     check_shape("hidden", hidden, (None, None))
     check_shape("weight", weight, (None, hidden.shape[1]))
     check(weight.shape[0] > 0, "weight: expected at least one row (vocabulary entry), got 0")

@@ -35,7 +35,7 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from fastrl_kernels._common import check, check_shape
 from fastrl_kernels._linear_logprob_driver import accumulator_dtype
-from fastrl_kernels.linear_logprob import autocast_pair, linear_logprob
+from fastrl_kernels.linear_logprob import HeadOptions, autocast_pair, linear_logprob
 from fastrl_kernels.token_logprob import LogProb, check_targets, flat_rows, row_temperature
 
 __all__ = ["sharded_linear_logprob", "vocab_parallel_logprob"]
@@ -224,13 +224,12 @@ def sharded_linear_logprob(hidden: Tensor, weight: Tensor, target: Tensor, **opt
     Raises:
         ValueError: tensors are on different meshes, or ``rows`` is given with sharded rows.
     """
-    if not isinstance(hidden, DTensor):
-        given = {name: _gathered(value) for name, value in (("weight", weight), ("bias", options.pop("bias", None)))}
-        lora = options.pop("lora", None)
-        if lora is not None:
-            lora = (_gathered(lora[0]), _gathered(lora[1]), lora[2])
-        return linear_logprob(hidden, given["weight"], target, bias=given["bias"], lora=lora, **options)
-    return _Global(hidden, weight).call(target, **options)
+    o = HeadOptions(**options)
+    if isinstance(hidden, DTensor):
+        return _Global(hidden, weight).call(target, o)
+    lora = None if o.lora is None else (_gathered(o.lora[0]), _gathered(o.lora[1]), o.lora[2])
+    o = o._replace(bias=_gathered(o.bias), lora=lora)
+    return linear_logprob(hidden, _gathered(weight), target, **o._asdict())
 
 
 class _Global:
@@ -249,19 +248,11 @@ class _Global:
         if self.split is not None:
             self.vocabulary[self.split] = Shard(0)
 
-    def call(
-        self,
-        target: Tensor,
-        *,
-        bias: Tensor | None = None,
-        temperature: float | Tensor = 1.0,
-        rows: Tensor | None = None,
-        lora: tuple[Tensor, Tensor, float] | None = None,
-        **options: Any,
-    ) -> LogProb:
+    def call(self, target: Tensor, options: HeadOptions) -> LogProb:
         check_shape("target", target, (self.hidden.shape[0], *[None] * (target.dim() > 1)))
         shards_rows = any(p.is_shard() for p in self.rows)
-        check(rows is None or not shards_rows, "rows: not supported with rows that are sharded over processes")
+        check(options.rows is None or not shards_rows, "rows: not supported with rows that are sharded over processes")
+        lora, temperature = options.lora, options.temperature
         if lora is not None:
             lora = (self._local(lora[0], self.whole, "a"), self._local(lora[1], self.vocabulary, "v"), lora[2])
         if isinstance(temperature, Tensor):
@@ -271,14 +262,14 @@ class _Global:
             self._local(self.weight, self.vocabulary, "v"),
             self._local(target, self.rows, "rows"),
         )
-        options |= {"bias": self._local(bias, self.vocabulary, "v"), "lora": lora, "temperature": temperature}
-        options["rows"] = self._local(rows, self.whole, "rows")
+        bias, rows = self._local(options.bias, self.vocabulary, "v"), self._local(options.rows, self.whole, "rows")
+        local = options._replace(bias=bias, lora=lora, temperature=temperature, rows=rows)._asdict()
         if self.split is None:
-            out = linear_logprob(*tensors, **options)
+            out = linear_logprob(*tensors, **local)
         else:
             group, rank = self.mesh.get_group(self.split), self.mesh.get_local_rank(self.split)
             first = min(rank * -(-self.weight.shape[0] // self.mesh.size(self.split)), self.weight.shape[0])
-            out = vocab_parallel_logprob(*tensors, group=group, first=first, reduce_hidden=False, **options)
+            out = vocab_parallel_logprob(*tensors, group=group, first=first, reduce_hidden=False, **local)
         made = [None if x is None else DTensor.from_local(x, self.mesh, self.rows, run_check=False) for x in out]
         return LogProb(*made)  # type: ignore[arg-type]
 
