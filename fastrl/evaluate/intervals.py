@@ -1,4 +1,4 @@
-"""Intervals of a difference between two sets of scores of the same records: the paired bootstrap.
+"""Intervals of a difference between two sets of scores of the same records, and of their correlation: the bootstrap.
 
 Records differ far more from each other than two models do on one record. So records are drawn with replacement and the
 difference of each stays with it (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 6 and 13:
@@ -54,3 +54,42 @@ def paired_interval(
     ]
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(change.mean()), float(low), float(high))
+
+
+def spearman_interval(
+    first: Sequence[float], second: Sequence[float], *, level: float = LEVEL, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """Spearman's rank correlation of two scores of the same records, with its percentile interval over records.
+
+    Args:
+        first, second: [N] in the same order; equal scores share the mean of their ranks.
+        level, draws, seed: see :func:`paired_interval`.
+
+    Returns:
+        ``change`` is the correlation, in [−1, 1]; 0 where one of the scores is the same for all records.
+
+    Raises:
+        ValueError: fewer than two records, different numbers of scores, or a level outside (0, 1).
+    """
+    if len(first) < 2 or len(first) != len(second):
+        raise ValueError(f"correlated scores: need the same two or more records, got {len(first)} and {len(second)}")
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"need a level in (0, 1) and at least one draw, got {level} and {draws}")
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    chosen = (generator.integers(len(a), size=len(a)) for _ in range(draws))
+    found = [_correlation(_ranks(a[rows]), _ranks(b[rows])) for rows in chosen]
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(_correlation(_ranks(a), _ranks(b)), float(low), float(high))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks [N] from 0; equal values share their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[place]
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / scale if scale > 0 else 0.0

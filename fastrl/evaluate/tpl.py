@@ -13,6 +13,9 @@ log p(y_k | F, question, y_<k), teacher forced, without the end of turn,
 over ``samples`` random frames f (without repetition), or the first, middle, last or best one. ``best`` uses the
 frame that explains the text best, which is the most conservative choice: all frames are then scored.
 
+A single frame is shown without the others, or (``absent="grey"``) with grey pictures in their place: the prompt then
+has its whole length, and TPL does not grow with the number of frames because a short prompt is unusual.
+
 Every subset of a clip's frames is a separate prompt in the packed batch; they share the images, so the vision tower
 processes each frame only once.
 """
@@ -29,6 +32,7 @@ import torch
 
 from fastrl.answers import format_answer
 from fastrl.batch import Completion, ImageInput, PromptGroup, pack
+from fastrl.data.blank import blank_images
 from fastrl.data.records import Record
 from fastrl.rewards.base import unknown
 
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 SINGLES = ("random", "first", "middle", "last", "best")
 FORMS = ("log", "ppl")
+ABSENT = ("left out", "grey")
 
 
 class TemporalPerplexity(NamedTuple):
@@ -66,6 +71,7 @@ def temporal_perplexity(
     form: str = "log",
     seed: int = 0,
     curve: bool = False,
+    absent: str = "left out",
     token_budget: int = 8192,
 ) -> list[TemporalPerplexity]:
     """Temporal perplexity of each record's answer under a model.
@@ -79,16 +85,19 @@ def temporal_perplexity(
         form: ``log`` or ``ppl``.
         seed: of the random frames, which also depend on the record's id but not on the other records.
         curve: score every single frame, for ``TemporalPerplexity.curve``; TPL itself only uses the chosen ones.
+        absent: what a prompt with a single frame has in place of the others: nothing (``left out``), or ``grey``
+            pictures of the same size.
         token_budget: tokens of one packed batch; a prompt is never split. Only affects memory and time.
 
     Raises:
-        ValueError: ``single`` or ``form`` is unknown, ``samples`` is less than 1, or a record has no images or answer.
+        ValueError: ``single``, ``form`` or ``absent`` is unknown, ``samples`` is less than 1, or a record has no images
+            or answer.
         EncodeError: the policy cannot encode a record.
     """
-    check_choices(samples, single, form)
+    check_choices(samples, single, form, absent)
     scorer = _Scorer(policy, token_budget)
     results = []
-    for clip, scores in scorer.score(_clip(policy, r, samples, single, seed, curve) for r in records):
+    for clip, scores in scorer.score(_clip(policy, r, samples, single, seed, curve, absent) for r in records):
         singles = dict(zip(clip.alone, scores[1:], strict=True))
         chosen = (max(singles, key=singles.__getitem__),) if single == "best" else clip.chosen
         alone = [singles[frame] for frame in chosen]
@@ -107,9 +116,9 @@ def temporal_perplexity(
     return results
 
 
-def check_choices(samples: int, single: str, form: str) -> None:
+def check_choices(samples: int, single: str, form: str, absent: str = ABSENT[0]) -> None:
     """Raise ``ValueError`` for options that :func:`temporal_perplexity` does not support."""
-    for name, value, known in (("single", single, SINGLES), ("form", form, FORMS)):
+    for name, value, known in (("single", single, SINGLES), ("form", form, FORMS), ("absent", absent, ABSENT)):
         if value not in known:
             raise ValueError(f"--{name}: " + unknown("choice", value, known))
     if samples < 1:
@@ -147,6 +156,16 @@ def frame_subset(record: Record, numbers: Sequence[int]) -> Record:
     return replace(record, images=images, messages=tuple(messages), views=views)
 
 
+def greyed(record: Record, numbers: Sequence[int]) -> Record:
+    """The record with grey pictures in place of all images but ``numbers`` (from 1). Raises ``ValueError``: there is no
+    image of that number."""
+    if not set(numbers) <= set(range(1, len(record.images) + 1)):
+        raise ValueError(f"record {record.id!r} has images 1 to {len(record.images)}, got {list(numbers)}")
+    grey = blank_images(record).images
+    images = (image if n in numbers else grey[n - 1] for n, image in enumerate(record.images, start=1))
+    return replace(record, images=tuple(images))
+
+
 @dataclass(frozen=True)
 class _Clip:
     """One record, encoded: the prompt with all frames, then with one each of ``alone``."""
@@ -167,7 +186,7 @@ class _Clip:
         return [image for group in self.groups for image in group.prompt.images]
 
 
-def _clip(policy: Policy, record: Record, samples: int, single: str, seed: int, curve: bool) -> _Clip:
+def _clip(policy: Policy, record: Record, samples: int, single: str, seed: int, curve: bool, absent: str) -> _Clip:
     from fastrl.data.pictures import open_picture
 
     where = f"record {record.id!r}" + (f" ({record.source})" if record.source else "")
@@ -187,7 +206,8 @@ def _clip(policy: Policy, record: Record, samples: int, single: str, seed: int, 
         raise ValueError(f"{where}: an empty answer has no perplexity")
     chosen = _choose(record.id, count, samples, single, seed)
     alone = tuple(range(1, count + 1)) if curve or single == "best" else chosen
-    prompts = [prompt, *(policy.encode(frame_subset(record, [frame]))[0] for frame in alone)]
+    subset = greyed if absent == "grey" else frame_subset
+    prompts = [prompt, *(policy.encode(subset(record, [frame]))[0] for frame in alone)]
     groups = tuple(PromptGroup(each, [Completion(token_ids=ids)]) for each in prompts)
     return _Clip(record.id, groups, alone, chosen, count, len(ids))
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 STUDIES = {
     "blind": "fastrl.studies.blind",
     "preference": "fastrl.studies.preference",
+    "temporal": "fastrl.studies.temporal",
 }
 
 

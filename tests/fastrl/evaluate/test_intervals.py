@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fastrl.evaluate.intervals import paired_interval
+from fastrl.evaluate.intervals import paired_interval, spearman_interval
 
 
 @pytest.mark.parametrize("n", [200, 1000])
@@ -66,3 +66,28 @@ def test_one_record_has_no_width() -> None:
 def test_it_says_what_it_needs(before: list[float], after: list[float], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paired_interval(before, after, **options)
+
+
+def test_rank_correlation_is_scipys_with_ties_and_its_interval_holds_it() -> None:
+    from scipy.stats import spearmanr
+
+    random = np.random.default_rng(3)
+    first = random.integers(0, 6, size=300).astype(float)
+    second = first + 3 * random.normal(size=300)
+    found = spearman_interval(first.tolist(), second.tolist())
+    assert found.change == pytest.approx(spearmanr(first, second).statistic, abs=1e-12)
+    assert found.low < found.change < found.high
+    fisher = 1.96 * 1.06 / math.sqrt(300 - 3)  # of atanh, with the rank correlation's factor
+    assert math.atanh(found.high) - math.atanh(found.low) == pytest.approx(2 * fisher, rel=0.15)
+
+
+def test_rank_correlation_of_orders_and_constants() -> None:
+    values = [0.1, 0.5, 2.0, 9.0]
+    assert spearman_interval(values, [v**3 for v in values]).change == pytest.approx(1.0)
+    assert spearman_interval(values, [-v for v in values]).change == pytest.approx(-1.0)
+    assert spearman_interval(values, [1.0] * 4) == (0.0, 0.0, 0.0)
+    for first, second in (([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([], [])):
+        with pytest.raises(ValueError, match="need the same two or more records"):
+            spearman_interval(first, second)
+    with pytest.raises(ValueError, match="level in"):
+        spearman_interval(values, values, level=1.0)

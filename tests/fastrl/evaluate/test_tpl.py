@@ -15,7 +15,7 @@ from PIL import Image
 from fastrl.build.utr import BuildOptions, build_dialogues
 from fastrl.data import load_data
 from fastrl.data.records import Record, question
-from fastrl.evaluate.tpl import TemporalPerplexity, frame_subset, temporal_perplexity
+from fastrl.evaluate.tpl import TemporalPerplexity, frame_subset, greyed, temporal_perplexity
 from fastrl.evaluate.tpl_run import TplOptions, keep_top, run_tpl
 from fastrl.models import Policy, load_policy
 from fastrl.report.tpl import draw_tpl, mean_curve
@@ -177,6 +177,24 @@ def test_a_subset_keeps_each_frame_with_its_label() -> None:
     assert [p["type"] for p in frame_subset(bare, [3]).messages[0]["content"]] == ["image", "text"]
     with pytest.raises(ValueError, match=r"images 1 to 4, got \[5\]"):
         frame_subset(row, [5])
+
+
+def test_grey_frames_keep_the_prompt_and_hide_the_rest(policy: Policy) -> None:
+    row = clip("a", 4)
+    kept = greyed(row, [2, 4])
+    assert kept.messages == row.messages
+    assert (kept.images[1], kept.images[3]) == (row.images[1], row.images[3])
+    assert {kept.images[i].getpixel((3, 3)) for i in (0, 2)} == {(127, 127, 127)}  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"images 1 to 4, got \[5\]"):
+        greyed(row, [5])
+    (found,) = temporal_perplexity(policy, [row], absent="grey", samples=2, curve=True)
+    alone = [temporal_perplexity(policy, [greyed(row, [t])], samples=1)[0].full for t in (1, 2, 3, 4)]
+    assert list(found.curve.values()) == pytest.approx(alone, abs=1e-5)
+    (other,) = temporal_perplexity(policy, [row], samples=2, curve=True)
+    assert found.full == pytest.approx(other.full, abs=1e-6)
+    assert list(other.curve.values()) != pytest.approx(alone, abs=1e-5)
+    with pytest.raises(ValueError, match="--absent"):
+        temporal_perplexity(policy, [row], absent="black")
 
 
 # ---- the run

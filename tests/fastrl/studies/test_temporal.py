@@ -1,0 +1,66 @@
+"""The temporal study's data: clips that move, halves by TPL of the same lengths."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastrl.data import load_data
+from fastrl.data.records import Record
+from fastrl.studies import temporal
+from fastrl.studies.runner import run_study
+from fastrl.studies.temporal import HALVES, Experiment, half_of, moves
+
+
+def record(name: str, actions: int, places: int) -> Record:
+    boxes = {t: [min(t, places), 0, min(t, places) + 9, 9] for t in range(1, 9)}
+    track = {"id": 1, "name": "red circle", "boxes": boxes, "spans": [{"action": "moves left"}] * actions}
+    return Record(name, "trajectory", (), (), {"tracks": [track]})
+
+
+def test_clips_without_three_places_do_not_move() -> None:
+    assert [moves(record("a", 1, places)) for places in (1, 2, 3, 8)] == [False, False, True, True]
+    found = [moves(each) for each in load_data("scenes:utr?n=40&seed=5&size=84&difficulty=1&frames=8")]
+    assert 0 < sum(found) < 40
+
+
+def test_halves_have_the_highest_and_lowest_tpl_among_answers_of_the_same_length() -> None:
+    records = [record(f"r{i}", 1 + i % 2, 8) for i in range(12)]
+    tpl = [float((7 * i) % 12) for i in range(12)]
+    found = {name: half_of(records, tpl, name) for name in HALVES}
+    score = {each.id: value for each, value in zip(records, tpl, strict=True)}
+    for actions in (1, 2):
+        group = [r for r in records if len(r.target["tracks"][0]["spans"]) == actions]
+        ranked = sorted(group, key=lambda r: -score[r.id])
+        assert {r.id for r in found["top"] if r in group} == {r.id for r in ranked[:3]}
+        assert {r.id for r in found["bottom"] if r in group} == {r.id for r in ranked[3:]}
+        assert len([r for r in found["random"] if r in group]) == 3
+    assert [r.id for r in found["top"]] == [r.id for r in records if r in found["top"]]
+    odd = half_of(records[:5], tpl, "top")
+    assert len(odd) == 2 + 1
+
+
+@pytest.mark.gate
+def test_a_very_small_study_finds_halves_and_correlations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("QUICK_POOL", 12), ("HELD_OUT", 4)):
+        monkeypatch.setattr(temporal, name, value)
+    study = Experiment(quick=True)
+    study.recipe = study.recipe.model_copy(update={"optim": study.recipe.optim.model_copy(update={"steps": 2})})
+    result = run_study(study, tmp_path)
+    assert list(result["arms"]) == ["start", *HALVES]
+    assert set(result["arms"]["start"]) == {"sampled", "greedy", "tpl", "explaining"}
+    assert len(result["findings"]) == 2
+    assert all(-1 <= found["low"] <= found["high"] <= 1 for found in result["findings"].values())
+    rows = [json.loads(line) for line in (tmp_path / "seed-0" / "tpl.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    assert len({row["tpl"] for row in rows}) == 12
+
+
+def test_moving_records_are_what_is_measured() -> None:
+    base = record("a", 1, 8)
+    track = base.target["tracks"][0]
+    still = replace(base, target={"tracks": [track, {**track, "boxes": {1: [0, 0, 9, 9]}}]})
+    assert not moves(still)
