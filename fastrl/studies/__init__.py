@@ -16,6 +16,7 @@ STUDIES = {
     "blind": "fastrl.studies.blind",
     "preference": "fastrl.studies.preference",
     "temporal": "fastrl.studies.temporal",
+    "rewards": "fastrl.studies.rewards",
 }
 
 

@@ -12,7 +12,7 @@ from fastrl.evaluate.run import sample_records
 from fastrl.recipe import Recipe, build_recipe
 from fastrl.run.setup import load_model
 from fastrl.studies.base import CHOOSING, REPORTED, Job, Measured
-from fastrl.toy.demos.evidence import Scores, per_record
+from fastrl.toy.demos.evidence import per_record
 from fastrl.toy.demos.scenes import HELD_OUT_SEED, REPORTED_SEED, scenes_like
 from fastrl.trainer import train
 
@@ -72,7 +72,12 @@ def make_lists(
 
 
 def measure(
-    policy: Policy, records: Sequence[Record], length: int, scores: Mapping[str, Score], samples: int = 2
+    policy: Policy,
+    records: Sequence[Record],
+    length: int,
+    scores: Mapping[str, Score],
+    samples: int = 2,
+    whole: Callable[[Sequence[str], Sequence[Record]], Mapping[str, float]] = lambda answers, records: {},
 ) -> Measured:
     """Scores of ``samples`` answers per record at temperature 1 (``sampled``; a fixed seed) and of the greedy one.
 
@@ -82,10 +87,12 @@ def measure(
         length: of the longest answer, in tokens.
         scores: suffix of a measure's name (empty for the main one) → how an answer is scored.
         samples: answers whose mean is a record's sampled score; 0: greedy answers only.
+        whole: measures of all greedy answers together.
     """
     from fastrl.rollout import Sampling
 
     each: dict[str, Sequence[float]] = {}
+    numbers: Mapping[str, float] = {}
     for name, n in (("sampled", samples), ("greedy", 1)):
         if n:
             sampling = Sampling(n=n, max_new_tokens=length, temperature=1.0 if name == "sampled" else 0.0)
@@ -93,5 +100,5 @@ def measure(
             texts = [completion.text for _, completions in answered for completion in completions]
             asked = [record for record, completions in answered for _ in completions]
             each |= {name + suffix: per_record(score(texts, asked), n) for suffix, score in scores.items()}
-    found: Scores = each
-    return Measured([record.id for record in records], found)
+            numbers = whole(texts, asked) if name == "greedy" else numbers
+    return Measured([record.id for record in records], each, numbers)
