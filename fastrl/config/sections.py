@@ -385,6 +385,9 @@ class EvalRecipe(Section):
     none."""
     max_new_tokens: int | None = Field(None, ge=1, le=2**20)
     """Longest answer in tokens; none: the protocol's. Lower it if answers are short, to save time."""
+    soft: str | None = Field(None, min_length=1)
+    """Folder of a sentence-embedding model that matches the facts of captions softly, as `fastrl eval --soft`; none:
+    rules alone."""
     batch: int = Field(64, ge=1)
     """Prompts answered at once. Lower it if memory is short."""
     patience: int | None = Field(None, ge=1)

@@ -75,9 +75,11 @@ class Dialogue:
 
 
 def make_dialogue(clip: Clip, subject: Subject, query: Query) -> Dialogue:
-    """The dialogue that asks ``query`` about a subject of ``clip``: its answer is the subject through all frames."""
+    """The dialogue that asks ``query`` about a subject of ``clip``: its answer is the subject through all frames. If
+    the clip has a caption, what happens in the video is asked too, and the caption ends the answer."""
     answer = answer_text([subject], (clip.width, clip.height), clip.caption)
-    return Dialogue(clip, (subject,), query, ask(clip, subject, query), answer)
+    asked = ask(clip, subject, query) + (f" {_CAPTION_END}" if clip.caption else "")
+    return Dialogue(clip, (subject,), query, asked, answer)
 
 
 def one_frame_dialogue(clip: Clip, subject: Subject, query: Query) -> Dialogue:
@@ -226,6 +228,7 @@ def ask(clip: Clip, subject: Subject, query: Query) -> str:
 
 _SPATIAL_END = "Who is it, what does it do, and what is its trajectory?"
 _TEMPORAL_END = "what is the whole trajectory?"
+_CAPTION_END = "By the way, what happens in this video?"  # as in the paper's figure
 _ONE_FRAME_END = "Who is it, and where is it in that frame?"
 
 

@@ -48,7 +48,7 @@ def evaluate(
     - counting: ``accuracy``
     - detection: ``AP AP50 AP75`` (None, i.e. undefined, if the data has no object), and
       ``dropped unlabelled unknown_label``, numbers of boxes that are not scored (``evaluate_detection``)
-    - caption: ``score capture``, ``object_precision … relation_f1``, ``false_facts false_captions chair_i chair_s``
+    - caption: ``score fact_f1``, ``object_precision … relation_f1``, ``false_facts false_captions chair_i chair_s``
       (see ``evaluate_caption``, which ``similarity`` is for)
     - ocr: ``edit_distance`` (lower is better) ``f1 precision recall bleu meteor``
       (``normalise``: see ``evaluate_ocr``)

@@ -18,7 +18,7 @@ DIRECTIONS: Mapping[str, Mode] = MappingProxyType(
         **dict.fromkeys(
             (
                 *("acc@0.5", "acc@0.75", "acc@0.95", "recall@0.5", "mean_iou", "accuracy", "identity_accuracy"),
-                *("AP", "AP50", "AP75", "f1", "precision", "recall", "bleu", "meteor", "score", "capture"),
+                *("AP", "AP50", "AP75", "f1", "precision", "recall", "bleu", "meteor", "score"),
                 *("mota", "idf1", "reward"),
             ),
             "max",

@@ -1,7 +1,8 @@
 """Captions: precision, recall and F1 of objects, attributes and relations (CAPTURE's structure), and hallucination.
 
-The truth is a record's own facts (scenes), or those of its reference captions. Matching is by rules: exact, then by
-synonyms; ``similarity`` adds CAPTURE's soft matching.
+The truth is a record's own facts (scenes), or those of its reference captions. Facts are found by rules of our own, not
+by CAPTURE's trained parser, so that no number here may be put beside a published CAPTURE. Matching is by rules: exact,
+then by synonyms; ``similarity`` adds CAPTURE's soft matching.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def evaluate_caption(
 ) -> dict[str, float]:
     """Metrics of captions, all in [0, 1] but the counts.
 
-    ``score`` (weights 5:2:2, RePer's rule score) and ``capture`` (0.5 : 0.5 : 0.2); ``object_precision`` …
+    ``score`` (weights 5:2:2, RePer's rule score) and ``fact_f1`` (CAPTURE's weights, 5:5:2); ``object_precision`` …
     ``relation_f1``, each a mean over the records in which that type occurs; ``false_facts``, the fraction of stated
     facts that are not true, and ``false_captions``, the fraction of captions with one; ``chair_i`` and ``chair_s``, the
     same for objects only: COCO's 80 categories if truth comes from references, all objects if a record lists its facts.
@@ -35,7 +36,7 @@ def evaluate_caption(
     Raises:
         ValueError: a record has no truth.
     """
-    scores: dict[str, list[float]] = {name: [] for name in ("score", "capture")}
+    scores: dict[str, list[float]] = {name: [] for name in ("score", "fact_f1")}
     stated = false = false_captions = unparsable = 0
     listed = [0, 0, 0]  # for records that list their facts: objects, false objects, captions with one
     free: list[int] = []
@@ -44,7 +45,7 @@ def evaluate_caption(
         matches = compare(facts, truth, similarity)
         unparsable += not facts.objects
         scores["score"].append(weighted_f1(matches))
-        scores["capture"].append(weighted_f1(matches, CAPTURE_WEIGHTS))
+        scores["fact_f1"].append(weighted_f1(matches, CAPTURE_WEIGHTS))
         for kind, match in matches.items():
             for name in ("precision", "recall", "f1"):
                 scores.setdefault(f"{kind[:-1]}_{name}", []).append(getattr(match, name))
@@ -58,7 +59,7 @@ def evaluate_caption(
             free.append(i)
     found = chair([answers[i] for i in free], [_present(records[i]) for i in free])
     n = len(records)
-    order = ["score", "capture", *(f"{k[:-1]}_{m}" for k in TYPES for m in ("precision", "recall", "f1"))]
+    order = ["score", "fact_f1", *(f"{k[:-1]}_{m}" for k in TYPES for m in ("precision", "recall", "f1"))]
     metrics = {name: sum(scores[name]) / len(scores[name]) for name in order if scores.get(name)}
     return metrics | {
         "false_facts": false / max(1, stated),

@@ -22,13 +22,14 @@ from fastrl.data.mixture import summary_of
 from fastrl.data.records import Dataset, Record
 from fastrl.evaluate import EVALUATIONS, evaluate
 from fastrl.evaluate.best import SAMPLED, Best, Mode, check_metric
-from fastrl.evaluate.run import MAX_NEW_TOKENS, check_answerable, sample_records
+from fastrl.evaluate.run import MAX_NEW_TOKENS, caption_similarity, check_answerable, sample_records
 from fastrl.methods.rollouts import RecipeRewards
 from fastrl.rewards.base import unknown
 from fastrl.rewards.functions import Answer
 from fastrl.rollout.vllm_weights import RolloutError
 
 if TYPE_CHECKING:
+    from fastrl.captions import Similarity
     from fastrl.config.sections import EvalRecipe
     from fastrl.engine.base import Engine
     from fastrl.methods import Context
@@ -54,6 +55,7 @@ class HeldOut:
     mode: Mode
     rewards: RecipeRewards | None  # None: protocols only
     summary: str = ""  # summary of rows that did not become records
+    similarity: Similarity | None = None  # soft matching of captions
 
     def __len__(self) -> int:
         return sum(map(len, self.tasks.values()))
@@ -63,7 +65,8 @@ class HeldOut:
         found: dict[str, float | None] = {}
         for task, given in answers.items():
             if task in EVALUATIONS:
-                values = evaluate(task, [answer.record for answer in given], [answer.text for answer in given])
+                records, texts = [answer.record for answer in given], [answer.text for answer in given]
+                values = evaluate(task, records, texts, similarity=self.similarity)
                 found |= {f"{task}/{name}" if len(answers) > 1 else name: value for name, value in values.items()}
         if self.rewards is not None:
             every = [answer for given in answers.values() for answer in given]
@@ -117,7 +120,10 @@ def held_out(
     if section.metric is None and len(tasks) > 1 and not scored:
         raise ValueError(f"eval.metric: required, as the set has several tasks. Allowed: {', '.join(names)}")
     metric = section.metric if section.metric is not None else REWARD if scored else names[0]
-    return HeldOut(tasks, metric, check_metric(metric, names, section.mode), rewards, summary)
+    if section.soft is not None and "caption" not in tasks:
+        raise ValueError(f"eval.soft: matches words of captions; eval.spec has {', '.join(tasks)}")
+    similarity = caption_similarity("caption", section.soft)
+    return HeldOut(tasks, metric, check_metric(metric, names, section.mode), rewards, summary, similarity)
 
 
 def _names(tasks: Mapping[str, Sequence[Record]], rewards: RecipeRewards | None) -> list[str]:

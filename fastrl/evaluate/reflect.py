@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrl.critics import Case, Critic, CriticError, Turn, open_critic
+from fastrl.critics import Case, Critic, CriticError, RuleCritic, Turn, open_critic
 from fastrl.critics.feedback import request, rng_for
 from fastrl.data.disk import nothing_empty_left, write_file
 from fastrl.data.records import Record, question
@@ -257,7 +257,8 @@ def evaluate_reflection(
         spec: caption records with truth (whatever the critic, metrics compare with it).
         model, critic, turns: see :func:`reflect_on_image`; max_new_tokens: default the caption protocol's.
         pixels: least and largest area of a resized picture; None: the model folder's.
-        limit, skip_bad: of the data; soft: sentence-embedding model for soft matching in the metrics.
+        limit, skip_bad: of the data; soft: sentence-embedding model for soft matching in the metrics; None: the
+            rule critic's, if it has one.
         out: write the dialogues to this JSONL file.
         attention: folder for attention maps; the mean by turn is also a metric (``turn1/image_attention``).
         draw: draws them (see :func:`write_attention`).
@@ -276,7 +277,9 @@ def evaluate_reflection(
     wrong = next((record for record in records if record.task != "caption"), None)
     if wrong is not None:
         raise ValueError(f"{wrong.source or wrong.id}: a {wrong.task} record; reflection is evaluated on captions")
-    judge, similarity = open_critic(critic), caption_similarity("caption", soft)
+    judge = open_critic(critic)
+    own = judge.similarity if isinstance(judge, RuleCritic) else None
+    similarity = caption_similarity("caption", soft) if soft is not None else own
     policy = open_policy(model, min_pixels=pixels[0], max_pixels=pixels[1])
     found = reflect(
         policy,

@@ -139,6 +139,7 @@ def run_evaluation(
             seen, answers = _model_answers(task, model, records, max_new_tokens, pixels)
         compared = "none" if normalise == "none" else "nfc"
         metrics = dict(evaluate(task, seen, answers, similarity=caption_similarity(task, soft), normalise=compared))
+        metrics |= {"matching": matching(soft)} if task == "caption" else {}
         framed = frame_report(task, seen, answers)
         if framed is not None:
             metrics |= {"frame": framed.frame, "frame_changes": framed.changes}
@@ -159,6 +160,11 @@ def caption_similarity(task: str, soft: str | None) -> Similarity | None:
     from fastrl.captions.embedding import open_similarity
 
     return open_similarity(soft)
+
+
+def matching(soft: str | None) -> str:
+    """How facts of captions were matched, for results: ``rules``, or the model that matched softly as well."""
+    return "rules" if soft is None else f"rules, then {soft}"
 
 
 def _file_answers(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastrl.captions import (
@@ -29,7 +30,10 @@ from fastrl.data import load_data
 from fastrl.data.records import Record, question
 from fastrl.data.scenes.world import COLORS, KINDS
 from fastrl.evaluate import evaluate
-from fastrl.evaluate.run import caption_similarity
+from fastrl.evaluate.during import held_out
+from fastrl.evaluate.run import caption_similarity, run_evaluation
+from fastrl.rewards.answer import Answer
+from tests.helpers.training import make_recipe
 
 
 @pytest.mark.parametrize("difficulty", [1, 2, 4])
@@ -162,6 +166,21 @@ def test_a_model_folder_matches_softly_from_the_critic_and_the_protocol(tmp_path
     assert hard.score is not None
     assert soft.score is not None
     assert hard.score < soft.score < 1
+    named = {"eval__spec": "given:records", "eval__soft": str(tmp_path), "eval__samples": 0}
+    measured = held_out(make_recipe(tmp_path, tmp_path / "run", **named), [record])
+    assert measured is not None
+    answers = {"caption": [Answer(message, [], record)]}
+    assert measured.metrics(answers)["score"] == pytest.approx(soft.score)
+    ocr = Record("o", "ocr", (Image.new("RGB", (28, 28)),), question("ocr"), {"text": "x"})
+    with pytest.raises(ValueError, match=r"eval\.soft: matches words of captions; eval\.spec has ocr"):
+        held_out(make_recipe(tmp_path, tmp_path / "run", **named), [ocr])
+    (tmp_path / "c.jsonl").write_text(json.dumps({"references": ["A boat on the lake."], "id": "r"}))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "r", "answer": message}))
+    spec, found = f"captions:{tmp_path}/c.jsonl?images=none", {}
+    for folder in (None, str(tmp_path)):
+        found[folder] = run_evaluation("caption", spec, predictions=tmp_path / "a.jsonl", soft=folder)
+    assert [found[f]["matching"] for f in found] == ["rules", f"rules, then {tmp_path}"]
+    assert [found[f]["score"] for f in found] == pytest.approx([hard.score, soft.score])
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("embeddings.word_embeddings.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -102,6 +102,21 @@ def test_questions_say_what_the_papers_figure_says() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["spatial", "temporal"])
+def test_what_happens_is_asked_before_it_is_answered(kind: str) -> None:
+    dog = subject(1, 8, RUNS)
+    told, plain = replace(clip(dog), caption="A dog runs off."), clip(dog)
+    query = Query("spatial", "box", 2) if kind == "spatial" else Query("temporal", "span", first=1, last=2)
+    dialogue = make_dialogue(told, dog, query)
+    assert dialogue.question == f"{ask(plain, dog, query)} By the way, what happens in this video?"
+    assert dialogue.answer.endswith(" A dog runs off.")
+    assert make_dialogue(plain, dog, query).question == ask(plain, dog, query)  # no caption: nothing to answer it with
+    fewer = select_frames(dialogue, 3, "uniform", 0)
+    assert fewer.question.endswith("trajectory? By the way, what happens in this video?")
+    if kind == "spatial":
+        assert "what happens" not in one_frame_dialogue(told, dog, query).question
+
+
 def test_answers_read_back() -> None:
     spans = (Span("moves left", 1, 3), Span("stays", 4, 4))
     text = answer_text([subject(1, 5, *spans), subject(2, 60)], (100, 100), "Two dogs then play.")

@@ -43,7 +43,7 @@ def test_metrics_against_a_hand_count() -> None:
 def test_true_captions_of_scenes_are_perfect() -> None:
     records = load_data("scenes:caption?n=40&seed=2")
     metrics = evaluate("caption", records, [r.target["references"][0] for r in records])
-    assert metrics["score"] == metrics["capture"] == 1.0
+    assert metrics["score"] == metrics["fact_f1"] == 1.0
     assert metrics["false_facts"] == metrics["chair_i"] == metrics["unparsable"] == 0
 
 
