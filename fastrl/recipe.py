@@ -137,15 +137,17 @@ class Recipe(Section):
                 "model.offload_activations moves the activations that checkpointing keeps: set "
                 "model.gradient_checkpointing: true"
             )
-        if self.engine.kind == "deepspeed" and (self.optim.states != "fp32" or self.optim.gradient_release):
+        kind = self.engine.kind
+        if kind != "local" and (self.optim.states != "fp32" or self.optim.gradient_release):
+            also = "engine.zero_stage and " if kind == "deepspeed" else ""
             raise ValueError(
-                "optim.states and optim.gradient_release need engine.kind: local; with engine.kind: deepspeed set "
-                "optim.states: fp32 and optim.gradient_release: false, and use engine.zero_stage and "
-                "engine.offload_optimizer"
+                f"optim.states and optim.gradient_release need engine.kind: local; with engine.kind: {kind} set "
+                f"optim.states: fp32 and optim.gradient_release: false, and use {also}engine.offload_optimizer"
             )
-        if self.engine.offload_optimizer and (self.engine.kind == "local" or self.engine.zero_stage == 0):
+        whole = kind == "deepspeed" and self.engine.zero_stage == 0
+        if self.engine.offload_optimizer and (kind == "local" or whole):
             raise ValueError(
-                "engine.offload_optimizer needs engine.kind: deepspeed and a zero_stage of 1 or 2; "
+                "engine.offload_optimizer needs engine.kind: fsdp2, or deepspeed and a zero_stage of 1 or 2; "
                 "with engine.kind: local use optim.states: offload"
             )
         return self

@@ -19,9 +19,9 @@ from fastrl.data.mixture import summary_of
 from fastrl.data.pictures import PictureError
 from fastrl.data.records import Record
 from fastrl.engine import make_engine
-from fastrl.engine.base import Engine, StepInfo
+from fastrl.engine.base import Engine, Shardable, StepInfo
 from fastrl.evaluate.during import Evaluation, EvaluationError, held_out
-from fastrl.methods import Clock, Context, Method, Prepared, make_method
+from fastrl.methods import Clock, Context, Method, Prepared, make_method, method_for
 from fastrl.methods.rollouts import functions_of
 from fastrl.models.kept import KeptPrompts
 from fastrl.models.quantize import check_quantize
@@ -296,12 +296,17 @@ class Run:
         self.policy = policy if policy is not None else load_model(recipe)
         if self.policy.device.type == "cuda":  # its events, random state and memory are used below
             torch.cuda.set_device(self.policy.device)
+        base = checkpoint.fingerprint(self.policy.core)
+        self.reads_reference = method_for(recipe.method).reads_reference(recipe.method)
+        if self.reads_reference and recipe.model.lora is None:
+            self.policy.make_reference()
         self.engine: Engine = make_engine(
             self.policy.model,
             recipe.optim,
             recipe.engine,
             recipe.folder / ".ranks",
             alias=self.policy.family.alias,
+            cores=[Shardable(core, self.policy.family.layers(core)) for core in self.policy.cores],
         )
         self.stream = make_stream(recipe, data, rank=self.engine.rank, world_size=self.engine.world_size)
         if functions is not None:
@@ -325,12 +330,8 @@ class Run:
             kept=KeptPrompts() if self.keeping.on else None,
         )
         self.method: Method = make_method(recipe.method, self.context)
-        self.reads_reference = self.method.reads_reference(recipe.method)
-        if self.reads_reference and recipe.model.lora is None:
-            self.policy.make_reference()
         self.updates = Updates(recipe.optim, self.context, self.engine, self.method)
         self.evaluation = Evaluation(recipe, measured, self.context, self.engine)
-        base = checkpoint.fingerprint(self.policy.core)
         self.state = RunState(self.policy, self.engine, self.stream, rng, self.method, base, self.evaluation)
 
     def load(self, saved: Path, accept_changed_data: bool) -> checkpoint.Loaded:
@@ -349,7 +350,8 @@ class Run:
         """Evaluate the weights after a step; return whether they are the best so far. If this fails, the step is saved
         and ``TrainingError`` raised; the evaluation is repeated when the run is resumed."""
         try:
-            found = self.evaluation.measure(number)
+            with self.engine.gathered(self.policy.core):
+                found = self.evaluation.measure(number)
         except EvaluationError as error:
             if not number:
                 raise TrainingError(str(error)) from error
@@ -367,9 +369,9 @@ class Run:
     def save(self, number: int, outlets: Outlets) -> Path:
         """Sync the log, then write the checkpoint of a step; keep it if it is the best. Returns its folder."""
         out, first, count = self.recipe.folder, self.engine.rank == 0, self.recipe.checkpoint.keep
-        self.check_weights(number)
         outlets.log.sync()
-        with self.clock.phase("checkpoint"):
+        with self.clock.phase("checkpoint"), self.engine.gathered(self.policy.core):
+            self.check_weights(number)
             if first and not folder_of(out, number).exists():
                 outlets.note(number, watch_rewards(out, self._equal))
             self._equal = False
@@ -425,7 +427,8 @@ class Run:
             records = self.stream.take(recipe.data.prompts_per_step)
             self._prefetch(records, more=number < recipe.optim.steps)
         try:
-            prepared = method.prepare(records)
+            with self.engine.gathered(self.policy.core):
+                prepared = method.prepare(records)
         except RewardError as error:
             raise TrainingError(f"step {number}: {error}") from error
         except FloatingPointError as error:  # non-finite logits in the sampler

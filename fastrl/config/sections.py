@@ -451,12 +451,12 @@ class LogRecipe(Section):
 
 
 class EngineRecipe(Section):
-    kind: Literal["local", "deepspeed"] = "local"
-    """`deepspeed`: train with several processes, see several GPUs. `local`: one process."""
+    kind: Literal["local", "deepspeed", "fsdp2"] = "local"
+    """`fsdp2` (torch's own) and `deepspeed`: train with several processes, see several GPUs. `local`: one process."""
     zero_stage: Literal[0, 1, 2] = 2
     """With `deepspeed`: `1` shards optimizer states, `2` also gradients, `0` nothing."""
     offload_optimizer: bool = False
-    """With `deepspeed` and stage 1 or 2: keep moments on the host."""
+    """With `deepspeed` and stage 1 or 2: keep moments on the host. With `fsdp2`: also the shards of all weights."""
     timeout: float = Field(1800.0, gt=0, le=1e6)
     """Seconds that a rank waits for the others before all stop with an error that names the missing rank. Raise it if
     one rank's answers may take longer."""

@@ -112,6 +112,35 @@ class RecordStream:
         }
         return state if self._rest is None else {**state, "rest": self._rest, "passed": self._passed}
 
+    def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The :meth:`state` with which a rank of this stream goes on where another number of ranks stopped.
+
+        The rest of the epoch is what none of those ranks has taken, in the order in which they would have. (Of ranks
+        in different epochs, only those in the earliest count: the others' few records of the next one are repeated.)
+
+        Args:
+            states: of all those ranks, in their order.
+
+        Raises:
+            ValueError: one is not a saved position.
+        """
+        for state in states:
+            _check_state(state)
+        epoch = min(state["epoch"] for state in states)
+        before = copy.copy(self)
+        before.epoch, before._rest = epoch, states[0].get("rest")
+        order, ranks = before._epoch_order(states[0]["records"]), len(states)
+        length = len(order) // ranks
+        first = [state["position"] if state["epoch"] == epoch else length for state in states]
+        rest = [order[place * ranks + rank] for place in range(length) for rank in range(ranks) if place >= first[rank]]
+        taken = sum(state["consumed"] for state in states)
+        passed = sum(state.get("passed", 0) for state in states) + sum(first)
+        same = {name: states[0][name] for name in ("seed", "order", "records")}
+        return {
+            **same, "epoch": epoch, "position": 0, "consumed": taken // self.world_size,
+            "rest": rest, "passed": passed // self.world_size,
+        }  # fmt: skip
+
     def load(
         self, state: dict[str, Any], before: Identity | None, *, accept: bool = False, accept_gone: bool = False
     ) -> Change | None:

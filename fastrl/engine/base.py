@@ -4,10 +4,10 @@ learning-rate schedule and the parameter groups."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from fastrl.engine.names import matches, unchanged
 
 if TYPE_CHECKING:
     from fastrl.config.sections import OptimRecipe
+
+
+T = TypeVar("T")
 
 
 class NonFiniteError(RuntimeError):
@@ -28,13 +31,25 @@ class StepInfo(NamedTuple):
     lr: float
 
 
+class Shardable(NamedTuple):
+    """A model whose weights an engine may shard: ``module``, and those of its modules that are gathered one by one."""
+
+    module: nn.Module
+    layers: Sequence[nn.Module]
+
+
 class Engine(Protocol):
     """The interface of an engine. ``rank`` and ``world_size`` count data-parallel processes, ``updates`` the updates
-    made."""
+    made; ``any_ranks``: it loads what another number of ranks has saved."""
 
+    any_ranks: bool
     rank: int
     world_size: int
     updates: int
+
+    def forward(self, work: Callable[[], T]) -> T:
+        """Call ``work``, whose result :meth:`backward` will differentiate. All ranks call this equally often."""
+        ...
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of ``loss``; ``last``: the next call is :meth:`step`."""
@@ -59,8 +74,8 @@ class Engine(Protocol):
         """The float32 gradient that :meth:`step` will read, zeros if there is none yet; None: not accessible."""
         ...
 
-    def gathered(self) -> AbstractContextManager[None]:
-        """A context in which the head's weight is not sharded (up to ZeRO 2 it never is)."""
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A context in which ``module``, the policy's core or its reference, has whole weights, without gradients."""
         ...
 
     def average(self, value: float) -> float: ...

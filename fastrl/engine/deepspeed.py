@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastrl.engine.base import NonFiniteError, StepInfo, lr_scale, parameter_groups
+from fastrl.engine.base import NonFiniteError, StepInfo, T, lr_scale, parameter_groups
 from fastrl.engine.costs import FLOAT, moment_bytes
 from fastrl.engine.names import unchanged
-from fastrl.engine.ranks import Ranks
+from fastrl.engine.ranks import LATER, Ranks
 from fastrl.engine.shards import Expected, fault
 from fastrl.engine.watch import Watch
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from fastrl.config.sections import EngineRecipe, OptimRecipe
 
 _TAG = "engine"
-LATER = 60.0  # seconds by which the backend's timeout exceeds the watch's, so that the watch can report the rank
 
 
 def deepspeed_available() -> bool:
@@ -74,6 +73,8 @@ class DeepSpeedEngine:
 
     All ranks must have access to ``folder``, in which they record their progress (see ``fastrl.engine.watch``).
     """
+
+    any_ranks = False
 
     def __init__(
         self,
@@ -198,7 +199,10 @@ class DeepSpeedEngine:
         """DeepSpeed keeps gradients in buffers of its own."""
         return None
 
-    def gathered(self) -> AbstractContextManager[None]:
+    def forward(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """Parameters are not sharded up to ZeRO 2."""
         return nullcontext()
 

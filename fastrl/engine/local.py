@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastrl.engine.base import NonFiniteError, StepInfo, lr_scale, parameter_groups
+from fastrl.engine.base import NonFiniteError, StepInfo, T, lr_scale, parameter_groups
 from fastrl.engine.costs import FLOAT, moment_bytes
 from fastrl.engine.names import unchanged
 from fastrl.engine.optimizers import AdamW8bit, adamw_state
@@ -35,6 +35,7 @@ class LocalEngine:
     gradient is complete, and frees the gradient: with one micro-batch, gradients never exist all at once.
     """
 
+    any_ranks = False
     rank = 0
     world_size = 1
 
@@ -219,7 +220,10 @@ class LocalEngine:
                 _check_like(path, f"{key} of {name}", value, expected[key])
         return by_name
 
-    def gathered(self) -> AbstractContextManager[None]:
+    def forward(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """Nothing is sharded here."""
         return nullcontext()
 

@@ -6,12 +6,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from fastrl.engine.watch import Watch
+
+LATER = 60.0  # seconds by which the backend's timeout exceeds the watch's, so that the watch can report the rank
 
 
 class LostRank(RuntimeError):
@@ -27,6 +30,20 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     raise SystemExit(status)
+
+
+def begin(device: torch.device, timeout: float) -> bool:
+    """Open the process group of a run if none is open; returns whether it did.
+
+    Args:
+        device: of the model: NCCL on a GPU (and gloo for tensors on the host), else gloo.
+        timeout: of the watch, in seconds.
+    """
+    if dist.is_initialized():
+        return False
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout + LATER))
+    return True
 
 
 class Ranks:
@@ -47,23 +64,24 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """The ``value`` of each rank, in the order of ranks."""
         gathered: list[Any] = [None] * self.world_size
-        with self._joined("a gathering of metrics"):
+        with self.joined("a gathering of metrics"):
             dist.all_gather_object(gathered, value)
         return gathered
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        with self._joined("a barrier"):
+        with self.joined("a barrier"):
             dist.barrier()
 
     def _reduce(self, value: float, op: Any, what: str) -> float:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        with self._joined(what):
+        with self.joined(what):
             dist.all_reduce(tensor, op=op)
             return float(tensor)  # synchronises on a GPU
 
     @contextmanager
-    def _joined(self, what: str) -> Iterator[None]:
+    def joined(self, what: str) -> Iterator[None]:
+        """A block with collective operations. A broken connection raises ``LostRank``, which names the ranks."""
         with self.watch.waiting(what):
             try:
                 yield

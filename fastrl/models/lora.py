@@ -165,6 +165,18 @@ def freeze(core: nn.Module, patterns: Iterable[str], alias: Callable[[str], str]
     return sorted(set(frozen))
 
 
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights and buffers that ``state_dict`` gives, without its hooks: with sharded weights, those would shard
+    again what was gathered."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kept = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, value in (*module._parameters.items(), *kept.items()):
+            if value is not None:
+                found[f"{path}.{name}" if path else name] = value.detach()
+    return found
+
+
 def merged_state_dict(core: nn.Module) -> dict[str, Any]:
     """The state of ``core`` with adapters merged into the weights, under the names from before they were attached.
 
@@ -173,7 +185,7 @@ def merged_state_dict(core: nn.Module) -> dict[str, Any]:
     """
     modules = dict(core.named_modules())
     state = {}
-    for name, value in core.state_dict().items():
+    for name, value in whole_state(core).items():
         owner, _, leaf = name.rpartition(".")
         outer = owner.removesuffix(".base_layer")
         if ".lora_" in name or ".original_module." in name or is_quantized(modules.get(name.split(".weight.")[0])):

@@ -17,7 +17,7 @@ from fastrl.models.attention.prefix import use_prefix_attention
 from fastrl.models.encoding import Encoder
 from fastrl.models.families import Parts, Placed, VisionFeatures, family_of
 from fastrl.models.kept import KeptPrompt, answer_states
-from fastrl.models.lora import Lora, add_lora, merged_state_dict
+from fastrl.models.lora import Lora, add_lora, merged_state_dict, whole_state
 from fastrl.models.quantize import is_quantized
 from fastrl.models.vision import ImagePreprocessor, unique_images
 
@@ -49,6 +49,7 @@ class Policy:
         lora: Lora | Mapping[str, Any] | None = None,
     ):
         self.core = core
+        self.device: torch.device = core.get_output_embeddings().weight.device  # where it computes
         self.family = family_of(core.config)
         self.family.read_tokenizer(tokenizer)
         self.tokenizer = tokenizer
@@ -90,8 +91,9 @@ class Policy:
         return self.family.parts(self.core)
 
     @property
-    def device(self) -> torch.device:
-        return self.head_weight.device
+    def cores(self) -> list[Any]:
+        """The core, and the frozen copy that serves as reference, if there is one."""
+        return [self.core, *([self._reference_core] if self._reference_core is not None else [])]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -246,14 +248,17 @@ class Policy:
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write only the adapters, in peft's format: ``PeftModel.from_pretrained(base_model, folder)`` loads them."""
+        # Copies, because peft also calls state_dict of modules trained in full, which shards gathered weights again
+        parts = (".lora_", ".modules_to_save.")
+        state = {n: value.clone() for n, value in whole_state(self.peft).items() if any(part in n for part in parts)}
         with quiet_progress():
-            self.peft.save_pretrained(folder, save_embedding_layers=False)
+            self.peft.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
 
     def save(self, folder: str | Path) -> None:
         """Write a standard Hugging Face folder (safetensors, tokenizer, image processor); adapters are merged in."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = merged_state_dict(self.core) if self.peft is not None else None
+        state = merged_state_dict(self.core) if self.peft is not None else whole_state(self.core)
         with quiet_progress():
             self.core.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)

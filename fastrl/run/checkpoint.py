@@ -170,22 +170,31 @@ def load_checkpoint(
         accept_gone_rows: continue if rows are gone and nothing else differs.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, has another version or number of ranks, or belongs to a run that
-            started with other weights.
+        CheckpointError: the checkpoint is incomplete, has another version, or a number of ranks from which this run
+            cannot continue, or belongs to a run that started with other weights.
         ValueError: the parameters or the data differ from those of the checkpoint.
     """
     header = read_header(folder, step_of(folder))
-    if header.world_size != run.engine.world_size:
-        raise CheckpointError(
-            f"{folder}: written by {header.world_size} ranks, but this run has {run.engine.world_size}"
-        )
+    here, ranks = run.engine.world_size, header.world_size
+    if ranks != here and not run.engine.any_ranks:
+        raise CheckpointError(f"{folder}: written by {ranks} ranks, but this run has {here} (only fsdp2 continues so)")
     notes = [] if header.checked else [f"{folder} has no checksums (an older version): its files were not verified"]
-    state = _read_rank(folder, run)
+    if ranks == here:
+        state = _read_rank(folder, run, run.engine.rank)
+    else:
+        state = _read_others(folder, run, ranks)
+        notes.append(
+            f"{folder} was written by {ranks} ranks, now {here}: answers are sampled with other random numbers"
+        )
     change = _load_position(folder, state, run, accept_changed_data, accept_gone_rows)
     if change:
         notes.append(f"continuing with changed data: {change}")
     run.engine.load(folder)
-    _load_rank(folder, state, run)
+    _load_parts(folder, state, run)
+    if ranks == here:
+        _load_random(folder, state, run)
+    else:
+        _new_random(run, header.step)
     return Loaded(header.step, notes)
 
 
@@ -239,9 +248,24 @@ def _save_rank(folder: Path, run: RunState) -> None:
     save_file(tensors, folder / f"rank-{rank}.safetensors")
 
 
-def _read_rank(folder: Path, run: RunState) -> dict[str, Any]:
+def _read_others(folder: Path, run: RunState, ranks: int) -> dict[str, Any]:
+    """What this rank goes on with of a checkpoint by another number of ranks."""
+    states = [_read_rank(folder, run, rank) for rank in range(ranks)]
+    if any(state.get("method", {}).get("steps_left") for state in states):
+        raise CheckpointError(
+            f"{folder}: each of its {ranks} ranks has answers for its own next steps, so it is only continued by "
+            f"{ranks} ranks; or take a checkpoint before the next sampling (--from-step)"
+        )
+    try:
+        position = run.stream.merged([state["stream"] for state in states])
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    return {**states[0], "stream": position}
+
+
+def _read_rank(folder: Path, run: RunState, rank: int) -> dict[str, Any]:
     """A rank's JSON, its parts of the right types."""
-    path = folder / f"rank-{run.engine.rank}.json"
+    path = folder / f"rank-{rank}.json"
     state = read_json(path)
     for name, kind in (("stream", dict), ("python", list), ("numpy", list)):
         if not isinstance(state.get(name), kind):
@@ -272,9 +296,17 @@ def _load_position(
         raise CheckpointError(f"{folder / f'rank-{run.engine.rank}.json'}: {error}") from None
 
 
-def _load_rank(folder: Path, state: dict[str, Any], run: RunState) -> None:
-    from safetensors.torch import load_file
+def _new_random(run: RunState, step: int) -> None:
+    """Random states after a change of the number of ranks: those of no step before, and different on every rank."""
+    seed = (run.rng.initial_seed() + 1_000_003 * step) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    run.rng.manual_seed(seed)
 
+
+def _load_parts(folder: Path, state: dict[str, Any], run: RunState) -> None:
+    """The states of the method and of evaluations."""
     path = folder / f"rank-{run.engine.rank}.json"
     if "method" in state and run.method is not None:
         with _usable(path, "the method's state"):
@@ -282,6 +314,12 @@ def _load_rank(folder: Path, state: dict[str, Any], run: RunState) -> None:
     if "evaluation" in state and run.evaluation is not None:
         with _usable(path, "the state of evaluations"):
             run.evaluation.load(state["evaluation"])
+
+
+def _load_random(folder: Path, state: dict[str, Any], run: RunState) -> None:
+    from safetensors.torch import load_file
+
+    path = folder / f"rank-{run.engine.rank}.json"
     with _usable(path, "the random state of Python"):
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))

@@ -112,5 +112,5 @@ def is_first_rank(recipe: Recipe) -> bool:
 
 def use_own_device(recipe: Recipe) -> None:
     """Make the GPU that the launcher gave this process its current one."""
-    if recipe.engine.kind == "deepspeed" and torch.cuda.is_available():
+    if recipe.engine.kind != "local" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # set by the launcher

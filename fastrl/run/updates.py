@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,7 +78,7 @@ class Updates:
 
     def score_reference(self, batches: Sequence[MicroBatch]) -> None:
         """Log-probs under the reference, once per step (skipped if the method has set them)."""
-        with self.policy.reference():
+        with self.policy.reference(), self.engine.gathered(self.policy.core):
             for batch in batches:
                 if batch.scale and "ref_logp" not in batch.packed.per_token:
                     packed = batch.packed.to(self.policy.device)
@@ -106,16 +107,15 @@ class Updates:
         kept = self.context.kept
         losses = []
         for index, batch in enumerate(batches):
-            with self.engine.gathered():
-                with self.clock.phase("forward"):
-                    packed = batch.packed.to(self.policy.device)
-                    loss, metrics, logp = self._loss(batch, packed)
-                try:
-                    with self.clock.phase("backward"):
-                        last = kept is None and index == len(batches) - 1
-                        self.engine.backward(loss * batch.scale, last=last)
-                except NonFiniteError as error:
-                    raise TrainingError(_not_finite(str(error), number, [batch])) from None
+            with self.clock.phase("forward"):
+                packed = batch.packed.to(self.policy.device)
+                loss, metrics, logp = self.engine.forward(partial(self._loss, batch, packed))
+            try:
+                with self.clock.phase("backward"):
+                    last = kept is None and index == len(batches) - 1
+                    self.engine.backward(loss * batch.scale, last=last)
+            except NonFiniteError as error:
+                raise TrainingError(_not_finite(str(error), number, [batch])) from None
             losses.append(loss.detach())
             if batch.scale:
                 gap = sampler_gap(logp, packed) if first and logp is not None else {}

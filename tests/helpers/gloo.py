@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastrl.config.sections import EngineRecipe, OptimRecipe
-from fastrl.engine.base import StepInfo
+from fastrl.engine.base import Shardable, StepInfo
 from fastrl.engine.local import LocalEngine
 from fastrl.engine.ranks import Ranks
 from fastrl.engine.watch import Watch
@@ -28,7 +28,14 @@ class GlooEngine(LocalEngine):
     """Processes and where they meet come from the environment, as torchrun sets it."""
 
     def __init__(
-        self, model: nn.Module, optim: OptimRecipe, engine: EngineRecipe, folder: Path, *, alias: Callable[[str], str]
+        self,
+        model: nn.Module,
+        optim: OptimRecipe,
+        engine: EngineRecipe,
+        folder: Path,
+        *,
+        alias: Callable[[str], str],
+        cores: Sequence[Shardable] = (),
     ) -> None:
         super().__init__(model, optim, alias=alias)
         dist.init_process_group("gloo", timeout=timedelta(seconds=120))
@@ -56,11 +63,11 @@ class GlooEngine(LocalEngine):
         dist.destroy_process_group()
 
 
-def environment(rank: int, port: int, repo: Path) -> dict[str, str]:
-    """For process ``rank`` of two."""
+def environment(rank: int, port: int, repo: Path, ranks: int = 2) -> dict[str, str]:
+    """For process ``rank`` of ``ranks``."""
     return os.environ | {
         "RANK": str(rank),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
@@ -68,8 +75,8 @@ def environment(rank: int, port: int, repo: Path) -> dict[str, str]:
     }
 
 
-def start(code: str, folder: Path, *arguments: Any) -> list[subprocess.Popen[str]]:
-    """Run ``code`` in two processes."""
+def start(code: str, folder: Path, *arguments: Any, ranks: int = 2) -> list[subprocess.Popen[str]]:
+    """Run ``code`` in ``ranks`` processes."""
     script = folder / "script.py"
     script.write_text(code)
     with socket.socket() as free:
@@ -77,6 +84,6 @@ def start(code: str, folder: Path, *arguments: Any) -> list[subprocess.Popen[str
         port = free.getsockname()[1]
     command = [sys.executable, str(script), *map(str, arguments)]
     return [
-        subprocess.Popen(command, env=environment(rank, port, REPO), stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+        subprocess.Popen(command, env=environment(rank, port, REPO, ranks), stderr=subprocess.PIPE, text=True)
+        for rank in range(ranks)
     ]

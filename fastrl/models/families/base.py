@@ -143,6 +143,10 @@ class Family:
         found = [core.get_submodule(self.part_names[part][0]) for part in PARTS]
         return Parts(*found, embedding=core.get_input_embeddings(), head=core.get_output_embeddings())
 
+    def layers(self, core: Any) -> list[Any]:
+        """The layers of the language model, in their order: what an engine with sharded weights gathers one by one."""
+        return list(self.parts(core).language.layers)
+
     def alias(self, name: str) -> str:
         """Replace the prefix of a module's or parameter's full name by the name of its part: ``vision.blocks.0.…``,
         ``language.lm_head.weight``. Prefixes of wrappers are dropped; a name outside all parts is unchanged."""

@@ -178,3 +178,32 @@ def test_an_older_state_is_compared_as_it_was() -> None:
         RecordStream(records(6)).load(state, None)
     with pytest.raises(DataChanged, match="other ids"):
         RecordStream(records(5, "x")).load(state, None)
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 4), (4, 2), (3, 1), (1, 3)])
+def test_another_number_of_ranks_takes_what_is_left(before: int, now: int) -> None:
+    streams = [RecordStream(records(12), seed=4, rank=rank, world_size=before) for rank in range(before)]
+    taken = 12 // before // 2
+    seen = [record.id for stream in streams for record in stream.take(taken)]
+    coming = [r.id for group in zip(*(s.peek(12 // before - taken) for s in streams), strict=True) for r in group]
+    states = [json.loads(json.dumps(stream.state())) for stream in streams]
+    others = [RecordStream(records(12), seed=4, rank=rank, world_size=now) for rank in range(now)]
+    for stream in others:
+        assert stream.load(stream.merged(states), streams[0].identity()) is None
+        assert stream.consumed == len(seen) // now
+        assert stream.epochs == pytest.approx(len(seen) / 12, abs=0.1)
+    found = [r.id for group in zip(*(s.take(len(coming) // now) for s in others), strict=True) for r in group]
+    assert found == coming[: len(coming) // now * now]
+    assert {s.take(1)[0].id for s in others} <= {record.id for record in records(12)}
+    assert [s.epoch for s in others] == [1] * now
+    with pytest.raises(ValueError, match="position 'x', which is not a count"):
+        others[0].merged([{**states[0], "position": "x"}])
+
+
+def test_ranks_in_different_epochs_go_on_in_the_earliest() -> None:
+    streams = [RecordStream(records(4), order="file", rank=rank, world_size=2) for rank in range(2)]
+    streams[0].take(1)
+    streams[1].take(3)  # one of the next epoch
+    alone = RecordStream(records(4), order="file")
+    alone.load(alone.merged([stream.state() for stream in streams]), None)
+    assert [record.id for record in alone.take(3)] == ["2", "0", "1"]
