@@ -353,39 +353,40 @@ def test_quacks_extreme_values(dtype: torch.dtype) -> None:
 
 def test_quacks_invariances() -> None:
     """Logits raised by 100; class weights of 1; the last class ignored, with and without weights."""
-    logits, target = torch.randn(4, 512), torch.tensor([0, 3, 511, 511])
+    logits, target = torch.randn(4, 64), torch.tensor([0, 3, 63, 63])
     loss = cross_entropy(logits, target, reduction="none")
     torch.testing.assert_close(cross_entropy(logits + 100, target, reduction="none"), loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(cross_entropy(logits, target, torch.ones(512), reduction="none"), loss)
-    for weight in (None, torch.ones(512)):
-        ignored = cross_entropy(logits, target, weight, reduction="none", ignore_index=511)
+    torch.testing.assert_close(cross_entropy(logits, target, torch.ones(64), reduction="none"), loss)
+    for weight in (None, torch.ones(64)):
+        ignored = cross_entropy(logits, target, weight, reduction="none", ignore_index=63)
         assert ignored.tolist() == [*loss[:2].tolist(), 0, 0]
 
 
-LIGER = [  # z-loss, smoothing, softcap, ignored class
-    (1e-4, 0.0, None, -100),
-    (1e-5, 0.0, None, -123),
-    (0.0, 0.1, None, 2),
-    (1e-4, 0.1, None, 42),
-    (1e-5, 0.2, None, -42),
-    (1e-4, 0.1, 30.0, -100),
-    (1e-5, 0.2, 40.0, 42),
+LIGER = [  # z-loss, smoothing, softcap, ignored class, reduction
+    (1e-4, 0.0, None, -100, "mean"),
+    (1e-5, 0.0, None, -123, "none"),
+    (0.0, 0.1, None, 2, "mean"),
+    (1e-4, 0.1, None, 42, "mean"),
+    (1e-5, 0.2, None, -42, "sum"),
+    (1e-4, 0.1, 30.0, -100, "none"),
+    (1e-5, 0.2, 40.0, 42, "sum"),
 ]
 
 
-@pytest.mark.parametrize(("z_loss", "smoothing", "softcap", "ignored"), LIGER)
-def test_ligers_settings_on_equal_logits(z_loss: float, smoothing: float, softcap: float | None, ignored: int) -> None:
-    """Equal logits have a closed form in each of its settings; the settings are its, the logits ours."""
+@pytest.mark.parametrize(("z_loss", "smoothing", "softcap", "ignored", "reduction"), LIGER)
+def test_ligers_settings_on_equal_logits(
+    z_loss: float, smoothing: float, softcap: float | None, ignored: int, reduction: str
+) -> None:
+    """The settings are its, the logits ours: equal ones, whose loss has a closed form in each of them."""
     v, level = 45, 25.0
     capped = level if softcap is None else softcap * tanh(level / softcap)
     each = log(v) + z_loss * (capped + log(v)) ** 2
-    target = torch.tensor([0, ignored, 44])
-    for reduction, expected in (("none", [each, 0, each]), ("mean", each), ("sum", 2 * each)):
-        loss = linear_cross_entropy(
-            torch.full((3, 1), level), torch.ones(v, 1), target, z_loss=z_loss, label_smoothing=smoothing,
-            softcap=softcap, ignore_index=ignored, reduction=reduction,
-        )  # fmt: skip
-        torch.testing.assert_close(loss, torch.tensor(expected), rtol=2e-6, atol=0)
+    loss = linear_cross_entropy(
+        torch.full((3, 1), level), torch.ones(v, 1), torch.tensor([0, ignored, 44]), z_loss=z_loss,
+        label_smoothing=smoothing, softcap=softcap, ignore_index=ignored, reduction=reduction,
+    )  # fmt: skip
+    expected = torch.tensor({"none": [each, 0, each], "mean": each, "sum": 2 * each}[reduction])
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("ignored", [2, -123])
