@@ -17,6 +17,7 @@ STUDIES = {
     "preference": "fastrl.studies.preference",
     "temporal": "fastrl.studies.temporal",
     "rewards": "fastrl.studies.rewards",
+    "complexity": "fastrl.studies.complexity",
 }
 
 
