@@ -1,7 +1,8 @@
 """Advantages, importance weights and policy losses: the numbers that other libraries' own tests assert.
 
-verl (``tests/trainer/ppo``), TRL (``test_utils``, ``test_core``, ``test_grpo_trainer``, ``test_gpg_trainer``) and Liger
-(``test_grpo_loss``). Their code is called, on random numbers, in ``test_parity`` and ``integrations``.
+verl (``tests/trainer/ppo``, ``tests/utils``), TRL (``test_utils``, ``test_core``, ``test_grpo_trainer``,
+``test_gpg_trainer``) and Liger (``test_grpo_loss``); each test names theirs. Their code is called, on random numbers, in
+``test_parity`` and ``integrations``.
 """
 
 from __future__ import annotations
@@ -137,6 +138,15 @@ def test_verls_standard_and_dual_clip(dual_clip: float | None, expected: float) 
     assert (found.clip_low_fraction, found.clip_high_fraction) == (0, 0)
 
 
+def test_verls_clipped_gradient_is_zero() -> None:
+    """``test_negative_advantage_gradient_survives_where_ppo_clips_to_zero``: ratio e^-5, advantages -1 and -0.5."""
+    old = torch.full((2, 8), -1.0)
+    logp = (old - 5).requires_grad_()
+    found = policy_loss(logp, torch.tensor([-1.0, -0.5]), old_logp=old)
+    assert not torch.autograd.grad(found.loss, logp)[0].any()
+    assert found.clip_low_fraction == 1
+
+
 def test_verls_unclipped_importance_sampling() -> None:
     """``test_importance_sampling_matches_direct_formula_and_gradient``: advantages by token, the third masked."""
     old, logp = torch.tensor([-1.0, -0.7, -0.2]), torch.tensor([-0.8, -0.9, -0.1], requires_grad=True)
@@ -196,6 +206,17 @@ def test_verls_divergences_without_padding(gap: float, padding: int) -> None:
     for kind, expected in (("k1", gap), ("k3", exp(-gap) + gap - 1)):
         found = policy_loss(rollout, torch.zeros(len(old)), ref_logp=old, mask=mask, kl=kind)
         assert found.kl.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "mask", "expected"),
+    [([1.0, 2, 3, 4], [1, 0, 0, 1], 2.5), ([1.0, 2, nan, 4], [1, 0, 0, 1], 2.5), ([1.0, 2, nan, 4], [1, 0, 1, 0], nan)],
+)
+def test_verls_masked_mean(value: list[float], mask: list[int], expected: float) -> None:
+    """``test_masked_mean``, as the mean of k1 to a reference of 0."""
+    reference, counted = torch.zeros(1, 4), torch.tensor([mask])
+    found = policy_loss(torch.tensor([value]), torch.zeros(1), ref_logp=reference, mask=counted, kl="k1")
+    assert found.kl.item() == pytest.approx(expected, nan_ok=True)
 
 
 def test_verls_masked_nan() -> None:
