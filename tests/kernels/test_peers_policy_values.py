@@ -1,7 +1,7 @@
 """Advantages, importance weights and policy losses: the numbers that other libraries' own tests assert.
 
 verl (``tests/trainer/ppo``, ``tests/utils``), TRL (``test_utils``, ``test_core``, ``test_grpo_trainer``,
-``test_gpg_trainer``) and Liger (``test_grpo_loss``); each test names theirs. Their code is called, on random numbers, in
+``test_gpg_trainer``) and Liger (``test_grpo_loss``); each test names theirs. Their code is called, on random ones, in
 ``test_parity`` and ``integrations``.
 """
 
