@@ -28,7 +28,7 @@ gate: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
-	$(BIN)/pyright
+	$(BIN)/pyright --threads 2
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet
