@@ -2,9 +2,10 @@
 
 The file is a list of ``category`` (VD, VS), ``subcategory``, ``visual_input`` (0: no picture), ``set_id``,
 ``figure_id``, ``question_id``, ``question``, ``gt_answer`` (1: yes, 0: no). A picture is
-``CATEGORY/SUBCATEGORY/SET_FIGURE.png`` in ``images``, as the authors' code has it. A record belongs to the groups
-``figure`` (its picture) and ``pair`` (the same question about other pictures): ``fastrl eval qa`` reports how many of
-either are right as a whole. Answers are read as yes or no; the authors have a language model judge them.
+``CATEGORY/SUBCATEGORY/SET_FIGURE.png`` in ``images``, as the authors' code has it, or in the row, as tables have it. A
+record belongs to the groups ``figure`` (its picture) and ``pair`` (the same question about other pictures), of which
+``fastrl eval qa`` reports how many are right as a whole. Answers are read as yes or no; the authors have a language
+model judge them.
 
 Query keys: ``images`` (folder of the pictures), ``limit``, ``seed``, ``prompt``. Without ``images`` the records have no
 pictures, which is enough to score answers from a file.
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastrl.data import rows
+from fastrl.data.pictures import AnyPicture
 from fastrl.data.qa import YES_NO_PROMPT
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import load_rows, reading
@@ -44,13 +46,9 @@ def _record(row: Row, pictures: bool) -> Record | None:
     if row.problems or category is None or group is None or asked is None:
         return None
     place, figure, number, visual, answer = numbers
-    image = None
-    if pictures and visual:
-        named = Row({"image": f"{category}/{group}/{place}_{figure}.png"}, row.where, row.number, row.images)
-        image = named.image("image")
-        row.problems += named.problems
-        if image is None:
-            return None
+    image = _picture(row, f"{category}/{group}/{place}_{figure}.png", pictures) if visual else None
+    if row.problems:
+        return None
     # Questions about no figure have no entry in the accuracy by figure, and "I do not know" is a right answer to them.
     bare = category == "VS" and figure == 0
     groups = {"pair": f"{category}_{group}_{place}_{number}"}
@@ -60,6 +58,18 @@ def _record(row: Row, pictures: bool) -> Record | None:
     messages = question("qa", images=int(image is not None), prompt=f"{asked} {YES_NO_PROMPT}")
     identity = f"{category}_{group}_{place}_{figure}_{number}"
     return Record(identity, "qa", (image[0],) if image else (), messages, target)
+
+
+def _picture(row: Row, name: str, wanted: bool) -> tuple[AnyPicture, tuple[int, int]] | None:
+    """The figure: the row's own, as tables have it, or the file of that name."""
+    if row.fields.get("image") is not None and not isinstance(row.fields["image"], str):
+        return row.image("image")
+    if not wanted:
+        return None
+    named = Row({"image": name}, row.where, row.number, row.images)
+    image = named.image("image")
+    row.problems += named.problems
+    return image
 
 
 def _number(row: Row, name: str) -> int | None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fastrl.data import DataError, load_data
+from fastrl.data.pictures import picture_size
 
 ROW = {
     "category": "VD",
@@ -49,6 +50,14 @@ def test_questions_with_and_without_a_picture(folder: Path) -> None:
     assert [record.target.get("unsure_is_right") for record in data] == [None, True]
     assert data[0].messages[0]["content"][-1]["text"] == "Is it round? Answer yes or no."
     assert load_data(write(folder, ROW))[0].images == ()
+
+
+def test_pictures_inside_a_table(folder: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    data = (folder / "pictures/VD/illusion/0_1.png").read_bytes()
+    pq.write_table(pa.Table.from_pylist([{**ROW, "image": {"bytes": data, "path": None}}]), folder / "h.parquet")
+    (record,) = load_data(f"hallusion:{folder}/h.parquet")
+    assert picture_size(record.images[0]) == (30, 20)
 
 
 @pytest.mark.parametrize(
