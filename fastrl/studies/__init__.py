@@ -18,6 +18,7 @@ STUDIES = {
     "temporal": "fastrl.studies.temporal",
     "rewards": "fastrl.studies.rewards",
     "complexity": "fastrl.studies.complexity",
+    "hacking": "fastrl.studies.hacking",
 }
 
 

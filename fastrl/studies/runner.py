@@ -11,6 +11,7 @@ Learning rates are chosen for each group of arms from one grid, by one seed, on 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -99,8 +100,13 @@ def choose_rates(study: Study, arms: Sequence[Arm], out: Path) -> dict[str, floa
     return chosen
 
 
+def folder_name(arm: str) -> str:
+    """An arm's name with a hyphen for everything but letters, digits and points."""
+    return re.sub(r"[^\w.]+", "-", arm).strip("-")
+
+
 def _job(arm: Arm, seed: int, rate: float | None, out: Path, sets: Sequence[str] = (REPORTED,)) -> Job:
-    folder = out / arm.name.replace("/", "-").replace(" ", "-") / f"seed-{seed}"
+    folder = out / folder_name(arm.name) / f"seed-{seed}"
     return Job(arm, seed, rate, folder if rate is None else folder / f"rate-{rate:g}", out / f"seed-{seed}", sets)
 
 

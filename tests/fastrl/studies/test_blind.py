@@ -17,7 +17,7 @@ from fastrl.evaluate.run import run_evaluation
 from fastrl.recipe import load_recipe
 from fastrl.studies.blind import Experiment, Own
 from fastrl.studies.outcome import print_result
-from fastrl.studies.runner import run_study
+from fastrl.studies.runner import folder_name, run_study
 from fastrl.trainer import Run
 from tests.helpers.training import make_recipe, make_records
 
@@ -81,7 +81,9 @@ def test_every_arm_trains_on_the_same_lists_with_pictures_and_without(
     result = run_study(study, tmp_path / "study", seeds=1)
     arms = [f"{kind}, {look}" for kind in ("perpo", "dpo", "sft") for look in ("pictures", "grey")]
     assert list(result["arms"]) == ["start", *arms]
-    recipes = {arm: load_recipe(tmp_path / "study" / folder(arm) / "seed-0" / "run" / "recipe.yaml") for arm in arms}
+    recipes = {
+        arm: load_recipe(tmp_path / "study" / folder_name(arm) / "seed-0" / "run" / "recipe.yaml") for arm in arms
+    }
     lists = {recipe.data.spec for recipe in recipes.values()}
     assert lists == {f"lists:{tmp_path / 'study' / 'seed-0' / 'lists.jsonl'}"}
     assert [recipes[arm].data.blank_images for arm in arms] == [False, True] * 3
@@ -95,10 +97,6 @@ def test_every_arm_trains_on_the_same_lists_with_pictures_and_without(
     assert contrast["change"] == pytest.approx(seeing[0] - seeing[1])
     print_result(study, result)
     assert "sft, grey" in capsys.readouterr().out
-
-
-def folder(arm: str) -> str:
-    return arm.replace(" ", "-")
 
 
 def test_other_methods_are_compared_with_themselves() -> None:

@@ -9,7 +9,7 @@ import pytest
 from fastrl.recipe import load_recipe
 from fastrl.studies import complexity
 from fastrl.studies.complexity import ARMS, OBJECTS, Experiment, scenes_with
-from fastrl.studies.runner import run_study
+from fastrl.studies.runner import folder_name, run_study
 
 
 @pytest.mark.parametrize("objects", OBJECTS)
@@ -44,4 +44,4 @@ def test_a_very_small_study_compares_gaps(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def _recipes(out: Path) -> dict[str, Path]:
-    return {arm: next((out / arm.replace(" ", "-")).rglob("recipe.yaml")) for arm in ARMS.values()}
+    return {arm: next((out / folder_name(arm)).rglob("recipe.yaml")) for arm in ARMS.values()}

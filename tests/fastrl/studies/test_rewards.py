@@ -54,6 +54,6 @@ def test_a_very_small_study_trains_on_the_rewards_it_names(tmp_path: Path, monke
     assert all({"greedy_ap", "AP"} <= set(row) for row in result["arms"].values())
     assert "optimal match − sequence, AP" in result["changes"]
     stored = {path.parts[-5]: load_recipe(path) for path in tmp_path.glob("*/seed-0/*/run/recipe.yaml")}
-    assert stored["+-class"].reward.weights == {"format": 1, "location": 1, "class": 1, "f1": 0, "missing": 0}
-    assert stored["all,-in-sequence"].reward.options["matching"] == "sequence"
-    assert stored["+-missing"].reward.options["matching"] == "optimal"
+    assert stored["class"].reward.weights == {"format": 1, "location": 1, "class": 1, "f1": 0, "missing": 0}
+    assert stored["all-in-sequence"].reward.options["matching"] == "sequence"
+    assert stored["missing"].reward.options["matching"] == "optimal"

@@ -1,0 +1,148 @@
+"""Anti-scaling under a proxy reward (Video-UTR §3.1): more of the data that one frame explains, and more of UTR's.
+
+The proxy is the likelihood of the text that is trained on. For *what one frame tells* (what does the clip show?) it can
+rise without any look at time; the truth that matters is the trajectory of a subject, on clips that were not trained on.
+Both kinds of data are about the same clips. Each arm is one pass over its data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastrl.data import load_data
+from fastrl.data.scenes import Scenes
+from fastrl.data.scenes.tasks import shown_in
+from fastrl.evaluate.tpl import temporal_perplexity
+from fastrl.evaluate.trajectory import trajectory_ious
+from fastrl.recipe import load_recipe
+from fastrl.run.setup import load_model
+from fastrl.studies.base import CHOOSING, REPORTED, About, Arm, Job, Line, Measured, Plot, Say, Study
+from fastrl.studies.training import changed, measure, train_job
+from fastrl.toy.demos.evidence import Compared, change
+from fastrl.toy.demos.scenes import HELD_OUT_SEED, REPORTED_SEED, scenes_like
+from fastrl.toy.demos.utr import MAX_NEW_TOKENS, build_sets
+
+if TYPE_CHECKING:
+    from fastrl.data.records import Record
+    from fastrl.models.load import Policy
+
+RECIPE = "utr-tiny"
+KINDS = {"hack": "one frame", "utr": "UTR"}
+SIZES = (64, 256, 1024)
+QUICK_SIZES = (64, 256)
+HELD_OUT, QUICK_HELD_OUT = 256, 128
+RATES = (2.5e-4, 5e-4, 1e-3)
+
+
+class Experiment(Study):
+    """One pass over more and more clips, asked what one frame tells or where a subject is in all of them."""
+
+    about = About(
+        name="hacking",
+        question="does more data that one frame explains raise the proxy reward and lower the truth?",
+        paper="Video-UTR (arXiv:2502.12081), temporal hacking and the anti-scaling law",
+        design="one pass over 64, 256, 1,024 clips, asked what one frame tells or UTR's questions; proxy: "
+        "log-likelihood of such texts about unseen clips; truth: trajectory IoU there; one width of model",
+        expected="one frame: proxy up, truth down with more data; UTR: both up",
+        minutes=40,
+        quick_minutes=4,
+    )
+    measures = {  # noqa: RUF012
+        "greedy": "trajectory IoU, greedy",
+        "hack": "nats a token, one frame's text",
+        "utr": "nats a token, UTR's text",
+    }
+    rates = RATES
+
+    def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:
+        super().__init__(quick=quick, say=say)
+        self.recipe = load_recipe(RECIPE)
+        self.sizes = QUICK_SIZES if quick else SIZES
+        self.held_out = QUICK_HELD_OUT if quick else HELD_OUT
+        self.built: dict[Path, Mapping[str, Sequence[Record]]] = {}
+
+    def arms(self) -> Sequence[Arm]:
+        # The rate is chosen on the largest set, which stands first for that
+        sized = [(kind, size) for kind in KINDS for size in reversed(self.sizes)]
+        return [Arm("start"), *(Arm(arm_name(k, n), KINDS[k], {"kind": k, "size": n}) for k, n in sized)]
+
+    def comparisons(self) -> Sequence[Compared]:
+        few, many = self.sizes[0], self.sizes[-1]
+        found = []
+        for kind, title in KINDS.items():
+            ends = arm_name(kind, few), arm_name(kind, many)
+            for measured, name in (("greedy", "truth"), (kind, "proxy")):
+                found += [
+                    change(f"{title}: {name}, {few} clips", measured, "start", ends[0]),
+                    change(f"{title}: {name}, {many} − {few}", measured, *ends),
+                ]
+        found += [
+            change(f"truth, UTR − one frame, {n}", "greedy", arm_name("hack", n), arm_name("utr", n))
+            for n in self.sizes
+        ]
+        return found
+
+    def plots(self) -> Sequence[Plot]:
+        return [
+            Plot(
+                title,
+                "clips",
+                measured,
+                [Line(name, [(float(n), arm_name(kind, n)) for n in self.sizes]) for kind, name in KINDS.items()],
+            )
+            for measured, title in self.measures.items()
+        ]
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"sizes": self.sizes, "held_out": self.held_out, "rates": RATES}
+
+    def begin(self) -> None:
+        seeds = {CHOOSING: HELD_OUT_SEED, REPORTED: REPORTED_SEED}
+        specs = {name: scenes_like(self.recipe.data_spec, n=self.held_out, seed=seed) for name, seed in seeds.items()}
+        self.sets = {name: (load_data(spec), shown_of(spec)) for name, spec in specs.items()}
+        self.start = load_model(self.recipe)
+
+    def run(self, job: Job) -> Mapping[str, Measured]:
+        policy = self.start
+        if job.arm.group:
+            kind, size = job.arm.options["kind"], job.arm.options["size"]
+            records = self._built(job)[kind][:size]
+            steps = max(1, len(records) // self.recipe.data.prompts_per_step)
+            policy = train_job(changed(self.recipe, {"optim.steps": steps}), job, records)
+        return {name: self._measure(policy, *self.sets[name]) for name in job.sets}
+
+    def _built(self, job: Job) -> Mapping[str, Sequence[Record]]:
+        """Both sets of a seed, about as many clips as the largest arm has; smaller arms have their first."""
+        if job.shared not in self.built:
+            job.shared.mkdir(parents=True, exist_ok=True)
+            spec = scenes_like(self.recipe.data_spec, n=self.sizes[-1], seed=job.seed + 1)
+            self.built = {job.shared: build_sets(spec, self.recipe.data.frames or 6, job.seed, job.shared)}
+        return self.built[job.shared]
+
+    def _measure(self, policy: Policy, asked: Sequence[Record], shown: Sequence[Record]) -> Measured:
+        found = measure(policy, asked, MAX_NEW_TOKENS, {"": overlap}, samples=0)
+        texts = {"hack": shown, "utr": asked}
+        likelihood = {
+            kind: [each.full for each in temporal_perplexity(policy, records, single="first")]
+            for kind, records in texts.items()
+        }
+        return found._replace(scores={**found.scores, **likelihood})
+
+
+def overlap(answers: Sequence[str], records: Sequence[Record]) -> Sequence[float]:
+    """The trajectory IoU of each answer."""
+    return trajectory_ious(records, answers)
+
+
+def shown_of(spec: str) -> Sequence[Record]:
+    """What a clip shows, of every clip of ``spec``, in its order."""
+    scenes = load_data(spec).records
+    assert isinstance(scenes, Scenes)
+    return [shown_in(scenes.clip(number)) for number in range(len(scenes))]
+
+
+def arm_name(kind: str, size: int) -> str:
+    """``one frame, 64``."""
+    return f"{KINDS[kind]}, {size}"
