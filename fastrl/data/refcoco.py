@@ -28,7 +28,7 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     """Read a file of references. Raises ``DataError`` for an unreadable file or option."""
     refs = read_plain_pickle(Path(path))
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
-        raise fail(path, "wrong type", f"expected a list of references, got {short(refs)}")
+        raise fail(path, "wrong type", f"expected a list of references, got {type(refs).__name__}")
     split = query.get("split")
     splits = list(dict.fromkeys(str(ref.get("split")) for ref in refs))
     if split is not None and split not in splits:

@@ -104,6 +104,8 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
         (b"c__builtin__\neval\n(S'1'\ntR.", r"it names __builtin__\.eval"),
         (b"(S'true'\nios\nsystem\n.", r"it names os\.system"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.", r"it names os\.system"),
+        (b"]r\xff\xff\xff\x7f.", "instruction 2 fills memory cell 2147483647"),  # would claim 32 GiB
+        (b"(lp999999999\n.", "fills memory cell 999999999"),
         (b"P1\n.", "an object outside the file"),
         (b"\x80\x02\x82\x01.", "cannot be read as a pickle"),  # an extension code
         (b"S'print'\n(tR.", "cannot be read as a pickle"),  # a text is no function
