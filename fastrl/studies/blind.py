@@ -65,9 +65,10 @@ class Experiment(Study):
         design="the same ranked lists for every arm, pictures as they are or grey; PerPO, DPO and SFT; measured on "
         "pictures",
         expected="what seeing adds to training blind is larger for PerPO than for DPO",
-        minutes=20,
+        minutes=30,
         quick_minutes=4,
     )
+    seeds = 5
 
     def __init__(self, *, quick: bool = False, say: Say = lambda text: None, own: Own | None = None) -> None:
         super().__init__(quick=quick, say=say)

@@ -41,7 +41,7 @@ class Experiment(Study):
         design="detection scenes with 1, 3, 6 objects; SFT on the truth, from left to right or in random orders, "
         "against GRPO on the same scenes for as many steps; rates are factors of each recipe's own",
         expected="GRPO − SFT grows with the number of objects",
-        minutes=40,
+        minutes=25,
         quick_minutes=4,
     )
     measures = {  # noqa: RUF012

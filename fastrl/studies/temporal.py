@@ -47,11 +47,12 @@ class Experiment(Study):
         design="one pool of UTR dialogues of the same task and length about moving clips; the half with the highest "
         "TPL, the lowest, a random one; trajectory IoU on 256 unseen moving clips; rank correlations of TPL",
         expected="top at least random, random above bottom; TPL falls with the number of frames that explain an answer",
-        minutes=25,
+        minutes=30,
         quick_minutes=4,
     )
     measures = {"sampled": "trajectory IoU, sampled", "greedy": "greedy"}  # noqa: RUF012
     rates = RATES
+    seeds = 5
 
     def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:
         super().__init__(quick=quick, say=say)
