@@ -54,7 +54,11 @@ def study(
 
     ending = recipe_name(recipe) if recipe is not None else ""
     where = out or Path("runs") / "-".join(filter(None, ("study", name, ending, "quick" if quick else "")))
-    result = run_study(chosen, where, seeds=seeds)
+    try:
+        result = run_study(chosen, where, seeds=seeds)
+    except KeyboardInterrupt:
+        say(f"stopped; the same command continues {where}")
+        raise typer.Exit(130) from None
     print_result(chosen, result)
     if as_json:
         print_json(result)

@@ -70,7 +70,10 @@ def check_folder(out: Path, described: Mapping[str, Any]) -> None:
         return
     if not (out / FILE).is_file():
         raise ValueError(f"{out} is not empty and holds no study: choose another --out")
-    held = json.loads((out / FILE).read_text(encoding="utf-8"))
+    try:
+        held = json.loads((out / FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{out / FILE} cannot be read ({error}): choose another --out") from None
     for name, old, new in (
         *((key, held.get(key), described[key]) for key in ("study", "quick")),
         *(

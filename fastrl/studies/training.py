@@ -39,13 +39,15 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 def train_job(recipe: Recipe, job: Job, records: Sequence[Record] | None = None) -> Policy:
     """Train a job's arm in its folder, without keeping weights, and return the model.
 
-    ``records``: the data, instead of the recipe's.
+    ``records``: the data, instead of the recipe's. Raises ``KeyboardInterrupt`` if training was told to stop, which
+    ends it early without an error.
     """
     rate = {} if job.rate is None else {"optim.lr": job.rate}
     kept = {"checkpoint.every": 0, "checkpoint.final": False, "log.samples_every": 0, "log.to": [], "log.every": 20}
     run = changed(recipe, {"out": str(job.folder / "run"), "seed": job.seed, **rate, **kept})
     policy = load_model(run)
-    train(run, policy=policy, records=records)
+    if train(run, policy=policy, records=records).interrupted:
+        raise KeyboardInterrupt
     return policy
 
 

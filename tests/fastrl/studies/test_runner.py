@@ -154,6 +154,9 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(tmp_path: Path) -
     with pytest.raises(ValueError, match="begun with size: 4, this is size: 5"):
         run_study(Fixed(quick=True, size=5), tmp_path)
     assert sorted(tmp_path.rglob("*")) == held
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(ValueError, match=r"study.json cannot be read .*: choose another --out"):
+        run_study(Fixed(quick=True), tmp_path)
     other = tmp_path.with_name("other")
     other.mkdir()
     (other / "mine.txt").write_text("")
@@ -234,3 +237,14 @@ def test_a_wrong_command_is_one_line_that_says_what_to_write(
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_command_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastrl.studies.runner.run_study", stop)
+    assert run_command(monkeypatch, "blind", "--quick", "--out", str(tmp_path)) == 130
+    assert f"the same command continues {tmp_path}" in capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""What the studies' jobs share: recipes with other values, training that was stopped, lists without an order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fastrl.recipe import RecipeError, load_recipe
+from fastrl.studies import training
+from fastrl.studies.base import Arm, Job
+from fastrl.studies.training import changed, scene_sets, train_job
+
+
+def job(folder: Path, rate: float | None = None) -> Job:
+    return Job(Arm("a", "a"), 3, rate, folder, folder, ("reported",))
+
+
+def test_a_recipe_with_other_values_is_checked() -> None:
+    recipe = load_recipe("perpo-grounding-tiny")
+    assert changed(recipe, {"optim.lr": 0.5, "method.kind": "dpo"}).optim.lr == 0.5
+    assert recipe.optim.lr == 1e-4
+    with pytest.raises(RecipeError, match=r"optim\.lr"):
+        changed(recipe, {"optim.lr": -1.0})
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_stopped_training_is_not_measured(stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Any] = []
+
+    def train(recipe: Any, **options: Any) -> Any:
+        runs.append(recipe)
+        return SimpleNamespace(interrupted=stopped)
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training, "load_model", lambda recipe: "the model")
+    recipe = load_recipe("perpo-grounding-tiny")
+    if stopped:
+        with pytest.raises(KeyboardInterrupt):
+            train_job(recipe, job(tmp_path))
+    else:
+        assert train_job(recipe, job(tmp_path, 0.25)) == "the model"
+        assert (runs[0].optim.lr, runs[0].seed, runs[0].out) == (0.25, 3, str(tmp_path / "run"))
+        assert not runs[0].checkpoint.final
+
+
+def test_both_sets_have_other_scenes_than_the_data() -> None:
+    spec = "scenes:grounding?n=4&seed=1&size=84"
+    sets = scene_sets(spec, 3)
+    ids = [{record.id for record in records} for records in sets.values()]
+    assert [len(each) for each in ids] == [3, 3]
+    assert not ids[0] & ids[1]
