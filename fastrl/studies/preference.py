@@ -59,9 +59,9 @@ class Experiment(Study):
     )
     measures = {  # noqa: RUF012
         "sampled": "IoU, sampled",
-        "greedy": "greedy",
+        "greedy": "IoU, greedy",
         "sampled_half": "min(1, 2 IoU), sampled",
-        "greedy_half": "greedy",
+        "greedy_half": "min(1, 2 IoU), greedy",
     }
     rates = RATES
 

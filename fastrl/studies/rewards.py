@@ -44,9 +44,9 @@ class Experiment(Study):
     )
     measures = {  # noqa: RUF012
         "greedy_ap": "AP of a picture, greedy",
-        "sampled_ap": "sampled",
+        "sampled_ap": "AP of a picture, sampled",
         "greedy": "F1, greedy",
-        "sampled": "sampled",
+        "sampled": "F1, sampled",
         "AP": "AP of all, greedy",
     }
     rates = RATES
