@@ -176,7 +176,11 @@ def train(
         stop = stack.enter_context(stop_signals(progress.note))
         traced = stack.enter_context(profiled(out, steps=steps - done, enabled=profile and writes))
         loop = Loop(run, outlets, stop, traced, done=done, saved=saved, writes=writes)
-        loop.run_steps()
+        try:
+            loop.run_steps()
+        except Exception as error:
+            run.engine.abandon(str(error) or type(error).__name__)
+            raise
         run.engine.close()
     return loop.summary(time.monotonic() - start)
 
@@ -323,7 +327,7 @@ class Run:
             rewards=recipe.mix_rewards,
             functions=functions,
             clock=self.clock,
-            average=self.engine.average,
+            average=self._average,
             updates=lambda: self.engine.updates,
             folder=recipe.folder,
             features=None if self.policy.trains_vision else {},
@@ -333,6 +337,14 @@ class Run:
         self.updates = Updates(recipe.optim, self.context, self.engine, self.method)
         self.evaluation = Evaluation(recipe, measured, self.context, self.engine)
         self.state = RunState(self.policy, self.engine, self.stream, rng, self.method, base, self.evaluation)
+
+    def _average(self, value: float) -> float:
+        """Mean over ranks. Here a step's ranks meet for the first time, so its time is that of waiting for the
+        slowest."""
+        if self.engine.world_size == 1:
+            return value
+        with self.clock.phase("wait"):
+            return self.engine.average(value)
 
     def load(self, saved: Path, accept_changed_data: bool) -> checkpoint.Loaded:
         """Restore a checkpoint."""

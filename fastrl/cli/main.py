@@ -233,7 +233,9 @@ def report(
 def plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a YAML file.")],
     gpu: Annotated[str, typer.Option(help="h100-80, h200, a100-80, a100-40, rtx4090, l40s, …")] = "h100-80",
-    gpus: Annotated[int, typer.Option(min=1, help="Data-parallel GPUs.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Data-parallel GPUs of a node.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    engine: Annotated[str | None, typer.Option(help="fsdp2, zero0, zero1, zero2 or local [the recipe's].")] = None,
     model: Model = None,
     images: Annotated[int | None, typer.Option(min=0, help="Images a prompt [data.frames, or 1].")] = None,
     image_pixels: Annotated[int | None, typer.Option(min=1, help="Area of each image [the recipe's largest].")] = None,
@@ -246,13 +248,14 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Memory, work and time of a recipe's step on a GPU, and what to change if it does not fit. Loads no weights."""
-    from fastrl.plan import advise, gpu_named, make_plan, plan_text, plan_values
+    from fastrl.plan import advise, engine_settings, gpu_named, make_plan, plan_text, plan_values
     from fastrl.recipe import load_recipe
 
     named = [f"model.path={json.dumps(model)}"] if model is not None else []
     sizes = {"images": images, "image_pixels": image_pixels, "text_tokens": text_tokens, "answer_tokens": answer_tokens}
+    named += engine_settings(engine) if engine is not None else []
     chosen, device = load_recipe(recipe, [*named, *(overrides or [])]), gpu_named(gpu)
-    made = make_plan(chosen, device, gpus=gpus, efficiency=efficiency, sizes=sizes)
+    made = make_plan(chosen, device, gpus=gpus, nodes=nodes, efficiency=efficiency, sizes=sizes)
     changes = advise(made, sizes)
     if as_json:
         print_json(plan_values(made, changes))

@@ -88,6 +88,10 @@ class Engine(Protocol):
 
     def barrier(self) -> None: ...
 
+    def abandon(self, error: str) -> None:
+        """Called on a rank that ends with ``error``, so that no other waits for it."""
+        ...
+
     def close(self) -> None:
         """Called on every rank at the end of a successful run."""
         ...

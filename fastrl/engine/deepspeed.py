@@ -117,6 +117,8 @@ class DeepSpeedEngine:
         )
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._watch = Watch(folder, self.rank, self.world_size, engine.timeout)
+        self._watch.forget()
+        torch.distributed.barrier()
         self._ranks = Ranks(self._watch, self._device)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -217,6 +219,9 @@ class DeepSpeedEngine:
 
     def barrier(self) -> None:
         self._ranks.barrier()
+
+    def abandon(self, error: str) -> None:
+        self._watch.abandon(error)
 
     def close(self) -> None:
         """Shut down together: a rank would abort at exit if others are gone or DeepSpeed's threads are still alive."""

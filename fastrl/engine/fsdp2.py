@@ -82,6 +82,8 @@ class Fsdp2Engine:
         self._began = begin(self._device, engine.timeout)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._watch = Watch(folder, self.rank, self.world_size, engine.timeout)
+        self._watch.forget()
+        torch.distributed.barrier()
         self._ranks = Ranks(self._watch, self._device)
         mesh = init_device_mesh(self._device.type, (self.world_size,))
         self._units = {
@@ -262,6 +264,9 @@ class Fsdp2Engine:
 
     def barrier(self) -> None:
         self._ranks.barrier()
+
+    def abandon(self, error: str) -> None:
+        self._watch.abandon(error)
 
     def close(self) -> None:
         self._ranks.barrier()

@@ -239,6 +239,9 @@ class LocalEngine:
     def barrier(self) -> None:
         return None
 
+    def abandon(self, error: str) -> None:
+        return None
+
     def close(self) -> None:
         return None
 

@@ -5,6 +5,9 @@ If a frozen process never joins a collective operation, all other processes hang
 interrupted. So each rank has a thread that writes into a folder accessible to all ranks (a run's checkpoints need one)
 the number of waits that its rank has entered, and a heartbeat. A rank that has waited longer than the timeout reports
 the ranks with a lower count or without a heartbeat, and exits. As every waiting rank does so, the run stops.
+
+A rank that ends with an error writes it beside its count (:meth:`Watch.abandon`): ranks that wait for it stop with that
+error at their next look, within seconds, whatever the backend notices.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ class Seen:
     beat: int = -1
     what: str = "setting up"
     since: float = 0.0
+    error: str = ""  # with which it ended
 
 
 class Watch:
@@ -56,7 +60,8 @@ class Watch:
         self.folder, self.rank, self.world_size, self.timeout = folder, rank, world_size, timeout
         self._pause = min(timeout / BEATS, LONGEST_PAUSE)
         self._stop = stop or _exit
-        self._waits, self._what = 0, "setting up"
+        self._waits, self._what, self._error = 0, "setting up", ""
+        self._beat = 0
         self._since: float | None = None  # start of the current wait
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -80,6 +85,7 @@ class Watch:
 
     def missing(self) -> str:
         """A description of the ranks that are behind or show no sign of life."""
+        self._look()
         now = time.monotonic()
         silent = {r for r, seen in self._others.items() if now - seen.since > 4 * self._pause}
         behind = {r for r, seen in self._others.items() if seen.waits < self._waits}
@@ -87,6 +93,21 @@ class Watch:
         if not wanted:
             return "no rank in particular (all have come; is the network between them down?)"
         return "; ".join(self._described(r, r in silent, now) for r in wanted)
+
+    def abandon(self, error: str) -> None:
+        """Tell the others that this rank ends with ``error``."""
+        if self.world_size > 1:
+            self._ended.set()
+            if self._thread is not None:
+                self._thread.join()
+            self._error = error
+            with suppress(OSError):
+                self._write()
+
+    def forget(self) -> None:
+        """Remove what an earlier run has left. Ranks do this, then meet once, before anyone watches."""
+        with suppress(OSError):
+            self._file(self.rank).unlink()
 
     def close(self) -> None:
         """Stop watching and writing heartbeats."""
@@ -98,17 +119,20 @@ class Watch:
 
     def _described(self, rank: int, silent: bool, now: float) -> str:
         seen = self._others[rank]
+        if seen.error:
+            return f"rank {rank}, which ended with: {seen.error}"
         if silent:
             return f"rank {rank} (frozen or gone: no sign of life for {now - seen.since:.0f} s, last {seen.what})"
         return f"rank {rank} (alive, has not come; last {seen.what})"
 
     def _run(self) -> None:
-        beat = 0
         while not self._ended.is_set():
-            beat += 1
             with suppress(OSError):  # a temporary failure of the folder is ignored
-                self._write(beat)
+                self._write()
             self._look()
+            if found := self._ended_with_error():
+                self._stop(found)
+                return
             since, what = self._since, self._what
             if since is not None and time.monotonic() - since > self.timeout:
                 seconds = time.monotonic() - since
@@ -116,20 +140,29 @@ class Watch:
                 return
             self._ended.wait(self._pause)
 
-    def _write(self, beat: int) -> None:
+    def _ended_with_error(self) -> str:
+        """Of a rank that will not come to the current wait, the error with which it ended."""
+        gone = [(r, s) for r, s in self._others.items() if s.error and s.waits < self._waits]
+        if self._since is None or not gone:
+            return ""
+        rank, seen = gone[0]
+        return f"rank {self.rank} waited in {self._what} for rank {rank}, which ended with: {seen.error}"
+
+    def _write(self) -> None:
+        self._beat += 1
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._file(self.rank).with_suffix(".writing")
-        temporary.write_text(json.dumps([self._waits, beat, self._what]))
+        temporary.write_text(json.dumps([self._waits, self._beat, self._what, self._error]))
         os.replace(temporary, self._file(self.rank))
 
     def _look(self) -> None:
         for rank, seen in self._others.items():
             try:
-                waits, beat, what = json.loads(self._file(rank).read_text())
+                waits, beat, what, *error = json.loads(self._file(rank).read_text())
             except (OSError, ValueError, TypeError):
                 continue
             if (waits, beat) != (seen.waits, seen.beat):
-                self._others[rank] = Seen(waits, beat, what, time.monotonic())
+                self._others[rank] = Seen(waits, beat, what, time.monotonic(), *error)
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.json"

@@ -32,7 +32,7 @@ def advise(plan: Plan, sizes: Mapping[str, Any] | None = None) -> list[Change]:
         recipe = _changed(current.recipe, keys)
         if recipe is None:
             continue
-        new = make_plan(recipe, plan.gpu, gpus=plan.gpus, efficiency=plan.efficiency, sizes=sizes)
+        new = make_plan(recipe, plan.gpu, gpus=plan.gpus, nodes=plan.nodes, efficiency=plan.efficiency, sizes=sizes)
         if new.memory.peak < 0.99 * current.memory.peak:
             found.append(Change(keys, cost, new))
             current = new

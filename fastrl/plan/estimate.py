@@ -25,6 +25,7 @@ from fastrl.plan.configs import config_of, image_limit
 from fastrl.plan.hardware import HOST_BANDWIDTH, Gpu
 from fastrl.plan.keep import Keeping, decide_keep
 from fastrl.plan.quantized import Planned4bit, unpacked
+from fastrl.plan.sharded import Network, Unit, network_of, shards_of, units_of
 from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_kept, trace_rollout
 from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe
@@ -51,6 +52,7 @@ class Model:
     vocabulary: int
     itemsize: int
     trains_vision: bool
+    units: tuple[Unit, ...]  # what an engine with sharded weights gathers at once
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,30 @@ class Plan:
     memory: Memory
     work: Work
     keeping: Keeping
+    nodes: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def network(self) -> Network:
+        """Bytes that each rank receives in a step."""
+        work, recipe = self.workload, self.recipe
+        updates, copied = recipe.optim.updates_per_batch, reads_reference(recipe)
+        return network_of(
+            self.model.units,
+            recipe.engine,
+            self.ranks,
+            passes=updates * work.micro_batches,
+            updates=updates,
+            rollouts=int(work.samples) + int(copied),
+        )
+
+    @property
+    def one_group_too_large(self) -> bool:
+        """Whether a micro-batch of a single group is what does not fit."""
+        return not self.fits and self.workload.groups_per_batch == 1 and self.memory.update > self.limit
 
     @property
     def limit(self) -> float:
@@ -129,15 +155,21 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, gpu: Gpu, *, gpus: int = 1, efficiency: float = EFFICIENCY, sizes: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    gpu: Gpu,
+    *,
+    gpus: int = 1,
+    nodes: int = 1,
+    efficiency: float = EFFICIENCY,
+    sizes: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plan a recipe.
 
     Args:
         recipe: ``model.path`` is read for its config only (see ``config_of``).
         gpu: the device.
-        gpus: number of data-parallel GPUs; with more than one, optimizer states (and gradients) are sharded according
-            to ``engine.zero_stage``.
+        gpus: number of data-parallel GPUs of a node; with more than one in all, what the engine shards is divided.
+        nodes: number of nodes.
         efficiency: fraction of the data sheet's FLOP/s and bytes/s that every phase reaches.
         sizes: keyword arguments of ``workload_of``: ``images``, ``image_pixels``, ``text_tokens``, ``answer_tokens``.
 
@@ -145,8 +177,10 @@ def make_plan(
         FileNotFoundError: the model does not exist.
         ValueError: sizes, counts or the efficiency are out of range.
     """
-    if gpus < 1 or not 0 < efficiency <= 1:
-        raise ValueError(f"need at least one GPU and an efficiency in (0, 1], got {gpus} and {efficiency}")
+    if gpus < 1 or nodes < 1 or not 0 < efficiency <= 1:
+        raise ValueError(
+            f"need at least one GPU, one node and an efficiency in (0, 1], got {gpus}, {nodes} and {efficiency}"
+        )
     core = meta_model(config_of(recipe.model.path), recipe.model, dtype_of(recipe))
     family = family_of(core.config)
     work = workload_of(recipe, family, image_limit=image_limit(recipe.model.path, family), **(sizes or {}))
@@ -172,9 +206,9 @@ def make_plan(
     rollout = RolloutTrace()
     if work.sampling is not None:
         rollout = trace_rollout(core, work.chunk(), limits=work.limits, sampling=work.sampling, gpu=True)
-    memory = memory_of(recipe, model, work, traced, rollout, gpus=gpus)
+    memory = memory_of(recipe, model, work, traced, rollout, gpus=gpus * nodes)
     done = work_of(recipe, model, work, counted, rollout, gpu, efficiency, whole=whole)
-    return Plan(recipe, gpu, gpus, efficiency, model, work, memory, done, keeping)
+    return Plan(recipe, gpu, gpus, efficiency, model, work, memory, done, keeping, nodes)
 
 
 def room_of(recipe: Recipe, core: Any, work: Workload, limit: float) -> float:
@@ -212,6 +246,7 @@ def count_model(core: Any) -> Model:
         vocabulary=head.shape[0],
         itemsize=embedding.element_size(),
         trains_vision=family.trains_vision(core),
+        units=units_of(core, family.layers(core)),
     )
 
 
@@ -252,6 +287,8 @@ def memory_of(
         gpus: data-parallel ranks that share optimizer states (``engine.zero_stage`` above 0) and gradients (2).
         gpu: count AdamW as on a GPU, else as on a CPU.
     """
+    if recipe.engine.kind == "fsdp2":
+        return sharded_memory(recipe, model, work, traced, rollout, ranks=gpus, gpu=gpu)
     optim = recipe.optim
     each = held(optim, recipe.engine, ranks=gpus, micro_batches=work.micro_batches)
     copies, moments = each.copy * (model.trainable - model.wide), each.moments * model.trainable
@@ -286,6 +323,45 @@ def memory_of(
         optimizer=resident + pool + gradients + step,
         rollout=resident - features + sampled if work.samples else 0.0,
         host=each.host * model.trainable,
+    )
+
+
+def sharded_memory(
+    recipe: Recipe, model: Model, work: Workload, traced: Trace, rollout: RolloutTrace, *, ranks: int, gpu: bool = True
+) -> Memory:
+    """:func:`memory_of` with ``engine.kind: fsdp2``, where weights are sharded too."""
+    optim, shards, host = recipe.optim, shards_of(model.units, recipe.optim, ranks), recipe.engine.offload_optimizer
+    features = 0 if model.trains_vision else traced.features * work.prompts
+    reference = model.weight_bytes / ranks if needs_copy(recipe) else 0.0
+    states = shards.weights + shards.moments + shards.gradients
+    resident = features + (0.0 if host else reference + shards.weights + shards.moments)
+    step = 0 if host else step_scratch(-(-model.largest // ranks), optim.states, fused=gpu)
+    peak = shards.update(
+        traced.kept,
+        traced.peak - FLOAT * model.trainable,
+        traced.head_scratch,
+        accumulates=work.micro_batches > 1,
+    )
+    graph = gpu and work.samples and decode_mode(recipe.rollout.decode, CUDA) == "graph"
+    pool = rollout.drawing if graph else 0
+    sampled = rollout_bytes(work, rollout, shared=not model.trains_vision)
+    gradients = 0.0 if host else shards.gradients
+    return Memory(
+        weights=0.0 if host else shards.weights,
+        copies=0.0,
+        moments=0.0 if host else shards.moments,
+        reference=0.0 if host else reference,
+        gradients=gradients,
+        activations=traced.kept,
+        head_scratch=traced.head_scratch,
+        kv_cache=kv_bytes(work, rollout),
+        features=features,
+        prompts=0,
+        pool=pool,
+        update=resident + pool + peak - (shards.gradients if host else 0.0),
+        optimizer=resident + pool + gradients + step,
+        rollout=resident - features + shards.whole + sampled if work.samples else 0.0,
+        host=states + reference if host else 0.0,
     )
 
 

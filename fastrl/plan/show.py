@@ -32,7 +32,8 @@ PHASES = {"rollout": "rollout", "update": "forward and backward", "optimizer": "
 
 def plan_text(plan: Plan, changes: Sequence[Change]) -> str:
     """The plan as text."""
-    return "\n".join([*_head(plan), "", *_memory(plan), "", *_work(plan), "", *_verdict(plan, changes)])
+    parts = [*_head(plan), "", *_memory(plan), "", *_work(plan), *_network(plan), "", *_verdict(plan, changes)]
+    return "\n".join(parts)
 
 
 def plan_values(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
@@ -43,6 +44,8 @@ def plan_values(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
         "model": plan.recipe.model.path,
         "gpu": plan.gpu.name,
         "gpus": plan.gpus,
+        "nodes": plan.nodes,
+        "network_bytes": {name: int(value) for name, value in plan.network._asdict().items()},
         "parameters": plan.model.parameters,
         "trainable": plan.model.trainable,
         "step": {
@@ -81,6 +84,7 @@ def _head(plan: Plan) -> list[str]:
     trained = f"{_count(model.trainable)} of {_count(model.parameters)} parameters trained"
     pictures = f", {work.images * work.image_tokens} of them of images" if work.images else ""
     count = f"{plan.gpus} x " if plan.gpus > 1 else ""
+    count = f"{plan.nodes} nodes of {count}" if plan.nodes > 1 else count
     return [
         f"{plan.recipe.name} on {count}{plan.gpu.name} ({_gib(plan.gpu.memory)})",
         f"model      {plan.recipe.model.path}{source}: {trained}",
@@ -93,7 +97,7 @@ def _head(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     memory = plan.memory
-    lines = ["memory" + (" of each GPU" if plan.gpus > 1 else "")]
+    lines = ["memory" + (" of each GPU" if plan.ranks > 1 else "")]
     for name, words in KINDS.items():
         value = getattr(memory, name)
         if value:
@@ -126,6 +130,17 @@ def _work(plan: Plan) -> list[str]:
     return lines
 
 
+def _network(plan: Plan) -> list[str]:
+    """What ranks exchange; nothing for one rank."""
+    if plan.ranks == 1:
+        return []
+    weights, gradients = (value / 1e9 for value in plan.network)
+    return [
+        f"network: each rank receives {weights + gradients:,.2f} GB a step: {weights:,.2f} of weights, "
+        f"{gradients:,.2f} of gradients (counted; its time is not in the estimate)"
+    ]
+
+
 def _terms(work: Work, name: str) -> tuple[float, float]:
     return work.arithmetic.get(name, 0.0), work.movement.get(name, 0.0)
 
@@ -144,6 +159,11 @@ def _verdict(plan: Plan, changes: Sequence[Change]) -> list[str]:
         settings = " ".join(f"--set '{key}={_yaml(value)}'" for key, value in change.keys.items())
         verdict = "fits" if change.plan.fits else "not yet"
         lines.append(f"  {settings:<46} {_gib(change.plan.memory.peak)}, {verdict}  ({change.cost})")
+    if plan.one_group_too_large:
+        lines.append(
+            f"  one prompt with its {plan.workload.group} answers ({plan.workload.group_tokens} tokens) is a "
+            "micro-batch of its own: more GPUs do not divide it (sequence parallelism is not built)"
+        )
     if changes and changes[-1].plan.fits:
         lines[0] += "; with the changes below, each on top of those before it, it does"
     else:

@@ -21,6 +21,7 @@ BEGUN = (
     *("recipe.yaml", "notes.jsonl", "samples.jsonl", "eval.jsonl"),
     *("tensorboard", "wandb", "wandb-id", "rollout"),
 )
+PROMPTS = "data.prompts_per_step"
 # A resumed run may change its length, logging and location; any other change makes it another run.
 FREE = (
     "optim.steps",
@@ -164,7 +165,11 @@ def _check_same_run(recipe: Recipe, stored: Path) -> list[str]:
         return [f"{stored} is missing: the settings were not compared with those the run started with"]
     changes = differences(load_recipe(stored), recipe)
     changed = {key: values for key, values in changes.items() if not key.startswith(FREE)}
+    notes = []
+    if recipe.engine.kind == "fsdp2" and PROMPTS in changed:  # of each rank, whose number may change
+        was, now = changed.pop(PROMPTS)
+        notes.append(f"{PROMPTS}, of each rank, was {was} and is {now}")
     if changed:
         listed = "\n".join(f"  {key}: was {was!r}, is {now!r}" for key, (was, now) in changed.items())
         raise CheckpointError(f"{stored.parent}: cannot resume with settings that have changed since:\n{listed}")
-    return []
+    return notes

@@ -57,6 +57,9 @@ class GlooEngine(LocalEngine):
         if self.rank == 0:
             super().save(folder)
 
+    def abandon(self, error: str) -> None:
+        self._watch.abandon(error)
+
     def close(self) -> None:
         self.barrier()
         self._watch.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,39 @@ def test_four_processes_are_one_and_others_go_on(tiny_folder: Callable[[str], Pa
     shutil.copytree(four / "half", two / "from-four", symlinks=True)
     together(two, model, [{"name": "from-four", "changes": FULL, "resume": True}], ranks=2)
     same(tmp_path / "one" / "full", two / "from-four", since=2)
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from fastrl.engine.ranks import leave
+from fastrl.trainer import train
+from tests.helpers.training import make_records, make_recipe
+
+recipe = make_recipe(Path(sys.argv[1]), Path(sys.argv[2]), engine={"kind": "fsdp2"}, data__prompts_per_step=1)
+
+def die(row):
+    if os.environ["RANK"] == "1" and row["step"] == 2:
+        raise ValueError("the shelf fell down")
+
+try:
+    train(recipe, records=make_records(), on_step=die, show=False)
+except (RuntimeError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    leave(1)
+"""
+
+
+@pytest.mark.gate
+def test_a_rank_that_dies_ends_all_with_its_error(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    first, second = start(DIES, tmp_path, tiny_folder("qwen2_5"), tmp_path / "run")
+    own, ended = second.communicate(timeout=600)[1], time.monotonic()
+    others = first.communicate(timeout=60)[1]  # within a minute of the other's end, far from engine.timeout
+    assert time.monotonic() - ended < 60
+    assert first.returncode != 0
+    assert second.returncode == 1
+    assert "error: the shelf fell down" in own
+    assert "rank 1, which ended with: the shelf fell down" in others
 
 
 def test_without_a_launcher_it_says_how_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,33 @@ def test_a_rank_without_a_sign_of_life_is_said_to_have_none(tmp_path: Path) -> N
     assert "rank 2 (frozen or gone" in second.messages[0]
 
 
+def test_a_rank_that_ends_with_an_error_ends_those_that_wait_for_it(tmp_path: Path) -> None:
+    ranks = [Rank(tmp_path, rank, timeout=20.0) for rank in range(2)]
+    for rank in ranks:
+        with rank.watch.waiting("an update"):
+            pass
+    began = time.monotonic()
+    ranks[1].watch.abandon("step 3: r2.png: gone")
+    ranks[0].wait()
+    assert time.monotonic() - began < 20.0  # before the timeout
+    assert ranks[0].messages == ["rank 0 waited in a barrier for rank 1, which ended with: step 3: r2.png: gone"]
+    assert ranks[1].messages == []
+
+
+def test_an_error_that_all_ranks_have_is_each_ranks_own(tmp_path: Path) -> None:
+    """It came out of a wait that both have entered."""
+    ranks = [Rank(tmp_path, rank, timeout=4.0) for rank in range(2)]
+    with ranks[0].watch.waiting("an update"):
+        with ranks[1].watch.waiting("an update"):
+            pass
+        ranks[1].watch.abandon("not finite")
+        time.sleep(1.5)  # three looks
+    assert ranks[0].messages == []
+    ranks[0].watch.close()
+    ranks[1].watch.forget()
+    assert not list(tmp_path.iterdir())
+
+
 def test_work_may_take_as_long_as_it_likes_and_so_may_many_short_waits(tmp_path: Path) -> None:
     rank = Rank(tmp_path, 0, timeout=0.3)
     until = time.monotonic() + 1.0

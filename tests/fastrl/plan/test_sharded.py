@@ -1,0 +1,93 @@
+"""The plan of sharded weights against a real update of two gloo processes, and what ranks exchange."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastrl.config.sections import EngineRecipe, OptimRecipe
+from fastrl.models.families import family_of
+from fastrl.plan.estimate import count_model
+from fastrl.plan.sharded import ENGINES, Unit, engine_settings, network_of, shards_of, units_of
+from fastrl.plan.trace import meta_model, trace_batch
+from fastrl.plan.workload import packed
+from fastrl.recipe import LoraRecipe, ModelRecipe, load_recipe
+from tests.fastrl.conftest import build_folder
+from tests.helpers.gloo import REPO, start
+
+OPTIM = OptimRecipe(steps=1)  # type: ignore[call-arg]
+FSDP2 = EngineRecipe(kind="fsdp2")  # type: ignore[call-arg]
+
+
+def test_units_are_the_layers_and_the_rest_each_weight_once() -> None:
+    core = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    core[2].weight = core[0].bias = nn.Parameter(torch.zeros(2))  # shared between a layer and the rest
+    core[1].requires_grad_(False)
+    assert units_of(core, [core[0], core[1]]) == (Unit(0, 0, 0), Unit(32, 32, 8), Unit(16, 0, 0))
+    shards = shards_of(units_of(core, [core[0], core[1]]), OPTIM, 4)
+    assert (shards.weights, shards.moments, shards.gradients) == (12.0, 16.0, 8.0)
+
+
+def test_what_ranks_exchange() -> None:
+    units = (Unit(100, 100, 50), Unit(40, 40, 20), Unit(60, 60, 30))
+    count = {"passes": 3, "updates": 1, "rollouts": 2}
+    assert network_of(units, FSDP2, 4, **count) == (0.75 * (3 * 300 + 2 * 200), 0.75 * 3 * 400)
+    assert network_of(units, FSDP2, 1, **count) == (0, 0)
+    deepspeed = [EngineRecipe(kind="deepspeed", zero_stage=stage) for stage in (0, 1, 2)]  # type: ignore[call-arg,arg-type]
+    assert [network_of(units, engine, 2, **count) for engine in deepspeed] == [(0, 200), (100, 200), (100, 300)]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_by_name_is_a_valid_recipe(name: str) -> None:
+    recipe = load_recipe("perception-r1-grounding-3b", engine_settings(name))
+    assert recipe.engine.kind == ("deepspeed" if name.startswith("zero") else name)
+    if name.startswith("zero"):
+        assert recipe.engine.zero_stage == int(name[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zero3", "zero3: not supported; fsdp2 shards the same"),
+        ("fsdp", "one of fsdp2, zero0, zero1, zero2, local, got 'fsdp'"),
+    ],
+)
+def test_an_engine_that_there_is_not(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine_settings(name)
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("lora", [False, True])
+def test_memory_and_exchange_of_two_processes_are_planned(tmp_path: Path, lora: bool) -> None:
+    """With LoRA, also with checkpointing. Memory within 10 %, exchanged bytes exactly."""
+    size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 3000}
+    (tmp_path / "model").mkdir()
+    model = build_folder(tmp_path / "model", "qwen2_5", num_attention_heads=8, **size)
+    code = (REPO / "tests" / "helpers" / "sharded_memory.py").read_text()
+    for process in start(code, tmp_path, model, tmp_path, int(lora), int(lora)):
+        _, message = process.communicate(timeout=300)
+        assert process.returncode == 0, message[-3000:]
+    recipe = ModelRecipe(  # type: ignore[call-arg]
+        path=str(model), lora=LoraRecipe(rank=8) if lora else None, gradient_checkpointing=lora  # type: ignore[call-arg]
+    )  # fmt: skip
+    core = meta_model(json.loads((model / "config.json").read_text()), recipe, torch.float32)
+    family = family_of(core.config)
+    traced = trace_batch(core, packed(family, 60, [], [(16,) * 6]), gpu=False, accumulates=False)
+    sizes = count_model(core)
+    shards = shards_of(sizes.units, OPTIM, 2)
+    kept = shards.weights + shards.moments
+    peak = shards.update(traced.kept, traced.peak - 4 * sizes.trainable, traced.head_scratch, accumulates=False)
+    update = network_of(sizes.units, FSDP2, 2, passes=1, updates=1, rollouts=0)
+    rollout = network_of(sizes.units, FSDP2, 2, passes=0, updates=1, rollouts=1)
+    for rank in range(2):
+        counted = json.loads((tmp_path / f"counted-{rank}.json").read_text())
+        assert counted["weight_shards"] == shards.weights
+        assert kept + peak == pytest.approx(kept + counted["update"], rel=0.1)
+        assert kept + shards.whole == pytest.approx(kept + counted["gathered"], rel=0.1)
+        assert (counted["weights"], counted["gradients"]) == update
+        assert (counted["rollout_weights"], 0) == rollout
