@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from benchmarks.case import Case, Inputs, dtype_for, installed, leaf, with_gradients
 from fastrl_kernels.decode_attention import decode_attention
-from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
+from fastrl_kernels.decode_layer import add_rms_norm, rope_append
+from fastrl_kernels.gated import silu_mul
 from fastrl_kernels.group_advantage import group_advantage
 from fastrl_kernels.listwise_loss import listwise_loss
 from fastrl_kernels.policy_loss import policy_loss

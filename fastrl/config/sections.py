@@ -70,7 +70,7 @@ class ModelRecipe(Section):
     """Keep the inputs saved by checkpointing on the host until the backward. For long rows that do not fit on the GPU;
     needs `model.gradient_checkpointing`."""
     liger: bool = False
-    """Use liger-kernel's RMSNorm, SwiGLU and rotary embedding. Needs a GPU and liger-kernel."""
+    """Use liger-kernel's RMSNorm, SwiGLU and rotary embedding instead of fastrl's own. Needs a GPU and liger-kernel."""
     min_pixels: int | None = Field(None, ge=1)
     """Least area of a resized picture in pixels; none: the model folder's."""
     max_pixels: int | None = Field(None, ge=1)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
+from fastrl_kernels.decode_layer import add_rms_norm, rope_append
+from fastrl_kernels.gated import silu_mul
 
 if TYPE_CHECKING:
     from fastrl.models.families import Parts

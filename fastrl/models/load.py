@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastrl.models.families import family_of
+from fastrl.models.fused import fuses, use_fused
 from fastrl.models.liger import use_liger
 from fastrl.models.lora import Lora
 from fastrl.models.lora import freeze as freeze_parameters
@@ -46,7 +47,8 @@ def load_policy(
         freeze: parameter-name patterns whose gradient is turned off (see ``fastrl.models.lora.freeze``).
         gradient_checkpointing: recompute each layer in the backward.
         offload_activations: with checkpointing, keep the layers' inputs on the host (see ``fastrl.models.offload``).
-        liger: compute RMSNorm, SwiGLU and rotary embedding with liger-kernel (see ``fastrl.models.liger``).
+        liger: compute RMSNorm, SwiGLU and rotary embedding with liger-kernel (see ``fastrl.models.liger``) instead of
+            this library's own kernels, which a GPU takes by default (see ``fastrl.models.fused``).
         quantize: ``4bit``: the language model's linear layers, under adapters (see ``fastrl.models.quantize``).
         min_pixels, max_pixels: limits of a resized image's area, in pixels; default those of the folder.
 
@@ -77,6 +79,8 @@ def load_policy(
     freeze_parameters(policy.core, freeze, policy.family.alias)
     if liger:
         use_liger(policy.core)
+    elif fuses(device):
+        use_fused(policy.core)
     if gradient_checkpointing:
         use_checkpointing(policy.core, offload=offload_activations)
     return policy

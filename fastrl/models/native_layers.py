@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
 from fastrl.models.decode_layers import DecodeLayers
+from fastrl.models.layer_kinds import untouched
 from fastrl_kernels.decode_step import Angles, DecodeStep, Draws, Keys, Layer, Linear, Norm, unfit
 
 _MOVING = ("dynamic", "longrope")  # rotary embeddings whose angles depend on the longest text of the call
@@ -41,7 +41,7 @@ class NativeLayers:
     def of(cls, layers: DecodeLayers) -> NativeLayers | None:
         """None where the model, or torch's state, is not one that the C++ step computes the same for."""
         model: Any = layers.model
-        if not _untouched(layers.embed, nn.Embedding) or layers.embed.max_norm is not None:
+        if not untouched(layers.embed, nn.Embedding) or layers.embed.max_norm is not None:
             return None
         found = [_layer(layer) for layer in model.layers]
         weights = [layer for layer in found if layer is not None]
@@ -117,14 +117,4 @@ def _norm(norm: Any) -> Norm:
 
 
 def _linear(module: nn.Module) -> Linear | None:
-    return Linear(module.weight, module.bias) if _untouched(module, nn.Linear) else None  # type: ignore[arg-type]
-
-
-def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does what its class does: no subclass, no hook, no ``forward`` of its own."""
-    return (
-        type(module) is kind
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
-    )
+    return Linear(module.weight, module.bias) if untouched(module, nn.Linear) else None  # type: ignore[arg-type]

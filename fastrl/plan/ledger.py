@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastrl.models.attention import prefix as prefix_attention
 from fastrl.models.attention.switch import attention, register
 from fastrl.models.families import family_of
 from fastrl.models.flops import flop_counter, segment_attention_flops
+from fastrl.models.fused import fused
 from fastrl.plan.traffic import traffic
 from fastrl_kernels._counting import Scratch, flops_of, named_arguments, scratch, scratch_of
 
@@ -223,7 +224,7 @@ def _vision_attention(
         q, k, v = (x.transpose(1, 2).reshape(-1, heads, dim) for x in (query, key, value))
         return _planned_attention(q, k, v, flops)[0].view(batch, length, heads, dim), None
     flops = segment_attention_flops([(n, n) for n in (cu[1:] - cu[:-1]).tolist()], heads, dim)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return _planned_attention(q, k, v, flops)[0][None], None
 
 
@@ -258,8 +259,11 @@ class GpuAttention(TorchFunctionMode):
 
 @contextmanager
 def planned_attention(core: Any, *, gpu: bool) -> Iterator[None]:
-    """In a block, count a meta model's attention as on a GPU (variable-length) or as on a CPU."""
+    """In a block, count a meta model as on a GPU (variable-length attention, fused pointwise layers) or as on a CPU."""
     _register()
     language, vision = GPU if gpu else CPU
-    with attention(family_of(core.config), core, language=language, vision=vision):
+    with (
+        attention(family_of(core.config), core, language=language, vision=vision),
+        fused(core) if gpu else nullcontext(),
+    ):
         yield

@@ -15,6 +15,8 @@ aten = torch.ops.aten
 GATHERS = {aten.embedding, aten.gather, aten.index, aten.index_select, aten.take}
 # Of the tensor that is changed only as much is touched as is brought.
 SCATTERS = {aten.index_add_, aten.index_put_, aten.index_copy_, aten.scatter_, aten.scatter_add_, aten.masked_scatter_}
+# Views by what they do, though not by their schema.
+VIEWS = {aten._unsafe_view}
 # What is changed was not read before.
 OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_}
 
@@ -29,7 +31,7 @@ def traffic(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any)
     """
     packet, schema = func._overloadpacket, func._schema
     aliases = [told.alias_info for told in schema.returns if told.alias_info is not None]
-    if "empty" in schema.name or (aliases and not any(alias.is_write for alias in aliases)):
+    if packet in VIEWS or "empty" in schema.name or (aliases and not any(alias.is_write for alias in aliases)):
         return 0
     named = named_arguments(func, args, kwargs)
     written = {t.name for t in schema.arguments if t.alias_info is not None and t.alias_info.is_write}

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl_kernels._activations import KINDS as ACTIVATIONS
+from fastrl_kernels.bias_activation import bias_activation
 from fastrl_kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from fastrl_kernels.decode_attention import decode_attention
-from fastrl_kernels.decode_layer import add_rms_norm, rope_append, silu_mul
+from fastrl_kernels.decode_layer import add_rms_norm, rope_append
 from fastrl_kernels.detection_reward import detection_reward
+from fastrl_kernels.gated import gelu_mul, silu_mul
 from fastrl_kernels.group_advantage import group_advantage
 from fastrl_kernels.linear_assignment import linear_assignment
 from fastrl_kernels.linear_logprob import linear_logprob
@@ -24,6 +27,8 @@ from fastrl_kernels.linear_policy_loss import linear_policy_loss
 from fastrl_kernels.listwise_loss import listwise_loss
 from fastrl_kernels.pairwise_iou import KINDS, pairwise_iou
 from fastrl_kernels.policy_loss import policy_loss
+from fastrl_kernels.rms_norm import residual_rms_norm, rms_norm
+from fastrl_kernels.rope import qkv_rope, rope
 from fastrl_kernels.token_logprob import token_logprob
 from fastrl_kernels.unlikelihood_loss import unlikelihood_loss
 
@@ -200,9 +205,58 @@ def _rope_append() -> None:
         rope_append(q, k, k, angle, angle, cache, cache.clone(), torch.zeros(1, dtype=torch.int64))
 
 
+def _backward(*outputs: Tensor) -> None:
+    torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
+
+
+NORMS = [*product((2048, 3584, 8192, 130), (BF16, FP32)), (128, FP16), (5120, FP16)]
+
+
+def _rms_norm() -> None:
+    for (hidden, dtype), trained in product(NORMS, (True, False)):
+        x, weight = torch.zeros(20, hidden, dtype=dtype, requires_grad=True), torch.ones(hidden, dtype=dtype)
+        _backward(rms_norm(x, weight.requires_grad_(trained)))
+
+
+def _residual_rms_norm() -> None:
+    for (hidden, dtype), trained, added in product(NORMS, (True, False), (True, False)):
+        x, weight = torch.zeros(20, hidden, dtype=dtype, requires_grad=True), torch.ones(hidden, dtype=dtype)
+        _backward(*residual_rms_norm(x, x.detach() if added else None, weight.requires_grad_(trained)))
+
+
 def _silu_mul() -> None:
-    for size, dtype in product((11008, 18944, 4864, 1001), (BF16, FP16, FP32)):
-        silu_mul(torch.zeros(3, size, dtype=dtype), torch.zeros(3, size, dtype=dtype))
+    for size, dtype, biased in product((11008, 3420, 1001), (BF16, FP16, FP32), (False, True)):
+        gate, up, *biases = (torch.zeros(*n, size, dtype=dtype, requires_grad=True) for n in ((40,), (40,), (), ()))
+        _backward(silu_mul(gate, up, **(dict(zip(("gate_bias", "up_bias"), biases, strict=True)) if biased else {})))
+
+
+def _gelu_mul() -> None:
+    for size, dtype, approximate in product((16384, 1001), (BF16, FP32), ("none", "tanh")):
+        gate, up, bias, other = (torch.zeros(*n, size, dtype=dtype, requires_grad=True) for n in ((3,), (3,), (), ()))
+        _backward(gelu_mul(gate, up, approximate=approximate))
+        _backward(gelu_mul(gate, up, gate_bias=bias, up_bias=other, approximate=approximate))
+
+
+def _bias_activation() -> None:
+    for columns, dtype, kind, biased in product((5120, 1001), (BF16, FP32), ACTIVATIONS, (0, 1, 2)):
+        x = torch.zeros(40, columns, dtype=dtype, requires_grad=True)
+        bias = torch.zeros(columns, dtype=dtype, requires_grad=biased > 1) if biased else None
+        _backward(bias_activation(x, bias, kind=kind))
+
+
+def _rope() -> None:
+    shapes = ((16, 2, 128, 128), (28, 4, 128, 128), (12, 2, 128, 64), (32, 8, 64, 64), (16, 16, 80, 80), (4, 1, 96, 66))
+    for (hq, hk, d, turned), dtype, sections in product(shapes, (BF16, FP32), (False, True)):
+        q, k = (torch.zeros(1, 5, h, d, dtype=dtype, requires_grad=True) for h in (hq, hk))
+        angles = torch.zeros(*((3,) if sections else ()), 1, 5, turned, dtype=dtype)
+        owned = (8, 12, turned // 2 - 20) if sections else None
+        _backward(*rope(q.transpose(1, 2), k.transpose(1, 2), angles, angles, sections=owned))
+
+
+def _qkv_rope() -> None:
+    for (heads, d), dtype in product(((16, 80), (16, 72), (12, 64)), (BF16, FP16, FP32)):
+        qkv, angles = torch.zeros(5, 3, heads, d, dtype=dtype, requires_grad=True), torch.zeros(5, d)
+        _backward(*qkv_rope(qkv, angles, angles))
 
 
 CALLS: dict[str, Callable[[], None]] = {
@@ -222,4 +276,10 @@ CALLS: dict[str, Callable[[], None]] = {
     "add_rms_norm": _add_rms_norm,
     "rope_append": _rope_append,
     "silu_mul": _silu_mul,
+    "gelu_mul": _gelu_mul,
+    "rms_norm": _rms_norm,
+    "residual_rms_norm": _residual_rms_norm,
+    "bias_activation": _bias_activation,
+    "rope": _rope,
+    "qkv_rope": _qkv_rope,
 }

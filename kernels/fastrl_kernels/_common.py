@@ -43,6 +43,12 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return bool(RECORDERS) or interpreting() or any(t is not None and t.is_cuda for t in tensors)
 
 
+def use_operator(tensor: Tensor) -> bool:
+    """True if a pointwise function takes its operator for ``tensor``: on the Triton path in a dtype of its kernels, and
+    on the meta device, where the operator is counted. Elsewhere plain torch is as fast, and differentiable."""
+    return tensor.dtype != torch.float64 and (tensor.is_meta or use_triton(tensor))
+
+
 def launch(kernel: Any, programs: int) -> Callable[..., None]:
     """``kernel[(programs,)]``, to be called with the kernel's arguments; launches on the GPU of their first tensor.
 
@@ -82,6 +88,11 @@ def readable(*tensors: Tensor | None) -> bool:
 def shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """``tensor.view(shape)``; no operator is dispatched where it has that shape."""
     return tensor if tensor.shape == torch.Size(shape) else tensor.view(shape)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """``tensor.contiguous()`` of a tensor that may be left out."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def join_batches(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

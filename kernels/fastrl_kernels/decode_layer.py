@@ -2,13 +2,14 @@
 
 - ``add_rms_norm``: the residual sum and the RMSNorm that follows it:  h += x;  out = w * h / sqrt(mean h^2 + eps).
 - ``rope_append``: the rotary embedding of queries and keys, and the write of new keys and values into the cache.
-- ``silu_mul``: silu(gate) * up.
+
+The gate of the MLP is ``fastrl_kernels.gated``'s, which also trains.
 
 A decode step of 64 rows reads megabytes of weights per layer and moves only kilobytes in all other operations, but in
 eager torch these are about 30 launches per layer, each of which costs a launch regardless of its size. Here each of the
-above is one launch (per layer two norms, one rotary embedding and one gate), and all intermediates stay in registers.
+above is one launch (per layer two norms and one rotary embedding), and all intermediates stay in registers.
 Sums and rotations are computed in float32 and rounded once; values that the layer's own code rounds in between (the
-residual, the normalised input before its weight, the gate) are rounded here too.
+residual, the normalised input before its weight) are rounded here too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl_kernels._common import (
@@ -30,33 +30,7 @@ from fastrl_kernels._common import (
     use_triton,
 )
 from fastrl_kernels._triton import tl, triton
-
-_GATE_BLOCK = 1024
-
-
-@triton.jit
-def _add_rms_norm_kernel(
-    residual,  # [R, H], contiguous; x is added to it
-    x,  # [R, H], contiguous, or None
-    weight,  # [H]
-    out,  # [R, H], contiguous
-    hidden,
-    eps,
-    BLOCK: tl.constexpr,
-):
-    """One row."""
-    h = tl.arange(0, BLOCK)
-    at = tl.program_id(0).to(tl.int64) * hidden + h
-    inside = h < hidden
-    total = tl.load(residual + at, mask=inside, other=0.0)
-    if x is not None:
-        total = (total.to(tl.float32) + tl.load(x + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype)
-        tl.store(residual + at, total, mask=inside)
-    wide = total.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / hidden + eps)
-    normed = (wide * scale).to(total.dtype).to(tl.float32)
-    w = tl.load(weight + h, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (normed * w).to(out.dtype.element_ty), mask=inside)
+from fastrl_kernels.rms_norm import norm_warps, power_of_two, rms_norm_kernel, rms_norm_reference
 
 
 @triton.jit
@@ -94,27 +68,6 @@ def _rope_append_kernel(
     tl.store(target + HALF, (second * c + first * s).to(q.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _silu_mul_kernel(gate, up, out, size, BLOCK: tl.constexpr):
-    """``BLOCK`` numbers of flat tensors."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    x = tl.load(gate + at, mask=inside, other=0.0)
-    wide = x.to(tl.float32)
-    opened = (wide / (1.0 + tl.exp(-wide))).to(x.dtype).to(tl.float32)
-    y = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (opened * y).to(x.dtype), mask=inside)
-
-
-def _block(size: int) -> int:
-    """The smallest power of two not below ``size``."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def _norm_warps(block: int) -> int:
-    return min(max(block // 512, 1), 8)
-
-
 @torch.library.custom_op("fastrl::add_rms_norm", mutates_args=("residual",))
 def _add_rms_norm_op(
     residual: Tensor,
@@ -125,10 +78,10 @@ def _add_rms_norm_op(
     out = torch.empty_like(residual)
     rows, hidden = residual.shape
     if rows:
-        block = _block(hidden)
+        block = power_of_two(hidden)
         x = x if x is None else x.contiguous()
-        launch(_add_rms_norm_kernel, rows)(
-            residual, x, weight.contiguous(), out, hidden, eps, BLOCK=block, num_warps=_norm_warps(block)
+        launch(rms_norm_kernel, rows)(
+            residual, x, weight.contiguous(), residual, out, hidden, eps, BLOCK=block, num_warps=norm_warps(block)
         )
     return out
 
@@ -173,9 +126,7 @@ def add_rms_norm_reference(residual: Tensor, x: Tensor | None, weight: Tensor, e
     """Eager twin of :func:`add_rms_norm` (same arguments, nothing checked)."""
     if x is not None:
         residual.add_(x)
-    if residual.dtype in (torch.float32, torch.float64):
-        return F.rms_norm(residual, residual.shape[1:], weight, eps)
-    return F.rms_norm(residual.float(), residual.shape[1:], None, eps).to(residual.dtype) * weight
+    return rms_norm_reference(residual, weight, eps)
 
 
 @torch.library.custom_op("fastrl::rope_append", mutates_args=("keys", "values"))
@@ -187,7 +138,7 @@ def _rope_append_op(
     if rows:
         launch(_rope_append_kernel, rows * (query_heads + key_heads))(
             q.contiguous(), k.contiguous(), v.contiguous(), cos.contiguous(), sin.contiguous(), at, q_out, keys, values,
-            query_heads, key_heads, *keys.stride()[:3], HALF=dim // 2, BLOCK=_block(dim // 2), num_warps=1,
+            query_heads, key_heads, *keys.stride()[:3], HALF=dim // 2, BLOCK=power_of_two(dim // 2), num_warps=1,
         )  # fmt: skip
     return q_out
 
@@ -259,43 +210,3 @@ def rope_append_reference(
     keys.index_copy_(2, at, rotated[:, q.shape[1] :, None])
     values.index_copy_(2, at, v[:, :, None])
     return rotated[:, : q.shape[1]]
-
-
-@torch.library.custom_op("fastrl::silu_mul", mutates_args=())
-def _silu_mul_op(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    if gate.numel():
-        launch(_silu_mul_kernel, -(-gate.numel() // _GATE_BLOCK))(
-            gate, up, out, gate.numel(), BLOCK=_GATE_BLOCK, num_warps=4
-        )
-    return out
-
-
-@_silu_mul_op.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
-
-
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``, the gate rounded to its dtype before the product. No gradient.
-
-    Args:
-        gate, up: of the same shape, floating dtype and device.
-
-    Raises:
-        ValueError, TypeError: they differ.
-    """
-    check_shape("up", up, tuple(gate.shape))
-    check_dtype("gate", gate, FLOATS)
-    check_dtype("up", up, (gate.dtype,))
-    check_same_device(gate=gate, up=up)
-    if not use_triton(gate) or gate.dtype == torch.float64:
-        return silu_mul_reference(gate, up)
-    return _silu_mul_op(gate, up)
-
-
-@torch.no_grad()
-def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Eager twin of :func:`silu_mul` (same arguments, nothing checked)."""
-    return F.silu(gate).mul_(up)

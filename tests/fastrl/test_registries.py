@@ -309,7 +309,7 @@ PROBED = {
         *("engine/deepspeed", "plan/ledger", "models/attention/switch", "models/attention/varlen", "models/dora"),
         *("models/decode_layers", "models/export", "models/families/base", "models/families/llava", "models/flops"),
         *("models/families/qwen2_vl", "models/liger", "models/load", "models/lora", "models/native_layers"),
-        *("models/kept", "models/offload", "models/policy"),
+        *("models/fused", "models/kept", "models/layer_kinds", "models/offload", "models/policy"),
     ),
 }
 

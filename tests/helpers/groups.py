@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from fastrl.batch import Completion, PromptGroup
+from fastrl.batch import Completion, PackedBatch, PromptGroup, pack_row
 from fastrl.data.records import Record
 from fastrl.models import Policy
 
@@ -33,3 +33,9 @@ def group(policy: Policy, images: Sequence[Image.Image], text: str, lengths: Seq
         completion.per_token["weight"] = torch.randn(length, generator=generator)
         completions.append(completion)
     return PromptGroup(prompt, completions)
+
+
+def picture_batch(policy: Policy) -> PackedBatch:
+    """One prompt with a picture, and two answers."""
+    prompt, _ = policy.encode(record("r", [Image.radial_gradient("L").resize((84, 56))], "Hi"))
+    return pack_row([PromptGroup(prompt, [Completion(torch.tensor(ids)) for ids in ([5, 9, 40], [7])])])

@@ -57,6 +57,7 @@ def cases() -> Iterator[Case]:
     yield from _lists()
     yield from _heads()
     yield from _decoding()
+    yield from _pointwise()
 
 
 def _box(*shape: int) -> Tensor:
@@ -369,7 +370,7 @@ def _decoding() -> Iterator[Case]:
                 return [first, k.add_rms_norm(residual, x, weight, 1e-6), residual]
 
             fast = (dtype, width) == (torch.bfloat16, 100)
-            names = frozenset(["_add_rms_norm_kernel"])
+            names = frozenset(["rms_norm_kernel"])
             yield Case(f"add_rms_norm/{str(dtype)[6:]}/{width}", norm, dtype, names, fast=fast)
 
         for width in (12, 128):
@@ -384,12 +385,70 @@ def _decoding() -> Iterator[Case]:
             names = frozenset(["_rope_append_kernel"])
             yield Case(f"rope_append/{str(dtype)[6:]}/{width}", rope, dtype, names, fast=fast_rope(dtype, width))
 
-        def gate(k: Any, real: Any) -> Outputs:
-            return [k.silu_mul(real(torch.randn(7, 211)), real(torch.randn(7, 211)))]
-
-        names = frozenset(["_silu_mul_kernel"])
-        yield Case(f"silu_mul/{str(dtype)[6:]}", gate, dtype, names, fast=dtype == torch.float16)
-
 
 def fast_rope(dtype: torch.dtype, width: int) -> bool:
     return (dtype, width) == (torch.bfloat16, 12)
+
+
+# ---- pointwise -------------------------------------------------------------------------------------------------------
+
+
+def _differentiated(call: Callable[..., Any], inputs: list[Tensor], real: Any) -> Outputs:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    result = call(*leaves)
+    out = list(result) if isinstance(result, tuple) else [result]
+    upstream = [real(torch.randn(x.shape)) for x in out]
+    return [*out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def _pointwise() -> Iterator[Case]:
+    for dtype, width in product((torch.float32, torch.bfloat16, torch.float16), (24, 130, 1536)):
+        short = str(dtype)[6:]
+
+        def norms(k: Any, real: Any, width: int = width) -> Outputs:
+            residual, x, weight = real(torch.randn(9, width)), real(torch.randn(9, width)), real(torch.randn(width))
+            alone = _differentiated(k.rms_norm, [x, weight], real)
+            forked = _differentiated(lambda a, w: k.residual_rms_norm(a, None, w), [x, weight], real)
+            return [*alone, *forked, *_differentiated(k.residual_rms_norm, [residual, x, weight], real)]
+
+        names = frozenset(["rms_norm_kernel", "rms_norm_backward_kernel"])
+        yield Case(f"rms_norm/{short}/{width}", norms, dtype, names, fast=(short, width) == ("bfloat16", 130))
+
+        def gates(k: Any, real: Any, width: int = width) -> Outputs:
+            gate, up, a, b = (real(torch.randn(*n, width)) for n in ((17,), (17,), (), ()))
+            exact = _differentiated(k.gelu_mul, [gate, up], real)
+            near = _differentiated(lambda x, y: k.gelu_mul(x, y, approximate="tanh"), [gate, up], real)
+            biased = _differentiated(
+                lambda x, y, a, b: k.silu_mul(x, y, gate_bias=a, up_bias=b), [gate, up, a, b], real
+            )
+            return [*exact, *near, *biased]
+
+        names = frozenset(["gated_kernel", "gated_backward_kernel"])
+        yield Case(f"gated_mul/{short}/{width}", gates, dtype, names, fast=(short, width) == ("float16", 24))
+
+        def activations(k: Any, real: Any, width: int = width) -> Outputs:
+            x, bias = real(torch.randn(17, width)), real(torch.randn(width))
+            quick = _differentiated(lambda x, b: k.bias_activation(x, b, kind="quick_gelu"), [x, bias], real)
+            return [*quick, *_differentiated(lambda x: k.bias_activation(x, kind="gelu"), [x], real)]
+
+        names = frozenset(["bias_activation_kernel", "bias_activation_backward_kernel"])
+        yield Case(
+            f"bias_activation/{short}/{width}", activations, dtype, names, fast=(short, width) == ("float32", 24)
+        )
+    for dtype, (hq, hk, dim, turned) in product(
+        (torch.float32, torch.bfloat16, torch.float16), ((4, 2, 12, 12), (16, 2, 128, 128), (3, 1, 96, 66))
+    ):
+
+        def ropes(k: Any, real: Any, hq: int = hq, hk: int = hk, dim: int = dim, turned: int = turned) -> Outputs:
+            q, key = (real(torch.randn(2, h, 5, dim)) for h in (hq, hk))
+            plain = [real(x) for x in torch.randn(2, 1, 5, turned).unbind()]
+            axes = [real(x) for x in torch.randn(2, 3, 2, 5, turned).unbind()]
+            sections = (1, 2, turned // 2 - 3)
+            three = _differentiated(lambda q, key: k.rope(q, key, *axes, sections=sections), [q, key], real)
+            joint = _differentiated(
+                lambda x: k.qkv_rope(x, *(a[0] for a in plain)), [real(torch.randn(5, 3, hq, dim))], real
+            )
+            return [*_differentiated(lambda q, key: k.rope(q, key, *plain), [q, key], real), *three, *joint]
+
+        name = f"rope/{str(dtype)[6:]}/{hq}x{dim}"
+        yield Case(name, ropes, dtype, frozenset(["rope_kernel"]), fast=name == "rope/bfloat16/4x12")

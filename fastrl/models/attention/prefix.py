@@ -82,7 +82,7 @@ def vision_attention(
     call = varlen.choose(query.device, query.dtype, query.shape[-1]).call
     if call is None:
         return segment_attention(query, key, value, tuple((cu[1:] - cu[:-1]).tolist()), scale=scale), None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     longest = kwargs["max_length_q"]
     return call(q, k, v, cu, cu, longest, longest, scale=scale, causal=False)[None], None
 
@@ -132,7 +132,7 @@ def answer_attention(
     _check_rows(query, rows.length)
     if call is not None:
         k, v = (
-            torch.cat([x[0].transpose(0, 1) for x in (*shared, own)])
+            torch.cat([x.squeeze(0).transpose(0, 1) for x in (*shared, own)])
             for shared, own in zip(zip(*prompts, strict=True), (key, value), strict=True)
         )
         return _gathered_call(query, k, v, rows.varlen, call, scale)
@@ -240,7 +240,8 @@ def varlen_prefix_attention(
 ) -> Tensor:
     """``dense_prefix_attention`` as one variable-length call."""
     _check_rows(query, tables.rows)
-    return _gathered_call(query, key[0].transpose(0, 1), value[0].transpose(0, 1), tables, call, scale)
+    k, v = (x.squeeze(0).transpose(0, 1) for x in (key, value))
+    return _gathered_call(query, k, v, tables, call, scale)
 
 
 def _gathered_call(
@@ -248,7 +249,7 @@ def _gathered_call(
 ) -> Tensor:
     """Query [1, Hq, L, D] with the keys and values that the tables gather of [rows, Hkv, D] → [1, L, Hq, D]."""
     k, v = (gather_rows(x, tables.key_rows, tables.copies) for x in (key, value))
-    q = query[0].transpose(0, 1)
+    q = query.squeeze(0).transpose(0, 1)
     return call(q, k, v, tables.cu_q, tables.cu_k, tables.max_q, tables.max_k, scale=scale, causal=True)[None]
 
 
@@ -271,8 +272,8 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = torch.zeros(ctx.length, *grad.shape[1:], dtype=wide, device=grad.device)
-        for rows, places in ctx.copies:
-            total[rows] += grad.index_select(0, places)
+        for rows, places in ctx.copies:  # no row occurs twice in one call, so the order of atomic sums is fixed
+            total.index_add_(0, rows, grad.index_select(0, places).to(wide))
         return total.to(grad.dtype), None, None
 
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from fastrl.batch import Completion, PackedBatch, PromptGroup, pack_row
 from fastrl.data.records import Record
 from fastrl.models import Policy, load_policy
-from fastrl.models.liger import MERGED, THREE_AXES, _replacement, _with_rope, drop_liger, use_liger
+from fastrl.models.layer_kinds import MERGED, THREE_AXES, with_global
+from fastrl.models.liger import _replacement, drop_liger, use_liger
 from fastrl.rollout import Generator, Sampling
 from fastrl.run.setup import load_model
+from tests.helpers.groups import picture_batch
 from tests.helpers.training import make_recipe
 
 
@@ -26,16 +26,9 @@ def folder(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -
     return tiny_folder(request.param)
 
 
-def batch_of(policy: Policy) -> PackedBatch:
-    picture = Image.radial_gradient("L").resize((84, 56))
-    content = [{"type": "image"}, {"type": "text", "text": "Hi"}]
-    prompt, _ = policy.encode(Record("r", "qa", (picture,), ({"role": "user", "content": content},), {}))
-    return pack_row([PromptGroup(prompt, [Completion(torch.tensor(ids)) for ids in ([5, 9, 40], [7])])])
-
-
 def run(policy: Policy) -> tuple[Tensor, dict[str, Tensor]]:
     policy.core.zero_grad()
-    logp = policy.logprob(batch_of(policy).to(policy.device)).logp
+    logp = policy.logprob(picture_batch(policy).to(policy.device)).logp
     logp.sum().backward()
     return logp.detach(), {n: p.grad.clone() for n, p in policy.core.named_parameters() if p.grad is not None}
 
@@ -155,9 +148,8 @@ def test_both_names_of_the_rotary_function_are_replaced() -> None:
     for name in (MERGED, THREE_AXES):
         scope: dict[str, Any] = {name: lambda *_: "theirs"}
         exec(f"def forward(self, *given): return {name}(*given)", scope)
-        changed = _with_rope(scope["forward"], name)
-        assert scope["forward"](None) == "theirs"
-        assert changed.__globals__[name] is not scope[name]
+        changed = with_global(scope["forward"], name, lambda *_: "ours")
+        assert (scope["forward"](None), changed(None)) == ("theirs", "ours")
         assert changed.__name__ == "forward"
 
 

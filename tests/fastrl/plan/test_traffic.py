@@ -45,6 +45,7 @@ CASES: dict[str, tuple[Callable[[], Any], int]] = {
     "overwritten": (lambda: vector().copy_(vector()), 2 * N),
     "cast": (lambda: vector().to(torch.bfloat16), N + N // 2),
     "a view": (lambda: vector(2, 3).t()[1:].unsqueeze(0), 0),
+    "a view of a product": (lambda: torch.ops.aten._unsafe_view(vector(2, 3), [6]), 0),
     "an allocation": (lambda: torch.empty_like(vector()), 0),
     "expanded is read once": (lambda: vector(1).expand(6) + vector(), 4 + 2 * N),
     "a list": (lambda: torch.cat([vector(), vector()]), 4 * N),

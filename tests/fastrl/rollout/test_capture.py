@@ -28,7 +28,7 @@ LAUNCHES = {  # of a layer in a decode step; all others are views
     "fastrl.add_rms_norm.default": 2,
     "fastrl.rope_append.default": 1,
     "fastrl.decode_attention.default": 1,
-    "fastrl.silu_mul.default": 1,
+    "fastrl.gated_mul.default": 1,
 }
 pytestmark = pytest.mark.skipif(interpreting(), reason="tensors on the meta device hold nothing to interpret")
 

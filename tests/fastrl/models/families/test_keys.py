@@ -19,6 +19,7 @@ from fastrl.data.lists import RankedList
 from fastrl.data.records import Record, question
 from fastrl.data.reflection import SpokenTurn
 from fastrl.models import Policy, load_policy
+from fastrl.models.fused import fused, use_fused
 from fastrl.models.liger import use_liger
 from fastrl.trainer import train
 from tests.helpers.contract import QUESTIONS, Pair, check_sampler, gradients
@@ -168,3 +169,15 @@ def test_liger_switches_only_layers_that_it_computes_alike(
         done = use_liger(pair.policy.core)
     assert set(done) == {"rms_norm", "swiglu", "rope"} - WITHOUT.get(pair.policy.family.model_type, set())
     torch.testing.assert_close(logp_of(pair.policy, pair), want, rtol=pair.tolerance, atol=pair.tolerance)
+
+
+def test_fused_layers_compute_what_every_family_does(pair: Pair) -> None:
+    """On a CPU by the kernels' twins: which layers are switched, and that each computes what its class does."""
+    want = logp_of(pair.policy, pair)
+    with fused(pair.policy.core):
+        got = logp_of(pair.policy, pair)
+    torch.testing.assert_close(got, want, rtol=pair.tolerance, atol=pair.tolerance)
+    done = use_fused(pair.policy.core)
+    assert {"gated", "mlp"} & set(done)
+    own = WITHOUT.get(pair.policy.family.model_type, set())
+    assert {"rms_norm", "rope"} - set(done) == {"rms_norm", "rope"} & own
