@@ -28,7 +28,7 @@ gate: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
-	$(BIN)/pyright --threads 2
+	$(BIN)/pyright
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet
