@@ -97,6 +97,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert trace.exists()
 
 
+def repeated(times: int, deep: int) -> list[Any]:
+    """A list that holds one list ``times`` times, and so on: times^deep entries in a few bytes."""
+    value: list[Any] = []
+    for _ in range(deep):
+        value = [value] * times
+    return value
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -108,7 +116,13 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
         (b"(lp999999999\n.", "fills memory cell 999999999"),
         (b"P1\n.", "an object outside the file"),
         (b"\x80\x02\x82\x01.", "cannot be read as a pickle"),  # an extension code
-        (b"S'print'\n(tR.", "cannot be read as a pickle"),  # a text is no function
+        (b"S'print'\n)R.", "cannot be read as a pickle"),  # a text is no function
+        (b"})" + b"\x85" * 200000 + b"Ns.", "instruction 3 makes a tuple"),  # its hash would overflow the stack
+        (b"})" + b"2\x86" * 60 + b"Ns.", "instruction 4 makes a tuple"),  # its hash would visit 2^60 tuples
+        (pickle.dumps(repeated(2, 40)), "nested more than 32 deep"),
+        (pickle.dumps(repeated(50, 8)), "its lists hold the same lists too often"),
+        (b"\x8b\x10\x00\x00\x00" + b"\x7f" * 16 + b".", "it holds an integer of 127 bits"),
+        (b"\x80\x04\x8f.", "it holds a set"),
         (b"}(S'__class__'\nI1\nsb.", "cannot be read as a pickle"),
         (b"(lp0\n", "cannot be read as a pickle"),
         (b"", "cannot be read as a pickle"),
