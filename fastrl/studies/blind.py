@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrl.data import load_data, parse_spec
+from fastrl.build.perpo import make_options
+from fastrl.config.sections import RewardRecipe
+from fastrl.data import brings, load_data
 from fastrl.evaluate import EVALUATIONS, evaluate
 from fastrl.evaluate.run import MAX_NEW_TOKENS
 from fastrl.methods import method_for
 from fastrl.methods.perpo import PerPO
-from fastrl.recipe import Recipe, load_recipe
+from fastrl.methods.rollouts import functions_of
+from fastrl.recipe import Recipe, load_recipe, load_records
 from fastrl.rewards.base import unknown
-from fastrl.run.setup import load_model
+from fastrl.run.setup import check_tasks, load_model, scorable_records
 from fastrl.studies.base import REPORTED, About, Arm, Job, Measured, Say, Study
 from fastrl.studies.training import changed, make_lists, measure, scene_sets, train_job
 from fastrl.toy.demos.evidence import Compared, change
@@ -128,10 +131,32 @@ class Experiment(Study):
             raise ValueError(unknown("task for a study", self.task, SHOWN))
         if self.task == "detection" and not all(record.target["boxes"] for record in records):
             raise ValueError(f"{self.own.held_out if self.own else ''}: a picture without objects has no AP of its own")
+        if self.own is not None:
+            self._check_training(self.own)
         self.start = load_model(self.recipe)
 
+    def _check_training(self, own: Own) -> None:
+        """Raise ``ValueError`` if a recipe of one's own and its data cannot be trained on, or no lists be built of
+        them."""
+        recipe = self.recipe
+        if not self._builds_lists:
+            functions = functions_of(recipe.reward, recipe.mix_rewards) if recipe.scores_groups else None
+            data = scorable_records(recipe, functions)
+            if functions is not None:
+                check_tasks(recipe, data, functions)
+            return
+        lists = "or build lists yourself and give --data lists:FILE"
+        if recipe.data.mix:
+            raise ValueError(f"data.mix: lists of this study are built of one data set; take --data SPEC, {lists}")
+        if recipe.reward != RewardRecipe():
+            raise ValueError(f"reward: lists of this study are ranked by the task's own reward; leave it out, {lists}")
+        make_options(self.task, recipe.model.path, recipe.data_spec)
+        task = load_records(recipe)[0].task
+        if task != self.task:
+            raise ValueError(f"{recipe.data_spec} is for {task}, {own.held_out} for {self.task}: give data of one task")
+
     def prepare(self, seed: int, shared: Path) -> None:
-        if method_for(self.recipe.method) is PerPO and not self._given_lists:
+        if self._builds_lists:
             own = self.own is not None
             spec = self.recipe.data_spec if own else scenes_like(self.recipe.data.spec, n=self._prompts, seed=seed)
             n = self.recipe.rollout.group_size if own else ANSWERS
@@ -145,7 +170,7 @@ class Experiment(Study):
         if job.arm.group:
             changes: dict[str, Any] = {"method.kind": job.arm.options["kind"]}
             changes["data.blank_images"] = job.arm.options["blank"]
-            if method_for(self.recipe.method) is PerPO and not self._given_lists:
+            if self._builds_lists:
                 changes |= {"data.spec": f"lists:{job.shared / 'lists.jsonl'}", "data.adapter": None}
             policy = train_job(changed(self.recipe, changes), job)
         return {name: self._measure(policy, self.sets[name]) for name in job.sets}
@@ -164,8 +189,9 @@ class Experiment(Study):
         ]
 
     @property
-    def _given_lists(self) -> bool:
-        return bool(self.recipe.data.spec) and parse_spec(self.recipe.data.spec)[0] == "lists"
+    def _builds_lists(self) -> bool:
+        """Whether the arms' lists are sampled here: the method takes lists, and the data has none."""
+        return method_for(self.recipe.method) is PerPO and brings(self.recipe.data.spec) != "answers"
 
     @property
     def _prompts(self) -> int:

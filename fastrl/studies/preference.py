@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrl.data.disk import write_file
+from fastrl.data.files import write_atomically
 from fastrl.recipe import load_recipe
 from fastrl.rewards.grounding import GroundingReward
 from fastrl.run.setup import load_model
@@ -126,7 +126,7 @@ class Experiment(Study):
             path = shared / file_name(*data)
             if not path.exists():
                 lines = (json.dumps(varied(row, *data, seed=seed), ensure_ascii=False) for row in rows)
-                write_file(path, "".join(f"{line}\n" for line in lines))
+                write_atomically(path, "".join(f"{line}\n" for line in lines))
 
     def run(self, job: Job) -> Mapping[str, Measured]:
         policy = self.start

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,11 +39,13 @@ def run_study(study: Study, out: Path, *, seeds: int | None = None) -> dict[str,
         See ``fastrl.studies.outcome.outcome``.
 
     Raises:
-        ValueError: several seeds for a quick study, the folder holds something else or another study or setting, or
-            what the study's ``begin`` says.
+        ValueError: no seed, or several for a quick study, the folder holds something else or another study or setting,
+            or what the study's ``begin`` says.
     """
     if study.quick and seeds not in (None, 1):
         raise ValueError(f"--quick has one seed, got --seeds {seeds}: leave one of them out")
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"a study has at least one seed, got {seeds}")
     count = 1 if study.quick else seeds or study.seeds
     described = {"study": study.about.name, "quick": study.quick, "settings": dict(study.settings())}
     described = json.loads(json.dumps(described))  # tuples as JSON has them
@@ -74,15 +76,20 @@ def check_folder(out: Path, described: Mapping[str, Any]) -> None:
         held = json.loads((out / FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{out / FILE} cannot be read ({error}): choose another --out") from None
-    for name, old, new in (
-        *((key, held.get(key), described[key]) for key in ("study", "quick")),
-        *(
-            (key, held.get("settings", {}).get(key), described["settings"].get(key))
-            for key in {**held.get("settings", {}), **described["settings"]}
-        ),
-    ):
-        if old != new:
+    held, wanted = dict(_settings(held)), dict(_settings(described))
+    for name in dict.fromkeys((*wanted, *held)):
+        if held.get(name) != wanted.get(name):
+            old, new = held.get(name), wanted.get(name)
             raise ValueError(f"{out} was begun with {name}: {old}, this is {name}: {new}; choose another --out")
+
+
+def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a described study by its dotted name."""
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, each in value.items():
+        yield from _settings(each, ".".join(filter(None, (name, key if (name, key) != ("", "settings") else ""))))
 
 
 def choose_rates(study: Study, arms: Sequence[Arm], out: Path) -> dict[str, float | None]:

@@ -66,7 +66,8 @@ def make_lists(
     shared.mkdir(parents=True, exist_ok=True)
     sampled = {"max_new_tokens": recipe.rollout.max_new_tokens, "temperature": recipe.rollout.temperature}
     pixels = {"min_pixels": recipe.model.min_pixels, "max_pixels": recipe.model.max_pixels}
-    given = {"n": n, "min_gap": min_gap, "seed": seed, "limit": limit, **sampled, **pixels}
+    kept = {"skip_bad": recipe.data.skip_bad, "unreadable": recipe.method.unreadable}  # type: ignore[attr-defined]
+    given = {"n": n, "min_gap": min_gap, "seed": seed, "limit": limit, **sampled, **pixels, **kept}
     found = build_lists(make_options(task, recipe.model.path, spec, **given), shared / LISTS)
     if not found["kept"]:
         raise ValueError(f"{spec}: none of {found['prompts']} lists has rewards that differ by {min_gap:g} or at all")

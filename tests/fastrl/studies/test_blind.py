@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -111,6 +112,29 @@ def test_a_task_without_a_measure_is_refused() -> None:
     study = Experiment(own=Own(load_recipe("perpo-grounding-tiny"), "scenes:caption?n=4"))
     with pytest.raises(ValueError, match=r"caption.*grounding"):
         study.begin()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "held_out", "message"),
+    [
+        (
+            "perpo-grounding-tiny",
+            {"data.spec": "scenes:counting?n=4"},
+            "grounding",
+            "is for counting, scenes:grounding",
+        ),
+        ("perpo-grounding-tiny", {"data.spec": "scenes:detection?n=4"}, "detection", "task to build lists for"),
+        ("perpo-grounding-tiny", {"reward.weights": {"iou": 2.0}}, "grounding", "ranked by the task's own reward"),
+        ("perception-r1-grounding-tiny", {"data.spec": "scenes:counting?n=4"}, "grounding", "reward does not fit"),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained_leaves_no_folder(
+    recipe: str, changes: dict[str, Any], held_out: str, message: str, tmp_path: Path
+) -> None:
+    study = Experiment(own=Own(load_recipe(recipe, changes), f"scenes:{held_out}?n=2&seed=1&difficulty=1"))
+    with pytest.raises(ValueError, match=message):
+        run_study(study, tmp_path / "study", seeds=1)
+    assert not (tmp_path / "study").exists()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

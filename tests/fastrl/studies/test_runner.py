@@ -15,7 +15,7 @@ from fastrl.cli.main import main
 from fastrl.studies import STUDIES, all_studies, study_class
 from fastrl.studies.base import REPORTED, About, Arm, Job, Line, Measured, Plot, Study
 from fastrl.studies.outcome import change_rows, conditions, print_result, verdict
-from fastrl.studies.runner import folder_name, run_study
+from fastrl.studies.runner import check_folder, folder_name, run_study
 from fastrl.toy.demos.evidence import Compared, change
 
 
@@ -157,11 +157,28 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(tmp_path: Path) -
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(ValueError, match=r"study.json cannot be read .*: choose another --out"):
         run_study(Fixed(quick=True), tmp_path)
+    for held_text in ("[1]", '"x"', '{"study": "fixed", "quick": true, "settings": [1]}'):
+        (tmp_path / "study.json").write_text(held_text)
+        with pytest.raises(ValueError, match=r"was begun with .*choose another --out"):
+            run_study(Fixed(quick=True), tmp_path)
     other = tmp_path.with_name("other")
     other.mkdir()
     (other / "mine.txt").write_text("")
     with pytest.raises(ValueError, match="is not empty and holds no study"):
         run_study(Fixed(), other)
+
+
+def test_a_setting_within_settings_is_named_alone(tmp_path: Path) -> None:
+    described = {"study": "blind", "quick": False, "settings": {"keys": {"data": {"spec": "a"}, "seed": 1}}}
+    (tmp_path / "study.json").write_text(json.dumps(described).replace('"a"', '"b"'))
+    with pytest.raises(ValueError, match=r"begun with keys\.data\.spec: b, this is keys\.data\.spec: a; choose"):
+        check_folder(tmp_path, described)
+
+
+def test_a_study_has_a_seed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one seed, got 0"):
+        run_study(Fixed(), tmp_path / "out", seeds=0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_arms_measured_on_other_records_are_not_compared(tmp_path: Path) -> None:
