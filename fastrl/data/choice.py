@@ -62,8 +62,9 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     """Read a multiple-choice benchmark. Raises ``DataError`` for an unreadable file, layout or option."""
     given = choice_rows(Path(path))
     layout = _layout(given if given is not None else read_rows(Path(path), query.get("split")), path)
-    if layout.video is None and "videos" in query:
-        raise fail(path, "bad option", f"videos is for questions about videos; {layout.name} asks about pictures")
+    key, other, about = ("videos", "videos", "pictures") if layout.video is None else ("images", "pictures", "videos")
+    if query.get(key, "none") != "none":
+        raise fail(path, "bad option", f"{key} is for questions about {other}; {layout.name} asks about {about}")
     circular = choice_option(query, "circular", ("no", "yes"), path) == "yes"
     plain = {key: value for key, value in query.items() if (key, value) != ("images", "none")}
     named = "images" in plain and not reading(query, path).stated
@@ -187,7 +188,9 @@ def _rotated(data: Dataset) -> Dataset:
 def _asked(row: Row, text: str | None, choices: Sequence[str | None], place: int | None) -> Asked | None:
     """The question, if nothing is wrong with it."""
     options = tuple(choice for choice in choices if choice is not None)
-    if not 2 <= len(options) <= len(LETTERS):
+    if any(choice is not None for choice in choices[len(options) :]):
+        row.fail("missing field", f"option {LETTERS[list(choices).index(None)]} is empty, but one after it is not")
+    elif not 2 <= len(options) <= len(LETTERS):
         row.fail("missing field", f"a question has 2 to {len(LETTERS)} options; found {len(options)}")
     elif place is not None and not 0 <= place < len(options):
         row.fail("wrong answer", f"the answer is option {place} (from 0), but there are {len(options)}")

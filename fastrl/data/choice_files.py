@@ -22,7 +22,7 @@ def choice_rows(path: Path) -> Rows | None:
     ``DataError`` for an unreadable file."""
     if path.suffix == ".tsv":
         return _tsv_rows(path)
-    if path.suffix != ".json" or _begins(path) == "[":
+    if path.suffix != ".json" or _has_rows(path):
         return None
     value = parse_json(read_text(path), str(path))
     if isinstance(value, Problem):
@@ -32,9 +32,11 @@ def choice_rows(path: Path) -> Rows | None:
     return _seed_rows(path, value) if "questions" in value else _tempcompass_rows(path, value)
 
 
-def _begins(path: Path) -> str:
-    """The first visible character of a file."""
-    return next((line.strip()[0] for line in text_lines(path) if line.strip()), "")
+def _has_rows(path: Path) -> bool:
+    """Whether a JSON file is a list, or its first line is a question."""
+    first = next((line for line in text_lines(path) if line.strip()), "[")
+    row = None if first.lstrip().startswith("[") else parse_json(first, str(path))
+    return row is None or (isinstance(row, Mapping) and "question" in row)
 
 
 def _seed_rows(path: Path, value: Mapping[str, Any]) -> Rows:

@@ -82,6 +82,12 @@ def asked(data: Dataset, template: Template, where: str) -> Dataset:
     Raises:
         DataError: the first of records made on demand lacks a word.
     """
+    from fastrl.data.videos import VideoRecords  # imported here, as few specs have a template
+
+    if isinstance(data.records, VideoRecords):  # what is asked is known without the frames
+        found = asked(Dataset(list(data.records.records), data.problems, data.left_out, data.notes), template, where)
+        shown = VideoRecords(found.records, data.records.files, data.records.frames)
+        return Dataset(shown, found.problems, found.left_out, found.notes)
     if not isinstance(data.records, list):
         if len(data.records):
             ask(data.records[0], template, where)

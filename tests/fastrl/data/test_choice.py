@@ -188,6 +188,32 @@ def test_bad_rows(row: Any, message: str, folder: Path) -> None:
         load_data(write(folder, [row]))
 
 
+def test_an_empty_option_before_another_is_a_bad_row(folder: Path) -> None:
+    """Its letters would name other options: the answer C would be what stands under D."""
+    row = {**MMBENCH, "answer": "C", "C": "", "D": "four"}
+    with pytest.raises(DataError, match="option C is empty, but one after it is not"):
+        load_data(tsv(folder, row))
+
+
+def test_a_json_file_may_hold_a_row_a_line(folder: Path) -> None:
+    (folder / "lines.json").write_text("".join(json.dumps({**AI2D, "id": n}) + "\n" for n in range(2)))
+    assert [record.id for record in load_data(f"choice:{folder}/lines.json")] == ["0", "1"]
+
+
+def test_a_template_for_videos_is_checked_before_their_frames_are_read(folder: Path) -> None:
+    rows = [
+        {"video_id": "v1", "dim": "d", "question": "Which?\nA. x\nB. y", "answer": "A. x"},
+        {"video_id": "v1", "dim": "d", "question": "Is it?", "answer": "yes"},
+    ]
+    spec = write(folder, rows) + f"?videos={folder}/videos&prompt={{question}} {{options}}"
+    with pytest.raises(DataError, match=r"row 2: prompt needs \{options\}"):
+        load_data(spec)
+    data = load_data(spec, skip_bad=True)
+    assert (len(data), data.skipped) == (1, 1)
+    assert text(data[0]) == "Which? A. x\nB. y"
+    assert len(data[0].images) == 8
+
+
 def test_bad_files_and_options(folder: Path) -> None:
     with pytest.raises(DataError, match=r"mmbench\.tsv:2: image is no base64"):
         load_data(tsv(folder, {**MMBENCH, "image": "%" * 80}))
@@ -201,6 +227,8 @@ def test_bad_files_and_options(folder: Path) -> None:
         load_data(write(folder, {"questions": 3}))
     with pytest.raises(DataError, match="videos is for questions about videos; AI2D asks about pictures"):
         load_data(f"{write(folder, [AI2D])}?videos={folder}")
+    with pytest.raises(DataError, match="images is for questions about pictures; MVBench asks about videos"):
+        load_data(f"{write(folder, [MVBENCH])}?images={folder}")
     with pytest.raises(DataError, match="no column 'kind', which type= names"):
         load_data(f"{write(folder, [AI2D])}?type=kind")
     with pytest.raises(DataError, match="image not found"):
