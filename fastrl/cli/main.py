@@ -253,7 +253,7 @@ def plan(
 
     named = [f"model.path={json.dumps(model)}"] if model is not None else []
     sizes = {"images": images, "image_pixels": image_pixels, "text_tokens": text_tokens, "answer_tokens": answer_tokens}
-    named += engine_settings(engine) if engine is not None else []
+    named += engine_settings(engine, gpus * nodes) if engine is not None else []
     chosen, device = load_recipe(recipe, [*named, *(overrides or [])]), gpu_named(gpu)
     made = make_plan(chosen, device, gpus=gpus, nodes=nodes, efficiency=efficiency, sizes=sizes)
     changes = advise(made, sizes)

@@ -41,13 +41,21 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     seen: Counter[str] = Counter()
     given = list(_folder_rows(Path(path))) if folder else None
     data = load_rows(path, plain, lambda row: _record(row, seen, pictures), given)
-    single = [key for key, count in seen.items() if count != 2]
-    problems = [
-        Problem(f"{path}:{key}", "unpaired question", f"{seen[key]} questions about a picture that has two in MME")
-        for key in single
-        if not data.problems
-    ]
-    return Dataset(data.records, [*data.problems, *problems], data.left_out, data.notes)
+    return _paired(data, seen, path)
+
+
+def _paired(data: Dataset, seen: Counter[str], path: str) -> Dataset:
+    """Without the questions about pictures that do not have two: those would count as a pair, and are bad rows."""
+    kept: list[Record] = []
+    problems = list(data.problems)
+    for record in data:
+        key = record.target["groups"]["mme"]
+        if seen[key] == 2:
+            kept.append(record)
+        else:
+            message = f"{seen[key]} readable questions about a picture that has two in MME"
+            problems.append(Problem(f"{path}:{key}", "unpaired question", message))
+    return Dataset(kept, problems, data.left_out, data.notes)
 
 
 def _record(row: Row, seen: Counter[str], pictures: bool) -> Record | None:

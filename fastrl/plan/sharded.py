@@ -132,16 +132,20 @@ def network_of(
 ENGINES = ("fsdp2", "zero0", "zero1", "zero2", "local")
 
 
-def engine_settings(name: str) -> list[str]:
+def engine_settings(name: str, ranks: int = 1) -> list[str]:
     """The recipe's settings, ``key=value``, for an engine by its name in ``fastrl plan --engine``.
 
     Raises:
-        ValueError: the name is unknown, or that of an engine that fastrl does not have.
+        ValueError: the name is unknown, or that of an engine that fastrl does not have or that cannot have ``ranks``.
     """
     if name == "zero3":
         raise ValueError("--engine zero3: not supported; fsdp2 shards the same (weights, gradients and moments)")
     if name not in ENGINES:
         raise ValueError(f"--engine: expected one of {', '.join(ENGINES)}, got {name!r}")
+    if name == "local" and ranks > 1:
+        raise ValueError(
+            f"--engine local: is one process on one GPU, got {ranks} GPUs; take fsdp2, zero0, zero1 or zero2"
+        )
     if name == "local":
         return ["engine.kind=local"]
     several = ["optim.states=fp32", "optim.gradient_release=false"]

@@ -56,7 +56,8 @@ def load(path: str, query: Mapping[str, str]) -> Scenes:
     options = dict(_DEFAULTS)
     for key, value in query.items():
         if key not in options:
-            raise ValueError(f"scenes: unknown key {key!r}; allowed: {', '.join(options)}")
+            allowed = ", ".join((*options, "prompt"))  # the latter is read before (``fastrl.data.prompts``)
+            raise ValueError(f"scenes: unknown key {key!r}; allowed: {allowed}")
         if key == "frames" and path in MAKERS and path not in CLIP_MAKERS:
             raise ValueError(f"scenes:{path} has pictures, not clips: no frames to choose")
         try:

@@ -63,8 +63,8 @@ def test_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "query", "message"),
     [
-        (PAIR[:1], "", r"mme\.jsonl:color/7\.png: 1 questions about a picture that has two in MME"),
-        ((*PAIR, PAIR[0]), "", "3 questions about a picture"),
+        (PAIR[:1], "", r"mme\.jsonl:color/7\.png: 1 readable questions about a picture that has two in MME"),
+        ((*PAIR, PAIR[0]), "", "3 readable questions about a picture"),
         (({**PAIR[0], "answer": "maybe"},), "", r"mme\.jsonl:1: answer must be Yes or No, got 'maybe'"),
         (({**PAIR[0], "category": None},), "", "category must be a string"),
         (({**PAIR[0], "question_id": None},), "", "question_id must be a string or an integer"),
@@ -76,6 +76,14 @@ def test_rows(tmp_path: Path) -> None:
 def test_bad_rows(rows: tuple[dict[str, Any], ...], query: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         load_data(write(tmp_path, *rows) + query)
+
+
+def test_a_picture_with_one_bad_question_is_skipped_as_a_whole(tmp_path: Path) -> None:
+    """Else its other question would count as a pair by itself in accuracy+."""
+    other = [{**row, "question_id": "8.png"} for row in PAIR]
+    data = load_data(write(tmp_path, *PAIR, other[0], {**other[1], "answer": "maybe"}), skip_bad=True)
+    assert [record.id for record in data] == ["color/7.png/1", "color/7.png/2"]
+    assert data.reasons == {"wrong answer": 1, "unpaired question": 1}
 
 
 def test_bad_folders(released: Path) -> None:

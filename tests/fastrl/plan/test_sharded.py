@@ -61,6 +61,12 @@ def test_an_engine_that_there_is_not(name: str, message: str) -> None:
         engine_settings(name)
 
 
+def test_the_local_engine_is_one_process() -> None:
+    assert engine_settings("local") == ["engine.kind=local"]
+    with pytest.raises(ValueError, match="--engine local: is one process on one GPU, got 8 GPUs"):
+        engine_settings("local", 8)
+
+
 @pytest.mark.gate
 @pytest.mark.parametrize("lora", [False, True])
 def test_memory_and_exchange_of_two_processes_are_planned(tmp_path: Path, lora: bool) -> None:
