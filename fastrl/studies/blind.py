@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.build.perpo import make_options
-from fastrl.config.sections import RewardRecipe
 from fastrl.data import brings, load_data
 from fastrl.evaluate import EVALUATIONS, evaluate
 from fastrl.evaluate.run import MAX_NEW_TOKENS
@@ -148,7 +147,7 @@ class Experiment(Study):
         lists = "or build lists yourself and give --data lists:FILE"
         if recipe.data.mix:
             raise ValueError(f"data.mix: lists of this study are built of one data set; take --data SPEC, {lists}")
-        if recipe.reward != RewardRecipe():
+        if recipe.reward.model_dump(exclude_defaults=True):
             raise ValueError(f"reward: lists of this study are ranked by the task's own reward; leave it out, {lists}")
         make_options(self.task, recipe.model.path, recipe.data_spec)
         task = load_records(recipe)[0].task
