@@ -19,6 +19,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fastrl_kernels._activations import (
     activate,
@@ -250,7 +251,8 @@ def _gated(name: str, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bia
 def _eager(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, kind: str) -> Tensor:
     if gate_bias is not None and up_bias is not None:
         gate, up = gate + gate_bias, up + up_bias
-    return activate(gate, kind) * up
+    opened = activate(gate, kind)
+    return opened * up if torch.is_grad_enabled() or is_functorch_wrapped_tensor(up) else opened.mul_(up)
 
 
 def silu_mul_reference(

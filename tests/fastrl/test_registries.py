@@ -302,6 +302,7 @@ PROBED = {
         *("config/usercode", "run/callbacks", "run/arguments", "rewards/functions", "rewards/base", "data/user"),
     ),
     "errors of the YAML reader": ("config/reader",),
+    "what an operating system lacks": ("studies/machine",),
     "pictures and arrays in users' rows": (
         *("data/made", "data/pictures", "data/show", "data/truth", "data/validate", "rewards/adapters"),
     ),
