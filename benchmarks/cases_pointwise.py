@@ -6,7 +6,7 @@ Peers in eager torch are what transformers' layers compute, one operator after a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def cases(size: str) -> list[Case]:
 
 
 def _case(
-    size: str, name: str, op: str, shapes: dict[str, tuple[int, ...]], call: Run, eager: Run,
+    size: str, name: str, op: str, shapes: Mapping[str, tuple[int, ...]], call: Run, eager: Run,
     *, angles: int | None = None, **more: Run,
 ) -> Case:  # fmt: skip
     """Every input of ``shapes`` gets a gradient, which is compared like the outputs. ``angles``: of so many columns.
@@ -121,7 +121,8 @@ def _liger_geglu(x: Inputs) -> tuple[Tensor, ...]:
 
 
 def _gate_cases(size: str) -> list[Case]:
-    shapes = dict.fromkeys(("gate", "up"), (ROWS[size], INNER[size]))
+    row = (ROWS[size], INNER[size])
+    shapes = {"gate": row, "up": row}
     return [
         _case(
             size, "silu_mul/backward", "silu_mul", shapes,

@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.gate)])
 @pytest.mark.parametrize("name", CASES)
 def test_a_number_may_change(name: str, dynamic: bool | None) -> None:
     call, values = CASES[name]

@@ -79,7 +79,7 @@ def test_a_training_step(
 
 
 @pytest.mark.parametrize("shape", ["text, two groups", "ragged answers"])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.gate)])
 def test_a_training_step_with_a_row_local_head(folders: Callable[[str], Path], lora: bool, shape: str) -> None:
     spec = LoraRecipe(rank=8) if lora else None  # type: ignore[call-arg]
     counted, planned = measured_and_planned(
@@ -88,6 +88,7 @@ def test_a_training_step_with_a_row_local_head(folders: Callable[[str], Path], l
     assert planned == pytest.approx(counted, rel=WITHIN)
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 2), (torch.bfloat16, 1)])
 def test_accumulated_gradients_and_float32_copies(
     folders: Callable[[str], Path], dtype: torch.dtype, passes: int

@@ -189,6 +189,7 @@ def test_a_frozen_tower_sees_pictures_once() -> None:
     assert trained.memory.features == 0
 
 
+@pytest.mark.gate
 def test_answers_of_a_server_cost_nothing_here() -> None:
     served = make_plan(small("rollout.backend=vllm", "rollout.server=http://localhost:8000"), gpu_named("l4"))
     local = make_plan(small(), gpu_named("l4"))
@@ -218,6 +219,7 @@ def test_gradients_are_released_before_the_host_is_asked() -> None:
     assert {"optim.states": "offload", "optim.gradient_release": False, "optim.clip_norm": 1.0} in keys
 
 
+@pytest.mark.gate
 def test_what_does_not_fit_comes_with_changes_until_it_does() -> None:
     recipe = small("method.beta=0.04", "model.max_pixels=200000")
     needed = make_plan(recipe, gpu_named("l4")).memory.peak

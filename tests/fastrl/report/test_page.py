@@ -53,6 +53,7 @@ def test_page_holds_curves_samples_pictures_and_the_recipe(run: Path, tmp_path: 
     assert all(html.escape(sample["truth"]) in page for sample in samples)
 
 
+@pytest.mark.gate
 def test_evaluations_have_a_chart_of_each_metric_and_the_best_is_named(run: Path, tmp_path: Path) -> None:
     metrics = (run / "metrics.jsonl").read_text()
     rows = [
