@@ -57,10 +57,14 @@ def run_job(study: Study, job: Job) -> None:
 
 
 def read_cell(folder: Path) -> Cell:
-    """The results of a finished job. Raises ``FileNotFoundError`` where there is no mark."""
-    mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    sets = {name: _read(folder / f"{name}.jsonl", numbers) for name, numbers in mark["numbers"].items()}
-    return Cell(sets, mark["seconds"], mark["cpu_seconds"])
+    """The results of a finished job. Raises ``ValueError`` with the folder where they cannot be read."""
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        sets = {name: _read(folder / f"{name}.jsonl", numbers) for name, numbers in mark["numbers"].items()}
+        return Cell(sets, mark["seconds"], mark["cpu_seconds"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder}: damaged results ({problem}); remove this folder to run it again") from None
 
 
 def _read(path: Path, numbers: Mapping[str, float]) -> Measured:

@@ -189,6 +189,20 @@ def test_arms_measured_on_other_records_are_not_compared(tmp_path: Path) -> None
         run_study(Fixed(quick=True), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("done.json", "{}"), ("done.json", "["), ("done.json", "[]"), ("reported.jsonl", ""), ("reported.jsonl", '{"id"')],
+)
+def test_damaged_results_name_the_folder(name: str, text: str, tmp_path: Path) -> None:
+    run_study(Fixed(quick=True), tmp_path)
+    folder = tmp_path / "a" / "seed-0" / "rate-0.2"
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=r"rate-0\.2: damaged results .*remove this folder"):
+        run_study(Fixed(quick=True), tmp_path)
+    shutil.rmtree(folder)
+    assert run_study(Fixed(quick=True), tmp_path)["arms"]["a"]["score"]["mean"] == pytest.approx(1.0 - 0.1)
+
+
 def test_every_study_says_what_it_is_and_compares_its_own_arms() -> None:
     for name, kind in zip(STUDIES, all_studies(), strict=True):
         assert kind.about.name == name
