@@ -209,6 +209,9 @@ def _letter(row: Row, value: Any) -> int | None:
 def _given(row: Row, name: str) -> str | None:
     """An option or hint; None where the table has an empty cell (which some copies write as ``nan``)."""
     value = row.fields.get(name)
+    if value is not None and not isinstance(value, str | int | float):
+        row.fail("wrong type", f"{name} must be a text or a number, got {short(value)}")
+        return None
     empty = value is None or value != value or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
     return None if empty else str(value).strip()
 

@@ -81,6 +81,9 @@ def _tsv_rows(path: Path) -> Rows:
         reader = csv.reader(text_lines(path), delimiter="\t")
         try:
             names = next(reader, [])
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise fail(str(path), "wrong header", f"column {twice!r} comes twice")
             for number, cells in enumerate(reader):
                 where = f"{path}:{reader.line_num}"
                 if len(cells) == len(names):

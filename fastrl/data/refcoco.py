@@ -71,6 +71,10 @@ def _sentences(
         key, owner = ("ann_id", "annotations") if annotation is None else ("image_id", "images")
         yield where, Problem(where, "unknown id", f"{key} {short(ref.get(key))} is not among the instances' {owner}")
         return
+    if annotation.get("image_id", ref["image_id"]) != ref["image_id"]:
+        message = f"annotation {ref['ann_id']} is of image {short(annotation['image_id'])}, not of {ref['image_id']}"
+        yield where, Problem(where, "wrong image", message)
+        return
     if not isinstance(sentences, list) or not all(isinstance(s, dict) for s in sentences):
         yield where, Problem(where, "wrong type", f"sentences must be a list of them, got {short(sentences)}")
         return

@@ -19,6 +19,7 @@ from fastrl.data.rows import choice_option, int_option, reading
 from fastrl.data.validate import ImageFolder, Problem, Reading, fail
 
 KEYS = ("videos", "frames", "sample", "fps")
+LONGEST_NAME = 250  # bytes; with a suffix no more than a file system takes
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 
 
@@ -117,8 +118,10 @@ def _part(file: Path, total: int, fps: float | None, span: tuple[float, float] |
 
 def find_video(folder: Path, name: str) -> Path | None:
     """A video's file (``name`` with or without its suffix) or non-empty folder of frames, in ``folder`` or one level
-    below. A name that leads out of the folder is not looked for."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    below. A name that leads out of the folder, is its own or no file can have is not looked for."""
+    parts = Path(name).parts
+    long = any(len(part.encode(errors="replace")) > LONGEST_NAME for part in parts)
+    if Path(name).is_absolute() or ".." in parts or not parts or long:
         return None
     bare = name.removesuffix(Path(name).suffix) if Path(name).suffix.lower() in VIDEO_SUFFIXES else name
     for pattern in ("", "*/"):

@@ -124,8 +124,8 @@ def test_a_part_outside_its_video_is_named(folder: Path) -> None:
         _ = data[0]
 
 
-def test_a_videos_name_does_not_lead_out_of_the_folder(folder: Path) -> None:
-    for name in ("../videos/v1", str(folder / "videos/v1")):
+def test_a_videos_name_is_that_of_something_inside_the_folder(folder: Path) -> None:
+    for name in ("../videos/v1", str(folder / "videos/v1"), ".", "./", "x" * 300):
         with pytest.raises(DataError, match="no video or folder of frames"):
             load_data(f"{write(folder, [{**MVBENCH, 'video': name}])}?videos={folder}/videos")
 
@@ -179,6 +179,7 @@ def test_pictures_inside_a_table(folder: Path) -> None:
         ({**SEED, "answer": "E"}, r"the answer is option 4 \(from 0\), but there are 4"),
         ({"video_id": "v", "dim": "x", "question": "Why?", "answer": "so"}, "is answered yes or no, got 'so'"),
         ({"video_id": "v", "dim": "x", "question": "Why?\nA. a\nB. b", "answer": "C. c"}, "not one of the options"),
+        ({**SEED, "choice_b": ["b"]}, r"choice_b must be a text or a number, got \['b'\]"),
         ({"question": "Why?", "answer": "so"}, "columns 'question, answer': not a known benchmark"),
         ("text", "a row must be a JSON object"),
     ],
@@ -221,6 +222,9 @@ def test_bad_files_and_options(folder: Path) -> None:
     (folder / "mmbench.tsv").write_text((folder / "mmbench.tsv").read_text() + "1\t2\n")
     with pytest.raises(DataError, match="9 columns, got 2"):
         load_data(spec)
+    (folder / "twice.tsv").write_text("index\tquestion\tA\tA\tB\tanswer\n1\tq\ta\ta\tb\tA\n")
+    with pytest.raises(DataError, match=r"twice\.tsv: column 'A' comes twice"):
+        load_data(f"choice:{folder}/twice.tsv")
     with pytest.raises(DataError, match=r"expected \{video: \{aspect"):
         load_data(write(folder, {"v": 3}))
     with pytest.raises(DataError, match="questions must be a list"):

@@ -162,3 +162,5 @@ def test_bad_instances(tmp_path: Path) -> None:
         load_data(write(tmp_path, images=None))
     with pytest.raises(DataError, match=r"bbox .* lies outside"):
         load_data(write(tmp_path, annotations=[{**a, "bbox": [50, 0, 30, 9]} for a in INSTANCES["annotations"]]))
+    with pytest.raises(DataError, match=r"(?s)2 problems.*annotation 17 is of image 6, not of 5"):
+        load_data(write(tmp_path, annotations=[{**a, "image_id": 6} for a in INSTANCES["annotations"]]))
