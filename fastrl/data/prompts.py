@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
-from fastrl.data.records import Dataset, Record, lettered, question_of
+from fastrl.data.records import Dataset, Record, is_frame_label, lettered, question_of
 from fastrl.data.validate import DataError, Problem, fail, nearest
 
 KEY = "prompt"
@@ -28,8 +28,8 @@ NAMED: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
     }
 )
+PLACE = "<image>"  # where other trainers' prompts have a picture
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-_FRAME = re.compile(r"Frame[0-9]+ [0-9.e+-]+s:")
 
 
 class Template(NamedTuple):
@@ -72,6 +72,8 @@ def template_of(value: str | None, adapter: str, where: str) -> Template | None:
     if odd is not None:
         message = f"{KEY}={value!r}: {odd.group()!r} at {odd.start()} is no place for a word; a brace itself is {{{{"
         raise fail(where, "bad option", message)
+    if PLACE in value:
+        raise fail(where, "bad option", f"{KEY}={value!r}: pictures stand before the text; leave {PLACE} out")
     return Template(value)
 
 
@@ -138,6 +140,9 @@ def fault(record: Record, template: Template, where: str) -> Problem | None:
     for name in template.names:
         if name not in words:
             return Problem(place, "unknown word", f"{KEY} needs {{{name}}}{nearest(name, words)}")
+        if PLACE in words[name]:
+            message = f"{{{name}}} says {PLACE}, but pictures stand before the text; {{prompt}} has it left out"
+            return Problem(place, "place of a picture", message)
     return None
 
 
@@ -147,7 +152,7 @@ def words_of(record: Record) -> dict[str, str]:
     text or a number."""
     target = record.target
     words = {name: str(value) for name, value in record.columns.items() if _is_word(value)}
-    words |= {name: target[name] for name in ("expression", "label", "question") if _is_word(target.get(name))}
+    words |= {name: str(target[name]) for name in ("expression", "label", "question") if _is_word(target.get(name))}
     if record.task == "detection" and target.get("categories"):
         words["categories"] = ", ".join(target["categories"])
     if record.task == "qa" and target.get("choices"):
@@ -171,6 +176,6 @@ def _replaced(messages: Sequence[Mapping[str, Any]], text: str) -> tuple[Mapping
         return (*turns, {"role": "user", "content": [{"type": "text", "text": text}]})
     content = turns[place].get("content", "")
     parts = [] if isinstance(content, str) else list(content)
-    kept = [part for part in parts if part.get("type") != "text" or _FRAME.fullmatch(part["text"])]
+    kept = [part for part in parts if part.get("type") != "text" or is_frame_label(part["text"])]
     turns[place] = {**turns[place], "content": [*kept, {"type": "text", "text": text}]}
     return tuple(turns)

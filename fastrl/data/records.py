@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,17 +43,18 @@ def question(
     return ({"role": "user", "content": [*content, {"type": "text", "text": words}]},)
 
 
+_FRAME = re.compile(r"Frame[0-9]+ [0-9.e+-]+s:")
+
+
 def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Text of the last user turn, without the labels before its images."""
+    """Text of the last user turn, without pictures and the labels of frames."""
     for message in reversed(messages):
         if message.get("role") == "user":
             content = message.get("content", "")
             if isinstance(content, str):
                 return content
-            kinds = [part.get("type") for part in content] + ["end"]
-            labels = [after == "image" for after in kinds[1:]]
-            parts = zip(content, labels, strict=True)
-            return " ".join(part["text"] for part, label in parts if part.get("type") == "text" and not label)
+            texts = [part["text"] for part in content if part.get("type") == "text"]
+            return " ".join(text.strip() for text in texts if not is_frame_label(text))
     return ""
 
 
@@ -64,6 +66,11 @@ def lettered(choices: Sequence[str]) -> list[str]:
 def frame_label(number: int, seconds: float) -> str:
     """The label before a frame in a prompt: its number (from 1) and its time to a hundredth of a second."""
     return f"Frame{number} {round(seconds, 2):g}s:"
+
+
+def is_frame_label(text: str) -> bool:
+    """Whether a text is one of :func:`frame_label`."""
+    return _FRAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,14 @@ def test_a_template_that_says_nothing(folder: Path, prompt: str, message: str) -
         load(folder, prompt)
 
 
+def test_a_place_for_pictures_is_refused(folder: Path) -> None:
+    """It would stand in the prompt as a text, after the pictures."""
+    with pytest.raises(DataError, match="pictures stand before the text; leave <image> out"):
+        load(folder, "<image> Where is {expression}?")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: \{place\} says <image>"):
+        load(folder, "{place} it", {**ROW, "place": "<image> left"})
+
+
 def test_a_prompt_of_another_task(folder: Path) -> None:
     row = {"image": "a.png", "label": "cat", "count": 0, "points": None}
     with pytest.raises(DataError, match=r"rows\.jsonl:1: .* asks for grounding; this is a record for counting"):
@@ -98,7 +106,9 @@ def test_each_adapter_with_questions_takes_one(folder: Path) -> None:
     given = {"image": "a.png", "references": ["a"], "prompt": "Own?"}
     assert texts(load(folder, "{prompt} Describe.", given, adapter="captions")[0]) == ["image", "Own? Describe."]
     layout = {"images": ["a.png"], "problem": "Look: <image> where?", "answer": [1, 2, 3, 4]}
-    assert texts(load(folder, "Q: {problem}", layout, adapter="rows")[0]) == ["image", "Q: Look: <image> where?"]
+    assert texts(load(folder, "Q: {prompt}", layout, adapter="rows")[0]) == ["image", "Q: Look: where?"]
+    with pytest.raises(DataError, match=r"\{problem\} says <image>.*\{prompt\} has it left out"):
+        load(folder, "Q: {problem}", layout, adapter="rows")
     with pytest.raises(DataError, match="unknown option 'prompt' of lists"):
         load(folder, "Where is it?", ROW, adapter="lists")
 
