@@ -81,7 +81,7 @@ def _add_rms_norm_op(
         block = power_of_two(hidden)
         x = x if x is None else x.contiguous()
         launch(rms_norm_kernel, rows)(
-            residual, x, weight.contiguous(), residual, out, hidden, eps, BLOCK=block, num_warps=norm_warps(block)
+            residual, x, weight.contiguous(), residual, out, hidden, eps, BLOCK=block, num_warps=norm_warps(hidden)
         )
     return out
 

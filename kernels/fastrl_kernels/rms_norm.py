@@ -113,9 +113,10 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def norm_warps(block: int, numbers: int = 16) -> int:
-    """Warps of a program over a row of ``block`` numbers: ``numbers`` for a thread."""
-    return min(max(block // (32 * numbers), 1), 16)
+def norm_warps(hidden: int, numbers: int = 16) -> int:
+    """Warps of a program over a row of ``hidden`` numbers: ``numbers`` for a thread. Rows that begin at odd places are
+    never those of one warp, as the compiler sends them through shared memory."""
+    return min(max(power_of_two(hidden) // (32 * numbers), 1 if hidden % 16 == 0 else 2), 16)
 
 
 def block_rows(rows: int) -> int:
@@ -131,7 +132,7 @@ def _norm_op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         hidden = flat.shape[-1]
         block = power_of_two(hidden)
         launch(rms_norm_kernel, flat.numel() // hidden)(
-            flat, None, weight.contiguous(), flat, out, hidden, eps, BLOCK=block, num_warps=norm_warps(block)
+            flat, None, weight.contiguous(), flat, out, hidden, eps, BLOCK=block, num_warps=norm_warps(hidden)
         )
     return out
 
@@ -149,7 +150,7 @@ def _residual_op(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
         hidden = residual.shape[-1]
         block = power_of_two(hidden)
         launch(rms_norm_kernel, residual.numel() // hidden)(
-            residual, x, weight.contiguous(), total, out, hidden, eps, BLOCK=block, num_warps=norm_warps(block)
+            residual, x, weight.contiguous(), total, out, hidden, eps, BLOCK=block, num_warps=norm_warps(hidden)
         )
     return total, out
 
@@ -178,7 +179,7 @@ def _backward_op(
         launch(rms_norm_backward_kernel, -(-rows // per))(
             grad.contiguous(), contiguous(grad_total), total.contiguous(),
             weight.contiguous(), grad_in, partials if partial else None, rows, hidden, per, eps,
-            BLOCK=block, num_warps=norm_warps(block, 8),
+            BLOCK=block, num_warps=norm_warps(hidden, 8),
         )  # fmt: skip
     return grad_in, partials
 
