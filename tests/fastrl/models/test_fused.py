@@ -56,13 +56,14 @@ def test_log_probs_and_gradients_are_those_of_transformers(folder: Path, options
     assert not any("forward" in vars(m) for m in policy.core.model.language_model.modules())
 
 
+@pytest.mark.gate
 @pytest.mark.interpreter
 def test_interpreted_kernels_give_the_log_probs_and_gradients_of_transformers(folder: Path) -> None:
     policy = load_policy(folder, device="cpu")
     want = run(policy)
     use_fused(policy.core)
     got = run(policy)
-    assert not torch.equal(got[0], want[0]), "the same bits: nothing was switched"
+    assert any(not torch.equal(got[1][name], want[1][name]) for name in want[1]), "the same bits: nothing was switched"
     assert_same(got, want, 2e-4)
 
 

@@ -70,6 +70,7 @@ def as_compiled(monkeypatch) -> None:
     monkeypatch.setattr(rms_norm, "rsqrt", lambda x: language.rsqrt(x))
 
 
+@pytest.mark.gate
 @pytest.mark.interpreter
 def test_interpreted_kernels_give_the_log_probs_and_gradients_of_transformers(folder: Path, as_compiled) -> None:
     pytest.importorskip("liger_kernel")
