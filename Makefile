@@ -1,4 +1,4 @@
-# make demo | test | gate | lint | docs | bench | versus | verify. Each sets up .venv by itself the first time.
+# make demo | test | gate | lint | types | docs | bench | versus | verify. Each sets up .venv by itself the first time.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 PARALLEL := -n auto --dist worksteal
 CHECKED := fastrl kernels tests benchmarks examples setup.py
 
-.PHONY: demo test gate lint docs bench versus verify clean
+.PHONY: demo test gate lint types docs bench versus verify clean
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastrl needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -21,13 +21,15 @@ test: $(STAMP) lint
 	$(BIN)/pytest -q $(PARALLEL)
 	TRITON_INTERPRET=1 $(BIN)/pytest -q $(PARALLEL) -m interpreter tests/kernels tests/fastrl/models tests/fastrl/rollout/test_decode.py
 
-gate: $(STAMP)
+gate: $(STAMP) types
 	$(BIN)/pytest -q $(PARALLEL) -m gate
 	TRITON_INTERPRET=1 $(BIN)/pytest -q $(PARALLEL) -m "gate and interpreter" || test $$? = 5
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+
+types: $(STAMP)
 	$(BIN)/pyright
 
 docs: $(STAMP)
