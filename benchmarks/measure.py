@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastrl.studies.machine import cpu_name
 
 Call = Callable[[], Any]
 # Sustained on random data (dense FLOP/s by dtype; bytes/s of a copy, read and write counted), by device name.
@@ -19,10 +19,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's model as the system states it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
-    return model or platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def device_peaks(device: torch.device) -> dict[str, Any]:

@@ -77,9 +77,10 @@ def from_pairs(scan: Scanner, max_items: int, points: bool, marked: bool, *, mix
     quads = sum(len(group) == 4 for run in runs for group in run.groups if group is not None)
     if mixed and not quads:
         return Parsed()
-    spaced = _says_with_blanks(runs, points)
-    for run in runs:
-        boxes = run.chunks() if spaced else run.boxes()
+    chunks = [run.chunks() for run in runs]
+    spaced = _says_with_blanks(runs, chunks, points)
+    for run, parts in zip(runs, chunks, strict=True):
+        boxes = parts if spaced else run.boxes()
         certain = spaced or (len(run.groups) == 2 and (marked or not points))
         if not certain and (not run.even or any(box is not None and Item(box).inverted for box in boxes)):
             if points:
@@ -118,13 +119,13 @@ def _runs(scan: Scanner, max_items: int) -> Iterator[_Run]:
             yield _Run(text, run.start(), groups, blanks, others % 2 == 1)
 
 
-def _says_with_blanks(runs: list[_Run], points: bool) -> bool:
+def _says_with_blanks(runs: list[_Run], chunks: list[list[tuple[float, ...] | None]], points: bool) -> bool:
     """Blanks stand before some pairs and not before others, and half of the parts between them (most of them, if
     they may as well be points) are boxes."""
     gaps = {blank for run in runs for blank in run.blanks[1:]}
     if len(gaps) < 2:
         return False
-    boxes = [box is not None and not Item(box).inverted for run in runs for box in run.chunks()]
+    boxes = [box is not None and not Item(box).inverted for parts in chunks for box in parts]
     return 2 * sum(boxes) > len(boxes) - (not points)
 
 

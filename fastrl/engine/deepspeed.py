@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastrl.engine.base import NonFiniteError, StepInfo, T, lr_scale, parameter_groups
 from fastrl.engine.costs import FLOAT, moment_bytes
 from fastrl.engine.names import unchanged
-from fastrl.engine.ranks import LATER, Ranks
+from fastrl.engine.ranks import LATER, OnRanks, Ranks
 from fastrl.engine.shards import Expected, fault
 from fastrl.engine.watch import Watch
 
@@ -68,7 +68,7 @@ def deepspeed_config(
     }
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(OnRanks):
     """Data-parallel training through ``deepspeed.initialize``. Gradients are averaged over ranks.
 
     All ranks must have access to ``folder``, in which they record their progress (see ``fastrl.engine.watch``).
@@ -207,21 +207,6 @@ class DeepSpeedEngine:
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """Parameters are not sharded up to ZeRO 2."""
         return nullcontext()
-
-    def average(self, value: float) -> float:
-        return self._ranks.average(value)
-
-    def maximum(self, value: float) -> float:
-        return self._ranks.maximum(value)
-
-    def gather(self, value: Any) -> list[Any]:
-        return self._ranks.gather(value)
-
-    def barrier(self) -> None:
-        self._ranks.barrier()
-
-    def abandon(self, error: str) -> None:
-        self._watch.abandon(error)
 
     def close(self) -> None:
         """Shut down together: a rank would abort at exit if others are gone or DeepSpeed's threads are still alive."""

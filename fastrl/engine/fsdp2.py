@@ -34,7 +34,7 @@ from fastrl.engine.base import NonFiniteError, Shardable, StepInfo, lr_scale, pa
 from fastrl.engine.costs import FLOAT, moment_bytes
 from fastrl.engine.names import unchanged
 from fastrl.engine.pieces import MOMENTS, Layout, Piece, read_layout, read_pieces, write_layout, write_pieces
-from fastrl.engine.ranks import Ranks, begin
+from fastrl.engine.ranks import OnRanks, Ranks, begin
 from fastrl.engine.watch import Watch
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ T = TypeVar("T")
 FORWARD = "fastrl_forward"  # the method of a core that FSDP treats as its forward
 
 
-class Fsdp2Engine:
+class Fsdp2Engine(OnRanks):
     """Data-parallel training with sharded weights. Gradients are averaged over ranks.
 
     Args:
@@ -133,12 +133,12 @@ class Fsdp2Engine:
 
     def forward(self, work: Callable[[], T]) -> T:
         """Call ``work``, whose result :meth:`backward` will differentiate. All ranks call this equally often."""
-        with self._ranks.joined("the weights of a micro-batch"):
+        with self._ranks.joined("the weights of a micro-batch", computes=True):
             return getattr(self._root, FORWARD)(work)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of ``loss``, reduced over ranks."""
-        with self._ranks.joined("the gradients of a micro-batch"):
+        with self._ranks.joined("the gradients of a micro-batch", computes=True):
             loss.backward()
 
     def step(self) -> StepInfo:
@@ -252,21 +252,6 @@ class Fsdp2Engine:
     def gradient_of(self, parameter: Tensor) -> None:
         """A rank only has its part, and only after the backward."""
         return None
-
-    def average(self, value: float) -> float:
-        return self._ranks.average(value)
-
-    def maximum(self, value: float) -> float:
-        return self._ranks.maximum(value)
-
-    def gather(self, value: Any) -> list[Any]:
-        return self._ranks.gather(value)
-
-    def barrier(self) -> None:
-        self._ranks.barrier()
-
-    def abandon(self, error: str) -> None:
-        self._watch.abandon(error)
 
     def close(self) -> None:
         self._ranks.barrier()

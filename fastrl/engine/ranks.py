@@ -80,13 +80,47 @@ class Ranks:
             return float(tensor)  # synchronises on a GPU
 
     @contextmanager
-    def joined(self, what: str) -> Iterator[None]:
-        """A block with collective operations. A broken connection raises ``LostRank``, which names the ranks."""
+    def joined(self, what: str, *, computes: bool = False) -> Iterator[None]:
+        """A block with collective operations. A broken connection raises ``LostRank``, which names the ranks.
+
+        Args:
+            what: for the message.
+            computes: the block also runs the model, whose own errors (out of memory, a bad shape) stay what they are.
+        """
         with self.watch.waiting(what):
             try:
                 yield
             except RuntimeError as error:  # the type by which backends report a broken connection
+                if computes and not _is_of_a_backend(error):
+                    raise
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise LostRank(
                     f"rank {self.rank} lost another in {what}; missing: {self.watch.missing()} ({reason})"
                 ) from None
+
+
+class OnRanks:
+    """What every engine of several processes hands on to its ``Ranks`` and its ``Watch``."""
+
+    _ranks: Ranks
+    _watch: Watch
+
+    def average(self, value: float) -> float:
+        return self._ranks.average(value)
+
+    def maximum(self, value: float) -> float:
+        return self._ranks.maximum(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self._ranks.gather(value)
+
+    def barrier(self) -> None:
+        self._ranks.barrier()
+
+    def abandon(self, error: str) -> None:
+        self._watch.abandon(error)
+
+
+def _is_of_a_backend(error: RuntimeError) -> bool:
+    """NCCL's errors have a type; gloo's are plain ones that begin with its source file."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))

@@ -11,10 +11,11 @@ from typing import Any
 def machine() -> dict[str, Any]:
     """``cpu`` (its name), ``cores`` and ``load`` (the mean number of running processes of the last minute)."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"cpu": _cpu(), "cores": os.cpu_count(), "load": load}
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "load": load}
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The CPU's model as the system states it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
