@@ -30,7 +30,7 @@ from fastrl_kernels._common import (
     use_triton,
 )
 from fastrl_kernels._triton import tl, triton
-from fastrl_kernels.rms_norm import norm_warps, power_of_two, rms_norm_kernel, rms_norm_reference
+from fastrl_kernels.rms_norm import norm_block, norm_warps, power_of_two, rms_norm_kernel, rms_norm_reference
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _add_rms_norm_op(
     out = torch.empty_like(residual)
     rows, hidden = residual.shape
     if rows:
-        block = power_of_two(hidden)
+        block = norm_block(hidden)
         x = x if x is None else x.contiguous()
         launch(rms_norm_kernel, rows)(
             residual, x, weight.contiguous(), residual, out, hidden, eps, BLOCK=block, num_warps=norm_warps(hidden)

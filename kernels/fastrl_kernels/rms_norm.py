@@ -119,6 +119,12 @@ def norm_warps(hidden: int, numbers: int = 16) -> int:
     return min(max(power_of_two(hidden) // (32 * numbers), 1 if hidden % 16 == 0 else 2), 16)
 
 
+def norm_block(hidden: int) -> int:
+    """Numbers of a program over a row of ``hidden``: one for a thread at least, as two warps that held the same number
+    would race where the sum takes the residual's place."""
+    return max(power_of_two(hidden), 32 * norm_warps(hidden))
+
+
 def block_rows(rows: int) -> int:
     """Rows of a block: few enough for many programs, and no more than ``_BLOCKS`` blocks."""
     return max(_LEAST_ROWS, -(-rows // _BLOCKS))
@@ -130,7 +136,7 @@ def _norm_op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(flat)
     if flat.numel():
         hidden = flat.shape[-1]
-        block = power_of_two(hidden)
+        block = norm_block(hidden)
         launch(rms_norm_kernel, flat.numel() // hidden)(
             flat, None, weight.contiguous(), flat, out, hidden, eps, BLOCK=block, num_warps=norm_warps(hidden)
         )
@@ -148,7 +154,7 @@ def _residual_op(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tup
     total, out = torch.empty_like(residual), torch.empty_like(residual)
     if residual.numel():
         hidden = residual.shape[-1]
-        block = power_of_two(hidden)
+        block = norm_block(hidden)
         launch(rms_norm_kernel, residual.numel() // hidden)(
             residual, x, weight.contiguous(), total, out, hidden, eps, BLOCK=block, num_warps=norm_warps(hidden)
         )
@@ -175,7 +181,7 @@ def _backward_op(
     if total.numel():
         hidden = total.shape[-1]
         rows = total.numel() // hidden
-        per, block = block_rows(rows), power_of_two(hidden)
+        per, block = block_rows(rows), norm_block(hidden)
         launch(rms_norm_backward_kernel, -(-rows // per))(
             grad.contiguous(), contiguous(grad_total), total.contiguous(),
             weight.contiguous(), grad_in, partials if partial else None, rows, hidden, per, eps,
