@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastrl.engine.names import matches
+from fastrl.models.adapted import use_stacked
 from fastrl.models.families import PARTS, Family
 from fastrl.models.quantize import dequantized, is_quantized
 
@@ -87,6 +88,7 @@ def add_lora(core: nn.Module, spec: Lora | Mapping[str, Any], family: Family) ->
         from fastrl.models.dora import keep_scales
 
         keep_scales(core)
+    use_stacked(core)
     return model
 
 

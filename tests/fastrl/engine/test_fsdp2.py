@@ -28,6 +28,7 @@ ADAPTERS = {
     "model__lora": {"rank": 4, "dora": True, "also_train": ["projector"]},
     "model__gradient_checkpointing": True,
 }
+STACKED = {**ADAPTERS, "model__lora": {"rank": 4}, "model__gradient_checkpointing": False}
 HOST = {
     "engine__offload_optimizer": True,
     "model__gradient_checkpointing": True,
@@ -36,7 +37,7 @@ HOST = {
     "optim__row_local_head": True,
 }
 AGAIN = {"optim__updates_per_batch": 2, "optim__token_budget": 4096}
-RUNS = {"full": FULL, "adapters": ADAPTERS, "host": HOST, "again": AGAIN}
+RUNS = {"full": FULL, "adapters": ADAPTERS, "stacked": STACKED, "host": HOST, "again": AGAIN}
 
 
 def together(folder: Path, model: Path, runs: Sequence[dict[str, Any]], *, ranks: int) -> None:
