@@ -61,6 +61,7 @@ from fastrl.run.setup import (
 from fastrl.run.signals import stop_signals
 from fastrl.run.updates import MicroBatch, TrainingError, Updates
 from fastrl.run.variance import EqualRewards
+from fastrl.run.work import RecordWork, costs_of
 
 if TYPE_CHECKING:
     from fastrl.data.validate import Problem
@@ -304,6 +305,7 @@ class Run:
         self.reads_reference = method_for(recipe.method).reads_reference(recipe.method)
         if self.reads_reference and recipe.model.lora is None:
             self.policy.make_reference()
+        work = RecordWork(self.policy, costs_of(recipe, self.policy))  # before the engine shards the weights
         self.engine: Engine = make_engine(
             self.policy.model,
             recipe.optim,
@@ -312,7 +314,13 @@ class Run:
             alias=self.policy.family.alias,
             cores=[Shardable(core, self.policy.family.layers(core)) for core in self.policy.cores],
         )
-        self.stream = make_stream(recipe, data, rank=self.engine.rank, world_size=self.engine.world_size)
+        self.stream = make_stream(
+            recipe,
+            data,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            work=work,
+        )
         if functions is not None:
             self._try(functions)
         self.keeping = choose_keep(recipe, self.policy)

@@ -133,6 +133,15 @@ def summary_of(records: Sequence[Record]) -> str:
     return records.summary if isinstance(records, Dataset | Mixture) else ""
 
 
+def listed(records: Sequence[Record]) -> bool:
+    """Whether records exist already. Others are made on demand (drawn scenes, clips): to weigh all would make all."""
+    if isinstance(records, BlankImages):
+        return listed(records.records)
+    if isinstance(records, Mixture):
+        return all(listed(part.records) for part in records.parts)
+    return isinstance(records.records if isinstance(records, Dataset) else records, list | tuple)
+
+
 @dataclass
 class _Unit:
     """The rows of one task in one part, easiest first if there is a curriculum."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
+from fastrl.data.balance import Balance, Shares
 from fastrl.data.identity import Change, Identity, Pictures, compare, identify
 from fastrl.data.orders import shuffled
 from fastrl.data.records import Record
@@ -27,6 +29,7 @@ class RecordStream:
         plan: epoch number → indices, instead of ``order``: a mixture's draws.
         rank, world_size: this rank gets every ``world_size``-th record, starting at ``rank``.
         pictures: how picture files are compared on a resume (see ``fastrl.data.identity``).
+        balance: deal the records of a step to ranks by their work instead (see ``fastrl.data.balance``).
 
     Raises:
         ValueError: there are fewer records than ranks.
@@ -43,6 +46,7 @@ class RecordStream:
         rank: int = 0,
         world_size: int = 1,
         pictures: Pictures = "stat",
+        balance: Balance | None = None,
     ) -> None:
         if len(records) < max(1, world_size):
             raise ValueError(f"data has {len(records)} records; training needs at least {max(1, world_size)}")
@@ -59,7 +63,9 @@ class RecordStream:
         # remaining indices, for all ranks, of an epoch that started with other data
         self._rest: list[int] | None = None
         self._passed = 0  # records of such an epoch that this rank had already taken
-        self._indices = self._epoch_indices()
+        self._balance = balance
+        self._block = self._count  # places that are dealt together in this epoch
+        self._shares = self._epoch_shares()
         self._ahead: dict[int, Record] = {}  # records peeked at but not taken yet, by index, so that each is made once
 
     def take(self, n: int) -> list[Record]:
@@ -80,19 +86,19 @@ class RecordStream:
         """Advance by ``n`` records and return their indices."""
         indices = []
         for _ in range(n):
-            if self.position == len(self._indices):
+            if self.position == len(self._shares):
                 self.epoch += 1
                 self.position = self._passed = 0
-                self._rest = None
-                self._indices = self._epoch_indices()
-            indices.append(self._indices[self.position])
+                self._rest, self._block = None, self._count
+                self._shares = self._epoch_shares()
+            indices.append(self._shares.at(self.position, self.rank))
             self.position += 1
         return indices
 
     @property
     def epochs(self) -> float:
         """Passes over the data so far."""
-        return self.epoch + (self._passed + self.position) / max(1, self._passed + len(self._indices))
+        return self.epoch + (self._passed + self.position) / max(1, self._passed + len(self._shares))
 
     def identity(self) -> Identity:
         """The identity of the data, computed once."""
@@ -110,6 +116,8 @@ class RecordStream:
             "consumed": self.consumed,
             "records": len(self.records),
         }
+        if self._block:
+            state["block"] = self._block
         return state if self._rest is None else {**state, "rest": self._rest, "passed": self._passed}
 
     def merged(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -129,16 +137,16 @@ class RecordStream:
         epoch = min(state["epoch"] for state in states)
         before = copy.copy(self)
         before.epoch, before._rest = epoch, states[0].get("rest")
-        order, ranks = before._epoch_order(states[0]["records"]), len(states)
-        length = len(order) // ranks
-        first = [state["position"] if state["epoch"] == epoch else length for state in states]
-        rest = [order[place * ranks + rank] for place in range(length) for rank in range(ranks) if place >= first[rank]]
+        before._block, before.world_size = states[0].get("block", 0), len(states)
+        shares = before._epoch_shares(states[0]["records"])
+        first = [state["position"] if state["epoch"] == epoch else len(shares) for state in states]
+        rest = shares.left(first)
         taken = sum(state["consumed"] for state in states)
         passed = sum(state.get("passed", 0) for state in states) + sum(first)
         same = {name: states[0][name] for name in ("seed", "order", "records")}
         return {
             **same, "epoch": epoch, "position": 0, "consumed": taken // self.world_size,
-            "rest": rest, "passed": passed // self.world_size,
+            "rest": rest, "passed": passed // self.world_size, "block": self._count,
         }  # fmt: skip
 
     def load(
@@ -178,10 +186,11 @@ class RecordStream:
             raise DataChanged(f"cannot resume: the data has changed since the run started: {change}")
         self.epoch, self.position, self.consumed = state["epoch"], state["position"], state["consumed"]
         self._rest, self._passed, self._ahead = state.get("rest"), state.get("passed", 0), {}
+        self._block = state.get("block", 0)
         if change and self._plan is None and before is not None and before.whole and self.identity().whole:
             self._go_on_with_others(before.ids, state["records"])
-        self._indices = self._epoch_indices()
-        self.position = min(self.position, len(self._indices))
+        self._shares = self._epoch_shares()
+        self.position = min(self.position, len(self._shares))
         return change or None
 
     def _go_on_with_others(self, before: list[str], count: int) -> None:
@@ -214,16 +223,27 @@ class RecordStream:
             return list(range(n))
         return shuffled(n, self.seed, self.epoch, buffer=self._buffer)
 
-    def _epoch_indices(self) -> list[int]:
-        order = self._epoch_order(len(self.records))
-        per_rank = len(order) // self.world_size  # the same on every rank, so that ranks stay in step
-        return order[self.rank :: self.world_size][:per_rank]
+    @property
+    def _count(self) -> int:
+        """Places that are dealt together in an epoch that begins here; 0: records are dealt in turn."""
+        return self._balance.count if self._balance is not None and self.world_size > 1 else 0
+
+    def _epoch_shares(self, n: int | None = None) -> Shares:
+        """Of the current epoch, which has equally many places on every rank, so that ranks stay in step."""
+        order = self._epoch_order(len(self.records) if n is None else n)
+        balance = self._balance
+        if balance is None or not self._block:
+            return Shares(order, self.world_size)
+        # A step in which an epoch ends takes the rest of its records from the next one.
+        phase = -self.epoch * (len(order) // self.world_size) % self._block if self._rest is None else 0
+        work = partial(balance.work, self.records)
+        return Shares(order, self.world_size, block=self._block, phase=phase, work=work)
 
 
 def _check_state(state: Any) -> None:
     """Raise ``ValueError`` if a part of a saved position is missing or has the wrong type."""
     counts = ("epoch", "position", "consumed", "records", "seed")
-    optional = ("passed",)
+    optional = ("passed", "block")
     if not isinstance(state, dict):
         raise ValueError("the data position is not a JSON object")
     for name in (*counts, *(name for name in optional if name in state)):

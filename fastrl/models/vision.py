@@ -53,6 +53,11 @@ class ImagePreprocessor:
         """
         return ""
 
+    def area(self, size: tuple[int, int]) -> int:
+        """About how many pixels the tower sees of a picture of this (width, height), for ``Family.sizes``; 1, the
+        default: all pictures become equally large."""
+        return 1
+
     def read(self, picture: Image, key: str, among: int) -> tuple[ImageInput, View]:
         """Preprocess an RGB picture of a prompt with ``among`` pictures; also returns which part the model sees."""
         raise NotImplementedError

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastrl.data.balance import Balance
 from fastrl.data.decodable_stream import DecodableStream
-from fastrl.data.mixture import Curriculum, Mixture, MixturePlan, parts_of
+from fastrl.data.mixture import Curriculum, Mixture, MixturePlan, listed, parts_of
 from fastrl.data.records import Record
 from fastrl.data.stream import RecordStream
 from fastrl.methods import method_for
@@ -39,10 +40,18 @@ def check_tasks(recipe: Recipe, data: Sequence[Record], functions: Functions) ->
     rewards.check([record for record in firsts if "list" not in record.target])
 
 
-def make_stream(recipe: Recipe, data: Sequence[Record], *, rank: int, world_size: int) -> RecordStream:
-    """The records in the order in which a rank takes them."""
+def make_stream(
+    recipe: Recipe,
+    data: Sequence[Record],
+    *,
+    rank: int,
+    world_size: int,
+    work: Callable[[Record], float] | None = None,
+) -> RecordStream:
+    """The records in the order in which a rank takes them; ``work``: of one, by which ranks share those of a step."""
     make = DecodableStream if recipe.data.skip_bad else RecordStream
     seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
+    count = recipe.data.prompts_per_step
     return make(
         data,
         seed=seed,
@@ -52,6 +61,7 @@ def make_stream(recipe: Recipe, data: Sequence[Record], *, rank: int, world_size
         rank=rank,
         world_size=world_size,
         pictures=recipe.data.identity,
+        balance=Balance(count, work) if work is not None and count > 1 and listed(data) else None,
     )
 
 

@@ -254,6 +254,9 @@ class TilePreprocessor(ImagePreprocessor):
         p = self.processor
         return f"{dict(p.size)} {dict(p.crop_size or {})} {p.image_grid_pinpoints}"
 
+    def area(self, size: tuple[int, int]) -> int:
+        return size[0] * size[1]
+
     def read(self, picture: Image, key: str, among: int) -> tuple[ImageInput, View]:
         import numpy as np
         from transformers.image_processing_utils import select_best_resolution

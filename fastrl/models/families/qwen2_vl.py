@@ -230,6 +230,10 @@ class QwenPreprocessor(ImagePreprocessor):
         size = self.processor.size
         return f"{size['shortest_edge']} {size['longest_edge']}"
 
+    def area(self, size: tuple[int, int]) -> int:
+        width, height = size
+        return min(max(width * height, self.processor.size["shortest_edge"]), self.processor.size["longest_edge"])
+
     def read(self, picture: Image, key: str, among: int) -> tuple[ImageInput, View]:
         out = self._processed(picture)
         t, h, w = (int(n) for n in out["image_grid_thw"][0])
