@@ -33,7 +33,7 @@ _HOMES = {
 }
 
 _MOVED = {  # modules by the names that earlier pages showed → where they are now
-    "fastrl.models.varlen": "fastrl.models.attention.varlen",
+    "fastrl.models.varlen": "fastrl_kernels.varlen",
     "fastrl.optimizers": "fastrl.engine.optimizers",
     "fastrl.pictures": "fastrl.data.pictures",
 }

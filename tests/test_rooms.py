@@ -168,7 +168,7 @@ def test_circles_are_found() -> None:
     [
         ("fastrl.optimizers", "fastrl.engine.optimizers", "AdamW8bit"),
         ("fastrl.pictures", "fastrl.data.pictures", "open_picture"),
-        ("fastrl.models.varlen", "fastrl.models.attention.varlen", "choose"),
+        ("fastrl.models.varlen", "fastrl_kernels.varlen", "choose"),
     ],
 )
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def kernel_path(name: str) -> str:
 
 def attention() -> dict[str, str]:
     """The attention path of training on the default device, and why; which variable-length library was found."""
-    from fastrl.models.attention import varlen
+    from fastrl_kernels import varlen
 
     cuda = torch.cuda.is_available()
     here, found = torch.device("cuda" if cuda else "cpu"), varlen.find()

@@ -7,7 +7,7 @@ completion; nothing attends across groups. Two paths compute this:
   then its completions as padded blocks of similar length.
 - GPU: one variable-length call per layer over the whole row; a completion's keys are gathered as [prompt, own].
 
-``fastrl.models.attention.varlen`` chooses the path of a call and gives the reason. Prompts may also go through the
+``fastrl_kernels.varlen`` chooses the path of a call and gives the reason. Prompts may also go through the
 layers in a pass of their own, which keeps their keys (``fastrl_keep``), and their answers in a later one that reads
 them (``fastrl_answers``); both compute what the whole row does.
 
@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl.models.attention import varlen
 from fastrl.models.attention.switch import register, set_attention
-from fastrl.models.attention.varlen import VarlenCall
 from fastrl.segments import AnswerRows, CompletionBlock, Segments, VarlenTables
+from fastrl_kernels import varlen
+from fastrl_kernels.varlen import VarlenCall
 
 if TYPE_CHECKING:
     from fastrl.models.families import Family

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastrl.models.attention import varlen
 from fastrl.models.attention.prefix import (
     answer_attention,
     dense_prefix_attention,
@@ -18,6 +17,7 @@ from fastrl.models.attention.prefix import (
     varlen_prefix_attention,
 )
 from fastrl.segments import AnswerRows, Segments, Span
+from fastrl_kernels import _prefix_layout, varlen
 from tests.helpers.attention import eager_varlen, truth
 
 SHAPES: dict[str, list[tuple[int, tuple[int, ...]]]] = {
@@ -135,7 +135,6 @@ def test_answers_name_their_rows_and_what_predicts_each_token() -> None:
 
 def test_tables_take_work_in_proportion_to_the_segments() -> None:
     """Counted: calls of Python and C functions for 40 and for 80 groups."""
-    from fastrl import segments as module
 
     def calls(groups: int) -> int:
         count = 0
@@ -147,7 +146,7 @@ def test_tables_take_work_in_proportion_to_the_segments() -> None:
         made = segments_of([(3, (2, 5, 1))] * groups)
         sys.setprofile(traced)
         try:
-            module._varlen(made._segments(), made.device)
+            _prefix_layout.varlen_tables(made._segments(), made.device)
         finally:
             sys.setprofile(None)
         return count
