@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 
 from benchmarks.case import SIZES, Case
 
-MODULES = ("cases_head", "cases_rollout", "cases_losses", "cases_pointwise", "cases_boxes")
+MODULES = ("cases_head", "cases_attention", "cases_rollout", "cases_losses", "cases_pointwise", "cases_boxes")
 
 
 def cases(size: str, only: str | None = None) -> list[Case]:

@@ -6,7 +6,6 @@ keyword ``fastrl_segments``.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from fastrl_kernels._gather_rows import Copies
 from fastrl_kernels._prefix_layout import (
     CPU,
     CompletionBlock,
@@ -26,6 +26,7 @@ from fastrl_kernels._prefix_layout import (
     order_of,
     padded,
     similar,
+    starts_of,
     varlen_tables,
 )
 
@@ -37,8 +38,7 @@ class Scan:
     ``rows`` [B, T]: the row of each (segment, step); padding repeats a segment's first row. ``real`` [B, T] bool: False
     where padded. ``length`` [B]. ``valid`` [sum of lengths]: flat indices of the real rows in [B, T]; ``target``: their
     rows. ``source`` [B]: for completions, the prompt in whose final state each starts, by its place among the prompts
-    of all scans. ``copies``: for the backward of that gather, pairs (prompts, places): the j-th copy of ``prompts`` is
-    at ``places`` of ``source``. No prompt occurs twice within a pair.
+    of all scans; with the tables of that gather's backward. ``starts``: the first row of each segment.
     """
 
     rows: Tensor
@@ -46,14 +46,12 @@ class Scan:
     length: Tensor
     valid: Tensor
     target: Tensor
-    source: Tensor
-    copies: tuple[tuple[Tensor, Tensor], ...] = ()
+    source: Copies
+    starts: tuple[int, ...]
 
     def to(self, device: torch.device) -> Scan:
-        tensors = (self.rows, self.real, self.length, self.valid, self.target, self.source)
-        rows, real, length, valid, target, source = (x.to(device) for x in tensors)
-        copies = tuple((to.to(device), at.to(device)) for to, at in self.copies)
-        return Scan(rows, real, length, valid, target, source, copies)
+        tensors = (x.to(device) for x in (self.rows, self.real, self.length, self.valid, self.target))
+        return Scan(*tensors, self.source.to(device), self.starts)
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,8 @@ class Segments(PrefixLayout):
     @cached_property
     def scans(self) -> ScanTables:
         prompts, completions = _scans(self.spans)
-        order = order_of([scan.target for scan in (*prompts, *completions)], self.device)
+        both = (*prompts, *completions)
+        order = order_of(starts_of(both), [scan.target for scan in both], self.device)
         first, then = (tuple(scan.to(self.device) for scan in scans) for scans in (prompts, completions))
         return ScanTables(first, then, order)
 
@@ -102,7 +101,7 @@ class AnswerRows:
         """Rows of each completion of each group."""
         return tuple(tuple(max(n - 1, 0) for n in span.completions) for span in self.spans)
 
-    @property
+    @cached_property
     def length(self) -> int:
         return sum(map(sum, self.lengths))
 
@@ -132,51 +131,41 @@ class AnswerRows:
         """Each group's blocks, and the order [length] that brings their concatenated outputs into row order (None: they
         are)."""
         firsts = accumulate(map(sum, self.lengths), initial=0)
-        groups = [
-            blocks_of(span.prompt, first, lengths)
-            for span, first, lengths in zip(self.spans, firsts, self.lengths, strict=False)
-        ]
-        order = order_of([block.target for blocks in groups for block in blocks], self.device)
+        groups = [blocks_of(first, lengths) for first, lengths in zip(firsts, self.lengths, strict=False)]
+        every = [block for blocks in groups for block in blocks]
+        order = order_of(starts_of(every), [block.target for block in every], self.device)
         return tuple(tuple(block.to(self.device) for block in blocks) for blocks in groups), order
 
     @cached_property
     def varlen(self) -> VarlenTables:
-        return varlen_tables(self._segments(), self.device)
+        return varlen_tables(self._segments(), sum(span.prompt for span in self.spans) + self.length, self.device)
 
     def _segments(self) -> Iterable[Segment]:
         starts = list(accumulate((span.prompt for span in self.spans), initial=0))
         at = starts[-1]
         for span, start, lengths in zip(self.spans, starts, self.lengths, strict=False):
-            for copy, length in enumerate(n for n in lengths if n):
-                yield length, ((start, span.prompt, copy), (at, length, 0))
-                at += length
+            for length in lengths:
+                if length:
+                    yield length, ((start, span.prompt), (at, length))
+                    at += length
 
 
 def _scans(spans: tuple[Span, ...]) -> tuple[list[Scan], list[Scan]]:
     by_length = similar([span.prompt for span in spans])
     place = {n: at for at, n in enumerate(n for group in by_length for n in group)}
-    prompts = [_scan([(spans[n].start, spans[n].prompt) for n in group], []) for group in by_length]
+    prompts = [_scan([(spans[n].start, spans[n].prompt) for n in group], [], 0) for group in by_length]
     members = []
     for n, span in enumerate(spans):
         starts = accumulate(span.completions, initial=span.start + span.prompt)
         members += [(s, length, place[n]) for s, length in zip(starts, span.completions, strict=False) if length]
     completions = [
-        _scan([members[n][:2] for n in group], [members[n][2] for n in group])
+        _scan([members[n][:2] for n in group], [members[n][2] for n in group], len(spans))
         for group in similar([length for _, length, _ in members])
     ]
     return prompts, completions
 
 
-def _scan(members: list[tuple[int, int]], sources: list[int]) -> Scan:
-    rows, real = padded(members)
-    valid = real.flatten().nonzero()[:, 0]
-    copies: dict[int, tuple[list[int], list[int]]] = {}
-    seen = Counter[int]()
-    for place, prompt in enumerate(sources):
-        to, at = copies.setdefault(seen[prompt], ([], []))
-        to.append(prompt)
-        at.append(place)
-        seen[prompt] += 1
-    pairs = tuple((torch.tensor(to), torch.tensor(at)) for to, at in copies.values())
-    source = torch.tensor(sources, dtype=torch.int64)
-    return Scan(rows, real, real.sum(1), valid, rows.flatten()[valid], source, pairs)
+def _scan(members: list[tuple[int, int]], sources: list[int], prompts: int) -> Scan:
+    rows, real, valid = padded(members)
+    source = Copies.of(torch.tensor(sources, dtype=torch.int64), prompts)
+    return Scan(rows, real, real.sum(1), valid, rows.flatten()[valid], source, tuple(start for start, _ in members))

@@ -89,7 +89,8 @@ def attention() -> dict[str, str]:
     from fastrl_kernels import varlen
 
     cuda = torch.cuda.is_available()
-    here, found = torch.device("cuda" if cuda else "cpu"), varlen.find()
+    here = torch.device("cuda" if cuda else "cpu")
+    found = varlen.find(hopper=varlen.is_hopper(here))
     missing = f" (not: {'; '.join(found.missing)})" if found.missing else ""
     return {
         "bfloat16": varlen.choose(here, torch.bfloat16, 128).reason,

@@ -27,6 +27,7 @@ from fastrl.models.flops import flop_counter, segment_attention_flops
 from fastrl.models.fused import fused
 from fastrl.plan.traffic import traffic
 from fastrl_kernels._counting import Scratch, flops_of, named_arguments, scratch, scratch_of
+from fastrl_kernels.prefix_attention import gathered_attention
 
 GROUPED = getattr(torch.ops.aten._grouped_mm, "default", None) if hasattr(torch.ops.aten, "_grouped_mm") else None
 CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -211,7 +212,8 @@ def _language_attention(
     assert segments is not None
     if keep is not None:
         keep.put(module.layer_idx, key, value)
-    return prefix_attention.varlen_prefix_attention(query, key, value, segments.varlen, call, scale=scale), None
+    row = prefix_attention.packed_row(query, key, value, segments.length)
+    return gathered_attention(*row, segments.varlen, call, scale=scale)[None], None
 
 
 def _vision_attention(

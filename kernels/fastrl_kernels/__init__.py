@@ -17,6 +17,7 @@ from fastrl_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_lo
 from fastrl_kernels.listwise_loss import listwise_loss
 from fastrl_kernels.pairwise_iou import pairwise_iou
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
+from fastrl_kernels.prefix_attention import prefix_attention
 from fastrl_kernels.rms_norm import ResidualNorm, residual_rms_norm, rms_norm
 from fastrl_kernels.rope import Rotated, RotatedSplit, qkv_rope, rope
 from fastrl_kernels.token_logprob import token_logprob
@@ -47,6 +48,7 @@ __all__ = [
     "listwise_loss",
     "pairwise_iou",
     "policy_loss",
+    "prefix_attention",
     "qkv_rope",
     "residual_rms_norm",
     "rms_norm",

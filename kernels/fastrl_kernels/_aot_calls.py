@@ -27,6 +27,7 @@ from fastrl_kernels.linear_policy_loss import linear_policy_loss
 from fastrl_kernels.listwise_loss import listwise_loss
 from fastrl_kernels.pairwise_iou import KINDS, pairwise_iou
 from fastrl_kernels.policy_loss import policy_loss
+from fastrl_kernels.prefix_attention import prefix_attention
 from fastrl_kernels.rms_norm import residual_rms_norm, rms_norm
 from fastrl_kernels.rope import qkv_rope, rope
 from fastrl_kernels.token_logprob import token_logprob
@@ -253,6 +254,15 @@ def _rope() -> None:
         _backward(*rope(q.transpose(1, 2), k.transpose(1, 2), angles, angles, sections=owned))
 
 
+def _prefix_attention() -> None:
+    row = {"prompt_lengths": [9], "completion_lengths": [2, 3], "group_of_completion": [0, 0]}
+    for (hk, d), dtype in product(((2, 128), (8, 128), (16, 256), (3, 80), (1, 33)), (BF16, FP16, FP32)):
+        q, k, v = (torch.zeros(14, h, d, dtype=dtype, requires_grad=True) for h in (2 * hk, hk, hk))
+        _backward(prefix_attention(q, k, v, **row))
+    joint = torch.zeros(14, 3, 2, 64, dtype=BF16, requires_grad=True)  # of one projection
+    _backward(prefix_attention(*joint.unbind(1), **row))
+
+
 def _qkv_rope() -> None:
     for (heads, d), dtype in product(((16, 80), (16, 72), (12, 64)), (BF16, FP16, FP32)):
         qkv, angles = torch.zeros(5, 3, heads, d, dtype=dtype, requires_grad=True), torch.zeros(5, d)
@@ -280,6 +290,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "rms_norm": _rms_norm,
     "residual_rms_norm": _residual_rms_norm,
     "bias_activation": _bias_activation,
+    "prefix_attention": _prefix_attention,
     "rope": _rope,
     "qkv_rope": _qkv_rope,
 }

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, count, pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from fastrl_kernels._gather_rows import Copies
 
 CPU = torch.device("cpu")
 
@@ -37,16 +40,19 @@ class CompletionBlock:
 
     ``rows`` [B, T]: the row of each (completion, step); padding repeats a completion's own first row, to which no real
     row attends. ``valid`` [sum of lengths]: flat indices of the real rows in [B, T]; ``target``: their rows. ``mask``
-    [T, P + T] bool: a step attends to the prompt and to its own completion up to itself.
+    [T, T] bool: a step attends to its own completion up to itself (and to the whole prompt). ``starts``: the first row
+    of each completion.
     """
 
     rows: Tensor
     valid: Tensor
     target: Tensor
     mask: Tensor
+    starts: tuple[int, ...]
 
     def to(self, device: torch.device) -> CompletionBlock:
-        return CompletionBlock(*(x.to(device) for x in (self.rows, self.valid, self.target, self.mask)))
+        tensors = (x.to(device) for x in (self.rows, self.valid, self.target, self.mask))
+        return CompletionBlock(*tensors, self.starts)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,11 @@ class DenseGroup:
         """The rows of the outputs: the prompt's, then each block's."""
         prompt = torch.arange(self.span.start, self.span.start + self.span.prompt)
         return [prompt, *(block.target for block in self.blocks)]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first row of each run of ``rows``."""
+        return self.span.start, *starts_of(self.blocks)
 
     def to(self, device: torch.device) -> DenseGroup:
         return DenseGroup(self.span, tuple(block.to(device) for block in self.blocks))
@@ -78,25 +89,23 @@ class DenseTables:
 class VarlenTables:
     """One variable-length call for the whole row: queries are the segments in row order, keys are gathered.
 
-    ``key_rows`` [K] int64: row of each gathered key, ``[prompt | prompt, c1 | prompt, c2 | …]`` for each group. Of
+    ``keys``: the row of each of K gathered keys, ``[prompt | prompt, c1 | prompt, c2 | …]`` for each group. Of
     answers alone (``AnswerRows``) they are rows of ``[prompt 0 | prompt 1 | … | answers]``, and no prompt is a segment.
     ``cu_q``, ``cu_k`` [S + 1] int32; every segment is causal, its queries aligned with its last keys. ``rows``: the
-    number of queries. ``copies``: for the gather's backward, pairs (rows, places): the j-th copy of ``rows`` is at
-    ``places`` of the gathered keys. No row occurs twice within a pair, so gradients are summed without atomics.
+    number of queries.
     """
 
-    key_rows: Tensor
+    keys: Copies
     cu_q: Tensor
     cu_k: Tensor
     max_q: int
     max_k: int
     rows: int
-    copies: tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
 class PrefixLayout:
-    """The groups of one packed row, in row order, and the device of its tables."""
+    """The groups of one packed row, in row order, and the device of its tables, which are made once."""
 
     spans: tuple[Span, ...]
     device: torch.device = CPU
@@ -110,47 +119,72 @@ class PrefixLayout:
 
     @cached_property
     def length(self) -> int:
-        return sum(span.length for span in self.spans)
+        return length_of(self.spans)
 
     @cached_property
     def dense(self) -> DenseTables:
-        groups = tuple(
-            DenseGroup(span, blocks_of(span.prompt, span.start + span.prompt, span.completions)) for span in self.spans
-        )
-        order = order_of([rows for group in groups for rows in group.rows], self.device)
-        return DenseTables(tuple(group.to(self.device) for group in groups), order)
+        return dense_tables(self.spans, self.device)
 
     @cached_property
     def varlen(self) -> VarlenTables:
-        return varlen_tables(self._segments(), self.device)
-
-    def _segments(self) -> Iterable[Segment]:
-        for span in self.spans:
-            yield span.prompt, ((span.start, span.prompt, 0),)
-            at = span.start + span.prompt
-            for copy, length in enumerate((n for n in span.completions if n), start=1):
-                yield length, ((span.start, span.prompt, copy), (at, length, 0))
-                at += length
+        return row_tables(self.spans, self.device)
 
 
-# Queries of a segment, and its keys as runs (first row, number of rows, which copy of these rows it is)
-Segment = tuple[int, tuple[tuple[int, int, int], ...]]
+def length_of(spans: Sequence[Span]) -> int:
+    """Rows of the spans."""
+    return sum(span.length for span in spans)
 
 
-def order_of(parts: list[Tensor], device: torch.device) -> Tensor | None:
-    """The order that sorts the rows of concatenated outputs, or None if they are ascending."""
-    rows = torch.cat([torch.empty(0, dtype=torch.int64), *parts])
-    return None if bool((rows[1:] > rows[:-1]).all()) else torch.argsort(rows).to(device)
+def dense_tables(spans: Sequence[Span], device: torch.device) -> DenseTables:
+    """For scaled-dot-product attention of a row."""
+    groups = [DenseGroup(span, blocks_of(span.start + span.prompt, span.completions)) for span in spans]
+    order = order_of(starts_of(groups), [rows for group in groups for rows in group.rows], device)
+    return DenseTables(tuple(group.to(device) for group in groups), order)
 
 
-def blocks_of(prompt: int, first: int, completions: Sequence[int]) -> tuple[CompletionBlock, ...]:
-    """Blocks of the completions of a prompt of that many tokens, which begin at row ``first``."""
-    starts = list(accumulate(completions, initial=first))
+def row_tables(spans: Sequence[Span], device: torch.device) -> VarlenTables:
+    """For one variable-length call for a row."""
+    segments: list[Segment] = []
+    for span in spans:
+        prompt = span.start, span.prompt
+        starts = accumulate(span.completions, initial=span.start + span.prompt)
+        own = [run for run in zip(starts, span.completions, strict=False) if run[1]]
+        segments += [(span.prompt, (prompt,)), *((run[1], (prompt, run)) for run in own)]
+    return varlen_tables(segments, length_of(spans), device)
+
+
+# Queries of a segment, and its keys as runs (first row, number of rows)
+Segment = tuple[int, tuple[tuple[int, int], ...]]
+
+
+class HasStarts(Protocol):
+    """Rows in runs, each of which begins at one of ``starts``."""
+
+    @property
+    def starts(self) -> tuple[int, ...]: ...
+
+
+def order_of(starts: Sequence[int], parts: Sequence[Tensor], device: torch.device) -> Tensor | None:
+    """The order that sorts the rows of concatenated outputs, or None if they are ascending. ``starts``: the first row
+    of each run of rows, in the order of ``parts``."""
+    if all(a < b for a, b in pairwise(starts)):
+        return None
+    return torch.argsort(torch.cat(list(parts))).to(device)
+
+
+def starts_of(parts: Iterable[HasStarts]) -> list[int]:
+    """Of all parts, one after another."""
+    return [start for part in parts for start in part.starts]
+
+
+def blocks_of(first: int, completions: Sequence[int]) -> tuple[CompletionBlock, ...]:
+    """Blocks of the completions of one prompt, which begin at row ``first``."""
+    starts = accumulate(completions, initial=first)
     members = [(s, n) for s, n in zip(starts, completions, strict=False) if n]
-    return tuple(_block(prompt, [members[n] for n in some]) for some in similar([n for _, n in members]))
+    return tuple(_block([members[n] for n in some]) for some in similar([n for _, n in members]))
 
 
-def similar(lengths: list[int]) -> list[list[int]]:
+def similar(lengths: Sequence[int]) -> list[list[int]]:
     """Indices of ``lengths`` in groups, split where one is shorter than half its group's longest: padding at most
     doubles the work."""
     order = sorted(range(len(lengths)), key=lambda n: (-lengths[n], n))
@@ -162,47 +196,42 @@ def similar(lengths: list[int]) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def padded(members: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Rows [B, T] of segments (start, length), padded with their first row, and which are real [B, T]."""
+def padded(members: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [B, T] of segments (start, length), padded with their first row; which are real [B, T]; and the flat indices
+    of these."""
+    width = max(n for _, n in members)
     start = torch.tensor([s for s, _ in members])[:, None]
     length = torch.tensor([n for _, n in members])[:, None]
-    step = torch.arange(int(length.max()))
+    step = torch.arange(width)
     real = step < length
-    return torch.where(real, start + step, start), real
+    valid = torch.cat([torch.arange(at, at + n) for at, (_, n) in zip(count(0, width), members, strict=False)])
+    return torch.where(real, start + step, start), real, valid
 
 
-def _block(prompt: int, members: list[tuple[int, int]]) -> CompletionBlock:
-    rows, real = padded(members)
-    valid = real.flatten().nonzero()[:, 0]
-    step = torch.arange(rows.shape[1])[:, None]
-    mask = torch.arange(prompt + len(step)) <= step + prompt
-    return CompletionBlock(rows, valid, rows.flatten()[valid], mask)
+def _block(members: list[tuple[int, int]]) -> CompletionBlock:
+    rows, _, valid = padded(members)
+    step = torch.arange(rows.shape[1])
+    return CompletionBlock(
+        rows, valid, rows.flatten()[valid], step <= step[:, None], tuple(start for start, _ in members)
+    )
 
 
-def varlen_tables(segments: Iterable[Segment], device: torch.device) -> VarlenTables:
+def varlen_tables(segments: Iterable[Segment], rows: int, device: torch.device) -> VarlenTables:
+    """Tables of segments whose keys are among ``rows`` rows."""
     q_lengths, k_lengths, key_rows = [], [], []
-    copies: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-    place = 0
     for queries, runs in segments:
         q_lengths.append(queries)
-        k_lengths.append(sum(count for _, count, _ in runs))
-        for first, count, copy in runs:
-            rows = torch.arange(first, first + count)
-            key_rows.append(rows)
-            to, at = copies.setdefault(copy, ([], []))
-            to.append(rows)
-            at.append(torch.arange(place, place + count))
-            place += count
+        k_lengths.append(sum(count for _, count in runs))
+        key_rows += [torch.arange(first, first + count) for first, count in runs]
     cumulative = [
         torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
         for lengths in (q_lengths, k_lengths)
     ]
     return VarlenTables(
-        key_rows=torch.cat(key_rows).to(device),
+        keys=Copies.of(torch.cat(key_rows), rows).to(device),
         cu_q=cumulative[0],
         cu_k=cumulative[1],
         max_q=max(q_lengths),
         max_k=max(k_lengths),
         rows=sum(q_lengths),
-        copies=tuple((torch.cat(to).to(device), torch.cat(at).to(device)) for to, at in copies.values()),
     )

@@ -13,6 +13,7 @@ from fastrl_kernels.linear_policy_loss import linear_policy_loss_reference
 from fastrl_kernels.listwise_loss import listwise_loss_reference
 from fastrl_kernels.pairwise_iou import pairwise_iou_reference
 from fastrl_kernels.policy_loss import policy_loss_reference
+from fastrl_kernels.prefix_attention import prefix_attention_reference
 from fastrl_kernels.rms_norm import residual_rms_norm_reference, rms_norm_reference
 from fastrl_kernels.rope import qkv_rope_reference, rope_reference
 from fastrl_kernels.token_logprob import token_logprob_reference
@@ -33,6 +34,7 @@ __all__ = [
     "listwise_loss_reference",
     "pairwise_iou_reference",
     "policy_loss_reference",
+    "prefix_attention_reference",
     "qkv_rope_reference",
     "residual_rms_norm_reference",
     "rms_norm_reference",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+FLASH_3 = ("flash_attn_interface", "flash_attn_3.flash_attn_interface")  # its module, by how it was installed
 DENSE = "scaled-dot-product attention, a block per prompt, group of answers, or window length"
 
 
@@ -59,10 +60,15 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Path:
         return Path(None, f"head size {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}: {DENSE}")
     if _capability(device) < (8, 0):
         return Path(None, f"the GPU is older than compute capability 8.0: {DENSE}")
-    found = find()
+    found = find(hopper=is_hopper(device))
     if found.call is None:
         return Path(None, f"{'; '.join(found.missing)}: {DENSE}")
     return Path(found.call, f"one variable-length call per layer: {found.name}")
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether flash-attn 3 is written for this device: a GPU of compute capability 9."""
+    return device.type == "cuda" and _capability(device)[0] == 9
 
 
 @cache
@@ -71,12 +77,17 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def find() -> Found:
-    """The first available of torch, flash-attn 3, 2 and 4 (last: its backward is not tuned for every GPU)."""
+def find(*, hopper: bool = False) -> Found:
+    """The first available of torch, flash-attn 3, 2 and 4 (last: its backward is not tuned for every GPU).
+
+    ``hopper``: flash-attn 3, which is written for GPUs of compute capability 9, comes before torch there. That order
+    follows its authors' figures (arXiv:2407.08608); this project has never run it.
+    """
     missing: list[str] = []
+    third = [("flash-attn 3", module, _flash_call) for module in FLASH_3]
+    torch_own = [("torch.nn.attention.varlen", "torch.nn.attention.varlen", _torch_call)]
     for name, module, adapt in (
-        ("torch.nn.attention.varlen", "torch.nn.attention.varlen", _torch_call),
-        ("flash-attn 3", "flash_attn_interface", _flash_call),
+        *(third + torch_own if hopper else torch_own + third),
         ("flash-attn 2", "flash_attn", _flash_call),
         ("flash-attn 4", "flash_attn.cute", _flash_call),
     ):
@@ -86,9 +97,9 @@ def find() -> Found:
             missing.append(f"{name}: {type(error).__name__}")
             continue
         if call is not None:
-            return Found(call, name, tuple(missing))
+            return Found(call, name, tuple(dict.fromkeys(missing)))
         missing.append(f"{name}: too old")
-    return Found(None, "none", tuple(missing))
+    return Found(None, "none", tuple(dict.fromkeys(missing)))
 
 
 def _torch_call(module: Any) -> VarlenCall | None:
@@ -142,3 +153,25 @@ def _flash_call(module: Any) -> VarlenCall | None:
         return out[0] if isinstance(out, tuple) else cast(Tensor, out)
 
     return call
+
+
+def eager_call(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
+    scale: float | None, causal: bool,
+) -> Tensor:  # fmt: skip
+    """A ``VarlenCall`` in plain torch, on the host: every segment by itself."""
+    queries, keys = ((cu[1:] - cu[:-1]).tolist() for cu in (cu_q, cu_k))
+    parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
+    return torch.cat([segment(*part, scale, causal=causal) for part in parts])
+
+
+def segment(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, causal: bool) -> Tensor:
+    """Attention of one segment: q [n, Hq, D] to k, v [m, Hk, D], in float32 or wider → [n, Hq, D]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    query, key, value = (x.transpose(0, 1).to(wide) for x in (q, k, v))
+    key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in (key, value))
+    scores = query @ key.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        later = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(len(k) - len(q) + 1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(0, 1).to(q.dtype)

@@ -58,6 +58,7 @@ def cases() -> Iterator[Case]:
     yield from _heads()
     yield from _decoding()
     yield from _pointwise()
+    yield from _prefixes()
 
 
 def _box(*shape: int) -> Tensor:
@@ -452,3 +453,23 @@ def _pointwise() -> Iterator[Case]:
 
         name = f"rope/{str(dtype)[6:]}/{hq}x{dim}"
         yield Case(name, ropes, dtype, frozenset(["rope_kernel"]), fast=name == "rope/bfloat16/4x12")
+
+
+# ---- prefix-shared attention -----------------------------------------------------------------------------------------
+
+
+def _prefixes() -> Iterator[Case]:
+    names = frozenset(["gather_rows_kernel", "sum_copies_kernel"])
+    for dtype, (hq, hk, dim) in product(
+        (torch.float32, torch.bfloat16, torch.float16), ((2, 1, 33), (4, 2, 128), (6, 6, 80), (8, 8, 160))
+    ):
+
+        def attend(k: Any, real: Any, hq: int = hq, hk: int = hk, dim: int = dim) -> Outputs:
+            row = {"prompt_lengths": [9, 1], "completion_lengths": [2, 3, 1], "group_of_completion": [0, 0, 1]}
+            q, key, v = (real(torch.randn(16, h, dim)) for h in (hq, hk, hk))
+            joint = real(torch.randn(16, 3, hk, dim))  # whose rows lie apart
+            apart = _differentiated(lambda x: k.prefix_attention(*x.unbind(1), **row), [joint], real)
+            return [*_differentiated(lambda *x: k.prefix_attention(*x, **row), [q, key, v], real), *apart]
+
+        name = f"prefix_attention/{str(dtype)[6:]}/{hq}x{hk}x{dim}"
+        yield Case(name, attend, dtype, names, fast=name.endswith("bfloat16/2x1x33"))

@@ -16,7 +16,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 def test_the_dense_path_is_taken_where_no_kernel_can_go_and_says_why(monkeypatch) -> None:
     monkeypatch.setattr(varlen, "_capability", lambda _: (9, 0))
-    found = varlen.find()
+    found = varlen.find(hopper=True)
     assert varlen.choose(CPU, torch.bfloat16, 128) == (None, f"no GPU: {varlen.DENSE}")
     assert "not torch.float32" in varlen.choose(GPU, torch.float32, 128).reason
     assert "head size 20" in varlen.choose(GPU, torch.bfloat16, 20).reason
@@ -25,7 +25,7 @@ def test_the_dense_path_is_taken_where_no_kernel_can_go_and_says_why(monkeypatch
     monkeypatch.setattr(varlen, "_capability", lambda _: (7, 5))
     assert "older than compute capability 8.0" in varlen.choose(GPU, torch.bfloat16, 128).reason
     monkeypatch.setattr(varlen, "_capability", lambda _: (9, 0))
-    monkeypatch.setattr(varlen, "find", lambda: varlen.Found(None, "none", ("a: ImportError", "b: too old")))
+    monkeypatch.setattr(varlen, "find", lambda **_: varlen.Found(None, "none", ("a: ImportError", "b: too old")))
     assert varlen.choose(GPU, torch.bfloat16, 128) == (None, f"a: ImportError; b: too old: {varlen.DENSE}")
 
 
@@ -45,11 +45,21 @@ def test_libraries_are_found_in_order_by_what_they_offer(monkeypatch) -> None:
     import_only(monkeypatch, {})
     assert find().call is None
     assert [line.split(":")[1] for line in find().missing] == [" ModuleNotFoundError"] * 4
+    assert find(hopper=True).missing[:2] == (
+        "flash-attn 3: ModuleNotFoundError",
+        "torch.nn.attention.varlen: ModuleNotFoundError",
+    )
     import_only(monkeypatch, {"torch.nn.attention.varlen": old, "flash_attn": flash})
     found = find()
     assert (found.name, found.missing[0]) == ("flash-attn 2", "torch.nn.attention.varlen: too old")
     import_only(monkeypatch, {"flash_attn.cute": flash, "flash_attn_interface": flash})
     assert find().name == "flash-attn 3"
+    own = SimpleNamespace(varlen_attn=lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None: None)
+    for module in ("flash_attn_interface", "flash_attn_3.flash_attn_interface"):
+        import_only(monkeypatch, {"torch.nn.attention.varlen": own, module: flash})
+        assert (find().name, find(hopper=True).name) == ("torch.nn.attention.varlen", "flash-attn 3")
+    import_only(monkeypatch, {"torch.nn.attention.varlen": own})
+    assert find(hopper=True).name == "torch.nn.attention.varlen"
     import_only(monkeypatch, {"flash_attn": SimpleNamespace(), "flash_attn.cute": flash})
     assert find().name == "flash-attn 4"
 

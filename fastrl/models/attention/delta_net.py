@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrl.models.attention.delta_rule import DeltaState, convolve, delta_rule, delta_step, next_window
-from fastrl.models.attention.prefix import gather_rows
 from fastrl.segments import Scan, Segments
+from fastrl_kernels._gather_rows import gather_rows
 
 # The modules and parameters of a layer that these functions compute. Layers with others are not supported.
 MODULES = {"conv1d", "norm", "out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}
@@ -99,7 +99,7 @@ def scan_row(net: Any, x: Inputs, segments: Segments) -> Tensor:
     ends = DeltaState(*(torch.cat(parts) for parts in zip(*(state for _, state in read), strict=True)))
     outs = [out for out, _ in read]
     for one in tables.completions:
-        state = DeltaState(*(gather_rows(part, one.source, one.copies) for part in ends))
+        state = DeltaState(*(gather_rows(part, None, one.source)[0] for part in ends))
         outs.append(scan(net, _at(x, one), state, length=one.length, real=one.real, final=False)[0])
     places = [one.valid for one in (*tables.prompts, *tables.completions)]
     out = torch.cat([o.flatten(0, 1).index_select(0, valid) for o, valid in zip(outs, places, strict=True)])

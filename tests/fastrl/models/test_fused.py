@@ -16,6 +16,7 @@ from fastrl.models.families import FAMILIES, family_of
 from fastrl.models.fused import _replacement, _TwoProducts, fused, fuses, use_fused
 from fastrl.models.load import use_checkpointing
 from fastrl.plan.trace import meta_model, trace_batch
+from fastrl.plan.traffic import traffic
 from fastrl.plan.workload import packed
 from fastrl.recipe import ModelRecipe
 from tests.helpers.groups import picture_batch
@@ -187,3 +188,25 @@ def test_a_published_model_moves_a_third_of_what_it_did(name: str, checkpointing
     before, share = BEFORE[name, checkpointing]
     moved, _, _ = counted(name, {}, gradient_checkpointing=checkpointing)
     assert moved <= share * before
+
+
+@pytest.mark.parametrize("change", [NINTH, pytest.param({}, marks=pytest.mark.gate)], ids=["ninth", "whole"])
+def test_few_bytes_remain_in_the_gather_of_shared_keys(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less than 5 % would not pay for kernels of attention that read a prompt's keys in place; two kernels a layer."""
+    gathers = {torch.ops.fastrl.gather_rows, torch.ops.fastrl.sum_copies}
+    found: list[int] = []
+
+    def noted(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+        moved = traffic(func, args, kwargs, out)
+        if func._overloadpacket in gathers:
+            found.append(moved)
+        return moved
+
+    monkeypatch.setattr("fastrl.plan.ledger.traffic", noted)
+    moved, _, _ = counted("Qwen/Qwen2.5-VL-3B-Instruct", change)
+    layers = change.get("text_config", {}).get("num_hidden_layers", 36)
+    rows, gathered = 1000 + 8 * 64, 1000 + 8 * 1064
+    keys, tables = 2 * 2 * 128 * 2 * (rows + gathered), 8 * (2 * gathered + rows + 1)
+    assert len(found) == 2 * layers
+    assert sum(found) == layers * (2 * keys + tables + 8 * (gathered + rows + 1))
+    assert sum(found) < 0.02 * moved

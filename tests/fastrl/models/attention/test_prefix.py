@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastrl.models.attention.prefix import (
+    _equal_lengths,
     answer_attention,
-    dense_prefix_attention,
+    language_attention,
+    packed_row,
     segment_attention,
-    varlen_prefix_attention,
 )
 from fastrl.segments import AnswerRows, Segments, Span
-from fastrl_kernels import _prefix_layout, varlen
+from fastrl_kernels import varlen
+from fastrl_kernels.prefix_attention import dense_attention, gathered_attention
 from tests.helpers.attention import eager_varlen, truth
 
 SHAPES: dict[str, list[tuple[int, tuple[int, ...]]]] = {
@@ -26,6 +28,7 @@ SHAPES: dict[str, list[tuple[int, tuple[int, ...]]]] = {
     "several groups": [(3, (2, 5)), (1, (1,)), (6, ())],
     "empty completions": [(4, (0, 0)), (3, (0, 2, 0, 9))],
     "one row": [(1, ())],
+    "prompts longer than their answers": [(40, (3, 2, 3)), (9, (0, 1, 0)), (50, (12, 1, 4, 2))],
 }
 
 
@@ -55,9 +58,10 @@ def run_both(segments: Segments, heads: int, kv_heads: int, path: str) -> None:
     for run in (path, "truth"):
         leaves = [x.clone().requires_grad_() for x in inputs]
         if run == "dense":
-            out = dense_prefix_attention(*leaves, segments, scale=scale)
+            out = dense_attention(*packed_row(*leaves, segments.length), segments.dense, scale=scale)[None]
         elif run == "varlen":
-            out = varlen_prefix_attention(*leaves, segments.varlen, eager_varlen, scale=scale)
+            row = packed_row(*leaves, segments.length)
+            out = gathered_attention(*row, segments.varlen, eager_varlen, scale=scale)[None]
         else:
             out = truth(*leaves, visible(segments), scale)
         results.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), leaves)])
@@ -115,7 +119,7 @@ def test_outputs_and_gradients_follow_the_visibility_rule(shape: list, heads: tu
     run_both(segments_of(shape), *heads, path)
 
 
-spans = st.tuples(st.integers(1, 5), st.lists(st.integers(0, 6), max_size=4).map(tuple))
+spans = st.tuples(st.sampled_from([1, 2, 3, 5, 30]), st.lists(st.integers(0, 6), max_size=4).map(tuple))
 
 
 @given(st.lists(spans, min_size=1, max_size=4), st.sampled_from(["dense", "varlen"]))
@@ -134,7 +138,15 @@ def test_answers_name_their_rows_and_what_predicts_each_token() -> None:
 
 
 def test_tables_take_work_in_proportion_to_the_segments() -> None:
-    """Counted: calls of Python and C functions for 40 and for 80 groups."""
+    """Counted: calls of Python and C functions for 40 and for 80 groups, and for windows of as many lengths."""
+
+    def made(groups: int) -> None:
+        segments = segments_of([(3, (2, 5, 1))] * groups)
+        assert segments.varlen.rows == segments.dense.groups[-1].span.start + 11 == segments.length
+        assert len(segments.scans.completions) == 2
+        assert segments.answers.varlen.rows == segments.answers.length == 5 * groups
+        assert len(segments.answers.dense[0]) == groups
+        assert len(_equal_lengths.__wrapped__(tuple(range(1, groups + 1)))[0]) == groups
 
     def calls(groups: int) -> int:
         count = 0
@@ -143,14 +155,14 @@ def test_tables_take_work_in_proportion_to_the_segments() -> None:
             nonlocal count
             count += event in ("call", "c_call")
 
-        made = segments_of([(3, (2, 5, 1))] * groups)
         sys.setprofile(traced)
         try:
-            _prefix_layout.varlen_tables(made._segments(), made.device)
+            made(groups)
         finally:
             sys.setprofile(None)
         return count
 
+    made(1)
     assert calls(80) <= 2.05 * calls(40)
 
 
@@ -160,26 +172,13 @@ def test_padding_at_most_doubles_the_completion_rows() -> None:
     assert sum(b.rows.numel() for b in group.blocks) <= 2 * (1 + 1 + 2 + 3 + 5 + 8 + 13 + 21 + 300)
 
 
-def test_key_copies_of_the_gather_name_every_place_once() -> None:
-    tables = segments_of([span for shape in SHAPES.values() for span in shape]).varlen
-    places = torch.cat([at for _, at in tables.copies])
-    assert places.sort().values.tolist() == list(range(len(tables.key_rows)))
-    for rows, at in tables.copies:
-        assert len(rows.unique()) == len(rows), "no row twice in one copy: sums need no atomics"
-        assert torch.equal(tables.key_rows[at], rows)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gathered_gradients_are_summed_in_fp32(dtype: torch.dtype) -> None:
-    """300 rows with a gradient of 1: a running sum in bf16 would stop at 256."""
-    from fastrl.models.attention.prefix import gather_rows
-
-    tables = segments_of([(1, (1,) * 299)]).varlen
-    rows = torch.zeros(300, 1, 1, dtype=dtype, requires_grad=True)
-    gather_rows(rows, tables.key_rows, tables.copies).sum().backward()
-    assert rows.grad is not None
-    assert rows.grad[0].item() == 300
-    assert rows.grad[1:].eq(1).all()
+def test_keys_of_the_gather_follow_their_segments() -> None:
+    tables = segments_of([(3, (2, 0, 1)), (2, ())]).varlen
+    assert tables.keys.index.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7]
+    assert (tables.cu_q.tolist(), tables.cu_k.tolist()) == ([0, 3, 5, 6, 8], [0, 3, 8, 12, 14])
+    answers = segments_of([(3, (3, 1)), (2, (2,))]).answers.varlen
+    assert answers.keys.index.tolist() == [0, 1, 2, 5, 6, 3, 4, 7]
+    assert answers.keys.begins.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("lengths", [(5,), (4, 4, 4), (4, 2, 4, 1, 2), (3, 0, 3)])
@@ -195,9 +194,7 @@ def test_rows_that_do_not_match_their_segments_are_errors() -> None:
     segments = segments_of([(3, (2,))])
     x = torch.zeros(1, 2, 6, 8)
     with pytest.raises(ValueError, match=r"query: expected one row of 5 tokens, got \[1, 2, 6, 8\]"):
-        dense_prefix_attention(x, x, x, segments)
-    with pytest.raises(ValueError, match=r"query: expected one row of 5 tokens, got \[1, 2, 6, 8\]"):
-        varlen_prefix_attention(x, x, x, segments.varlen, eager_varlen, scale=1.0)
+        language_attention(None, x, x, x, None, fastrl_segments=segments)
     with pytest.raises(ValueError, match="does not follow row 0"):
         Segments((Span(1, 3, ()),))
     with pytest.raises(ValueError, match="prompt of at least one token"):
@@ -218,7 +215,8 @@ def test_the_variable_length_kernel_agrees_on_the_gpu(shape: list, heads: tuple[
     ]
     leaves = [x.clone().requires_grad_() for x in inputs]
     wide = [x.double().requires_grad_() for x in inputs]
-    got = varlen_prefix_attention(*leaves, segments.to("cuda").varlen, call, scale=0.125)
+    row = packed_row(*leaves, segments.length)
+    got = gathered_attention(*row, segments.to("cuda").varlen, call, scale=0.125)[None]
     want = truth(*wide, visible(segments).cuda(), 0.125)
     upstream = torch.randn_like(want)
     grads = torch.autograd.grad((got.double() * upstream).sum(), leaves)
