@@ -86,17 +86,22 @@ class Copies(NamedTuple):
         return Copies(*(table.to(device) for table in self))
 
 
-def gather_rows(a: Tensor, b: Tensor | None, copies: Copies) -> tuple[Tensor, Tensor | None]:
-    """``a[copies.index]`` and, of the same shape, ``b[copies.index]``; gradients at the top of this file.
+def gather_rows(rows: Tensor, copies: Copies) -> Tensor:
+    """``rows[copies.index]``; gradient at the top of this file.
 
     Args:
-        a, b: [rows, ...], floating, of one shape, dtype and device; their tables on that device.
+        rows: [R, ...], floating.
+        copies: on the device of the rows.
 
     Returns:
-        [K, ...] of each, None without ``b``. Differentiable once; sums are float32 or wider.
+        [K, ...]. Differentiable once; sums are float32 or wider.
     """
-    gathered, other = _gather_op(a, b, *copies)
-    return gathered, None if b is None else other
+    return _gather_op(rows, None, *copies)[0]
+
+
+def gather_pair(a: Tensor, b: Tensor, copies: Copies) -> tuple[Tensor, Tensor]:
+    """:func:`gather_rows` of two tensors of one shape and dtype, in one launch each way."""
+    return _gather_op(a, b, *copies)
 
 
 @torch.library.custom_op("fastrl::gather_rows", mutates_args=())

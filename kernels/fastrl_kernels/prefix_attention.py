@@ -43,7 +43,7 @@ from fastrl_kernels._common import (
     refuse_forward_mode,
     use_triton,
 )
-from fastrl_kernels._gather_rows import gather_rows
+from fastrl_kernels._gather_rows import gather_pair
 from fastrl_kernels._prefix_layout import (
     CompletionBlock,
     DenseTables,
@@ -134,8 +134,7 @@ def gathered_attention(
     q: Tensor, k: Tensor, v: Tensor, tables: VarlenTables, call: VarlenCall, *, scale: float | None = None
 ) -> Tensor:
     """One variable-length call: q [L, Hq, D] with the keys that the tables gather of k, v [rows, Hk, D]."""
-    keys, values = gather_rows(k, v, tables.keys)
-    assert values is not None
+    keys, values = gather_pair(k, v, tables.keys)
     return call(q, keys, values, tables.cu_q, tables.cu_k, tables.max_q, tables.max_k, scale=scale, causal=True)
 
 

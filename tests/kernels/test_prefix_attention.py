@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastrl_kernels import prefix_attention
-from fastrl_kernels._gather_rows import Copies, gather_rows, sum_copies_reference
+from fastrl_kernels._gather_rows import Copies, gather_pair, gather_rows, sum_copies_reference
 from fastrl_kernels._prefix_layout import PrefixLayout, Span
 from fastrl_kernels.prefix_attention import _layout, gathered_attention
 from fastrl_kernels.reference import prefix_attention_reference
@@ -194,7 +194,7 @@ def test_gathered_rows_and_the_sums_of_their_gradients(path: str, shape: tuple[i
     joint = torch.randn(6, 2, *shape).to(dtype).requires_grad_()
     a, b = joint.unbind(1)
     for pair in (True, False):
-        out = [x for x in gather_rows(a, b if pair else None, copies) if x is not None]
+        out = gather_pair(a, b, copies) if pair else [gather_rows(a, copies)]
         assert all(torch.equal(x, y[index]) for x, y in zip(out, (a, b), strict=False))
         upstream = [torch.randn(x.shape).to(dtype) for x in out]
         (got,) = torch.autograd.grad(out, joint, upstream)
@@ -210,7 +210,7 @@ def test_gathered_gradients_are_summed_in_fp32(path: str, dtype: torch.dtype) ->
     """300 copies with a gradient of 1: a running sum in bf16 would stop at 256."""
     copies = Copies.of(torch.cat([torch.zeros(300, dtype=torch.int64), torch.arange(1, 300)]), 300)
     rows = torch.zeros(300, 1, 1, dtype=dtype, requires_grad=True)
-    gather_rows(rows, None, copies)[0].sum().backward()
+    gather_rows(rows, copies).sum().backward()
     assert rows.grad is not None
     assert rows.grad[0].item() == 300
     assert rows.grad[1:].eq(1).all()
@@ -292,9 +292,7 @@ def test_gpu_gathers_and_sums_the_same_bits_twice_without_waiting() -> None:
     upstream = torch.randn(len(copies.index), 2, 128, device="cuda", dtype=torch.bfloat16)
 
     def run() -> tuple[Tensor, ...]:
-        out = gather_rows(a, b, copies)
-        assert out[1] is not None
-        return torch.autograd.grad(out, [a, b], [upstream, -upstream])
+        return torch.autograd.grad(gather_pair(a, b, copies), [a, b], [upstream, -upstream])
 
     first = run()
     torch.cuda.set_sync_debug_mode("error")

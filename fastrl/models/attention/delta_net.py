@@ -99,7 +99,7 @@ def scan_row(net: Any, x: Inputs, segments: Segments) -> Tensor:
     ends = DeltaState(*(torch.cat(parts) for parts in zip(*(state for _, state in read), strict=True)))
     outs = [out for out, _ in read]
     for one in tables.completions:
-        state = DeltaState(*(gather_rows(part, None, one.source)[0] for part in ends))
+        state = DeltaState(*(gather_rows(part, one.source) for part in ends))
         outs.append(scan(net, _at(x, one), state, length=one.length, real=one.real, final=False)[0])
     places = [one.valid for one in (*tables.prompts, *tables.completions)]
     out = torch.cat([o.flatten(0, 1).index_select(0, valid) for o, valid in zip(outs, places, strict=True)])

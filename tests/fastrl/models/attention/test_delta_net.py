@@ -17,6 +17,7 @@ from fastrl.models.attention.delta_net import empty_state, is_delta_net, scan, s
 from fastrl.models.attention.delta_rule import DeltaState
 from fastrl.rollout.cache import PromptCache, RowCache, RowStep
 from fastrl.segments import Segments, Span
+from fastrl_kernels._gather_rows import Copies
 from tests.helpers.delta import recurrence
 
 HIDDEN = 16
@@ -116,19 +117,19 @@ def test_a_packed_row_is_every_text_by_itself_with_every_gradient(net: Any, kind
 
 
 def without_memory(real: Any) -> Any:
-    return lambda x, index, copies: torch.zeros_like(real(x, index, copies)) if x.dim() == 4 else real(x, index, copies)
+    return lambda x, copies: torch.zeros_like(real(x, copies)) if x.dim() == 4 else real(x, copies)
 
 
 def without_window(real: Any) -> Any:
-    return lambda x, index, copies: torch.zeros_like(real(x, index, copies)) if x.dim() == 3 else real(x, index, copies)
+    return lambda x, copies: torch.zeros_like(real(x, copies)) if x.dim() == 3 else real(x, copies)
 
 
 def of_the_first_prompt(real: Any) -> Any:
-    return lambda x, index, copies: real(x, torch.zeros_like(index), copies)
+    return lambda x, copies: real(x, Copies.of(torch.zeros_like(copies.index), len(x)))
 
 
 def without_gradient(real: Any) -> Any:
-    return lambda x, index, copies: real(x, index, copies).detach()
+    return lambda x, copies: real(x, copies).detach()
 
 
 @pytest.mark.parametrize("broken", [without_memory, without_window, of_the_first_prompt, without_gradient])
