@@ -7,6 +7,8 @@ copies are summed on the way back.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ def cases(size: str) -> list[Case]:
     """All cases of this file at one of ``SIZES``."""
     prompt, answers, tokens, hq, hk, d = SIZES[size]
     length, dtype = prompt + answers * tokens, dtype_for(size)
-    layout = {
+    layout: dict[str, Any] = {
         "prompt_lengths": [prompt],
         "completion_lengths": [tokens] * answers,
         "group_of_completion": [0] * answers,
