@@ -50,8 +50,9 @@ class Scan:
     starts: tuple[int, ...]
 
     def to(self, device: torch.device) -> Scan:
-        tensors = (x.to(device) for x in (self.rows, self.real, self.length, self.valid, self.target))
-        return Scan(*tensors, self.source.to(device), self.starts)
+        tensors = (self.rows, self.real, self.length, self.valid, self.target)
+        rows, real, length, valid, target = (x.to(device) for x in tensors)
+        return Scan(rows, real, length, valid, target, self.source.to(device), self.starts)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class CompletionBlock:
     starts: tuple[int, ...]
 
     def to(self, device: torch.device) -> CompletionBlock:
-        tensors = (x.to(device) for x in (self.rows, self.valid, self.target, self.mask))
-        return CompletionBlock(*tensors, self.starts)
+        rows, valid, target, mask = (x.to(device) for x in (self.rows, self.valid, self.target, self.mask))
+        return CompletionBlock(rows, valid, target, mask, self.starts)
 
 
 @dataclass(frozen=True)

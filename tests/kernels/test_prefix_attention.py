@@ -109,7 +109,8 @@ def test_any_row_follows_the_visibility_rule(groups: Groups, gathered: bool) -> 
     def call(*leaves: Tensor) -> Tensor:
         if not gathered:
             return prefix_attention(*leaves, **told(groups))
-        tables = _layout(*(tuple(x) for x in told(groups).values()), torch.device("cpu")).varlen
+        prompts, completions, of = (tuple(numbers) for numbers in told(groups).values())
+        tables = _layout(prompts, completions, of, torch.device("cpu")).varlen
         return gathered_attention(*leaves, tables, eager_varlen, scale=8**-0.5)
 
     assert_near(with_gradients(call, *inputs), with_gradients(exact(groups, 8**-0.5), *inputs), 1e-10)
