@@ -38,7 +38,7 @@ def cases(size: str) -> list[Case]:
 
 def host_rounds(problems: int) -> int | None:
     """Few rounds if a peer solves many problems one by one on the host, which takes seconds per call."""
-    return 5 if problems > 32 and torch.cuda.is_available() else None
+    return 7 if problems > 32 and torch.cuda.is_available() else None
 
 
 def random_boxes(*shape: int, device: torch.device) -> Tensor:

@@ -243,7 +243,7 @@ def _case(size: str, name: str, rows: int, make: Any, ours: Run, peers: dict[str
     shape = {"prompts": work.prompts, "rows": rows, "prompt": work.prompt, "answer": work.answer, "layers": work.layers}
     return Case(
         name=f"rollout/{name}", op="decode_attention", shape=shape, make=make, ours=ours, peers=peers,
-        bytes=float(numbers * dtype.itemsize), dtype=dtype, rounds=2 if size == "gpu" else 3,
+        bytes=float(numbers * dtype.itemsize), dtype=dtype, rounds=7,
         extra={"tokens": rows * work.answer}, **more,
     )  # fmt: skip
 

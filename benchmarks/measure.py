@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,13 +55,15 @@ def interleaved(
     """Times each call once per round, in turn, so that disturbances affect all of them.
 
     Returns per name ``{"warm": Stats}`` (pytest-benchmark's statistics, seconds), on a GPU also ``"cold"``: the same
-    with the L2 cache overwritten before. Calls of less than a millisecond on a CPU are timed several at a time.
+    with the L2 cache overwritten before; on a CPU also ``"cpu"``: seconds of the process on all its cores. ``data`` of
+    each is in the order of the rounds. Calls of less than a millisecond on a CPU are timed several at a time.
     """
     from pytest_benchmark.stats import Stats
 
-    kinds = ("warm", "cold") if device.type == "cuda" and cold else ("warm",)
+    gpu = device.type == "cuda"
+    kinds = ("warm", "cold") if gpu and cold else ("warm",)
     flush = torch.empty(_FLUSH_BYTES if len(kinds) > 1 else 0, dtype=torch.uint8, device=device)
-    found = {name: {kind: Stats() for kind in kinds} for name in calls}
+    found = {name: {kind: Stats() for kind in (*kinds, *(() if gpu else ("cpu",)))} for name in calls}
     numbers = {name: _calls_per_round(call, device, reset) for name, call in calls.items()}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -68,8 +72,29 @@ def interleaved(
                     reset()
                 if kind == "cold":
                     flush.zero_()
+                began = time.process_time()
                 found[name][kind].update(_seconds(call, device, numbers[name]) / numbers[name])
+                if not gpu:
+                    found[name]["cpu"].update((time.process_time() - began) / numbers[name])
     return found
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile; of a single value, three times that value."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The quartiles by name, for the JSON of a result."""
+    return dict(zip(("q1", "median", "q3"), quartiles(values), strict=True))
+
+
+def unsteady(found: dict[str, float]) -> bool:
+    """Whether the quartiles lie further apart than a quarter of the median."""
+    return found["q3"] - found["q1"] > abs(found["median"]) / 4
 
 
 def _calls_per_round(call: Call, device: torch.device, reset: Call | None) -> int:

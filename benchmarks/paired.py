@@ -13,11 +13,9 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +24,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import Others, busy_before, notice
+from benchmarks.measure import spread
 from benchmarks.run import environment
 from benchmarks.versus.model import build_folder
 from benchmarks.versus.work import Work, works
@@ -95,14 +95,8 @@ def compare(other: Path, work: Work, folder: Path, scratch: Path, rounds: int) -
     row: dict[str, Any] = {"work": asdict(work), "other": [a for a, _ in pairs], "here": [b for _, b in pairs]}
     for name in MEASURED:
         ratios = [a[name] / b[name] for a, b in pairs]
-        row[f"{name}_ratio"] = dict(zip(("q1", "median", "q3"), quartiles(ratios), strict=True))
+        row[f"{name}_ratio"] = spread(ratios)
     return row
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile of at least two values."""
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, median, third
 
 
 def line(row: dict[str, Any]) -> str:
@@ -130,15 +124,23 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds: at least 2, got {args.rounds}")
     if not (args.checkout / "benchmarks/versus/ours.py").is_file():
         parser.error(f"{args.checkout}: no checkout of fastrl with benchmarks/versus")
+    busy = busy_before()
+    print(notice(busy))
     other = args.checkout.resolve()
     commit = subprocess.run(["git", "-C", other, "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE, text=True)
-    report = environment(torch.device("cpu")) | {"other_commit": commit.stdout.strip() or None, "cases": []}
+    report = environment(torch.device("cpu")) | {
+        "other_commit": commit.stdout.strip() or None,
+        "busy": busy,
+        "cases": [],
+    }
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         folder = build_folder("small", root / "small", torch.device("cpu"))
         print(f"{other.name} ({report['other_commit']}) over this checkout ({report['commit']}), {args.rounds} rounds:")
         for number, work in enumerate(chosen):
-            report["cases"].append(compare(other, work, folder, root / str(number), args.rounds))
+            others = Others()
+            row = compare(other, work, folder, root / str(number), args.rounds)
+            report["cases"].append(row | {"busy": others.busy()})
             print(line(report["cases"][-1]), flush=True)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)

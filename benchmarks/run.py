@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Run
-from benchmarks.measure import device_name, device_peaks, graphed, interleaved, peak_bytes
+from benchmarks.machine import Others, busy_before, cores, notice, pin
+from benchmarks.measure import device_name, device_peaks, graphed, interleaved, peak_bytes, spread, unsteady
 from benchmarks.registry import cases
 
 OURS = "fastrl"
@@ -62,26 +63,31 @@ def run_case(case: Case, device: torch.device, peaks: dict[str, Any], rounds: in
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     del expected
     reset = None if case.reset is None else (lambda: _reset(case, x))
+    others = Others()
     times_of = interleaved(calls, device, min(rounds, case.rounds or rounds), reset=reset, cold=case.rounds is None)
+    busy = others.busy()
     for name, times in times_of.items():
         results[name] |= summary(times)
+        if OURS in times_of:
+            pairs = zip(times["warm"].data, times_of[OURS]["warm"].data, strict=True)
+            results[name]["ratios"] = spread([theirs / ours for theirs, ours in pairs])
     dtype = str(case.dtype).removeprefix("torch.")
     floor = max(case.flops / peaks["flops"].get(dtype, float("inf")), case.bytes / peaks["bytes_per_s"])
     for row in results.values():
         if "seconds" in row:
             row["percent_of_floor"] = 100 * floor / row["seconds"]
-            row["ratio"] = row["seconds"] / results[OURS]["seconds"] if "seconds" in results[OURS] else None
+            row["ratio"] = row["ratios"]["median"] if "ratios" in row else None
     return {
         "name": case.name, "op": case.op, "shape": case.shape, "dtype": dtype, "floor_seconds": floor,
-        "graph": case.graph and device.type == "cuda", "results": results, **case.extra,
+        "graph": case.graph and device.type == "cuda", "busy": busy, "results": results, **case.extra,
     }  # fmt: skip
 
 
 def summary(times: dict[str, Any]) -> dict[str, Any]:
     """Median, quartile range and rounds of the measured times, in seconds."""
-    warm = times["warm"]
+    warm, named = times["warm"], {"cold": "cold_seconds", "cpu": "cpu_seconds"}
     row = {"seconds": warm.median, "iqr": warm.iqr, "rounds": warm.rounds}
-    return row | ({"cold_seconds": times["cold"].median} if "cold" in times else {})
+    return row | {named[kind]: times[kind].median for kind in times if kind in named}
 
 
 def difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
@@ -106,6 +112,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     return {
         "device": {"name": device_name(device), "kind": device.type},
         "threads": torch.get_num_threads(),
+        "cores": len(cores()),
         "load": os.getloadavg()[0],
         "versions": versions,
         "commit": _git("rev-parse", "--short", "HEAD"),
@@ -125,9 +132,18 @@ def line(case: dict[str, Any], name: str, row: dict[str, Any]) -> str:
     if "seconds" not in row:
         return f"{start} {row.get('missing') or row.get('error')}"
     cold = f"{1e3 * row['cold_seconds']:10.3f}" if "cold_seconds" in row else f"{'':10}"
-    ratio = "" if name == OURS or row["ratio"] is None else f"{row['ratio']:.2f}x"
-    percent = f"{row['percent_of_floor']:6.1f}%"
-    return f"{start} {1e3 * row['seconds']:10.3f} {cold} {percent} {row['peak_bytes'] / 2**20:10.1f} {ratio:>8}"
+    width = 100 * row["iqr"] / row["seconds"]
+    times = f"{1e3 * row['seconds']:10.3f} {width:4.0f}%{'!' if width > 25 else ' '} {cold}"
+    numbers = f"{row['percent_of_floor']:6.1f}% {row['peak_bytes'] / 2**20:10.1f}"
+    return f"{start} {times} {numbers} {_ratio(name, row)}".rstrip()
+
+
+def _ratio(name: str, row: dict[str, Any]) -> str:
+    """Their time over ours: the median of the rounds, its quartiles, and a mark where these are far apart."""
+    if name == OURS or "ratios" not in row:
+        return ""
+    found = row["ratios"]
+    return f"{found['median']:.2f}x [{found['q1']:.2f}, {found['q3']:.2f}]{'!' if unsteady(found) else ''}"
 
 
 def _reset(case: Case, x: dict[str, Any]) -> None:
@@ -147,20 +163,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="[results/DEVICE.json; with --only or --quick: none]")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="figure [beside the JSON]")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9 (CPU) or 15 (GPU)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch, on as many cores [all]")
     args = parser.parse_args(argv)
     device = default_device()
+    try:
+        pin(args.threads)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         chosen = cases("gpu" if device.type == "cuda" else "cpu", args.only)
     except ValueError as error:
         parser.error(str(error))
     target = args.json
     rounds = 3 if args.quick else 15 if device.type == "cuda" else 9
+    busy = busy_before()
+    print(notice(busy))
     peaks = device_peaks(device)
-    report = environment(device) | {"peaks": peaks, "cases": []}
+    report = environment(device) | {"busy": busy, "peaks": peaks, "cases": []}
     if target is None and args.only is None and not args.quick:
         target = RESULTS / (re.sub(r"[^a-z0-9]+", "-", report["device"]["name"].lower()).strip("-") + ".json")
     print(f"{report['device']['name']}, {report['threads']} threads, commit {report['commit']}")
-    print(f"{'case':46} {'':22} {'ms':>10} {'cold ms':>10} {'floor':>7} {'peak MiB':>10} {'ratio':>8}")
+    heads = f"{'ms':>10} {'IQR':>5}  {'cold ms':>10} {'floor':>7} {'peak MiB':>10} ratio [quartiles]"
+    print(f"{'case':46} {'':22} {heads}   (!: quartiles further apart than a quarter of the median)")
     for case in chosen:
         row = run_case(case, device, peaks, rounds)
         report["cases"].append(row)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import unsteady
 from benchmarks.versus.measure import PHASES
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,13 +53,23 @@ def pairs(report: dict[str, Any]) -> str:
 
 def _pair_cells(case: dict[str, Any]) -> list[str]:
     found = (case["seconds_ratio"], case["cpu_seconds_ratio"])
-    return [case["work"]["name"], *(f"{r['median']:.2f} [{r['q1']:.2f}, {r['q3']:.2f}]" for r in found)]
+    return [case["work"]["name"], *(f"{r['median']:.2f}{quartiles(r)}" for r in found)]
+
+
+def quartiles(found: dict[str, float] | None) -> str:
+    """`` [q1, q3]``, with an exclamation mark where they are further apart than a quarter of the median."""
+    if found is None:
+        return ""
+    return f" [{found['q1']:.2f}, {found['q3']:.2f}]{'!' if unsteady(found) else ''}"
 
 
 def _kernel_cells(case: dict[str, Any]) -> list[str]:
     ours = case["results"][OURS]
     measured = {name: row for name, row in case["results"].items() if name != OURS and row.get("ratio")}
-    peers = [f"{name} {row['ratio']:.2f}× ({row['peak_bytes'] / 2**20:.1f})" for name, row in measured.items()]
+    peers = [
+        f"{name} {row['ratio']:.2f}×{quartiles(row.get('ratios'))} ({row['peak_bytes'] / 2**20:.1f})"
+        for name, row in measured.items()
+    ]
     numbers = [f"{1e3 * ours['seconds']:.3g}", f"{ours['percent_of_floor']:.0f} %", f"{ours['peak_bytes'] / 2**20:.1f}"]
     return [case["name"], *numbers, ", ".join(peers) or "none installed"]
 
@@ -73,7 +84,8 @@ def steps(report: dict[str, Any]) -> str:
         "rows in a micro-batch",
         "TRL s",
         "fastrl s",
-        "**step**",
+        "**step** [quartiles]",
+        "with a matmul for patches",
         "CPU time",
         *phases,
     ]
@@ -91,10 +103,12 @@ def _step_cells(case: dict[str, Any], phases: Iterable[str]) -> list[str]:
     sides = (case["sides"]["trl"], case["sides"][OURS])
     cells += [f"{side['seconds']:.2f}" if "seconds" in side else side["error"] for side in sides]
     ratio = case["ratio"]
-    step = f"**{ratio['seconds']:.1f}×**" if "seconds" in ratio else ""
+    step = f"**{ratio['seconds']:.1f}×**{quartiles(ratio.get('spread'))}" if "seconds" in ratio else ""
+    matmul = case.get("ratio_matmul", {})
     return [
         *cells,
         step,
+        f"{matmul['seconds']:.1f}×{quartiles(matmul.get('spread'))}" if "seconds" in matmul else "",
         *(f"{ratio[n]:.1f}×" if n in ratio else "" for n in ("cpu_seconds", *phases, "peak_bytes", "flops")),
     ]
 
@@ -108,7 +122,8 @@ def _gradients(report: dict[str, Any]) -> str:
 
 def _made_with(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
-    where = f"{report['device']['name']}, {report['threads']} threads, load {report['load']:.1f}"
+    busy = f", others took {report['busy']:.2f} cores" if report.get("busy") is not None else ""
+    where = f"{report['device']['name']}, {report['threads']} threads, load {report['load']:.1f}{busy}"
     return f"{where}, commit {report['commit']}, {report['date']}: {versions}"
 
 

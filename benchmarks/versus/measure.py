@@ -93,6 +93,7 @@ class Recorder:
         self.cpu_seconds: list[float] = []  # of all threads of this process
         self.by_phase: list[dict[str, float]] = []
         self.flops: int | None = None
+        self.flops_by_operator: dict[str, int] = {}
         self.step_bytes: int | None = None
 
     @contextmanager
@@ -103,6 +104,8 @@ class Recorder:
             with peak_of_step(self.device) as found, flop_counter() as counter:
                 yield
             self.step_bytes, self.flops = found[0], int(counter.get_total_flops())
+            counts = counter.get_flop_counts().get("Global", {})
+            self.flops_by_operator = {str(operator): int(flops) for operator, flops in counts.items()}
         else:
             begin, cpu = now(self.device), time.process_time()
             yield

@@ -12,7 +12,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 
 from benchmarks.versus.measure import Phases
 
-SMALL_VOCABULARY = 3200  # vocabulary of the model with 6.9 M parameters
+SMALL_VOCABULARY = 3200  # of the model with 6.9 M parameters
 SIZES = ("small", "3b")
 
 
@@ -38,8 +38,11 @@ def load_processor(folder: Path) -> StillProcessor:
     return StillProcessor(load_image_processor(folder), tokenizer, chat_template=tokenizer.chat_template)
 
 
-def build_folder(size: str, folder: Path, device: torch.device) -> Path:
-    """Write a model of one of ``SIZES`` with weights from seed 0, unless the folder already contains one."""
+def build_folder(size: str, folder: Path, device: torch.device, *, vocabulary: int | None = None) -> Path:
+    """Write a model of one of ``SIZES`` with weights from seed 0, unless the folder already contains one.
+
+    ``vocabulary``: its words, by default 3,200 or those of the released model.
+    """
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from fastrl.models.families.qwen2_vl import load_image_processor
@@ -51,7 +54,7 @@ def build_folder(size: str, folder: Path, device: torch.device) -> Path:
     if (folder / "model.safetensors.index.json").is_file() or (folder / "model.safetensors").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(SMALL_VOCABULARY if size == "small" else 151936, folder)
+    tokenizer = _tokenizer(vocabulary or (SMALL_VOCABULARY if size == "small" else 151936), folder)
     config = small_config(tokenizer) if size == "small" else config_3b(tokenizer)
     torch.manual_seed(0)
     with torch.device(device):

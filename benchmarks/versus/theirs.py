@@ -1,15 +1,23 @@
-"""TRL's side of a comparison: ``GRPOTrainer.train()`` itself, with fastrl's steps run from a callback."""
+"""TRL's side of a comparison: ``GRPOTrainer.train()`` itself, with fastrl's steps run from a callback.
+
+The trainer can alternate between two forms of its model: as shipped, and with the vision tower's patches embedded by a
+product of matrices instead of a convolution, as a user who knows of it would have them (and as fastrl does).
+"""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.versus.measure import Phases, Recorder, static_bytes
@@ -38,9 +46,14 @@ class Trl:
         train: str,
         device: torch.device,
         mixin: type | None = None,
+        both: bool = False,
         **changes: Any,
     ) -> None:
-        """``rows``: answers per micro-batch; ``mixin``: base before the trainer; ``changes``: to ``GRPOConfig``."""
+        """``rows``: answers per micro-batch; ``mixin``: base before the trainer; ``changes``: to ``GRPOConfig``.
+
+        ``both``: every step is followed by one on the same records with patches embedded by a product of matrices,
+        which ``matmul`` records.
+        """
         from trl import GRPOTrainer
 
         trainer: Any = GRPOTrainer if mixin is None else type("Trainer", (mixin, GRPOTrainer), {})
@@ -48,6 +61,7 @@ class Trl:
         self._folder = tempfile.TemporaryDirectory()
         phases = Phases(device)
         self.recorder = Recorder(device, phases)
+        self.matmul = Recorder(device, phases) if both else None
         processor = load_processor(folder)
         processor.phases = phases
         arguments = _arguments(self._folder.name, work, rows, device, processor.tokenizer, changes)
@@ -55,7 +69,7 @@ class Trl:
             model=_model(folder, bfloat16=arguments.bf16 and train == "lora"),
             reward_funcs=ocr_reward,
             args=arguments,
-            train_dataset=_dataset(records),
+            train_dataset=_dataset(_twice(records, work.prompts) if both else records),
             processing_class=processor,
             peft_config=_adapters(train),
         )
@@ -72,8 +86,14 @@ class Trl:
 
     def run(self, kinds: Sequence[str], turn: Turn | None = None) -> None:
         """Run a step for each of ``kinds`` and call ``turn(kind)`` after each."""
-        self.trainer.args.max_steps = len(kinds)
-        self.trainer.add_callback(_Turns(self.recorder, kinds, turn))
+        steps = []
+        for kind in kinds:
+            steps.append(_Step(kind, self.recorder, turn=turn if self.matmul is None else None))
+            if self.matmul is not None:
+                form = partial(by_matmul, _patch_embedding(self.trainer.model))
+                steps.append(_Step(kind, self.matmul, form, turn))
+        self.trainer.args.max_steps = len(steps)
+        self.trainer.add_callback(_Turns(steps))
         self.trainer.train()
 
     @property
@@ -83,29 +103,73 @@ class Trl:
         return static_bytes(self.trainer.model, [getattr(optimizer, "optimizer", optimizer)])
 
 
+@contextmanager
+def _as_shipped() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def by_matmul(embed: nn.Module) -> Iterator[None]:
+    """The convolution of ``embed``, whose stride is its kernel, computed as one product of matrices in the block."""
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        proj: Any = embed.proj
+        return F.linear(hidden_states.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
+
+    embed.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del embed.forward
+
+
+def _patch_embedding(model: nn.Module) -> nn.Module:
+    return next(module for name, module in model.named_modules() if name.endswith("patch_embed"))
+
+
+def _twice(records: Sequence[Record], prompts: int) -> list[Record]:
+    """Each step's records two times, for a step of each form."""
+    steps = [records[i : i + prompts] for i in range(0, len(records), prompts)]
+    return [record for step in steps for record in (*step, *step)]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of the trainer: of which kind, who records it, in which form of the model, and what follows it."""
+
+    kind: str
+    recorder: Recorder
+    form: Callable[[], AbstractContextManager[None]] = _as_shipped
+    turn: Turn | None = None
+
+
 class _Turns(TrainerCallback):
     """Measures each step of a trainer from the end of the previous one, then runs a step of the other side."""
 
-    def __init__(self, recorder: Recorder, kinds: Sequence[str], turn: Turn | None) -> None:
-        self.recorder, self.turn = recorder, turn
-        self.kinds = list(kinds)
-        self._step = ExitStack()
+    def __init__(self, steps: Sequence[_Step]) -> None:
+        self.steps = list(steps)
+        self._open = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._step.enter_context(self.recorder.measure(self.kinds[0]))
+        self._begin(self.steps[0])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.recorder.phases.enter("optimizer")
+        self.steps[state.global_step].recorder.phases.enter("optimizer")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.recorder.phases.leave()
+        self.steps[state.global_step].recorder.phases.leave()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._step.close()
-        if self.turn is not None:
-            self.turn(self.kinds[state.global_step - 1])
-        if state.global_step < len(self.kinds):
-            self._step.enter_context(self.recorder.measure(self.kinds[state.global_step]))
+        self._open.close()
+        done = self.steps[state.global_step - 1]
+        if done.turn is not None:
+            done.turn(done.kind)
+        if state.global_step < len(self.steps):
+            self._begin(self.steps[state.global_step])
+
+    def _begin(self, step: _Step) -> None:
+        self._open.enter_context(step.form())
+        self._open.enter_context(step.recorder.measure(step.kind))
 
 
 def _model(folder: Path, *, bfloat16: bool) -> Any:
@@ -150,6 +214,18 @@ def _arguments(out: str, work: Work, rows: int, device: torch.device, tokenizer:
         "disable_tqdm": True,
     }
     return GRPOConfig(**values | changes)
+
+
+def colocated(work: Work, tokenizer: Any) -> dict[str, Any]:
+    """Changes to ``GRPOConfig`` that let vLLM sample in the trainer's process, answers of the forced length."""
+    banned = dict.fromkeys(never_sampled(tokenizer), -100.0)
+    return {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.3,
+        "vllm_max_model_length": work.prompt + work.answer,
+        "generation_kwargs": {"logit_bias": banned, "ignore_eos": True, "min_tokens": work.answer},
+    }
 
 
 def _checkpointing(config: Any) -> str:

@@ -21,6 +21,7 @@ class Work:
     prompts: int
     picture: int = 0  # side of the square picture in pixels (28 per image token); 0: text only
     group: int = 8  # G
+    pictures: int = 1  # in a prompt
 
     @property
     def rows(self) -> int:
@@ -61,30 +62,35 @@ def never_sampled(tokenizer: Any) -> list[int]:
 def make_records(work: Work, count: int, folder: Path, tokenizer: Any) -> list[Record]:
     """``count`` different prompts of exactly ``work.prompt`` tokens; pictures are PNG files in ``folder``."""
     rng = torch.Generator().manual_seed(0)
-    question = _question(work, tokenizer)
-    content = [*([{"type": "image"}] if work.picture else []), {"type": "text", "text": question}]
+    content = _content(work, _question(work, tokenizer))
     records = []
     for number in range(count):
-        images = (_picture(work.picture, folder / f"{number}.png", rng),) if work.picture else ()
+        files = [folder / f"{number}-{place}.png" for place in range(work.pictures if work.picture else 0)]
+        images = tuple(_picture(work.picture, file, rng) for file in files)
         digits = "".join(str(int(d)) for d in torch.randint(10, (4 * work.answer,), generator=rng))
         messages = ({"role": "user", "content": content},)
         records.append(Record(f"{work.name} {number}", "ocr", images, messages, {"text": digits}))
     return records
 
 
+def _content(work: Work, question: str) -> list[dict[str, str]]:
+    pictures = [{"type": "image"}] * (work.pictures if work.picture else 0)
+    return [*pictures, {"type": "text", "text": question}]
+
+
 def _question(work: Work, tokenizer: Any) -> str:
     """Words that fill the prompt to its length."""
 
     def length(words: int) -> int:
-        content = [*([{"type": "image"}] if work.picture else []), {"type": "text", "text": "read" + " a" * words}]
-        turns = [{"role": "user", "content": content}]
+        turns = [{"role": "user", "content": _content(work, "read" + " a" * words)}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     cells = (work.picture // 28) ** 2
-    words = work.prompt - (cells - 1 if cells else 0) - length(0)  # a placeholder expands to the picture's cells
+    more = work.pictures * (cells - 1) if cells else 0  # a placeholder expands to its picture's cells
+    words = work.prompt - more - length(0)
     if words < 0 or length(words) - length(0) != words:
-        raise ValueError(f"{work.name}: cannot make a prompt of {work.prompt} tokens with {cells} of a picture")
+        raise ValueError(f"{work.name}: cannot make a prompt of {work.prompt} tokens with {more} of pictures")
     return "read" + " a" * words
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.paired import HERE, Side, compare, line, main, quartiles
+from benchmarks.measure import quartiles
+from benchmarks.paired import HERE, Side, compare, line, main
 from benchmarks.versus.model import build_folder
 from benchmarks.versus.work import TINY
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def test_a_row_says_what_was_measured_and_what_was_not(row: dict[str, Any]) -> N
     assert ours["ratio"] == 1
     assert ours["difference"] == 0
     assert peer["difference"] == pytest.approx(0.25)
-    assert peer["ratio"] == pytest.approx(peer["seconds"] / ours["seconds"])
+    assert peer["ratios"]["q1"] <= peer["ratio"] == peer["ratios"]["median"] <= peer["ratios"]["q3"]
+    assert ours["cpu_seconds"] >= 0
+    assert row["busy"] >= 0
     assert row["floor_seconds"] == pytest.approx(8000 / 1e10)
     assert ours["percent_of_floor"] == pytest.approx(100 * row["floor_seconds"] / ours["seconds"])
     assert ours["peak_bytes"] in range(4000, 8001)  # one result of 4000 bytes
@@ -56,6 +59,23 @@ def test_a_row_says_what_was_measured_and_what_was_not(row: dict[str, Any]) -> N
 def test_the_floor_is_the_slower_of_matmul_and_traffic() -> None:
     found = run.run_case(case(flops=1e6, peers={}), CPU, PEAKS, rounds=1)
     assert found["floor_seconds"] == pytest.approx(1e-5)
+
+
+def test_spread_of_rounds_and_when_they_are_unsteady() -> None:
+    assert measure.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"q1": 2.0, "median": 3.0, "q3": 4.0}
+    assert measure.spread([2.5]) == {"q1": 2.5, "median": 2.5, "q3": 2.5}
+    assert measure.unsteady({"q1": 2.0, "median": 3.0, "q3": 4.0})
+    assert not measure.unsteady({"q1": 2.9, "median": 3.0, "q3": 3.1})
+
+
+def test_ratios_are_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"fastrl": iter([1.0, 4.0, 2.0]), "off by half": iter([2.0, 4.0, 8.0])}
+    order = iter(["fastrl", "off by half"] * 3)
+    monkeypatch.setattr(measure, "_calls_per_round", lambda *_: 1)
+    monkeypatch.setattr(measure, "_seconds", lambda *_: next(seconds[next(order)]))
+    found = run.run_case(case(peers={"off by half": lambda x: (x["x"] * 2,)}), CPU, PEAKS, rounds=3)
+    assert found["results"]["off by half"]["ratios"] == {"q1": 1.5, "median": 2.0, "q3": 3.0}  # of 2, 1 and 4
+    assert found["results"]["fastrl"]["ratio"] == 1
 
 
 def test_reset_comes_before_every_call() -> None:
@@ -79,7 +99,7 @@ def test_rounds_take_turns() -> None:
 def test_lines_and_environment(row: dict[str, Any]) -> None:
     lines = [run.line(row, name, result) for name, result in row["results"].items()]
     assert lines[0].startswith("double/it")
-    assert lines[1].rstrip().endswith("x")
+    assert re.search(r"\d\.\d\dx \[\d+\.\d\d, \d+\.\d\d\]!?$", lines[1])
     assert "not installed" in lines[2]
     assert "no such luck" in lines[3]
     found = run.environment(CPU)

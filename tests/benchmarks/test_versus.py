@@ -83,11 +83,38 @@ def test_a_case_has_every_number_of_both_sides(folder: Path, tmp_path: Path) -> 
         assert side["answer_tokens_per_s"] == pytest.approx(8 * 5 / side["seconds"])
     ours, theirs = case["sides"]["fastrl"], case["sides"]["trl"]
     assert ours["flops"] < theirs["flops"]
+    matmul = case["sides"]["trl+matmul"]
+    assert 0.9 * theirs["flops"] < matmul["flops"] <= theirs["flops"]  # the counter may not know the convolution
+    assert case["ratio_matmul"]["cpu_seconds"] == matmul["cpu_seconds"] / ours["cpu_seconds"]
+    assert case["ratio"]["spread"]["median"] == case["ratio"]["seconds"] == theirs["seconds"] / ours["seconds"]
+    assert case["busy"] >= 0
     assert case["ratio"]["flops"] == theirs["flops"] / ours["flops"]
     assert ours["sampler_gap"]["sampler/gap_max"] < 1e-4
     assert case["rows"] == {"fastrl": 4, "trl": 4}
     assert "GFLOP" in vs_trl.line(case)[1]
+    assert [text.split()[0] for text in vs_trl.line(case)[1:]] == ["fastrl", "trl", "trl+matmul", "ratio", "matmul"]
     json.dumps(case)
+
+
+def test_patches_embedded_by_a_product_are_those_of_the_convolution(folder: Path) -> None:
+    from benchmarks.versus import theirs
+
+    embed: Any = theirs._patch_embedding(theirs._model(folder, bfloat16=False))
+    patches = torch.randn(8, embed.proj.weight[0].numel())
+    shipped = embed(patches)
+    with theirs.by_matmul(embed):
+        assert embed(patches).shape == shipped.shape
+        torch.testing.assert_close(embed(patches), shipped, rtol=1e-5, atol=1e-6)
+        embed.proj.forward = None  # which nothing calls
+        embed(patches)
+    assert "forward" not in vars(embed)
+
+
+def test_a_trainer_of_both_forms_sees_each_steps_records_twice() -> None:
+    from benchmarks.versus.theirs import _twice
+
+    records: Any = list("abcd")
+    assert _twice(records, 2) == list("ababcdcd")
 
 
 def test_best_tries_micro_batches_of_both_sides(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +185,32 @@ def test_every_case_is_planned_and_can_be_chosen() -> None:
     assert all(micro == "equal" for _, _, micro in vs_trl.plan("small", ["full"], "", False))
 
 
+def test_vllm_is_a_case_of_a_gpu_that_has_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl import GRPOConfig
+
+    monkeypatch.setattr(vs_trl.importlib.util, "find_spec", lambda name: name == "vllm")
+    assert [micro for *_, micro in vs_trl.plan("3b", ["lora"], "", False)] == ["equal"] * 3 + ["vllm"] * 3
+    assert all(micro == "equal" for *_, micro in vs_trl.plan("small", ["full"], "", False))
+    made: list[dict[str, Any]] = []
+
+    class Side:
+        def __init__(self, *_: Any, **named: Any) -> None:
+            made.append(named)
+            raise torch.OutOfMemoryError("enough")
+
+    monkeypatch.setattr(vs_trl, "Trl", Side)
+    bench = vs_trl.Bench(folder, tmp_path, torch.device("cuda"), rounds=1)
+    monkeypatch.setattr(bench, "_ours", Side)
+    case = bench.case(work.TINY, "lora", "vllm")
+    assert case["interleaved"] is False
+    assert (made[-1]["use_vllm"], made[-1]["vllm_mode"]) == (True, "colocate")
+    assert made[-1]["vllm_max_model_length"] == 48 + 5
+    assert {name for name in made[-1] if name.startswith("vllm")} <= set(GRPOConfig.__dataclass_fields__)
+    assert -100.0 in made[-1]["generation_kwargs"]["logit_bias"].values()
+    assert bench.case(work.TINY, "lora", "equal")["interleaved"] is True
+    assert "use_vllm" not in made[-1]
+
+
 def test_command_writes_gradients_cases_and_what_was_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -179,7 +232,7 @@ def test_command_writes_gradients_cases_and_what_was_left_out(
     assert written["gradients"] == [{"cosine": 1.0, "norm_ratio": 1.0}]
     assert "Equal on both sides" in written["fairness"]
     assert {"device", "versions", "commit"} <= set(written)
-    assert "ratio   seconds 1.00" in capsys.readouterr().out
+    assert "seconds 1.00" in capsys.readouterr().out
     assert vs_trl.main(["--device", "cpu", "--only", "goal", "--seconds", "-1", "--json", str(target)]) == 0
     assert len(json.loads(target.read_text())["not_run"]) == 2
 
@@ -207,6 +260,12 @@ def test_tables_say_what_the_files_say() -> None:
     found = table.tables(made | {"fairness": "…", "gradients": [gradient], "cases": [case, failed]})
     assert "full: cosine 1.0000000, norm ratio 1.000000." in found
     start = "| tiny | 48 / 5 / 4 × 2 | full | 4 / 4 (equal) |"
-    assert f"{start} 6.00 | 1.00 | **6.0×** |  |  | 7.0× |  | 5.0× |  |" in found
+    assert f"{start} 6.00 | 1.00 | **6.0×** |  |  |  | 7.0× |  | 5.0× |  |" in found
+    spread = {"q1": 4.0, "median": 6.0, "q3": 7.0}
+    measured = case | {"ratio": case["ratio"] | {"spread": spread}, "ratio_matmul": {"seconds": 3.0}}
+    found = table.tables(made | {"busy": 0.3, "fairness": "…", "gradients": [gradient], "cases": [measured]})
+    assert f"{start} 6.00 | 1.00 | **6.0×** [4.00, 7.00]! | 3.0× |  |  | 7.0× |  | 5.0× |  |" in found
+    assert "load 0.5, others took 0.30 cores, commit abc" in found
+    found = table.tables(made | {"fairness": "…", "gradients": [gradient], "cases": [case, failed]})
     assert f"{start} out of memory | 1.00 |" in found
     assert table.tables({"kernels": []}) == ""
