@@ -144,6 +144,8 @@ class Recipe(Section):
                 f"optim.states and optim.gradient_release need engine.kind: local; with engine.kind: {kind} set "
                 f"optim.states: fp32 and optim.gradient_release: false, and use {also}engine.offload_optimizer"
             )
+        if self.engine.reduce_gradients == "last" and kind != "fsdp2":
+            raise ValueError("engine.reduce_gradients: last needs engine.kind: fsdp2")
         whole = kind == "deepspeed" and self.engine.zero_stage == 0
         if self.engine.offload_optimizer and (kind == "local" or whole):
             raise ValueError(

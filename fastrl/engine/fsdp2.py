@@ -77,6 +77,7 @@ class Fsdp2Engine(OnRanks):
             )
         self.optim = optim
         self.updates = 0
+        self._reduce_last = engine.reduce_gradients == "last"
         groups = parameter_groups(model, optim, alias)
         self._device = groups[0]["params"][0].device
         self._began = begin(self._device, engine.timeout)
@@ -137,7 +138,9 @@ class Fsdp2Engine(OnRanks):
             return getattr(self._root, FORWARD)(work)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add the gradient of ``loss``, reduced over ranks."""
+        """Add the gradient of ``loss``, reduced over ranks (``engine.reduce_gradients: last``: only in the ``last``
+        one, until which whole gradients stay here)."""
+        self._root.set_requires_gradient_sync(last or not self._reduce_last)
         with self._ranks.joined("the gradients of a micro-batch", computes=True):
             loss.backward()
 

@@ -341,6 +341,7 @@ def sharded_memory(
         traced.peak - FLOAT * model.trainable,
         traced.head_scratch,
         accumulates=work.micro_batches > 1,
+        reduces_last=recipe.engine.reduce_gradients == "last",
     )
     graph = gpu and work.samples and decode_mode(recipe.rollout.decode, CUDA) == "graph"
     pool = rollout.drawing if graph else 0

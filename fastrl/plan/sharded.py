@@ -28,6 +28,7 @@ class Unit(NamedTuple):
 class Shards(NamedTuple):
     """Bytes of one rank: what it keeps, and what is whole for a time.
 
+    ``unreduced``: whole gradients of micro-batches before the last (``engine.reduce_gradients: last``).
     ``whole``: all weights, in a rollout. In a micro-batch, beside its activations: ``rest``, the weights and gradients
     that are gathered once; ``layers``, those of the layer that computes and of the next one. ``reducing``: the rest's
     gradients while they are reduced, when its activations are gone.
@@ -36,12 +37,15 @@ class Shards(NamedTuple):
     weights: float
     moments: float
     gradients: float
+    unreduced: float
     whole: float
     rest: float
     layers: float
     reducing: float
 
-    def update(self, kept: float, backward: float, scratch: float, *, accumulates: bool) -> float:
+    def update(
+        self, kept: float, backward: float, scratch: float, *, accumulates: bool, reduces_last: bool = False
+    ) -> float:
         """Peak of a micro-batch above what lives between updates.
 
         Args:
@@ -49,10 +53,12 @@ class Shards(NamedTuple):
             backward: peak of one process's backward, without gradients.
             scratch: of the head.
             accumulates: an earlier micro-batch has left its gradients.
+            reduces_last: they are whole.
         """
-        begun = self.gradients if accumulates else 0.0
+        gradients = self.unreduced if accumulates and reduces_last else self.gradients
+        begun = gradients if accumulates else 0.0
         head, layer = kept + scratch + self.rest + begun, kept + self.rest + self.layers + begun
-        return max(head, layer, backward + self.rest + self.layers + self.gradients, self.reducing + self.gradients)
+        return max(head, layer, backward + self.rest + self.layers + gradients, self.reducing + gradients)
 
 
 class Network(NamedTuple):
@@ -89,6 +95,7 @@ def shards_of(units: Sequence[Unit], optim: OptimRecipe, ranks: int) -> Shards:
         weights=(frozen + FLOAT * trained) / ranks,
         moments=moment_bytes(optim.states) * trained / ranks,
         gradients=FLOAT * trained / ranks,
+        unreduced=FLOAT * trained,
         whole=sum(unit.bytes for unit in units) + max(unit.bytes for unit in layers),  # and a gathering's buffer
         rest=rest.bytes + rest.trained_bytes,
         layers=2 * layer.bytes + layer.trained_bytes,
@@ -121,7 +128,8 @@ def network_of(
     trained = sum(unit.trained for unit in units)
     low = sum(unit.trained_bytes for unit in units)
     if engine.kind == "fsdp2":
-        return Network(part * (passes * (twice + rest.bytes) + rollouts * whole), part * passes * FLOAT * trained)
+        reductions = updates if engine.reduce_gradients == "last" else passes
+        return Network(part * (passes * (twice + rest.bytes) + rollouts * whole), part * reductions * FLOAT * trained)
     if engine.kind == "deepspeed" and engine.zero_stage == 2:
         return Network(part * updates * low, part * passes * low)
     if engine.kind == "deepspeed" and engine.zero_stage == 1:

@@ -70,6 +70,7 @@ def environment(rank: int, port: int, repo: Path, ranks: int = 2) -> dict[str, s
     """For process ``rank`` of ``ranks``."""
     return os.environ | {
         "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

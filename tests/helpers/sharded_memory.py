@@ -62,10 +62,15 @@ def main() -> None:
     batch = packed(family, 60, [], [(16,) * 6])
     optim, section = OptimRecipe(steps=9, lr=1e-4), EngineRecipe(kind="fsdp2")  # type: ignore[call-arg]
     cores = [Shardable(policy.core, family.layers(policy.core))]
-    engine = make_engine(policy.model, optim, section, folder / "ranks", cores=cores)
+    engine: Any = make_engine(policy.model, optim, section, folder / "ranks", cores=cores)
 
-    def update() -> None:
-        engine.backward(engine.forward(lambda: policy.logprob(batch).logp.mean()))
+    def update(last: bool = True) -> None:
+        engine.backward(engine.forward(lambda: policy.logprob(batch).logp.mean()), last=last)
+
+    def late() -> None:
+        engine._reduce_last = True
+        update(False)
+        update()
 
     def whole() -> None:
         with engine.gathered(policy.core):
@@ -78,6 +83,9 @@ def main() -> None:
     found = {"update": counted_peak(update), "optimizer": counted_peak(engine.step), **counts}
     found["gathered"] = counted_peak(whole)
     found["rollout_weights"] = counts["weights"] - found["weights"]
+    before = counts["gradients"]
+    found["late"] = counted_peak(late)
+    found["late_gradients"] = counts["gradients"] - before
     kept = sum(p.to_local().numel() * p.element_size() for p in policy.core.parameters())
     found["weight_shards"] = kept
     (folder / f"counted-{dist.get_rank()}.json").write_text(json.dumps(found))

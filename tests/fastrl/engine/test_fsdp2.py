@@ -37,7 +37,8 @@ HOST = {
     "optim__row_local_head": True,
 }
 AGAIN = {"optim__updates_per_batch": 2, "optim__token_budget": 4096}
-RUNS = {"full": FULL, "adapters": ADAPTERS, "stacked": STACKED, "host": HOST, "again": AGAIN}
+LATE = {"optim__weight_decay": 0.01, "engine__reduce_gradients": "last"}
+RUNS = {"full": FULL, "adapters": ADAPTERS, "stacked": STACKED, "host": HOST, "again": AGAIN, "late": LATE}
 
 
 def together(folder: Path, model: Path, runs: Sequence[dict[str, Any]], *, ranks: int) -> None:
@@ -180,9 +181,10 @@ def test_without_a_launcher_it_says_how_to_start(tmp_path: Path, monkeypatch: py
         ({"optim__gradient_release": True, "optim__clip_norm": None}, "gradient_release need engine.kind: local"),
         ({"rollout__keep_prompts": "on"}, "engine.kind: fsdp2 reduces gradients batch by batch"),
         ({"rollout__backend": "vllm", "rollout__server": "http://x:1"}, "needs engine.kind: local"),
+        ({"engine": {"kind": "deepspeed", "reduce_gradients": "last"}}, "last needs engine.kind: fsdp2"),
         ({"model__quantize": "4bit", "model__lora": {"rank": 2}}, "model.quantize needs engine.kind: local"),
     ],
 )
 def test_what_it_does_not_do_is_refused_before_any_work(tmp_path: Path, changes: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        make_recipe(tmp_path, tmp_path, engine={"kind": "fsdp2"}, **changes)
+        make_recipe(tmp_path, tmp_path, **{"engine": {"kind": "fsdp2"}, **changes})

@@ -21,6 +21,7 @@ from tests.helpers.gloo import REPO, start
 
 OPTIM = OptimRecipe(steps=1)  # type: ignore[call-arg]
 FSDP2 = EngineRecipe(kind="fsdp2")  # type: ignore[call-arg]
+LATE = EngineRecipe(kind="fsdp2", reduce_gradients="last")  # type: ignore[call-arg]
 
 
 def test_units_are_the_layers_and_the_rest_each_weight_once() -> None:
@@ -37,6 +38,7 @@ def test_what_ranks_exchange() -> None:
     count = {"passes": 3, "updates": 1, "rollouts": 2}
     assert network_of(units, FSDP2, 4, **count) == (0.75 * (3 * 300 + 2 * 200), 0.75 * 3 * 400)
     assert network_of(units, FSDP2, 1, **count) == (0, 0)
+    assert network_of(units, LATE, 4, **count) == (0.75 * (3 * 300 + 2 * 200), 0.75 * 400)
     deepspeed = [EngineRecipe(kind="deepspeed", zero_stage=stage) for stage in (0, 1, 2)]  # type: ignore[call-arg,arg-type]
     assert [network_of(units, engine, 2, **count) for engine in deepspeed] == [(0, 200), (100, 200), (100, 300)]
 
@@ -89,6 +91,9 @@ def test_memory_and_exchange_of_two_processes_are_planned(tmp_path: Path, lora: 
     kept = shards.weights + shards.moments
     peak = shards.update(traced.kept, traced.peak - 4 * sizes.trainable, traced.head_scratch, accumulates=False)
     update = network_of(sizes.units, FSDP2, 2, passes=1, updates=1, rollouts=0)
+    late = shards.update(
+        traced.kept, traced.peak - 4 * sizes.trainable, traced.head_scratch, accumulates=True, reduces_last=True
+    )
     rollout = network_of(sizes.units, FSDP2, 2, passes=0, updates=1, rollouts=1)
     for rank in range(2):
         counted = json.loads((tmp_path / f"counted-{rank}.json").read_text())
@@ -97,3 +102,5 @@ def test_memory_and_exchange_of_two_processes_are_planned(tmp_path: Path, lora: 
         assert kept + shards.whole == pytest.approx(kept + counted["gathered"], rel=0.1)
         assert (counted["weights"], counted["gradients"]) == update
         assert (counted["rollout_weights"], 0) == rollout
+        assert kept + late == pytest.approx(kept + counted["late"], rel=0.1)
+        assert counted["late_gradients"] == update.gradients  # of two micro-batches
