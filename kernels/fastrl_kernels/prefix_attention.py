@@ -193,8 +193,8 @@ def block_attention(
 
 def _merges(query: Tensor, prompt: tuple[Tensor, Tensor], queries: int) -> bool:
     """Whether a block of ``queries`` stacked rows a completion computes its two parts apart: on a CPU, where torch's
-    attention returns the log-sum-exp, unless the prompt is so short that copies of its keys are less than outputs."""
-    return query.device.type in ("cpu", "meta") and prompt[0].shape[1] >= 2 * queries
+    attention returns the log-sum-exp, unless the prompt is so short that outputs are more than copies of its keys."""
+    return query.device.type in ("cpu", "meta") and 2 * prompt[0].shape[1] >= 3 * queries
 
 
 class _MergedParts(torch.autograd.Function):
