@@ -26,6 +26,7 @@ from fastrl.models.families import Family, family_of
 from fastrl_kernels.decode_attention import decode_attention
 
 ATTENTION = "fastrl_rollout"
+OWN_BLOCK = 256  # tokens by which the rows' own keys grow
 # cuDNN's backend is left out: it makes a plan for every new shape, and nearly every call has new prompt lengths.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -165,13 +166,15 @@ class RowCache:
     Rows of one prompt are adjacent: ``offsets[g] : offsets[g + 1]`` are the rows of prompt ``g``, and rows from
     ``offsets[-1]`` on have no prompt (they fill a bucket). ``step`` counts the row keys written so far. With ``static``
     no shape changes from step to step, no buffer moves, and a step reads nothing from the host, as a CUDA graph
-    requires; otherwise attention gets only the keys written so far.
+    requires; otherwise attention gets only the keys written so far. The rows' own buffers begin with ``OWN_BLOCK``
+    tokens and grow by as many up to ``limit`` (``reserve``), between steps: answers mostly end before they need to.
     """
 
-    def __init__(self, prompts: PromptCache, n: int, capacity: int, *, static: bool) -> None:
+    def __init__(self, prompts: PromptCache, n: int, limit: int, *, static: bool) -> None:
         size = len(prompts.length)
         self.prompt_keys, self.prompt_values = dict(prompts.keys), dict(prompts.values)
         like = next(iter(prompts.keys.values()))  # [B, Hkv, P, D]
+        capacity = min(limit, OWN_BLOCK)
         device, shape = like.device, (size * n, like.shape[1], capacity, like.shape[3])
         # Allocated here and not in the first step: under a graph that step runs on another stream, and memory that
         # the allocator gave to one stream is not reused by another.
@@ -185,7 +188,7 @@ class RowCache:
         self.ragged = min(prompts.length) < prompts.capacity
         self.offsets = torch.arange(size + 1, dtype=torch.int32, device=device) * n
         self.equal_groups = True  # until a row is dropped: rows are B x n in order
-        self.n, self.capacity, self.static = n, capacity, static
+        self.n, self.limit, self.capacity, self.static = n, limit, capacity, static
         self.step = 0
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # step, on the device
         self.own_length = torch.ones(size * n, dtype=torch.int32, device=device)  # keys to read: step + 1
@@ -193,6 +196,19 @@ class RowCache:
     def own(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values of the rows, [R, Hkv, T, D]; those of the new token go into slot ``at``."""
         return self.keys[layer], self.values[layer]
+
+    def reserve(self, count: int) -> bool:
+        """Make room for ``count`` own keys per row, in whole blocks. Returns whether buffers moved."""
+        if count <= self.capacity:
+            return False
+        self.capacity = min(-(-count // OWN_BLOCK) * OWN_BLOCK, self.limit)
+        for buffers in (self.keys, self.values):
+            for layer, old in buffers.items():  # one at a time: both copies of all would be twice the memory
+                new = old.new_empty((*old.shape[:2], self.capacity, old.shape[3]))
+                new[:, :, : self.step] = old[:, :, : self.step]
+                new[:, :, self.step :] = 0
+                buffers[layer] = new
+        return True
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Query [R, Hq, D] of the new tokens → [R, Hq, D], over prompt keys and row keys, the new ones included."""

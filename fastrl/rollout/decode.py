@@ -5,9 +5,9 @@ The same step runs in one of four modes:
 - ``eager``: shapes grow with the keys written so far, and finished rows leave the batch at once.
 - ``native`` (default on a CPU): ``eager``, with the layers in one call to C++, and several whole steps in one call if
   the head and the sampler allow it. If the C++ does not support the model, its dtype or its modules: ``eager``.
-- ``static``: buffers have their full size, the batch has one of a few sizes (buckets), and a step reads nothing from
-  the host, as a CUDA graph requires. Runs on any device.
-- ``graph`` (default on a GPU): ``static``, with the step captured in one CUDA graph per bucket.
+- ``static``: the batch has one of a few sizes (buckets), buffers keep their size for blocks of steps (``OWN_BLOCK``),
+  and a step reads nothing from the host, as a CUDA graph requires. Runs on any device.
+- ``graph`` (default on a GPU): ``static``, with the step captured in one CUDA graph per bucket and block.
 """
 
 from __future__ import annotations
@@ -133,8 +133,11 @@ class Decode:
     def _steps(self, column: int) -> int:
         """Run one step or more, starting with the one that samples ``column``. Returns the number of steps."""
         left, done = self.sampling.max_new_tokens - column, 1
+        most = 1 if self.native is None else min(left, STEPS_PER_CALL)
+        if self.cache.reserve(self.cache.step + most) and self.runner is not None:
+            self.runner.forget()
         if self.native is not None:
-            done = self.native.run(self, column, min(left, STEPS_PER_CALL))
+            done = self.native.run(self, column, most)
         elif self.runner is not None:
             self.runner.run(len(self.rows), left)
         else:
@@ -206,7 +209,7 @@ class NativeSteps:
         if head is None:
             return None
         # The answers to a prompt have the same positions, so the table has one line per prompt and step.
-        positions = next_position[:, None] + torch.arange(decode.cache.capacity, device=next_position.device)
+        positions = next_position[:, None] + torch.arange(decode.cache.limit, device=next_position.device)
         return cls(layers, head, *layers.angles(positions.flatten()))
 
     def run(self, decode: Decode, column: int, steps: int) -> int:
@@ -225,7 +228,7 @@ class NativeSteps:
             alive=decode.alive,
             stop_at=int(WORTH_RETIRING * len(decode.rows)),
         )
-        line = decode.rows // sampling.n * cache.capacity + cache.step
+        line = decode.rows // sampling.n * cache.limit + cache.step
         done = self.layers.draw(decode.token, cache, Angles(self.cos, self.sin, line), draws, steps)
         cache.advance(done)
         decode.at += done

@@ -38,6 +38,10 @@ class GraphRunner:
         if left > WORTH_CAPTURING:
             self.graphs[size] = self.place.latest = self._capture()
 
+    def forget(self) -> None:
+        """Drop all graphs: something that they read or write has moved."""
+        self.graphs.clear()
+
     def _warm_up(self) -> None:
         """Run one real step on the capturing stream, which compiles and loads kernels and allocates workspaces."""
         stream, current = self.place.stream, torch.cuda.current_stream(self.device)

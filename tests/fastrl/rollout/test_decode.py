@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrl.batch import Completion
 from fastrl.models.decode_layers import DecodeLayers
 from fastrl.models.load import load_policy
-from fastrl.rollout import Generator, Sampling, decode, generator, graphs
+from fastrl.rollout import Generator, Sampling, cache, decode, generator, graphs
 from fastrl.rollout.cache import PromptCache, RowCache
 from fastrl.rollout.decode import Decode, decode_mode
 from tests.helpers.rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
@@ -167,6 +167,81 @@ def test_a_step_recorded_once_per_bucket_and_replayed_gives_the_same(
     assert_same(again, want)
     assert counted.captures > 2, "a graph per bucket"
     assert counted.replays > 2 * counted.captures
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    """Own keys grow several times within a test's answers."""
+    monkeypatch.setattr(cache, "OWN_BLOCK", 5)
+
+
+@pytest.mark.parametrize("mode", ["eager", "native", "static", "graph"])
+def test_keys_that_grow_in_blocks_give_the_same(qwen2_5, mode: str, small_buckets, small_blocks, monkeypatch) -> None:
+    hook = force(qwen2_5, qwen2_5.eos_token_ids[0], 3.0)
+    prompts, sampling = encode(qwen2_5), Sampling(8, 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "OWN_BLOCK", 64)
+        want = Generator(qwen2_5, decode="eager").generate(prompts, sampling, rng())
+    counted = stand_in(monkeypatch, graphs)
+    monkeypatch.setattr(generator, "decode_mode", lambda *_: mode)
+    grown: list[int] = []
+    real = RowCache.reserve
+    monkeypatch.setattr(
+        RowCache, "reserve", lambda self, count: real(self, count) and (grown.append(self.capacity) or True)
+    )
+    got = Generator(qwen2_5).generate(prompts, sampling, rng())
+    hook.remove()
+    assert_same(got, want)
+    assert grown == [10, 15, 19]
+    assert (counted.captures > 0) == (mode == "graph")
+
+
+def held_keys(row: RowCache) -> int:
+    return sum(x.untyped_storage().nbytes() for x in (*row.keys.values(), *row.values.values()))
+
+
+def test_answers_that_end_early_never_hold_keys_of_the_full_length(qwen2_5, small_blocks, monkeypatch) -> None:
+    """Counted: bytes of the rows' own keys at the end of a rollout, by the length at which answers end."""
+    held: list[int] = []
+    run = Decode._run
+
+    def counting(self: Decode) -> None:
+        run(self)
+        held.append(held_keys(self.cache))
+
+    monkeypatch.setattr(Decode, "_run", counting)
+    monkeypatch.setattr(Decode, "_smaller", lambda self, alive: len(self.rows))
+    prompts = encode(qwen2_5)
+    for bonus, limit in ((50.0, 31), (-50.0, 31), (-50.0, 6)):
+        hook = force(qwen2_5, qwen2_5.eos_token_ids[0], bonus)
+        Generator(qwen2_5, decode="static").generate(prompts, Sampling(2, limit), rng())
+        hook.remove()
+    early, late, short = held
+    assert early == short
+    assert late == 6 * early
+
+
+def test_growing_holds_one_buffer_twice_at_most() -> None:
+    """Counted on the meta device: the peak while own keys of four layers grow is one buffer above the result."""
+    from fastrl.plan.ledger import Ledger
+
+    meta = torch.device("meta")
+    prompts = PromptCache(2)
+    for layer in range(4):
+        prompts.reserve(3)
+        prompts.buffers(layer, torch.empty(2, 1, 3, 8, device=meta))
+    with Ledger([*prompts.keys.values(), *prompts.values.values()], gpu=True) as ledger:
+        row = RowCache(prompts, 3, 1000, static=True)
+        before, ledger.peak = held_keys(row), 0
+        assert before == 2 * 4 * 6 * 256 * 8 * 4
+        assert not row.reserve(256)
+        row.step = 256
+        assert row.reserve(257)
+        assert held_keys(row) == 2 * before
+        assert ledger.peak - ledger.live <= 2 * before // 8
+        row.step = 500
+        assert row.reserve(999)
+        assert row.capacity == 1000
 
 
 def test_a_step_that_failed_leaves_the_collector_and_no_keys(qwen2_5, monkeypatch) -> None:
