@@ -17,7 +17,7 @@ from torch import Tensor
 from fastrl.answers import View
 from fastrl.batch import ImageInput
 from fastrl.models.families.base import Family, VisionFeatures
-from fastrl.models.vision import ImagePreprocessor, picture_of
+from fastrl.models.vision import ImagePreprocessor, joined_pixels, picture_of
 from fastrl.models.weights import reading
 
 if TYPE_CHECKING:
@@ -229,4 +229,4 @@ def pooled(core: Any, **inputs: Any) -> Sequence[Tensor]:
 def pixels_of(family: Family, core: Any, images: Sequence[ImageInput]) -> Tensor:
     """Squares [n, 3, side, side] of several pictures, in the tower's dtype and device."""
     weight = next(family.parts(core).vision.parameters())
-    return torch.cat([image.pixel_values.to(weight.device, weight.dtype, non_blocking=True) for image in images])
+    return joined_pixels(images, weight.device, weight.dtype)

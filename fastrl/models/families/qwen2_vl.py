@@ -21,7 +21,7 @@ from fastrl.batch import ImageInput
 from fastrl.data.pictures import LARGE
 from fastrl.models.families.base import Family, VisionFeatures
 from fastrl.models.positions import image_tokens, mrope_positions
-from fastrl.models.vision import ImagePreprocessor, picture_of
+from fastrl.models.vision import ImagePreprocessor, joined_pixels, picture_of
 from fastrl.models.weights import reading
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Qwen2VL(Family):
             return []
         visual: Any = self.parts(core).vision
         device = next(visual.parameters()).device
-        pixels = torch.cat([image.pixel_values.to(device, visual.dtype, non_blocking=True) for image in images])
+        pixels = joined_pixels(images, device, visual.dtype)
         grids = torch.tensor([image.shape for image in images])
         # A frozen tower needs no graph: nothing before the embeddings takes a gradient.
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in visual.parameters())
