@@ -1,8 +1,8 @@
 """Builds the optional native extension; everything else about the package is in pyproject.toml.
 
-``fastrl_kernels._C`` has the CPU paths for which Python is too slow (assignment, detection reward, decode step). It
-needs a C++17 compiler but no torch headers. Without a compiler the build prints a notice and continues: the eager path
-computes the same.
+``fastrl_kernels._C`` has the CPU paths for which Python is too slow (assignment, detection reward, decode step), or
+which are many small operators in torch (losses, advantages, overlaps). It needs a C++17 compiler but no torch headers.
+Without a compiler the build prints a notice and continues: the eager path computes the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 NOTICE = """
 ***********************************************************************************************
 fastrl: the native extension was NOT built: {reason}
-Everything still works; assignment, detection reward and decoding take the slower eager path on CPU.
+Everything still works; assignment, rewards, losses, overlaps and decoding take the slower eager path on CPU.
 To build it, install a C++17 compiler (g++ or clang++) and run `pip install .` again.
 ***********************************************************************************************
 """
@@ -30,12 +30,16 @@ class OptionalBuild(build_ext):
             raise  # ``optional=True`` turns this into a warning
 
 
+SOURCES = (
+    "module", "assignment", "detection_reward", "kernels", "decode_step", "weights", "advantage", "policy", "listwise",
+    "overlap",
+)  # fmt: skip
+HEADERS = ("common", "assignment", "exact", "wide", "kernels", "sampler", "team", "decode_step")
+
 native = Extension(
     "fastrl_kernels._C",
-    sources=[f"csrc/{name}.cpp" for name in ("module", "assignment", "detection_reward", "kernels", "decode_step")],
-    depends=[
-        f"csrc/{name}.hpp" for name in ("common", "assignment", "wide", "kernels", "sampler", "team", "decode_step")
-    ],
+    sources=[f"csrc/{name}.cpp" for name in SOURCES],
+    depends=[f"csrc/{name}.hpp" for name in HEADERS],
     language="c++",
     # -ffp-contract=off: no fused multiply-add, so every machine rounds alike (but for products: wide.hpp).
     # -Wno-psabi: vector types stay inlined.

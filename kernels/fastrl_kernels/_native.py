@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+from collections.abc import Sequence
 from ctypes import c_double, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -25,6 +26,19 @@ _SIGNATURES = {
     "fastrl_detection_reward": [
         c_int, *[c_void_p] * 6, *[c_int64] * 3, c_int, c_int, c_double, c_double, *[c_void_p] * 3, c_int,
     ],
+    # completion, mask, n, completions, per_row, denominator, weight
+    "fastrl_token_weights": [*[c_void_p] * 2, *[c_int64] * 2, c_int, c_double, c_void_p],
+    # rewards, weights, group, r, k, size, groups, leave_one_out, scale, unbiased, eps, five results
+    "fastrl_group_advantage": [
+        *[c_void_p] * 3, *[c_int64] * 4, *[c_int] * 3, c_double, *[c_void_p] * 5,
+    ],
+    # logp, advantage, completion, weight, old, ref, sampler, bounds, n, completions, loss, kl, k2_gradient, penalised,
+    # dual, sequence, importance, importance_sequence, three results
+    "fastrl_policy_rows": [*[c_void_p] * 8, *[c_int64] * 2, *[c_int] * 8, *[c_void_p] * 3],
+    # score, reward, mask, lists, items, by_order, beta, gamma, loss, grad, threads
+    "fastrl_listwise_loss": [*[c_void_p] * 3, *[c_int64] * 2, c_int, *[c_double] * 2, *[c_void_p] * 2, c_int],
+    # a, b, n_a, n_b, problems, n, m, kind, reduce, out, threads
+    "fastrl_pairwise_iou": [*[c_void_p] * 4, *[c_int64] * 3, *[c_int] * 2, c_void_p, c_int],
     # model, rows, sampler, steps, threads, parallel, level (see decode_step.py)
     "fastrl_decode": [*[c_void_p] * 3, c_int64, c_int, c_void_p, c_int],
     "fastrl_decode_level": [],
@@ -70,6 +84,104 @@ def lacks(name: str) -> str | None:
     if lib is None:
         return why_not()
     return None if hasattr(lib, name) else f"the extension was built without {name}: rebuild it"
+
+
+def computes(name: str, first: Tensor, *others: Tensor | None) -> bool:
+    """Whether this function computes these tensors: on the CPU, none float64 (which eager code keeps), and built."""
+    if first.device.type != "cpu" or first.dtype == torch.float64 or lacks(name) is not None:
+        return False
+    return all(x is None or x.dtype != torch.float64 for x in others)
+
+
+def token_weights(
+    completion: Tensor, mask: Tensor | None, completions: int, per_row: bool, denominator: float
+) -> Tensor:
+    """``[N]`` fp32 weights of CPU ids; mask bool. ``denominator`` 0: the completions that have a row, or the rows."""
+    completion = _whole(completion)
+    kept = None if mask is None else mask.contiguous()
+    weight = torch.empty(completion.shape[0])
+    _call(
+        "fastrl_token_weights",
+        completion.data_ptr(), _pointer(kept), completion.shape[0], completions, per_row, denominator,
+        weight.data_ptr(),
+    )  # fmt: skip
+    return weight
+
+
+def group_advantage(
+    rewards: Tensor,
+    group: Tensor | None,
+    weights: Tensor | None,
+    size: int,
+    n_groups: int,
+    leave_one_out: bool,
+    scale: bool,
+    unbiased: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(advantage [R], reward [R], mean [G], std [G], constant [G])`` of CPU rewards ``[R, K]``."""
+    rewards, weights, group = _float(rewards), _maybe_float(weights), _maybe_whole(group)
+    r, k = rewards.shape
+    advantage, reward = torch.empty(r), torch.empty(r)
+    mean, std, constant = torch.empty(n_groups), torch.empty(n_groups), torch.empty(n_groups, dtype=torch.bool)
+    _call(
+        "fastrl_group_advantage",
+        *map(_pointer, (rewards, weights, group)), r, k, size, n_groups, leave_one_out, scale, unbiased, eps,
+        *map(_pointer, (advantage, reward, mean, std, constant)),
+    )  # fmt: skip
+    return advantage, reward, mean, std, constant
+
+
+def policy_rows(
+    vectors: Sequence[Tensor | None], bounds: Tensor | Sequence[float], choices: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(loss [N], dlogp [N], partials [1, 8])``, fp32.
+
+    Args:
+        vectors: logp, advantage, completion, weight, and old, reference and sampler log-probs or None.
+        bounds: the seven of ``PolicyOptions.bounds``, a tensor in float64.
+        choices: loss, kl, k2_gradient, penalised, dual, sequence, importance, importance_sequence.
+    """
+    logp, advantage, completion, *rest = vectors
+    assert logp is not None
+    assert advantage is not None
+    assert completion is not None
+    given = (_float(logp), _float(advantage), _whole(completion), *map(_maybe_float, rest))
+    n = logp.shape[0]
+    loss, dlogp, partials = torch.empty(n), torch.empty(n), torch.empty(1, 8)
+    numbers = bounds.contiguous() if isinstance(bounds, Tensor) else (c_double * 7)(*bounds)
+    at = numbers.data_ptr() if isinstance(numbers, Tensor) else numbers
+    _call(
+        "fastrl_policy_rows",
+        *map(_pointer, given), at, n, advantage.shape[0], *choices, *map(_pointer, (loss, dlogp, partials)),
+    )  # fmt: skip
+    return loss, dlogp, partials
+
+
+def listwise_loss(
+    score: Tensor, reward: Tensor, mask: Tensor | None, listmle: bool, beta: float, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """``(loss [B], its gradient [B, K])`` of CPU scores and rewards, fp32."""
+    given = (_float(score), _float(reward), None if mask is None else mask.contiguous())
+    b, k = score.shape
+    loss, grad = torch.empty(b), torch.empty(b, k)
+    _call(
+        "fastrl_listwise_loss",
+        *map(_pointer, given), b, k, listmle, beta, gamma, *map(_pointer, (loss, grad)), torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, grad
+
+
+def pairwise_iou(a: Tensor, b: Tensor, n_a: Tensor | None, n_b: Tensor | None, kind: int, reduce: bool) -> Tensor:
+    """``[B, n, m]``, or row maxima ``[B, n]``, of CPU boxes ``[B, n, 4]`` and ``[B, m, 4]``, fp32; counts ``[B]``."""
+    given = (_float(a), _float(b), _maybe_whole(n_a), _maybe_whole(n_b))
+    (problems, n, _), m = a.shape, b.shape[1]
+    out = torch.empty((problems, n) if reduce else (problems, n, m))
+    _call(
+        "fastrl_pairwise_iou",
+        *map(_pointer, given), problems, n, m, kind, reduce, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def linear_assignment(
@@ -119,6 +231,18 @@ def detection_reward(
 
 def _float(tensor: Tensor) -> Tensor:
     return (tensor if tensor.dtype == torch.float64 else tensor.float()).contiguous()
+
+
+def _maybe_float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _float(tensor)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.int64).contiguous()
+
+
+def _maybe_whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _whole(tensor)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import launch, use_triton
+from fastrl_kernels import _native
+from fastrl_kernels._common import launch, readable, use_triton
 from fastrl_kernels._numerics import expm1_tail, sigmoid
 from fastrl_kernels._policy_options import IMPORTANCE, KL_KINDS, LOSSES, PolicyOptions, PolicyTensors
 from fastrl_kernels._triton import tl, triton
@@ -270,6 +271,9 @@ def policy_row_terms(
     (float64 for float64 ``logp``).
     """
     if not use_triton(logp) or logp.dtype == torch.float64:
+        advantage, _, *others = tensors
+        if _native.computes("fastrl_policy_rows", logp, advantage, *others):
+            return _rows_native(logp, tensors, options, numbers)
         return rows_eager(logp, tensors, options, numbers)
     n, c = logp.shape[0], tensors.advantage.shape[0]
     logp, tensors = logp.contiguous(), tensors.rows(Tensor.contiguous)
@@ -294,6 +298,22 @@ def policy_row_terms(
         BLOCK=_BLOCK, num_warps=1,
     )  # fmt: skip
     return PolicyRows(loss, dlogp, partials)
+
+
+def _rows_native(logp: Tensor, tensors: PolicyTensors, options: PolicyOptions, numbers: Tensor | None) -> PolicyRows:
+    importance = IMPORTANCE.index(options.importance)
+    choices = (
+        LOSSES.index(options.loss),
+        KL_KINDS.index(options.kl) + 1,
+        options.kl_gradient == "k2",
+        numbers is not None or bool(options.beta != 0),
+        options.dual_clip is not None,
+        options.ratio == "sequence",
+        importance,
+        importance > 0 and options.importance_level == "sequence",
+    )
+    bounds = options.bounds(None) if numbers is None else numbers
+    return PolicyRows(*_native.policy_rows((logp, *tensors), bounds, choices))
 
 
 def _sequence_sums(
@@ -334,6 +354,10 @@ def policy_totals(partials: Tensor) -> tuple[Tensor, Tensor]:
             partials.contiguous(), loss, metrics, partials.shape[0], BLOCK=_TOTALS, num_warps=1
         )
         return loss, metrics
+    if partials.shape[0] == 1 and partials.dtype == torch.float32 and readable(partials):
+        loss, kl, low, high, ratio, largest, count, _ = partials[0].tolist()
+        rows = max(count, 1.0)  # quotients of two floats, rounded once
+        return torch.tensor(loss), torch.tensor([kl / rows, low / rows, high / rows, ratio / rows, largest])
     sums = partials.sum(0)
     largest = partials[:, 5].max() if partials.shape[0] else partials.new_zeros(())
     return sums[0].clone(), torch.cat([sums[1:5] / sums[6].clamp(min=1), largest.view(1)])

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from fastrl_kernels import _native
 from fastrl_kernels._common import (
     FLOATS,
     Once,
@@ -140,8 +141,7 @@ def group_advantage_kernel(
     tl.store(constant_ptr + group, constant.to(tl.int8))
 
 
-@torch.library.custom_op("fastrl::group_advantage", mutates_args=())
-def _group_advantage_op(
+def _group_advantage(
     rewards: Tensor,
     group: Optional[Tensor],  # noqa: UP045 (the schema parser of older torch wants typing.Optional)
     weights: Optional[Tensor],  # noqa: UP045
@@ -154,6 +154,8 @@ def _group_advantage_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = (size, n_groups, leave_one_out, scale, unbiased, eps)
     if not use_triton(rewards) or rewards.dtype == torch.float64:
+        if _native.computes("fastrl_group_advantage", rewards, weights):
+            return _native.group_advantage(rewards, group, weights, *options)
         return _eager(rewards, group, weights, *options)
     r, k = rewards.shape
     rewards = rewards.contiguous()
@@ -167,6 +169,9 @@ def _group_advantage_op(
             LEAVE_ONE_OUT=leave_one_out, SCALE=scale, UNBIASED=unbiased, BLOCK=_BLOCK, num_warps=1,
         )  # fmt: skip
     return advantage, reward, mean, std, constant
+
+
+_group_advantage_op = torch.library.custom_op("fastrl::group_advantage", _group_advantage, mutates_args=())
 
 
 @_group_advantage_op.register_fake
@@ -263,9 +268,9 @@ def group_advantage(
     _check_finite(rewards)
     matrix = rewards if rewards.dim() == 2 else rewards.unsqueeze(1)
     refuse_forward_mode("group_advantage", matrix, weights)
-    out = _group_advantage_op(
-        matrix, ids, weights, size, count, baseline == "leave_one_out", scale == "std", unbiased, float(eps)
-    )
+    learned = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (matrix, weights))
+    run = _group_advantage if readable(matrix, ids, weights) and not learned else _group_advantage_op
+    out = run(matrix, ids, weights, size, count, baseline == "leave_one_out", scale == "std", unbiased, float(eps))
     return GroupAdvantage(*out)
 
 

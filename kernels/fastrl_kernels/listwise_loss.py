@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from fastrl_kernels import _native
 from fastrl_kernels._common import (
     FLOATS,
     Once,
@@ -149,6 +150,8 @@ def _listwise_op(
 ) -> tuple[Tensor, Tensor]:
     b, k = score.shape
     if not use_triton(score) or score.dtype == torch.float64 or b * k == 0:
+        if _native.computes("fastrl_listwise_loss", score, reward):
+            return _native.listwise_loss(score, reward, mask, listmle, beta, gamma)
         return _eager(score, reward, mask, listmle, beta, gamma)
     loss = torch.empty(b, dtype=torch.float32, device=score.device)
     grad = torch.empty(b, k, dtype=torch.float32, device=score.device)

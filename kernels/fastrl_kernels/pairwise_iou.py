@@ -27,7 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from fastrl_kernels import _native
 from fastrl_kernels._box_overlap import EMPTY, FARTHEST, load_boxes, pair_gradient, pair_value
 from fastrl_kernels._common import (
     FLOATS,
@@ -38,6 +40,7 @@ from fastrl_kernels._common import (
     check_shape,
     floating_pair,
     launch,
+    readable,
     refuse_forward_mode,
     use_triton,
 )
@@ -270,7 +273,8 @@ def pairwise_iou(
     """
     a, b = floating_pair(a, b)
     _check_arguments(a, b, kind, n_a, n_b, reduce)
-    if not use_triton(a) or a.dtype == torch.float64:
+    native = _takes_native(a, b, n_a, n_b)
+    if not native and (not use_triton(a) or a.dtype == torch.float64):
         return pairwise_iou_reference(a, b, kind=kind, n_a=n_a, n_b=n_b, reduce=reduce)
     refuse_forward_mode("pairwise_iou", a, b)
     lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
@@ -278,14 +282,25 @@ def pairwise_iou(
     problems = math.prod(lead)
     flat_a = a.expand(*lead, n, 4).reshape(problems, n, 4).contiguous()
     flat_b = b.expand(*lead, m, 4).reshape(problems, m, 4).contiguous()
-    counts = [
+    count_a, count_b = (
         torch.full((problems,), size, dtype=torch.int64, device=a.device)
         if given is None
         else given.expand(lead).reshape(problems).to(torch.int64).contiguous()
         for given, size in ((n_a, n), (n_b, m))
-    ]
-    out, _ = _op(flat_a, flat_b, *counts, KINDS.index(kind), reduce == "max")
+    )
+    if native:
+        out = _native.pairwise_iou(flat_a, flat_b, count_a, count_b, KINDS.index(kind), reduce == "max")
+    else:
+        out, _ = _op(flat_a, flat_b, count_a, count_b, KINDS.index(kind), reduce == "max")
     return out.reshape(*lead, n) if reduce else out.reshape(*lead, n, m)
+
+
+def _takes_native(a: Tensor, b: Tensor, n_a: Tensor | None, n_b: Tensor | None) -> bool:
+    """Whether C++ computes this call: values alone, as derivatives (of any order) are those of the eager code."""
+    if not readable(a, b, n_a, n_b) or use_triton(a) or forward_ad._current_level >= 0:
+        return False
+    learned = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return not learned and _native.computes("fastrl_pairwise_iou", a)
 
 
 def _check_arguments(
@@ -319,7 +334,7 @@ def pairwise_iou_reference(
     n_b: Tensor | None = None,
     reduce: str | None = None,
 ) -> Tensor:
-    """:func:`pairwise_iou` in plain torch, differentiated by autograd; the CPU path."""
+    """:func:`pairwise_iou` in plain torch, differentiated by autograd; the CPU path where there is a gradient."""
     a, b = floating_pair(a, b)
     exact = torch.float64 if a.dtype == torch.float64 else torch.float32
     a, b = a.to(exact)[..., :, None, :], b.to(exact)[..., None, :, :]

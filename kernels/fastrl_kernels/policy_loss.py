@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrl_kernels._common import FLOATS, Once, check, check_dtype, check_shape, refuse_forward_mode
+from fastrl_kernels._common import FLOATS, Once, check, check_dtype, check_shape, readable, refuse_forward_mode
 from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, completion_ids, options_schema
 from fastrl_kernels._policy_rows import LOG_RATIO_LIMIT, policy_row_terms, policy_totals
 from fastrl_kernels.token_weights import token_weights
@@ -96,6 +96,20 @@ def _backward(ctx: Any, grad_loss: Tensor, grad_metrics: Any, grad_dlogp: Any) -
 
 
 _policy_loss_op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without its dispatch, which on a CPU takes longer than the rows of a small batch."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _policy_loss(*arguments)
+
+    setup_context = staticmethod(_setup)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _backward(ctx, *grads)
 
 
 def policy_loss(
@@ -169,7 +183,8 @@ def policy_loss(
     options.check(ref_logp, sampler_logp)
     refuse_forward_mode("policy_loss", logp)
     plain, numbers = options.split(logp)
-    value, metrics, _ = _policy_loss_op(logp, *tensors, numbers, *plain)
+    run = _Direct.apply if readable(logp, *tensors, numbers) else _policy_loss_op
+    value, metrics, _ = run(logp, *tensors, numbers, *plain)
     return PolicyLoss(value, *metrics.unbind())
 
 

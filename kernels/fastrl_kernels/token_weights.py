@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastrl_kernels import _native
 from fastrl_kernels._common import INTEGERS, check, check_dtype, check_number, check_same_device, check_shape, readable
 
 AGGREGATES = ("sequence", "token", "constant")
@@ -61,6 +62,9 @@ def token_weights(
             completion.reshape(-1), aggregate=aggregate, mask=None if mask is None else mask.reshape(-1),
             normalizer=normalizer, n_completions=n_completions, dtype=dtype,
         ).view(completion.shape)  # fmt: skip
+    if n_completions is not None and dtype == torch.float32 and _takes_native(completion, mask, normalizer):
+        kept = mask if mask is None or mask.dtype == torch.bool else mask != 0
+        return _native.token_weights(completion, kept, n_completions, aggregate == "sequence", float(normalizer or 0))
     keep = completion >= 0
     if n_completions is not None:
         keep = keep & (completion < n_completions)
@@ -81,6 +85,12 @@ def token_weights(
         return (per_row / denominator).to(dtype)
     positive = denominator > 0
     return torch.where(positive, per_row / torch.where(positive, denominator, 1).to(wide), 0.0).to(dtype)
+
+
+def _takes_native(completion: Tensor, mask: Tensor | None, normalizer: float | Tensor | None) -> bool:
+    """Whether C++ computes this call. (A normalizer that is a tensor may be 0.)"""
+    given = not isinstance(normalizer, Tensor) and readable(completion, mask)
+    return given and _native.lacks("fastrl_token_weights") is None
 
 
 def _sequence_counts(completion: Tensor, count: Tensor, n_completions: int | None) -> tuple[Tensor, Tensor]:
