@@ -32,6 +32,7 @@ from fastrl.config.sections import (
 from fastrl.config.shipped import shipped_path, shipped_recipes
 from fastrl.data import load_data, own_spec, with_options, with_reading
 from fastrl.data.mixture import MixtureEntry, entry_names, load_mixture
+from fastrl.data.prompts import suffixed
 from fastrl.data.records import Record
 from fastrl.methods import METHODS, MethodOptions, method_for
 
@@ -96,11 +97,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _groups(self) -> Recipe:
         least = method_for(self.method).least_group
-        if self.rollout.group_size < least:
-            raise ValueError(
-                "rollout.group_size: the method compares the answers of a group, so it must be at least "
-                f"{least} (got {self.rollout.group_size})"
-            )
+        for name, size in (("size", self.rollout.group_size), ("schedule", min(self.rollout.group_sizes))):
+            if size < least:
+                raise ValueError(
+                    f"rollout.group_{name}: the method compares the answers of a group, so it must be at least "
+                    f"{least} (got {size})"
+                )
         return self
 
     @model_validator(mode="after")
@@ -266,8 +268,9 @@ def load_records(
     """
     skip = recipe.data.skip_bad if skip_bad is None else skip_bad
     if recipe.data.mix:
-        return load_mixture(recipe.mix, skip_bad=skip, misfit=misfit)
-    return load_data(recipe.data_spec, skip_bad=skip, misfit=misfit)
+        return load_mixture(recipe.mix, skip_bad=skip, misfit=misfit, suffix=recipe.data.suffix)
+    spec = recipe.data_spec
+    return suffixed(load_data(spec, skip_bad=skip, misfit=misfit), recipe.data.suffix, spec)
 
 
 def key_tables() -> dict[str, list[Key]]:

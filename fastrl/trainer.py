@@ -440,6 +440,7 @@ class Run:
     def step(self, number: int) -> tuple[dict[str, Any], list[Sample]]:
         """One rollout batch and its updates. Returns the row of metrics and, if one is due, a table of samples."""
         recipe, method, meter = self.recipe, self.method, Meter()
+        self.context.step = number - 1
         if self.context.features is not None:
             self.context.features.clear()
         self.context.keep_only(())

@@ -131,6 +131,46 @@ def build_utr(
         print(f"subjects: {summary['subjects']}")
 
 
+def score(
+    model: Annotated[str, typer.Option(metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")],
+    data: Annotated[str, typer.Option(metavar="SPEC", help="adapter:path[?key=value&…]")],
+    out: Annotated[Path, typer.Option(help="JSONL of difficulties; an unfinished one is continued.")],
+    n: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 8,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: greedy.")] = 1.0,
+    component: Annotated[
+        str | None, typer.Option(help="Part of the task's reward, such as f1 [all parts, summed].")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer [the protocol's].")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N records.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    min_pixels: Annotated[int | None, typer.Option(min=1, help="Least area of a resized image.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Largest area of a resized image.")] = None,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """How difficult each record is for a model, by the rewards of its answers: for data.curriculum.scores."""
+    from fastrl.build.score import ScoreOptions, score_data
+
+    options = ScoreOptions(
+        model=model,
+        data=data,
+        n=n,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        component=component,
+        seed=seed,
+        limit=limit,
+        skip_bad=skip_bad,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+    summary = score_data(options, out, say=say)
+    if as_json:
+        print_json({**summary, "out": str(out)})
+        return
+    print(f"{summary['kept']} records in {out} ({summary['seconds']:.0f} s), mean reward {summary['mean_reward']:.3f}")
+
+
 def _show(summary: Mapping[str, Any], out: Path, as_json: bool, what: str, counts: Sequence[str]) -> None:
     """Print a builder's summary: as JSON, or as text with a line for each of its ``counts``."""
     if as_json:

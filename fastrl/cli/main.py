@@ -21,6 +21,7 @@ import typer  # noqa: E402
 from fastrl import __version__  # noqa: E402
 from fastrl.cli.allocator import use_expandable_segments  # noqa: E402
 from fastrl.cli.build import app as build_app  # noqa: E402
+from fastrl.cli.build import score as score_command  # noqa: E402
 from fastrl.cli.data import data as data_command  # noqa: E402
 from fastrl.cli.export import export as export_command  # noqa: E402
 from fastrl.cli.recipes import recipes as recipes_command  # noqa: E402
@@ -42,6 +43,7 @@ app.command(name="data")(data_command)
 app.command(name="recipes")(recipes_command)
 app.command(name="export")(export_command)
 app.command(name="study")(study_command)
+app.command(name="score")(score_command)
 
 Data = Annotated[str | None, typer.Option("--data", metavar="SPEC", help="adapter:path[?key=value&…]")]
 Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="Folder, tiny:NAME or downloaded hub name.")]
@@ -282,6 +284,9 @@ def tpl_command(
     samples: Annotated[int, typer.Option(min=1, help="Random single frames per clip.")] = 4,
     single: Annotated[str, typer.Option(help="Which single frame: random, first, middle, last or best.")] = "random",
     form: Annotated[str, typer.Option(help="log: nats per token; ppl: perplexities.")] = "log",
+    absent: Annotated[
+        str, typer.Option(help='In place of the other frames: "left out" (nothing), or grey pictures (grey).')
+    ] = "left out",
     keep_top: Annotated[float | None, typer.Option(help="Keep this fraction (or percentage) of the rows.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the kept rows here, with a tpl field.")] = None,
     curve: Annotated[bool, typer.Option("--curve", help="Score every frame on its own.")] = False,
@@ -303,6 +308,7 @@ def tpl_command(
         samples=samples,
         single=single,
         form=form,
+        absent=absent,
         seed=seed,
         curve=curve,
         keep_top=keep_top,
@@ -365,7 +371,9 @@ def reflect_command(
 
 @tiny_app.command(name="build")
 def tiny_build(
-    kind: Annotated[str, typer.Argument(help="perception, language, dialogues, video, llava-pictures or llava")],
+    kind: Annotated[
+        str, typer.Argument(help="perception, language, dialogues, reasons, video, llava-pictures or llava")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     rows: Annotated[int, typer.Option(min=1, help="Scenes per step.")] = 16,

@@ -177,6 +177,8 @@ class CurriculumRecipe(Section):
     """Steps until all rows are drawn."""
     start: float = Field(0.2, gt=0, le=1)
     """Fraction of the data at the first step."""
+    scores: str | None = Field(None, min_length=1)
+    """A file of `fastrl score`: `by` is then a number of its lines, such as `difficulty`, found by the records' ids."""
 
 
 class DataRecipe(Section):
@@ -216,6 +218,8 @@ class DataRecipe(Section):
     workers: int = Field(2, ge=0)
     """Threads that preprocess the pictures of this and the next step in the background; `0`: none, for simpler
     tracebacks."""
+    suffix: str | None = Field(None, min_length=1)
+    """Text added to every question after a blank, and to those of `eval.spec`, such as a request to think first."""
     blank_images: bool = False
     """Replace pictures by grey ones of the same size, so that the model can only learn from the text. `fastrl study
     blind` trains with and without."""
@@ -240,6 +244,9 @@ class DataRecipe(Section):
 class RolloutRecipe(Section):
     group_size: int = Field(8, ge=1)
     """Answers per prompt."""
+    group_schedule: dict[int, int] = {}
+    """Other numbers of answers from some step on, `{step: answers}`, with `group_size` before the first of them: larger
+    groups for the harder prompts of a curriculum."""
     max_new_tokens: int = Field(256, ge=1, le=2**20)
     """Longest answer in tokens; longer ones are truncated and count as not finished."""
     temperature: float = Field(1.0, gt=0)
@@ -267,6 +274,23 @@ class RolloutRecipe(Section):
     """With `vllm`: a folder for transferring weights, which has the same path on the server; none: `OUT/rollout`."""
     server_timeout: float = Field(600.0, gt=0)
     """With `vllm`: time limit in seconds for the answers to one prompt, or for loading new weights."""
+
+    def group_at(self, step: int) -> int:
+        """Answers per prompt of a step (steps count from 0)."""
+        begun = [start for start in self.group_schedule if start <= step]
+        return self.group_schedule[max(begun)] if begun else self.group_size
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """All numbers of answers per prompt that occur."""
+        return [*([] if 0 in self.group_schedule else [self.group_size]), *self.group_schedule.values()]
+
+    @field_validator("group_schedule")
+    @classmethod
+    def _steps(cls, value: dict[int, int]) -> dict[int, int]:
+        if value and (min(value) < 0 or min(value.values()) < 1):
+            raise ValueError("must be {step: answers} with steps from 0 and at least one answer")
+        return value
 
     @field_validator("keep_prompts", mode="before")
     @classmethod

@@ -22,13 +22,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 from fastrl.data import load_data, parse_spec
 from fastrl.data.blank import BlankImages
+from fastrl.data.difficulty import Curriculum, difficulty
 from fastrl.data.orders import shuffled
+from fastrl.data.prompts import suffixed
 from fastrl.data.records import Dataset, Record
-from fastrl.data.validate import DataError, fail, is_number
+from fastrl.data.validate import DataError, fail
 
 Weight = float | Mapping[int, float]
 
@@ -64,29 +66,25 @@ def entry_names(entries: Sequence[tuple[str | None, str]]) -> list[str]:
 
 
 def load_mixture(
-    entries: Sequence[MixtureEntry], *, skip_bad: bool = False, misfit: Callable[[Record], str | None] | None = None
+    entries: Sequence[MixtureEntry],
+    *,
+    skip_bad: bool = False,
+    misfit: Callable[[Record], str | None] | None = None,
+    suffix: str | None = None,
 ) -> Mixture:
-    """Load every entry like ``load_data``. Raises one ``DataError`` for all entries, which names them by their
-    specs."""
+    """Load every entry like ``load_data``, with ``suffix`` after every question. Raises one ``DataError`` for all
+    entries, which names them by their specs."""
     parts, problems = [], []
     for entry in entries:
         fits = (lambda record, name=entry.name: misfit(replace(record, origin=name))) if misfit is not None else None
         try:
-            parts.append(Part(entry.name, load_data(entry.spec, skip_bad=skip_bad, misfit=fits), entry.weight))
+            found = suffixed(load_data(entry.spec, skip_bad=skip_bad, misfit=fits), suffix, entry.spec)
+            parts.append(Part(entry.name, found, entry.weight))
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError(problems)
     return Mixture(parts)
-
-
-class Curriculum(NamedTuple):
-    """From easy to hard: ``by`` a column or a key of the target, from the easiest ``start`` of the rows to all of them
-    over ``steps`` steps."""
-
-    by: str
-    steps: int
-    start: float = 0.2
 
 
 class Mixture(Sequence[Record]):
@@ -266,24 +264,6 @@ def weight_at(weight: Weight, step: int) -> float:
     return weight[low] + (weight[high] - weight[low]) * (step - low) / (high - low)
 
 
-def difficulty(record: Record, by: str) -> float:
-    """The difficulty of a record: a number in its columns or target, or the length of a list or text there.
-
-    Raises:
-        DataError: the record has no such value.
-    """
-    value: Any = record.columns.get(by, record.target.get(by))
-    if isinstance(value, str | list | tuple):
-        return float(len(value))
-    if not is_number(value):
-        have = ", ".join(sorted({*record.columns, *record.target}))
-        where = record.source or record.id
-        raise fail(
-            where, "no difficulty", f"data.curriculum.by: no number, list or text in {by!r}; the record has {have}"
-        )
-    return float(value)
-
-
 def _rows_by_unit(mixture: Mixture, curriculum: Curriculum | None) -> list[tuple[list[int], str, Weight]]:
     units = []
     for place, part in enumerate(mixture.parts):
@@ -296,8 +276,8 @@ def _rows_by_unit(mixture: Mixture, curriculum: Curriculum | None) -> list[tuple
             by_task.setdefault(looked[min(offset, len(looked) - 1)].task, []).append(index)
         for task, rows in by_task.items():
             if curriculum is not None:
-                hard: Callable[[int], float] = lambda i, by=curriculum.by: difficulty(mixture[i], by)  # noqa: E731
-                rows = sorted(rows, key=hard)
+                hard = {row: difficulty(part.records[row - indices.start], curriculum) for row in rows}
+                rows = sorted(rows, key=hard.__getitem__)
             units.append((rows, task, part.weight))
     return units
 

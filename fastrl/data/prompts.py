@@ -77,6 +77,15 @@ def template_of(value: str | None, adapter: str, where: str) -> Template | None:
     return Template(value)
 
 
+def suffixed(data: Dataset, suffix: str | None, where: str) -> Dataset:
+    """The data with a text after every question; unchanged for None. Raises ``DataError`` for a text with a picture."""
+    if suffix is None:
+        return data
+    template = template_of("{prompt} " + suffix.replace("{", "{{").replace("}", "}}"), "", where)
+    assert template is not None  # it has a blank
+    return asked(data, template, where)
+
+
 def asked(data: Dataset, template: Template, where: str) -> Dataset:
     """The data with other questions. A record that lacks a word of the template is bad; of records made on demand, the
     first one is looked at now.

@@ -19,6 +19,7 @@ from fastrl.data import load_data
 from fastrl.data.blank import BlankImages
 from fastrl.data.decodable import Chosen, decoded
 from fastrl.data.mixture import summary_of
+from fastrl.data.prompts import suffixed
 from fastrl.data.records import Dataset, Record
 from fastrl.evaluate import EVALUATIONS, evaluate
 from fastrl.evaluate.best import SAMPLED, Best, Mode, check_metric
@@ -150,7 +151,7 @@ def _load(recipe: Recipe) -> Dataset:
     """Load as ``fastrl eval`` does; decode pictures now if they would otherwise first be opened during the run."""
     section, skip = recipe.eval, recipe.data.skip_bad
     try:
-        data = load_data(recipe.eval_spec, skip_bad=skip)
+        data = suffixed(load_data(recipe.eval_spec, skip_bad=skip), recipe.data.suffix, recipe.eval_spec)
         part = data if section.n is None else Dataset(data[: section.n], data.problems, data.left_out, data.notes)
         if skip or not section.at_start:
             part = decoded(part)

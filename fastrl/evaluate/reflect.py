@@ -154,7 +154,7 @@ def _so_far(dialogue: Reflection) -> Record:
     return replace(dialogue.record, messages=dialogue_messages(dialogue.record.messages, spoken))
 
 
-def _spoken(dialogue: Reflection) -> Record:
+def spoken(dialogue: Reflection) -> Record:
     """The record with the dialogue up to the last answer as its messages."""
     so_far = _so_far(dialogue)
     return replace(so_far, messages=so_far.messages[:-1] if dialogue.turns[-1].feedback else so_far.messages)
@@ -231,7 +231,7 @@ def write_attention(
     from fastrl.models.attention.readout import read_attention, save_attention
 
     with nothing_empty_left(folder):
-        read = [(r.record, read_attention(policy, _spoken(r))) for r in reflections]
+        read = [(r.record, read_attention(policy, spoken(r))) for r in reflections]
         return save_attention(read, folder, draw=draw)
 
 

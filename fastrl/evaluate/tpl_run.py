@@ -30,6 +30,7 @@ class TplOptions:
     samples: int = 4
     single: str = "random"
     form: str = "log"
+    absent: str = "left out"
     seed: int = 0
     curve: bool = False
     keep_top: float | None = None  # a fraction up to 1; above that a percentage
@@ -77,7 +78,7 @@ def run_tpl(
         ValueError: options or data are bad, ``keep_top`` is given without ``out``, or rows cannot be written back.
     """
     started = time.perf_counter()
-    check_choices(options.samples, options.single, options.form)
+    check_choices(options.samples, options.single, options.form, options.absent)
     fraction = options.fraction
     if options.keep_top is not None and out is None:
         raise ValueError("--keep-top needs --out: the file for the rows that are kept")
@@ -93,6 +94,7 @@ def run_tpl(
         samples=options.samples,
         single=options.single,
         form=options.form,
+        absent=options.absent,
         seed=options.seed,
         curve=options.curve,
         token_budget=options.token_budget,
@@ -111,6 +113,7 @@ def run_tpl(
         "form": options.form,
         "single_frame": options.single,
         "samples": options.samples,
+        "absent": options.absent,
         "kept": len(kept),
         "threshold": threshold,
         "out": None if out is None else str(out),

@@ -53,7 +53,8 @@ class Context:
     weights to load. ``features`` holds vision features by image key, shared by all passes of a step if the vision tower
     is frozen; None: each pass computes its own. ``rewards`` are the reward sections of a mixture's parts, by name;
     ``functions`` the user functions of all these sections, None: loaded when needed. ``kept`` gets the passes over
-    sampled prompts from which the update trains; None: it computes the prompts again.
+    sampled prompts from which the update trains; None: it computes the prompts again. ``step`` is the number of steps
+    done before this one.
     """
 
     policy: Policy
@@ -69,6 +70,7 @@ class Context:
     rewards: Mapping[str, RewardRecipe] = field(default_factory=dict)
     functions: Functions | None = None
     kept: KeptPrompts | None = None
+    step: int = 0
 
     def keep_only(self, groups: Iterable[PromptGroup]) -> None:
         """Free what the rollout kept of all other prompts: they are not trained."""

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from fastrl.rollout import Sampling
 
 
-def sampling_of(rollout: RolloutRecipe) -> Sampling:
-    """How a recipe's rollout section samples."""
+def sampling_of(rollout: RolloutRecipe, step: int = 0) -> Sampling:
+    """How a recipe's rollout section samples at a step (from 0)."""
     from fastrl.rollout import Sampling
 
     return Sampling(
-        n=rollout.group_size,
+        n=rollout.group_at(step),
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
@@ -38,7 +38,7 @@ def sample_groups(context: Context, records: Sequence[Record]) -> list[PromptGro
     """Encode each record once and sample its answers according to the recipe's rollout section."""
     with context.clock.phase("preprocess"):
         encoded = [context.policy.encode(record) for record in records]
-    sampling = sampling_of(context.rollout)
+    sampling = sampling_of(context.rollout, context.step)
     keep = {"keep": context.kept} if context.kept is not None else {}  # only the local generator is asked to
     answers = context.generator.generate([prompt for prompt, _ in encoded], sampling, context.rng, **keep)
     return [PromptGroup(p, completions, record) for (p, record), completions in zip(encoded, answers, strict=True)]

@@ -174,7 +174,7 @@ def workload_of(
     brought = {brings(own_spec(source.adapter, source.spec)) for source in sources if source.spec}
     dialogues, given = brought == {"dialogues"}, None not in brought
     grouped = recipe.scores_groups
-    group = recipe.rollout.group_size if grouped else 1
+    group = max(recipe.rollout.group_sizes) if grouped else 1  # the largest needs the most
     if given:  # some baselines train on only one or two of the answers in the data
         group = method.answers_used(recipe.method, group)
     sampled = grouped and not given and recipe.rollout.backend == "local"

@@ -58,7 +58,8 @@ class CountingReward(Reward):
             repository's, ``1 − (d / 1000) · √2`` as written there, averaged over the matched pairs only, in [−1, 1].
             ``count``: 1 for the exact number, else 0 (needs no true points).
         exact_bonus: value of component ``count`` for an answer with the exact number, 0 for any other.
-        format: ``strict`` (1 for the model family's exact form, else 0) or ``none``.
+        format: ``strict`` (1 for the model family's exact form, else 0), ``thinking`` (that after a
+            thought, see ``fastrl.rewards.format.well_formed``) or ``none``.
 
     With ``score_by="precursor"``, ``exact_bonus=1`` and weights format 0.25, count 0.55 and points 0.7 this is the
     development repository's combined reward.
@@ -69,7 +70,7 @@ class CountingReward(Reward):
 
     score_by: Literal["matched", "precursor", "count"] = "matched"
     exact_bonus: float = 0.0
-    format: Literal["strict", "none"] = "strict"
+    format: Literal["strict", "thinking", "none"] = "strict"
 
     @property
     def absent(self) -> dict[str, str]:

@@ -53,7 +53,8 @@ class DetectionReward(Reward):
         matching: ``optimal`` (largest total IoU), or ``sequence`` (the i-th box with the i-th truth: the paper's
             ablation without reward matching).
         threshold: IoU from which a pair counts as found.
-        format: ``strict`` (1 for the model family's exact form, else 0) or ``none``.
+        format: ``strict`` (1 for the model family's exact form, else 0), ``thinking`` (that after a
+            thought, see ``fastrl.rewards.format.well_formed``) or ``none``.
     """
 
     task: ClassVar[str] = "detection"
@@ -61,7 +62,7 @@ class DetectionReward(Reward):
 
     matching: Literal["optimal", "sequence"] = "optimal"
     threshold: float = 0.5
-    format: Literal["strict", "none"] = "strict"
+    format: Literal["strict", "thinking", "none"] = "strict"
 
     @property
     def absent(self) -> dict[str, str]:

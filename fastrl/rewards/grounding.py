@@ -39,7 +39,8 @@ class GroundingReward(Reward):
         metric: ``iou`` (the paper), ``iou_squared`` (its released code), or ``graded`` (the development repository's
             earlier form, in [−1, 1]: −1 unreadable or malformed, −0.6 inverted corners, −0.2 no overlap, else IoU²).
         format: ``strict`` (1 for the model family's exact form, else 0), ``loose`` (the released code's unescaped
-            pattern, for replication) or ``none`` (no such component).
+            pattern, for replication), ``thinking`` (the exact form after a thought, see
+            ``fastrl.rewards.format.well_formed``) or ``none`` (no such component).
     """
 
     task: ClassVar[str] = "grounding"
@@ -79,7 +80,7 @@ class GroundingReward(Reward):
         return to_pixels(parsed, record, self.frame)[0]
 
     def _graded(self, squared: float, parsed: Parsed, answer: str, record: Record) -> float:
-        check: FormatCheck = "loose" if self.format == "loose" else "strict"
+        check: FormatCheck = "strict" if self.format == "none" else self.format
         if not parsed.items or not well_formed(self.task, answer, self.frame or record.frame, check):
             return UNREADABLE
         if parsed.items[0].inverted:

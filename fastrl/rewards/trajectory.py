@@ -100,7 +100,8 @@ class TrajectoryReward(Reward):
     Args:
         threshold: IoU from which a frame counts as covered.
         still: see the module; in (0, 1].
-        format: ``strict`` (tracks as ``fastrl.answers.format_tracks`` writes them) or ``none``.
+        format: ``strict`` (tracks as ``fastrl.answers.format_tracks`` writes them), ``thinking`` (after a thought) or
+            ``none``.
     """
 
     task: ClassVar[str] = "trajectory"
@@ -108,7 +109,7 @@ class TrajectoryReward(Reward):
 
     threshold: float = 0.5
     still: float = 0.05
-    format: Literal["strict", "none"] = "strict"
+    format: Literal["strict", "thinking", "none"] = "strict"
 
     @property
     def absent(self) -> dict[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastrl.data.balance import Balance
 from fastrl.data.decodable_stream import DecodableStream
+from fastrl.data.difficulty import read_scores
 from fastrl.data.mixture import Curriculum, Mixture, MixturePlan, listed, parts_of
 from fastrl.data.records import Record
 from fastrl.data.stream import RecordStream
@@ -70,7 +72,10 @@ def _plan(recipe: Recipe, data: Sequence[Record], seed: int, world_size: int) ->
     settings = recipe.data
     if not settings.mix and settings.curriculum is None:
         return None
-    found = settings.curriculum
+    found, curriculum = settings.curriculum, None
+    if found is not None:
+        scores = read_scores(Path(found.scores), found.by) if found.scores is not None else None
+        curriculum = Curriculum(found.by, found.steps, found.start, scores)
     made = MixturePlan(
         parts_of(data),
         seed=seed,
@@ -78,7 +83,7 @@ def _plan(recipe: Recipe, data: Sequence[Record], seed: int, world_size: int) ->
         by=settings.mix_by,
         order=settings.order,
         buffer=settings.shuffle_buffer,
-        curriculum=Curriculum(found.by, found.steps, found.start) if found is not None else None,
+        curriculum=curriculum,
     )
     return made.epoch
 

@@ -13,7 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrl.data import ADAPTERS, Shipped
+from fastrl.data.records import question_of
 from fastrl.data.rows import READING
+from fastrl.data.validate import DataError
+from fastrl.evaluate.during import held_out
 from fastrl.recipe import RecipeError, build_recipe, differences, load_recipe, load_records, shipped_recipes
 
 TASKS, SIZES = ("grounding", "counting", "detection", "ocr"), ("tiny", "2b", "3b")
@@ -173,6 +176,8 @@ def test_overrides_are_yaml_and_reach_new_sections() -> None:
         ("method.eps=.inf", "method.eps: .*finite"),
         ("method.beta=.nan", "method.beta: "),
         ("rollout.group_size=1", "rollout.group_size: .*at least 2"),
+        ("rollout.group_schedule={3: 1}", "rollout.group_schedule: .*at least 2"),
+        ("rollout.group_schedule={-1: 4}", "rollout.group_schedule: .*steps from 0"),
         ("seed=99999999999999999999999", "seed: "),
         ("data.seed=-1", "data.seed: "),
         ('out=""', "out: .*at least 1 character"),
@@ -244,3 +249,21 @@ def test_scenes_train_with_a_raised_limit() -> None:
     assert len(load_records(recipe)) > 0
     mixed = load_recipe("perception-r1-mix-tiny", ["data.max_image_pixels=100000000"])
     assert len(load_records(mixed)) > 0
+
+
+def test_a_suffix_follows_every_question_of_data_mixture_and_evaluation() -> None:
+    spec = "scenes:grounding?n=2&seed=1&size=84"
+    plain = load_recipe("perception-r1-grounding-tiny", {"data.spec": spec})
+    asked = question_of(load_records(plain)[0].messages)
+    changes = {"data.spec": spec, "data.suffix": "Think {first}.", "eval.spec": spec}
+    recipe = load_recipe("perception-r1-grounding-tiny", changes)
+    assert question_of(load_records(recipe)[0].messages) == f"{asked} Think {{first}}."
+    found = held_out(recipe)
+    assert found is not None
+    assert question_of(found.tasks["grounding"][0].messages).endswith(" Think {first}.")
+    mixed = load_recipe(
+        "perception-r1-grounding-tiny", {"data.spec": None, "data.mix": [{"spec": spec}], "data.suffix": "Think."}
+    )
+    assert question_of(load_records(mixed)[1].messages).endswith(" Think.")
+    with pytest.raises(DataError, match="<image>"):
+        load_records(load_recipe("perception-r1-grounding-tiny", {"data.spec": spec, "data.suffix": "See <image>"}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,11 @@ def test_the_filter_keeps_the_rows_that_need_the_clip(
     with Image.open(result["plot"]) as figure:
         assert figure.format == "PNG"
     assert json.loads(json.dumps(result))["values"][0]["curve"]
+    assert result["absent"] == "left out"
+    grey = run_tpl(replace(options, keep_top=None, limit=2, absent="grey"), plot=out.with_suffix(".png"))
+    first = {value["id"]: value for value in result["values"]}
+    assert all(value["full"] == pytest.approx(first[value["id"]]["full"], abs=1e-4) for value in grey["values"])
+    assert any(value["tpl"] != pytest.approx(first[value["id"]]["tpl"], abs=1e-4) for value in grey["values"])
 
 
 @pytest.mark.parametrize(
