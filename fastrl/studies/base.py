@@ -119,6 +119,12 @@ class Study(ABC):
         """Make what the arms of a seed share; called before each job, and keeps what is there already."""
         return
 
+    def obstacle(self, untrained: Mapping[str, Measured]) -> str:
+        """Why nothing is trained, from what the untrained arms scored on the reported set, by arm; empty: it is.
+
+        For claims that can only be tested on a model with some ability."""
+        return ""
+
     @abstractmethod
     def run(self, job: Job) -> Mapping[str, Measured]:
         """Train one arm and measure it on each set of the job."""

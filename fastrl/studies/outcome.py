@@ -22,14 +22,17 @@ class _Named(NamedTuple):
     id: str
 
 
-def outcome(study: Study, cells: Cells, rates: Mapping[str, float | None], out: Path) -> dict[str, Any]:
+def outcome(
+    study: Study, cells: Cells, rates: Mapping[str, float | None], out: Path, stopped: str = ""
+) -> dict[str, Any]:
     """The results of a study; scores of every record, averaged over seeds, go to ``OUT/scores.jsonl``.
 
     Returns:
         What the study is (``study``, ``question``, …), ``quick``, ``seeds`` (their number), ``rates`` by group,
         ``records``; ``arms``: arm → measure → ``mean``, ``seeds`` (the value of each); ``changes``: comparison →
         ``before``, ``after``, ``change``, ``low``, ``high`` (of the scores averaged over seeds, an interval over
-        records) and ``seeds`` (the change on each); ``findings``; ``seconds`` and ``cpu_seconds`` of all jobs.
+        records) and ``seeds`` (the change on each); ``findings``; ``stopped``, why nothing was trained (empty: it was);
+        ``seconds`` and ``cpu_seconds`` of all jobs.
 
     Raises:
         ValueError: arms were measured on different records.
@@ -57,6 +60,7 @@ def outcome(study: Study, cells: Cells, rates: Mapping[str, float | None], out: 
         "arms": {arm: _means(cells, arm) for arm in dict.fromkeys(arm for arm, _ in cells)},
         "changes": changes,
         "findings": dict(study.findings(out)),
+        "stopped": stopped,
         "seconds": sum(cell.seconds for cell in cells.values()),
         "cpu_seconds": sum(cell.cpu_seconds for cell in cells.values()),
         "machine": machine(),
@@ -112,7 +116,8 @@ def conditions(result: Mapping[str, Any]) -> str:
         how = "quick: one seed, smaller, and no learning rate was chosen"
     else:
         how = f"{seeds}; learning rates " + (f"chosen on other records: {rates}" if rates else "are the recipe's")
-    return f"{result['records']} records on which nothing was chosen; {how}"
+    stopped = f"; nothing was trained, as {result['stopped']}" if result["stopped"] else ""
+    return f"{result['records']} records on which nothing was chosen; {how}{stopped}"
 
 
 def print_result(study: Study, result: Mapping[str, Any]) -> None:

@@ -76,6 +76,8 @@ def _plot(plot: Plot, arms: Mapping[str, Mapping[str, Any]]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if not any(arm in arms for line in plot.lines for _, arm in line.points):
+        return None
     figure = Figure(figsize=(5.6, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()

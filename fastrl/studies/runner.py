@@ -55,12 +55,17 @@ def run_study(study: Study, out: Path, *, seeds: int | None = None) -> dict[str,
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / FILE, json.dumps(described, indent=1) + "\n")
     arms = [arm for arm in study.arms() if arm.quick or not study.quick]
+    first = [_job(arm, 0, None, out) for arm in arms if not arm.group]
+    _run(study, first)
+    stopped = study.obstacle({job.arm.name: read_cell(job.folder).sets[REPORTED] for job in first})
+    if stopped:
+        study.say(f"nothing is trained: {stopped}")
+        arms = [job.arm for job in first]
     rates = choose_rates(study, arms, out)
-    jobs = [
-        _job(arm, seed, rates.get(arm.group), out) for seed in range(count) for arm in arms if arm.group or seed == 0
-    ]
+    jobs = [_job(arm, seed, rates[arm.group], out) for seed in range(count) for arm in arms if arm.group]
     _run(study, jobs)
-    result = outcome(study, {(job.arm.name, job.seed): read_cell(job.folder) for job in jobs}, rates, out)
+    cells = {(job.arm.name, job.seed): read_cell(job.folder) for job in (*first, *jobs)}
+    result = outcome(study, cells, rates, out, stopped)
     write_atomically(out / "results.json", json.dumps(result, indent=1) + "\n")
     write_page(study, result, out / "study.html")
     return result
