@@ -59,7 +59,7 @@ def read_scores(path: Path, by: str) -> dict[str, float]:
     for number, line in enumerate(lines, 1):
         row = _parsed(line)
         identity, value = row.get("id"), row.get(by)
-        if not isinstance(identity, str) or not is_number(value):
+        if not isinstance(identity, str) or value is None or not is_number(value):
             message = f"data.curriculum.scores needs id and a number {by!r} in every line; this one has {sorted(row)}"
             problems.append(Problem(f"{path}:{number}", "no difficulty", message))
         else:

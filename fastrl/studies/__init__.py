@@ -19,6 +19,11 @@ STUDIES = {
     "rewards": "fastrl.studies.rewards",
     "complexity": "fastrl.studies.complexity",
     "hacking": "fastrl.studies.hacking",
+    "reflection": "fastrl.studies.reflection",
+    "gaze": "fastrl.studies.gaze",
+    "thinking": "fastrl.studies.thinking",
+    "rollouts": "fastrl.studies.rollouts",
+    "curriculum": "fastrl.studies.curriculum",
 }
 
 

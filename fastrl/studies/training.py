@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastrl.build.perpo import build_lists, make_options
 from fastrl.data import load_data
 from fastrl.evaluate.run import sample_records
-from fastrl.recipe import Recipe, build_recipe
+from fastrl.recipe import Recipe, build_recipe, load_recipe
 from fastrl.run.setup import load_model
 from fastrl.studies.base import CHOOSING, REPORTED, Job, Measured
 from fastrl.toy.demos.evidence import per_record
@@ -49,6 +50,27 @@ def train_job(recipe: Recipe, job: Job, records: Sequence[Record] | None = None)
     if train(run, policy=policy, records=records).interrupted:
         raise KeyboardInterrupt
     return policy
+
+
+def teach(
+    path: str, lessons: Sequence[Record], folder: Path, *, steps: int, per_step: int, rate: float, seed: int
+) -> None:
+    """Supervised fine-tuning of the model ``path`` on the last answer of dialogues; the model's folder is ``folder``.
+
+    All of the model is trained. Raises ``KeyboardInterrupt`` if training was told to stop; nothing is kept then.
+    """
+    run = folder.with_name(f"{folder.name}-run")
+    shutil.rmtree(run, ignore_errors=True)
+    plain = {"method.sigma": "one", "method.alpha": 0.0, "method.turns": "last", "model.lora": None, "model.freeze": []}
+    sizes = {"optim.steps": steps, "optim.lr": rate, "data.prompts_per_step": per_step, "optim.token_budget": 16384}
+    kept = {"checkpoint.every": 0, "log.samples_every": 0, "log.to": [], "log.every": 20, "seed": seed}
+    recipe = load_recipe("reper-caption-tiny", {**plain, **sizes, **kept, "model.path": path, "out": str(run)})
+    found = train(recipe, records=lessons)
+    if found.interrupted or found.model is None:
+        raise KeyboardInterrupt
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(str(found.model), folder)
+    shutil.rmtree(run)
 
 
 def scene_sets(spec: str, n: int) -> dict[str, Sequence[Record]]:

@@ -32,6 +32,7 @@ from fastrl.toy.teach.clip_lessons import frame_of_step
 from fastrl.toy.teach.curriculum import CURRICULA, Row, RowMaker
 from fastrl.toy.teach.dialogues import feedbacks
 from fastrl.toy.teach.optim import make_optimizers, schedule
+from fastrl.toy.teach.reasons import spoken
 from fastrl.toy.teach.tokenizer import train_tokenizer
 from fastrl.toy.teach.transfer import coordinate_twins, take_over
 
@@ -41,11 +42,13 @@ def corpus(
     seed: int,
     made_of: Architecture = ARCHITECTURES[Qwen2_5VL.model_type],
     clips: bool = False,
+    reasons: bool = False,
 ) -> Iterator[str]:
     """Texts the tokenizer is trained on: questions and answers of every task, and every coordinate spelled out.
 
     With ``clips``, and for an architecture of which one model learns every task, also those of dialogues about clips
-    and the numbers and times of frames; for such an architecture also the feedback of a critic.
+    and the numbers and times of frames; for such an architecture also the feedback of a critic. ``reasons``: what is
+    said in lessons in the use of reasons.
     """
     clips = clips or made_of.one_for_all
     for task in (*tasks.MAKERS, *(("utr", "shown") if clips else ())):
@@ -57,6 +60,8 @@ def corpus(
                 yield " ".join(part["text"] for part in record.messages[0]["content"] if part["type"] == "text")
     if made_of.one_for_all:
         yield from feedbacks(seed)
+    if reasons:
+        yield from spoken(seed)
     yield from made_of.coordinates()
 
 
@@ -188,7 +193,8 @@ def build(
     made_of = ARCHITECTURES[curriculum.model_type]
     answer = partial(scene_answer, family=made_of.family)
     if start is None or retokenize:
-        tokenizer = train_tokenizer(corpus(answer, seed, made_of, clips=curriculum.frames > 1), made_of.spelling)
+        texts = corpus(answer, seed, made_of, clips=curriculum.frames > 1, reasons="reason" in curriculum.questions)
+        tokenizer = train_tokenizer(texts, made_of.spelling)
     else:
         tokenizer = load_tokenizer(start)
     preprocessor = made_of.preprocessor(curriculum.size)
@@ -198,7 +204,9 @@ def build(
     if start is not None:
         old = read_weights(kind_of_model, Path(start), dtype=torch.float32)
         old_tokenizer = load_tokenizer(start)
-        twins = coordinate_twins(tokenizer, old_tokenizer, curriculum.size) if retokenize else {}
+        # Of clips, coordinates are said from 0 to 1000, of pictures in pixels
+        moved = retokenize and curriculum.frames > 1
+        twins = coordinate_twins(tokenizer, old_tokenizer, curriculum.size) if moved else {}
         take_over(model, tokenizer, old, old_tokenizer, twins)
     make_row = RowMaker(curriculum, family_of(model.config), tokenizer, preprocessor, answer)
 

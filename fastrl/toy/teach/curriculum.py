@@ -25,8 +25,9 @@ from fastrl.models.families.qwen2_vl import Qwen2_5VL
 from fastrl.models.vision import ImagePreprocessor
 from fastrl.toy.teach.clip_lessons import clip_questions
 from fastrl.toy.teach.dialogues import dialogue_record
+from fastrl.toy.teach.reasons import reason_record
 
-MAKERS = {**tasks.MAKERS, "dialogue": dialogue_record}
+MAKERS = {**tasks.MAKERS, "dialogue": dialogue_record, "reason": reason_record}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ CURRICULA = {
     "dialogues": Curriculum(
         {"ocr": 2, "caption": 2, "grounding": 1, "dialogue": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT
     ),
+    # Of the study of reflection: from tiny:language
+    "reasons": Curriculum({"reason": 4}, levels=(2,)),
     # Initialised from an earlier "perception" model, which knew fewer names than the current one
     "video": Curriculum({"trajectory": 2, "utr": 1, "shown": 1}, levels=(1, 2, 2, 3), size=84, frames=6, more=2),
     # tiny:llava is made in two stages: fastrl tiny build llava-pictures --out A, then
@@ -133,8 +136,9 @@ class RowMaker:
 
     def _turn_answers(self, record: Record) -> list[tuple[str, bool]]:
         """Each turn's answer, and whether it is trained on, as only true captions of a dialogue are."""
-        turns = record.target.get("dialogue")
-        return [(t.answer, t.score == 1.0) for t in turns] if turns else [(self.answer(record), True)]
+        turns: tuple[SpokenTurn, ...] = record.target.get("dialogue", ())
+        taught = record.target.get("taught") or [turn.score == 1.0 for turn in turns]
+        return [(t.answer, each) for t, each in zip(turns, taught, strict=True)] or [(self.answer(record), True)]
 
     def _turn_prompts(self, record: Record) -> list[str]:
         """The text before each turn's answer: system and question, then the text after the previous answer."""
