@@ -29,6 +29,7 @@ from fastrl.plan.sharded import Network, Unit, network_of, shards_of, units_of
 from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_kept, trace_rollout
 from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe
+from fastrl.rollout.cache import OWN_BLOCK
 from fastrl.rollout.decode import decode_mode, own_keys
 
 EFFICIENCY = 0.4
@@ -301,11 +302,11 @@ def memory_of(
     kept = work.prompts * traced.prompt
     collected = work.prompt_tokens * rollout.token  # the gradients of a kept prompt's keys and values
     others = max(0, work.prompts - traced.groups) * (traced.prompt + collected) if kept else 0
-    sampled = rollout_bytes(work, rollout, shared=not model.trains_vision)
+    graph = gpu and work.samples and decode_mode(recipe.rollout.decode, CUDA) == "graph"
+    sampled = rollout_bytes(work, rollout, shared=not model.trains_vision, graph=graph)
     if kept:  # the passes' features are in what is kept, or shared; prompts are read one by one
         alone = replace(rollout, features=0, vision=0, language=traced.reading)
-        sampled = features + kept + rollout_bytes(work, alone)
-    graph = gpu and work.samples and decode_mode(recipe.rollout.decode, CUDA) == "graph"
+        sampled = features + kept + rollout_bytes(work, alone, graph=graph)
     pool = rollout.drawing if graph else 0
     return Memory(
         weights=model.weight_bytes,
@@ -345,7 +346,7 @@ def sharded_memory(
     )
     graph = gpu and work.samples and decode_mode(recipe.rollout.decode, CUDA) == "graph"
     pool = rollout.drawing if graph else 0
-    sampled = rollout_bytes(work, rollout, shared=not model.trains_vision)
+    sampled = rollout_bytes(work, rollout, shared=not model.trains_vision, graph=graph)
     gradients = 0.0 if host else shards.gradients
     return Memory(
         weights=0.0 if host else shards.weights,
@@ -366,15 +367,20 @@ def sharded_memory(
     )
 
 
-def rollout_bytes(work: Workload, rollout: RolloutTrace, *, shared: bool = False) -> int:
+def rollout_bytes(work: Workload, rollout: RolloutTrace, *, shared: bool = False, graph: bool = False) -> int:
     """Peak of a rollout above resident memory, including its images' features. It occurs in the vision tower, during
     prefill, or when the first tokens are sampled (keys and values of all answers are allocated by then).
 
     ``shared``: features stay for the passes of the update; otherwise each chunk's are freed before it decodes.
+    ``graph``: a later chunk is prefilled beside the answers' buffers of the chunk before, which it uses again.
     """
     prompts = work.prompts * work.steps_at_once if shared else work.prompts_at_once
     features = rollout.features * prompts
-    reading = features + max(rollout.vision, kv_bytes(work, rollout, own=False) + rollout.language)
+    held = 0
+    if graph and work.prompts * work.steps_at_once > work.prompts_at_once:
+        own = min(own_keys(work.answer_tokens), OWN_BLOCK) * rollout.token + rollout.state
+        held = work.prompts_at_once * work.group * own
+    reading = features + held + max(rollout.vision, kv_bytes(work, rollout, own=False) + rollout.language)
     return max(reading, (features if shared else 0) + kv_bytes(work, rollout) + rollout.first + rollout.drawing)
 
 

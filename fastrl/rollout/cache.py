@@ -74,6 +74,10 @@ class PromptCache:
             for layer, old in buffers.items():
                 buffers[layer] = F.pad(old, (0, 0, 0, capacity - old.shape[2]))
 
+    def restart(self) -> None:
+        """Empty all texts; buffers keep their addresses, and what is in them is overwritten or not read."""
+        self.length = [0] * len(self.length)
+
     @torch.no_grad()
     def fill(self, row: int, keys: Mapping[int, Tensor], values: Mapping[int, Tensor]) -> None:
         """Store an empty text whose keys and values [1, Hkv, P, D] by layer were computed elsewhere."""
@@ -192,6 +196,26 @@ class RowCache:
         self.step = 0
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # step, on the device
         self.own_length = torch.ones(size * n, dtype=torch.int32, device=device)  # keys to read: step + 1
+        self.offsets_of = {size * n: self.offsets}  # static: by batch size, at fixed addresses
+        self._whole = self.own_length, dict(self.keys), dict(self.values), dict(self.states)
+
+    def restart(self, prompts: PromptCache) -> None:
+        """Begin again without own keys, for other prompts in the same buffers. Only if no buffer has moved."""
+        self.own_length, *buffers = self._whole
+        self.keys, self.values, self.states = (dict(held) for held in buffers)
+        for layer, state in prompts.states.items():
+            for part, shared in zip(self.states[layer], state, strict=True):
+                part.copy_(shared.repeat_interleave(self.n, 0))
+        self.prompt_length.copy_(torch.tensor(prompts.length, dtype=torch.int32))
+        self.ragged = min(prompts.length) < prompts.capacity
+        self.offsets, self.equal_groups, self.step = self.offsets_of[len(self.own_length)], True, 0
+        self.at.zero_()
+        self.own_length.fill_(1)
+
+    @property
+    def moved(self) -> bool:
+        """Whether buffers have moved since the beginning."""
+        return self.capacity > min(self.limit, OWN_BLOCK)
 
     def own(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values of the rows, [R, Hkv, T, D]; those of the new token go into slot ``at``."""
@@ -202,6 +226,7 @@ class RowCache:
         if count <= self.capacity:
             return False
         self.capacity = min(-(-count // OWN_BLOCK) * OWN_BLOCK, self.limit)
+        self._whole = self.own_length, {}, {}, {}  # not to hold the old buffers
         for buffers in (self.keys, self.values):
             for layer, old in buffers.items():  # one at a time: both copies of all would be twice the memory
                 new = old.new_empty((*old.shape[:2], self.capacity, old.shape[3]))
@@ -245,7 +270,8 @@ class RowCache:
                 self._keep_prompts(live)
                 counts = counts[live]
         self.equal_groups = False
-        self.offsets = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        offsets = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        self.offsets = placed(self.offsets_of, size, offsets) if self.static else offsets
         self.own_length = self.own_length[:size]  # equal for all rows
         for buffers in (self.keys, self.values):
             for layer, old in buffers.items():
@@ -261,6 +287,15 @@ class RowCache:
         for buffers in (self.prompt_keys, self.prompt_values):
             for layer, old in buffers.items():
                 buffers[layer] = old[live]
+
+
+def placed(held: dict[int, Tensor], size: int, new: Tensor) -> Tensor:
+    """``new`` at the address that ``held`` has for this batch size; its own if there is none yet."""
+    if size not in held:
+        held[size] = new
+    elif held[size] is not new:
+        held[size].copy_(new)
+    return held[size]
 
 
 def _kept(old: Tensor, rows: Tensor, size: int, static: bool) -> Tensor:

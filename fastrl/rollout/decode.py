@@ -23,7 +23,7 @@ from torch import Tensor
 from fastrl.models.decode_layers import DecodeLayers
 from fastrl.models.families import family_of
 from fastrl.models.native_layers import NativeLayers
-from fastrl.rollout.cache import ModelLayers, PromptCache, RowCache
+from fastrl.rollout.cache import ModelLayers, PromptCache, RowCache, placed
 from fastrl.rollout.graphs import GraphRunner
 from fastrl.rollout.sampler import Sampling, sample
 from fastrl_kernels.decode_step import Angles, Draws, Linear
@@ -32,6 +32,7 @@ MODES = ("auto", "eager", "native", "static", "graph")
 CHECK_EVERY = 8  # steps between host reads of the number of unfinished rows; each read makes a GPU wait
 SMALLEST_BUCKET = 32  # with fewer rows a step is no faster: it is bound by reading the weights
 WORTH_RETIRING = 0.85  # without buckets, finished rows leave when at most this part of the rows is unfinished
+BATCH = ("rows", "position", "token", "alive")  # a decode's tensors with a number for each row of the batch
 STEPS_PER_CALL = 8  # native: between two calls Python handles signals
 
 
@@ -102,6 +103,8 @@ class Decode:
         self.token = torch.zeros(size, dtype=torch.int64, device=device)
         self.alive = torch.ones(size, dtype=torch.bool, device=device)
         self.first_logits = start.logits
+        # Static: what differs between rows, by batch size, at fixed addresses
+        self.held: dict[str, dict[int, Tensor]] = {name: {size: getattr(self, name)} for name in BATCH}
         self.runner = GraphRunner(self.step, device) if mode == "graph" else None
         self.native = NativeSteps.of(self, start.next_position)
 
@@ -113,12 +116,38 @@ class Decode:
     def logp(self) -> Tensor:
         return self.all_logp[: self.filler]
 
-    def run(self) -> None:
-        """Sample every row to its EOS or to ``max_new_tokens``."""
+    def run(self, *, again: bool = False) -> None:
+        """Sample every row to its EOS or to ``max_new_tokens``. ``again``: keep graphs for a later ``restart``."""
         try:
             self._run()
-        finally:
-            self.runner = None  # breaks a reference cycle that would keep the keys and values alive
+        except BaseException:
+            self.close()
+            raise
+        if not again:
+            self.close()
+
+    def close(self) -> None:
+        """Drop all graphs."""
+        self.runner = None  # breaks a reference cycle that would keep the keys and values alive
+
+    def restart(self, start: Start, uniform: Tensor | None) -> bool:
+        """Begin again with other prompts whose keys are in the same buffers (``PromptCache.restart``), to replay the
+        graphs captured before. False if nothing was changed: buffers have moved, or there are other numbers of rows."""
+        size, cache = self.filler, self.cache
+        if self.runner is None or cache.moved or len(start.logits) * self.sampling.n != size:
+            return False
+        if any(key is not cache.prompt_keys[layer] for layer, key in start.cache.keys.items()):
+            return False
+        cache.restart(start.cache)
+        self.rows, self.position, self.token, self.alive = (self.held[name][size] for name in BATCH)
+        self.position.copy_(start.next_position.repeat_interleave(self.sampling.n))
+        self.token.zero_()
+        self.alive.fill_(True)
+        self.at.zero_()
+        if self.uniform is not None and uniform is not None:
+            self.uniform[:-1].copy_(uniform)
+        self.first_logits = start.logits
+        return True
 
     def _run(self) -> None:
         self._record(self.first_logits.repeat_interleave(self.sampling.n, 0))
@@ -184,7 +213,10 @@ class Decode:
         fill = (0, size - len(alive))
         rows = F.pad(self.rows[alive], fill, value=self.filler)
         position, token, living = (F.pad(x[alive], fill) for x in (self.position, self.token, self.alive))
-        self.rows, self.position, self.token, self.alive = rows, position, token, living
+        new = {"rows": rows, "position": position, "token": token, "alive": living}
+        if self.static:
+            new = {name: placed(self.held[name], size, x) for name, x in new.items()}
+        self.rows, self.position, self.token, self.alive = (new[name] for name in BATCH)
 
 
 def _layers(layers: DecodeLayers | None, mode: str) -> Layers | None:

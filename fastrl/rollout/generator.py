@@ -7,7 +7,7 @@ values are stored once for all its rows (``cache.py``). All rows of all prompts 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -90,15 +90,17 @@ class Generator:
         features = self.features if self.features is not None else {}
         out: list[list[Completion]] = [[] for _ in prompts]
         chunks = self.limits.chunks([len(p.token_ids) for p in prompts], rows)
-        for number, chunk in enumerate(chunks):
-            session = self._session([prompts[i] for i in chunk], features, keep)
-            if self.features is None:  # what no later chunk reads is freed before this one decodes
-                read = {image.key for later in chunks[number + 1 :] for i in later for image in prompts[i].images}
-                for key in features.keys() - read:
-                    del features[key]
-            own = None if uniform is None else uniform.view(len(prompts), rows, -1)[chunk].flatten(0, 1)
-            for i, completions in zip(chunk, session.sample(sampling, own), strict=True):
-                out[i] = completions
+        several = self.decode == "graph" and len(chunks) > 1
+        with closing(_Shared(prompts)) if several else nullcontext() as shared:
+            for number, chunk in enumerate(chunks):
+                session = self._session([prompts[i] for i in chunk], features, keep, shared)
+                if self.features is None:  # what no later chunk reads is freed before this one decodes
+                    read = {image.key for later in chunks[number + 1 :] for i in later for image in prompts[i].images}
+                    for key in features.keys() - read:
+                        del features[key]
+                own = None if uniform is None else uniform.view(len(prompts), rows, -1)[chunk].flatten(0, 1)
+                for i, completions in zip(chunk, session.sample(sampling, own), strict=True):
+                    out[i] = completions
         return out
 
     def close(self) -> None:
@@ -112,16 +114,20 @@ class Generator:
         return self._session([prompts] if isinstance(prompts, Prompt) else list(prompts), {})
 
     def _session(
-        self, prompts: list[Prompt], features: dict[str, VisionFeatures], keep: KeptPrompts | None = None
+        self,
+        prompts: list[Prompt],
+        features: dict[str, VisionFeatures],
+        keep: KeptPrompts | None = None,
+        shared: _Shared | None = None,
     ) -> Session:
         if keep is None:
             images = [image for p in prompts for image in p.images if image.key not in features]
             features.update(self._features(images))
-            return Session(self, prompts, features)
+            return Session(self, prompts, features, shared=shared)
         with self.phase("vision"):
             for prompt in prompts:
                 features.update(trained_features(self.policy.core, [i for i in prompt.images if i.key not in features]))
-        return Session(self, prompts, features, keep)
+        return Session(self, prompts, features, keep, shared)
 
     def _features(self, images: Sequence[ImageInput]) -> dict[str, VisionFeatures]:
         """Vision features by image key, each computed once."""
@@ -134,6 +140,46 @@ class Generator:
         return found
 
 
+class _Shared:
+    """What the chunks of one rollout use one after another: buffers at fixed addresses, and the graphs that were
+    captured on them. ``prompts``: of all chunks."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._capacity = max(len(prompt.token_ids) for prompt in prompts)
+        self._decode: Decode | None = None
+        self._prompts: PromptCache | None = None
+
+    def prompts(self, size: int) -> PromptCache:
+        """An empty cache for that many prompts: that of the chunk before, if it had as many."""
+        if self._prompts is None or len(self._prompts.length) != size:
+            self.close()
+            self._prompts = PromptCache(size)
+            self._prompts.reserve(self._capacity)
+        self._prompts.restart()
+        return self._prompts
+
+    def again(self, start: Start, uniform: Tensor | None) -> Decode | None:
+        """The decode of the chunk before, begun again; None, and nothing held, if this one needs its own."""
+        decode, self._decode = self._decode, None
+        if decode is None or decode.restart(start, uniform):
+            return decode
+        decode.close()
+        return None
+
+    def keep(self, decode: Decode) -> None:
+        """Hold a finished decode for the next chunk, unless its buffers have moved."""
+        if decode.cache.moved:
+            decode.close()
+        else:
+            self._decode = decode
+
+    def close(self) -> None:
+        """Drop all."""
+        if self._decode is not None:
+            self._decode.close()
+        self._decode = self._prompts = None
+
+
 class Session:
     """B dialogues whose images and history are processed once. Made by ``Generator.session``."""
 
@@ -143,7 +189,9 @@ class Session:
         prompts: Sequence[Prompt],
         features: Mapping[str, VisionFeatures],
         keep: KeptPrompts | None = None,
+        shared: _Shared | None = None,
     ) -> None:
+        self._shared = shared
         self._generator, self._policy = generator, generator.policy
         device = self._policy.device
         self._family = family_of(self._policy.core.config)
@@ -151,7 +199,7 @@ class Session:
             if not len(prompt.token_ids):
                 raise ValueError(f"prompts[{i}]: no tokens")
         self.next_position = [prompt.next_position for prompt in prompts]
-        self._cache = PromptCache(len(prompts))
+        self._cache = PromptCache(len(prompts)) if shared is None else shared.prompts(len(prompts))
         self._cache.reserve(max((len(p.token_ids) for p in prompts), default=0))
         self._hidden: list[Tensor] = [torch.empty(0)] * len(prompts)  # [H] of each dialogue's last token
         if keep is not None:
@@ -208,16 +256,21 @@ class Session:
                 self._family.parts(policy.core).head(torch.stack(self._hidden)),
                 torch.tensor(self.next_position, device=device),
             )
-            decode = Decode(
-                policy.core,
-                start,
-                Sampling(rows, sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k),
-                None if uniform is None else uniform.to(device),
-                eos=torch.tensor(policy.eos_token_ids, dtype=torch.int64, device=device),
-                suppressed=torch.tensor(policy.suppressed_token_ids, dtype=torch.int64, device=device),
-                mode=self._generator.decode,
-            )
-            decode.run()
+            numbers = None if uniform is None else uniform.to(device)
+            decode = None if self._shared is None else self._shared.again(start, numbers)
+            if decode is None:
+                decode = Decode(
+                    policy.core,
+                    start,
+                    Sampling(rows, sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k),
+                    numbers,
+                    eos=torch.tensor(policy.eos_token_ids, dtype=torch.int64, device=device),
+                    suppressed=torch.tensor(policy.suppressed_token_ids, dtype=torch.int64, device=device),
+                    mode=self._generator.decode,
+                )
+            decode.run(again=self._shared is not None)
+            if self._shared is not None:
+                self._shared.keep(decode)
         with self._generator.phase("decode"):
             flat = _completions(policy, decode.tokens.cpu(), decode.logp.cpu())
         if rows < sampling.n:

@@ -1,8 +1,8 @@
 """A step of fixed shapes on a GPU, captured in a CUDA graph once per batch size and then replayed.
 
 A graph replays the same kernels on the same addresses, so everything a step reads or writes, other than its own
-temporaries, must keep its address. Graphs are replayed within one decode only: whatever happens between two rollouts (a
-reloaded adapter, a moved model) cannot leave a graph with stale addresses.
+temporaries, must keep its address. Graphs are replayed within one rollout only, in which nothing but the prompts
+changes: whatever happens between two (a reloaded adapter, a moved model) cannot leave a graph with stale addresses.
 """
 
 from __future__ import annotations

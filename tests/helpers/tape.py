@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,3 +81,18 @@ def stand_in(monkeypatch: Any, graphs: Any) -> type[TapeGraph]:
     monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=cuda, device=torch.device))
     monkeypatch.setattr(graphs, "_place", lambda _: place)
     return counted
+
+
+def read_no_groups(monkeypatch: Any) -> None:
+    """Let the eager twin of ``decode_attention`` take ``max_rows`` for the largest group, as the kernel does, instead
+    of reading it on the host: a replay with other groups would have the size of those at the capture."""
+
+    def init(self: Any, row_offsets: Tensor, groups: int, rows: int, gq: int, max_rows: int) -> None:
+        self.groups, self.rows, self.gq, self.n = groups, rows, gq, max_rows
+        offsets, row = row_offsets.long(), torch.arange(rows)
+        self.table = (offsets[:-1, None] + torch.arange(max_rows)).clamp(max=rows - 1)
+        group = torch.searchsorted(offsets[1:].contiguous(), row, right=True)
+        self.alone, self.group = group == groups, group.clamp(max=groups - 1)
+        self.slot = (row - offsets[self.group]).clamp(max=max_rows - 1)
+
+    monkeypatch.setattr(import_module("fastrl_kernels.decode_attention")._Groups, "__init__", init)

@@ -16,7 +16,7 @@ from fastrl.rollout import Generator, Sampling, cache, decode, generator, graphs
 from fastrl.rollout.cache import PromptCache, RowCache
 from fastrl.rollout.decode import Decode, decode_mode
 from tests.helpers.rollouts import STYLES, encode, force, reference_generate, rng, same, teacher_forced
-from tests.helpers.tape import stand_in
+from tests.helpers.tape import read_no_groups, stand_in
 
 
 @pytest.fixture(params=STYLES)
@@ -167,6 +167,54 @@ def test_a_step_recorded_once_per_bucket_and_replayed_gives_the_same(
     assert_same(again, want)
     assert counted.captures > 2, "a graph per bucket"
     assert counted.replays > 2 * counted.captures
+
+
+@pytest.mark.parametrize("sampling", [Sampling(4, 20), Sampling(4, 20, 1.2, 0.95, 150)], ids=["all", "truncated"])
+def test_later_chunks_replay_the_graphs_of_the_first(policy, sampling: Sampling, small_buckets, monkeypatch) -> None:
+    """Chunks of two prompts: graphs are captured for buckets that are new, at addresses that stay; other prompts, other
+    lengths, other numbers of rows. A rollout leaves nothing behind."""
+    hook = force(policy, policy.eos_token_ids[0], 3.0)
+    prompts = [*encode(policy), *encode(policy)[1:]]
+    want = Generator(policy, decode="eager").generate(prompts, sampling, rng())
+    counted = stand_in(monkeypatch, graphs)
+    read_no_groups(monkeypatch)
+    monkeypatch.setattr(generator, "decode_mode", lambda *_: "graph")
+    alive = lambda: sum(isinstance(x, RowCache | PromptCache | Decode) for x in gc.get_objects())  # noqa: E731
+    gc.collect()
+    before, sizes = alive(), set[int]()
+    capture = graphs.GraphRunner._capture
+    monkeypatch.setattr(
+        graphs.GraphRunner, "_capture", lambda self: sizes.add(len(self.step.__self__.rows)) or capture(self)
+    )
+    made: list[int] = []
+    init = Decode.__init__
+    monkeypatch.setattr(Decode, "__init__", lambda self, *x, **y: made.append(1) or init(self, *x, **y))
+    got = Generator(policy, max_rows=8).generate(prompts, sampling, rng())
+    hook.remove()
+    assert_same(got, want)
+    assert len(prompts) == 9
+    assert len(made) == 2, "one for four chunks of two prompts, one for the last"
+    assert counted.captures <= len(sizes) + 2
+    assert counted.replays > 10
+    assert alive() == before
+
+
+def test_a_chunk_that_fails_leaves_nothing(qwen2_5, monkeypatch) -> None:
+    stand_in(monkeypatch, graphs)
+    monkeypatch.setattr(generator, "decode_mode", lambda *_: "graph")
+    real, calls = Decode.restart, []
+    monkeypatch.setattr(Decode, "restart", lambda self, *x: calls.append(1) or (real(self, *x) and 1 / 0))
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(x, RowCache) for x in gc.get_objects())
+        with pytest.raises(ZeroDivisionError):
+            Generator(qwen2_5, max_rows=4).generate(encode(qwen2_5), Sampling(2, 8), rng())
+        assert calls == [1]
+    finally:
+        gc.enable()
+    gc.collect()
+    assert sum(isinstance(x, RowCache) for x in gc.get_objects()) == before
 
 
 @pytest.fixture
