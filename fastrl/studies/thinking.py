@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 RECIPE = "perception-r1-counting-tiny"
 SUFFIX = "Think first."  # short: the small tokenizer spells unknown words letter by letter
 DIFFICULTY, SIDE, LONGEST = 2, 84, 160
-TAUGHT, QUICK_TAUGHT, PER_STEP, TEACHING_RATE = 256, 64, 16, 5e-4
+TAUGHT, QUICK_TAUGHT, PER_STEP, TEACHING_RATE = 640, 240, 16, 1e-3
 STEPS, QUICK_STEPS, PROMPTS, QUICK_PROMPTS, GROUP = 48, 12, 32, 12, 8
 HELD_OUT, QUICK_HELD_OUT = 384, 160
 RATES = (1.5e-4, 3e-4, 6e-4)
