@@ -20,6 +20,7 @@ from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trac
 from fastrl.plan.workload import Workload, packed
 from fastrl.recipe import LoraRecipe, ModelRecipe, load_recipe
 from fastrl.rollout import Generator, Sampling
+from fastrl.rollout.limits import Limits
 from tests.fastrl.conftest import build_config, build_folder, build_tokenizer
 from tests.helpers.families import BUILDS, build_family
 from tests.helpers.planned import counted_peak, measured_and_planned
@@ -147,6 +148,18 @@ def test_a_rollout(folders: Callable[[str], Path], side: int, answer_tokens: int
     core = meta_model(json.loads((folder / "config.json").read_text()), recipe, torch.float32)
     traced = trace_rollout(core, work.chunk(), limits=work.limits, sampling=sampling, gpu=False)
     assert rollout_bytes(work, traced) == pytest.approx(counted, rel=WITHIN)
+
+
+def test_a_later_chunk_is_read_beside_the_answers_buffers_that_its_graphs_use() -> None:
+    """At most a block of keys for each answer; nothing where all prompts are answered at once."""
+    traced = replace(RolloutTrace(), token=1000, language=10**9)  # prefill is the peak
+    assert WORK.sampling is not None
+    for limit, held in ((8, 8 * 119), (16, 16 * 119), (32, 0)):
+        work = replace(WORK, limits=Limits(max_rows=limit))
+        more = rollout_bytes(work, traced, graph=True) - rollout_bytes(work, traced)
+        assert more == 1000 * held
+    long = replace(WORK, limits=Limits(max_rows=8), answer_tokens=2000)
+    assert rollout_bytes(long, traced, graph=True) - rollout_bytes(long, traced) == 1000 * 8 * 256
 
 
 FAMILIES = [pytest.param(name, marks=[] if name == "qwen3_vl_moe" else pytest.mark.gate) for name in sorted(BUILDS)]
