@@ -133,6 +133,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _merged(self) -> Recipe:
+        obstacle = self.merge_obstacle if self.rollout.merge_lora == "on" else None
+        if obstacle is not None:
+            raise ValueError(f"rollout.merge_lora: on samples with merged weights, but {obstacle}")
+        return self
+
+    @model_validator(mode="after")
     def _memory(self) -> Recipe:
         if self.model.offload_activations and not self.model.gradient_checkpointing:
             raise ValueError(
@@ -209,6 +216,17 @@ class Recipe(Section):
             (self.engine.kind != "local", f"engine.kind: {self.engine.kind} reduces gradients batch by batch"),
             (self.optim.gradient_release, "optim.gradient_release updates weights before the prompts' backward"),
             (lora is not None and lora.dropout > 0, "model.lora.dropout: sampling uses none, so the passes differ"),
+        )
+        return next((reason for found, reason in obstacles if found), None)
+
+    @property
+    def merge_obstacle(self) -> str | None:
+        """Why rollouts cannot sample with merged adapters, naming the key; None: the recipe permits it."""
+        obstacles = (
+            (self.model.lora is None, "without model.lora there are no adapters"),
+            (self.rollout.backend != "local", f"rollout.backend: {self.rollout.backend} gets separate adapters"),
+            (self.model.quantize is not None, "model.quantize: sums would have to be quantized again"),
+            (self.engine.kind == "fsdp2", "engine.kind: fsdp2 holds whole weights only for the time of a rollout"),
         )
         return next((reason for found, reason in obstacles if found), None)
 

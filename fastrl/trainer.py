@@ -25,7 +25,7 @@ from fastrl.methods import Clock, Context, Method, Prepared, make_method, method
 from fastrl.methods.rollouts import functions_of
 from fastrl.models.kept import KeptPrompts
 from fastrl.models.quantize import check_quantize
-from fastrl.plan.running import choose_keep
+from fastrl.plan.running import choose_keep, choose_merge
 from fastrl.recipe import Recipe
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
@@ -170,7 +170,7 @@ def train(
         log = MetricsLog(out, loggers, about, progress.note) if writes else NoLog()
         stack.callback(log.close)
         outlets = Outlets(log, progress, listeners)
-        for text in (run.skipped, run.evaluation.skipped, run.keep_note, *notes):
+        for text in (run.skipped, run.evaluation.skipped, *run.choices, *notes):
             outlets.note(done, text)
         if remark := run.method.loss_note(recipe.method, recipe.optim.updates_per_batch):
             outlets.say(remark)
@@ -324,6 +324,7 @@ class Run:
         if functions is not None:
             self._try(functions)
         self.keeping = choose_keep(recipe, self.policy)
+        self.merging = choose_merge(recipe, self.policy, self.keeping)
         seed_generators(recipe.seed + self.engine.rank)  # so that random numbers in the steps do not depend on loading
         rng = torch.Generator().manual_seed(recipe.seed + self.engine.rank)
         self.context = Context(
@@ -340,6 +341,7 @@ class Run:
             folder=recipe.folder,
             features=None if self.policy.trains_vision else {},
             kept=KeptPrompts() if self.keeping.on else None,
+            merge=self.merging.on,
         )
         self.method: Method = make_method(recipe.method, self.context)
         self.updates = Updates(recipe.optim, self.context, self.engine, self.method)
@@ -408,9 +410,11 @@ class Run:
         return [self.evaluation.note, keep_best(self.recipe.folder, self.evaluation.best.step)]
 
     @property
-    def keep_note(self) -> str:
-        """Whether prompts are computed once or twice, and why; empty if none are sampled."""
-        return self.keeping.note if self.method.samples else ""
+    def choices(self) -> list[str]:
+        """What was decided by memory, and why; empty if nothing is sampled."""
+        if not self.method.samples:
+            return []
+        return [self.keeping.note, *([self.merging.note] if self.recipe.model.lora is not None else [])]
 
     @property
     def best_checkpoint(self) -> Path | None:

@@ -266,6 +266,10 @@ class RolloutRecipe(Section):
     """Compute each prompt and its pictures once: the update trains from the rollout's pass over them. `auto`: if that
     is exact, prompts have at least 256 tokens and memory allows it; `on`: always, with an error if it would not be
     exact; `off`: the update computes them again."""
+    merge_lora: Literal["auto", "on", "off"] = "auto"
+    """Sample with the adapters merged into a copy of the weights, which makes a token as fast as without adapters.
+    `auto`: if memory allows it; `on`: always; `off`: with separate adapters. In bfloat16 the merged numbers are rounded
+    (at random, so that small updates count), which the sampler's log-probs show."""
     backend: Literal["local", "vllm"] = "local"
     """`vllm`: a vLLM server samples the answers and receives the weights. `local`: the training process samples."""
     server: str | None = None
@@ -292,7 +296,7 @@ class RolloutRecipe(Section):
             raise ValueError("must be {step: answers} with steps from 0 and at least one answer")
         return value
 
-    @field_validator("keep_prompts", mode="before")
+    @field_validator("keep_prompts", "merge_lora", mode="before")
     @classmethod
     def _switch(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads on and off so

@@ -71,6 +71,7 @@ class Context:
     functions: Functions | None = None
     kept: KeptPrompts | None = None
     step: int = 0
+    merge: bool = False
 
     def keep_only(self, groups: Iterable[PromptGroup]) -> None:
         """Free what the rollout kept of all other prompts: they are not trained."""
@@ -84,7 +85,8 @@ class Context:
         if rollout.backend == "local":
             from fastrl.rollout import Generator
 
-            return Generator(self.policy, clock=self.clock, decode=rollout.decode, features=self.features)
+            options = {"decode": rollout.decode, "features": self.features, "merge": self.merge}
+            return Generator(self.policy, clock=self.clock, **options)
         from fastrl.rollout.vllm import VllmGenerator
 
         assert rollout.server is not None  # checked by the recipe

@@ -107,6 +107,13 @@ class _Stack(NamedTuple):
                 part.copy_(given)
         return cls(low, tuple(high.to(dtype) for high in highs))
 
+    def refresh(self, lows: Sequence[Tensor], highs: Sequence[Tensor]) -> None:
+        """Take over changed adapters in place."""
+        parts = self.low.split([len(given) for given in lows])
+        for mine, given in zip((*parts, *self.highs), (*lows, *highs), strict=True):
+            if mine.data_ptr() != given.data_ptr() or mine.dtype != given.dtype:  # else they are the adapter itself
+                mine.copy_(given)
+
 
 class Shared:
     """Adapted layers that read the same input. The first that is called computes the outputs of all."""
@@ -115,6 +122,7 @@ class Shared:
         self.members = members
         self._waiting: tuple[Tensor, tuple[Any, ...], dict[int, Tensor]] | None = None
         self._held: tuple[tuple[Any, ...], _Stack] | None = None  # for calls without gradients
+        self._seen: tuple[int, ...] | None = None  # the adapters' versions that it has
 
     def output(self, module: Any, x: Tensor) -> Tensor:
         """The output of one of the layers for ``x`` [..., in]."""
@@ -143,7 +151,7 @@ class Shared:
         members = [_member(module, x) for module in modules]
         if not torch.is_grad_enabled():
             return self._infer(members, x)
-        self._held = None
+        self._seen = None
         if _drops(modules[0]):
             return _adapted(members[0].dropout(x), members, [members[0].base(x)])
         if any(member.weight is None for member in members):
@@ -163,12 +171,15 @@ class Shared:
         return outputs
 
     def _stack(self, members: list[_Member], dtype: torch.dtype) -> _Stack:
-        """The adapters in ``dtype``, kept until they change (an optimizer's update in place raises their versions)."""
-        weights = [weight for member in members for weight in (member.low, member.high)]
-        state = dtype, *((id(weight), _version(weight)) for weight in weights)
-        if self._held is None or self._held[0] != state:
-            stack = _Stack.of([m.low for m in members], [m.high for m in members], dtype)
-            self._held = state, stack
+        """The adapters in ``dtype``, kept until they may have changed: until a call with gradients, or an update in
+        place, which raises their versions. Then they keep their addresses, which a captured decode step reads."""
+        lows, highs = [m.low for m in members], [m.high for m in members]
+        of, versions = (dtype, *map(id, (*lows, *highs))), tuple(map(_version, (*lows, *highs)))
+        if self._held is None or self._held[0] != of:
+            self._held = of, _Stack.of(lows, highs, dtype)
+        elif self._seen != versions:
+            self._held[1].refresh(lows, highs)
+        self._seen = versions
         return self._held[1]
 
 

@@ -19,6 +19,7 @@ class CachedDora(DoraLinearVariant):
 
     def __init__(self) -> None:
         self._cached: tuple[tuple[int, ...], Tensor] | None = None
+        self._place: Tensor | None = None  # of the scale: a captured decode step reads it where it was
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """The layer's output; ``result`` is the base layer's output for ``x``."""
@@ -43,7 +44,11 @@ class CachedDora(DoraLinearVariant):
             weight = dequantize_module_weight(module.get_base_layer()).to(x.dtype)
             update = magnitude.get_lora_weight(low, high).to(x.dtype)
             norm = magnitude.get_weight_norm(weight, update, module.scaling[adapter])
-            self._cached = state, (magnitude.weight / norm).view(1, -1)
+            scale = (magnitude.weight / norm).view(1, -1)
+            place = self._place
+            if place is not None and (place.dtype, place.device) == (scale.dtype, scale.device):
+                scale = place.copy_(scale)
+            self._place, self._cached = scale, (state, scale)
         return self._cached[1]
 
 

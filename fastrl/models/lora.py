@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastrl.engine.names import matches
@@ -204,13 +205,19 @@ def merged_state_dict(core: nn.Module) -> dict[str, Any]:
 def merged_weight(module: Any) -> Tensor:
     """The weight of an adapted layer: W + ΔW or, with DoRA, m (W + ΔW) / ‖W + ΔW‖, the norm of each output's weights.
 
-    Computed in float32, returned in the dtype of W.
+    Computed by :func:`merged_sum`, returned in the dtype of W.
     """
     base = dequantized(module.get_base_layer())
-    merged = base.detach().float()
+    return merged_sum(module, base).to(base.dtype)
+
+
+def merged_sum(module: Any, base: Tensor) -> Tensor:
+    """:func:`merged_weight` before it is rounded, for ``base`` as W: in float32, or float64 with such weights."""
+    base = base.detach()
+    merged = base.to(torch.promote_types(base.dtype, torch.float32))
     for adapter in module.active_adapters:
-        merged = merged + module.get_delta_weight(adapter).detach().float()
+        merged = merged + module.get_delta_weight(adapter).detach().to(merged.dtype)
         if adapter in module.lora_magnitude_vector:
-            magnitude = module.lora_magnitude_vector[adapter].weight.detach().float()
+            magnitude = module.lora_magnitude_vector[adapter].weight.detach().to(merged.dtype)
             merged = merged * (magnitude.view(-1, 1) / merged.norm(dim=1, keepdim=True))
-    return merged.to(base.dtype)
+    return merged

@@ -1,8 +1,8 @@
 """``DecodeLayers`` on a CPU by the library's C++ decode step: the layers in one call, or whole steps with the sampler.
 
 It reads the weights of the trainer's modules where they lie, and calls none of them. So it takes only what it can see
-through: plain linear layers, embeddings and norms in float32 with nothing hooked into them. Adapters, quantised or
-sharded weights, other dtypes and devices decode through ``DecodeLayers``.
+through: plain linear layers, embeddings and norms in float32 with nothing hooked into them. Unmerged adapters,
+quantised or sharded weights, other dtypes and devices decode through ``DecodeLayers``.
 """
 
 from __future__ import annotations

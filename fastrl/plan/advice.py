@@ -47,6 +47,8 @@ def _candidates(plan: Plan, found: Sequence[Change]) -> Iterator[tuple[dict[str,
     recipe, work = plan.recipe, plan.workload
     if plan.keeping.on:
         yield {"rollout.keep_prompts": "off"}, "prompts are computed twice; the gradient stays the same"
+    if plan.merging.on:
+        yield {"rollout.merge_lora": "off"}, "rollouts decode with separate adapters"
     if work.group_tokens < recipe.optim.token_budget:
         yield {"optim.token_budget": work.group_tokens}, "smaller micro-batches; the gradient stays the same"
     if not recipe.model.gradient_checkpointing:

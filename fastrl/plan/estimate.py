@@ -24,6 +24,7 @@ from fastrl.models.quantize import PACKED
 from fastrl.plan.configs import config_of, image_limit
 from fastrl.plan.hardware import HOST_BANDWIDTH, Gpu
 from fastrl.plan.keep import Keeping, decide_keep
+from fastrl.plan.merge import Merging, decide_merge
 from fastrl.plan.quantized import Planned4bit, unpacked
 from fastrl.plan.sharded import Network, Unit, network_of, shards_of, units_of
 from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_kept, trace_rollout
@@ -68,6 +69,7 @@ class Memory:
     activations: float  # kept by the forward of one micro-batch for the backward
     head_scratch: float
     kv_cache: float
+    merged: float  # adapters merged into a copy of the weights, for sampling
     features: float  # of a step's images, if the tower is frozen and all passes share them
     prompts: float  # graphs of the step's prompts, kept from rollout to update, with their gradients
     pool: float  # temporaries of a decode step, reserved by its CUDA graph
@@ -120,6 +122,7 @@ class Plan:
     memory: Memory
     work: Work
     keeping: Keeping
+    merging: Merging
     nodes: int = 1
 
     @property
@@ -186,7 +189,9 @@ def make_plan(
     family = family_of(core.config)
     work = workload_of(recipe, family, image_limit=image_limit(recipe.model.path, family), **(sizes or {}))
     model, release = count_model(core), release_of(recipe, work)
-    keeping = decide_keep(recipe, core, work, room_of(recipe, core, work, gpu.memory - gpu.reserve), gpu=True)
+    room = room_of(recipe, core, work, gpu.memory - gpu.reserve)
+    keeping = decide_keep(recipe, core, work, room, gpu=True)
+    merging = decide_merge(recipe, core, room, keeps=keeping.on)
 
     def trace(groups: Sequence[PromptGroup], *, keep: bool = keeping.on) -> Trace:
         options: dict[str, Any] = {
@@ -206,10 +211,11 @@ def make_plan(
     whole = trace(full, keep=False) if keeping.on and reads_reference(recipe) else counted
     rollout = RolloutTrace()
     if work.sampling is not None:
-        rollout = trace_rollout(core, work.chunk(), limits=work.limits, sampling=work.sampling, gpu=True)
+        options = {"limits": work.limits, "sampling": work.sampling, "merge": merging.on}
+        rollout = trace_rollout(core, work.chunk(), gpu=True, **options)
     memory = memory_of(recipe, model, work, traced, rollout, gpus=gpus * nodes)
     done = work_of(recipe, model, work, counted, rollout, gpu, efficiency, whole=whole)
-    return Plan(recipe, gpu, gpus, efficiency, model, work, memory, done, keeping, nodes)
+    return Plan(recipe, gpu, gpus, efficiency, model, work, memory, done, keeping, merging, nodes)
 
 
 def room_of(recipe: Recipe, core: Any, work: Workload, limit: float) -> float:
@@ -317,12 +323,13 @@ def memory_of(
         activations=traced.kept,
         head_scratch=traced.head_scratch,
         kv_cache=kv_bytes(work, rollout),
+        merged=rollout.merged,
         features=features,
         prompts=kept + work.prompts * collected if kept else 0,
         pool=pool,
         update=resident + pool + max(traced.peak - whole + gradients, traced.kept) + others,
         optimizer=resident + pool + gradients + step,
-        rollout=resident - features + sampled if work.samples else 0.0,
+        rollout=resident - features + rollout.merged + max(sampled, rollout.merging) if work.samples else 0.0,
         host=each.host * model.trainable,
     )
 
@@ -357,6 +364,7 @@ def sharded_memory(
         activations=traced.kept,
         head_scratch=traced.head_scratch,
         kv_cache=kv_bytes(work, rollout),
+        merged=rollout.merged,
         features=features,
         prompts=0,
         pool=pool,
@@ -413,9 +421,9 @@ def work_of(
         prompt, answer, rows = work.prompt_tokens, work.answer_tokens, work.rows
         layers, head, pair = rollout.token_flops, rollout.head_flops, rollout.pair_flops
         flops["prefill"] = work.prompts * (prompt * (layers + prompt * pair) + head)
-        flops["decode"] = rows * answer * (layers + head + (prompt + answer // 2) * pair)
+        flops["decode"] = rows * answer * (layers + head + (prompt + answer // 2) * pair) + rollout.merge_flops
         traffic["prefill"] = work.prompts * prompt * rollout.token_traffic
-        traffic["decode"] = rows * answer * (rollout.token_traffic + rollout.draw_traffic)
+        traffic["decode"] = rows * answer * (rollout.token_traffic + rollout.draw_traffic) + rollout.merge_traffic
         read = decode_bytes(model, work, rollout)
     if work.samples or not model.trains_vision:
         flops["vision"], traffic["vision"] = batches * traced.vision_flops, batches * traced.vision_traffic

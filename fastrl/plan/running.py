@@ -12,8 +12,9 @@ from fastrl.plan.configs import image_limit
 from fastrl.plan.estimate import room_of
 from fastrl.plan.hardware import reserve
 from fastrl.plan.keep import Keeping, decide_keep, decided_by_recipe
+from fastrl.plan.merge import Merging, decide_merge, merge_decided_by_recipe
 from fastrl.plan.trace import meta_model
-from fastrl.plan.workload import workload_of
+from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe
 
 
@@ -27,11 +28,26 @@ def choose_keep(recipe: Recipe, policy: Any) -> Keeping:
     decided = decided_by_recipe(recipe)
     if decided is not None:
         return decided
+    core, work, room = _asked(recipe, policy)
+    return decide_keep(recipe, core, work, room, gpu=policy.device.type == "cuda")
+
+
+def choose_merge(recipe: Recipe, policy: Any, keeping: Keeping) -> Merging:
+    """Whether this run's rollouts sample with merged adapters (see ``fastrl.plan.merge``); arguments as above."""
+    decided = merge_decided_by_recipe(recipe)
+    if decided is not None:
+        return decided
+    core, _, room = _asked(recipe, policy)
+    return decide_merge(recipe, core, room, keeps=keeping.on)
+
+
+def _asked(recipe: Recipe, policy: Any) -> tuple[Any, Workload, float]:
+    """The policy's model on the meta device, the sizes of a step, and the bytes that the model's state leaves."""
     core = meta_model(policy.core.config.to_dict(), recipe.model, policy.dtype)
     family = family_of(core.config)
     work = workload_of(recipe, family, image_limit=image_limit(recipe.model.path, family))
-    memory, gpu = memory_bytes(policy.device), policy.device.type == "cuda"
-    return decide_keep(recipe, core, work, room_of(recipe, core, work, memory - reserve(memory)), gpu=gpu)
+    memory = memory_bytes(policy.device)
+    return core, work, room_of(recipe, core, work, memory - reserve(memory))
 
 
 def memory_bytes(device: torch.device) -> int:

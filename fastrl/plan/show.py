@@ -19,6 +19,7 @@ KINDS = {
     "activations": "activations kept by one forward",
     "head_scratch": "scratch of the head",
     "kv_cache": "keys and values of the rollout",
+    "merged": "merged copy of adapted weights",
     "features": "shared vision features",
     "prompts": "prompts kept from rollout to update",
     "pool": "reserved for decode graphs",
@@ -57,6 +58,7 @@ def plan_values(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
             "micro_batches": work.micro_batches,
         },
         "keep_prompts": plan.keeping._asdict(),
+        "merge_lora": plan.merging._asdict(),
         "memory": {name: int(getattr(memory, name)) for name in (*KINDS, "host")},
         "peaks": {name: int(getattr(memory, name)) for name in PHASES},
         "peak": int(memory.peak),
@@ -92,6 +94,7 @@ def _head(plan: Plan) -> list[str]:
         f"{work.group} answers each of {work.answer_tokens} tokens, the longest allowed; "
         f"{work.micro_batches} micro-batches",
         *([f"           {plan.keeping.note}"] if work.samples else []),
+        *([f"           {plan.merging.note}"] if work.samples and plan.recipe.model.lora is not None else []),
     ]
 
 

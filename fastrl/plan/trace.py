@@ -16,12 +16,13 @@ from fastrl.models.families import VisionFeatures, family_of
 from fastrl.models.kept import KeptPrompts, keep_prompt, trained_features
 from fastrl.models.load import use_checkpointing
 from fastrl.models.lora import add_lora, freeze
+from fastrl.models.merged import Merged
 from fastrl.models.policy import keyed_features, predicted_states
 from fastrl.plan.ledger import CpuAttention, GpuAttention, Ledger, planned_attention
 from fastrl.plan.quantized import plan_quantized
 from fastrl.recipe import ModelRecipe
-from fastrl.rollout.cache import PromptCache, rollout_mode
-from fastrl.rollout.generator import prefill, rows_per_prompt
+from fastrl.rollout.cache import PromptCache
+from fastrl.rollout.generator import prefill, rows_per_prompt, sampling_mode
 from fastrl.rollout.limits import Limits
 from fastrl.rollout.sampler import Sampling, sample
 from fastrl_kernels.linear_logprob import linear_logprob
@@ -73,6 +74,10 @@ class RolloutTrace:
     pair_flops: float = 0.0
     head_flops: float = 0.0  # logits of one row
     token_traffic: float = 0.0  # bytes moved for one token by layers' operators without FLOPs
+    merged: int = 0  # bytes of merged weights
+    merging: int = 0  # temporary bytes of making them
+    merge_traffic: int = 0  # bytes moved by making them
+    merge_flops: int = 0
     draw_traffic: float = 0.0  # and by sampling from the logits of one row
 
 
@@ -227,7 +232,7 @@ def _read(core: Any, prompts: Sequence[Prompt], kept: KeptPrompts, ledger: Ledge
 
 
 def trace_rollout(
-    core: Any, prompts: Sequence[Prompt], *, limits: Limits, sampling: Sampling, gpu: bool
+    core: Any, prompts: Sequence[Prompt], *, limits: Limits, sampling: Sampling, gpu: bool, merge: bool = False
 ) -> RolloutTrace:
     """Run the largest calls of a rollout through ``core``, as the generator makes them, and count.
 
@@ -237,6 +242,7 @@ def trace_rollout(
         limits: the generator's limits.
         sampling: sampling options; the length is ignored.
         gpu: count as on a GPU, otherwise as on a CPU.
+        merge: sample with merged adapters.
     """
     family, rows = family_of(core.config), len(prompts) * rows_per_prompt(sampling)
     images = [image for prompt in prompts for image in prompt.images]
@@ -245,7 +251,11 @@ def trace_rollout(
     features: dict[str, VisionFeatures] = {}
     ledger = Ledger([*core.parameters(), *core.buffers(), *(image.pixel_values for image in images)], gpu=gpu)
     attention = GpuAttention() if gpu else CpuAttention()
-    with planned_attention(core, gpu=gpu), rollout_mode(core), attention, ledger:
+    with ledger:
+        copy = Merged(core) if merge else None
+    merged, merging = ledger.live, ledger.peak - ledger.live
+    merge_traffic, merge_flops, ledger.peak = ledger.traffic, ledger.flops, ledger.live
+    with planned_attention(core, gpu=gpu), sampling_mode(core, copy), attention, ledger:
         for call in limits.vision_calls([family.patches(image) for image in images]):
             if features and read <= features.keys():
                 break
@@ -277,6 +287,10 @@ def trace_rollout(
         head_flops=ledger.flops / rows,
         token_traffic=moved / tokens,
         draw_traffic=ledger.traffic / rows,
+        merged=merged,
+        merging=merging,
+        merge_traffic=merge_traffic,
+        merge_flops=merge_flops,
     )
 
 

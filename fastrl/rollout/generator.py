@@ -6,8 +6,8 @@ values are stored once for all its rows (``cache.py``). All rows of all prompts 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fastrl.batch import Completion, ImageInput, Prompt
 from fastrl.clock import Clock
 from fastrl.models.families import Placed, VisionFeatures, family_of
 from fastrl.models.kept import KeptPrompts, keep_prompt, trained_features
+from fastrl.models.merged import Merged
 from fastrl.rollout.cache import PromptCache, rollout_mode
 from fastrl.rollout.decode import Decode, Start, decode_mode
 from fastrl.rollout.limits import Limits
@@ -35,6 +36,8 @@ class Generator:
         clock: records the time of the phases ``vision``, ``prefill`` and ``decode``.
         features: vision features by image key, which ``generate`` reads and adds to. The owner empties it when the
             vision tower's weights change. None: features are dropped once all prompts that show them are prefilled.
+        merge: compute with adapters merged into a copy of the weights, made once per call of ``generate`` and per
+            session (see ``fastrl.models.merged``). Passes that ``keep`` gets have separate adapters.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Generator:
         decode: str = "auto",
         clock: Clock | None = None,
         features: dict[str, VisionFeatures] | None = None,
+        merge: bool = False,
     ) -> None:
         self.policy = policy
         self.limits = Limits(max_rows, prefill_tokens, vision_patches)
@@ -55,6 +59,7 @@ class Generator:
         self.decode = decode_mode(decode, policy.device)
         self.phase = clock.phase if clock is not None else nullcontext
         self.features = features
+        self.merge = merge
 
     def generate(
         self,
@@ -89,11 +94,12 @@ class Generator:
         uniform = _uniform(len(prompts), sampling, rng)
         features = self.features if self.features is not None else {}
         out: list[list[Completion]] = [[] for _ in prompts]
+        merged = self._merged()
         chunks = self.limits.chunks([len(p.token_ids) for p in prompts], rows)
         several = self.decode == "graph" and len(chunks) > 1
         with closing(_Shared(prompts)) if several else nullcontext() as shared:
             for number, chunk in enumerate(chunks):
-                session = self._session([prompts[i] for i in chunk], features, keep, shared)
+                session = self._session([prompts[i] for i in chunk], features, merged, keep, shared)
                 if self.features is None:  # what no later chunk reads is freed before this one decodes
                     read = {image.key for later in chunks[number + 1 :] for i in later for image in prompts[i].images}
                     for key in features.keys() - read:
@@ -111,30 +117,37 @@ class Generator:
 
         A session is valid for the weights it was made with: make a new one after an update.
         """
-        return self._session([prompts] if isinstance(prompts, Prompt) else list(prompts), {})
+        return self._session([prompts] if isinstance(prompts, Prompt) else list(prompts), {}, self._merged())
+
+    def _merged(self) -> Merged | None:
+        if not self.merge:
+            return None
+        with self.phase("decode"):
+            return Merged(self.policy.core)
 
     def _session(
         self,
         prompts: list[Prompt],
         features: dict[str, VisionFeatures],
+        merged: Merged | None,
         keep: KeptPrompts | None = None,
         shared: _Shared | None = None,
     ) -> Session:
         if keep is None:
             images = [image for p in prompts for image in p.images if image.key not in features]
-            features.update(self._features(images))
-            return Session(self, prompts, features, shared=shared)
+            features.update(self._features(images, merged))
+            return Session(self, prompts, features, merged, shared=shared)
         with self.phase("vision"):
             for prompt in prompts:
                 features.update(trained_features(self.policy.core, [i for i in prompt.images if i.key not in features]))
-        return Session(self, prompts, features, keep, shared)
+        return Session(self, prompts, features, merged, keep, shared)
 
-    def _features(self, images: Sequence[ImageInput]) -> dict[str, VisionFeatures]:
+    def _features(self, images: Sequence[ImageInput], merged: Merged | None) -> dict[str, VisionFeatures]:
         """Vision features by image key, each computed once."""
         found: dict[str, VisionFeatures] = {}
         patches = family_of(self.policy.core.config).patches
         unique = list({image.key: image for image in images}.values())
-        with self.phase("vision"), rollout_mode(self.policy.core):
+        with self.phase("vision"), sampling_mode(self.policy.core, merged):
             for call in self.limits.vision_calls([patches(image) for image in unique]):
                 found.update(self.policy.features([unique[i] for i in call]))
         return found
@@ -188,10 +201,11 @@ class Session:
         generator: Generator,
         prompts: Sequence[Prompt],
         features: Mapping[str, VisionFeatures],
+        merged: Merged | None = None,
         keep: KeptPrompts | None = None,
         shared: _Shared | None = None,
     ) -> None:
-        self._shared = shared
+        self._merged, self._shared = merged, shared
         self._generator, self._policy = generator, generator.policy
         device = self._policy.device
         self._family = family_of(self._policy.core.config)
@@ -205,7 +219,7 @@ class Session:
         if keep is not None:
             self._read_and_keep(prompts, features, keep)
             return
-        with generator.phase("prefill"), rollout_mode(self._policy.core):
+        with generator.phase("prefill"), sampling_mode(self._policy.core, merged):
             for rows in generator.limits.prefill_calls([len(p.token_ids) for p in prompts]):
                 ends = prefill(self._policy.core, self._cache, rows, [prompts[i] for i in rows], features, device)
                 self._keep(rows, ends)
@@ -222,7 +236,7 @@ class Session:
             raise ValueError(f"token_ids: expected one tensor for each of {len(self.next_position)} dialogues")
         device = self._policy.device
         some = [i for i, ids in enumerate(added) if len(ids)]
-        with self._generator.phase("prefill"), rollout_mode(self._policy.core):
+        with self._generator.phase("prefill"), sampling_mode(self._policy.core, self._merged):
             for call in self._generator.limits.prefill_calls([len(added[i]) for i in some]):
                 rows = [some[i] for i in call]
                 ids = pad_sequence([added[i] for i in rows], batch_first=True).to(device)
@@ -250,7 +264,7 @@ class Session:
         device = policy.device
         if not self.next_position:
             return []
-        with self._generator.phase("decode"), rollout_mode(policy.core):
+        with self._generator.phase("decode"), sampling_mode(policy.core, self._merged):
             start = Start(
                 self._cache,
                 self._family.parts(policy.core).head(torch.stack(self._hidden)),
@@ -290,6 +304,13 @@ class Session:
     def _keep(self, rows: list[int], ends: Tensor) -> None:
         for i, hidden in zip(rows, ends, strict=True):
             self._hidden[i] = hidden
+
+
+@contextmanager
+def sampling_mode(core: Any, merged: Merged | None) -> Iterator[None]:
+    """``rollout_mode``, with the merged weights if there are any."""
+    with nullcontext() if merged is None else merged.active(), rollout_mode(core):
+        yield
 
 
 def prefill(

@@ -283,6 +283,26 @@ def test_what_is_kept_follows_the_weights_and_the_input() -> None:
             torch.testing.assert_close(changed, model.k_proj(x), rtol=2**-6, atol=2**-4)
 
 
+def test_a_stack_keeps_its_addresses_and_follows_the_weights() -> None:
+    """A graph that was captured before a training pass is replayed after it."""
+    model = wrapped(torch.bfloat16)
+    use_stacked(model)
+    x = torch.randn(5, 96, dtype=torch.bfloat16)
+    group = model.q_proj.fastrl_shared
+
+    def addresses() -> list[int]:
+        with torch.no_grad():
+            model(x)
+        return [t.data_ptr() for t in (group._held[1].low, *group._held[1].highs)]
+
+    first = addresses()
+    sum(out.sum() for out in model(x)).backward()
+    weight = model.k_proj.lora_A["default"].weight
+    weight.data.mul_(2.0)  # as an engine that hides it from the version counter
+    assert addresses() == first
+    assert torch.equal(group._held[1].low[8:16], weight.to(torch.bfloat16))
+
+
 def test_an_adapter_that_is_off_merged_or_under_autocast_runs_pefts_code() -> None:
     model = wrapped(torch.float32)
     use_stacked(model)

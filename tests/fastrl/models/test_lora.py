@@ -75,10 +75,12 @@ def test_the_kept_scale_of_dora_follows_the_weights(tiny_folder: Folder) -> None
                 parameter.mul_(1.5)  # as an optimizer would change them
         second = logp_of(policy, batch)
         assert (first - second).abs().max() > 1e-3
+    places = [variant._cached[1].data_ptr() for variant in variants]
     policy.logprob(batch).logp.sum().backward()  # a training pass clears it
     assert [variant._cached for variant in variants] == [None] * len(variants)
     with torch.no_grad():
         assert torch.equal(second, logp_of(policy, batch))
+    assert [variant._cached[1].data_ptr() for variant in variants] == places  # which a captured graph reads
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastrl.plan.trace import meta_model
 from fastrl.recipe import LoraRecipe, ModelRecipe
 from fastrl.rollout import Sampling
-from fastrl.rollout.cache import PromptCache, rollout_mode
-from fastrl.rollout.decode import Decode, Start
+from fastrl.rollout.cache import rollout_mode
 from fastrl_kernels._common import interpreting
 from tests.fastrl.conftest import build_config, build_tokenizer
+from tests.helpers.decode_steps import Recorded, decode_of
 
 LAUNCHES = {  # of a layer in a decode step; all others are views
     "aten.addmm.default": 3,  # queries, keys, values
@@ -33,55 +31,10 @@ LAUNCHES = {  # of a layer in a decode step; all others are views
 pytestmark = pytest.mark.skipif(interpreting(), reason="tensors on the meta device hold nothing to interpret")
 
 
-class Recorded(TorchDispatchMode):
-    """Counts operators that create or change values, and lists those with a tensor on another device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.elsewhere: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if any(not x.is_meta for x in (*given, *made)):
-            self.elsewhere.append(str(func))
-        storages = {x.untyped_storage()._cdata for x in given}
-        if func._schema.is_mutable or any(x.untyped_storage()._cdata not in storages for x in made):
-            self.calls[str(func)] += 1
-        return out
-
-
 @pytest.fixture(autouse=True)
 def gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("decode_layer", "decode_attention"):
         monkeypatch.setattr(sys.modules[f"fastrl_kernels.{name}"], "use_triton", lambda *_: True)
-
-
-def decode_of(core: Any, sampling: Sampling, prompts: int = 2) -> Decode:
-    """A decode after its first token, with keys of prompts of 11 tokens."""
-    text = core.config.text_config
-    cache = PromptCache(prompts)
-    cache.reserve(11)
-    cache.length = [11, 7]
-    size = text.hidden_size // text.num_attention_heads
-    like = torch.empty(prompts, text.num_key_value_heads, 1, size, device="meta", dtype=torch.bfloat16)
-    for layer in range(text.num_hidden_layers):
-        cache.buffers(layer, like)
-    start = Start(
-        cache,
-        torch.empty(prompts, text.vocab_size, device="meta", dtype=torch.bfloat16),
-        torch.empty(prompts, dtype=torch.int64, device="meta"),
-    )
-    rows = prompts * sampling.n
-    uniform = (
-        None if sampling.greedy else torch.empty(rows, sampling.max_new_tokens, dtype=torch.float64, device="meta")
-    )
-    ids = {name: torch.empty(3, dtype=torch.int64, device="meta") for name in ("eos", "suppressed")}
-    decode = Decode(core, start, sampling, uniform, **ids, mode="static")
-    decode._record(start.logits.repeat_interleave(sampling.n, 0))
-    return decode
 
 
 def model_of(style: str, layers: int, lora: int | None = None) -> Any:
