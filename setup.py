@@ -32,7 +32,7 @@ class OptionalBuild(build_ext):
 
 SOURCES = (
     "module", "assignment", "detection_reward", "kernels", "decode_step", "weights", "advantage", "policy", "listwise",
-    "overlap",
+    "overlap", "logits",
 )  # fmt: skip
 HEADERS = ("common", "assignment", "exact", "wide", "kernels", "sampler", "team", "decode_step")
 

@@ -220,6 +220,27 @@ FASTRL_INLINE void weigh(float* x, int64_t n, float peak, double* sums) {
   }
 }
 
+template <int L>
+FASTRL_INLINE double exp_sum(const float* x, int64_t n, float scale, float peak) {
+  double whole = 0.0;
+  for (int64_t from = 0; from < n; from += kBlock) {
+    const int64_t to = from + kBlock < n ? from + kBlock : n;
+    Floats<L> sum = {};
+    int64_t i = from;
+    for (; i + L <= to; i += L) sum += exponential<L>((load<L>(x + i) - peak) * scale);
+    whole += total<L>(sum);
+    for (; i < to; ++i) whole += exponential<4>(all<4>((x[i] - peak) * scale))[0];
+  }
+  return whole;
+}
+
+template <int L>
+FASTRL_INLINE void exp_scaled(const float* x, int64_t n, float scale, float shift, float factor, float* out) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store<L>(out + i, exponential<L>(load<L>(x + i) * scale - shift) * factor);
+  for (; i < n; ++i) out[i] = exponential<4>(all<4>(x[i] * scale - shift))[0] * factor;
+}
+
 // MR queries times NV vectors of the output, over all keys: even ones and odd ones apart, as a sum has to wait for the
 // one before it.
 template <int L, int MR, int NV>
@@ -310,7 +331,13 @@ FASTRL_INLINE void mix(const float* w, int64_t w_line, int64_t queries, const fl
                   bool add, float* out, int64_t out_line) {                                                            \
     fastrl::mix<L, NV>(w, w_line, queries, v, keys, dim, add, out, out_line);                                              \
   }                                                                                                                    \
-  constexpr Kernels table = {product, norm, rotate, silu_mul, peak, weigh, mix};                                       \
+  TARGET double exp_sum(const float* x, int64_t n, float scale, float peak) {                                          \
+    return fastrl::exp_sum<L>(x, n, scale, peak);                                                                      \
+  }                                                                                                                    \
+  TARGET void exp_scaled(const float* x, int64_t n, float scale, float shift, float factor, float* out) {              \
+    fastrl::exp_scaled<L>(x, n, scale, shift, factor, out);                                                            \
+  }                                                                                                                    \
+  constexpr Kernels table = {product, norm, rotate, silu_mul, peak, weigh, mix, exp_sum, exp_scaled};                  \
   }
 
 FASTRL_TABLE(baseline, , 4, 4, 2, 1)

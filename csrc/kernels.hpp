@@ -36,6 +36,10 @@ struct Kernels {
   // out[m][d] = (add ? out[m][d] : 0) + sum_k w[m][k] v[k][d], for m of `queries`, d of `dim`.
   void (*mix)(const float* w, int64_t w_line, int64_t queries, const float* v, int64_t keys, int64_t dim, bool add,
               float* out, int64_t out_line);
+  // The sum of e^(scale * (x - peak)) over n numbers, block by block (see kBlock); NaN where one is.
+  double (*exp_sum)(const float* x, int64_t n, float scale, float peak);
+  // out = factor * e^(scale * x - shift); out may be x.
+  void (*exp_scaled)(const float* x, int64_t n, float scale, float shift, float factor, float* out);
 };
 
 // Instruction sets, the first being any x86-64's (or what the compiler takes for another machine).

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrl_kernels import _native
 from fastrl_kernels._common import use_triton
 from fastrl_kernels._linear_logprob_launch import launch_fold, launch_gradient
 
@@ -153,6 +154,8 @@ def fold_tile(tile: Tensor, first_column: int, options: TileOptions, rows: RowTe
         return
     if triton_path(tile):
         launch_fold(tile, first_column, options, rows, state)
+    elif _takes_native(tile, options, rows):
+        _fold_native(tile, first_column, options, rows, state)
     else:
         _fold_eager(tile, first_column, options, rows, state)
 
@@ -167,14 +170,66 @@ def differentiate_tile(
 ) -> None:
     """Write the gradient with respect to raw logits into ``out`` [n, width], which may be the tile itself.
 
-    ``upstream.entropy`` needs ``rows.entropy``. The torch path overwrites the tile.
+    ``upstream.entropy`` needs ``rows.entropy``. The torch path overwrites the tile (C++ does not: see
+    ``differentiates_apart``).
     """
     if tile.numel() == 0:
         return
     if triton_path(tile):
         launch_gradient(tile, out, first_column, options, rows, upstream)
+    elif differentiates_apart(tile, out, options, rows, upstream):
+        silent = upstream.silent(rows, options.ignore_index)
+        column = _columns(rows.target, first_column, options)
+        mass = upstream.logp if upstream.mass is None else upstream.mass
+        at_target = _at_targets(options, rows, upstream)[:, 0]
+        _native.differentiate_tile(tile, out, rows.inverse_temperature, rows.lse, mass, column, at_target, silent)
     else:
         _differentiate_eager(tile, out, first_column, options, rows, upstream)
+
+
+def _takes_native(tile: Tensor, options: TileOptions, rows: RowTerms) -> bool:
+    """Whether C++ folds this tile: raw logits in fp32, one target a row, and its log-prob alone."""
+    changed = options.bias is not None or options.softcap is not None
+    more = rows.target.dim() > 1 or rows.entropy is not None or rows.mean_logp is not None
+    unit = tile.stride(1) == 1 or tile.shape[1] == 1
+    return not changed and not more and unit and _native.computes("fastrl_fold_tile", tile) and _is_float(tile)
+
+
+def differentiates_apart(tile: Tensor, out: Tensor, options: TileOptions, rows: RowTerms, upstream: Upstream) -> bool:
+    """Whether C++ differentiates this tile, and leaves it as it is unless ``out`` is the same."""
+    more = upstream.entropy is not None or upstream.spread is not None
+    unit = out.stride(1) == 1 or out.shape[1] == 1
+    return not more and unit and _is_float(out) and _takes_native(tile, options, rows._replace(entropy=None))
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32
+
+
+def _columns(target: Tensor, first_column: int, options: TileOptions) -> Tensor:
+    """[n]: the target's column in a slab that begins at this one, -1 in ignored rows."""
+    return (target - first_column).masked_fill_(target == options.ignore_index, -1)
+
+
+def _fold_native(tile: Tensor, first_column: int, options: TileOptions, rows: RowTerms, state: Tensor) -> None:
+    top, rest, z_target = state[0], state[1], state[3]
+    if first_column == 0:
+        top.fill_(_LOWEST)
+        rest.zero_()
+        z_target.fill_(math.nan)
+    column = _columns(rows.target, first_column, options)
+    _native.fold_tile(tile, rows.inverse_temperature, column, top, rest, z_target)
+    if first_column + tile.shape[1] == options.n_columns:
+        _finish(rows, options, rest.log1p(), state)
+
+
+def _finish(rows: RowTerms, options: TileOptions, log_total: Tensor, state: Tensor) -> None:
+    """Log-probs and log-sum-exps, once every slab is folded."""
+    targets, top = rows.targets, state[0]
+    z_target = state[3 : 3 + targets.shape[1]].T
+    logp = (z_target - top[:, None] - log_total[:, None]).masked_fill_(targets == options.ignore_index, 0)
+    rows.logp.copy_(logp.view(rows.logp.shape))
+    rows.lse.copy_((top + log_total).masked_fill_(rows.ignored(options.ignore_index), 0))
 
 
 def eager_row_bytes(itemsize: int, softcap: bool) -> int:
@@ -252,9 +307,7 @@ def _fold_eager(tile: Tensor, first_column: int, options: TileOptions, rows: Row
     if first_column + tile.shape[1] == options.n_columns:
         ignored = rows.ignored(options.ignore_index)
         log_total = rest.log1p()
-        logp = (z_target - top[:, None] - log_total[:, None]).masked_fill_(targets == options.ignore_index, 0)
-        rows.logp.copy_(logp.view(rows.logp.shape))
-        rows.lse.copy_((top + log_total).masked_fill_(ignored, 0))
+        _finish(rows, options, log_total, state)
         if rows.entropy is not None:
             rows.entropy.copy_((log_total - weighted / (1 + rest)).masked_fill_(ignored, 0))
         if rows.mean_logp is not None:

@@ -39,6 +39,10 @@ _SIGNATURES = {
     "fastrl_listwise_loss": [*[c_void_p] * 3, *[c_int64] * 2, c_int, *[c_double] * 2, *[c_void_p] * 2, c_int],
     # a, b, n_a, n_b, problems, n, m, kind, reduce, out, threads
     "fastrl_pairwise_iou": [*[c_void_p] * 4, *[c_int64] * 3, *[c_int] * 2, c_void_p, c_int],
+    # tile, line, rows, width, scale, column, top, rest, at_target, threads
+    "fastrl_fold_tile": [c_void_p, *[c_int64] * 3, *[c_void_p] * 5, c_int],
+    # tile, line, out, out_line, rows, width, scale, lse, mass, column, target, silent, threads
+    "fastrl_differentiate_tile": [c_void_p, c_int64, c_void_p, *[c_int64] * 3, *[c_void_p] * 6, c_int],
     # model, rows, sampler, steps, threads, parallel, level (see decode_step.py)
     "fastrl_decode": [*[c_void_p] * 3, c_int64, c_int, c_void_p, c_int],
     "fastrl_decode_level": [],
@@ -182,6 +186,34 @@ def pairwise_iou(a: Tensor, b: Tensor, n_a: Tensor | None, n_b: Tensor | None, k
         *map(_pointer, given), problems, n, m, kind, reduce, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def fold_tile(tile: Tensor, scale: Tensor, column: Tensor, top: Tensor, rest: Tensor, at_target: Tensor) -> None:
+    """Fold an fp32 tile of unit column stride into ``top``, ``rest`` and ``at_target`` [n], which are contiguous."""
+    vectors = (scale.contiguous(), column.contiguous(), top, rest, at_target)
+    _call(
+        "fastrl_fold_tile",
+        tile.data_ptr(), tile.stride(0), *tile.shape, *map(_pointer, vectors), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def differentiate_tile(
+    tile: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    column: Tensor,
+    at_target: Tensor,
+    silent: Tensor,
+) -> None:
+    """Write an fp32 tile's gradient into ``out`` (which may be it), both of unit column stride."""
+    vectors = [x.contiguous() for x in (scale, lse, mass, column, at_target, silent)]
+    _call(
+        "fastrl_differentiate_tile",
+        tile.data_ptr(), tile.stride(0), out.data_ptr(), out.stride(0), *tile.shape, *map(_pointer, vectors),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def linear_assignment(

@@ -34,6 +34,7 @@ from fastrl_kernels._linear_logprob_tiles import (
     TileOptions,
     Upstream,
     differentiate_tile,
+    differentiates_apart,
     fold_tile,
     triton_path,
 )
@@ -128,12 +129,15 @@ def _gradient(
         return
     for start, end in ranges(logits.shape[0], _eager_rows(logits)):
         part = slice(start, end)
-        here = out[part]
+        here, mine = out[part], rows.part(start, end)
+        if differentiates_apart(logits[part], here, options, mine, upstream.part(start, end)):
+            differentiate_tile(logits[part], here, 0, options, mine, upstream.part(start, end))
+            continue
         if out.dtype != logp.dtype:
             tile = logits[part].to(logp.dtype)
         else:  # the output buffer may be the logits themselves
             tile = here if out is logits else here.copy_(logits[part])
-        differentiate_tile(tile, tile, 0, options, rows.part(start, end), upstream.part(start, end))
+        differentiate_tile(tile, tile, 0, options, mine, upstream.part(start, end))
         if tile is not here:
             here.copy_(tile)
 
