@@ -64,6 +64,7 @@ class Completion:
     text: str = ""
     finished: bool = True  # False: cut at max_new_tokens
     sampler_logp: Tensor | None = None  # [T] float32, full vocabulary at the sampling temperature
+    sampler: str = ""  # address of the server that sampled it; empty: this process
     rewards: dict[str, float] = field(default_factory=dict)  # named components
     per_token: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, float] = field(default_factory=dict)

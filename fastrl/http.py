@@ -38,7 +38,11 @@ class ResponseTimeout(TransientError):
 
 
 class Refused(RuntimeError):
-    """The server refused the request (4xx) or redirected it (3xx): retrying would not help."""
+    """The server refused the request (4xx) or redirected it (3xx): retrying would not help. ``status``: of HTTP."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Stopped(RuntimeError):
@@ -127,13 +131,14 @@ class Transport:
                 where = self._shown(str(error.headers.get("Location")))
                 raise Refused(
                     f"{self.who} at {url} answered with a redirect (HTTP {error.code}) to {where}; redirects are "
-                    "not followed: give the final address"
+                    "not followed: give the final address",
+                    error.code,
                 ) from None
             shown = self._shown(reply)
             if error.code in TRANSIENT or error.code >= 500:
                 after = _retry_after(error.headers.get("Retry-After"))
                 raise TransientError(f"HTTP {error.code}: {shown}", after) from None
-            raise Refused(f"{self.who} at {url} refused: HTTP {error.code}: {shown}") from None
+            raise Refused(f"{self.who} at {url} refused: HTTP {error.code}: {shown}", error.code) from None
         except (OSError, http.client.HTTPException) as error:  # timeouts, cut connections, no such host
             if time.monotonic() >= until:
                 raise self._timed_out() from None

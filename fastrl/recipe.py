@@ -182,8 +182,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _rollout(self) -> Recipe:
-        if self.rollout.backend == "vllm" and self.engine.kind != "local":
-            raise ValueError("rollout.backend: vllm gets its weights from one process and needs engine.kind: local")
         if self.rollout.backend == "vllm" and self.model.lora is not None and self.model.lora.also_train:
             raise ValueError("rollout.backend: vllm can only serve adapters: leave model.lora.also_train empty")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -245,6 +245,8 @@ class Loop:
         self._traced()
         for problem in run.broken_pictures():
             outlets.say(f"skipped {problem}")
+        for text in run.context.notes():
+            outlets.say(text)
         outlets.step(self._row, samples)
         outlets.note(number, self._variance.step(self._row))
 
@@ -337,6 +339,7 @@ class Run:
             functions=functions,
             clock=self.clock,
             average=self._average,
+            ranks=self.engine,
             updates=lambda: self.engine.updates,
             folder=recipe.folder,
             features=None if self.policy.trains_vision else {},
@@ -451,8 +454,9 @@ class Run:
         with self.clock.phase("data"):
             records = self.stream.take(recipe.data.prompts_per_step)
             self._prefetch(records, more=number < recipe.optim.steps)
+        self.context.sync()
         try:
-            with self.engine.gathered(self.policy.core):
+            with self._weights_of_rollouts():
                 prepared = method.prepare(records)
         except RewardError as error:
             raise TrainingError(f"step {number}: {error}") from error
@@ -485,6 +489,11 @@ class Run:
         row = over_ranks(self.engine.gather(row))
         self._equal |= row.get("reward/group_std") == 0.0  # no group has different rewards to learn from
         return row, table
+
+    def _weights_of_rollouts(self) -> AbstractContextManager[None]:
+        """Whole weights for sampling in this process; a server has its own."""
+        served = self.recipe.rollout.backend == "vllm"
+        return nullcontext() if served else self.engine.gathered(self.policy.core)
 
     def broken_pictures(self) -> list[Problem]:
         """Records skipped since the last call because their pictures cannot be decoded."""

@@ -272,12 +272,16 @@ class RolloutRecipe(Section):
     (at random, so that small updates count), which the sampler's log-probs show."""
     backend: Literal["local", "vllm"] = "local"
     """`vllm`: a vLLM server samples the answers and receives the weights. `local`: the training process samples."""
-    server: str | None = None
-    """With `vllm`: the server's address, such as `http://localhost:8000`."""
+    server: str | list[str] | None = None
+    """With `vllm`: the server's address, such as `http://localhost:8000`; or a list of several, among which prompts are
+    spread."""
     shared: str | None = None
     """With `vllm`: a folder for transferring weights, which has the same path on the server; none: `OUT/rollout`."""
     server_timeout: float = Field(600.0, gt=0)
     """With `vllm`: time limit in seconds for the answers to one prompt, or for loading new weights."""
+    server_gap: float = Field(0.05, gt=0)
+    """With `vllm`: largest difference between a server's log-probs and the trainer's, as a mean over a step's tokens.
+    Above it the run stops before it updates: the server samples with other weights."""
 
     def group_at(self, step: int) -> int:
         """Answers per prompt of a step (steps count from 0)."""
@@ -317,7 +321,11 @@ class RolloutRecipe(Section):
         if self.backend == "vllm":
             if self.server is None:
                 raise ValueError("backend: vllm needs server: the address of a running vLLM, http://localhost:8000")
-            check_url(self.server, "server", "http://localhost:8000")
+            urls = [self.server] if isinstance(self.server, str) else self.server
+            for url in urls:
+                check_url(url, "server", "http://localhost:8000")
+            if not urls or len(set(urls)) < len(urls):
+                raise ValueError("server: expected one or more different addresses")
         return self
 
 

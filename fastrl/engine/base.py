@@ -4,7 +4,7 @@ learning-rate schedule and the parameter groups."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
@@ -76,6 +76,11 @@ class Engine(Protocol):
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context in which ``module``, the policy's core or its reference, has whole weights, without gradients."""
+        ...
+
+    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Each weight of ``state`` in turn, complete and in the type that the model computes with. Names are those in
+        the policy's core. Called outside :meth:`gathered`; all ranks iterate to the end, over the same names."""
         ...
 
     def average(self, value: float) -> float: ...

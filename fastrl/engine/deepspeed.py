@@ -10,7 +10,7 @@ import gc
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -203,6 +203,10 @@ class DeepSpeedEngine(OnRanks):
 
     def forward(self, work: Callable[[], T]) -> T:
         return work()
+
+    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters are not sharded up to ZeRO 2."""
+        yield from state.items()
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """Parameters are not sharded up to ZeRO 2."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -29,6 +29,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 from fastrl.engine.base import NonFiniteError, Shardable, StepInfo, lr_scale, parameter_groups
 from fastrl.engine.costs import FLOAT, moment_bytes
@@ -87,6 +88,9 @@ class Fsdp2Engine(OnRanks):
         torch.distributed.barrier()
         self._ranks = Ranks(self._watch, self._device)
         mesh = init_device_mesh(self._device.type, (self.world_size,))
+        # the types that the core computes with, before its trained weights become float32
+        core = cores[0].module if cores else model
+        self._types = {name: parameter.dtype for name, parameter in core.named_parameters(remove_duplicate=False)}
         self._units = {
             core.module: shard(core, mesh, offload=engine.offload_optimizer) for core in cores or [Shardable(model, ())]
         }
@@ -207,6 +211,14 @@ class Fsdp2Engine(OnRanks):
                 for unit in units:
                     unit.reshard()
                     unit.set_reshard_after_forward(unit is not module, recurse=False)
+
+    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Each weight of ``state``, by names of the core, gathered in turn."""
+        for name, value in state.items():
+            if isinstance(value, DTensor):
+                with self._ranks.joined("the weights for a server"), torch.no_grad():
+                    value = value.to(self._device).full_tensor().to(self._types[name])
+            yield name, value
 
     def save(self, folder: Path) -> None:
         """Every rank writes its part (see ``fastrl.engine.pieces``)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -135,6 +135,10 @@ class LocalEngine:
         self._optimizer_of[name].step()
         self._write_back([name])
         master.grad = parameter.grad = None
+
+    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """They are."""
+        yield from state.items()
 
     def gradient_of(self, parameter: Tensor) -> Tensor | None:
         """The float32 gradient of a trained parameter (None: not trained, or its gradient is moved to the host)."""

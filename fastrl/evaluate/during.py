@@ -278,6 +278,7 @@ class Evaluation:
         assert held is not None
         how = {} if greedy else {"top_p": rollout.top_p, "top_k": rollout.top_k}
         served = rollout.backend == "vllm"
+        context.sync()
         generator = (
             context.generator if served else Generator(context.policy, clock=context.clock, decode=rollout.decode)
         )

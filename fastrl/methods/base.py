@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastrl.rewards.functions import Functions
     from fastrl.rollout import Generator
     from fastrl.rollout.vllm import VllmGenerator
+    from fastrl.rollout.vllm_weights import Ranks
 
 
 class MethodOptions(Section):
@@ -48,13 +49,13 @@ class Context:
     """What a method may use while it prepares a step.
 
     ``stream`` is the run's data stream (a method that resamples draws from it), ``rng`` the sampler's generator, and
-    ``average`` computes the mean of a number over data-parallel ranks (with one rank, the number itself). ``updates``
-    returns the number of optimizer updates made; with ``folder``, where the run writes, it tells a rollout server which
-    weights to load. ``features`` holds vision features by image key, shared by all passes of a step if the vision tower
-    is frozen; None: each pass computes its own. ``rewards`` are the reward sections of a mixture's parts, by name;
-    ``functions`` the user functions of all these sections, None: loaded when needed. ``kept`` gets the passes over
-    sampled prompts from which the update trains; None: it computes the prompts again. ``step`` is the number of steps
-    done before this one.
+    ``average`` computes the mean of a number over data-parallel ranks (with one rank, the number itself), which share
+    rollout servers through ``ranks`` (None: there is one). ``updates`` returns the number of optimizer updates made;
+    with ``folder``, where the run writes, it tells a rollout server which weights to load. ``features`` holds vision
+    features by image key, shared by all passes of a step if the vision tower is frozen; None: each pass computes its
+    own. ``rewards`` are the reward sections of a mixture's parts, by name; ``functions`` the user functions of all
+    these sections, None: loaded when needed. ``kept`` gets the passes over sampled prompts from which the update
+    trains; None: it computes the prompts again. ``step`` is the number of steps done before this one.
     """
 
     policy: Policy
@@ -64,6 +65,7 @@ class Context:
     reward: RewardRecipe
     clock: Clock = field(default_factory=Clock)
     average: Callable[[float], float] = _one_rank
+    ranks: Ranks | None = None
     updates: Callable[[], int] = _no_updates
     folder: Path = Path()
     features: dict[str, VisionFeatures] | None = None
@@ -97,7 +99,17 @@ class Context:
             updates=self.updates,
             timeout=rollout.server_timeout,
             clock=self.clock,
+            ranks=self.ranks,
         )
+
+    def sync(self) -> None:
+        """Push the weights to the rollout servers, if there are any and they have older ones. All ranks call it."""
+        if self.rollout.backend == "vllm":
+            self.generator.sync()
+
+    def notes(self) -> list[str]:
+        """What happened to rollout servers since the last call."""
+        return self.generator.take_notes() if self.rollout.backend == "vllm" else []
 
     def close(self) -> None:
         """Close the generator, which removes weights written for a rollout server."""

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fastrl_kernels.linear_logprob import LogProb
 
 
+PEFT = "base_model.model."  # what peft puts before the names of the core's weights
+
+
 class Policy:
     """A model of one family with its tokenizer and image preprocessing.
 
@@ -103,6 +106,11 @@ class Policy:
     def head_weight(self) -> Tensor:
         """The language model's head, [vocabulary, hidden]."""
         return self.core.get_output_embeddings().weight
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the head's weight is the embedding's."""
+        return self.head_weight is self.core.get_input_embeddings().weight
 
     @property
     def trains_vision(self) -> bool:
@@ -246,19 +254,30 @@ class Policy:
         unpacked = self.dtype.itemsize * sum(layer.in_features * layer.out_features for layer in layers)
         return plain + adapters + unpacked - packed
 
-    def save_adapter(self, folder: str | Path) -> None:
-        """Write only the adapters, in peft's format: ``PeftModel.from_pretrained(base_model, folder)`` loads them."""
+    def save_adapter(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write only the adapters, in peft's format: ``PeftModel.from_pretrained(base_model, folder)`` loads them.
+
+        Args:
+            folder: is created.
+            state: their weights by their names in ``core``; default: the present ones, which must be whole here.
+        """
         # Copies, because peft also calls state_dict of modules trained in full, which shards gathered weights again
-        parts = (".lora_", ".modules_to_save.")
-        state = {n: value.clone() for n, value in whole_state(self.peft).items() if any(part in n for part in parts)}
+        parts, given = (".lora_", ".modules_to_save."), whole_state(self.core) if state is None else state
+        state = {f"{PEFT}{n}": value.clone() for n, value in given.items() if any(part in n for part in parts)}
         with quiet_progress():
             self.peft.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
 
-    def save(self, folder: str | Path) -> None:
-        """Write a standard Hugging Face folder (safetensors, tokenizer, image processor); adapters are merged in."""
+    def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write a standard Hugging Face folder (safetensors, tokenizer, image processor); adapters are merged in.
+
+        Args:
+            folder: is created.
+            state: the weights by their names in ``core``; default: the present ones, which must be whole here.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = merged_state_dict(self.core) if self.peft is not None else whole_state(self.core)
+        if state is None:
+            state = merged_state_dict(self.core) if self.peft is not None else whole_state(self.core)
         with quiet_progress():
             self.core.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)

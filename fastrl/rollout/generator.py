@@ -109,6 +109,13 @@ class Generator:
                     out[i] = completions
         return out
 
+    def sync(self) -> None:
+        """Does nothing: this generator samples with the policy's own weights."""
+
+    def take_notes(self) -> list[str]:
+        """Nothing can happen to it."""
+        return []
+
     def close(self) -> None:
         """Does nothing: this generator holds no resources outside the process."""
 
@@ -408,4 +415,5 @@ def copy_completion(completion: Completion) -> Completion:
         text=completion.text,
         finished=completion.finished,
         sampler_logp=completion.sampler_logp.clone(),
+        sampler=completion.sampler,
     )

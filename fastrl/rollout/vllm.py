@@ -1,60 +1,76 @@
-"""``VllmGenerator``: samples completions on a vLLM server that receives the trainer's weights; same calls as
+"""``VllmGenerator``: samples completions on vLLM servers that receive the trainer's weights; same calls as
 ``Generator``.
 
-Written against vLLM's documented HTTP API and tested against a server that imitates it; not run against vLLM itself.
-``docs/vllm.md`` explains how to start the server.
-
-A prompt is sent as a chat completion request: its messages, and each image as a PNG of its resized pixels, whose size
-the server's preprocessing does not change. The server applies the chat template and tokenises by itself, so every reply
-is checked: the prompt ids it reports must equal ours. ``vllm_weights`` transfers the weights.
+``vllm_weights`` writes the weights, ``vllm_server`` has a server load them, ``vllm_requests`` turns prompts into
+requests and replies into completions. ``docs/vllm.md`` explains how to start the servers.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from fastrl.batch import Completion, Prompt
 from fastrl.clock import Clock
-from fastrl.data.pictures import data_url
 from fastrl.http import Refused, ResponseTimeout, Stopped, TransientError, Transport, check_url
-from fastrl.rollout.generator import copy_completion, rows_per_prompt
+from fastrl.rollout.generator import copy_completion
 from fastrl.rollout.sampler import Sampling
-from fastrl.rollout.vllm_weights import RolloutError, ServerWeights
+from fastrl.rollout.vllm_requests import chat_request, choices_of, completions_of, tokens_of
+from fastrl.rollout.vllm_server import Server, least_busy
+from fastrl.rollout.vllm_weights import Alone, Ranks, RolloutError, WeightSet, WeightsFolder
 
 MAX_BYTES = 1 << 28  # largest reply, in bytes; a token with its log-prob takes about 100
-FORBID = -100.0  # the lowest bias the API accepts: multiplies a token's odds by e^-100
+MISSING = 404  # the status for an adapter that a server does not have
+
+
+class Asked(NamedTuple):
+    """A prompt and its request, without the model's name."""
+
+    prompt: Prompt
+    request: dict[str, Any]
+
+
+class Result(NamedTuple):
+    """Who was asked, and the answers or why there are none."""
+
+    server: Server | None
+    answers: list[Completion]
+    error: TransientError | None = None
 
 
 class VllmGenerator:
-    """Samples completions from the policy's current weights, on a vLLM server.
+    """Samples completions from the policy's current weights, on one or several vLLM servers.
 
     Args:
-        policy: its weights are pushed to the server, and its tokenizer decodes the replies.
-        server: address of the server, with or without ``/v1``.
-        folder: where weights are written for the server to read: the same path on both machines.
+        policy: its weights are pushed to the servers, and its tokenizer decodes the replies.
+        server: address of the server, with or without ``/v1``; or those of several, which serve the same folder and
+            between which prompts are spread, each to the one with the fewest requests in flight.
+        folder: where weights are written for the servers to read: the same path on all machines.
         updates: the number of optimizer updates made so far; weights are pushed when it has changed.
         timeout: seconds for one request: all completions of a prompt, or one loading of weights. A request that takes
-            longer ends the run and is not retried.
+            longer is not retried: its server is not used again, and if it was the last one the run ends.
         retries: further attempts after other, transient errors.
-        concurrency: requests in flight at once (the server batches them).
+        concurrency: requests in flight at a server, from all ranks together (it batches them).
         clock: records the time of the phases ``sync`` (weights) and ``decode``.
         sleep: waits between attempts, for tests.
+        ranks: the run's processes, each of which makes one of these. The first one pushes the weights.
+
+    Attributes:
+        notes: what happened to servers since the last :meth:`take_notes`.
 
     Raises:
-        ValueError: not an http address, numbers out of range, or adapters that vLLM does not serve.
+        ValueError: not an http address, one twice, numbers out of range, or adapters that vLLM does not serve.
     """
 
     def __init__(
         self,
         policy: Any,
-        server: str,
+        server: str | Sequence[str],
         *,
         folder: Path,
         updates: Callable[[], int],
@@ -63,23 +79,30 @@ class VllmGenerator:
         concurrency: int = 64,
         clock: Clock | None = None,
         sleep: Callable[[float], object] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.url = check_url(server, "vLLM server", "http://localhost:8000").removesuffix("/v1").rstrip("/")
+        urls = server_urls(server)
         self.policy = policy
         self.phase = clock.phase if clock is not None else nullcontext
-        self.weights = ServerWeights(policy, self.url, self._call, folder=folder, updates=updates)
+        self.ranks: Ranks = ranks if ranks is not None else Alone()
+        self.weights = WeightsFolder(policy, folder, updates, self.ranks)
+        self._updates = updates
         self._transport = Transport(
             "the vLLM server",
             timeout=timeout,
             retries=retries,
             pause=1.0,
-            concurrency=concurrency,
+            concurrency=max(len(urls), concurrency * len(urls) // self.ranks.world_size),
             max_bytes=MAX_BYTES,
             key_env="VLLM_API_KEY",
             retry_timeouts=False,
             sleep=sleep,
         )
-        self._probed: set[bool] = set()  # kinds of log-probs that the server has been checked to report
+        place = str(self.weights.folder)
+        self.servers = [Server(url, self._transport, adapter=self.weights.adapter, folder=place) for url in urls]
+        self.notes: list[str] = []
+        self._set: WeightSet | None = None  # the weights that were pushed last
+        self._lock = threading.Lock()
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, rng: torch.Generator | None = None
@@ -91,11 +114,12 @@ class VllmGenerator:
 
         Returns:
             The same as ``Generator.generate``. Suppressed tokens get a bias of −100, so they are practically never
-            drawn. ``sampler_logp`` is the server's. At temperature 1 and for greedy completions it is over the full
-            vocabulary, before bias and truncation, like the trainer's. At other temperatures vLLM reports either the
-            log-probs at temperature 1 or those of the distribution it drew from. The latter are used here: they leave
-            out suppressed tokens (and those that top_p or top_k cut off), so they are slightly above the trainer's. The
-            metric for the sampler gap shows this and any other difference in what vLLM computes.
+            drawn. ``sampler`` is the server's address and ``sampler_logp`` its log-probs. At temperature 1 and for
+            greedy completions they are over the full vocabulary, before bias and truncation, like the trainer's. At
+            other temperatures vLLM reports either the log-probs at temperature 1 or those of the distribution it drew
+            from. The latter are used here: they leave out suppressed tokens (and those that top_p or top_k cut off), so
+            they are slightly above the trainer's. The metric for the sampler gap shows this and any other difference in
+            what vLLM computes.
 
         Raises:
             ValueError: a prompt has no messages, or a server would tokenise it differently; or ``rng`` is missing.
@@ -103,236 +127,225 @@ class VllmGenerator:
                 log-probs of the wrong kind, or returned unusable answers.
         """
         seeds = _seeds(len(prompts), sampling, rng)
-        asked = [(prompt, self._request(prompt, sampling, seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
+        asked = [
+            Asked(prompt, chat_request(self.policy, prompt, sampling, seed))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
         if not asked:
             return []
-        again = self._transport.retrying
+        self.sync()
+        found: dict[int, list[Completion]] = {}
         try:
-            if self.weights.adapter:  # each answer names its weights, so failed requests can be retried one by one
-                again(self._sync)
-                rows = self._ask(asked, sampling, again)
-            else:
-                rows = again(lambda: self._attempt(asked, sampling))
-        except ResponseTimeout as error:
-            raise RolloutError(
-                f"waited for the vLLM server at {self.url}: {error}. Is it frozen? If not, raise rollout.server_timeout"
-            ) from None
-        except TransientError as error:
-            raise RolloutError(
-                f"the vLLM server at {self.url} did not answer, tried {self._transport.times}; last: {error}"
-            ) from None
-        except (Refused, Stopped) as error:
-            raise RolloutError(str(error)) from None
+            self._transport.retrying(lambda: self._round(asked, found, sampling))
+        except (TransientError, Refused, Stopped) as error:
+            raise self._explained(error) from None
+        rows = [found[i] for i in range(len(asked))]
         if sampling.greedy:  # the API refuses n > 1 at temperature 0, where all completions are equal
             return [[copy_completion(row) for _ in range(sampling.n)] for (row,) in rows]
         return rows
+
+    def sync(self) -> None:
+        """Push the current weights, unless the servers were given them. With several ranks, all of them call this
+        after every update, before any of them generates.
+
+        Raises:
+            RolloutError: on every rank, if no server has taken them.
+        """
+        old = self._set
+        if old is not None and old.updates == self._updates():
+            return
+        with self.phase("sync"):
+            error, self._set = "", None
+            try:
+                self._set = self.weights.write()
+                if self.ranks.rank == 0:
+                    self._transport.retrying(self._load)
+            except (RolloutError, TransientError, Refused, Stopped) as failure:
+                error = str(self._explained(failure))
+            state = [(server.model, server.holds, server.frozen) for server in self.servers]
+            error, self._set, state = self.ranks.gather((error, self._set, state))[0]
+        if error:
+            self._drop(self._set)
+            self._set = old
+            raise RolloutError(error)
+        for server, (model, holds, frozen) in zip(self.servers, state, strict=True):
+            server.model, server.holds, server.frozen = model, holds, frozen
+        self._drop(old)
+
+    def take_notes(self) -> list[str]:
+        """What happened to servers since the last call."""
+        taken, self.notes = self.notes, []
+        return taken
 
     def session(self, prompts: Prompt | Sequence[Prompt]) -> NoReturn:
         """Raises ``RolloutError``: the server does not keep a dialogue's keys and values between turns."""
         raise RolloutError("rollout.backend: vllm has no sessions (dialogues in turns); use rollout.backend: local")
 
     def close(self) -> None:
-        """Remove the weights that were written for the server."""
-        self.weights.close()
+        """Remove what was written for the servers, and their adapter."""
+        self._drop(self._set)
+        self._set = None
 
-    def _sync(self) -> None:
-        with self.phase("sync"):
-            self.weights.sync()
+    def _drop(self, written: WeightSet | None) -> None:
+        if written is not None and self.ranks.rank == 0:
+            for server in self.servers:
+                if server.holds:  # it can be reached
+                    server.unload(written)
+                if server.holds == written.name:
+                    server.holds = ""
+            self.weights.remove(written)
 
-    def _attempt(self, asked: Sequence[tuple[Prompt, dict[str, Any]]], sampling: Sampling) -> list[list[Completion]]:
-        """Push the full weights, then request all answers. An error may mean that the server was restarted with the
-        weights of its own folder: all answers are discarded, and the next attempt pushes the weights again."""
-        self._sync()
-        try:
-            return self._ask(asked, sampling, lambda work: work())
-        except TransientError:
-            self.weights.mark_stale()
-            raise
+    def _load(self) -> list[Server]:
+        """The servers that have the present weights, given to those that may have others. Raises ``TransientError`` if
+        there are none."""
+        wanted = self._set
+        assert wanted is not None
 
-    def _ask(
-        self,
-        asked: Sequence[tuple[Prompt, dict[str, Any]]],
-        sampling: Sampling,
-        again: Callable[[Callable[[], Any]], Any],
-    ) -> list[list[Completion]]:
-        def one(item: tuple[Prompt, dict[str, Any]]) -> list[Completion]:
-            return again(lambda: self._answers(self._chat(*item), sampling))
+        def one(server: Server) -> TransientError | None:
+            if server.frozen:
+                return ResponseTimeout(f"{server.url} took longer than {self._transport.timeout:g} seconds before")
+            try:
+                server.load(wanted)
+            except TransientError as error:
+                self._left_out(server, error)
+                return error
+            self._back(server)
+            return None
 
-        with self.phase("decode"):
-            drawn = not sampling.greedy and sampling.temperature != 1
-            if drawn not in self._probed:
-                again(lambda: self._probe(*asked[0], drawn))
-            return self._transport.map(one, asked)
+        errors = self._transport.map(one, self.servers)
+        ready = [server for server, error in zip(self.servers, errors, strict=True) if error is None]
+        if not ready:
+            raise self._first(errors)
+        return ready
 
-    def _request(self, prompt: Prompt, sampling: Sampling, seed: int | None) -> dict[str, Any]:
-        """A chat completion request without its model. It sets everything that a model folder's generation config could
-        change on the server (penalties, truncation, stop tokens)."""
-        generate, add_bos = self._rendering(prompt)
-        images = iter(prompt.images)
+    def _round(self, asked: Sequence[Asked], found: dict[int, list[Completion]], sampling: Sampling) -> None:
+        """Ask all prompts that have no answers in ``found``, once each. Raises ``TransientError`` if some are left.
 
-        def content(parts: str | Sequence[dict[str, Any]]) -> str | list[dict[str, Any]]:
-            if isinstance(parts, str):
-                return parts
-            return [
-                {"type": "image_url", "image_url": {"url": data_url(self.policy.preprocessor.picture(next(images)))}}
-                if part["type"] == "image"
-                else part
-                for part in parts
-            ]
-
-        options = dict(self.policy.family.template_options)
-        return {
-            **({"chat_template_kwargs": options} if options else {}),
-            "messages": [{**message, "content": content(message["content"])} for message in prompt.messages],
-            "add_generation_prompt": generate,
-            "add_special_tokens": add_bos,
-            "n": rows_per_prompt(sampling),
-            "max_completion_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "seed": seed,
-            "ignore_eos": True,  # the server's idea of EOS; the policy's follow
-            "stop_token_ids": list(self.policy.eos_token_ids),
-            "logit_bias": {str(token): FORBID for token in self.policy.suppressed_token_ids},
-            "logprobs": True,
-            "top_logprobs": 0,
-            "return_token_ids": True,
-        }
-
-    def _rendering(self, prompt: Prompt) -> tuple[bool, bool]:
-        """Whether the server must add a generation prompt, and whether its tokenizer must add a BOS token that the chat
-        template does not write.
-
-        Raises:
-            ValueError: a server would not tokenise the prompt as the policy does: it has no messages, it has more
-                images than vLLM accepts for this family, or the chat template alone renders it differently.
+        Full weights: an error may mean that a server was started again with the weights of its own folder. All that it
+        answered in this round is discarded, and it gets the weights again. Under LoRA each answer names its weights.
         """
-        family, tokenizer = self.policy.family, self.policy.tokenizer
-        if not prompt.messages:
-            raise ValueError("a prompt without messages cannot be sent to a vLLM server: encode it from a record")
-        limit = family.served_images
-        if limit is not None and len(prompt.images) > limit:
-            raise ValueError(
-                f"rollout.backend vllm: a prompt has {len(prompt.images)} images; for model type {family.model_type} "
-                f"at most {limit} can be sent to a vLLM server; use rollout.backend: local"
-            )
-        generate = prompt.messages[-1]["role"] != "assistant"
-        text = tokenizer.apply_chat_template(
-            list(prompt.messages), tokenize=False, add_generation_prompt=generate, **family.template_options
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        add_bos = family.lacks_bos(tokenizer, ids)
-        ids = torch.tensor([tokenizer.bos_token_id] * add_bos + ids, dtype=torch.int64)
-        if not torch.equal(family.lay_out(ids, prompt.images).ids, prompt.token_ids):
-            raise ValueError(
-                f"rollout.backend vllm: the chat template of this {family.model_type} model renders a prompt "
-                "differently from the trainer, which keeps each assistant turn as it was generated, end-of-turn token "
-                "included; use rollout.backend: local for dialogues"
-            )
-        return generate, add_bos
+        with self.phase("sync"):
+            ready = self._load()
+        with self.phase("decode"):
+            out: set[str] = set()  # servers that had an error in this round
+            left = [i for i in range(len(asked)) if i not in found]
+            drawn = not sampling.greedy and sampling.temperature != 1
+            failures = [e for server in ready if (e := self._probed(server, asked[left[0]], drawn, out)) is not None]
 
-    def _chat(self, prompt: Prompt, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """The choices of one reply, ordered by index, checked to come from the requested weights and our prompt ids."""
-        # The salt keeps the server from reusing a prefix that it cached with other weights.
-        name = self.weights.asked_for
-        reply = self._call("/v1/chat/completions", {"model": name, "cache_salt": self.weights.name, **request})
+            def one(place: int) -> Result:
+                return self._ask(ready, asked[place], sampling, out)
+
+            results = self._transport.map(one, left) if len(out) < len(ready) else []
+        for place, (server, answers, error) in zip(left, results, strict=False):
+            if error is not None:
+                failures.append(error)
+            elif server is not None and (self.weights.adapter or server.url not in out):
+                found[place] = answers
+        if len(found) < len(asked):
+            raise self._first(failures)
+
+    def _ask(self, ready: Sequence[Server], asked: Asked, sampling: Sampling, out: set[str]) -> Result:
+        """One prompt's answers from the least busy server."""
+        with self._lock:
+            able = [server for server in ready if server.url not in out]
+            if not able and self.weights.adapter:  # busy for a moment, or gone: each request finds out
+                able = [server for server in ready if server.holds and not server.frozen]
+            if not able:
+                return Result(None, [], TransientError("no server is left"))
+            server = least_busy(able, self.ranks.rank)
+            server.asked += 1
         try:
-            choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-            read, model = reply.get("prompt_token_ids"), reply.get("model")
-        except (TypeError, KeyError, AttributeError):
-            raise TransientError(f"a response that is not a chat completion: {str(reply)[:80]!r}") from None
-        problem = ""
-        if model != name:
-            problem = f"answered with {model!r}, not with the requested weights, {name!r}"
-        elif not isinstance(read, list):
-            problem = "returns no token ids: it is too old to support return_token_ids"
-        elif read != prompt.token_ids.tolist():
-            problem = self._misread(read, prompt)
-        elif len(choices) != request["n"]:
-            problem = f"gave {len(choices)} answers where {request['n']} were requested"
-        if problem:
-            raise RolloutError(f"the vLLM server at {self.url} {problem}")
-        return choices
+            choices = self._chat(server, asked.prompt, asked.request)
+            return Result(server, completions_of(self.policy, server.url, choices, sampling))
+        except TransientError as error:
+            self._failed(server, error, out)
+            return Result(server, [], error)
+        finally:
+            with self._lock:
+                server.asked -= 1
 
-    def _answers(self, choices: Sequence[dict[str, Any]], sampling: Sampling) -> list[Completion]:
-        """Completions of a reply's choices; the text is decoded here from the token ids."""
-        policy, found = self.policy, []
-        for choice in choices:
-            ids, logps = _tokens(choice)
-            if choice.get("finish_reason") == "abort":
-                raise TransientError("the server gave up an answer midway")
-            ends = [token in policy.eos_token_ids for token in ids]
-            problem = ""
-            if any(ends[:-1]) or len(ids) > sampling.max_new_tokens:
-                problem = "goes on after its end of turn, or after max_new_tokens"
-            elif not ends[-1] and len(ids) < sampling.max_new_tokens:
-                problem = f"ends after {len(ids)} tokens without an end of turn"
-            elif forbidden := set(ids) & set(policy.suppressed_token_ids):
-                problem = f"contains tokens that logit_bias forbids: {sorted(forbidden)}"
-            elif not all(math.isfinite(value) and -1000 < value < 1e-3 for value in logps):  # vLLM sends -inf as -9999
-                problem = "has log-probs that are not finite (have the weights diverged?)"
-            if problem:
-                raise RolloutError(f"the vLLM server at {self.url}: an answer {problem}")
-            tokens = torch.tensor(ids, dtype=torch.int64)
-            logp = torch.tensor(logps, dtype=torch.float32)
-            found.append(Completion(tokens, text=policy.decode(tokens), finished=ends[-1], sampler_logp=logp))
-        return found
+    def _failed(self, server: Server, error: TransientError, out: set[str]) -> None:
+        with self._lock:
+            out.add(server.url)
+            if not self.weights.adapter:
+                server.holds = ""
+            self._left_out(server, error)
 
-    def _probe(self, prompt: Prompt, request: dict[str, Any], drawn: bool) -> None:
-        """Check which log-probs the server reports. A suppressed token is made the only allowed one: its log-prob is 0
-        in the distribution that is sampled from, and very low in the model's."""
+    def _left_out(self, server: Server, error: TransientError) -> None:
+        if isinstance(error, ResponseTimeout):
+            server.frozen = True
+        if len(self.servers) > 1 and not server.trouble:
+            rest = "not used again" if server.frozen else "its prompts go to the others until it takes weights again"
+            self.notes.append(f"the vLLM server at {server.url}: {error}; {rest}")
+            server.trouble = True
+
+    def _back(self, server: Server) -> None:
+        if server.trouble:
+            server.trouble = False
+            self.notes.append(f"the vLLM server at {server.url} has the weights again")
+
+    def _chat(self, server: Server, prompt: Prompt, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """The choices of one reply (see ``choices_of``)."""
+        name, wanted = server.asked_for, self._set
+        assert wanted is not None
+        # The salt keeps the server from reusing a prefix that it cached with other weights.
+        body = {"model": name, "cache_salt": wanted.name, **request}
+        try:
+            reply = server.call("/v1/chat/completions", body)
+        except Refused as error:
+            if self.weights.adapter and error.status == MISSING:  # started again: it gets the adapter once more
+                server.holds = ""
+                raise TransientError(str(error)) from None
+            raise
+        return choices_of(self.policy, prompt, reply, url=server.url, base=server.model, name=name, count=request["n"])
+
+    def _probed(self, server: Server, asked: Asked, drawn: bool, out: set[str]) -> TransientError | None:
+        """Check once which log-probs a server reports. A suppressed token is made the only allowed one: its log-prob is
+        0 in the distribution that is sampled from, and very low in the model's."""
+        if drawn in server.probed:
+            return None
         (only, *_) = self.policy.suppressed_token_ids
-        probe = request | {"n": 1, "max_completion_tokens": 1, "allowed_token_ids": [only], "logit_bias": {}}
-        ids, (logp, *_) = _tokens(self._chat(prompt, probe)[0])
+        probe = asked.request | {"n": 1, "max_completion_tokens": 1, "allowed_token_ids": [only], "logit_bias": {}}
+        try:
+            ids, (logp, *_) = tokens_of(self._chat(server, asked.prompt, probe)[0])
+        except TransientError as error:
+            self._failed(server, error, out)
+            return error
         if ids != [only]:
-            raise RolloutError(f"the vLLM server at {self.url} drew tokens {ids} where only {only} was allowed")
+            raise RolloutError(f"the vLLM server at {server.url} drew tokens {ids} where only {only} was allowed")
         if (logp > -1e-6) != drawn:
             got, needed = ("raw", "processed") if drawn else ("processed", "raw")
             raise RolloutError(
-                f"the vLLM server at {self.url} reports {got} log-probs; at temperature {request['temperature']} they "
+                f"the vLLM server at {server.url} reports {got} log-probs; at temperature {probe['temperature']} they "
                 f"must be {needed}: start it with --logprobs-mode {needed}_logprobs"
             )
-        self._probed.add(drawn)
+        server.probed.add(drawn)
+        return None
 
-    def _misread(self, read: list[int], prompt: Prompt) -> str:
-        ours, image = prompt.token_ids.tolist(), self.policy.family.image_token
-        at = next((i for i, (a, b) in enumerate(zip(read, ours, strict=False)) if a != b), min(len(read), len(ours)))
+    def _first(self, errors: Sequence[TransientError | None]) -> TransientError:
+        """The error to report: one that another attempt may pass, if there is one or a server that was not frozen."""
+        found = [error for error in errors if error is not None]
+        error = next((error for error in found if not isinstance(error, ResponseTimeout)), found[0])
+        return error if all(server.frozen for server in self.servers) else TransientError(str(error), error.pause)
 
-        def shown(ids: list[int]) -> str:
-            near = ids[max(0, at - 2) : at + 6]
-            return f"{near} {self.policy.tokenizer.decode(near)!r}"
-
-        return (
-            f"(it serves {self.weights.model}) reads a prompt as {len(read)} tokens, {read.count(image)} of images; "
-            f"this policy reads it as {len(ours)} tokens, {ours.count(image)} of images. From token {at} on, the "
-            f"server: {shown(read)}, this policy: {shown(ours)}. The server must serve the folder that the policy was "
-            "loaded from, with the same tokenizer, chat template and image limits"
-        )
-
-    def _call(self, path: str, body: dict[str, Any] | None) -> Any:
-        """The reply parsed as JSON, or as text if it is not JSON (control endpoints reply with a line, or nothing)."""
-        reply = self._transport.send(self.url + path, None if body is None else json.dumps(body).encode())
-        try:
-            return json.loads(reply)
-        except (ValueError, RecursionError):
-            return reply.decode("utf-8", "replace")
+    def _explained(self, error: Exception) -> RolloutError:
+        """The error that ends the run."""
+        several = len(self.servers) > 1
+        who = f"the vLLM server{'s' if several else ''} at {', '.join(server.url for server in self.servers)}"
+        if isinstance(error, ResponseTimeout):
+            return RolloutError(f"waited for {who}: {error}. Is it frozen? If not, raise rollout.server_timeout")
+        if isinstance(error, TransientError):
+            return RolloutError(f"{who} did not answer, tried {self._transport.times}; last: {error}")
+        return RolloutError(str(error))
 
 
-def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """Token ids and log-probs of a choice. Raises ``TransientError`` if any is missing."""
-    try:
-        ids = [int(token) for token in choice["token_ids"]]
-        logps = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
-    except (TypeError, KeyError, ValueError):
-        ids, logps = [], []
-    if not ids or len(ids) != len(logps):
-        raise TransientError(f"an answer without a log-prob for each of its token ids: {str(choice)[:80]!r}")
-    return ids, logps
+def server_urls(server: str | Sequence[str]) -> list[str]:
+    """The addresses of servers without ``/v1``. Raises ``ValueError`` if one is no http address, or given twice."""
+    given = [server] if isinstance(server, str) else list(server)
+    urls = [check_url(url, "vLLM server", "http://localhost:8000").removesuffix("/v1").rstrip("/") for url in given]
+    if not urls or len(set(urls)) < len(urls):
+        raise ValueError(f"vLLM servers: expected one or more different addresses, got {', '.join(given) or 'none'}")
+    return urls
 
 
 def _seeds(prompts: int, sampling: Sampling, rng: torch.Generator | None) -> list[int | None]:

@@ -1,4 +1,4 @@
-"""The trainer's weights on a vLLM server: written into a folder that both can read, then loaded on request over HTTP.
+"""The trainer's weights for vLLM servers, written into a folder that all of them can read.
 
 LoRA: each set of weights is a new adapter, which requests name as their model, so no other weights can answer.
 Full weights: the server is paused, which empties its caches, loads the folder in place, and resumes.
@@ -6,155 +6,145 @@ Full weights: the server is paused, which empties its caches, loads the folder i
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
 
 from fastrl.data.disk import sizes
-from fastrl.http import Refused, TransientError
+from fastrl.models.lora import whole_state
+
+T = TypeVar("T")
+HEAD = "head.safetensors"  # the head of a model that ties it to its embedding, under its own name
+INDEX = "model.safetensors.index.json"
 
 
 class RolloutError(RuntimeError):
     """The server or its answers cannot be used. The trainer's weights are unchanged."""
 
 
-class ServerWeights:
-    """Tracks which weights a server has, and pushes the current ones.
+class Ranks(Protocol):
+    """What rollouts on servers need of a run's processes; an engine has it (see ``fastrl.engine.base``)."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, value: T) -> list[T]: ...
+
+    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class Alone:
+    """One process."""
+
+    rank, world_size = 0, 1
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield from state.items()
+
+
+class WeightSet(NamedTuple):
+    """Weights that were written for servers."""
+
+    name: str  # under LoRA, of the adapter; no other run and no other set has it
+    path: Path
+    updates: int  # the number of optimizer updates that made them
+
+
+class WeightsFolder:
+    """Writes sets of weights, one at a time.
 
     Args:
-        policy: its weights are pushed: the adapter under LoRA, else all of them.
-        url: the server's address.
-        call: sends one request: ``call(path, body)`` is a POST, ``call(path, None)`` a GET. Returns the reply, parsed
-            if it is JSON.
-        folder: where weights are written, one set at a time: the same path on both machines.
-        updates: the number of optimizer updates made so far; weights are pushed when it has changed.
+        policy: its weights are written: the adapter under LoRA, else all of them.
+        folder: the same path on all machines.
+        updates: the number of optimizer updates made so far.
+        ranks: the run's processes; the first one writes.
 
     Raises:
         ValueError: adapters that vLLM does not serve (on the vision tower, or modules trained whole).
     """
 
-    def __init__(
-        self,
-        policy: Any,
-        url: str,
-        call: Callable[[str, dict[str, Any] | None], Any],
-        *,
-        folder: Path,
-        updates: Callable[[], int],
-    ) -> None:
-        if policy.peft is not None:
+    def __init__(self, policy: Any, folder: Path, updates: Callable[[], int], ranks: Ranks) -> None:
+        self.adapter = policy.peft is not None
+        if self.adapter:
             _check_adapter(policy)
-        self.policy, self.url, self._call = policy, url, call
-        self.folder, self._updates = folder.absolute(), updates
-        self.model = ""  # the server's name for its base model; known after the first sync
-        self.name = ""  # name of the weights it was given; under LoRA, of the adapter
-        self._run = f"fastrl-{secrets.token_hex(4)}"  # makes names that no other run uses
-        self._pushes = 0
-        self._held: int | None = None  # number of updates at the last push; None: the server may have any weights
+        self.policy, self.folder, self.updates, self.ranks = policy, folder.absolute(), updates, ranks
+        self._run = f"fastrl-{secrets.token_hex(4)}"
+        self._written = 0
 
-    @property
-    def adapter(self) -> bool:
-        return self.policy.peft is not None
-
-    @property
-    def asked_for(self) -> str:
-        """The model name that requests must give."""
-        return self.name if self.adapter else self.model
-
-    def mark_stale(self) -> None:
-        """Note that the server may no longer have the pushed weights: the next :meth:`sync` pushes them again."""
-        self._held = None
-
-    def sync(self) -> None:
-        """Push the current weights unless the server is known to have them.
+    def write(self) -> WeightSet:
+        """Write the present weights. All ranks call this; each weight is whole on one of them at a time, and the first
+        rank collects them on the host.
 
         Raises:
-            TransientError: a transient error; the weights do not count as pushed.
-            RolloutError: there is no vLLM server, or it serves several models, or it refuses the weights.
+            RolloutError: on the first rank, if the disk refuses them.
         """
-        updates = self._updates()
-        if self._held == updates:
-            return
-        self._held = None
-        self._find_model()
-        self._pushes += 1
-        name, old = f"{self._run}-{updates}-{self._pushes}", self.name
-        path = self.folder / name
-        try:
-            self._push(name, path)
-        except TransientError as error:
-            shutil.rmtree(path, ignore_errors=True)
-            raise type(error)(f"pushing the weights after {updates} updates: {error}", error.pause) from None
-        except Refused as error:
-            shutil.rmtree(path, ignore_errors=True)
-            raise RolloutError(f"pushing the weights after {updates} updates: {error}. {self._advice}") from None
-        self._held, self.name = updates, name
-        if old:
-            self._drop(old)
-
-    def close(self) -> None:
-        """Remove what was written for the server, and its adapter."""
-        if self.name:
-            self._drop(self.name)
-        self._held, self.name = None, ""
-
-    def _push(self, name: str, path: Path) -> None:
-        self._write(path)
+        updates = self.updates()
+        self._written += 1
+        name = f"{self._run}-{updates}-{self._written}"
+        written = WeightSet(name, self.folder / name, updates)
+        state = whole_state(self.policy.core)
         if self.adapter:
-            self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
-            return
-        self._call("/pause?mode=wait", {})
-        # If this fails the server stays paused: it may hold a mixture of old and new weights.
-        self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(path)}})
-        self._call("/resume", {})
+            state = {key: value for key, value in state.items() if ".lora_" in key}
+        alone = self.ranks.world_size == 1
+        kept = {}
+        for key, value in self.ranks.whole(state):
+            if self.ranks.rank == 0:
+                kept[key] = value if alone else value.cpu()
+        if self.ranks.rank == 0:
+            self._save(written.path, kept)
+        return written
 
-    def _write(self, path: Path) -> None:
+    def _save(self, path: Path, state: dict[str, Tensor]) -> None:
         from safetensors import SafetensorError
 
-        weights = [p for p in self.policy.core.parameters() if p.requires_grad or not self.adapter]
         try:
             path.mkdir(parents=True, exist_ok=True)
             if self.adapter:
-                self.policy.peft.save_pretrained(path)
+                self.policy.save_adapter(path, state)
             else:
-                self.policy.save(path)
+                tied = _tied_head(self.policy.core, state) if self.policy.ties_head else {}
+                self.policy.save(path, {key: value for key, value in state.items() if key not in tied})
+                _add_head(path, tied)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(path, ignore_errors=True)
-            needed = sizes(path, sum(p.numel() * p.element_size() for p in weights))
+            needed = sizes(path, sum(value.numel() * value.element_size() for value in state.values()))
             raise RolloutError(f"{path}: the weights for the server cannot be written: {error} ({needed})") from None
 
-    def _drop(self, name: str) -> None:
-        """Remove weights that are no longer requested; errors are ignored."""
-        if self.adapter:
-            with suppress(TransientError, Refused):
-                self._call("/v1/unload_lora_adapter", {"lora_name": name})
-        shutil.rmtree(self.folder / name, ignore_errors=True)
+    def remove(self, written: WeightSet) -> None:
+        """Remove a set that no server has to read again."""
+        if self.ranks.rank == 0:
+            shutil.rmtree(written.path, ignore_errors=True)
 
-    @property
-    def _advice(self) -> str:
-        needed = "VLLM_SERVER_DEV_MODE=1"
-        if self.adapter:
-            needed = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank that is high enough"
-        return f"The server needs {needed}, and to see the folder {self.folder} (rollout.shared)"
 
-    def _find_model(self) -> None:
-        """The name of the one base model that the server serves."""
-        if self.model:
-            return
-        try:
-            listed = self._call("/v1/models", None)
-            names = [str(model["id"]) for model in listed["data"] if not model.get("parent")]
-        except Refused as error:
-            raise RolloutError(f"no vLLM server at {self.url}: {error}") from None
-        except (TypeError, KeyError, AttributeError):
-            raise RolloutError(f"no vLLM server at {self.url}: /v1/models lists no models") from None
-        if len(names) != 1:
-            served = ", ".join(names) or "nothing"
-            raise RolloutError(f"the vLLM server at {self.url} serves {served}: expected one base model")
-        self.model = names[0]
+def _tied_head(core: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weight of a head that is the embedding's, by the head's name."""
+    head, embedding = core.get_output_embeddings(), core.get_input_embeddings()
+    names = {module: name for name, module in core.named_modules()}
+    name, other = f"{names[head]}.weight", f"{names[embedding]}.weight"
+    return {name: state[name if name in state else other]}
+
+
+def _add_head(path: Path, head: Mapping[str, Tensor]) -> None:
+    """Write a tied head in a file of its own. transformers leaves it out, but a server may have a head apart from its
+    embedding; one that ties them skips it."""
+    from safetensors.torch import save_file
+
+    if not head:
+        return
+    save_file({name: weight.contiguous() for name, weight in head.items()}, path / HEAD, metadata={"format": "pt"})
+    index = path / INDEX
+    if index.is_file():  # of several files, only those in the index are read
+        listed = json.loads(index.read_text())
+        listed["weight_map"] |= dict.fromkeys(head, HEAD)
+        index.write_text(json.dumps(listed))
 
 
 def _check_adapter(policy: Any) -> None:
@@ -165,7 +155,7 @@ def _check_adapter(policy: Any) -> None:
             f"rollout.backend vllm: vLLM serves no LoRA adapters for model type {policy.family.model_type}; remove "
             "model.lora, or use rollout.backend: local"
         )
-    names = [name for name, _ in policy.peft.named_parameters()]
+    names: Sequence[str] = [name for name, _ in policy.peft.named_parameters()]
     if any(".modules_to_save." in name for name in names):
         raise ValueError("rollout.backend vllm: only adapters can be served; leave model.lora.also_train empty")
     towers = [name for name in names if ".lora_" in name and policy.family.part_of(name) != "language"]

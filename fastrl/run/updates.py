@@ -13,6 +13,7 @@ from torch import Tensor
 from fastrl.batch import Completion, PackedBatch, PromptGroup, pack, pack_row
 from fastrl.engine.base import Engine, NonFiniteError, StepInfo
 from fastrl.methods import Context, Method, Prepared
+from fastrl.run.agreement import Agreement
 from fastrl.run.metrics import Meter, sampler_gap
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ class Updates:
     def __init__(self, optim: OptimRecipe, context: Context, engine: Engine, method: Method) -> None:
         self.optim, self.context, self.engine, self.method = optim, context, engine, method
         self.policy, self.clock = context.policy, context.clock
+        rollout, policy = context.rollout, context.policy
+        self._agreement: Agreement | None = None  # with the servers that sample
+        if rollout.backend == "vllm" and method.temperature == rollout.temperature:
+            self._agreement = Agreement(rollout, tied=policy.ties_head, adapter=policy.peft is not None)
 
     def pack(self, prepared: Prepared, records: Sequence[Record]) -> list[MicroBatch]:
         """Pack groups into micro-batches, the same number on every rank; extra ones have weight 0. Frees the shared
@@ -110,6 +115,8 @@ class Updates:
             with self.clock.phase("forward"):
                 packed = batch.packed.to(self.policy.device)
                 loss, metrics, logp = self.engine.forward(partial(self._loss, batch, packed))
+            if first and self._agreement is not None:
+                self._compare(number, logp, packed, last=index == len(batches) - 1)
             try:
                 with self.clock.phase("backward"):
                     last = kept is None and index == len(batches) - 1
@@ -137,6 +144,17 @@ class Updates:
         except NonFiniteError as error:
             raise TrainingError(_not_finite(str(error), number, batches, changed=self.optim.gradient_release)) from None
         return float((total * torch.tensor([b.scale for b in batches], dtype=torch.float64)).sum()), info
+
+    def _compare(self, number: int, logp: Tensor | None, packed: PackedBatch, *, last: bool) -> None:
+        """Compare the answers of servers with the trainer's log-probs. Called before each backward, the last of which
+        may already update (optim.gradient_release): before that one, all ranks stop if a server has other weights."""
+        assert self._agreement is not None
+        if logp is not None:
+            self._agreement.add(logp, packed)
+        if last:
+            fault = self._agreement.fault(self.engine.gather(self._agreement.take()))
+            if fault:
+                raise TrainingError(f"step {number}: {fault}")
 
     def _loss(self, batch: MicroBatch, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Loss, metrics and log-probs of a micro-batch (None if it only keeps ranks in step)."""

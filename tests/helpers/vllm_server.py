@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fastrl.batch import Completion, Prompt, PromptGroup, pack_row
 from fastrl.data.records import Record
 from fastrl.models.load import load_policy
 from fastrl.rollout import Generator, Sampling
@@ -27,6 +28,7 @@ class VllmServer(ThreadingHTTPServer):
     """``script`` is processed first, one entry per request; ``mode`` is vLLM's --logprobs-mode."""
 
     daemon_threads = True
+    working = threading.Lock()  # of all servers: transformers loads one model at a time
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -35,6 +37,7 @@ class VllmServer(ThreadingHTTPServer):
         self.adapters: dict[str, Any] = {}
         self.models = ["tiny"]
         self.mode, self.paused = "raw_logprobs", False
+        self.keeps = ""  # what stays as it is when new weights are loaded: "all", or "head"
         self.script: list[Act] = []
         self.change: Callable[[dict[str, Any]], object] = lambda reply: None  # changes a reply before it is sent
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -72,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
             act = server.script.pop(0) if server.script else None
         if act is not None and act(self, body):
             return
-        with server.lock:  # one model: one request at a time
+        with server.working:
             routes = {
                 "/v1/models": self.models,
                 "/v1/chat/completions": self.chat,
@@ -97,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
         if not (Path(body["lora_path"]) / "adapter_config.json").is_file():
             return self.reply(404, {"error": {"message": "No adapter found"}})
         policy = load_policy(self.server.origin)
-        PeftModel.from_pretrained(policy.core, body["lora_path"]).eval()
+        if self.server.keeps != "all":
+            PeftModel.from_pretrained(policy.core, body["lora_path"]).eval()
         self.server.adapters[body["lora_name"]] = policy
         return self.reply(200, "Success")
 
@@ -112,7 +116,11 @@ class Handler(BaseHTTPRequestHandler):
     def rpc(self, body: dict[str, Any]) -> None:
         assert self.server.paused, "weights changed while requests may run"
         assert body["method"] == "reload_weights"
-        self.server.base = load_policy(body["kwargs"]["weights_path"])
+        path, old = Path(body["kwargs"]["weights_path"]), self.server.base
+        if self.server.keeps != "all":
+            self.server.base = load_policy(path)
+        if self.server.keeps == "head":
+            self.server.base.core.set_output_embeddings(old.core.get_output_embeddings())
         self.reply(200, {"results": [None]})
 
     def resume(self, body: dict[str, Any]) -> None:
@@ -137,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
             rng = None if body["seed"] is None else torch.Generator().manual_seed(body["seed"])
             ((*rows,),) = Generator(policy).generate([prompt], sampling, rng)
             answers = [
-                (r.token_ids.tolist(), r.sampler_logp.tolist(), "stop" if r.finished else "length")  # type: ignore[union-attr]
+                (r.token_ids.tolist(), self.logprobs(policy, prompt, r, sampling), "stop" if r.finished else "length")
                 for r in rows
             ]
         reply = {
@@ -158,6 +166,23 @@ class Handler(BaseHTTPRequestHandler):
         if not body.get("allowed_token_ids"):
             server.change(reply)
         return self.reply(200, reply)
+
+    def logprobs(self, policy: Any, prompt: Prompt, answer: Completion, sampling: Sampling) -> list[float]:
+        """Those of the model, or of the distribution that was drawn from."""
+        if self.server.mode != "processed_logprobs":
+            assert answer.sampler_logp is not None
+            return answer.sampler_logp.tolist()
+        with torch.no_grad():
+            hidden = policy.hidden(pack_row([PromptGroup(prompt, [answer])]))
+            logits = (hidden @ policy.head_weight.T).float()
+        logits[:, list(policy.suppressed_token_ids)] -= 100
+        ordered, tokens = (logits / sampling.temperature).log_softmax(-1).sort(-1, descending=True)
+        if sampling.top_k:
+            ordered[:, sampling.top_k :] = -torch.inf
+        before = ordered.log_softmax(-1).exp().cumsum(-1).roll(1, -1)  # the probability of all that are more likely
+        before[:, 0] = 0
+        drawn_from = ordered.masked_fill(before >= sampling.top_p, -torch.inf).log_softmax(-1)
+        return drawn_from[tokens == answer.token_ids[:, None]].tolist()
 
     def reply(self, code: int, value: Any) -> None:
         data = value.encode() if isinstance(value, str) else json.dumps(value).encode()

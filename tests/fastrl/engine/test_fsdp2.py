@@ -180,7 +180,6 @@ def test_without_a_launcher_it_says_how_to_start(tmp_path: Path, monkeypatch: py
         ({"optim__states": "8bit"}, "optim.states and optim.gradient_release need engine.kind: local"),
         ({"optim__gradient_release": True, "optim__clip_norm": None}, "gradient_release need engine.kind: local"),
         ({"rollout__keep_prompts": "on"}, "engine.kind: fsdp2 reduces gradients batch by batch"),
-        ({"rollout__backend": "vllm", "rollout__server": "http://x:1"}, "needs engine.kind: local"),
         ({"engine": {"kind": "deepspeed", "reduce_gradients": "last"}}, "last needs engine.kind: fsdp2"),
         ({"model__quantize": "4bit", "model__lora": {"rank": 2}}, "model.quantize needs engine.kind: local"),
     ],

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastrl.models import Policy, load_policy
 from fastrl.rollout import Sampling, VllmGenerator
+from fastrl.rollout.vllm_requests import chat_request
 from tests.helpers.families import BUILDS, Oracle, build_family
 from tests.helpers.rollouts import picture, record
 
@@ -23,10 +24,6 @@ PICTURES = (picture(84, 60, 1), picture(56, 112, 2))
 @pytest.fixture(scope="module", params=sorted(BUILDS))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return request.param, build_family(tmp_path_factory.mktemp(request.param), request.param)
-
-
-def remote_of(policy: Policy, folder: Path) -> VllmGenerator:
-    return VllmGenerator(policy, "http://127.0.0.1:9", folder=folder, updates=int)
 
 
 def served(request: dict[str, Any], oracle: Oracle) -> dict[str, Any]:
@@ -54,16 +51,16 @@ def served(request: dict[str, Any], oracle: Oracle) -> dict[str, Any]:
 def test_every_family_sends_the_right_prompt_and_pictures(family: tuple[str, Path], tmp_path: Path) -> None:
     model_type, folder = family
     policy, oracle = load_policy(folder, device="cpu"), Oracle(folder, model_type)
-    remote, most = remote_of(policy, tmp_path), policy.family.served_images
+    most = policy.family.served_images
     for count in (0, 1, 2):
         prompt, _ = policy.encode(record("q", "What is left of it?", PICTURES[:count]))
         if most is not None and count > most:
             with pytest.raises(
                 ValueError, match=rf"{count} images; for model type {model_type} at most {most} can be sent"
             ):
-                remote._request(prompt, Sampling(1, 4), 0)
+                chat_request(policy, prompt, Sampling(1, 4), 0)
             continue
-        read = served(remote._request(prompt, Sampling(1, 4), 0), oracle)
+        read = served(chat_request(policy, prompt, Sampling(1, 4), 0), oracle)
         assert read["input_ids"][0].tolist() == prompt.token_ids.tolist()
         if count:
             ours = torch.cat([image.pixel_values.flatten() for image in prompt.images])
@@ -89,13 +86,12 @@ def test_a_dialogue_that_the_template_renders_differently_is_refused_before_it_i
     printed = [{"role": "assistant", "content": "There."}, {"role": "user", "content": "And now?"}]
     dialogue = type(first)("q", "qa", (), (*first.messages, *printed), {})
     prompt, _ = policy.encode(dialogue)
-    remote = remote_of(policy, tmp_path)
     # Released templates of LLaVA close assistant turns in another form than answers end, Qwen3.5's drops thoughts.
     if model_type.startswith(("llava", "qwen3_5")):
         with pytest.raises(ValueError, match=r"use rollout\.backend: local for dialogues"):
-            remote._request(prompt, Sampling(1, 4), 0)
+            chat_request(policy, prompt, Sampling(1, 4), 0)
         return
-    request = remote._request(prompt, Sampling(1, 4), 0)
+    request = chat_request(policy, prompt, Sampling(1, 4), 0)
     assert served(request, oracle)["input_ids"][0].tolist() == prompt.token_ids.tolist()
 
 
@@ -104,11 +100,11 @@ def test_a_bos_token_is_requested_unless_the_template_writes_it(
 ) -> None:
     policy = load_policy(make_folder("llava"), device="cpu")
     prompt, _ = policy.encode(record("q", "Hi"))
-    assert remote_of(policy, tmp_path)._request(prompt, Sampling(1, 4), 0)["add_special_tokens"]
+    assert chat_request(policy, prompt, Sampling(1, 4), 0)["add_special_tokens"]
     policy.tokenizer.chat_template = "{{ bos_token }}" + policy.tokenizer.chat_template
     again, _ = policy.encode(record("q", "Hi"))
     assert again.token_ids.tolist() == prompt.token_ids.tolist()
-    assert not remote_of(policy, tmp_path)._request(again, Sampling(1, 4), 0)["add_special_tokens"]
+    assert not chat_request(policy, again, Sampling(1, 4), 0)["add_special_tokens"]
 
 
 @pytest.fixture
@@ -119,4 +115,4 @@ def make_folder(tmp_path: Path) -> Callable[[str], Path]:
 def test_adapters_that_are_not_served_are_refused(make_folder: Callable[[str], Path], tmp_path: Path) -> None:
     policy = load_policy(make_folder("llava_onevision"), device="cpu", lora={"rank": 2})
     with pytest.raises(ValueError, match="vLLM serves no LoRA adapters for model type llava_onevision"):
-        remote_of(policy, tmp_path)
+        VllmGenerator(policy, "http://127.0.0.1:9", folder=tmp_path, updates=int)
