@@ -375,7 +375,7 @@ class Run:
         """Evaluate the weights after a step; return whether they are the best so far. If this fails, the step is saved
         and ``TrainingError`` raised; the evaluation is repeated when the run is resumed."""
         try:
-            with self.engine.gathered(self.policy.core):
+            with self._weights_of_rollouts():
                 found = self.evaluation.measure(number)
         except EvaluationError as error:
             if not number:

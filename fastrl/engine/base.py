@@ -78,9 +78,9 @@ class Engine(Protocol):
         """A context in which ``module``, the policy's core or its reference, has whole weights, without gradients."""
         ...
 
-    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Each weight of ``state`` in turn, complete and in the type that the model computes with. Names are those in
-        the policy's core. Called outside :meth:`gathered`; all ranks iterate to the end, over the same names."""
+    def whole(self, core: nn.Module, state: Callable[[], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Each weight of a core in turn, complete and in the type that it computes with. ``state`` reads those that are
+        wanted, by their names in the core. All ranks iterate to the end, over the same names."""
         ...
 
     def average(self, value: float) -> float: ...

@@ -204,9 +204,10 @@ class DeepSpeedEngine(OnRanks):
     def forward(self, work: Callable[[], T]) -> T:
         return work()
 
-    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters are not sharded up to ZeRO 2."""
-        yield from state.items()
+    def whole(self, core: nn.Module, state: Callable[[], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Each weight of a core; all of them are whole at the same time."""
+        with self.gathered(core):
+            yield from state().items()
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """Parameters are not sharded up to ZeRO 2."""

@@ -212,12 +212,13 @@ class Fsdp2Engine(OnRanks):
                     unit.reshard()
                     unit.set_reshard_after_forward(unit is not module, recurse=False)
 
-    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Each weight of ``state``, by names of the core, gathered in turn."""
-        for name, value in state.items():
+    def whole(self, core: nn.Module, state: Callable[[], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Each weight of the policy's core, gathered in turn (outside :meth:`gathered`, where they are whole)."""
+        for name, value in state().items():
             if isinstance(value, DTensor):
+                shards: Any = value.to(self._device)
                 with self._ranks.joined("the weights for a server"), torch.no_grad():
-                    value = value.to(self._device).full_tensor().to(self._types[name])
+                    value = shards.full_tensor().to(self._types[name])
             yield name, value
 
     def save(self, folder: Path) -> None:

@@ -136,9 +136,9 @@ class LocalEngine:
         self._write_back([name])
         master.grad = parameter.grad = None
 
-    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def whole(self, core: nn.Module, state: Callable[[], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """They are."""
-        yield from state.items()
+        yield from state().items()
 
     def gradient_of(self, parameter: Tensor) -> Tensor | None:
         """The float32 gradient of a trained parameter (None: not trained, or its gradient is moved to the host)."""

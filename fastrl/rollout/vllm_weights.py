@@ -35,7 +35,7 @@ class Ranks(Protocol):
 
     def gather(self, value: T) -> list[T]: ...
 
-    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]: ...
+    def whole(self, core: Any, state: Callable[[], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class Alone:
@@ -46,8 +46,8 @@ class Alone:
     def gather(self, value: T) -> list[T]:
         return [value]
 
-    def whole(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        yield from state.items()
+    def whole(self, core: Any, state: Callable[[], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        yield from state().items()
 
 
 class WeightSet(NamedTuple):
@@ -90,17 +90,19 @@ class WeightsFolder:
         self._written += 1
         name = f"{self._run}-{updates}-{self._written}"
         written = WeightSet(name, self.folder / name, updates)
-        state = whole_state(self.policy.core)
-        if self.adapter:
-            state = {key: value for key, value in state.items() if ".lora_" in key}
         alone = self.ranks.world_size == 1
         kept = {}
-        for key, value in self.ranks.whole(state):
+        for key, value in self.ranks.whole(self.policy.core, self._state):
             if self.ranks.rank == 0:
                 kept[key] = value if alone else value.cpu()
         if self.ranks.rank == 0:
             self._save(written.path, kept)
         return written
+
+    def _state(self) -> dict[str, Tensor]:
+        """The weights to push, as this rank has them."""
+        state = whole_state(self.policy.core)
+        return {key: value for key, value in state.items() if ".lora_" in key} if self.adapter else state
 
     def _save(self, path: Path, state: dict[str, Tensor]) -> None:
         from safetensors import SafetensorError

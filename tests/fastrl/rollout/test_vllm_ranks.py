@@ -29,6 +29,7 @@ from fastrl.trainer import train
 from tests.helpers.training import make_records, make_recipe
 
 folder = Path(sys.argv[1])
+os.environ["LOCAL_RANK"] = os.environ["RANK"]
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 for name, changes in json.loads((folder / "runs.json").read_text()).items():
