@@ -141,6 +141,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _memory(self) -> Recipe:
+        if self.model.checkpointed_layers is not None and not self.model.gradient_checkpointing:
+            raise ValueError(
+                "model.checkpointed_layers says how many layers model.gradient_checkpointing is for: set that to true, "
+                "products or auto"
+            )
         if self.model.offload_activations and not self.model.gradient_checkpointing:
             raise ValueError(
                 "model.offload_activations moves the activations that checkpointing keeps: set "

@@ -25,7 +25,7 @@ from fastrl.methods import Clock, Context, Method, Prepared, make_method, method
 from fastrl.methods.rollouts import functions_of
 from fastrl.models.kept import KeptPrompts
 from fastrl.models.quantize import check_quantize
-from fastrl.plan.running import choose_keep, choose_merge
+from fastrl.plan.running import checkpointing_note, choose_checkpointing, choose_keep, choose_merge
 from fastrl.recipe import Recipe
 from fastrl.rewards.checked import RewardError
 from fastrl.run import checkpoint
@@ -54,6 +54,7 @@ from fastrl.run.setup import (
     is_first_rank,
     load_model,
     make_stream,
+    ranks_of,
     scorable_records,
     seed_generators,
     use_own_device,
@@ -307,7 +308,8 @@ class Run:
         self.reads_reference = method_for(recipe.method).reads_reference(recipe.method)
         if self.reads_reference and recipe.model.lora is None:
             self.policy.make_reference()
-        work = RecordWork(self.policy, costs_of(recipe, self.policy))  # before the engine shards the weights
+        self.planned = choose_checkpointing(recipe, self.policy, ranks=ranks_of(recipe))
+        work = RecordWork(self.policy, costs_of(self.planned, self.policy))  # before the engine shards the weights
         self.engine: Engine = make_engine(
             self.policy.model,
             recipe.optim,
@@ -325,8 +327,8 @@ class Run:
         )
         if functions is not None:
             self._try(functions)
-        self.keeping = choose_keep(recipe, self.policy)
-        self.merging = choose_merge(recipe, self.policy, self.keeping)
+        self.keeping = choose_keep(self.planned, self.policy)
+        self.merging = choose_merge(self.planned, self.policy, self.keeping)
         seed_generators(recipe.seed + self.engine.rank)  # so that random numbers in the steps do not depend on loading
         rng = torch.Generator().manual_seed(recipe.seed + self.engine.rank)
         self.context = Context(
@@ -414,10 +416,11 @@ class Run:
 
     @property
     def choices(self) -> list[str]:
-        """What was decided by memory, and why; empty if nothing is sampled."""
-        if not self.method.samples:
-            return []
-        return [self.keeping.note, *([self.merging.note] if self.recipe.model.lora is not None else [])]
+        """What was decided by memory, and why."""
+        found = [checkpointing_note(self.recipe, self.planned)]
+        if self.method.samples:
+            found += [self.keeping.note, *([self.merging.note] if self.recipe.model.lora is not None else [])]
+        return found
 
     @property
     def best_checkpoint(self) -> Path | None:

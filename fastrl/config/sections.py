@@ -64,8 +64,14 @@ class ModelRecipe(Section):
     freeze: list[str] = []
     """Parameters that are not trained: `vision`, `projector` or `language` (in every family), a module within one
     (`vision.blocks.0`), a glob over full parameter names, or consecutive parts of a name."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer's activations in the backward. Needs much less memory and about a third more time."""
+    gradient_checkpointing: bool | Literal["products", "auto"] = False
+    """Recompute each layer's activations in the backward: much less memory, about a third more time. `products`: keep
+    the results of matrix products and attention, and recompute only what lies between. `auto`: the first with which the
+    planned step fits on the GPU of `false`, `products`, and `true` for a quarter, half, three quarters or all of the
+    layers; on a CPU `false`."""
+    checkpointed_layers: int | None = Field(None, ge=0)
+    """Number of the language model's layers, the first ones, that `model.gradient_checkpointing` applies to; the
+    others keep everything. None: all (or what `auto` chooses). To the vision tower's it always applies."""
     offload_activations: bool = False
     """Keep the inputs saved by checkpointing on the host until the backward. For long rows that do not fit on the GPU;
     needs `model.gradient_checkpointing`."""

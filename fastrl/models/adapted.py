@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrl.models.layer_kinds import untouched
+from fastrl_kernels._counting import flops_of
 
 # Names of a module's children that read the same input.
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -224,8 +225,7 @@ class _Adapted(torch.autograd.Function):
             weights, biases, bases, parts, stack.highs, scales, strict=True
         ):
             if base is None:
-                out = F.linear(rows, weight, bias)
-                out = torch.addmm(out, part, high.t(), alpha=scale, out=out)
+                out = _both(rows, weight, bias, part, high, scale)
             else:
                 out = torch.addmm(base.reshape(len(rows), -1), part, high.t(), alpha=scale)
             outputs.append(out.view(*x.shape[:-1], -1))
@@ -261,6 +261,30 @@ class _Adapted(torch.autograd.Function):
         of_bases = [grad if own else None for grad, own in zip(grads, given, strict=True)]
         each = zip(of_bases, of_lows, of_highs, strict=True)
         return of_x, None, None, *(g for base, a, b in each for g in (None, None, base, a, b))
+
+
+@torch.library.custom_op("fastrl::adapted_linear", mutates_args=())
+def _both(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045 (the schema parser of older torch wants typing.Optional)
+    part: Tensor,
+    high: Tensor,
+    scale: float,
+) -> Tensor:
+    """W x + s B (A x), with A x given. One operator, so that a checkpoint that keeps products keeps this one alone."""
+    out = F.linear(rows, weight, bias)
+    return torch.addmm(out, part, high.t(), alpha=scale, out=out)
+
+
+@_both.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None, part: Tensor, high: Tensor, scale: float) -> Tensor:
+    return rows.new_empty(len(rows), len(weight))
+
+
+@flops_of(torch.ops.fastrl.adapted_linear)
+def _(*, rows: torch.Size, weight: torch.Size, high: torch.Size, **_: Any) -> int:
+    return 2 * rows[0] * (weight.numel() + high.numel())
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:

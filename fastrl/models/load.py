@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from fastrl.models.checkpointing import Kind, use_checkpointing
 from fastrl.models.families import family_of
 from fastrl.models.fused import fuses, use_fused
 from fastrl.models.liger import use_liger
 from fastrl.models.lora import Lora
 from fastrl.models.lora import freeze as freeze_parameters
-from fastrl.models.offload import offload_checkpoints
 from fastrl.models.open import resolve_model
 from fastrl.models.policy import Policy
 from fastrl.models.quantize import check_quantize
@@ -29,7 +29,8 @@ def load_policy(
     device: str | torch.device | None = None,
     lora: Lora | Mapping[str, Any] | None = None,
     freeze: Sequence[str] = (),
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Kind = False,
+    checkpointed_layers: int | None = None,
     offload_activations: bool = False,
     liger: bool = False,
     quantize: str | None = None,
@@ -45,7 +46,9 @@ def load_policy(
         device: default the GPU if there is one.
         lora: fields of ``Lora``; if given, only the adapters are trained.
         freeze: parameter-name patterns whose gradient is turned off (see ``fastrl.models.lora.freeze``).
-        gradient_checkpointing: recompute each layer in the backward.
+        gradient_checkpointing: recompute each layer in the backward; ``products``: all but products and attention (see
+            ``fastrl.models.checkpointing``).
+        checkpointed_layers: of the language model, the first ones; None: all.
         offload_activations: with checkpointing, keep the layers' inputs on the host (see ``fastrl.models.offload``).
         liger: compute RMSNorm, SwiGLU and rotary embedding with liger-kernel (see ``fastrl.models.liger``) instead of
             this library's own kernels, which a GPU takes by default (see ``fastrl.models.fused``).
@@ -81,23 +84,16 @@ def load_policy(
         use_liger(policy.core)
     elif fuses(device):
         use_fused(policy.core)
-    if gradient_checkpointing:
-        use_checkpointing(policy.core, offload=offload_activations)
+    layers = policy.family.layers(policy.core)
+    use_checkpointing(
+        policy.core, gradient_checkpointing, layers=layers, count=checkpointed_layers, offload=offload_activations
+    )
     return policy
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """The weights' dtype on ``device``, if none is given."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def use_checkpointing(core: Any, *, offload: bool = False) -> None:
-    """Keep only each layer's input in the forward (``offload``: on the host); recompute the layer in the backward."""
-    # Renamed in transformers 5.2x; the old name still works there but warns.
-    enable = getattr(core, "activation_checkpointing_enable", None) or core.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    if offload:
-        offload_checkpoints(core)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -52,7 +52,10 @@ def _candidates(plan: Plan, found: Sequence[Change]) -> Iterator[tuple[dict[str,
     if work.group_tokens < recipe.optim.token_budget:
         yield {"optim.token_budget": work.group_tokens}, "smaller micro-batches; the gradient stays the same"
     if not recipe.model.gradient_checkpointing:
-        yield {"model.gradient_checkpointing": True}, "every layer's forward is computed twice"
+        yield {"model.gradient_checkpointing": "products"}, "norms and activations are computed twice"
+    if recipe.model.gradient_checkpointing is not True or recipe.model.checkpointed_layers is not None:
+        full = {"model.gradient_checkpointing": True, "model.checkpointed_layers": None}
+        yield full, "every layer's forward is computed twice"
     if recipe.optim.states == "fp32" and recipe.engine.kind == "local":
         yield {"optim.states": "8bit"}, "moments are rounded to 8 bits"
     if recipe.engine.kind == "local" and recipe.optim.states != "offload":

@@ -8,7 +8,7 @@ efficiency: estimates, not measurements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastrl.batch import PromptGroup, pack_row
 from fastrl.engine.costs import FLOAT, gradients_leave, held, moved, on_host
 from fastrl.engine.optimizers import step_scratch
 from fastrl.methods import method_for
+from fastrl.models.checkpointing import Kind
 from fastrl.models.families import family_of
 from fastrl.models.load import default_dtype
 from fastrl.models.quantize import PACKED
@@ -177,6 +178,9 @@ def make_plan(
         efficiency: fraction of the data sheet's FLOP/s and bytes/s that every phase reaches.
         sizes: keyword arguments of ``workload_of``: ``images``, ``image_pixels``, ``text_tokens``, ``answer_tokens``.
 
+    Returns:
+        The plan. Where the recipe leaves checkpointing to it (``auto``), its recipe says what was chosen.
+
     Raises:
         FileNotFoundError: the model does not exist.
         ValueError: sizes, counts or the efficiency are out of range.
@@ -185,6 +189,9 @@ def make_plan(
         raise ValueError(
             f"need at least one GPU, one node and an efficiency in (0, 1], got {gpus}, {nodes} and {efficiency}"
         )
+    if recipe.model.gradient_checkpointing == "auto":
+        options: dict[str, Any] = {"gpus": gpus, "nodes": nodes, "efficiency": efficiency, "sizes": sizes}
+        return first_that_fits(make_plan(one, gpu, **options) for one in checkpointing_choices(recipe))
     core = meta_model(config_of(recipe.model.path), recipe.model, dtype_of(recipe))
     family = family_of(core.config)
     work = workload_of(recipe, family, image_limit=image_limit(recipe.model.path, family), **(sizes or {}))
@@ -216,6 +223,34 @@ def make_plan(
     memory = memory_of(recipe, model, work, traced, rollout, gpus=gpus * nodes)
     done = work_of(recipe, model, work, counted, rollout, gpu, efficiency, whole=whole)
     return Plan(recipe, gpu, gpus, efficiency, model, work, memory, done, keeping, merging, nodes)
+
+
+def checkpointing_choices(recipe: Recipe) -> Iterator[Recipe]:
+    """What ``model.gradient_checkpointing: auto`` chooses from, the fastest first."""
+    given = recipe.model.checkpointed_layers
+    yield with_checkpointing(recipe, False, None)
+    yield with_checkpointing(recipe, "products", given)
+    if given is None:
+        layers = family_of(config_of(recipe.model.path)).config.get_text_config().num_hidden_layers
+        for quarters in (1, 2, 3):
+            yield with_checkpointing(recipe, True, layers * quarters // 4)
+    yield with_checkpointing(recipe, True, given)
+
+
+def with_checkpointing(recipe: Recipe, kind: Kind, layers: int | None) -> Recipe:
+    """The recipe with ``model.gradient_checkpointing`` and ``model.checkpointed_layers`` set."""
+    changed = {"gradient_checkpointing": kind, "checkpointed_layers": layers}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=changed)})
+
+
+def first_that_fits(plans: Iterable[Plan]) -> Plan:
+    """The first of at least one plan that fits on its GPU, or the last."""
+    plan = None
+    for plan in plans:
+        if plan.fits:
+            break
+    assert plan is not None
+    return plan
 
 
 def room_of(recipe: Recipe, core: Any, work: Workload, limit: float) -> float:

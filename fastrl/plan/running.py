@@ -9,13 +9,43 @@ import torch
 
 from fastrl.models.families import family_of
 from fastrl.plan.configs import image_limit
-from fastrl.plan.estimate import room_of
-from fastrl.plan.hardware import reserve
+from fastrl.plan.estimate import make_plan, room_of, with_checkpointing
+from fastrl.plan.hardware import Gpu, reserve
 from fastrl.plan.keep import Keeping, decide_keep, decided_by_recipe
 from fastrl.plan.merge import Merging, decide_merge, merge_decided_by_recipe
-from fastrl.plan.trace import meta_model
+from fastrl.plan.trace import checkpoint, meta_model
 from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe
+
+
+def choose_checkpointing(recipe: Recipe, policy: Any, *, ranks: int) -> Recipe:
+    """Checkpoint the policy's layers as the plan chooses, where the recipe leaves that to it (``auto``).
+
+    Args:
+        recipe: the run's.
+        policy: the loaded ``fastrl.models`` policy, whose layers are not checkpointed yet.
+        ranks: data-parallel processes.
+
+    Returns:
+        The recipe with what was chosen. On a CPU nothing is checkpointed.
+    """
+    if recipe.model.gradient_checkpointing != "auto":
+        return recipe
+    if policy.device.type != "cuda":
+        return with_checkpointing(recipe, False, None)
+    this = Gpu("this GPU", memory_bytes(policy.device), bandwidth=1.0, flops=1.0)  # no time is asked for
+    chosen = make_plan(recipe, this, gpus=ranks).recipe
+    checkpoint(policy.core, chosen.model)
+    return chosen
+
+
+def checkpointing_note(recipe: Recipe, chosen: Recipe) -> str:
+    """A line for the log where the recipe left checkpointing to the plan, else nothing."""
+    if recipe.model.gradient_checkpointing != "auto":
+        return ""
+    kind, layers = chosen.model.gradient_checkpointing, chosen.model.checkpointed_layers
+    some = "" if layers is None else f", model.checkpointed_layers: {layers}"
+    return f"model.gradient_checkpointing: auto is {str(kind).lower()}{some}, the fastest that is planned to fit"
 
 
 def choose_keep(recipe: Recipe, policy: Any) -> Keeping:

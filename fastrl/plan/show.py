@@ -9,6 +9,7 @@ from fastrl.plan.advice import Change
 from fastrl.plan.configs import is_published
 from fastrl.plan.estimate import Plan, Work
 from fastrl.plan.hardware import GIB
+from fastrl.recipe import ModelRecipe
 
 KINDS = {
     "weights": "weights",
@@ -27,6 +28,11 @@ KINDS = {
 DOMINANT = {
     "arithmetic": "arithmetic: fewer FLOPs or a faster chip make it shorter",
     "movement": "movement of bytes: fewer or fused element-wise operators, or more bandwidth, make it shorter",
+}
+RECOMPUTED = {
+    False: "activations are kept (model.gradient_checkpointing: false)",
+    "products": "all but products and attention is recomputed (model.gradient_checkpointing: products)",
+    True: "layers are recomputed in the backward (model.gradient_checkpointing: true)",
 }
 PHASES = {"rollout": "rollout", "update": "forward and backward", "optimizer": "optimizer step"}
 
@@ -57,6 +63,8 @@ def plan_values(plan: Plan, changes: Sequence[Change]) -> dict[str, Any]:
             "answer_tokens": work.answer_tokens,
             "micro_batches": work.micro_batches,
         },
+        "gradient_checkpointing": plan.recipe.model.gradient_checkpointing,
+        "checkpointed_layers": plan.recipe.model.checkpointed_layers,
         "keep_prompts": plan.keeping._asdict(),
         "merge_lora": plan.merging._asdict(),
         "memory": {name: int(getattr(memory, name)) for name in (*KINDS, "host")},
@@ -95,7 +103,15 @@ def _head(plan: Plan) -> list[str]:
         f"{work.micro_batches} micro-batches",
         *([f"           {plan.keeping.note}"] if work.samples else []),
         *([f"           {plan.merging.note}"] if work.samples and plan.recipe.model.lora is not None else []),
+        f"           {_recomputed(plan.recipe.model)}",
     ]
+
+
+def _recomputed(model: ModelRecipe) -> str:
+    assert model.gradient_checkpointing != "auto"  # the plan has chosen
+    count = model.checkpointed_layers
+    some = "" if count is None else f", in the first {count} layers of the language model"
+    return RECOMPUTED[model.gradient_checkpointing] + some
 
 
 def _memory(plan: Plan) -> list[str]:

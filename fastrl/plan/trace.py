@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastrl.batch import PackedBatch, Prompt, PromptGroup, pack_row
 from fastrl.models.attention.prefix import use_prefix_attention
+from fastrl.models.checkpointing import use_checkpointing
 from fastrl.models.families import VisionFeatures, family_of
 from fastrl.models.kept import KeptPrompts, keep_prompt, trained_features
-from fastrl.models.load import use_checkpointing
 from fastrl.models.lora import add_lora, freeze
 from fastrl.models.merged import Merged
 from fastrl.models.policy import keyed_features, predicted_states
@@ -91,11 +91,19 @@ def meta_model(config: dict[str, Any], recipe: ModelRecipe, dtype: torch.dtype) 
         if recipe.quantize is not None:
             plan_quantized(core, family)
     freeze(core, recipe.freeze, family.alias)
-    if recipe.gradient_checkpointing:
-        use_checkpointing(core, offload=recipe.offload_activations)
+    checkpoint(core, recipe)
     use_prefix_attention(family, core)
     family.prepare(core)
     return core
+
+
+def checkpoint(core: Any, recipe: ModelRecipe) -> None:
+    """Checkpoint a model's layers as a recipe says; what ``auto`` means is decided before."""
+    kind, layers = recipe.gradient_checkpointing, family_of(core.config).layers(core)
+    if kind != "auto":
+        use_checkpointing(
+            core, kind, layers=layers, count=recipe.checkpointed_layers, offload=recipe.offload_activations
+        )
 
 
 def trace_batch(

@@ -100,7 +100,8 @@ def load_model(recipe: Recipe) -> Policy:
         device=model.device,
         lora=model.lora.spec() if model.lora is not None else None,
         freeze=model.freeze,
-        gradient_checkpointing=model.gradient_checkpointing,
+        gradient_checkpointing=model.gradient_checkpointing if model.gradient_checkpointing != "auto" else False,
+        checkpointed_layers=model.checkpointed_layers,
         offload_activations=model.offload_activations,
         liger=model.liger,
         quantize=model.quantize,
@@ -123,6 +124,11 @@ def seed_generators(seed: int) -> None:
 def is_first_rank(recipe: Recipe) -> bool:
     """Whether this process writes the run's files."""
     return recipe.engine.kind == "local" or os.environ.get("RANK", "0") == "0"  # set by the launcher
+
+
+def ranks_of(recipe: Recipe) -> int:
+    """Data-parallel processes of the run."""
+    return 1 if recipe.engine.kind == "local" else int(os.environ.get("WORLD_SIZE", "1"))  # set by the launcher
 
 
 def use_own_device(recipe: Recipe) -> None:

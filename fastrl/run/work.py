@@ -31,7 +31,8 @@ def costs_of(recipe: Recipe, policy: Policy) -> Costs:
     ranks have equally many prompts.
     """
     method, parts = method_for(recipe.method), policy.family.parts(policy.core)
-    passes = recipe.optim.updates_per_batch * (TRAINED + recipe.model.gradient_checkpointing)
+    recomputed = recipe.model.gradient_checkpointing is True
+    passes = recipe.optim.updates_per_batch * (TRAINED + recomputed)
     passes += method.samples + method.reads_reference(recipe.method)
     weights = [sum(p.numel() for p in part.parameters()) for part in (parts.language, parts.vision)]
     return Costs(weights[0] * passes, weights[1] * (passes if policy.trains_vision else 1))

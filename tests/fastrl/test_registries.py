@@ -309,7 +309,7 @@ PROBED = {
     "modules, configs and outputs of transformers, torch, peft, DeepSpeed and the hub": (
         *("engine/deepspeed", "plan/ledger", "models/attention/switch", "models/dora"),
         *("models/decode_layers", "models/export", "models/families/base", "models/families/llava", "models/flops"),
-        *("models/families/qwen2_vl", "models/liger", "models/load", "models/lora", "models/native_layers"),
+        *("models/families/qwen2_vl", "models/liger", "models/checkpointing", "models/lora", "models/native_layers"),
         *("models/fused", "models/kept", "models/layer_kinds", "models/offload", "models/policy"),
     ),
 }

@@ -14,6 +14,7 @@ from fastrl.batch import PackedBatch
 from fastrl.engine.local import LocalEngine
 from fastrl.engine.optimizers import step_scratch
 from fastrl.models import load_policy
+from fastrl.models.checkpointing import Kind
 from fastrl.plan.estimate import count_model
 from fastrl.plan.trace import meta_model, trace_batch
 from fastrl.recipe import LoraRecipe, ModelRecipe, OptimRecipe
@@ -40,7 +41,7 @@ def measured_and_planned(
     batch: PackedBatch,
     *,
     dtype: torch.dtype,
-    checkpointing: bool,
+    checkpointing: Kind,
     lora: LoraRecipe | None,
     passes: int = 1,
     row_local: bool = False,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastrl.models import Policy, load_policy
+from fastrl.models.checkpointing import use_checkpointing
 from fastrl.models.families import FAMILIES, family_of
 from fastrl.models.fused import _replacement, _TwoProducts, fused, fuses, use_fused
-from fastrl.models.load import use_checkpointing
 from fastrl.plan.trace import meta_model, trace_batch
 from fastrl.plan.traffic import traffic
 from fastrl.plan.workload import packed
@@ -43,7 +43,7 @@ def assert_same(got: tuple[Tensor, dict[str, Tensor]], want: tuple[Tensor, dict[
         assert float((got[1][name] - gradient).norm()) <= allowed, name
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 2}}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": "products"}, {"lora": {"rank": 2}}], ids=str)
 def test_log_probs_and_gradients_are_those_of_transformers(folder: Path, options: dict[str, Any]) -> None:
     policy = load_policy(folder, device="cpu", **options)
     for name, parameter in policy.core.named_parameters():  # of adapters, which begin as 0

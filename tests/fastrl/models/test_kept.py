@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastrl.batch import PromptGroup, pack, pack_row
 from fastrl.models import Policy, load_policy
+from fastrl.models.checkpointing import use_checkpointing
 from fastrl.models.flops import flop_counter
 from fastrl.models.kept import KeptPrompts, answer_states, obstacle
-from fastrl.models.load import use_checkpointing
 from fastrl.rollout import Generator, Sampling
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
 from tests.helpers.families import build_family
@@ -120,6 +120,8 @@ def test_logprobs_and_every_gradient_are_those_of_one_forward(
     [
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "offload_activations": True},
+        {"gradient_checkpointing": "products"},
+        {"gradient_checkpointing": True, "checkpointed_layers": 1},
         {"lora": {"rank": 4}},
         {"lora": {"rank": 4, "targets": ["q_proj"], "also_train": ["projector"]}, "gradient_checkpointing": True},
         {"freeze": ["vision", "projector"]},

@@ -13,6 +13,7 @@ import torch
 from fastrl.batch import PackedBatch, Prompt
 from fastrl.engine.local import LocalEngine
 from fastrl.models import load_policy
+from fastrl.models.checkpointing import Kind
 from fastrl.models.families import family_of
 from fastrl.models.flops import flop_counter
 from fastrl.plan.estimate import count_model, memory_of, rollout_bytes
@@ -64,12 +65,13 @@ SHAPES = {
 CASES = [
     *[("qwen2_5", checkpointing, lora, s) for checkpointing in (False, True) for lora in (False, True) for s in SHAPES],
     *[("qwen2", checkpointing, False, "large image") for checkpointing in (False, True)],
+    *[("qwen2_5", "products", lora, "ragged answers") for lora in (False, True)],
 ]
 
 
 @pytest.mark.parametrize(("style", "checkpointing", "lora", "shape"), CASES)
 def test_a_training_step(
-    folders: Callable[[str], Path], style: str, checkpointing: bool, lora: bool, shape: str
+    folders: Callable[[str], Path], style: str, checkpointing: Kind, lora: bool, shape: str
 ) -> None:
     spec = LoraRecipe(rank=8) if lora else None  # type: ignore[call-arg]
     batch = filled(*SHAPES[shape])
@@ -218,8 +220,8 @@ def test_a_token_costs_the_experts_it_goes_to(model_type: str) -> None:
     assert wide.token_flops - few.token_flops == layers * 2 * 2 * 3 * hidden * inner
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_flops_are_those_of_the_real_pass(folders: Callable[[str], Path], checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, "products"])
+def test_flops_are_those_of_the_real_pass(folders: Callable[[str], Path], checkpointing: Kind) -> None:
     folder = folders("qwen2_5")
     policy = load_policy(folder, device="cpu", gradient_checkpointing=checkpointing)
     batch = filled(*SHAPES["ragged answers"])

@@ -16,6 +16,7 @@ from fastrl.cli.main import main
 from fastrl.models.families import family_of, published
 from fastrl.plan import advise, gpu_named, make_plan, plan_text, plan_values
 from fastrl.plan.configs import config_of
+from fastrl.plan.estimate import checkpointing_choices
 from fastrl.plan.hardware import GIB, Gpu
 from fastrl.plan.trace import meta_model
 from fastrl.plan.workload import workload_of
@@ -125,6 +126,41 @@ def test_each_key_moves_what_it_should() -> None:
     hosted = make_plan(small("engine.kind=deepspeed", "engine.offload_optimizer=true"), gpu, gpus=4).memory
     assert (hosted.moments, hosted.copies, hosted.host) == (0, 0, 2 * base.moments / 4)
     assert hosted.peak < shared.peak
+
+
+@pytest.mark.gate
+def test_products_are_kept_between_nothing_and_everything() -> None:
+    gpu = gpu_named("l4")
+    nothing, products, everything = (
+        make_plan(small(f"model.gradient_checkpointing={kind}"), gpu) for kind in ("false", "products", "true")
+    )
+    assert everything.memory.activations < 0.5 * products.memory.activations
+    assert products.memory.activations < 0.95 * nothing.memory.activations
+    assert products.work.flops == nothing.work.flops  # on a GPU, where products alone have FLOPs
+    assert nothing.work.traffic["backward"] < products.work.traffic["backward"]
+    half = make_plan(small("model.gradient_checkpointing=true", "model.checkpointed_layers=2"), gpu)
+    assert everything.memory.activations < half.memory.activations < nothing.memory.activations
+    assert "all but products and attention is recomputed" in plan_text(products, [])
+    assert "in the first 2 layers of the language model" in plan_text(half, [])
+    assert plan_values(half, [])["checkpointed_layers"] == 2
+
+
+@pytest.mark.gate
+def test_auto_is_the_fastest_that_fits() -> None:
+    """On GPUs of just the room for each choice; with a byte less, the next one."""
+    choices = list(checkpointing_choices(small("model.gradient_checkpointing=auto")))
+    keys = [(one.model.gradient_checkpointing, one.model.checkpointed_layers) for one in choices]
+    assert keys == [(False, None), ("products", None), (True, 1), (True, 2), (True, 3), (True, None)]
+    peaks = [make_plan(one, gpu_named("b200")).memory.peak for one in choices]
+    for room in (peaks[0], peaks[0] - 1, min(peaks[:2]) - 1, min(peaks), min(peaks) - 1):
+        gpu = Gpu("of that room", (room + GIB) / 0.96 + 1, bandwidth=1e12, flops=1e14)
+        chosen = make_plan(small("model.gradient_checkpointing=auto"), gpu)
+        first = next((i for i, peak in enumerate(peaks) if peak <= gpu.memory - gpu.reserve), len(peaks) - 1)
+        model = chosen.recipe.model
+        assert (model.gradient_checkpointing, model.checkpointed_layers) == keys[first]
+        assert chosen.fits == (room >= min(peaks))
+    given = small("model.gradient_checkpointing=auto", "model.checkpointed_layers=3")
+    assert [one.model.checkpointed_layers for one in checkpointing_choices(given)] == [None, 3, 3]
 
 
 @pytest.mark.gate
