@@ -43,7 +43,11 @@ def assert_same(got: tuple[Tensor, dict[str, Tensor]], want: tuple[Tensor, dict[
         assert float((got[1][name] - gradient).norm()) <= allowed, name
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": "products"}, {"lora": {"rank": 2}}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_checkpointing": True}, {"gradient_checkpointing": "products"}, {"lora": {"rank": 2}}],
+    ids=str,
+)
 def test_log_probs_and_gradients_are_those_of_transformers(folder: Path, options: dict[str, Any]) -> None:
     policy = load_policy(folder, device="cpu", **options)
     for name, parameter in policy.core.named_parameters():  # of adapters, which begin as 0
