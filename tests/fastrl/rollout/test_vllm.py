@@ -340,6 +340,7 @@ def test_several_servers_share_the_prompts_and_have_the_same_weights(
     assert not second.adapters
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("kind", ["policy", "adapted"])
 def test_one_dead_server_of_two_costs_its_share(
     kind: str, request: pytest.FixtureRequest, server: VllmServer, second: VllmServer, tmp_path: Path
@@ -383,6 +384,7 @@ def test_one_server_of_two_is_started_again_between_answers(
     assert len(second.asked("/collective_rpc" if kind == "policy" else "/v1/load_lora_adapter")) == 2
 
 
+@pytest.mark.gate
 def test_a_frozen_server_of_two_is_waited_for_once_and_both_end_the_run(
     policy: Any, server: VllmServer, second: VllmServer, tmp_path: Path
 ) -> None:
@@ -505,6 +507,7 @@ def test_a_server_with_another_model_stops_the_first_step(
     assert [n for n, p in policy.core.named_parameters() if not torch.equal(p, before[n])] == []
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("sampling", [{}, {"top_p": 0.6}, {"top_k": 5}], ids=["whole", "top_p", "top_k"])
 def test_other_temperatures_are_compared_with_what_the_server_reports(
     sampling: dict[str, Any], server: VllmServer, tiny_folder: Callable[[str], Path], tmp_path: Path
