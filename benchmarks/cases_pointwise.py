@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from benchmarks.case import Case, Inputs, Run, dtype_for, installed, leaf, with_gradients
 from fastrl_kernels.bias_activation import bias_activation
 from fastrl_kernels.gated import gelu_mul, silu_mul
+from fastrl_kernels.lora import lora_update
 from fastrl_kernels.rms_norm import residual_rms_norm, rms_norm
 from fastrl_kernels.rope import qkv_rope, rope
 
@@ -33,6 +34,7 @@ def cases(size: str) -> list[Case]:
         _bias_case(size),
         _rope_case(size),
         _split_case(size),
+        _adapter_case(size),
     ]
 
 
@@ -64,6 +66,46 @@ def _case(
         name=name, op=op, shape={"rows": rows, "width": next(iter(shapes.values()))[-1]}, make=make, ours=run(call),
         peers={"eager": run(eager), **{key: run(peer) if _runs(key) else None for key, peer in more.items()}},
         bytes=float(4 * numbers * dtype.itemsize), dtype=dtype,
+    )  # fmt: skip
+
+
+def _adapter_case(size: str) -> Case:
+    """Queries, keys and values of a decode step of 64 rows, with adapters of rank 16, into outputs that are reset."""
+    dtype, hidden, rank, scale = dtype_for(size), HIDDEN[size], 16, 2.0
+    rows, sizes = min(ROWS[size], 64), (HIDDEN[size], HIDDEN[size] // 8, HIDDEN[size] // 8)
+
+    def make(device: torch.device) -> Inputs:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device).to(dtype)
+
+        x: Inputs = {"x": normal(rows, hidden), "low": normal(3 * rank, hidden) / hidden**0.5}
+        for i, width in enumerate(sizes):
+            x[f"high {i}"], x[f"before {i}"] = normal(width, rank), normal(rows, width)
+            x[f"out {i}"] = x[f"before {i}"].clone()
+        return x
+
+    def parts(x: Inputs, name: str) -> list[Tensor]:
+        return [x[f"{name} {i}"] for i in range(len(sizes))]
+
+    def ours(x: Inputs) -> tuple[Tensor, ...]:
+        lora_update(x["x"], x["low"], parts(x, "high"), parts(x, "out"), scale)
+        return tuple(out.clone() for out in parts(x, "out"))
+
+    def eager(x: Inputs) -> tuple[Tensor, ...]:
+        lows = x["low"].split(rank)
+        for out, low, high in zip(parts(x, "out"), lows, parts(x, "high"), strict=True):
+            out.add_(F.linear(F.linear(x["x"], low), high), alpha=scale)
+        return tuple(out.clone() for out in parts(x, "out"))
+
+    def reset(x: Inputs) -> None:
+        for out, before in zip(parts(x, "out"), parts(x, "before"), strict=True):
+            out.copy_(before)
+
+    numbers = rows * hidden + 3 * rank * hidden + sum(sizes) * (rank + 2 * rows)
+    return Case(
+        name="lora_update/q, k, v", op="lora_update", shape={"rows": rows, "width": hidden, "rank": rank},
+        make=make, ours=ours, peers={"eager": eager}, bytes=float(numbers * dtype.itemsize), dtype=dtype, graph=True,
+        reset=reset,
     )  # fmt: skip
 
 

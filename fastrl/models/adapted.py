@@ -20,13 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrl.models.layer_kinds import untouched
+from fastrl_kernels._common import use_triton
 from fastrl_kernels._counting import flops_of
+from fastrl_kernels.lora import MOST_OUTPUTS, lora_update
 
 # Names of a module's children that read the same input.
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SHARED += (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),)
 KINDS = ("Linear", "Linear4bit")  # peft's layers that compute W x + s B (A x)
 AUTOCAST = ("cpu", "cuda")
+MOST_ROWS = 512  # of one launch for a stack: its programs compute x A again for each block of columns
 
 
 def use_stacked(core: nn.Module) -> int:
@@ -161,6 +164,11 @@ class Shared:
 
     def _infer(self, members: list[_Member], x: Tensor) -> list[Tensor]:
         stack = self._stack(members, x.dtype)
+        if _one_launch(members, x):
+            found = [member.base(x) for member in members]
+            flat = [out.view(-1, out.shape[-1]) for out in found]
+            lora_update(x.reshape(-1, x.shape[-1]), stack.low, list(stack.highs), flat, members[0].scale)
+            return found
         inputs = members[0].dropout(x) if len(members) == 1 else x
         reduced = inputs.reshape(-1, x.shape[-1]) @ stack.low.t()
         parts = reduced.split([member.low.shape[0] for member in members], 1)
@@ -182,6 +190,13 @@ class Shared:
             self._held[1].refresh(lows, highs)
         self._seen = versions
         return self._held[1]
+
+
+def _one_launch(members: Sequence[_Member], x: Tensor) -> bool:
+    """Whether the kernel of decode steps computes the updates: for few rows, into outputs that nothing else holds."""
+    few = use_triton(x) and x.numel() <= MOST_ROWS * x.shape[-1] and len(members) <= MOST_OUTPUTS
+    alike = {(member.low.shape[0], member.scale) for member in members}
+    return few and len(alike) == 1 and all(member.weight is not None for member in members)
 
 
 def _version(x: Tensor) -> int:

@@ -15,6 +15,7 @@ from fastrl_kernels.linear_assignment import Assignment, linear_assignment
 from fastrl_kernels.linear_logprob import LogProb, linear_logprob
 from fastrl_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from fastrl_kernels.listwise_loss import listwise_loss
+from fastrl_kernels.lora import lora_update
 from fastrl_kernels.pairwise_iou import pairwise_iou
 from fastrl_kernels.policy_loss import PolicyLoss, policy_loss
 from fastrl_kernels.prefix_attention import prefix_attention
@@ -46,6 +47,7 @@ __all__ = [
     "linear_logprob",
     "linear_policy_loss",
     "listwise_loss",
+    "lora_update",
     "pairwise_iou",
     "policy_loss",
     "prefix_attention",

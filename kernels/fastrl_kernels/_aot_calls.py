@@ -25,6 +25,7 @@ from fastrl_kernels.linear_assignment import linear_assignment
 from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
 from fastrl_kernels.listwise_loss import listwise_loss
+from fastrl_kernels.lora import lora_update
 from fastrl_kernels.pairwise_iou import KINDS, pairwise_iou
 from fastrl_kernels.policy_loss import policy_loss
 from fastrl_kernels.prefix_attention import prefix_attention
@@ -206,6 +207,20 @@ def _rope_append() -> None:
         rope_append(q, k, k, angle, angle, cache, cache.clone(), torch.zeros(1, dtype=torch.int64))
 
 
+def _lora_update() -> None:
+    stacks = ((2048, (2048, 256, 256)), (2048, (11008, 11008)), (11008, (2048,)), (1001, (130,)))
+    points = [(stack, BF16, 16, rows) for stack in stacks for rows in (1, 64)]
+    points += [(stack, BF16, rank, 64) for stack in (stacks[0], stacks[3]) for rank in (10, 32, 64, 128)]
+    points += [
+        (stack, dtype, rank, 64) for stack in (stacks[0], stacks[3]) for dtype in (FP16, FP32) for rank in (16, 64)
+    ]
+    for (width, sizes), dtype, rank, rows in points:
+        highs = [torch.zeros(size, rank, dtype=dtype) for size in sizes]
+        outputs = [torch.zeros(rows, size, dtype=dtype) for size in sizes]
+        low = torch.zeros(len(sizes) * rank, width, dtype=dtype)
+        lora_update(torch.zeros(rows, width, dtype=dtype), low, highs, outputs, 2.0)
+
+
 def _backward(*outputs: Tensor) -> None:
     torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
 
@@ -285,6 +300,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "decode_attention": _decode_attention,
     "add_rms_norm": _add_rms_norm,
     "rope_append": _rope_append,
+    "lora_update": _lora_update,
     "silu_mul": _silu_mul,
     "gelu_mul": _gelu_mul,
     "rms_norm": _rms_norm,

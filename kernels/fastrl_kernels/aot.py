@@ -144,7 +144,7 @@ def _value(value: object) -> str:
     if isinstance(value, Tensor):
         kind = str(value.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f").replace("int", "i")
         return f"{kind}{list(value.shape)}".replace(" ", "")
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return f"({', '.join(map(_value, value))})"
     return repr(value)
 

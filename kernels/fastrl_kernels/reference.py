@@ -11,6 +11,7 @@ from fastrl_kernels.linear_assignment import linear_assignment_reference
 from fastrl_kernels.linear_logprob import linear_logprob_reference
 from fastrl_kernels.linear_policy_loss import linear_policy_loss_reference
 from fastrl_kernels.listwise_loss import listwise_loss_reference
+from fastrl_kernels.lora import lora_update_reference
 from fastrl_kernels.pairwise_iou import pairwise_iou_reference
 from fastrl_kernels.policy_loss import policy_loss_reference
 from fastrl_kernels.prefix_attention import prefix_attention_reference
@@ -32,6 +33,7 @@ __all__ = [
     "linear_logprob_reference",
     "linear_policy_loss_reference",
     "listwise_loss_reference",
+    "lora_update_reference",
     "pairwise_iou_reference",
     "policy_loss_reference",
     "prefix_attention_reference",

@@ -57,6 +57,7 @@ def cases() -> Iterator[Case]:
     yield from _lists()
     yield from _heads()
     yield from _decoding()
+    yield from _adapters()
     yield from _pointwise()
     yield from _prefixes()
 
@@ -400,6 +401,28 @@ def _differentiated(call: Callable[..., Any], inputs: list[Tensor], real: Any) -
     out = list(result) if isinstance(result, tuple) else [result]
     upstream = [real(torch.randn(x.shape)) for x in out]
     return [*out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def _adapters() -> Iterator[Case]:
+    for dtype, (rows, width, rank, sizes) in product(
+        (torch.float32, torch.bfloat16, torch.float16),
+        ((5, 150, 10, (130, 9)), (20, 64, 16, (128, 16, 16)), (3, 37, 64, (7,))),
+    ):
+
+        def update(
+            k: Any, real: Any, rows: int = rows, width: int = width, rank: int = rank, sizes: tuple[int, ...] = sizes
+        ) -> Outputs:
+            x, low = real(torch.randn(rows, width)), real(torch.randn(len(sizes) * rank, width) / width**0.5)
+            highs, outputs = (
+                [real(torch.randn(*n)) for n in shapes]
+                for shapes in ([(size, rank) for size in sizes], [(rows, size) for size in sizes])
+            )
+            k.lora_update(x, low, highs, outputs, 0.5)
+            return outputs
+
+        name = f"lora_update/{str(dtype)[6:]}/{rows}x{width}x{rank}"
+        names = frozenset(["_lora_update_kernel"])
+        yield Case(name, update, dtype, names, dot=True, fast=name.endswith("bfloat16/5x150x10"))
 
 
 def _pointwise() -> Iterator[Case]:

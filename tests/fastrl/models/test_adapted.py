@@ -19,6 +19,7 @@ from fastrl.models.families import FAMILIES, family_of
 from fastrl.plan.trace import meta_model, trace_batch
 from fastrl.plan.workload import packed
 from fastrl.recipe import LoraRecipe, ModelRecipe
+from fastrl_kernels._common import interpreting
 from tests.helpers.families import BUILDS, build_family
 from tests.helpers.groups import picture_batch
 
@@ -236,6 +237,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(interpreting(), reason="the interpreted kernel takes the updates")
 def test_layers_of_one_input_share_a_product_with_a() -> None:
     model = wrapped(torch.float32)
     assert use_stacked(model) == 3
@@ -249,6 +251,19 @@ def test_layers_of_one_input_share_a_product_with_a() -> None:
     with torch.no_grad(), again:
         model(x + 1)
     assert again.calls["copy_"] == again.calls["cat"] == 0  # the stack was kept
+
+
+@pytest.mark.interpreter
+def test_a_stack_is_one_launch_in_a_decode_step() -> None:
+    model = wrapped(torch.float32)
+    use_stacked(model)
+    for rows, launches in ((5, 1), (600, 0)):
+        x = torch.randn(rows, 96)
+        with torch.no_grad(), Products() as products:
+            got = model(x)
+        with torch.no_grad(), peft_forward(model):
+            torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-5)
+        assert products.calls["lora_update"] == launches
 
 
 @pytest.mark.parametrize("grad", [False, True])
