@@ -445,7 +445,9 @@ class Run:
         """Raise ``OSError`` if the disk has no room for the first checkpoint, before any step is computed."""
         settings = self.recipe.checkpoint
         if settings.every or settings.final or self.evaluation.held_out is not None:
-            require_space(self.recipe.folder / "checkpoints", checkpoint.bytes_needed(self.state))
+            with self.engine.gathered(self.policy.core):  # to see how large the exported model is
+                needed = checkpoint.bytes_needed(self.state)
+            require_space(self.recipe.folder / "checkpoints", needed)
 
     def step(self, number: int) -> tuple[dict[str, Any], list[Sample]]:
         """One rollout batch and its updates. Returns the row of metrics and, if one is due, a table of samples."""

@@ -495,8 +495,8 @@ class LogRecipe(Section):
 class EngineRecipe(Section):
     kind: Literal["local", "deepspeed", "fsdp2"] = "local"
     """`fsdp2` (torch's own) and `deepspeed`: train with several processes, see several GPUs. `local`: one process."""
-    zero_stage: Literal[0, 1, 2] = 2
-    """With `deepspeed`: `1` shards optimizer states, `2` also gradients, `0` nothing."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """With `deepspeed`: `1` shards optimizer states, `2` also gradients, `3` also weights, `0` nothing."""
     offload_optimizer: bool = False
     """With `deepspeed` and stage 1 or 2: keep moments on the host. With `fsdp2`: also the shards of all weights."""
     reduce_gradients: Literal["each", "last"] = "each"

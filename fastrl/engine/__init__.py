@@ -38,6 +38,10 @@ def make_engine(
         from fastrl.engine.fsdp2 import Fsdp2Engine
 
         return Fsdp2Engine(model, optim, engine, folder, alias=alias, cores=cores)
+    if engine.kind == "deepspeed" and engine.zero_stage == 3:
+        from fastrl.engine.zero3 import Zero3Engine
+
+        return Zero3Engine(model, optim, engine, folder, alias=alias, cores=cores)
     if engine.kind == "deepspeed":
         from fastrl.engine.deepspeed import DeepSpeedEngine
 

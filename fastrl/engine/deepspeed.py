@@ -38,13 +38,20 @@ def deepspeed_available() -> bool:
 
 
 def deepspeed_config(
-    optim: OptimRecipe, engine: EngineRecipe, dtype: torch.dtype, device: torch.device
+    optim: OptimRecipe, engine: EngineRecipe, dtype: torch.dtype, device: torch.device, *, trained: int = 0
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe. The trainer counts micro-batches, so accumulation is 1 here.
 
     AdamW is torch's: DeepSpeed's needs a compiler on the machine, which only pays off for the one on the host.
     """
-    fused = {} if engine.offload_optimizer else {"torch_adam": True, "fused": device.type == "cuda"}
+    whole = engine.zero_stage < 3
+    fused = {} if engine.offload_optimizer and whole else {"torch_adam": True, "fused": device.type == "cuda"}
+    partitioned = {
+        "reduce_bucket_size": trained,  # all at once (see ``fastrl.engine.zero3``)
+        "stage3_param_persistence_threshold": 0,
+        "overlap_comm": False,
+        **({"offload_param": {"device": "cpu"}} if engine.offload_optimizer else {}),
+    }
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -52,6 +59,7 @@ def deepspeed_config(
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
         "zero_optimization": {
             "stage": engine.zero_stage,
+            **({} if whole else partitioned),
             **({"offload_optimizer": {"device": "cpu"}} if engine.offload_optimizer else {}),
         },
         "optimizer": {
@@ -64,6 +72,7 @@ def deepspeed_config(
                 **fused,
             },
         },
+        "zero_force_ds_cpu_optimizer": whole,
         "steps_per_print": 2**31 - 1,
     }
 
@@ -112,8 +121,10 @@ class DeepSpeedEngine(OnRanks):
             timeout=timedelta(seconds=engine.timeout + LATER)
         )
         self._engine: Any
+        count = sum(parameter.numel() for parameter in self._parameters)
+        config = deepspeed_config(optim, engine, dtype, self._device, trained=count)
         self._engine, *_ = deepspeed.initialize(  # pyright: ignore[reportAttributeAccessIssue]
-            model=model, model_parameters=groups, config=deepspeed_config(optim, engine, dtype, self._device)
+            model=model, model_parameters=groups, config=config
         )
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._watch = Watch(folder, self.rank, self.world_size, engine.timeout)

@@ -67,7 +67,10 @@ def _answers(policy: Any, prompt: Prompt, count: int, same: bool) -> list[Comple
 
 def gradients(engine: Any) -> dict[str, Tensor]:
     """Whole gradients by name, as the update will read them."""
-    held = getattr(engine, "_sharded", None) or getattr(engine, "_masters", {})  # none of DeepSpeed's
+    if hasattr(engine, "_engine"):  # DeepSpeed's
+        zero = engine._engine.optimizer
+        return {name: zero.get_fp32_grad_for_param(p).clone() for name, p in engine._trained.items()}
+    held = getattr(engine, "_sharded", None) or engine._masters
     found = {name: p.grad for name, p in held.items() if p.grad is not None}
     return {n: (g.full_tensor() if isinstance(g, DTensor) else g).detach().clone() for n, g in found.items()}
 

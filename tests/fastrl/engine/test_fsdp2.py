@@ -41,12 +41,14 @@ LATE = {"optim__weight_decay": 0.01, "engine__reduce_gradients": "last"}
 RUNS = {"full": FULL, "adapters": ADAPTERS, "stacked": STACKED, "host": HOST, "again": AGAIN, "late": LATE}
 
 
-def together(folder: Path, model: Path, runs: Sequence[dict[str, Any]], *, ranks: int) -> None:
+def together(
+    folder: Path, model: Path, runs: Sequence[dict[str, Any]], *, ranks: int, kind: str = "fsdp2", stage: int = 2
+) -> None:
     """Make ``runs`` (arguments of ``engine_worker.run``) into ``folder`` on so many ranks."""
     folder.mkdir(exist_ok=True)
     described = [{**each, "model": str(model)} for each in runs]
     for each in described:
-        each["changes"] = {**each["changes"], "engine__kind": "fsdp2"}
+        each["changes"] = {**each["changes"], "engine__kind": kind, "engine__zero_stage": stage}
     (folder / "runs.json").write_text(json.dumps(described))
     worker = (REPO / "tests" / "helpers" / "engine_worker.py").read_text()
     ended = [(process, process.communicate(timeout=900)[1]) for process in start(worker, folder, folder, ranks=ranks)]
