@@ -163,7 +163,7 @@ class Recipe(Section):
         whole = kind == "deepspeed" and self.engine.zero_stage == 0
         if self.engine.offload_optimizer and (kind == "local" or whole):
             raise ValueError(
-                "engine.offload_optimizer needs engine.kind: fsdp2, or deepspeed and a zero_stage of 1 or 2; "
+                "engine.offload_optimizer needs engine.kind: fsdp2, or deepspeed and a zero_stage of 1 to 3; "
                 "with engine.kind: local use optim.states: offload"
             )
         return self

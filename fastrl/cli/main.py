@@ -237,7 +237,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="h100-80, h200, a100-80, a100-40, rtx4090, l40s, …")] = "h100-80",
     gpus: Annotated[int, typer.Option(min=1, help="Data-parallel GPUs of a node.")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    engine: Annotated[str | None, typer.Option(help="fsdp2, zero0, zero1, zero2 or local [the recipe's].")] = None,
+    engine: Annotated[str | None, typer.Option(help="fsdp2, zero0 to zero3 or local [the recipe's].")] = None,
     model: Model = None,
     images: Annotated[int | None, typer.Option(min=0, help="Images a prompt [data.frames, or 1].")] = None,
     image_pixels: Annotated[int | None, typer.Option(min=1, help="Area of each image [the recipe's largest].")] = None,

@@ -498,10 +498,16 @@ class EngineRecipe(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """With `deepspeed`: `1` shards optimizer states, `2` also gradients, `3` also weights, `0` nothing."""
     offload_optimizer: bool = False
-    """With `deepspeed` and stage 1 or 2: keep moments on the host. With `fsdp2`: also the shards of all weights."""
+    """With `deepspeed` and stage 1 or 2: keep moments on the host. With `fsdp2` or stage 3: also the shards of all
+    weights."""
     reduce_gradients: Literal["each", "last"] = "each"
     """With `fsdp2`: sum the gradients over ranks in `each` micro-batch, or in the `last` of an update, which exchanges
     less and keeps 4 bytes of gradient for every trained weight on every rank until then."""
     timeout: float = Field(1800.0, gt=0, le=1e6)
     """Seconds that a rank waits for the others before all stop with an error that names the missing rank. Raise it if
     one rank's answers may take longer."""
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether each rank has a part of the weights only."""
+        return self.kind == "fsdp2" or (self.kind == "deepspeed" and self.zero_stage == 3)

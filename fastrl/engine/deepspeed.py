@@ -1,8 +1,4 @@
-"""DeepSpeed as an engine: data parallel with ZeRO 0 to 2. Imported only if a recipe names it.
-
-ZeRO 3 is not supported: rollouts would gather every layer for every token, and the head's weight is used outside its
-module. For models of this size, ZeRO 2 or LoRA is suitable.
-"""
+"""DeepSpeed as an engine: data parallel with ZeRO 0 to 2 (``fastrl.engine.zero3`` has ZeRO 3). Imported only if named."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """DeepSpeed's ZeRO 3 as an engine: weights are partitioned too, and gathered by layers as ``fsdp2`` does.
 
-DeepSpeed's own hooks gather one module at a time when it is called. Heads and fused layers read weights of modules that
-nobody calls, and ranks make different numbers of calls in a rollout. So these hooks are removed, and weights are gathered
-here: a layer of the language model while it computes, the rest once in a micro-batch, everything for a rollout, an
-evaluation, a reference pass and the export. DeepSpeed keeps what it does with gradients and the update.
+DeepSpeed's own hooks gather one module at a time when it is called. Heads and fused layers read weights of modules
+that nobody calls, and ranks make different numbers of calls in a rollout. So these hooks are removed, and weights are
+gathered here: a layer of the language model while it computes, the rest once in a micro-batch, everything for a
+rollout, an evaluation, a reference pass and the export. DeepSpeed keeps what it does with gradients and the update.
 
 Gradients of a micro-batch are reduced when its backward is done, in one operation: on ranks with and without pictures
 they become ready in different orders, and DeepSpeed's buckets would then hold different weights on different ranks.
@@ -69,6 +69,7 @@ class Zero3Engine(DeepSpeedEngine):
     def forward(self, work: Callable[[], T]) -> T:
         """Call ``work``, whose result :meth:`backward` will differentiate. All ranks call this equally often."""
         with self._ranks.joined("the weights of a micro-batch", computes=True):
+            self._engine.optimizer.clear_backward_seen_flag()  # as DeepSpeed's forward: gradients add up from here
             self._root.begin()
             return work()
 
@@ -139,7 +140,9 @@ class Zero3Engine(DeepSpeedEngine):
         for name, (weight, moments) in pieces.items():
             parameter = self._trained[name]
             for key, part in [(None, weight), *moments.items()]:
-                place = optimizer.get_local_fp32_param(parameter, key) if key else optimizer.get_local_fp32_param(parameter)
+                place = (
+                    optimizer.get_local_fp32_param(parameter, key) if key else optimizer.get_local_fp32_param(parameter)
+                )
                 self._own(parameter, place).copy_(part)
             self._own(parameter, parameter.ds_tensor).copy_(weight)
         self.updates = layout.updates

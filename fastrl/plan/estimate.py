@@ -27,7 +27,7 @@ from fastrl.plan.hardware import HOST_BANDWIDTH, Gpu
 from fastrl.plan.keep import Keeping, decide_keep
 from fastrl.plan.merge import Merging, decide_merge
 from fastrl.plan.quantized import Planned4bit, unpacked
-from fastrl.plan.sharded import Network, Unit, network_of, shards_of, units_of
+from fastrl.plan.sharded import Network, Unit, network_of, partitions_of, shards_of, units_of
 from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_kept, trace_rollout
 from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe
@@ -329,7 +329,7 @@ def memory_of(
         gpus: data-parallel ranks that share optimizer states (``engine.zero_stage`` above 0) and gradients (2).
         gpu: count AdamW as on a GPU, else as on a CPU.
     """
-    if recipe.engine.kind == "fsdp2":
+    if recipe.engine.shards_weights:
         return sharded_memory(recipe, model, work, traced, rollout, ranks=gpus, gpu=gpu)
     optim = recipe.optim
     each = held(optim, recipe.engine, ranks=gpus, micro_batches=work.micro_batches)
@@ -372,19 +372,22 @@ def memory_of(
 def sharded_memory(
     recipe: Recipe, model: Model, work: Workload, traced: Trace, rollout: RolloutTrace, *, ranks: int, gpu: bool = True
 ) -> Memory:
-    """:func:`memory_of` with ``engine.kind: fsdp2``, where weights are sharded too."""
-    optim, shards, host = recipe.optim, shards_of(model.units, recipe.optim, ranks), recipe.engine.offload_optimizer
+    """:func:`memory_of` with ``fsdp2`` or ZeRO 3, where weights are sharded too."""
+    optim, host, zero = recipe.optim, recipe.engine.offload_optimizer, recipe.engine.kind == "deepspeed"
+    shards = (partitions_of if zero else shards_of)(model.units, optim, ranks)
     features = 0 if model.trains_vision else traced.features * work.prompts
     reference = model.weight_bytes / ranks if needs_copy(recipe) else 0.0
-    states = shards.weights + shards.moments + shards.gradients
-    resident = features + (0.0 if host else reference + shards.weights + shards.moments)
-    step = 0 if host else step_scratch(-(-model.largest // ranks), optim.states, fused=gpu)
+    states = shards.weights + shards.copies + shards.moments + shards.gradients
+    resident = features + (0.0 if host else reference + shards.weights + shards.copies + shards.moments)
+    updated = model.trainable if zero else model.largest  # at once; ZeRO's optimizer has one flat tensor
+    step = 0 if host else step_scratch(-(-updated // ranks), optim.states, fused=gpu)
     peak = shards.update(
         traced.kept,
         traced.peak - FLOAT * model.trainable,
         traced.head_scratch,
         accumulates=work.micro_batches > 1,
         reduces_last=recipe.engine.reduce_gradients == "last",
+        recomputes=recipe.model.gradient_checkpointing,
     )
     graph = gpu and work.samples and decode_mode(recipe.rollout.decode, CUDA) == "graph"
     pool = rollout.drawing if graph else 0
@@ -392,7 +395,7 @@ def sharded_memory(
     gradients = 0.0 if host else shards.gradients
     return Memory(
         weights=0.0 if host else shards.weights,
-        copies=0.0,
+        copies=0.0 if host else shards.copies,
         moments=0.0 if host else shards.moments,
         reference=0.0 if host else reference,
         gradients=gradients,

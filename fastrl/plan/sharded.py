@@ -23,6 +23,7 @@ class Unit(NamedTuple):
     bytes: int
     trained_bytes: int
     trained: int
+    largest: int = 0  # bytes of the largest one
 
 
 class Shards(NamedTuple):
@@ -42,9 +43,10 @@ class Shards(NamedTuple):
     rest: float
     layers: float
     reducing: float
+    copies: float = 0.0
 
     def update(
-        self, kept: float, backward: float, scratch: float, *, accumulates: bool, reduces_last: bool = False
+        self, kept: float, backward: float, scratch: float, *, accumulates: bool, reduces_last: bool = False, **_: bool
     ) -> float:
         """Peak of a micro-batch above what lives between updates.
 
@@ -59,6 +61,38 @@ class Shards(NamedTuple):
         begun = gradients if accumulates else 0.0
         head, layer = kept + scratch + self.rest + begun, kept + self.rest + self.layers + begun
         return max(head, layer, backward + self.rest + self.layers + gradients, self.reducing + gradients)
+
+
+class Partitions(NamedTuple):
+    """``Shards`` of DeepSpeed's ZeRO 3: the trained weights are kept in their own type and, once more, in float32.
+
+    ``gradients``: the reduced ones, which live from the first update on. ``rest``: weights that are gathered once in a
+    micro-batch; ``layer``, ``layers``: of the largest layer, of all. ``unreduced``: a micro-batch's gradients.
+    """
+
+    weights: float
+    copies: float
+    moments: float
+    gradients: float
+    unreduced: float
+    whole: float
+    rest: float
+    layer: float
+    layers: float
+
+    def update(self, kept: float, backward: float, scratch: float, *, recomputes: bool, **_: bool) -> float:
+        """As that of ``Shards``.
+
+        Args:
+            kept, backward, scratch: as there.
+            recomputes: activations are checkpointed. If not, the backward of a layer's products holds its weights.
+        """
+        head = kept + scratch + self.rest + (self.layer if recomputes else self.layers)
+        return self.gradients + max(
+            head,
+            backward + self.rest + self.layer + self.unreduced,
+            self.rest + self.layer + 2 * self.unreduced,  # they are copied in the order of the ranks
+        )
 
 
 class Network(NamedTuple):
@@ -82,6 +116,7 @@ def _unit(parameters: Sequence[nn.Parameter]) -> Unit:
         sum(p.numel() * p.element_size() for p in parameters),
         sum(p.numel() * p.element_size() for p in trained),
         sum(p.numel() for p in trained),
+        max((p.numel() * p.element_size() for p in parameters), default=0),
     )
 
 
@@ -103,6 +138,24 @@ def shards_of(units: Sequence[Unit], optim: OptimRecipe, ranks: int) -> Shards:
     )
 
 
+def partitions_of(units: Sequence[Unit], optim: OptimRecipe, ranks: int) -> Partitions:
+    """What ZeRO 3 holds on one of so many ranks."""
+    rest, *layers = units
+    trained, low = sum(unit.trained for unit in units), sum(unit.trained_bytes for unit in units)
+    whole = sum(unit.bytes for unit in units)
+    return Partitions(
+        weights=whole / ranks,
+        copies=FLOAT * trained / ranks,
+        moments=moment_bytes(optim.states) * trained / ranks,
+        gradients=low / ranks,
+        unreduced=low,
+        whole=whole + max(unit.largest for unit in units),  # and the buffer of one
+        rest=rest.bytes,
+        layer=max(unit.bytes for unit in layers),
+        layers=sum(unit.bytes for unit in layers),
+    )
+
+
 def network_of(
     units: Sequence[Unit],
     engine: EngineRecipe,
@@ -116,8 +169,8 @@ def network_of(
 
     Args:
         units: of the model.
-        engine: of the recipe. ``fsdp2`` gathers layers twice and the rest once in each pass, and everything for a
-            rollout; ZeRO only sends weights after an update.
+        engine: of the recipe. ``fsdp2`` and ZeRO 3 gather layers twice and the rest once in each pass, and everything
+            for a rollout; ZeRO 1 and 2 only send weights after an update.
         passes: micro-batches that are trained in a step, in all its updates.
         updates: of a step.
         rollouts: rollouts and reference passes, which gather everything under ``fsdp2``.
@@ -130,6 +183,8 @@ def network_of(
     if engine.kind == "fsdp2":
         reductions = updates if engine.reduce_gradients == "last" else passes
         return Network(part * (passes * (twice + rest.bytes) + rollouts * whole), part * reductions * FLOAT * trained)
+    if engine.kind == "deepspeed" and engine.zero_stage == 3:
+        return Network(part * (passes * (twice + rest.bytes) + rollouts * whole), part * passes * low)
     if engine.kind == "deepspeed" and engine.zero_stage == 2:
         return Network(part * updates * low, part * passes * low)
     if engine.kind == "deepspeed" and engine.zero_stage == 1:
@@ -137,7 +192,7 @@ def network_of(
     return Network(0.0, 2 * part * updates * low)
 
 
-ENGINES = ("fsdp2", "zero0", "zero1", "zero2", "local")
+ENGINES = ("fsdp2", "zero0", "zero1", "zero2", "zero3", "local")
 
 
 def engine_settings(name: str, ranks: int = 1) -> list[str]:
@@ -146,14 +201,10 @@ def engine_settings(name: str, ranks: int = 1) -> list[str]:
     Raises:
         ValueError: the name is unknown, or that of an engine that fastrl does not have or that cannot have ``ranks``.
     """
-    if name == "zero3":
-        raise ValueError("--engine zero3: not supported; fsdp2 shards the same (weights, gradients and moments)")
     if name not in ENGINES:
         raise ValueError(f"--engine: expected one of {', '.join(ENGINES)}, got {name!r}")
     if name == "local" and ranks > 1:
-        raise ValueError(
-            f"--engine local: is one process on one GPU, got {ranks} GPUs; take fsdp2, zero0, zero1 or zero2"
-        )
+        raise ValueError(f"--engine local: is one process on one GPU, got {ranks} GPUs; take fsdp2 or zero0 to zero3")
     if name == "local":
         return ["engine.kind=local"]
     several = ["optim.states=fp32", "optim.gradient_release=false"]

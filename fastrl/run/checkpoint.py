@@ -177,7 +177,9 @@ def load_checkpoint(
     header = read_header(folder, step_of(folder))
     here, ranks = run.engine.world_size, header.world_size
     if ranks != here and not run.engine.any_ranks:
-        raise CheckpointError(f"{folder}: written by {ranks} ranks, but this run has {here} (only fsdp2 continues so)")
+        raise CheckpointError(
+            f"{folder}: written by {ranks} ranks, but this run has {here} (only fsdp2 and zero_stage 3 continue so)"
+        )
     notes = [] if header.checked else [f"{folder} has no checksums (an older version): its files were not verified"]
     if ranks == here:
         state = _read_rank(folder, run, run.engine.rank)

@@ -166,7 +166,7 @@ def _check_same_run(recipe: Recipe, stored: Path) -> list[str]:
     changes = differences(load_recipe(stored), recipe)
     changed = {key: values for key, values in changes.items() if not key.startswith(FREE)}
     notes = []
-    if recipe.engine.kind == "fsdp2" and PROMPTS in changed:  # of each rank, whose number may change
+    if recipe.engine.shards_weights and PROMPTS in changed:  # of each rank, whose number may change
         was, now = changed.pop(PROMPTS)
         notes.append(f"{PROMPTS}, of each rank, was {was} and is {now}")
     if changed:

@@ -37,8 +37,17 @@ HOST = {
     "optim__row_local_head": True,
 }
 AGAIN = {"optim__updates_per_batch": 2, "optim__token_budget": 4096}
-LATE = {"optim__weight_decay": 0.01, "engine__reduce_gradients": "last"}
-RUNS = {"full": FULL, "adapters": ADAPTERS, "stacked": STACKED, "host": HOST, "again": AGAIN, "late": LATE}
+SINGLE = {**FULL, "optim__token_budget": 32}  # micro-batches of one prompt, some without pictures
+LATE = {**SINGLE, "engine__reduce_gradients": "last"}
+RUNS = {
+    "full": FULL,
+    "adapters": ADAPTERS,
+    "stacked": STACKED,
+    "host": HOST,
+    "again": AGAIN,
+    "single": SINGLE,
+    "late": LATE,
+}
 
 
 def together(

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 3 on two and three gloo processes: the losses, gradients and weights of one process, and resuming.
+"""DeepSpeed's ZeRO 3 on two and four gloo processes: the losses, gradients and weights of one process, and resuming.
 Skipped where DeepSpeed is not installed: pip install '.[distributed]'."""
 
 from __future__ import annotations
@@ -12,11 +12,23 @@ import torch
 from safetensors.torch import load_file
 
 from fastrl.engine.deepspeed import deepspeed_available
-from tests.fastrl.engine.test_fsdp2 import ADAPTERS, AGAIN, FULL, HOST, RUNS, STACKED, local, same, together, weights
+from tests.fastrl.engine.test_fsdp2 import (
+    ADAPTERS,
+    AGAIN,
+    FULL,
+    HOST,
+    RUNS,
+    SINGLE,
+    STACKED,
+    local,
+    same,
+    together,
+    weights,
+)
 
 pytestmark = pytest.mark.skipif(not deepspeed_available(), reason="DeepSpeed is not installed")
 
-ALL = {"full": FULL, "adapters": ADAPTERS, "stacked": STACKED, "host": HOST, "again": AGAIN}
+ALL = {"full": FULL, "adapters": ADAPTERS, "stacked": STACKED, "host": HOST, "again": AGAIN, "single": SINGLE}
 
 
 def same_gradients(one: Path, many: Path) -> None:
@@ -30,7 +42,6 @@ def same_gradients(one: Path, many: Path) -> None:
 
 @pytest.mark.gate
 def test_two_processes_are_one_and_resume_to_the_bit(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """And as many go on where a checkpoint of two stopped, or three."""
     model, two = tiny_folder("qwen2_5"), tmp_path / "two"
     assert ALL.items() <= RUNS.items()
     local(tmp_path / "one", model, list(ALL))
