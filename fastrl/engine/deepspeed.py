@@ -1,4 +1,4 @@
-"""DeepSpeed as an engine: data parallel with ZeRO 0 to 2 (``fastrl.engine.zero3`` has ZeRO 3). Imported only if named."""
+"""DeepSpeed as an engine: data parallel with ZeRO 0 to 2. Imported only if a recipe names it."""
 
 from __future__ import annotations
 

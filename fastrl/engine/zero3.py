@@ -61,7 +61,7 @@ class Zero3Engine(DeepSpeedEngine):
         cores = cores or [Shardable(model, ())]
         known: Any = next(cores[0].module.parameters())
         for core in cores[1:]:
-            if plain := [p for p in core.module.parameters() if not hasattr(p, "ds_id")]:
+            if plain := [p for p in core.module.parameters() if "ds_id" not in vars(p)]:
                 known.convert_to_zero_parameters(param_list=plain)
         self._units = {core.module: Units(core) for core in cores}
         self._root = next(iter(self._units.values()))
@@ -82,6 +82,7 @@ class Zero3Engine(DeepSpeedEngine):
         """Clip, update and clear gradients. A gradient that is not finite on any rank is an error on all."""
         total = sum(float(self._gradient(p).double().square().sum()) for p in self._trained.values())
         if not math.isfinite(self.average(total)):
+            self._engine.optimizer.zero_grad()
             raise NonFiniteError("the gradient holds numbers that are not finite")
         return super().step()
 

@@ -81,7 +81,7 @@ def test_memory_and_exchange_of_two_processes_are_planned(tmp_path: Path, lora: 
     model = build_folder(tmp_path / "model", "qwen2_5", num_attention_heads=8, **size)
     code = (REPO / "tests" / "helpers" / "sharded_memory.py").read_text()
     for process in start(code, tmp_path, model, tmp_path, int(lora), int(lora)):
-        _, message = process.communicate(timeout=300)
+        _, message = process.communicate(timeout=900)
         assert process.returncode == 0, message[-3000:]
     recipe = ModelRecipe(  # type: ignore[call-arg]
         path=str(model), lora=LoraRecipe(rank=8) if lora else None, gradient_checkpointing=lora  # type: ignore[call-arg]
@@ -119,7 +119,7 @@ def test_memory_and_exchange_of_zero_3_are_planned(tmp_path: Path, lora: bool, c
     model = build_folder(tmp_path / "model", "qwen2_5", num_attention_heads=8, **size)
     code = (REPO / "tests" / "helpers" / "zero3_memory.py").read_text()
     for process in start(code, tmp_path, model, tmp_path, int(lora), int(checkpointing)):
-        _, message = process.communicate(timeout=300)
+        _, message = process.communicate(timeout=900)
         assert process.returncode == 0, message[-3000:]
     recipe = ModelRecipe(  # type: ignore[call-arg]
         path=str(model), lora=LoraRecipe(rank=8) if lora else None, gradient_checkpointing=checkpointing  # type: ignore[call-arg]
