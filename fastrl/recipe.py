@@ -229,7 +229,10 @@ class Recipe(Section):
             (self.model.lora is None, "without model.lora there are no adapters"),
             (self.rollout.backend != "local", f"rollout.backend: {self.rollout.backend} gets separate adapters"),
             (self.model.quantize is not None, "model.quantize: sums would have to be quantized again"),
-            (self.engine.kind == "fsdp2", "engine.kind: fsdp2 holds whole weights only for the time of a rollout"),
+            (
+                self.engine.shards_weights,
+                f"engine.kind: {self.engine.kind} holds whole weights only for the time of a rollout",
+            ),
         )
         return next((reason for found, reason in obstacles if found), None)
 

@@ -387,7 +387,7 @@ def sharded_memory(
         traced.head_scratch,
         accumulates=work.micro_batches > 1,
         reduces_last=recipe.engine.reduce_gradients == "last",
-        recomputes=recipe.model.gradient_checkpointing,
+        recomputes=bool(recipe.model.gradient_checkpointing) and recipe.model.checkpointed_layers is None,
     )
     graph = gpu and work.samples and decode_mode(recipe.rollout.decode, CUDA) == "graph"
     pool = rollout.drawing if graph else 0
