@@ -111,6 +111,7 @@ def train(
 ) -> None:
     """Train a recipe."""
     from fastrl.recipe import load_recipe
+    from fastrl.run.setup import is_first_rank
     from fastrl.trainer import train as run
 
     changes: dict[str, Any] = {"data.spec": data, "model.path": model, "out": str(out) if out else None}
@@ -119,20 +120,20 @@ def train(
     if blank_images:
         changes["data.blank_images"] = True
     named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]
+    made = load_recipe(recipe, [*named, *(overrides or [])])
     summary = run(
-        load_recipe(recipe, [*named, *(overrides or [])]),
+        made,
         resume=resume,
         from_step=from_step,
         accept_changed_data=accept_changed_data,
         profile=profile,
     )
-    say(f"step {summary.steps}, {summary.seconds:.0f} s, {summary.out / 'metrics.jsonl'}")
-    if summary.model is not None:
-        say(f"model: {summary.model}")
-    if summary.best is not None:
-        say(f"best: {summary.best / 'model'}")
-    if summary.adapter is not None:
-        say(f"adapter: {summary.adapter}")
+    if is_first_rank(made):
+        say(f"step {summary.steps}, {summary.seconds:.0f} s, {summary.out / 'metrics.jsonl'}")
+        folders = {"model": summary.model, "best": summary.best and summary.best / "model", "adapter": summary.adapter}
+        for name, folder in folders.items():
+            if folder is not None:
+                say(f"{name}: {folder}")
     if summary.interrupted:
         raise typer.Exit(130)
 
