@@ -8,7 +8,7 @@ efficiency: estimates, not measurements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from fastrl.batch import PromptGroup, pack_row
 from fastrl.engine.costs import FLOAT, gradients_leave, held, moved, on_host
 from fastrl.engine.optimizers import step_scratch
 from fastrl.methods import method_for
-from fastrl.models.checkpointing import Kind
 from fastrl.models.families import family_of
 from fastrl.models.load import default_dtype
 from fastrl.models.quantize import PACKED
@@ -27,6 +26,7 @@ from fastrl.plan.hardware import HOST_BANDWIDTH, Gpu
 from fastrl.plan.keep import Keeping, decide_keep
 from fastrl.plan.merge import Merging, decide_merge
 from fastrl.plan.quantized import Planned4bit, unpacked
+from fastrl.plan.recompute import checkpointing_choices
 from fastrl.plan.sharded import Network, Unit, network_of, partitions_of, shards_of, units_of
 from fastrl.plan.trace import RolloutTrace, Trace, meta_model, trace_batch, trace_kept, trace_rollout
 from fastrl.plan.workload import Workload, workload_of
@@ -223,24 +223,6 @@ def make_plan(
     memory = memory_of(recipe, model, work, traced, rollout, gpus=gpus * nodes)
     done = work_of(recipe, model, work, counted, rollout, gpu, efficiency, whole=whole)
     return Plan(recipe, gpu, gpus, efficiency, model, work, memory, done, keeping, merging, nodes)
-
-
-def checkpointing_choices(recipe: Recipe) -> Iterator[Recipe]:
-    """What ``model.gradient_checkpointing: auto`` chooses from, the fastest first."""
-    given = recipe.model.checkpointed_layers
-    yield with_checkpointing(recipe, False, None)
-    yield with_checkpointing(recipe, "products", given)
-    if given is None:
-        layers = family_of(config_of(recipe.model.path)).config.get_text_config().num_hidden_layers
-        for quarters in (1, 2, 3):
-            yield with_checkpointing(recipe, True, layers * quarters // 4)
-    yield with_checkpointing(recipe, True, given)
-
-
-def with_checkpointing(recipe: Recipe, kind: Kind, layers: int | None) -> Recipe:
-    """The recipe with ``model.gradient_checkpointing`` and ``model.checkpointed_layers`` set."""
-    changed = {"gradient_checkpointing": kind, "checkpointed_layers": layers}
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update=changed)})
 
 
 def first_that_fits(plans: Iterable[Plan]) -> Plan:

@@ -9,10 +9,11 @@ import torch
 
 from fastrl.models.families import family_of
 from fastrl.plan.configs import image_limit
-from fastrl.plan.estimate import make_plan, room_of, with_checkpointing
+from fastrl.plan.estimate import make_plan, room_of
 from fastrl.plan.hardware import Gpu, reserve
 from fastrl.plan.keep import Keeping, decide_keep, decided_by_recipe
 from fastrl.plan.merge import Merging, decide_merge, merge_decided_by_recipe
+from fastrl.plan.recompute import with_checkpointing
 from fastrl.plan.trace import checkpoint, meta_model
 from fastrl.plan.workload import Workload, workload_of
 from fastrl.recipe import Recipe

@@ -16,8 +16,8 @@ from fastrl.cli.main import main
 from fastrl.models.families import family_of, published
 from fastrl.plan import advise, gpu_named, make_plan, plan_text, plan_values
 from fastrl.plan.configs import config_of
-from fastrl.plan.estimate import checkpointing_choices
 from fastrl.plan.hardware import GIB, Gpu
+from fastrl.plan.recompute import checkpointing_choices
 from fastrl.plan.trace import meta_model
 from fastrl.plan.workload import workload_of
 from fastrl.recipe import ModelRecipe, load_recipe, shipped_recipes

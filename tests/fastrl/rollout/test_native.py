@@ -283,7 +283,7 @@ def test_no_bytes_outside_the_answers_change(qwen2_5, monkeypatch) -> None:
     """The filler row and the positions after an answer's end keep their initial values."""
     decodes: list[Decode] = []
     real = Decode.run
-    monkeypatch.setattr(Decode, "run", lambda self: decodes.append(self) or real(self))
+    monkeypatch.setattr(Decode, "run", lambda self, **kwargs: decodes.append(self) or real(self, **kwargs))
     Generator(qwen2_5).generate(encode(qwen2_5), Sampling(2, 7), rng())
     (one,) = decodes
     assert not one.all_tokens[-1].any()
