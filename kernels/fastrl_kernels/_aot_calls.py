@@ -7,6 +7,7 @@ has sizes of every kind. Sizes without effect (rows of a batch, the hidden size)
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -270,12 +271,12 @@ def _rope() -> None:
 
 
 def _prefix_attention() -> None:
-    row = {"prompt_lengths": [9], "completion_lengths": [2, 3], "group_of_completion": [0, 0]}
+    row = partial(prefix_attention, prompt_lengths=[9], completion_lengths=[2, 3], group_of_completion=[0, 0])
     for (hk, d), dtype in product(((2, 128), (8, 128), (16, 256), (3, 80), (1, 33)), (BF16, FP16, FP32)):
         q, k, v = (torch.zeros(14, h, d, dtype=dtype, requires_grad=True) for h in (2 * hk, hk, hk))
-        _backward(prefix_attention(q, k, v, **row))
+        _backward(row(q, k, v))
     joint = torch.zeros(14, 3, 2, 64, dtype=BF16, requires_grad=True)  # of one projection
-    _backward(prefix_attention(*joint.unbind(1), **row))
+    _backward(row(*joint.unbind(1)))
 
 
 def _qkv_rope() -> None:
