@@ -23,6 +23,7 @@ from fastrl_kernels._linear_logprob_tiles import (
     eager_row_bytes,
     fold_row_bytes,
     fold_tile,
+    folds_natively,
     triton_path,
 )
 
@@ -188,17 +189,19 @@ def _forward_plan(hidden: Tensor, head: Head, n: int, route: Route, *, gathered:
     )
 
 
-def forward_bytes(hidden: Tensor, head: Head, route: Route, *, entropy: bool, plain: bool) -> int:
+def forward_bytes(hidden: Tensor, head: Head, route: Route, *, entropy: bool, more: bool, plain: bool) -> int:
     """What ``forward`` holds at once beside its arguments and vectors, no row ignored.
 
-    ``plain``: logits are not changed before the softmax.
+    ``more``: than one target's log-prob (and the entropy) is computed for each row. ``plain``: logits are not changed
+    before the softmax.
     """
     n, vocabulary = hidden.shape[0], head.weight.shape[0]
     if n == 0:
         return 0
     plan, size = _forward_plan(hidden, head, n, route, gathered=False), route.dtype.itemsize
     rows, slab = head.rows_copy(hidden, route.dtype), head.slab_copy(route.dtype)
-    folding = 0 if route.triton else fold_row_bytes(size, vocabulary, entropy=entropy, plain=plain)
+    native = folds_natively(route.dtype, changed=head.options.changed, more=more or entropy)
+    folding = 0 if route.triton or native else fold_row_bytes(size, vocabulary, entropy=entropy, plain=plain)
     return plan.bytes(
         size,
         (rows.making, slab.kept),

@@ -49,6 +49,11 @@ class TileOptions(NamedTuple):
     ignore_index: int
     class_weight: Tensor | None = None  # [n_columns], only read for mean_logp
 
+    @property
+    def changed(self) -> bool:
+        """Whether more than a temperature changes raw logits before the softmax."""
+        return self.bias is not None or self.softcap is not None
+
 
 class RowTerms(NamedTuple):
     """Per-row vectors of the rows a tile holds. fp32, or float64 on float64 tiles."""
@@ -188,22 +193,22 @@ def differentiate_tile(
 
 
 def _takes_native(tile: Tensor, options: TileOptions, rows: RowTerms) -> bool:
-    """Whether C++ folds this tile: raw logits in fp32, one target a row, and its log-prob alone."""
-    changed = options.bias is not None or options.softcap is not None
+    """Whether C++ folds this tile: on a CPU, of unit column stride, see ``folds_natively``."""
     more = rows.target.dim() > 1 or rows.entropy is not None or rows.mean_logp is not None
     unit = tile.stride(1) == 1 or tile.shape[1] == 1
-    return not changed and not more and unit and _native.computes("fastrl_fold_tile", tile) and _is_float(tile)
+    return tile.is_cpu and unit and folds_natively(tile.dtype, changed=options.changed, more=more)
+
+
+def folds_natively(dtype: torch.dtype, *, changed: bool, more: bool) -> bool:
+    """Whether C++ folds tiles on a CPU: raw logits in fp32, and no ``more`` than one target's log-prob a row."""
+    return dtype == torch.float32 and not changed and not more and _native.lacks("fastrl_fold_tile") is None
 
 
 def differentiates_apart(tile: Tensor, out: Tensor, options: TileOptions, rows: RowTerms, upstream: Upstream) -> bool:
     """Whether C++ differentiates this tile, and leaves it as it is unless ``out`` is the same."""
-    more = upstream.entropy is not None or upstream.spread is not None
+    more = upstream.entropy is not None or upstream.spread is not None or out.dtype != torch.float32
     unit = out.stride(1) == 1 or out.shape[1] == 1
-    return not more and unit and _is_float(out) and _takes_native(tile, options, rows._replace(entropy=None))
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32
+    return not more and unit and _takes_native(tile, options, rows._replace(entropy=None))
 
 
 def _columns(target: Tensor, first_column: int, options: TileOptions) -> Tensor:
@@ -238,7 +243,10 @@ def eager_row_bytes(itemsize: int, softcap: bool) -> int:
 
 
 def fold_row_bytes(itemsize: int, vocabulary: int, *, entropy: bool, plain: bool) -> int:
-    """Of those, what ``fold_tile`` makes: shifted logits, and a copy or exponentials beside them where they stay."""
+    """Of those, what ``fold_tile`` makes: shifted logits, and a copy or exponentials beside them where they stay.
+
+    C++ makes none (``folds_natively``).
+    """
     return (1 + (entropy or not plain)) * min(vocabulary, _EAGER_BLOCK) * itemsize
 
 

@@ -26,6 +26,7 @@ from fastrl_kernels._linear_logprob_tiles import (
     eager_row_bytes,
     fold_row_bytes,
     fold_tile,
+    folds_natively,
     triton_path,
 )
 from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors
@@ -85,8 +86,10 @@ def held_bytes(hidden: Tensor, head: Head, n: int, route: Route, *, need_hidden:
     rows = head.rows_copy(hidden, route.dtype, taken=not route.triton, masked=route.triton)
     turning = 0
     if not route.triton:
+        native = folds_natively(route.dtype, changed=head.options.changed, more=False)
+        folding = 0 if native else fold_row_bytes(item, vocabulary, entropy=False, plain=plain)
         softcap = differentiate_row_bytes(item, vocabulary, entropy=False, softcap=head.softcap is not None)
-        turning = max(fold_row_bytes(item, vocabulary, entropy=False, plain=plain), softcap)
+        turning = max(folding, softcap)
     slab = -(-slab_bytes // plan.rows)
     gradient = need_hidden * size * item
     return plan.bytes(item, (rows.making, 0), (rows.kept + turning, 0), (rows.kept + gradient + slab, 0))

@@ -189,12 +189,14 @@ def _(*, hidden: Any, weight: Any, lora_a: Any, **_: Any) -> int:
 
 @scratch_of(torch.ops.fastrl.linear_logprob)
 def _(
-    *, hidden: Tensor, temperature: Any, temperature_value: float, return_entropy: bool, triton: bool, **named: Any
-) -> Scratch:
-    head = _head(**named)
+    *, hidden: Tensor, target: Tensor, temperature: Any, temperature_value: float, return_entropy: bool,
+    return_mean: bool, triton: bool, **named: Any,
+) -> Scratch:  # fmt: skip
+    head, more = _head(**named), target.dim() > 1 or return_mean
     plain = head.bias is None and head.softcap is None and temperature is None and temperature_value == 1.0
     route = route_of(hidden, triton=triton)
-    return Scratch(_linear_logprob_driver.forward_bytes(hidden, head, route, entropy=return_entropy, plain=plain))
+    held = _linear_logprob_driver.forward_bytes(hidden, head, route, entropy=return_entropy, more=more, plain=plain)
+    return Scratch(held)
 
 
 @flops_of(torch.ops.fastrl.linear_logprob_backward)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fastrl_kernels import _counting, _linear_logprob_driver
+from fastrl_kernels import _counting, _linear_logprob_driver, _native
 from fastrl_kernels._counting import flops_of, named_arguments, scratch, scratch_of
 from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
@@ -140,6 +140,7 @@ ONE, MANY = 1 << 30, 3 << 20  # budgets: all rows and columns in one tile or two
 CASES = [
     (ONE, torch.float32, {"return_entropy": True}),
     (ONE, torch.bfloat16, {}),
+    (ONE, torch.float32, {"temperature": 0.7}),
     (MANY, torch.float32, {"softcap": 5.0}),
     (MANY, torch.bfloat16, {"lora": 0.5}),
     pytest.param(MANY, torch.bfloat16, {"return_entropy": True, "temperature": 0.7}, marks=pytest.mark.gate),
@@ -147,6 +148,14 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=["with the extension", "torch alone"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ makes no temporaries where it folds tiles (fp32, log-probs alone), torch does."""
+    if request.param == "torch alone":
+        monkeypatch.setattr(_native, "lacks", lambda name: "left out")
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("budget", "dtype", "options"), CASES, ids=str)
 def test_the_heads_scratch_is_what_it_allocates(budget: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
     hidden, weight, target = (x.requires_grad_(x.is_floating_point()) for x in inputs(dtype))
@@ -169,6 +178,7 @@ def test_the_heads_scratch_is_what_it_allocates(budget: int, dtype: torch.dtype,
     assert planned[1] + results == pytest.approx(counted[1], rel=WITHIN)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("budget", "dtype"), [(ONE, torch.float32), (MANY, torch.bfloat16)], ids=str)
 def test_the_row_local_heads_scratch_is_what_it_allocates(budget: int, dtype: torch.dtype) -> None:
     hidden, weight, target = (x.requires_grad_(x.is_floating_point()) for x in inputs(dtype))
@@ -182,6 +192,28 @@ def test_the_row_local_heads_scratch_is_what_it_allocates(budget: int, dtype: to
     counted = counted_peak(forward)
     results = hidden.numel() * hidden.element_size() + 4 * weight.numel()
     assert told.bytes["linear_policy_loss.default"] + results == pytest.approx(counted, rel=WITHIN)
+
+
+@pytest.mark.parametrize("op", [fastrl.linear_logprob, fastrl.linear_policy_loss], ids=str)
+def test_the_extension_lowers_what_a_cpu_holds_where_it_folds(monkeypatch: pytest.MonkeyPatch, op: Any) -> None:
+    named = named_arguments(op.default, calls()[op], {}) | {"scratch_bytes": ONE}
+    logprobs = op is fastrl.linear_logprob
+    several: dict[str, Any] = {"target": torch.empty((N, 2), dtype=torch.int64, device="meta")}
+    one = {"return_entropy": False} if logprobs else {}
+
+    def held(*, lacking: str | None, triton: bool, **changes: Any) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(_native, "lacks", lambda name: lacking)
+            return scratch(op.default, (), named | changes, triton=triton).bounded
+
+    def saved(*, triton: bool, **changes: Any) -> int:
+        return held(lacking="left out", triton=triton, **changes) - held(lacking=None, triton=triton, **changes)
+
+    assert saved(triton=False, **one) > 0
+    assert saved(triton=True, **one) == saved(triton=False, softcap=5.0, **one) == 0
+    if logprobs:
+        kept = [several, {"return_mean": True}, {"return_entropy": True}]
+        assert [saved(triton=False, **(one | changes)) for changes in kept] == [0, 0, 0]
 
 
 def test_scratch_follows_the_code_that_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
