@@ -22,13 +22,20 @@ Folder = Callable[[str], Path]
 
 @pytest.mark.parametrize("extra", [{}, {"method__beta": 0.05}, {"model__freeze": ["*embed_tokens*"]}])
 def test_row_local_head_trains_to_the_same_weights(tiny_folder: Folder, tmp_path: Path, extra: dict) -> None:
-    """Two steps with and without it, in several micro-batches, with trained and frozen heads."""
+    """Two steps with and without it, in several micro-batches, with trained and frozen heads.
+
+    The two fold logits by different code (entropy is measured in one alone), so their gradients differ by rounding: by
+    1.4e-7 of their norm, each 7e-7 from a float64 gradient. AdamW divides a gradient by its own size plus ``eps``,
+    which at 1e-8 turns that into 2e-5 for weights whose gradient is nearly 0. At 1e-3, the learning rate, an update is
+    off by no more than the gradient is: what remains is the rounding of the weights themselves.
+    """
     ended = []
     for row_local in (False, True):
         recipe = make_recipe(
             tiny_folder("qwen2_5"),
             tmp_path / str(row_local),
             optim__row_local_head=row_local,
+            optim__eps=1e-3,
             optim__token_budget=64,
             **extra,
         )
@@ -43,7 +50,7 @@ def test_row_local_head_trains_to_the_same_weights(tiny_folder: Folder, tmp_path
         assert 0 <= b["sampler/gap_mean"] <= b["sampler/gap_max"] < 1e-4
         assert b["sampler/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
     for name, weight in plain.items():
-        torch.testing.assert_close(fused[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(fused[name], weight, rtol=1e-6, atol=2e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_row_local_head_refuses_several_updates() -> None:
