@@ -132,7 +132,10 @@ class AnswerRows:
         """Each group's blocks, and the order [length] that brings their concatenated outputs into row order (None: they
         are)."""
         firsts = accumulate(map(sum, self.lengths), initial=0)
-        groups = [blocks_of(first, lengths) for first, lengths in zip(firsts, self.lengths, strict=False)]
+        groups = [
+            blocks_of(span.prompt, first, lengths)
+            for span, first, lengths in zip(self.spans, firsts, self.lengths, strict=False)
+        ]
         every = [block for blocks in groups for block in blocks]
         order = order_of(starts_of(every), [block.target for block in every], self.device)
         return tuple(tuple(block.to(self.device) for block in blocks) for blocks in groups), order

@@ -40,8 +40,8 @@ class CompletionBlock:
 
     ``rows`` [B, T]: the row of each (completion, step); padding repeats a completion's own first row, to which no real
     row attends. ``valid`` [sum of lengths]: flat indices of the real rows in [B, T]; ``target``: their rows. ``mask``
-    [T, T] bool: a step attends to its own completion up to itself (and to the whole prompt). ``starts``: the first row
-    of each completion.
+    [T, P + T] bool: a step attends to the whole prompt and to its own completion up to itself. ``starts``: the first
+    row of each completion.
     """
 
     rows: Tensor
@@ -137,7 +137,7 @@ def length_of(spans: Sequence[Span]) -> int:
 
 def dense_tables(spans: Sequence[Span], device: torch.device) -> DenseTables:
     """For scaled-dot-product attention of a row."""
-    groups = [DenseGroup(span, blocks_of(span.start + span.prompt, span.completions)) for span in spans]
+    groups = [DenseGroup(span, blocks_of(span.prompt, span.start + span.prompt, span.completions)) for span in spans]
     order = order_of(starts_of(groups), [rows for group in groups for rows in group.rows], device)
     return DenseTables(tuple(group.to(device) for group in groups), order)
 
@@ -177,11 +177,11 @@ def starts_of(parts: Iterable[HasStarts]) -> list[int]:
     return [start for part in parts for start in part.starts]
 
 
-def blocks_of(first: int, completions: Sequence[int]) -> tuple[CompletionBlock, ...]:
-    """Blocks of the completions of one prompt, which begin at row ``first``."""
+def blocks_of(prompt: int, first: int, completions: Sequence[int]) -> tuple[CompletionBlock, ...]:
+    """Blocks of the completions of a prompt of ``prompt`` tokens, which begin at row ``first``."""
     starts = accumulate(completions, initial=first)
     members = [(s, n) for s, n in zip(starts, completions, strict=False) if n]
-    return tuple(_block([members[n] for n in some]) for some in similar([n for _, n in members]))
+    return tuple(_block(prompt, [members[n] for n in some]) for some in similar([n for _, n in members]))
 
 
 def similar(lengths: Sequence[int]) -> list[list[int]]:
@@ -208,12 +208,11 @@ def padded(members: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(real, start + step, start), real, valid
 
 
-def _block(members: list[tuple[int, int]]) -> CompletionBlock:
+def _block(prompt: int, members: list[tuple[int, int]]) -> CompletionBlock:
     rows, _, valid = padded(members)
-    step = torch.arange(rows.shape[1])
-    return CompletionBlock(
-        rows, valid, rows.flatten()[valid], step <= step[:, None], tuple(start for start, _ in members)
-    )
+    width = rows.shape[1]
+    mask = torch.arange(prompt + width) <= torch.arange(prompt, prompt + width)[:, None]
+    return CompletionBlock(rows, valid, rows.flatten()[valid], mask, tuple(start for start, _ in members))
 
 
 def varlen_tables(segments: Iterable[Segment], rows: int, device: torch.device) -> VarlenTables:

@@ -11,8 +11,8 @@ they are computed once per group. Two paths give the same:
 - A GPU: one variable-length call of the best library found (``fastrl_kernels.varlen``). Keys are gathered as
   ``[prompt | prompt, completion | …]`` in one launch, and one in the backward sums the gradients of a key's copies.
 - Elsewhere (a CPU, float32, odd head sizes): scaled-dot-product attention, per group first the prompt, then its
-  completions in padded blocks of similar length. On a CPU a block copies no prompt's keys: scores with the prompt's
-  keys and with its own are computed apart, and joined by their log-sum-exp l,
+  completions in padded blocks of similar length. On a CPU a large block copies no prompt's keys: scores with the
+  prompt's keys and with its own are computed apart, and joined by their log-sum-exp l,
 
       out = w out_prompt + (1 - w) out_own,    w = sigmoid(l_prompt - l_own),    l = log(e^l_prompt + e^l_own)
 
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from fastrl_kernels import varlen
@@ -57,6 +58,12 @@ from fastrl_kernels._prefix_layout import (
 from fastrl_kernels.varlen import VarlenCall
 
 Lengths = Sequence[int] | Tensor
+
+# Bytes of a prompt's keys and values in front of a block's own from which on they are not copied: merging takes more
+# operators, each of which costs more than a small copy. Thread time of one layer's attention on an AMD EPYC in float32:
+# below 0.5 MiB copies are faster in all 31 shapes, from 2 MiB on slower; forward and backward break even at 1 MiB, the
+# forward alone at 2 (benchmarks/NOTES.md).
+_LEAST_SAVED = 1 << 20
 
 
 def prefix_attention(
@@ -98,8 +105,8 @@ def prefix_attention(
         _numbers("completion_lengths", completion_lengths),
         _numbers("group_of_completion", group_of_completion),
     )
-    compiling = torch.compiler.is_compiling()  # tables are then made in the graph
-    layout = None if compiling else _layout(*numbers, q.device)
+    passing = torch.compiler.is_compiling() or isinstance(q, FakeTensor)  # tables are then made in the graph, not kept
+    layout = None if passing else _layout(*numbers, q.device)
     spans = _spans(*numbers) if layout is None else layout.spans
     check_shape("q", q, (length_of(spans), None, None))
     if not spans:
@@ -175,26 +182,33 @@ def block_attention(
     hk, ratio = len(key), len(query) // len(key)
     b, t = block.rows.shape
     rows = block.rows.flatten()
-    stacked = query[:, rows].view(hk, ratio, b, t, d).permute(0, 2, 1, 3, 4).reshape(hk, b, ratio * t, d)
+    stacked = query[:, rows].view(hk, ratio, b, t, d)
     own = tuple(x[:, rows].view(hk, b, t, d).transpose(0, 1) for x in (key, value))
-    if _merges(query, prompt, ratio * t):
-        merged: Any = _MergedParts.apply(stacked, *prompt, *own, block.mask.repeat(ratio, 1), scale)
-        out = merged.view(hk, b, ratio, t, d)
+    if _merges(prompt, b, ratio * t):
+        stacked = stacked.permute(0, 2, 1, 3, 4).reshape(hk, b, ratio * t, d)
+        mask = block.mask[:, prompt[0].shape[1] :].repeat(ratio, 1)
+        merged: Any = _MergedParts.apply(stacked, *prompt, *own, mask, scale)
+        out = merged.view(hk, b, ratio, t, d).permute(1, 3, 0, 2, 4)
     else:
-        mask = F.pad(block.mask, (prompt[0].shape[1], 0), value=True).repeat(ratio, 1)
+        stacked = stacked.permute(2, 0, 1, 3, 4).reshape(b, hk, ratio * t, d)
         keys, values = (
             torch.cat([shared.expand(b, -1, -1, -1), x], dim=2) for shared, x in zip(prompt, own, strict=True)
         )
-        out = F.scaled_dot_product_attention(stacked.transpose(0, 1), keys, values, attn_mask=mask, scale=scale)
-        out = out.transpose(0, 1).unflatten(2, (ratio, t))
-    out = out.permute(1, 3, 0, 2, 4).reshape(b * t, hq, d)
+        copied = F.scaled_dot_product_attention(
+            stacked, keys, values, attn_mask=block.mask.repeat(ratio, 1), scale=scale
+        )
+        out = copied.view(b, hk, ratio, t, d).permute(0, 3, 1, 2, 4)
+    out = out.reshape(b * t, hq, d)
     return out if len(block.valid) == b * t else out[block.valid]
 
 
-def _merges(query: Tensor, prompt: tuple[Tensor, Tensor], queries: int) -> bool:
-    """Whether a block of ``queries`` stacked rows a completion computes its two parts apart: on a CPU, where torch's
-    attention returns the log-sum-exp, unless the prompt is so short that outputs are more than copies of its keys."""
-    return query.device.type in ("cpu", "meta") and 2 * prompt[0].shape[1] >= 3 * queries
+def _merges(prompt: tuple[Tensor, Tensor], completions: int, queries: int) -> bool:
+    """Whether a block of ``completions`` of ``queries`` stacked rows each computes its two parts apart: on a CPU, where
+    torch's attention returns the log-sum-exp, unless the prompt is so short that outputs are more than copies of its
+    keys, or the copies are small."""
+    key = prompt[0]
+    saved = 2 * completions * key.numel() * key.element_size()
+    return key.device.type in ("cpu", "meta") and 2 * key.shape[1] >= 3 * queries and saved >= _LEAST_SAVED
 
 
 class _MergedParts(torch.autograd.Function):

@@ -10,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrl_kernels import prefix_attention
 from fastrl_kernels._gather_rows import Copies, gather_pair, gather_rows, sum_copies_reference
 from fastrl_kernels._prefix_layout import PrefixLayout, Span
 from fastrl_kernels.prefix_attention import _layout, gathered_attention
 from fastrl_kernels.reference import prefix_attention_reference
-from tests.helpers.attention import eager_varlen, truth
+from tests.helpers.attention import copy_nothing, eager_varlen, truth
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -29,6 +30,21 @@ SHAPES: dict[str, Groups] = {
     "no answers": [(7, ()), (1, ())],
 }
 HEADS = [(4, 4, 8), (6, 2, 20), (5, 1, 33)]  # Hq, Hk, D
+
+
+@pytest.fixture(params=["copied", "merged", pytest.param("triton", marks=pytest.mark.interpreter)])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On torch's path, whose answers copy their prompt's keys or not; and where Triton's interpreter runs."""
+    if request.param == "merged":
+        copy_nothing(monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["copied", "merged"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "merged":
+        copy_nothing(monkeypatch)
+    return request.param
 
 
 def told(groups: Groups) -> dict[str, Any]:
@@ -97,9 +113,9 @@ def test_outputs_and_gradients_follow_the_visibility_rule(
 
 @given(
     st.lists(st.tuples(st.sampled_from([1, 2, 5, 40]), st.lists(st.integers(0, 6), max_size=4).map(tuple)), max_size=4),
-    st.booleans(),
+    st.sampled_from(["copied", "merged", "gathered"]),
 )
-def test_any_row_follows_the_visibility_rule(groups: Groups, gathered: bool) -> None:
+def test_any_row_follows_the_visibility_rule(groups: Groups, form: str) -> None:
     """Also with its keys gathered for a variable-length call."""
     torch.manual_seed(0)
     if not groups:
@@ -107,13 +123,17 @@ def test_any_row_follows_the_visibility_rule(groups: Groups, gathered: bool) -> 
     inputs = row(groups, (4, 2, 8), torch.float64)
 
     def call(*leaves: Tensor) -> Tensor:
-        if not gathered:
+        if form != "gathered":
             return prefix_attention(*leaves, **told(groups))
         prompts, completions, of = (tuple(numbers) for numbers in told(groups).values())
         tables = _layout(prompts, completions, of, torch.device("cpu")).varlen
         return gathered_attention(*leaves, tables, eager_varlen, scale=8**-0.5)
 
-    assert_near(with_gradients(call, *inputs), with_gradients(exact(groups, 8**-0.5), *inputs), 1e-10)
+    with pytest.MonkeyPatch.context() as patch:
+        if form == "merged":
+            copy_nothing(patch)
+        got = with_gradients(call, *inputs)
+    assert_near(got, with_gradients(exact(groups, 8**-0.5), *inputs), 1e-10)
 
 
 def test_the_gradients_are_those_of_differences(path: str) -> None:
@@ -157,7 +177,7 @@ def test_lengths_may_be_tensors_and_layers_share_their_tables() -> None:
 
 
 def test_a_prompts_keys_are_not_copied_for_its_answers() -> None:
-    """Elements of everything that is saved for the backward, with one and with 32 answers of a token."""
+    """Elements of everything that is saved for the backward, with 32 and with 64 answers of a token."""
 
     def saved(answers: int) -> int:
         groups: Groups = [(400, (1,) * answers)]
@@ -172,7 +192,24 @@ def test_a_prompts_keys_are_not_copied_for_its_answers() -> None:
             prefix_attention(q, k, v, **told(groups))
         return sum(kept.values())
 
-    assert saved(32) - saved(1) < 31 * 10 * 2 * 8  # tens of rows an answer, not 400
+    assert saved(64) - saved(32) < 32 * 10 * 2 * 8  # tens of rows an answer, not 400
+
+
+@pytest.mark.parametrize(("prompt", "calls"), [(1023, 2), (1024, 3)])
+def test_copies_of_less_than_a_mebibyte_stay(prompt: int, calls: int) -> None:
+    """Calls of attention: the prompt's, and the answers' one or two."""
+    names: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    groups: Groups = [(prompt, (2,) * 8)]
+    q, k, v, _ = row(groups, (2, 2, 8), torch.float32)  # 8 answers x 16 numbers x 4 bytes, of keys and of values
+    with Names():
+        prefix_attention(q, k, v, **told(groups))
+    assert sum("scaled_dot_product" in name for name in names) == calls
 
 
 @pytest.mark.interpreter
@@ -228,7 +265,7 @@ def test_tables_name_every_place_once() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[(30, (2, 3))], [(2, (4, 1)), (3, ())]])
-def test_a_whole_graph_compiles_to_the_same_numbers(lengths: Groups) -> None:
+def test_a_whole_graph_compiles_to_the_same_numbers(form: str, lengths: Groups) -> None:
     torch._dynamo.reset()
     inputs = row(lengths, (2, 1, 8), torch.float32)
     compiled = torch.compile(
@@ -239,7 +276,7 @@ def test_a_whole_graph_compiles_to_the_same_numbers(lengths: Groups) -> None:
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_tensors_without_data_have_the_shapes_of_the_result(device: str) -> None:
+def test_tensors_without_data_have_the_shapes_of_the_result(form: str, device: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

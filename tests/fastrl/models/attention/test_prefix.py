@@ -20,7 +20,7 @@ from fastrl.models.attention.prefix import (
 from fastrl.segments import AnswerRows, Segments, Span
 from fastrl_kernels import varlen
 from fastrl_kernels.prefix_attention import dense_attention, gathered_attention
-from tests.helpers.attention import eager_varlen, truth
+from tests.helpers.attention import copy_nothing, eager_varlen, truth
 
 SHAPES: dict[str, list[tuple[int, tuple[int, ...]]]] = {
     "equal": [(7, (4, 4, 4))],
@@ -69,6 +69,14 @@ def run_both(segments: Segments, heads: int, kv_heads: int, path: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+def dense_or(path: str, patch: pytest.MonkeyPatch) -> str:
+    """ "merged" is "dense" whose answers copy no prompt's keys."""
+    if path != "merged":
+        return path
+    copy_nothing(patch)
+    return "dense"
+
+
 class Held:
     """Prompts' keys and values, cut out of those of the whole row."""
 
@@ -105,28 +113,34 @@ def run_answers(segments: Segments, heads: int, kv_heads: int, path: str) -> Non
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("path", ["dense", "varlen"])
+@pytest.mark.parametrize("path", ["dense", "merged", "varlen"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_answers_alone_are_rows_of_the_whole(shape: list, heads: tuple[int, int], path: str) -> None:
-    run_answers(segments_of(shape), *heads, path)
+def test_answers_alone_are_rows_of_the_whole(
+    shape: list, heads: tuple[int, int], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_answers(segments_of(shape), *heads, dense_or(path, monkeypatch))
 
 
-@pytest.mark.parametrize("path", ["dense", "varlen"])
+@pytest.mark.parametrize("path", ["dense", "merged", "varlen"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_outputs_and_gradients_follow_the_visibility_rule(shape: list, heads: tuple[int, int], path: str) -> None:
-    run_both(segments_of(shape), *heads, path)
+def test_outputs_and_gradients_follow_the_visibility_rule(
+    shape: list, heads: tuple[int, int], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_both(segments_of(shape), *heads, dense_or(path, monkeypatch))
 
 
 spans = st.tuples(st.sampled_from([1, 2, 3, 5, 30]), st.lists(st.integers(0, 6), max_size=4).map(tuple))
 
 
-@given(st.lists(spans, min_size=1, max_size=4), st.sampled_from(["dense", "varlen"]))
+@given(st.lists(spans, min_size=1, max_size=4), st.sampled_from(["dense", "merged", "varlen"]))
 def test_any_row_follows_the_visibility_rule(shape: list, path: str) -> None:
     torch.manual_seed(0)
-    run_both(segments_of(shape), 2, 1, path)
-    run_answers(segments_of(shape), 2, 1, path)
+    with pytest.MonkeyPatch.context() as patch:
+        path = dense_or(path, patch)
+        run_both(segments_of(shape), 2, 1, path)
+        run_answers(segments_of(shape), 2, 1, path)
 
 
 def test_answers_name_their_rows_and_what_predicts_each_token() -> None:
