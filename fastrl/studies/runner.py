@@ -56,14 +56,15 @@ def run_study(study: Study, out: Path, *, seeds: int | None = None) -> dict[str,
         write_atomically(out / FILE, json.dumps(described, indent=1) + "\n")
     arms = [arm for arm in study.arms() if arm.quick or not study.quick]
     first = [_job(arm, 0, None, out) for arm in arms if not arm.group]
-    _run(study, first)
+    finished = sum(is_done(job.folder) for job in first)
+    _run(study, first, counted=False)
     stopped = study.obstacle({job.arm.name: read_cell(job.folder).sets[REPORTED] for job in first})
     if stopped:
         study.say(f"nothing is trained: {stopped}")
         arms = [job.arm for job in first]
     rates = choose_rates(study, arms, out)
     jobs = [_job(arm, seed, rates[arm.group], out) for seed in range(count) for arm in arms if arm.group]
-    _run(study, jobs)
+    _run(study, jobs, finished=finished, before=len(first))
     cells = {(job.arm.name, job.seed): read_cell(job.folder) for job in (*first, *jobs)}
     result = outcome(study, cells, rates, out, stopped)
     write_atomically(out / "results.json", json.dumps(result, indent=1) + "\n")
@@ -125,11 +126,17 @@ def _job(arm: Arm, seed: int, rate: float | None, out: Path, sets: Sequence[str]
     return Job(arm, seed, rate, folder if rate is None else folder / f"rate-{rate:g}", out / f"seed-{seed}", sets)
 
 
-def _run(study: Study, jobs: Sequence[Job]) -> None:
-    """The jobs that are not finished, one after the other."""
+def _run(study: Study, jobs: Sequence[Job], *, counted: bool = True, finished: int = 0, before: int = 0) -> None:
+    """The jobs that are not finished, one after the other.
+
+    Args:
+        counted: say how many are finished already.
+        finished, before: how many of the jobs that were called before were, and how many these are.
+    """
     left = [job for job in jobs if not is_done(job.folder)]
-    if len(left) < len(jobs):
-        study.say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already and are not done again")
+    finished += len(jobs) - len(left)
+    if counted and finished:
+        study.say(f"{finished} of {before + len(jobs)} runs are finished already and are not done again")
     for number, job in enumerate(left, 1):
         study.say(f"run {number} of {len(left)}: {job.arm.name}, seed {job.seed}")
         study.prepare(job.seed, job.shared)
