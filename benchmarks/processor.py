@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.case import Case
+from benchmarks.measure import quartiles
 from benchmarks.registry import cases
 from benchmarks.run import OURS
 
@@ -60,7 +61,7 @@ def times_of(case: Case, rounds: int, threads: int) -> dict[str, list[float]]:
 def line(case: str, peer: str, ours: list[float], theirs: list[float]) -> str:
     """A row of the table: medians in ms, and quartiles and range of the ratio of each round."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, median, high = quartiles(ratios)
     medians = f"{1e3 * statistics.median(ours):.3f} | {1e3 * statistics.median(theirs):.3f}"
     return (
         f"| {case} | {peer} | {medians} | {median:.2f} | {low:.2f} to {high:.2f} | "

@@ -22,9 +22,10 @@ without vLLM; on a GPU where vLLM is installed, further cases (``vllm``) let it 
 
 One case has a short text prompt, where sharing saves little. ``equal``: both sides have G answers per micro-batch;
 ``best``: each side uses its fastest size, determined just before. Steps of the two sides alternate (if both fit in
-memory); times are medians with quartiles, and a ratio of times is the median over the rounds, each TRL's step by
-fastrl's of the same round. CPU time is that of the process. Peak: bytes that persist between steps (weights, optimizer)
-plus the most that a step allocates beyond them. Ratios are TRL's value divided by fastrl's.
+memory); times are medians. The ratio of a step's seconds is the median over the rounds with its quartiles, each TRL's
+step by fastrl's of the same round; that of a phase, of the medians. CPU time is that of the process. Peak: bytes that
+persist between steps (weights, optimizer) plus the most that a step allocates beyond them. Ratios are TRL's value
+divided by fastrl's.
 
 ``trl`` is TRL as shipped. Where a CPU computes a prompt with a picture, ``trl+matmul`` is the same trainer after one
 change that a user who looks into a profile would make: patches embedded by a product of matrices, as fastrl does,
@@ -72,7 +73,6 @@ class Bench:
     def __init__(self, folder: Path, pictures: Path, device: torch.device, rounds: int) -> None:
         self.folder, self.pictures, self.device, self.rounds = folder, pictures, device, rounds
         self._measured: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._vllm = False
 
     def case(self, work: Work, train: str, micro_batch: str) -> dict[str, Any]:
         """Both sides at an equal micro-batch, each at its best, or (``vllm``) TRL with vLLM in its process."""
@@ -82,25 +82,32 @@ class Bench:
             tried = {name: self._try_out(name, work, train) for name in rows}
             rows = {name: min(times, key=times.__getitem__) for name, times in tried.items() if times}
         row = {"work": asdict(work), "train": train, "micro_batch": micro_batch, "rows": rows, "tried": tried}
-        self._vllm = micro_batch == "vllm"  # keeps memory of its own, so that the sides take turns
-        together = self.device.type == "cpu" or (train == "lora" and not self._vllm)
-        key = (work.name, train, self._vllm, *rows.values())
+        vllm = micro_batch == "vllm"  # keeps memory of its own, so that the sides take turns
+        together = self.device.type == "cpu" or (train == "lora" and not vllm)
+        key = (work.name, train, vllm, *rows.values())
         if key not in self._measured:  # the best sizes may be equal, and so already measured
             kinds = ["warm", *["time"] * self.rounds, "count"]
             measure = self._in_turn if together else self._one_by_one
             others = Others()
-            self._measured[key] = measure(work, train, rows, kinds) | {"busy": others.busy()}
-        sides = dict(self._measured[key])
-        busy = sides.pop("busy", None)
-        found: dict[str, Any] = {"interleaved": together, "busy": busy, "sides": sides, "ratio": ratios(sides)}
-        if "trl+matmul" in sides:
-            found["ratio_matmul"] = ratios(sides, "trl+matmul")
-        return row | found
+            sides = measure(work, train, rows, kinds, **self._options(work, vllm))
+            found: dict[str, Any] = {"busy": others.busy(), "sides": sides, "ratio": ratios(sides)}
+            if "trl+matmul" in sides:
+                found["ratio_matmul"] = ratios(sides, "trl+matmul")
+            self._measured[key] = found
+        return row | {"interleaved": together} | self._measured[key]
 
-    def _in_turn(self, work: Work, train: str, rows: dict[str, int], kinds: Sequence[str]) -> dict[str, Any]:
+    def _options(self, work: Work, vllm: bool) -> dict[str, Any]:
+        """Further arguments of TRL's side."""
+        if vllm:
+            return colocated(work, load_tokenizer(self.folder))
+        return {"both": self.device.type == "cpu" and work.picture > 0}
+
+    def _in_turn(
+        self, work: Work, train: str, rows: dict[str, int], kinds: Sequence[str], **options: Any
+    ) -> dict[str, Any]:
         try:
             ours = self._ours(work, train, rows["fastrl"], len(kinds))
-            theirs = self._theirs(work, train, rows["trl"], len(kinds), both=self.device.type == "cpu" and work.picture)
+            theirs = self._theirs(work, train, rows["trl"], len(kinds), **options)
             theirs.run(kinds, progress(ours.step, kinds))
         except torch.OutOfMemoryError as error:
             return {name: _out_of_memory(error) for name in rows}
@@ -109,11 +116,13 @@ class Bench:
             sides["trl+matmul"] = summary(theirs.matmul, theirs.static_bytes, work)
         return sides
 
-    def _one_by_one(self, work: Work, train: str, rows: dict[str, int], kinds: Sequence[str]) -> dict[str, Any]:
+    def _one_by_one(
+        self, work: Work, train: str, rows: dict[str, int], kinds: Sequence[str], **options: Any
+    ) -> dict[str, Any]:
         sides = {}
         for name in rows:
             try:
-                side = self._alone(name, work, train, rows[name], kinds)
+                side = self._alone(name, work, train, rows[name], kinds, **options)
                 sides[name] = self._summary(side, work)
             except torch.OutOfMemoryError as error:
                 sides[name] = _out_of_memory(error)
@@ -121,14 +130,16 @@ class Bench:
             self.free()
         return sides
 
-    def _alone(self, name: str, work: Work, train: str, rows: int, kinds: Sequence[str]) -> Fastrl | Trl:
+    def _alone(
+        self, name: str, work: Work, train: str, rows: int, kinds: Sequence[str], **options: Any
+    ) -> Fastrl | Trl:
         if name == "fastrl":
             ours = self._ours(work, train, rows, len(kinds))
             step = progress(ours.step, kinds)
             for kind in kinds:
                 step(kind)
             return ours
-        theirs = self._theirs(work, train, rows, len(kinds))
+        theirs = self._theirs(work, train, rows, len(kinds), **options)
         theirs.run(kinds, progress(lambda _: None, kinds))
         return theirs
 
@@ -149,11 +160,8 @@ class Bench:
     def _ours(self, work: Work, train: str, rows: int, steps: int) -> Fastrl:
         return Fastrl(self.folder, work, rows, self._records(work, steps), train=train, device=self.device)
 
-    def _theirs(self, work: Work, train: str, rows: int, steps: int, both: Any = False) -> Trl:
-        records, changes = self._records(work, steps), {}
-        if self._vllm:
-            changes = colocated(work, load_tokenizer(self.folder))
-        return Trl(self.folder, work, rows, records, train=train, device=self.device, both=bool(both), **changes)
+    def _theirs(self, work: Work, train: str, rows: int, steps: int, **options: Any) -> Trl:
+        return Trl(self.folder, work, rows, self._records(work, steps), train=train, device=self.device, **options)
 
     def _records(self, work: Work, steps: int) -> list[Record]:
         return make_records(work, work.prompts * steps, self.pictures / str(work.picture), load_tokenizer(self.folder))

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from fastrl.engine.base import NonFiniteError, Shardable, StepInfo, lr_scale, parameter_groups
 from fastrl.engine.costs import FLOAT, moment_bytes
 from fastrl.engine.names import unchanged
-from fastrl.engine.pieces import MOMENTS, Layout, Piece, read_layout, read_pieces, write_layout, write_pieces
+from fastrl.engine.pieces import MOMENTS, Layout, Piece, read_together, write_layout, write_pieces
 from fastrl.engine.ranks import OnRanks, Ranks, begin
 from fastrl.engine.watch import Watch
 
@@ -236,16 +236,7 @@ class Fsdp2Engine(OnRanks):
     def load(self, folder: Path) -> None:
         """Every rank reads its rows, of a checkpoint by any number of ranks. If one cannot, all raise ``ValueError``
         and nothing has changed."""
-        fault, layout, pieces = "", None, {}
-        try:
-            layout = read_layout(folder, self._shapes)
-            pieces = read_pieces(folder, layout, self.rank, self.world_size)
-        except ValueError as error:
-            fault = str(error)
-        for found in self.gather(fault):
-            if found:
-                raise ValueError(found)
-        assert layout is not None
+        layout, pieces = read_together(folder, self._shapes, self._ranks)
         fused = self._optimizer.defaults["fused"]
         for name, (weight, moments) in pieces.items():
             local = self._local[name]

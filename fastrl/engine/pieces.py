@@ -15,10 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastrl.engine.ranks import Ranks
 
 FOLDER = "engine"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -107,6 +110,25 @@ def read_pieces(folder: Path, layout: Layout, rank: int, ranks: int) -> dict[str
             )
             for name, shape in layout.shapes.items()
         }
+
+
+def read_together(folder: Path, shapes: Mapping[str, Sequence[int]], ranks: Ranks) -> tuple[Layout, dict[str, Piece]]:
+    """The layout and this rank's rows of a checkpoint that all ranks read.
+
+    Raises:
+        ValueError: on all ranks, if one cannot read its rows; see :func:`read_layout` and :func:`read_pieces`.
+    """
+    fault, layout, pieces = "", None, {}
+    try:
+        layout = read_layout(folder, shapes)
+        pieces = read_pieces(folder, layout, ranks.rank, ranks.world_size)
+    except ValueError as error:
+        fault = str(error)
+    for found in ranks.gather(fault):
+        if found:
+            raise ValueError(found)
+    assert layout is not None
+    return layout, pieces
 
 
 class _Files:

@@ -25,7 +25,7 @@ from fastrl.engine.base import NonFiniteError, Shardable, StepInfo, T
 from fastrl.engine.costs import FLOAT, moment_bytes
 from fastrl.engine.deepspeed import DeepSpeedEngine
 from fastrl.engine.names import unchanged
-from fastrl.engine.pieces import MOMENTS, Layout, Piece, read_layout, read_pieces, rows_of, write_layout, write_pieces
+from fastrl.engine.pieces import MOMENTS, Layout, Piece, read_together, rows_of, write_layout, write_pieces
 
 if TYPE_CHECKING:
     from fastrl.config.sections import EngineRecipe, OptimRecipe
@@ -123,16 +123,7 @@ class Zero3Engine(DeepSpeedEngine):
     def load(self, folder: Path) -> None:
         """Every rank reads its part, of a checkpoint by any number of ranks. If one cannot, all raise ``ValueError``
         and nothing has changed."""
-        fault, layout, pieces = "", None, {}
-        try:
-            layout = read_layout(folder, self._shapes)
-            pieces = read_pieces(folder, layout, self.rank, self.world_size)
-        except ValueError as error:
-            fault = str(error)
-        for found in self.gather(fault):
-            if found:
-                raise ValueError(found)
-        assert layout is not None
+        layout, pieces = read_together(folder, self._shapes, self._ranks)
         optimizer = self._engine.optimizer
         if layout.updates:
             for flat in optimizer.fp32_partitioned_groups_flat:
@@ -141,10 +132,7 @@ class Zero3Engine(DeepSpeedEngine):
         for name, (weight, moments) in pieces.items():
             parameter = self._trained[name]
             for key, part in [(None, weight), *moments.items()]:
-                place = (
-                    optimizer.get_local_fp32_param(parameter, key) if key else optimizer.get_local_fp32_param(parameter)
-                )
-                self._own(parameter, place).copy_(part)
+                self._own(parameter, optimizer.get_local_fp32_param(parameter, key)).copy_(part)
             self._own(parameter, parameter.ds_tensor).copy_(weight)
         self.updates = layout.updates
 

@@ -133,7 +133,7 @@ def test_best_tries_micro_batches_of_both_sides(folder: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(bench, "_alone", alone)
     monkeypatch.setattr(
-        bench, "_in_turn", lambda item, train, rows, kinds: {name: {"error": "no room"} for name in rows}
+        bench, "_in_turn", lambda item, train, rows, kinds, **_: {name: {"error": "no room"} for name in rows}
     )
     case = bench.case(work.TINY, "full", "best")
     assert case["rows"] == {"fastrl": 8, "trl": 2}

@@ -90,6 +90,15 @@ def same_gradients(one: Path, many: Path, *, zeros: bool = False) -> None:
         torch.testing.assert_close(gradient.view_as(expected), expected, rtol=1e-6, atol=4e-6, msg=name)
 
 
+def same_bits(one: Path, other: Path, *, ranks: int) -> None:
+    """Weights, and every rank's part of a checkpoint, of two runs are the same bits."""
+    files = [Path("engine") / f"rank-{rank}.safetensors" for rank in range(ranks)]
+    for file in (Path("model") / "model.safetensors", *files):
+        first, second = (load_file(out / "checkpoints" / "step-00000005" / file) for out in (one, other))
+        assert first.keys() == second.keys()
+        assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
 def local(root: Path, model: Path, names: Sequence[str]) -> None:
     """The same runs in this process."""
     for name in names:

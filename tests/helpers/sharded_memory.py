@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,18 @@ def uncounted(tensor: Tensor) -> Tensor:
     return torch.from_numpy(tensor.detach().numpy().copy())
 
 
-def main() -> None:
+class Measured(NamedTuple):
+    """An engine of this rank, an update of one micro-batch by it, and what both allocate and exchange."""
+
+    engine: Any
+    core: Any
+    update: Callable[..., None]
+    counts: dict[str, int]
+    found: dict[str, int]
+
+
+def measure(section: EngineRecipe, count: Callable[[dict[str, int]], None]) -> Measured:
+    """Of the model, folder and options in ``sys.argv``, with ``section``'s engine; ``count`` as :func:`received`."""
     model, folder, lora, checkpointing = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "1", sys.argv[4] == "1"
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
@@ -60,17 +71,12 @@ def main() -> None:
     policy = load_policy(model, device="cpu", lora=adapters, gradient_checkpointing=checkpointing)
     family = family_of(policy.core.config)
     batch = packed(family, 60, [], [(16,) * 6])
-    optim, section = OptimRecipe(steps=9, lr=1e-4), EngineRecipe(kind="fsdp2")  # type: ignore[call-arg]
+    optim = OptimRecipe(steps=9, lr=1e-4)  # type: ignore[call-arg]
     cores = [Shardable(policy.core, family.layers(policy.core))]
     engine: Any = make_engine(policy.model, optim, section, folder / "ranks", cores=cores)
 
     def update(last: bool = True) -> None:
         engine.backward(engine.forward(lambda: policy.logprob(batch).logp.mean()), last=last)
-
-    def late() -> None:
-        engine._reduce_last = True
-        update(False)
-        update()
 
     def whole() -> None:
         with engine.gathered(policy.core):
@@ -79,17 +85,32 @@ def main() -> None:
     update()
     engine.step()
     counts = {"weights": 0, "gradients": 0}
-    received(counts)
+    count(counts)
     found = {"update": counted_peak(update), "optimizer": counted_peak(engine.step), **counts}
     found["gathered"] = counted_peak(whole)
     found["rollout_weights"] = counts["weights"] - found["weights"]
+    return Measured(engine, policy.core, update, counts, found)
+
+
+def report(found: dict[str, int]) -> NoReturn:
+    """Write what was found and end the process."""
+    (Path(sys.argv[2]) / f"counted-{dist.get_rank()}.json").write_text(json.dumps(found))
+    leave(0)
+
+
+def main() -> None:
+    engine, core, update, counts, found = measure(EngineRecipe(kind="fsdp2"), received)  # type: ignore[call-arg]
+
+    def late() -> None:
+        engine._reduce_last = True
+        update(False)
+        update()
+
     before = counts["gradients"]
     found["late"] = counted_peak(late)
     found["late_gradients"] = counts["gradients"] - before
-    kept = sum(p.to_local().numel() * p.element_size() for p in policy.core.parameters())
-    found["weight_shards"] = kept
-    (folder / f"counted-{dist.get_rank()}.json").write_text(json.dumps(found))
-    leave(0)
+    found["weight_shards"] = sum(p.to_local().numel() * p.element_size() for p in core.parameters())
+    report(found)
 
 
 if __name__ == "__main__":

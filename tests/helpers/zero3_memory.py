@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from fastrl.config.sections import EngineRecipe, OptimRecipe
-from fastrl.engine import make_engine
-from fastrl.engine.base import Shardable
-from fastrl.engine.ranks import leave
-from fastrl.models import load_policy
-from fastrl.models.families import family_of
-from fastrl.plan.workload import packed
-from tests.helpers.planned import counted_peak
-from tests.helpers.sharded_memory import uncounted
+from fastrl.config.sections import EngineRecipe
+from tests.helpers.sharded_memory import measure, report, uncounted
 
 
 def received(counts: dict[str, int]) -> None:
@@ -56,36 +44,11 @@ class _Done:
 
 
 def main() -> None:
-    model, folder, lora, checkpointing = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "1", sys.argv[4] == "1"
-    dist.init_process_group("gloo")
-    torch.set_num_threads(1)
-    adapters = {"rank": 8} if lora else None
-    policy = load_policy(model, device="cpu", lora=adapters, gradient_checkpointing=checkpointing)
-    family = family_of(policy.core.config)
-    batch = packed(family, 60, [], [(16,) * 6])
-    optim = OptimRecipe(steps=9, lr=1e-4)  # type: ignore[call-arg]
     section = EngineRecipe(kind="deepspeed", zero_stage=3)  # type: ignore[call-arg]
-    cores = [Shardable(policy.core, family.layers(policy.core))]
-    engine = make_engine(policy.model, optim, section, folder / "ranks", cores=cores)
-
-    def update() -> None:
-        engine.backward(engine.forward(lambda: policy.logprob(batch).logp.mean()))
-
-    def whole() -> None:
-        with engine.gathered(policy.core):
-            pass
-
-    update()
-    engine.step()
-    counts = {"weights": 0, "gradients": 0}
-    received(counts)
-    found = {"update": counted_peak(update), "optimizer": counted_peak(engine.step), **counts}
-    found["gathered"] = counted_peak(whole)
-    found["rollout_weights"] = counts["weights"] - found["weights"]
-    found["weight_shards"] = sum(p.ds_tensor.numel() * p.element_size() for p in policy.core.parameters())
-    assert not sum(p.numel() for p in policy.core.parameters())
-    (folder / f"counted-{dist.get_rank()}.json").write_text(json.dumps(found))
-    leave(0)
+    _, core, _, _, found = measure(section, received)
+    found["weight_shards"] = sum(p.ds_tensor.numel() * p.element_size() for p in core.parameters())
+    assert not sum(p.numel() for p in core.parameters())
+    report(found)
 
 
 if __name__ == "__main__":

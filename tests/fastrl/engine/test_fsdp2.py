@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fastrl.config.sections import EngineRecipe, OptimRecipe
 from fastrl.engine import make_engine
 from fastrl.recipe import RecipeError
-from tests.helpers.engine_runs import FULL, RUNS, local, same, same_gradients, together, weights
+from tests.helpers.engine_runs import FULL, RUNS, local, same, same_bits, same_gradients, together
 from tests.helpers.gloo import start
 from tests.helpers.training import make_recipe
 
@@ -31,15 +30,7 @@ def test_two_processes_are_one_and_resume_to_the_bit(tiny_folder: Callable[[str]
     for name in RUNS:
         same(tmp_path / "one" / name, two / name)
         same_gradients(tmp_path / "one" / name, two / name)
-    whole, parts = weights(two / "full"), weights(two / "half")
-    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
-    for rank in range(2):
-        first, second = (
-            load_file(two / name / "checkpoints" / "step-00000005" / "engine" / f"rank-{rank}.safetensors")
-            for name in ("full", "half")
-        )
-        assert first.keys() == second.keys()
-        assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    same_bits(two / "full", two / "half", ranks=2)
 
 
 @pytest.mark.gate

@@ -8,11 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from fastrl.engine.deepspeed import deepspeed_available
-from tests.helpers.engine_runs import FULL, RUNS, local, same, same_gradients, together, weights
+from tests.helpers.engine_runs import FULL, RUNS, local, same, same_bits, same_gradients, together
 
 pytestmark = pytest.mark.skipif(not deepspeed_available(), reason="DeepSpeed is not installed")
 
@@ -30,15 +28,7 @@ def test_two_processes_are_one_and_resume_to_the_bit(tiny_folder: Callable[[str]
     for name in ALL:
         same(tmp_path / "one" / name, two / name)
         same_gradients(tmp_path / "one" / name, two / name, zeros=True)
-    whole, parts = weights(two / "full"), weights(two / "half")
-    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
-    for rank in range(2):
-        first, second = (
-            load_file(two / name / "checkpoints" / "step-00000005" / "engine" / f"rank-{rank}.safetensors")
-            for name in ("full", "half")
-        )
-        assert first.keys() == second.keys()
-        assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    same_bits(two / "full", two / "half", ranks=2)
 
 
 @pytest.mark.gate

@@ -12,9 +12,9 @@ from torch import nn
 from fastrl.config.sections import EngineRecipe, OptimRecipe
 from fastrl.engine.deepspeed import deepspeed_available
 from fastrl.models.families import family_of
-from fastrl.plan.estimate import count_model
+from fastrl.plan.estimate import Model, count_model
 from fastrl.plan.sharded import ENGINES, Unit, engine_settings, network_of, partitions_of, shards_of, units_of
-from fastrl.plan.trace import meta_model, trace_batch
+from fastrl.plan.trace import Trace, meta_model, trace_batch
 from fastrl.plan.workload import packed
 from fastrl.recipe import LoraRecipe, ModelRecipe, load_recipe
 from tests.fastrl.conftest import build_folder
@@ -72,34 +72,38 @@ def test_the_local_engine_is_one_process() -> None:
         engine_settings("local", 8)
 
 
+def counted_and_traced(
+    tmp_path: Path, helper: str, *, lora: bool, checkpointing: bool
+) -> tuple[list[dict[str, int]], Trace, Model]:
+    """What ``helper`` counts on each of two ranks, beside the trace of its micro-batch and the sizes of its model."""
+    size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 3000}
+    (tmp_path / "model").mkdir()
+    model = build_folder(tmp_path / "model", "qwen2_5", num_attention_heads=8, **size)
+    code = (REPO / "tests" / "helpers" / helper).read_text()
+    for process in start(code, tmp_path, model, tmp_path, int(lora), int(checkpointing)):
+        _, message = process.communicate(timeout=900)
+        assert process.returncode == 0, message[-3000:]
+    adapters = LoraRecipe(rank=8) if lora else None  # type: ignore[call-arg]
+    recipe = ModelRecipe(path=str(model), lora=adapters, gradient_checkpointing=checkpointing)  # type: ignore[call-arg]
+    core = meta_model(json.loads((model / "config.json").read_text()), recipe, torch.float32)
+    traced = trace_batch(core, packed(family_of(core.config), 60, [], [(16,) * 6]), gpu=False, accumulates=False)
+    counted = [json.loads((tmp_path / f"counted-{rank}.json").read_text()) for rank in range(2)]
+    return counted, traced, count_model(core)
+
+
 @pytest.mark.gate
 @pytest.mark.parametrize("lora", [False, True])
 def test_memory_and_exchange_of_two_processes_are_planned(tmp_path: Path, lora: bool) -> None:
     """With LoRA, also with checkpointing. Memory within 10 %, exchanged bytes exactly."""
-    size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 3000}
-    (tmp_path / "model").mkdir()
-    model = build_folder(tmp_path / "model", "qwen2_5", num_attention_heads=8, **size)
-    code = (REPO / "tests" / "helpers" / "sharded_memory.py").read_text()
-    for process in start(code, tmp_path, model, tmp_path, int(lora), int(lora)):
-        _, message = process.communicate(timeout=900)
-        assert process.returncode == 0, message[-3000:]
-    recipe = ModelRecipe(  # type: ignore[call-arg]
-        path=str(model), lora=LoraRecipe(rank=8) if lora else None, gradient_checkpointing=lora  # type: ignore[call-arg]
-    )  # fmt: skip
-    core = meta_model(json.loads((model / "config.json").read_text()), recipe, torch.float32)
-    family = family_of(core.config)
-    traced = trace_batch(core, packed(family, 60, [], [(16,) * 6]), gpu=False, accumulates=False)
-    sizes = count_model(core)
+    ranks, traced, sizes = counted_and_traced(tmp_path, "sharded_memory.py", lora=lora, checkpointing=lora)
     shards = shards_of(sizes.units, OPTIM, 2)
     kept = shards.weights + shards.moments
-    peak = shards.update(traced.kept, traced.peak - 4 * sizes.trainable, traced.head_scratch, accumulates=False)
+    step = (traced.kept, traced.peak - 4 * sizes.trainable, traced.head_scratch)
+    peak = shards.update(*step, accumulates=False)
+    late = shards.update(*step, accumulates=True, reduces_last=True)
     update = network_of(sizes.units, FSDP2, 2, passes=1, updates=1, rollouts=0)
-    late = shards.update(
-        traced.kept, traced.peak - 4 * sizes.trainable, traced.head_scratch, accumulates=True, reduces_last=True
-    )
     rollout = network_of(sizes.units, FSDP2, 2, passes=0, updates=1, rollouts=1)
-    for rank in range(2):
-        counted = json.loads((tmp_path / f"counted-{rank}.json").read_text())
+    for counted in ranks:
         assert counted["weight_shards"] == shards.weights
         assert kept + peak == pytest.approx(kept + counted["update"], rel=0.1)
         assert kept + shards.whole == pytest.approx(kept + counted["gathered"], rel=0.1)
@@ -114,26 +118,13 @@ def test_memory_and_exchange_of_two_processes_are_planned(tmp_path: Path, lora: 
 @pytest.mark.parametrize(("lora", "checkpointing"), [(False, False), (False, True), (True, True)])
 def test_memory_and_exchange_of_zero_3_are_planned(tmp_path: Path, lora: bool, checkpointing: bool) -> None:
     """As above, with DeepSpeed."""
-    size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 3000}
-    (tmp_path / "model").mkdir()
-    model = build_folder(tmp_path / "model", "qwen2_5", num_attention_heads=8, **size)
-    code = (REPO / "tests" / "helpers" / "zero3_memory.py").read_text()
-    for process in start(code, tmp_path, model, tmp_path, int(lora), int(checkpointing)):
-        _, message = process.communicate(timeout=900)
-        assert process.returncode == 0, message[-3000:]
-    recipe = ModelRecipe(  # type: ignore[call-arg]
-        path=str(model), lora=LoraRecipe(rank=8) if lora else None, gradient_checkpointing=checkpointing  # type: ignore[call-arg]
-    )  # fmt: skip
-    core = meta_model(json.loads((model / "config.json").read_text()), recipe, torch.float32)
-    traced = trace_batch(core, packed(family_of(core.config), 60, [], [(16,) * 6]), gpu=False, accumulates=False)
-    sizes = count_model(core)
+    ranks, traced, sizes = counted_and_traced(tmp_path, "zero3_memory.py", lora=lora, checkpointing=checkpointing)
     shards = partitions_of(sizes.units, OPTIM, 2)
     peak = shards.update(traced.kept, traced.peak - 4 * sizes.trainable, traced.head_scratch, recomputes=checkpointing)
     zero = EngineRecipe(kind="deepspeed", zero_stage=3)  # type: ignore[call-arg]
     update = network_of(sizes.units, zero, 2, passes=1, updates=1, rollouts=0)
     rollout = network_of(sizes.units, zero, 2, passes=0, updates=1, rollouts=1)
-    for rank in range(2):
-        counted = json.loads((tmp_path / f"counted-{rank}.json").read_text())
+    for counted in ranks:
         assert counted["weight_shards"] == shards.weights
         assert peak - shards.gradients == pytest.approx(counted["update"], rel=0.1)
         assert shards.whole == pytest.approx(counted["gathered"], rel=0.01)
