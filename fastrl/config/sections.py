@@ -82,6 +82,13 @@ class ModelRecipe(Section):
     max_pixels: int | None = Field(None, ge=1)
     """Largest area of a resized picture in pixels; none: the model folder's. Lower it first if prompts are too long."""
 
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _kind(cls, value: Any) -> Any:
+        if not isinstance(value, bool) and value not in ("products", "auto"):
+            raise ValueError("expected true, false, products or auto")
+        return value
+
 
 class JudgeRecipe(Section):
     """A model behind an OpenAI-compatible server that scores answers."""
