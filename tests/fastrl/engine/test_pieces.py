@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastrl.engine.pieces import MOMENTS, Layout, Piece, read_layout, read_pieces, rows_of, write_layout, write_pieces
+from fastrl.engine.pieces import (
+    MOMENTS,
+    Layout,
+    Piece,
+    read_layout,
+    read_pieces,
+    read_together,
+    rows_of,
+    write_layout,
+    write_pieces,
+)
 
 SHAPES = {"wide": [7, 3], "bias": [5], "few": [1, 4]}
 
@@ -110,3 +121,24 @@ def test_a_damaged_piece_is_one_line(tmp_path: Path, damage: Callable[[Path], ob
         read_pieces(tmp_path, layout, 0, 1)
     assert str(error.value).startswith(f"{path}: cannot be read (")
     assert "\n" not in str(error.value)
+
+
+def test_a_piece_that_one_rank_cannot_read_is_an_error_on_all(tmp_path: Path) -> None:
+    """Of two ranks, as they meet in the gathering: the first reads its rows, and is told of the second's file."""
+    path = written(tmp_path, 2) / "engine" / "rank-1.safetensors"
+    path.unlink()
+    heard: list[str] = []
+
+    def gather(fault: str) -> list[str]:
+        heard.append(fault)
+        return ["", heard[0]]
+
+    for rank in (1, 0):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            read_together(tmp_path, SHAPES, SimpleNamespace(rank=rank, world_size=2, gather=gather))  # type: ignore[arg-type]
+    assert heard[1] == ""
+    written(tmp_path, 2)
+    ranks: Any = SimpleNamespace(rank=0, world_size=2, gather=lambda fault: [fault, ""])
+    layout, pieces = read_together(tmp_path, SHAPES, ranks)
+    assert layout.updates == 4
+    assert torch.equal(pieces["bias"].weight, whole()["bias"]["weight"][:3])
