@@ -140,10 +140,15 @@ def run(
 
 def build_sets(spec: str, frames: int, seed: int, out: Path) -> dict[str, Sequence[Record]]:
     """Records of both sets, equally many, about the clips of ``spec``; the UTR set is built in ``out``."""
+    build_dialogues(BuildOptions(spec, frames=frames, seed=seed), out / "utr.jsonl")
+    return read_sets(spec, seed, out)
+
+
+def read_sets(spec: str, seed: int, out: Path) -> dict[str, Sequence[Record]]:
+    """What :func:`build_sets` built in ``out`` before."""
     from fastrl.data.scenes import Scenes
     from fastrl.data.scenes.tasks import shown_in
 
-    build_dialogues(BuildOptions(spec, frames=frames, seed=seed), out / "utr.jsonl")
     scenes = load_data(spec).records
     assert isinstance(scenes, Scenes)
     size = len(scenes)  # one question about each clip; of the dialogues as many, drawn from all clips

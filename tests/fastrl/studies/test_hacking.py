@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from fastrl.models.open import resolve_model
 from fastrl.recipe import load_recipe
 from fastrl.studies import hacking
-from fastrl.studies.hacking import KINDS, Experiment, shown_of
+from fastrl.studies.hacking import KINDS, WIDTHS, Experiment, shown_of
 from fastrl.studies.runner import folder_name, run_study
 
 SPEC = "scenes:utr?n=3&seed=4&difficulty=1&size=84&frames=4"
@@ -26,21 +29,60 @@ def test_what_is_shown_is_about_the_same_clips_in_their_order() -> None:
 
 def test_the_rate_is_chosen_on_the_largest_set_of_each_kind() -> None:
     arms = [arm for arm in Experiment().arms() if arm.group]
-    for title in KINDS.values():
-        assert next(arm for arm in arms if arm.group == title).options["size"] == 1024
+    for width in WIDTHS:
+        for title in KINDS.values():
+            first = next(arm for arm in arms if arm.group == f"{title}, {width}")
+            assert (first.options["size"], first.options["width"]) == (1024, width)
+
+
+def test_each_plot_has_a_line_for_each_width_and_kind() -> None:
+    for plot in Experiment().plots():
+        assert [line.label for line in plot.lines] == [f"{t}, {w}" for t in KINDS.values() for w in WIDTHS]
+        assert [x for x, _ in plot.lines[0].points] == [64, 256, 1024]
+
+
+def test_a_model_that_is_not_there_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(hacking.WIDTHS, "narrow", "tiny:video-half")
+    monkeypatch.setattr(hacking, "QUICK_HELD_OUT", 1)
+    with pytest.raises(ValueError, match="no shipped model 'tiny:video-half'"):
+        run_study(Experiment(quick=True), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.gate
-def test_a_very_small_study_passes_once_over_each_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_small_study_passes_once_over_each_set_with_both_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hacking, "QUICK_SIZES", (8, 16))
     monkeypatch.setattr(hacking, "QUICK_HELD_OUT", 4)
+    # A copy with other weights: the width does not matter to what is held here
+    monkeypatch.setitem(hacking.WIDTHS, "narrow", str(_altered("tiny:video", tmp_path / "other")))
     study = Experiment(quick=True)
-    result = run_study(study, tmp_path)
+    out = tmp_path / "out"
+    result = run_study(study, out)
     for arm in study.arms():
         assert set(result["arms"][arm.name]) == {"greedy", "hack", "utr"}
         if arm.group:
-            recipe = load_recipe(next((tmp_path / folder_name(arm.name)).rglob("recipe.yaml")))
+            recipe = load_recipe(next((out / folder_name(arm.name)).rglob("recipe.yaml")))
             assert recipe.optim.steps == arm.options["size"] // 8
-    means = {arm: row["hack"]["mean"] for arm, row in result["arms"].items()}
-    grown = result["changes"]["one frame: proxy, 16 − 8"]["change"]
-    assert grown == pytest.approx(means["one frame, 16"] - means["one frame, 8"])
+            assert recipe.model.path == hacking.WIDTHS[arm.options["width"]]
+    means = {arm: {key: each["mean"] for key, each in row.items()} for arm, row in result["arms"].items()}
+    assert means["start, wide"]["hack"] != means["start, narrow"]["hack"]
+    for width in WIDTHS:
+        grown = result["changes"][f"{width}, one frame: proxy, 16 − 8"]["change"]
+        ends = (means[f"one frame, {n}, {width}"]["hack"] for n in (16, 8))
+        assert grown == pytest.approx(next(ends) - next(ends))
+    gains = [means[f"UTR, 16, {width}"]["greedy"] - means[f"start, {width}"]["greedy"] for width in WIDTHS]
+    found = result["changes"]["UTR, 16 clips: change of the truth, wide − narrow"]["change"]
+    assert found == pytest.approx(gains[0] - gains[1])
+
+
+def _altered(model: str, folder: Path) -> Path:
+    """A copy of a model whose matrices are a little smaller."""
+    shutil.copytree(resolve_model(model), folder)
+    weights = load_file(folder / "model.safetensors")
+    scaled = {name: value * 0.98 if value.ndim == 2 else value for name, value in weights.items()}
+    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
