@@ -1,12 +1,10 @@
 """Resolving the model that ``--model`` or ``model.path`` names, the same for every command.
 
-The small models that ship with fastrl (``tiny:perception``, …) are in ``fastrl/toy/weights``; ``fastrl tiny build``
-made them. ``perception`` is an earlier ``language`` model (which names kinds and colours) trained 400 steps further
-with ``fastrl tiny build perception --from LANGUAGE --steps 400 --lr 1.5e-3``. It reaches a greedy mean IoU of 0.78 and
-a counting score of 0.82 on scenes of difficulty 2 at the 112 pixels it was trained with, and 0.38 and 0.65 on pictures
-of 84 pixels, which it never saw. ``video`` follows shapes through six frames of 84 pixels (``docs/utr.md``). ``llava``
-is a LLaVA-1.5 (CLIP tower of 84 pixels, Llama) that was taught grounding, captions, dialogues and clips in two stages,
-``fastrl tiny build llava-pictures --out A`` and ``fastrl tiny build llava --from A --steps 600 --rows 8``.
+The small models that ship with fastrl (``tiny:perception``, …) are in ``fastrl/toy/weights``. ``fastrl tiny build``
+builds each of them again from nothing, in the stages of ``fastrl/toy/teach/stages.py``. ``perception`` answers about
+boxes in pictures of 112 pixels and never saw those of 84 that the demos show it; ``language`` reads and captions,
+``video`` and the narrower ``video-narrow`` follow shapes through six frames of 84 pixels, ``llava`` is a LLaVA-1.5
+(CLIP tower, Llama) that was taught all of it at 84 pixels. ``docs/tiny.md`` has what each scores.
 """
 
 from __future__ import annotations

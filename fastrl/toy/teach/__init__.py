@@ -1,1 +1,1 @@
-"""How the small models are taught (``fastrl tiny build``)."""
+"""How the small models are taught (``fastrl tiny build``, ``fastrl tiny teach``)."""

@@ -17,7 +17,8 @@ from fastrl.models.families.qwen2_vl import CONFIG_TOKENS, IMAGE, Qwen2_5VL, Qwe
 from fastrl.models.vision import ImagePreprocessor
 from fastrl.toy.teach.tokenizer import Spelling
 
-TOWER = (96, 4)  # hidden size and layers of the small vision towers
+WIDTH, LAYERS = 128, 4  # hidden size and layers of a small model's text half; its tower has as many layers
+TOWERS = {128: 96, 64: 64}  # hidden size of the text half → of the tower: heads of 32 in both
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Architecture:
         family: whose parts it has.
         spelling: how its tokenizer splits texts.
         coordinates: texts of the coordinates that its tokenizer has to know, as often as they count.
-        config: (tokenizer, side of its pictures) → the transformers config.
+        config: (tokenizer, side of its pictures, width) → the transformers config; the width is one of ``TOWERS``.
         preprocessor: side of its pictures → its image preprocessor.
         one_for_all: one model learns all tasks, of pictures and of clips.
     """
@@ -36,7 +37,7 @@ class Architecture:
     family: type[Family]
     spelling: Spelling
     coordinates: Callable[[], Iterator[str]]
-    config: Callable[[Any, int], Any]
+    config: Callable[[Any, int, int], Any]
     preprocessor: Callable[[int], ImagePreprocessor]
     one_for_all: bool = False
 
@@ -62,7 +63,11 @@ def text_sizes(tokenizer: Any, hidden: int, layers: int) -> dict[str, Any]:
 
 
 def qwen_config(
-    tokenizer: Any, hidden: int = 128, layers: int = 4, vision_hidden: int = TOWER[0], vision_layers: int = TOWER[1]
+    tokenizer: Any,
+    hidden: int = WIDTH,
+    layers: int = LAYERS,
+    vision_hidden: int = TOWERS[WIDTH],
+    vision_layers: int = LAYERS,
 ) -> Any:
     """Patch 14, merge 2 and multimodal RoPE as in Qwen2.5-VL."""
     from transformers import Qwen2_5_VLConfig
@@ -105,16 +110,16 @@ def _qwen_coordinates() -> Iterator[str]:
 # LLaVA-1.5
 
 
-def _llava_config(tokenizer: Any, side: int) -> Any:
+def _llava_config(tokenizer: Any, side: int, width: int) -> Any:
     """A CLIP tower of patch 14 with its class token left out, two linear layers, a Llama."""
     from transformers import LlavaConfig
 
-    hidden, depth = TOWER
+    hidden = TOWERS[width]
     vision = {
         "model_type": "clip_vision_model",
         "hidden_size": hidden,
         "intermediate_size": hidden * 2,
-        "num_hidden_layers": depth,
+        "num_hidden_layers": LAYERS,
         "num_attention_heads": hidden // 32,
         "projection_dim": hidden,
         "image_size": side,
@@ -122,7 +127,7 @@ def _llava_config(tokenizer: Any, side: int) -> Any:
     }
     token = tokenizer.convert_tokens_to_ids(llava_family.IMAGE_TOKEN)
     return LlavaConfig(
-        text_config={"model_type": "llama", **text_sizes(tokenizer, 128, 4)},
+        text_config={"model_type": "llama", **text_sizes(tokenizer, width, LAYERS)},
         vision_config=vision,
         image_token_index=token,
         image_seq_length=(side // 14) ** 2,
@@ -180,7 +185,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             pad=qwen_family.SPECIAL_TOKENS[0],
         ),
         _qwen_coordinates,
-        lambda tokenizer, side: qwen_config(tokenizer),
+        lambda tokenizer, side, width: qwen_config(tokenizer, width, vision_hidden=TOWERS[width]),
         _qwen_preprocessor,
     ),
     Llava.model_type: Architecture(

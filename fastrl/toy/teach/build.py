@@ -11,6 +11,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fastrl.models.families import Family, Placed, family_of
 from fastrl.models.families.qwen2_vl import Qwen2_5VL
 from fastrl.models.vision import ImagePreprocessor
 from fastrl.models.weights import read_weights
-from fastrl.toy.teach.architectures import ARCHITECTURES, Architecture
+from fastrl.toy.teach.architectures import ARCHITECTURES, TOWERS, WIDTH, Architecture
 from fastrl.toy.teach.clip_lessons import frame_of_step
 from fastrl.toy.teach.curriculum import CURRICULA, Row, RowMaker
 from fastrl.toy.teach.dialogues import feedbacks
@@ -168,6 +169,18 @@ def scene_answer(record: Record, family: type[Family] = Qwen2_5VL) -> str:
     return format_answer(record.task, record.target, family.style, view, labels=record.task == "detection")
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread inside, and in as many as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def build(
     kind: str,
     out: Path,
@@ -178,17 +191,22 @@ def build(
     lr: float = 3e-3,
     start: Path | None = None,
     retokenize: bool = False,
+    width: int = WIDTH,
     log: Callable[[str], None] = print,
 ) -> None:
     """Build, teach and save the small model ``kind``. The same arguments give the same weights on the same machine.
 
+    It computes in one thread, however many torch is told to use: sums that are split among threads round otherwise.
     With ``start`` it is initialised from that small model (see ``transfer.take_over``) and, unless ``retokenize``, uses
-    its vocabulary. Raises ``ValueError`` for an unknown kind.
+    its vocabulary. ``width`` is the hidden size of the text half (see ``architectures.TOWERS``). Raises ``ValueError``
+    for an unknown kind or width, and for a ``start`` of another width.
     """
     from fastrl.models.load import load_tokenizer
 
     if kind not in CURRICULA:
         raise ValueError(f"kind: expected one of {', '.join(CURRICULA)}, got {kind!r}")
+    if width not in TOWERS:
+        raise ValueError(f"width: expected one of {', '.join(map(str, TOWERS))}, got {width}")
     curriculum = CURRICULA[kind]
     made_of = ARCHITECTURES[curriculum.model_type]
     answer = partial(scene_answer, family=made_of.family)
@@ -200,10 +218,13 @@ def build(
     preprocessor = made_of.preprocessor(curriculum.size)
     torch.manual_seed(seed)
     kind_of_model = made_of.family.model_class()
-    model = kind_of_model(made_of.config(tokenizer, curriculum.size))
+    model = kind_of_model(made_of.config(tokenizer, curriculum.size, width))
     if start is not None:
         old = read_weights(kind_of_model, Path(start), dtype=torch.float32)
         old_tokenizer = load_tokenizer(start)
+        theirs = old.get_input_embeddings().weight.shape[1]
+        if theirs != width:
+            raise ValueError(f"{start}: a model of width {theirs} cannot begin one of width {width}")
         # Of clips, coordinates are said from 0 to 1000, of pictures in pixels
         moved = retokenize and curriculum.frames > 1
         twins = coordinate_twins(tokenizer, old_tokenizer, curriculum.size) if moved else {}

@@ -45,21 +45,16 @@ class Curriculum:
 
 
 LLAVA_PICTURES = Curriculum({"grounding": 4, "caption": 2}, levels=(1, 2, 2, 3), size=84, model_type=Llava.model_type)
+# By kind of lesson; fastrl/toy/teach/stages.py says in which order the shipped models had them
 CURRICULA = {
-    # Captions name kinds and colours: without them the model learns where shapes are, but not to distinguish them.
     "perception": Curriculum({"grounding": 4, "counting": 2, "detection": 1, "caption": 1}, levels=(1, 2, 2, 3)),
     "language": Curriculum({"ocr": 2, "caption": 2, "grounding": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT),
-    # tiny:language is made in two stages: fastrl tiny build language --out A, then
-    # fastrl tiny build dialogues --from A --out B --steps 300 --lr 1e-3
     "dialogues": Curriculum(
         {"ocr": 2, "caption": 2, "grounding": 1, "dialogue": 1}, levels=(1, 2, 2, 3), font=tasks.OCR_FONT
     ),
     # Of the study of reflection: from tiny:language
     "reasons": Curriculum({"reason": 4}, levels=(2,)),
-    # Initialised from an earlier "perception" model, which knew fewer names than the current one
     "video": Curriculum({"trajectory": 2, "utr": 1, "shown": 1}, levels=(1, 2, 2, 3), size=84, frames=6, more=2),
-    # tiny:llava is made in two stages: fastrl tiny build llava-pictures --out A, then
-    # fastrl tiny build llava --from A --out B --steps 600 --rows 8
     "llava-pictures": LLAVA_PICTURES,
     Llava.model_type: Curriculum(
         {"trajectory": 2, "utr": 1, "shown": 1},

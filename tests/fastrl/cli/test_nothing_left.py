@@ -51,6 +51,8 @@ FAILURES = {
         *("--out", "deep/out", "--data", GROUNDING),
     ),
     "tiny build": ("tiny", "build", "juggling", "--out", "deep/out"),
+    "tiny teach": ("tiny", "teach", "juggling", "--out", "deep/out"),
+    "tiny teach, width": ("tiny", "teach", "video", "--from", "tiny:video", "--width", "64", "--out", "deep/out"),
     "data": ("data", "refexp:no.jsonl", "--draw", "deep/truth.png"),
 }
 

@@ -142,7 +142,7 @@ def test_a_published_name_that_is_downloaded_is_read_from_its_files(hub: Path, m
 @pytest.mark.parametrize(
     ("name", "error", "says"),
     [
-        ("tiny:nothing", ValueError, "tiny:language, tiny:llava, tiny:perception, tiny:video"),
+        ("tiny:nothing", ValueError, "tiny:language, tiny:llava, tiny:perception, tiny:video, tiny:video-narrow"),
         ("nobody/nothing", FileNotFoundError, "hf download nobody/nothing"),
         ("no/such/folder", FileNotFoundError, "model folder not found: no/such/folder$"),
         ("../up", FileNotFoundError, "model folder not found"),
