@@ -16,6 +16,7 @@ from torch import Tensor
 from fastrl_kernels._counting import Scratch
 from fastrl_kernels._linear_logprob_driver import (
     EAGER_ROWS,
+    EAGER_TILE,
     Head,
     Plan,
     Route,
@@ -62,6 +63,7 @@ def _backward_plan(hidden: Tensor, head: Head, n: int, needs: Needs, route: Rout
             per_row=per_row + (0 if route.triton else eager_row_bytes(size, head.softcap is not None)),
             per_column=per_column + extra_per_column,
             row_limit=n if route.triton else EAGER_ROWS,
+            tile_limit=None if route.triton else EAGER_TILE,
         )
 
     accumulated = head.width * accumulator_dtype(dtype).itemsize

@@ -30,6 +30,7 @@ from fastrl_kernels._linear_logprob_tiles import (
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")  # fp32 result of a bf16/fp16 matmul; CUDA only
 _FORWARD_ROWS = 4096  # tokens per tile on a GPU: the weight is read once per tile
 EAGER_ROWS = 1024  # tokens per tile on a CPU
+EAGER_TILE = 16 << 20  # bytes of a tile on a CPU that its cache still holds from the product to the pass over it
 _SLAB_COLUMNS = 4096  # narrower slabs make the matmuls slow, so the number of rows is reduced first
 
 
@@ -145,10 +146,21 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def plan_tiles(n: int, v: int, budget: int, *, per_element: int, per_row: int, per_column: int, row_limit: int) -> Plan:
+def plan_tiles(
+    n: int,
+    v: int,
+    budget: int,
+    *,
+    per_element: int,
+    per_row: int,
+    per_column: int,
+    row_limit: int,
+    tile_limit: int | None = None,
+) -> Plan:
     """The largest tile of at most ``row_limit`` rows that fits ``budget`` bytes, cut evenly over n rows and v columns.
 
-    Rows are halved only if the slab would otherwise be narrow. ``ValueError`` if not even one row of 64 columns fits.
+    Rows are halved only if the slab would otherwise be narrow. ``tile_limit``: bytes above which slabs get no wider
+    than they must be. ``ValueError`` if not even one row of 64 columns fits.
     """
     whole = _round_up(v, 64)
     rows = max(1, min(n, row_limit))
@@ -163,6 +175,8 @@ def plan_tiles(n: int, v: int, budget: int, *, per_element: int, per_row: int, p
             )
         rows = (rows + 1) // 2
     columns = min(columns, whole)
+    if tile_limit is not None:
+        columns = min(columns, max(_SLAB_COLUMNS, tile_limit // (rows * per_element)))
     columns = _round_up(-(-v // -(-v // columns)), 64)
     rows = -(-n // -(-n // rows)) if n else 1
     return Plan(rows, columns, columns)
@@ -186,6 +200,7 @@ def _forward_plan(hidden: Tensor, head: Head, n: int, route: Route, *, gathered:
         + (0 if route.triton else eager_row_bytes(size, head.softcap is not None)),
         per_column=copied_slab * (head.width + bool(head.rank) * head.weight.shape[1]) * size,
         row_limit=_FORWARD_ROWS if route.triton else EAGER_ROWS,
+        tile_limit=None if route.triton else EAGER_TILE,
     )
 
 

@@ -50,11 +50,12 @@ class Policy(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Buffers in which gradients are summed; empty if not needed."""
+    """Buffers in which gradients are summed; empty if not needed. Those of hidden and bias begin at 0."""
 
     hidden: Tensor  # [N, H] of hidden's dtype
     weight: Tensor  # [V, H] in the accumulator dtype
     bias: Tensor  # [V] in the accumulator dtype
+    adds: bool = False  # the weight's is added to what the buffer holds; else it is overwritten
 
 
 def _plan(head: Head, n: int, route: Route) -> tuple[Plan, int, int]:
@@ -75,6 +76,11 @@ def _plan(head: Head, n: int, route: Route) -> tuple[Plan, int, int]:
         )
     rows = min(n, budget // (row_bytes + whole * item), n if route.triton else EAGER_ROWS)
     return Plan(-(-n // -(-n // max(1, rows))), vocabulary, whole), slab, slab_bytes
+
+
+def rows_at_once(head: Head, n: int, route: Route) -> int:
+    """Rows of a chunk of ``n`` rows. ``ValueError`` if scratch does not hold one."""
+    return _plan(head, n, route)[0].rows
 
 
 def held_bytes(hidden: Tensor, head: Head, n: int, route: Route, *, need_hidden: bool, plain: bool) -> int:
@@ -142,6 +148,6 @@ def _add_gradients(
         else:
             gradients.hidden.index_copy_(0, index[start:end], d_x.to(gradients.hidden.dtype))
     if gradients.weight.numel():
-        matmul_into(gradients.weight, tile.T, x, add=True)
+        matmul_into(gradients.weight, tile.T, x, add=gradients.adds or start > 0)
     if gradients.bias.numel():
         gradients.bias.add_(tile.sum(0, dtype=gradients.bias.dtype))

@@ -9,6 +9,9 @@ weight known beforehand). So a chunk of rows can be finished while its logits ar
 and nothing is recomputed: 25 % fewer FLOPs than ``policy_loss(linear_logprob(...))`` with the same results. Rows are
 computed by the same function and tiles by the same kernels; only the schedule differs.
 
+On a CPU whose ``scratch_bytes`` hold few rows, such a chunk's traffic costs more than the matmul saves: there, unless
+``head_grad`` is given, the two operators are called one after the other (``_linear_policy_composed``).
+
 Cost: both gradients are stored from forward to backward, the weight's as an fp32 ``[V, H]`` sum over chunks (with a
 full tile, about +2.7 GB at N = 16384, H = 2048, V = 151936 in bf16). ``head_grad`` avoids that by adding chunks to an
 existing fp32 gradient. Do not use it under activation checkpointing, which would compute everything twice. ``d hidden``
@@ -38,10 +41,11 @@ from fastrl_kernels._common import (
 from fastrl_kernels._counting import Scratch, flops_of, scratch_of
 from fastrl_kernels._linear_logprob_driver import Head, accumulator_dtype, route_of
 from fastrl_kernels._linear_logprob_tiles import RowTerms, triton_path
+from fastrl_kernels._linear_policy_composed import composed, live_rows, rows_to_compose
 from fastrl_kernels._linear_policy_loop import Gradients, Policy, held_bytes, run
 from fastrl_kernels._policy_options import PolicyOptions, PolicyTensors, completion_ids, options_schema
 from fastrl_kernels._policy_rows import policy_totals, sequence_importance
-from fastrl_kernels.linear_logprob import autocast_pair, check_rows, linear_logprob_reference
+from fastrl_kernels.linear_logprob import HeadOptions, autocast_pair, check_rows, linear_logprob_reference
 from fastrl_kernels.policy_loss import policy_loss_reference
 from fastrl_kernels.token_logprob import check_values, flat_rows, inverse_temperature, row_temperature
 from fastrl_kernels.token_weights import token_weights
@@ -90,8 +94,7 @@ def _forward(
     check_values(target, head_weight.shape[0], ignore_index, temperature)
     if rows is not None:
         check_rows(rows, target)
-    live = (weight != 0) & (target != head.options.ignore_index)
-    live &= (completion >= 0) & (completion < advantage.shape[0])  # the rest is padding
+    live = live_rows(PolicyTensors(advantage, completion, weight), target, ignore_index)
     weight = weight.to(kind).masked_fill(~live, 0)
     tensors = PolicyTensors(advantage, completion, weight, old_logp, ref_logp, sampler_logp)
     policy = Policy(tensors, PolicyOptions(*options), numbers)
@@ -113,10 +116,12 @@ def _forward(
     need_hidden, need_weight, need_bias = needs
     made = Gradients(
         torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_zeros(0),
-        hidden.new_zeros(head_weight.shape if need_weight and head_grad is None else (0,), dtype=kind),
+        hidden.new_empty(head_weight.shape if need_weight and head_grad is None else (0,), dtype=kind),
         hidden.new_zeros(head_weight.shape[:1] if need_bias else (0,), dtype=kind),
     )
-    into = made if head_grad is None or not need_weight else made._replace(weight=head_grad)
+    if not terms.target.shape[0]:
+        made.weight.zero_()  # which ``run`` would overwrite
+    into = made if head_grad is None or not need_weight else made._replace(weight=head_grad, adds=True)
     with torch.autocast(hidden.device.type, enabled=False):
         partials = run(hidden, head, terms, policy, index, into, grad_scale)
         loss, metrics = policy_totals(partials)
@@ -257,7 +262,9 @@ def linear_policy_loss(
             ``grad_scale`` times the loss's, so the loss must enter the backward with exactly this factor.
         grad_scale: the upstream gradient the loss will get (1 / accumulation steps; in fp16 the scaler's scale, without
             which small gradients are lost). Not 0.
-        scratch_bytes: must hold at least one row of logits; memory beside it, see the top of this file.
+        scratch_bytes: must hold at least one row of logits; memory beside it, see the top of this file. On a CPU, give
+            it 128 rows of fp32 logits and their hidden states or more: with less, gradients are computed in the
+            backward, by four matmuls, and nothing of the head's size is held until then.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or option, before any launch.
@@ -288,6 +295,11 @@ def linear_policy_loss(
     known = old_logp is not None or not chosen.needs_sums
     check(known, "importance_level: 'sequence' needs old_logp in linear_policy_loss, which computes rows in chunks")
     refuse_forward_mode("linear_policy_loss", hidden, head_weight, bias)
+    head = HeadOptions(bias, temperature, softcap, ignore_index, False, rows, None, False, scratch_bytes)
+    live = None if head_grad is not None else rows_to_compose(hidden, head_weight, target, tensors, head)
+    if live is not None:
+        found, logp = composed(hidden, head_weight, target, tensors, chosen, head, live)
+        return LinearPolicyLoss(**found._asdict(), logp=logp.view(shape))
     plain, numbers = chosen.split(hidden)
     learning = torch.is_grad_enabled()
     needs = [learning and tensor is not None and tensor.requires_grad for tensor in (hidden, head_weight, bias)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fastrl_kernels import _counting, _linear_logprob_driver, _native
+from fastrl_kernels import _counting, _linear_logprob_driver, _linear_policy_composed, _native
 from fastrl_kernels._counting import flops_of, named_arguments, scratch, scratch_of
 from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
@@ -180,9 +180,12 @@ def test_the_heads_scratch_is_what_it_allocates(budget: int, dtype: torch.dtype,
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("budget", "dtype"), [(ONE, torch.float32), (MANY, torch.bfloat16)], ids=str)
-def test_the_row_local_heads_scratch_is_what_it_allocates(budget: int, dtype: torch.dtype) -> None:
+def test_the_row_local_heads_scratch_is_what_it_allocates(
+    monkeypatch: pytest.MonkeyPatch, budget: int, dtype: torch.dtype
+) -> None:
     hidden, weight, target = (x.requires_grad_(x.is_floating_point()) for x in inputs(dtype))
     ids, advantage = torch.arange(N) // 100, torch.randn(N // 100)
+    monkeypatch.setattr(_linear_policy_composed, "FEW_ROWS", 1)
 
     def forward() -> Any:
         return linear_policy_loss(hidden, weight, target, advantage, ids, scratch_bytes=budget)
@@ -192,6 +195,27 @@ def test_the_row_local_heads_scratch_is_what_it_allocates(budget: int, dtype: to
     counted = counted_peak(forward)
     results = hidden.numel() * hidden.element_size() + 4 * weight.numel()
     assert told.bytes["linear_policy_loss.default"] + results == pytest.approx(counted, rel=WITHIN)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_row_local_heads_scratch_where_it_holds_few_rows_is_that_of_log_probs() -> None:
+    hidden, weight, target = (x.requires_grad_(x.is_floating_point()) for x in inputs(torch.float32))
+    ids, advantage = torch.arange(N) // 100, torch.randn(N // 100)
+    made: list[Tensor] = []
+
+    def forward() -> None:
+        made[:] = [linear_policy_loss(hidden, weight, target, advantage, ids, scratch_bytes=1 << 20).loss]
+
+    with Told() as told:
+        forward()
+        made[0].backward()
+    assert "linear_policy_loss.default" not in told.bytes
+    counted = counted_peak(forward), counted_peak(made[0].backward)
+    results = 4 * (hidden.numel() + weight.numel())
+    planned = told.bytes["linear_logprob.default"], told.bytes["linear_logprob_backward.default"]
+    vectors = 8 * 30 * N  # row terms, their copies and masks, far below the tiles elsewhere
+    assert planned[0] < counted[0] < planned[0] + vectors
+    assert planned[1] < counted[1] - results < planned[1] + vectors
 
 
 @pytest.mark.parametrize("op", [fastrl.linear_logprob, fastrl.linear_policy_loss], ids=str)
@@ -222,6 +246,16 @@ def test_scratch_follows_the_code_that_allocates(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_linear_logprob_driver, "EAGER_ROWS", 64)
     after = scratch(fastrl.linear_logprob.default, args, {}, triton=False)
     assert after.bounded < before.bounded / 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "expected"),
+    [(256, None, 151936), (256, 16 << 20, 15232), (1024, 16 << 20, 4032), (4096, 16 << 20, 4032)],
+)
+def test_a_limit_of_a_tile_makes_slabs_narrower_and_never_narrow(rows: int, limit: int | None, expected: int) -> None:
+    sizes = {"per_element": 4, "per_row": 0, "per_column": 0, "row_limit": rows}
+    plan = _linear_logprob_driver.plan_tiles(rows, 151936, 4 << 30, tile_limit=limit, **sizes)
+    assert (plan.rows, plan.columns) == (rows, expected)
 
 
 def test_flops_are_read_through_torchs_own_counter() -> None:

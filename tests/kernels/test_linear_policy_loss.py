@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastrl_kernels import _linear_policy_composed
 from fastrl_kernels._policy_options import PolicyOptions
 from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from fastrl_kernels.policy_loss import policy_loss
+from tests.helpers.planned import counted_peak
 
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 5e-6), torch.bfloat16: (1e-5, 6e-3)}
 VARIANTS = [
@@ -30,6 +32,9 @@ VARIANTS = [
     "sapo",
 ]
 BOUNDED = {"importance": "truncate", "importance_cap": 1.3}
+
+
+FEW = {"scratch_bytes": 60_000}  # a few rows of these logits
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -83,6 +88,15 @@ def doubled(leaves: list[Tensor], rest: tuple, kwargs: dict) -> tuple[list[Tenso
     return twins, rest, swapped
 
 
+@pytest.fixture(params=["composed", "fused"])
+def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a CPU does where scratch holds few rows, or would do if it held enough of them."""
+    if request.param == "fused":
+        monkeypatch.setattr(_linear_policy_composed, "FEW_ROWS", 1)
+    return request.param
+
+
+@pytest.mark.usefixtures("schedule")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_metrics_and_gradients_match_float64(variant: str, dtype: torch.dtype) -> None:
@@ -130,6 +144,7 @@ def test_same_as_the_composition(variant: str) -> None:
 def test_three_matmuls_and_only_what_is_needed() -> None:
     leaves, rest, _ = case(20, 8, 300, 4, torch.float32, "on_policy")
     product = 2 * 20 * 8 * 300
+    live = 2 * 8 * 300 * int(((rest[0] != -100) & (rest[2] >= 0)).sum())
 
     def flops(hidden: bool, weight: bool, **kwargs) -> int:
         leaves[0].requires_grad_(hidden)
@@ -145,6 +160,9 @@ def test_three_matmuls_and_only_what_is_needed() -> None:
     assert flops(True, True) == 3 * product
     assert flops(True, False) == 2 * product
     assert flops(True, True, rows=torch.arange(10)) == 3 * product // 2
+    assert flops(True, True, **FEW) == product + 3 * live
+    assert flops(True, False, **FEW) == product + 2 * live
+    assert flops(True, False, **FEW, head_grad=torch.zeros(300, 8)) == 2 * product
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         linear_policy_loss(leaves[0], leaves[1], *rest)
     assert counter.get_total_flops() == product
@@ -166,7 +184,8 @@ def test_head_gradient_goes_straight_into_the_given_buffer(dtype: torch.dtype) -
     assert relative(leaves[0].grad, twins[0].grad) < TOLERANCE[dtype][1]
 
 
-def test_poisoned_dead_rows_are_harmless() -> None:
+@pytest.mark.parametrize("scratch", [{}, FEW])
+def test_poisoned_dead_rows_are_harmless(scratch: dict[str, int]) -> None:
     leaves, (target, advantage, completion), kwargs = case(30, 8, 90, 4, torch.float32, "k3")
     weight = torch.rand(30)
     weight[::3] = 0
@@ -175,7 +194,7 @@ def test_poisoned_dead_rows_are_harmless() -> None:
         leaves[0][dead] = torch.nan
     for name in ("old_logp", "ref_logp"):
         kwargs[name] = kwargs[name].nan_to_num().masked_fill(dead, torch.nan)
-    result = linear_policy_loss(*leaves, target, advantage, completion, weight=weight, **kwargs)
+    result = linear_policy_loss(*leaves, target, advantage, completion, weight=weight, **scratch, **kwargs)
     grads = torch.autograd.grad(result.loss, leaves)
     assert all(bool(x.isfinite().all()) for x in (*result[:-1], *grads))
     assert torch.equal(result.logp.isinf(), dead)
@@ -231,6 +250,7 @@ def test_nothing_to_learn_gives_zero(dead: str) -> None:
     assert result.logp.isinf().all()
 
 
+@pytest.mark.usefixtures("schedule")
 def test_same_bits_twice() -> None:
     leaves, rest, kwargs = case(50, 16, 500, 5, torch.float32, "head")
     runs = []
@@ -238,6 +258,18 @@ def test_same_bits_twice() -> None:
         result = linear_policy_loss(leaves[0], leaves[1], *rest, scratch_bytes=200_000, **kwargs)
         runs.append([*result[:-1], result.logp, *torch.autograd.grad(result.loss, leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_little_scratch_holds_no_gradient_of_the_heads_size_until_the_backward(schedule: str) -> None:
+    n, h, v, budget = 256, 64, 4096, 2 << 20
+    hidden, weight = (torch.randn(x, h, requires_grad=True) for x in (n, v))
+    given = (torch.randint(v, (n,)), torch.randn(8), torch.arange(n) // 32)
+    kept: list[Tensor] = []
+    peak = counted_peak(lambda: kept.append(linear_policy_loss(hidden, weight, *given, scratch_bytes=budget).loss))
+    allowed = 1.1 * budget + (4 * v * h if schedule == "fused" else 0)
+    assert allowed - 1.1 * budget < peak < allowed
+    backward = counted_peak(lambda: torch.autograd.grad(kept[0], (hidden, weight)))
+    assert backward < 4 * (v + 2 * n) * h + 1.1 * budget
 
 
 def test_opcheck() -> None:
