@@ -212,7 +212,19 @@ def problems() -> list[Problem]:
         Problem("add_rms_norm", "64 × 2048 bf16", _norm, 64, (8, 16)),
         Problem("rope_append", "64 rows, 16 + 2 heads of 128, bf16", _rope, 64, (8, 16)),
         Problem("silu_mul", "64 × 11008 bf16", _gate, 64, (8, 16)),
-    ]
+        Problem(
+            "prefix_attention", "prompt of 1000, 8 answers of 64, keys and values of 2 heads of 128, bf16",
+            _prefix, 8, None,
+        ),
+        Problem(
+            "lora_update, q, k, v", "64 × 2048 to 2048, 256 and 256, rank 16, bf16",
+            lambda n: _adapters(n, (2048, 256, 256)), 64, None, 80,
+        ),
+        Problem(
+            "lora_update, gate and up", "64 × 2048 to 2 × 11008, rank 16, bf16",
+            lambda n: _adapters(n, (11008, 11008)), 64, None, 80,
+        ),
+    ]  # fmt: skip
 
 
 def _tokens(rows: int, *, entropy: bool) -> None:
@@ -317,6 +329,25 @@ def _gate(rows: int) -> None:
     from fastrl_kernels import silu_mul
 
     silu_mul(*torch.randn(2, rows, 11008).bfloat16().unbind())
+
+
+def _prefix(answers: int) -> None:
+    """Its two kernels, the gather and the sum of its gradients; attention itself is a library's."""
+    from fastrl_kernels import prefix_attention
+
+    lengths = {"prompt_lengths": [1000], "completion_lengths": [64] * answers, "group_of_completion": [0] * answers}
+    q, k, v = (torch.randn(1000 + 64 * answers, 2, 128).bfloat16().requires_grad_() for _ in range(3))
+    out = prefix_attention(q, k, v, **lengths)
+    out.backward(torch.ones_like(out))
+
+
+def _adapters(rows: int, sizes: tuple[int, ...]) -> None:
+    from fastrl_kernels import lora_update
+
+    rank, width = 16, 2048
+    low = torch.randn(len(sizes) * rank, width).bfloat16()
+    highs = [torch.randn(size, rank).bfloat16() for size in sizes]
+    lora_update(torch.randn(rows, width).bfloat16(), low, highs, [torch.zeros(rows, n).bfloat16() for n in sizes], 2.0)
 
 
 def main(argv: list[str] | None = None) -> None:
