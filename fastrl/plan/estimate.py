@@ -9,7 +9,7 @@ efficiency: estimates, not measurements.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -189,12 +189,39 @@ def make_plan(
         raise ValueError(
             f"need at least one GPU, one node and an efficiency in (0, 1], got {gpus}, {nodes} and {efficiency}"
         )
+    asked = _Asked(gpu, gpus, nodes, efficiency, sizes or {})
     if recipe.model.gradient_checkpointing == "auto":
-        options: dict[str, Any] = {"gpus": gpus, "nodes": nodes, "efficiency": efficiency, "sizes": sizes}
-        return first_that_fits(make_plan(one, gpu, **options) for one in checkpointing_choices(recipe))
+        return first_that_fits(_plan(one, asked) for one in checkpointing_choices(recipe))
+    return _plan(recipe, asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of ``make_plan`` for recipes that differ in checkpointing alone, and what these have in common."""
+
+    gpu: Gpu
+    gpus: int
+    nodes: int
+    efficiency: float
+    sizes: Mapping[str, Any]
+    rollouts: dict[bool, RolloutTrace] = field(default_factory=dict)
+
+    def rollout(self, core: Any, work: Workload, *, merge: bool) -> RolloutTrace:
+        """The trace of a rollout, in which no layer is checkpointed: made once, with merged adapters or without."""
+        if work.sampling is None:
+            return RolloutTrace()
+        if merge not in self.rollouts:
+            options = {"limits": work.limits, "sampling": work.sampling, "merge": merge}
+            self.rollouts[merge] = trace_rollout(core, work.chunk(), gpu=True, **options)
+        return self.rollouts[merge]
+
+
+def _plan(recipe: Recipe, asked: _Asked) -> Plan:
+    """Plan a recipe that says what is checkpointed."""
+    gpu, gpus, nodes, efficiency = asked.gpu, asked.gpus, asked.nodes, asked.efficiency
     core = meta_model(config_of(recipe.model.path), recipe.model, dtype_of(recipe))
     family = family_of(core.config)
-    work = workload_of(recipe, family, image_limit=image_limit(recipe.model.path, family), **(sizes or {}))
+    work = workload_of(recipe, family, image_limit=image_limit(recipe.model.path, family), **asked.sizes)
     model, release = count_model(core), release_of(recipe, work)
     room = room_of(recipe, core, work, gpu.memory - gpu.reserve)
     keeping = decide_keep(recipe, core, work, room, gpu=True)
@@ -216,10 +243,7 @@ def make_plan(
     same = [group.tokens for group in fullest] == [group.tokens for group in full]
     counted = traced if same else trace(full)
     whole = trace(full, keep=False) if keeping.on and reads_reference(recipe) else counted
-    rollout = RolloutTrace()
-    if work.sampling is not None:
-        options = {"limits": work.limits, "sampling": work.sampling, "merge": merging.on}
-        rollout = trace_rollout(core, work.chunk(), gpu=True, **options)
+    rollout = asked.rollout(core, work, merge=merging.on)
     memory = memory_of(recipe, model, work, traced, rollout, gpus=gpus * nodes)
     done = work_of(recipe, model, work, counted, rollout, gpu, efficiency, whole=whole)
     return Plan(recipe, gpu, gpus, efficiency, model, work, memory, done, keeping, merging, nodes)

@@ -14,11 +14,11 @@ import torch
 
 from fastrl.cli.main import main
 from fastrl.models.families import family_of, published
-from fastrl.plan import advise, gpu_named, make_plan, plan_text, plan_values
+from fastrl.plan import advise, estimate, gpu_named, make_plan, plan_text, plan_values
 from fastrl.plan.configs import config_of
 from fastrl.plan.hardware import GIB, Gpu
 from fastrl.plan.recompute import checkpointing_choices
-from fastrl.plan.trace import meta_model
+from fastrl.plan.trace import RolloutTrace, meta_model, trace_rollout
 from fastrl.plan.workload import workload_of
 from fastrl.recipe import ModelRecipe, load_recipe, shipped_recipes
 
@@ -143,6 +143,26 @@ def test_products_are_kept_between_nothing_and_everything() -> None:
     assert "all but products and attention is recomputed" in plan_text(products, [])
     assert "in the first 2 layers of the language model" in plan_text(half, [])
     assert plan_values(half, [])["checkpointed_layers"] == 2
+
+
+@pytest.mark.gate
+def test_auto_traces_the_rollout_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all six choices on a GPU that holds none of them; the numbers are those of a plan of the last alone."""
+    traced: list[bool] = []
+
+    def counting(*args: Any, merge: bool, **kwargs: Any) -> RolloutTrace:
+        traced.append(merge)
+        return trace_rollout(*args, merge=merge, **kwargs)
+
+    monkeypatch.setattr(estimate, "trace_rollout", counting)
+    auto, tight = small("model.gradient_checkpointing=auto"), Gpu("tight", 1.05 * GIB, bandwidth=1e12, flops=1e14)
+    chosen = make_plan(auto, tight)
+    assert not chosen.fits
+    assert traced == [False]
+    (*_, last) = checkpointing_choices(auto)
+    alone = make_plan(last, tight)
+    assert traced == [False, False]  # the plan of another call traces anew
+    assert (chosen.memory, chosen.work) == (alone.memory, alone.work)
 
 
 @pytest.mark.gate
