@@ -279,9 +279,8 @@ class Evaluation:
         how = {} if greedy else {"top_p": rollout.top_p, "top_k": rollout.top_k}
         served = rollout.backend == "vllm"
         context.sync()
-        generator = (
-            context.generator if served else Generator(context.policy, clock=context.clock, decode=rollout.decode)
-        )
+        options: dict[str, Any] = {"decode": rollout.decode, "merge": context.merge}
+        generator = context.generator if served else Generator(context.policy, clock=context.clock, **options)
         found: list[list[Answer]] = []
         for task, records in held.tasks.items():
             sampling = Sampling(

@@ -55,7 +55,8 @@ class Context:
     features by image key, shared by all passes of a step if the vision tower is frozen; None: each pass computes its
     own. ``rewards`` are the reward sections of a mixture's parts, by name; ``functions`` the user functions of all
     these sections, None: loaded when needed. ``kept`` gets the passes over sampled prompts from which the update
-    trains; None: it computes the prompts again. ``step`` is the number of steps done before this one.
+    trains; None: it computes the prompts again. ``step`` is the number of steps done before this one. ``merge``:
+    rollouts and evaluations sample with adapters merged into a copy of the weights.
     """
 
     policy: Policy

@@ -17,7 +17,7 @@ from fastrl.evaluate import during, evaluate
 from fastrl.evaluate.during import Evaluation, EvaluationError, held_out
 from fastrl.evaluate.run import sample_records
 from fastrl.models.open import open_policy
-from fastrl.rollout import Sampling
+from fastrl.rollout import Generator, Sampling
 from fastrl.run import keeping
 from fastrl.run.callbacks import StopRun
 from fastrl.run.logs import read_rows
@@ -115,6 +115,35 @@ def test_an_evaluation_that_fails_loses_no_step(
             train(recipe, **given)
     assert train(recipe, resume=True, **given).steps == 2
     assert [row["step"] for row in steady_evaluations(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize("merge", ["on", "off"])
+def test_adapters_are_merged_as_in_rollouts(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: str
+) -> None:
+    """The same tokens as with separate adapters in float32, and every weight to the bit what it was."""
+    compared: list[bool] = []
+
+    def both(policy: Any, *given: Any, generator: Any) -> Any:
+        assert generator.merge is (merge == "on")
+        modules = dict(policy.core.named_modules())
+        before = {name: tensor.clone() for name, tensor in policy.core.state_dict().items()}
+        answered = list(sample_records(policy, *given, generator=generator))
+        assert dict(policy.core.named_modules()) == modules
+        assert all(torch.equal(tensor, before[name]) for name, tensor in policy.core.state_dict().items())
+        separate = sample_records(policy, *given, generator=Generator(policy))
+        for (_, found), (_, expected) in zip(answered, separate, strict=True):
+            assert [c.token_ids.tolist() for c in found] == [c.token_ids.tolist() for c in expected]
+        compared.append(any(bool(t.any()) for name, t in before.items() if "lora_B" in name))
+        return answered
+
+    monkeypatch.setattr(during, "sample_records", both)
+    recipe = evaluated(
+        tiny_folder("qwen2_5"), tmp_path, model__lora={"rank": 4}, rollout__merge_lora=merge, optim__steps=2,
+        optim__lr=0.05, **SMALL,
+    )  # fmt: skip
+    train(recipe, records=make_records(), eval_records=make_records(2), show=False)
+    assert compared == [False, False, True, True]  # greedy and sampled, before the first and after the last step
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, values: Mapping[int, float | None], name: str = "edit_distance") -> None:
