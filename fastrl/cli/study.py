@@ -23,6 +23,9 @@ def study(
         bool, typer.Option("--quick", help="One seed, smaller, no choice of learning rates: 5 minutes or less.")
     ] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds [the study's].")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes that run arms side by side, with 1/N of the cores each.")
+    ] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder; an interrupted study continues [runs/study-…].")] = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="blind: a shipped recipe or YAML file instead of the study's.")
@@ -55,7 +58,7 @@ def study(
     ending = recipe_name(recipe) if recipe is not None else ""
     where = out or Path("runs") / "-".join(filter(None, ("study", name, ending, "quick" if quick else "")))
     try:
-        result = run_study(chosen, where, seeds=seeds)
+        result = run_study(chosen, where, seeds=seeds, processes=jobs)
     except KeyboardInterrupt:
         say(f"stopped; the same command continues {where}")
         raise typer.Exit(130) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -115,8 +116,20 @@ class Study(ABC):
     def begin(self) -> None:
         """Load what all jobs need; called before anything is written. Raises what is wrong with the settings."""
 
+    def again(self) -> Callable[..., Study]:
+        """Makes this study in another process, given ``say``; can be pickled."""
+        return partial(type(self), quick=self.quick)
+
     def prepare(self, seed: int, shared: Path) -> None:
-        """Make what the arms of a seed share; called before each job, and keeps what is there already."""
+        """Make the files that the arms of a seed share; keeps what is there already.
+
+        Called before the jobs of the seed, once or more often, and not necessarily in their process; never for the same
+        seed at the same time. The first call for a study ends before another begins, so that it may also make what all
+        seeds share."""
+        return
+
+    def prepare_training(self, seed: int, shared: Path) -> None:
+        """As :meth:`prepare`, and after it: the files that only arms which are trained need."""
         return
 
     def obstacle(self, untrained: Mapping[str, Measured]) -> str:

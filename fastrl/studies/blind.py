@@ -7,8 +7,9 @@ method comes from the images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,9 @@ class Experiment(Study):
         self.rates = RATES if own is None else ()
         self.sets: dict[str, Sequence[Record]] = {}
         self.task = ""
+
+    def again(self) -> Callable[..., Study]:
+        return partial(super().again(), own=self.own)
 
     @property
     def measures(self) -> Mapping[str, str]:  # type: ignore[override]

@@ -14,14 +14,18 @@ from fastrl.data.files import write_atomically
 from fastrl.studies.base import Job, Measured, Study
 
 MARK = "done.json"
+SPENT = "prepared.json"
 
 
 class Cell(NamedTuple):
-    """A finished job: what was measured, by set, and the seconds it took (of the clock, and of the process)."""
+    """A finished job: what was measured, by set, the seconds it took (of the clock, and of the process), torch's
+    threads and the code's commit (empty: none is known)."""
 
     sets: Mapping[str, Measured]
     seconds: float
     cpu_seconds: float
+    threads: int = 0
+    commit: str = ""
 
 
 def is_done(folder: Path) -> bool:
@@ -29,11 +33,42 @@ def is_done(folder: Path) -> bool:
     return (folder / MARK).is_file()
 
 
-def run_job(study: Study, job: Job) -> None:
+def set_up(study: Study, seed: int, training: bool, shared: Path) -> None:
+    """Make what jobs of a seed share, and add the seconds that it took to ``SHARED/prepared.json``.
+
+    ``training``: also what only trained arms need. The seconds of a call that failed or was stopped count too.
+    """
+    started, cpu = time.perf_counter(), time.process_time()
+    try:
+        study.prepare(seed, shared)
+        if training:
+            study.prepare_training(seed, shared)
+    finally:
+        if shared.is_dir():  # else nothing was made
+            before = spent_on(shared)
+            took = time.perf_counter() - started, time.process_time() - cpu
+            found = {"seconds": before[0] + took[0], "cpu_seconds": before[1] + took[1]}
+            write_atomically(shared / SPENT, json.dumps(found, indent=1) + "\n")
+
+
+def spent_on(shared: Path) -> tuple[float, float]:
+    """Seconds of the clock and of the process that it took to make what is in a seed's folder; 0 where nothing is."""
+    if not (shared / SPENT).is_file():
+        return 0.0, 0.0
+    try:
+        found = json.loads((shared / SPENT).read_text(encoding="utf-8"))
+        return float(found["seconds"]), float(found["cpu_seconds"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{shared / SPENT} is damaged ({type(error).__name__}: {error}); remove it") from None
+
+
+def run_job(study: Study, job: Job, commit: str = "") -> None:
     """Run a job and write its scores: ``SET.jsonl``, a line ``{"id", measure: score}`` per record, then the mark.
 
-    A job that was interrupted starts again from nothing.
+    A job that was interrupted starts again from nothing. ``commit`` of the code is noted in the mark.
     """
+    import torch
+
     if job.folder.exists():
         shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True)
@@ -52,6 +87,8 @@ def run_job(study: Study, job: Job) -> None:
         "numbers": {name: dict(measured.numbers) for name, measured in found.items()},
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,
+        "threads": torch.get_num_threads(),
+        "commit": commit,
     }
     write_atomically(job.folder / MARK, json.dumps(mark, indent=1) + "\n")
 
@@ -61,7 +98,8 @@ def read_cell(folder: Path) -> Cell:
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
         sets = {name: _read(folder / f"{name}.jsonl", numbers) for name, numbers in mark["numbers"].items()}
-        return Cell(sets, mark["seconds"], mark["cpu_seconds"])
+        code = mark.get("threads", 0), mark.get("commit", "")  # earlier versions noted neither
+        return Cell(sets, mark["seconds"], mark["cpu_seconds"], *code)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder}: damaged results ({problem}); remove this folder to run it again") from None

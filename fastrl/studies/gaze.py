@@ -38,6 +38,8 @@ from fastrl.toy.demos.evidence import Compared, change
 from fastrl.toy.demos.scenes import HELD_OUT_SEED, REPORTED_SEED
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastrl.data.records import Record
     from fastrl.models.load import Policy
 
@@ -48,6 +50,7 @@ HELD_OUT, QUICK_HELD_OUT = 256, 96
 MIN_BEST = 0.9
 RATES = (1e-3, 2e-3, 4e-3)
 TRAINED = "RePer"
+FILE = "dialogues.jsonl"
 KINDS = {"share": "attention inside named boxes", "saliency": "saliency of named boxes", "mass": "attention on image"}
 
 
@@ -107,16 +110,17 @@ class Experiment(Study):
         self.sets = {name: pictures(self.held_out, seed) for name, seed in seeds.items()}
         self.start = load_model(self.recipe)
 
+    def prepare_training(self, seed: int, shared: Path) -> None:
+        shared.mkdir(parents=True, exist_ok=True)
+        spec = f"scenes:caption?n={self.pictures}&seed={seed + 1}&difficulty={DIFFICULTY}"
+        path = self.recipe.model.path
+        options = BuildOptions(path, spec, "rule", min_best=MIN_BEST, max_new_tokens=LONGEST, seed=seed)
+        build_dialogues(options, shared / FILE, policy=self.start, critic=RuleCritic(), records=load_data(spec))
+
     def run(self, job: Job) -> Mapping[str, Measured]:
         policy = self.start
         if job.arm.group:
-            job.shared.mkdir(parents=True, exist_ok=True)
-            file = job.shared / "dialogues.jsonl"
-            spec = f"scenes:caption?n={self.pictures}&seed={job.seed + 1}&difficulty={DIFFICULTY}"
-            path = self.recipe.model.path
-            options = BuildOptions(path, spec, "rule", min_best=MIN_BEST, max_new_tokens=LONGEST, seed=job.seed)
-            build_dialogues(options, file, policy=self.start, critic=RuleCritic(), records=load_data(spec))
-            policy = train_job(changed(self.recipe, {"data.spec": f"reflection:{file}"}), job)
+            policy = train_job(changed(self.recipe, {"data.spec": f"reflection:{job.shared / FILE}"}), job)
         return {name: measured(policy, self.sets[name]) for name in job.sets}
 
 

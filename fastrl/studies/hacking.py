@@ -124,7 +124,7 @@ class Experiment(Study):
         self.sets = {name: (load_data(spec), shown_of(spec)) for name, spec in specs.items()}
         self.starts = {width: load_model(self._of(width)) for width in WIDTHS}
 
-    def prepare(self, seed: int, shared: Path) -> None:
+    def prepare_training(self, seed: int, shared: Path) -> None:
         shared.mkdir(parents=True, exist_ok=True)
         build_sets(self._spec(seed), self._frames, seed, shared)
 

@@ -23,7 +23,12 @@ class _Named(NamedTuple):
 
 
 def outcome(
-    study: Study, cells: Cells, rates: Mapping[str, float | None], out: Path, stopped: str = ""
+    study: Study,
+    cells: Cells,
+    rates: Mapping[str, float | None],
+    out: Path,
+    stopped: str = "",
+    other_cpu_seconds: float = 0.0,
 ) -> dict[str, Any]:
     """The results of a study; scores of every record, averaged over seeds, go to ``OUT/scores.jsonl``.
 
@@ -32,7 +37,9 @@ def outcome(
         ``records``; ``arms``: arm → measure → ``mean``, ``seeds`` (the value of each); ``changes``: comparison →
         ``before``, ``after``, ``change``, ``low``, ``high`` (of the scores averaged over seeds, an interval over
         records) and ``seeds`` (the change on each); ``findings``; ``stopped``, why nothing was trained (empty: it was);
-        ``seconds`` and ``cpu_seconds`` of all jobs.
+        ``seconds`` and ``cpu_seconds`` of these jobs; ``process_cpu_seconds``, which also has ``other_cpu_seconds``, of
+        what seeds share and of the choice of rates; ``machine``, with torch's threads in each process; the ``commit``
+        of the code (of jobs that ran on different ones, all; empty outside a checkout) and its ``version``.
 
     Raises:
         ValueError: arms were measured on different records.
@@ -48,7 +55,7 @@ def outcome(
         changes[name]["seeds"] = [
             paired_interval(each[s][before[0]][before[1]], each[s][after[0]][after[1]], draws=1).change for s in seeds
         ]
-    about = study.about._asdict()
+    about, cpu = study.about._asdict(), sum(cell.cpu_seconds for cell in cells.values())
     return {
         "study": about.pop("name"),
         **about,
@@ -62,10 +69,11 @@ def outcome(
         "findings": dict(study.findings(out)),
         "stopped": stopped,
         "seconds": sum(cell.seconds for cell in cells.values()),
-        "cpu_seconds": sum(cell.cpu_seconds for cell in cells.values()),
-        "machine": machine(),
+        "cpu_seconds": cpu,
+        "process_cpu_seconds": cpu + other_cpu_seconds,
+        "machine": {**machine(), "threads": sorted({cell.threads for cell in cells.values() if cell.threads})},
+        "commit": ", ".join(dict.fromkeys(cell.commit for cell in cells.values() if cell.commit)),
         "version": fastrl.__version__,
-        "out": str(out),
     }
 
 
@@ -128,7 +136,8 @@ def print_result(study: Study, result: Mapping[str, Any]) -> None:
     print_rows("intervals over records of the scores averaged over seeds", columns, rows)
     for name, found in result["findings"].items():
         print(f"{name}: {found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]")
-    print(f"{result['seconds']:.0f} s ({result['cpu_seconds']:.0f} of a core); page: {result['out']}/study.html")
+    spent = f"{result['seconds']:.0f} s of runs; {result['process_cpu_seconds']:.0f} of a core with all that they share"
+    print(f"{spent}; page: {result['out']}/study.html")
 
 
 def _same_ids(cells: Cells) -> Sequence[str]:

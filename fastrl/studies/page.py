@@ -19,8 +19,11 @@ def write_page(study: Study, result: Mapping[str, Any], path: Path) -> Path:
     """Write the page of a study's results."""
     about, place = study.about, result["machine"]
     texts = {"Paper": about.paper, "Design": about.design, "Expected": about.expected}
-    cost = f"{result['seconds']:.0f} s, {result['cpu_seconds']:.0f} s of one core, {place['cpu']}"
-    told = f"{conditions(result)}. {cost}, fastrl {result['version']}."
+    cost = (
+        f"{result['seconds']:.0f} s of runs, {result['process_cpu_seconds']:.0f} s of one core in all, {place['cpu']}"
+    )
+    code = f"fastrl {result['version']}" + (f", commit {result['commit']}" if result["commit"] else "")
+    told = f"{conditions(result)}. {cost}, {code}."
     charts = [_forest(result["changes"]), *(_plot(plot, result["arms"]) for plot in study.plots())]
     findings = [
         [name, f"{f['value']:+.3f}", f"[{f['low']:+.3f}, {f['high']:+.3f}]"] for name, f in result["findings"].items()

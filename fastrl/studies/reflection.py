@@ -148,6 +148,24 @@ class Experiment(Study):
             sizes = {"steps": self.own_steps, "per_step": OWN_PER_STEP, "rate": OWN_RATE, "seed": 0}
             teach(str(first), found, base, **sizes)
 
+    def prepare_training(self, seed: int, shared: Path) -> None:
+        """The seed's dialogues by the base: with the captions' own reasons, and with another picture's."""
+        shared.mkdir(parents=True, exist_ok=True)
+        spec, recipe = scenes_like(SCENES, n=self.pictures, seed=seed + 1), self._recipe(shared)
+        path, sizes = recipe.model.path, {"min_best": MIN_BEST, "min_gap": MIN_GAP, "max_new_tokens": LONGEST}
+        policy, records = load_model(recipe), load_data(spec)
+        for shuffled in (False, True):
+            judge: Critic = Shuffled(critic()) if shuffled else critic()
+            file, options = (
+                dialogues_of(shared, shuffled=shuffled),
+                BuildOptions(path, spec, "rule", **sizes, seed=seed),
+            )
+            found = build_dialogues(options, file, policy=policy, critic=judge, records=records)
+            self.say(f"{found['kept']} dialogues of {found['pictures']} pictures")
+            if not found["kept"]:
+                wanted = f"captions differ by {MIN_GAP:g}, the best {MIN_BEST:g}"
+                raise ValueError(f"{spec}: of no picture the base's {wanted}")
+
     def obstacle(self, untrained: Mapping[str, Measured]) -> str:
         scores = untrained["start"].scores
         found = paired_interval(scores["other 2"], scores["score 2"])
@@ -157,9 +175,9 @@ class Experiment(Study):
         return f"the base uses no reasons: turn 2 with its captions' own less another picture's is {held}"
 
     def run(self, job: Job) -> Mapping[str, Measured]:
-        recipe = changed(self._recipe(), {"model.path": str(base_of(job.shared))})
+        recipe = self._recipe(job.shared)
         if job.arm.group:
-            file = self._dialogues(recipe, job, shuffled=job.arm.options["shuffled"])
+            file = dialogues_of(job.shared, shuffled=job.arm.options["shuffled"])
             changes = {"method.alpha": float(job.arm.options["alpha"]), "data.spec": f"reflection:{file}"}
             policy = train_job(changed(recipe, changes), job)
         else:
@@ -177,29 +195,19 @@ class Experiment(Study):
                 scores |= {f"false {n}": [row["false_captions"] for row in row_of] for n, row_of in enumerate(rows, 1)}
         return Measured([record.id for record in records], scores)
 
-    def _recipe(self) -> Recipe:
+    def _recipe(self, shared: Path) -> Recipe:
         fixed = {"method.turns": "all", "method.alpha": 0.0, "optim.steps": self.steps}
-        return load_recipe(RECIPE, fixed)
-
-    def _dialogues(self, recipe: Recipe, job: Job, *, shuffled: bool) -> Path:
-        """The seed's dialogues by the base, made once: with the captions' own reasons, or with another picture's."""
-        job.shared.mkdir(parents=True, exist_ok=True)
-        file = job.shared / ("shuffled.jsonl" if shuffled else "dialogues.jsonl")
-        spec = scenes_like(SCENES, n=self.pictures, seed=job.seed + 1)
-        options = BuildOptions(
-            recipe.model.path, spec, "rule", min_best=MIN_BEST, min_gap=MIN_GAP, max_new_tokens=LONGEST, seed=job.seed
-        )
-        judge: Critic = Shuffled(critic()) if shuffled else critic()
-        found = build_dialogues(options, file, policy=load_model(recipe), critic=judge, records=load_data(spec))
-        self.say(f"{found['kept']} dialogues of {found['pictures']} pictures")
-        if not found["kept"]:
-            raise ValueError(f"{spec}: of no picture the base's captions differ by {MIN_GAP:g}, the best {MIN_BEST:g}")
-        return file
+        return load_recipe(RECIPE, {**fixed, "model.path": str(base_of(shared))})
 
 
 def base_of(shared: Path) -> Path:
     """The folder of the taught model, which all seeds share."""
     return shared.parent / "base"
+
+
+def dialogues_of(shared: Path, *, shuffled: bool) -> Path:
+    """The file of a seed's dialogues, with the captions' own reasons or with another picture's."""
+    return shared / ("shuffled.jsonl" if shuffled else "dialogues.jsonl")
 
 
 def own_lessons(policy: Policy, count: int) -> list[Record]:

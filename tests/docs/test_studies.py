@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
 STORED = sorted((ROOT / "benchmarks" / "results" / "studies").glob("*.json"))
 _CHANGE = re.compile(r"([+−]\d+\.\d{3}) \[([+−]\d+\.\d{3}), ([+−]\d+\.\d{3})\]")
-_CELL = re.compile(r"\| *(−?\d+\.\d{3}) *(?=\|)")
+_CELL = re.compile(r"\| *(−?\d+\.\d{3}(?: ± \d+\.\d{3})?) *(?=\|)")
+_NUMBER = re.compile(r"(?<![\d.,])[+−]?\d+\.\d{3}(?!\d)")
+_ROW = re.compile(r"^\| \[`(\w+)`\]\(#\w+\) \|(.*)\|$", re.MULTILINE)
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -32,6 +35,16 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
+def row(name: str) -> list[str]:
+    """The cells of a study's row behind its name: commit, form, seeds, arms, records, CPU seconds, sentence."""
+    return [cell.strip() for cell in dict(_ROW.findall(PAGE))[name].split("|")]
+
+
+def unsigned(value: float) -> str:
+    """A number as the page writes means."""
+    return f"{value:.3f}".replace("-", "−")
+
+
 def test_every_study_has_a_row_and_a_section() -> None:
     for name in STUDIES:
         assert f"| [`{name}`](#{name}) |" in PAGE, name
@@ -43,18 +56,27 @@ def test_stored_results_belong_to_studies() -> None:
     assert len(STORED) >= 1
     for path in STORED:
         found = stored(path)
-        assert (found["study"], found["quick"]) == (path.stem, True)
-        assert re.fullmatch(r"[0-9a-f]{7}", found["commit"])
+        assert found["study"] == path.stem
+        assert not found["quick"] or found["seeds"] == 1
+        assert re.fullmatch(r"[0-9a-f]{7}(, [0-9a-f]{7})*", found["commit"])  # several: it was continued on another
         assert "out" not in found  # a place on somebody's disk
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_the_row_of_a_study_says_what_was_stored(path: Path) -> None:
     found = stored(path)
-    row = next(line for line in PAGE.splitlines() if line.startswith(f"| [`{path.stem}`]"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    seconds = f"{found['process_cpu_seconds']:.0f}"
-    assert cells[1:5] == [f"`{found['commit']}`", str(len(found["arms"])), str(found["records"]), seconds]
+    form, seconds = "quick" if found["quick"] else "full", f"{found['process_cpu_seconds']:,.0f}"
+    sizes = [str(found["seeds"]), str(len(found["arms"])), str(found["records"])]
+    assert row(path.stem)[:6] == [f"`{found['commit']}`", form, *sizes, seconds]
+
+
+def test_the_page_says_how_many_studies_ran_in_full() -> None:
+    forms = [row(name)[1] for name in STUDIES]
+    assert set(forms) <= {"quick", "full"}
+    full, quick = forms.count("full"), forms.count("quick")
+    text = " ".join(PAGE.split())
+    assert f"Of the {len(STUDIES)} studies, {full} ran in full" in text
+    assert (f" and {quick} in their quick form" in text) is (quick > 0)
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
@@ -65,5 +87,11 @@ def test_every_number_of_a_section_is_stored(path: Path) -> None:
     shown = set(_CHANGE.findall(text))
     assert shown
     assert shown <= known, shown - known
-    means = {f"{row['mean']:.3f}".replace("-", "−") for arm in found["arms"].values() for row in arm.values()}
-    assert set(_CELL.findall(text)) <= means
+    rows = [row for arm in found["arms"].values() for row in arm.values()]
+    means = {unsigned(row["mean"]) for row in rows}
+    spreads = {stdev(row["seeds"]) for row in rows if len(row["seeds"]) > 1}
+    with_spread = {f"{unsigned(row['mean'])} ± {stdev(row['seeds']):.3f}" for row in rows if len(row["seeds"]) > 1}
+    assert set(_CELL.findall(text)) <= means | with_spread
+    changes = {number for each in known for number in each}
+    numbers = means | changes | {unsigned(value) for value in spreads}
+    assert set(_NUMBER.findall(text)) <= numbers, set(_NUMBER.findall(text)) - numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -217,6 +218,9 @@ def test_every_study_says_what_it_is_and_compares_its_own_arms() -> None:
             assert {state for c in study.comparisons() for state, _ in (c.before, c.after)} <= states
             assert {arm for plot in study.plots() for line in plot.lines for _, arm in line.points} <= set(arms)
             json.dumps(study.settings())
+            again = pickle.loads(pickle.dumps(study.again()))(say=print)  # as a worker makes it
+            assert (type(again), again.quick, again.settings()) == (kind, quick, study.settings())
+            pickle.dumps(study.arms())
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
