@@ -1,4 +1,7 @@
-"""``make verify``: run every demo on three seeds in separate processes and check its claim; a table and a JSON."""
+"""``make verify``: run every demo on three seeds in separate processes and check its claim; a table and a JSON.
+
+``--studies``: run every study in its quick form instead (``benchmarks.studies``).
+"""
 
 from __future__ import annotations
 
@@ -130,12 +133,15 @@ def broken_claims(results: list[dict[str, Any]]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Run the chosen demos, print and write; returns 1 if a demo failed or its claim does not hold."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verify", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="demos whose 'method task' contains this")
+    parser.add_argument("--studies", action="store_true", help="every study in its quick form, instead of demos")
+    parser.add_argument("--only", default="", metavar="TEXT", help="part of a demo's 'method task', or a study's name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folders [runs/verify, or a new one next to it]")
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="[benchmarks/results/verify.json]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="[benchmarks/results/verify.json; studies: in --out]")
     parser.add_argument("--family", metavar="TYPE", help="model type of the small models, of the demos that have it")
     args = parser.parse_args(argv)
+    if args.studies:
+        return _studies(args, parser)
     chosen = [(method, task) for method, task in jobs(args.family) if args.only in f"{method} {task or ''}"]
     if not chosen:
         parser.error(f"no demo matches {args.only!r}")
@@ -155,11 +161,32 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks.run import environment  # what results depend on, besides the seeds
 
         print(table(results))
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(environment() | {"results": results, "broken": broken}, indent=1) + "\n")
+        _write(args.json or RESULTS, environment() | {"results": results, "broken": broken})
     held = [f"{method} {task or ''}: {claim_of(method, task).text}" for method, task in by_demo(results)]
     print("\n".join([*failed, *broken]) or "\n".join(["every claim holds:", *(f"  {line}" for line in held)]))
     return int(bool(failed or broken))
+
+
+def _studies(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from benchmarks.studies import line, run_all
+    from fastrl.studies import STUDIES
+    from fastrl.toy.demos import fresh
+
+    names = [name for name in STUDIES if args.only in name]
+    if not names:
+        parser.error(f"no study matches {args.only!r}")
+    out = args.out if args.out is not None else fresh(Path("runs/verify-studies"))
+    results, failed = run_all(names, out)
+    for result in results.values():
+        print(line(result))
+    _write(args.json or out / "studies.json", {"results": results, "failed": failed})
+    print("\n".join(failed) or f"all of {len(names)} studies ran; a claim that is not seen is a result, not a failure")
+    return int(bool(failed))
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

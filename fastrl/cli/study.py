@@ -20,7 +20,7 @@ def study(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Which study; --list shows them.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="Show question, design and minutes of every study.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One seed, smaller, no choice of learning rates: 5 minutes or less.")
+        bool, typer.Option("--quick", help="One seed, smaller, no choice of learning rates: see --list for minutes.")
     ] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds [the study's].")] = None,
     jobs: Annotated[

@@ -7,12 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from fastrl.toy.demos.evidence import Compared, Scores
 
 CHOOSING, REPORTED = "choosing", "reported"  # rates are chosen on the first set, everything shown is of the second
 Say = Callable[[str], None]
+# What is expected of a comparison -> the verdicts that agree with it
+EXPECTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"rises": ("rises",), "falls": ("falls",), "does not rise": ("falls", "level"), "does not fall": ("rises", "level")}
+)
 
 
 class About(NamedTuple):
@@ -99,6 +104,10 @@ class Study(ABC):
     def comparisons(self) -> Sequence[Compared]:
         """What is compared, as states (arms and :meth:`differences`) and measures. Those of arms that were left out
         are skipped."""
+
+    def claims(self) -> Mapping[str, str]:
+        """Main comparisons -> what the paper leads one to expect of each (see ``EXPECTED``)."""
+        return {}
 
     def differences(self) -> Mapping[str, tuple[str, str]]:
         """State -> (arm, other arm): record by record the first one's score minus the other's."""

@@ -116,6 +116,9 @@ class Experiment(Study):
             ]
         return found
 
+    def claims(self) -> Mapping[str, str]:
+        return {f"seeing − blind: perpo − {kind}": "rises" for kind in self.kinds if kind != "perpo"}
+
     def settings(self) -> Mapping[str, Any]:
         if self.own is None:
             return {"prompts": self._prompts, "steps": self.recipe.optim.steps, "held_out": self._held_out}

@@ -98,6 +98,10 @@ class Experiment(Study):
             found += [change(f"{arm}, {n}{end}", f"{kind} {n}", STARTS[task], arm) for n in OBJECTS]
         return found
 
+    def claims(self) -> Mapping[str, str]:
+        grows = {f"GRPO − {ARMS[key]}: 6 − 1": "rises" for key in ("SFT", "shuffled")}
+        return {**grows, "grounding, GRPO − SFT: 6 − 1, IoU": "does not rise"}
+
     def settings(self) -> Mapping[str, Any]:
         recipe = self.recipes["GRPO"]
         sizes = {"steps": recipe.optim.steps, "prompts_per_step": recipe.data.prompts_per_step}

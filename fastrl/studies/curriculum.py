@@ -78,6 +78,10 @@ class Experiment(Study):
             for before, after in [("start", shuffled), *((shuffled, other) for other in others)]
         ]
 
+    def claims(self) -> Mapping[str, str]:
+        shuffled, *others = ARMS
+        return {f"{other} − {shuffled}": "rises" for other in (others[0], others[-1])}
+
     def settings(self) -> Mapping[str, Any]:
         recipe = self.recipe
         sizes = {"steps": recipe.optim.steps, "prompts_per_step": recipe.data.prompts_per_step, "scenes": self.scenes}

@@ -101,6 +101,11 @@ class Experiment(Study):
         ]
         return [*found, *shares, change("score of turn 3: after − before", "score 3", "start", TRAINED)]
 
+    def claims(self) -> Mapping[str, str]:
+        title = KINDS["mass"]
+        turns = {f"{TRAINED}: {title}, turn {b} − {a}": "rises" for a, b in pairwise(range(1, TURNS + 1))}
+        return {**turns, **{f"{KINDS['share']}, turn {t}: after − before": "rises" for t in range(1, TURNS + 1)}}
+
     def settings(self) -> Mapping[str, Any]:
         sizes = {"pictures": self.pictures, "steps": self.recipe.optim.steps, "held_out": self.held_out}
         return {**sizes, "rates": RATES}

@@ -115,6 +115,19 @@ class Experiment(Study):
         ]
         return [Plot(title, "clips", measured, lines) for measured, title in self.measures.items()]
 
+    def claims(self) -> Mapping[str, str]:
+        ends = f"{self.sizes[-1]} − {self.sizes[0]}"
+        ways = {"hack": {"proxy": "rises", "truth": "falls"}, "utr": {"proxy": "rises", "truth": "rises"}}
+        found = {
+            f"{width}, {KINDS[kind]}: {name}, {ends}": way
+            for width in WIDTHS
+            for kind, each in ways.items()
+            for name, way in each.items()
+        }
+        wide, narrow = WIDTHS
+        larger = f"{KINDS['hack']}, {self.sizes[-1]} clips: change of the truth, {wide} − {narrow}"
+        return {**found, larger: "falls"}
+
     def settings(self) -> Mapping[str, Any]:
         return {"sizes": self.sizes, "widths": WIDTHS, "held_out": self.held_out, "rates": RATES}
 

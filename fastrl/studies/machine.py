@@ -15,6 +15,11 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "load": load}
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def code_commit() -> str:
     """The commit of this package's code, with ``-dirty`` if tracked files were changed; empty outside a checkout."""
     home = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import fastrl
 from fastrl.evaluate.intervals import paired_interval
-from fastrl.studies.base import REPORTED, Measured, Study
+from fastrl.studies.base import EXPECTED, REPORTED, Measured, Study
 from fastrl.studies.cells import Cell
 from fastrl.studies.machine import machine
 from fastrl.toy.demos.evidence import Scores, report
@@ -36,7 +36,8 @@ def outcome(
         What the study is (``study``, ``question``, …), ``quick``, ``seeds`` (their number), ``rates`` by group,
         ``records``; ``arms``: arm → measure → ``mean``, ``seeds`` (the value of each); ``changes``: comparison →
         ``before``, ``after``, ``change``, ``low``, ``high`` (of the scores averaged over seeds, an interval over
-        records) and ``seeds`` (the change on each); ``findings``; ``stopped``, why nothing was trained (empty: it was);
+        records) and ``seeds`` (the change on each); ``claims``: main comparison → ``expected``, ``found``, ``seen``
+        (see :func:`seen`); ``findings``; ``stopped``, why nothing was trained (empty: it was);
         ``seconds`` and ``cpu_seconds`` of these jobs; ``process_cpu_seconds``, which also has ``other_cpu_seconds``, of
         what seeds share and of the choice of rates; ``machine``, with torch's threads in each process; the ``commit``
         of the code (of jobs that ran on different ones, all; empty outside a checkout) and its ``version``.
@@ -66,6 +67,7 @@ def outcome(
         "records": len(ids),
         "arms": {arm: _means(cells, arm) for arm in dict.fromkeys(arm for arm, _ in cells)},
         "changes": changes,
+        "claims": {name: seen(expected, changes[name]) for name, expected in study.claims().items() if name in changes},
         "findings": dict(study.findings(out)),
         "stopped": stopped,
         "seconds": sum(cell.seconds for cell in cells.values()),
@@ -80,6 +82,12 @@ def outcome(
 def verdict(change: Mapping[str, Any]) -> str:
     """``rises``, ``falls`` or ``level``: whether the whole interval is above 0, below 0, or neither."""
     return "rises" if change["low"] > 0 else "falls" if change["high"] < 0 else "level"
+
+
+def seen(expected: str, change: Mapping[str, Any]) -> dict[str, Any]:
+    """``expected`` of a comparison (see ``EXPECTED``), its verdict as ``found``, and whether they agree as ``seen``."""
+    found = verdict(change)
+    return {"expected": expected, "found": found, "seen": found in EXPECTED[expected]}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -134,6 +142,8 @@ def print_result(study: Study, result: Mapping[str, Any]) -> None:
     print_rows(f"{result['study']}: {result['question']}\n{conditions(result)}", columns, rows)
     columns, rows = change_rows(result)
     print_rows("intervals over records of the scores averaged over seeds", columns, rows)
+    for name, claim in result["claims"].items():
+        print(f"{name}: expected: {claim['expected']}; {claim['found']}" + ("" if claim["seen"] else " (not seen)"))
     for name, found in result["findings"].items():
         print(f"{name}: {found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]")
     spent = f"{result['seconds']:.0f} s of runs; {result['process_cpu_seconds']:.0f} of a core with all that they share"

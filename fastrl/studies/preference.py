@@ -111,6 +111,10 @@ class Experiment(Study):
         lines = [Line(title, [(n, arm_name(kind, "smooth", 0.0, n)) for n in LENGTHS]) for kind, title in KINDS.items()]
         return [*noise, Plot("smooth rewards without noise", "answers in a list", "sampled", lines)]
 
+    def claims(self) -> Mapping[str, str]:
+        where = condition("smooth", 0.0, LONGEST)
+        return {f"PerPO − {KINDS[kind]}, {where}": "rises" for kind in ("sft", "dpo", "lipo")}
+
     def settings(self) -> Mapping[str, Any]:
         return {"prompts": self.prompts, "steps": self.recipe.optim.steps, "held_out": self.held_out, "rates": RATES}
 

@@ -74,7 +74,7 @@ class Experiment(Study):
         "turns with the captions' own reasons and with another picture's",
         expected="turn t + 1 above turn t with reasons, not with another picture's; α > 0 lowers false facts",
         minutes=60,
-        quick_minutes=5,
+        quick_minutes=11,  # lessons, which follow each other: counted as one core's seconds
     )
     rates = RATES
 
@@ -124,6 +124,12 @@ class Experiment(Study):
         return [
             Plot(f"score, {line.label}", "α", f"score {number}", [line]) for number, line in enumerate(lines, start=1)
         ]
+
+    def claims(self) -> Mapping[str, str]:
+        arm = arm_name(1)
+        turns = {f"{arm}: turn 2 − 1": "rises", f"{arm}: turn 3 − 2": "rises"}
+        control = {f"{arm}: turn 2 − 1, others' reasons": "does not rise"}
+        return {**turns, **control, f"{arm} − {arm_name(0)}: false captions, turn 3": "falls"}
 
     def settings(self) -> Mapping[str, Any]:
         taught = {"lessons": self.taught * ROWS, "own": self.own, "own_steps": self.own_steps}

@@ -75,6 +75,10 @@ class Experiment(Study):
             for before, after in pairs
         ]
 
+    def claims(self) -> Mapping[str, str]:
+        added = {f"{arm_name(PARTS[: count + 1])}, AP": "rises" for count in range(1, len(PARTS))}
+        return {**added, "optimal match − sequence, AP": "rises"}
+
     def settings(self) -> Mapping[str, Any]:
         per_step = self.recipe.data.prompts_per_step
         sizes = {"steps": self.recipe.optim.steps, "prompts_per_step": per_step, "held_out": self.held_out}

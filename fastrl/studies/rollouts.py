@@ -89,6 +89,11 @@ class Experiment(Study):
             for task in TASKS
         ]
 
+    def claims(self) -> Mapping[str, str]:
+        few, many = SIZES[0], SIZES[-1]
+        pairs = ((MIDDLE, few), (many, MIDDLE), (many, few))
+        return {f"{task}, {EQUAL['prompts']}: {b} − {a}": "rises" for task in TASKS for b, a in pairs}
+
     def settings(self) -> Mapping[str, Any]:
         sizes = {"steps": self.steps, "prompts_per_step": self.prompts, "held_out": self.held_out}
         return {**sizes, "sizes": SIZES, "rates": RATES}

@@ -70,6 +70,9 @@ class Experiment(Study):
             for before, after in pairs
         ]
 
+    def claims(self) -> Mapping[str, str]:
+        return {"top − random": "does not fall", "random − bottom": "rises", "top − bottom": "rises"}
+
     def settings(self) -> Mapping[str, Any]:
         return {"pool": self.pool, "steps": self.recipe.optim.steps, "held_out": HELD_OUT, "rates": RATES}
 

@@ -93,6 +93,12 @@ class Experiment(Study):
                 found.append(change(f"{trained} − taught: {self.measures[name]}", name, taught, trained))
         return found
 
+    def claims(self) -> Mapping[str, str]:
+        plain, thinking = (arm_name(form, True) for form in FORMS)
+        less = f"{thinking} − {plain}"
+        better = {f"{less}: {self.measures[name]}": "does not rise" for name in ("sampled", "greedy", "greedy exact")}
+        return {**better, f"{less}: {self.measures['greedy tokens']}": "rises"}
+
     def settings(self) -> Mapping[str, Any]:
         recipe = self.recipe
         sizes = {"taught": self.taught * PER_STEP, "steps": recipe.optim.steps, "held_out": self.held_out}

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from fastrl.studies.base import Job, Study
 from fastrl.studies.cells import run_job, set_up
+from fastrl.studies.machine import cores
 
 STOPPED_AFTER = 10.0  # seconds that a worker which was asked to stop may go on with its step
 
@@ -232,11 +233,6 @@ def described(task: Job | Setup) -> str:
 def setup_of(job: Job) -> Setup:
     """What must be made before a job."""
     return Setup(job.seed, bool(job.arm.group), job.shared)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _say(text: str) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from fastrl.cli.main import main
 from fastrl.studies import STUDIES, all_studies, study_class
-from fastrl.studies.base import REPORTED, About, Arm, Job, Line, Measured, Plot, Study
-from fastrl.studies.outcome import change_rows, conditions, print_result, verdict
+from fastrl.studies.base import EXPECTED, REPORTED, About, Arm, Job, Line, Measured, Plot, Study
+from fastrl.studies.outcome import change_rows, conditions, print_result, seen, verdict
 from fastrl.studies.runner import check_folder, folder_name, run_study
 from fastrl.toy.demos.evidence import Compared, change
 
@@ -40,6 +40,9 @@ class Fixed(Study):
     def comparisons(self) -> Sequence[Compared]:
         names = ("a", "b", "b/long", "a − b")
         return [change(name, "score", "start", name) for name in names]
+
+    def claims(self) -> Mapping[str, str]:
+        return {"a": "rises", "b": "does not fall", "b/long": "rises"}
 
     def differences(self) -> Mapping[str, tuple[str, str]]:
         return {"a − b": ("a", "b")}
@@ -105,6 +108,17 @@ def test_the_table_has_means_changes_intervals_and_seeds(tmp_path: Path, capsys:
     assert page.count("data:image/png;base64,") == 2
     assert "does a differ from b?" in page
     assert json.loads((tmp_path / "results.json").read_text())["changes"] == result["changes"]
+
+
+def test_claims_are_seen_or_not_by_the_intervals_of_their_comparisons(tmp_path: Path) -> None:
+    study = Fixed(quick=True)
+    result = run_study(study, tmp_path)
+    assert result["claims"] == {  # b/long is not part of the quick form
+        "a": {"expected": "rises", "found": "rises", "seen": True},
+        "b": {"expected": "does not fall", "found": "falls", "seen": False},
+    }
+    assert seen("does not rise", {"low": -0.1, "high": 0.1})["seen"]
+    assert not seen("rises", {"low": -0.1, "high": 0.1})["seen"]
 
 
 @pytest.mark.parametrize(
@@ -209,18 +223,27 @@ def test_every_study_says_what_it_is_and_compares_its_own_arms() -> None:
         assert kind.about.name == name
         assert all(str(text).strip() for text in kind.about)
         assert kind.about.minutes <= 60
-        assert kind.about.quick_minutes <= 5
+        assert kind.about.quick_minutes <= (11 if name == "reflection" else 5)  # which teaches its model first
         for quick in (False, True):
             study = kind(quick=quick)
             arms = [arm.name for arm in study.arms()]
             assert len({folder_name(arm) for arm in arms}) == len(arms)
-            states = {*arms, *study.differences()}
+            gaps = set(study.differences())
+            states = {*arms, *gaps}
             assert {state for c in study.comparisons() for state, _ in (c.before, c.after)} <= states
             assert {arm for plot in study.plots() for line in plot.lines for _, arm in line.points} <= set(arms)
             json.dumps(study.settings())
+            compared = [c.name for c in study.comparisons() if {c.before[0], c.after[0]} <= {*_in(study, quick), *gaps}]
+            claims = [name for name in study.claims() if name in compared]
+            assert claims if quick else claims == list(study.claims())
+            assert set(study.claims().values()) <= set(EXPECTED)
             again = pickle.loads(pickle.dumps(study.again()))(say=print)  # as a worker makes it
             assert (type(again), again.quick, again.settings()) == (kind, quick, study.settings())
             pickle.dumps(study.arms())
+
+
+def _in(study: Study, quick: bool) -> list[str]:
+    return [arm.name for arm in study.arms() if arm.quick or not quick]
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

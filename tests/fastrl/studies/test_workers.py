@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from fastrl.studies.base import REPORTED, Arm, Job
+from fastrl.studies.machine import cores
 from fastrl.studies.runner import run_study
-from fastrl.studies.workers import JobError, Setup, Worker, Workers, cores, described, setup_of
+from fastrl.studies.workers import JobError, Setup, Worker, Workers, described, setup_of
 from tests.helpers.studied import ARMS, Counted
 
 OF_THE_CLOCK = ("seconds", "cpu_seconds", "process_cpu_seconds", "machine", "out")
@@ -142,11 +143,13 @@ def test_a_study_that_is_made_with_other_settings_is_refused(tmp_path: Path, mon
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 from fastrl.studies.runner import run_study
 from tests.helpers.studied import Counted
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
     try:
         run_study(Counted(behaviour={"b": "waits"}), Path(sys.argv[1]), processes=2)
     except KeyboardInterrupt:

@@ -1,0 +1,74 @@
+"""``make verify ARGS="--studies"``: a line for each study; what cannot be run fails, what is not seen does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import studies, verify
+from benchmarks.studies import line, run_all, run_quick, told
+from fastrl.studies import STUDIES
+
+
+def result(name: str, *found: tuple[str, str, bool], stopped: str = "") -> dict[str, Any]:
+    claims = {claim: {"expected": "rises", "found": how, "seen": seen} for claim, how, seen in found}
+    return {"study": name, "question": f"does {name} help?", "claims": claims, "stopped": stopped}
+
+
+def test_a_line_says_what_was_asked_what_was_seen_and_how_long_it_took() -> None:
+    found = result("temporal", ("top − random", "level", False), ("top − bottom", "rises", True))
+    shown = line({**found, "wall_seconds": 203.4})
+    assert shown == "temporal        203 s  does temporal help? 1 of 2 seen; not: top − random (level)"
+    assert told(result("gaze", ("a", "rises", True))) == "1 of 1 seen"
+    assert (
+        told(result("reflection", stopped="the base uses no reasons"))
+        == "nothing was trained: the base uses no reasons"
+    )
+
+
+def test_a_study_that_fails_is_named_and_the_others_are_run(tmp_path: Path) -> None:
+    def fake(name: str, out: Path) -> Mapping[str, Any]:
+        assert out == tmp_path / name
+        if name == "gaze":
+            raise RuntimeError("exit status 2, no result")
+        return result(name)
+
+    results, failed = run_all(["blind", "gaze", "rewards"], tmp_path, fake)
+    assert list(results) == ["blind", "rewards"]
+    assert failed == ["study gaze: exit status 2, no result"]
+    assert all(each["wall_seconds"] >= 0 for each in results.values())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_verify_fails_where_a_study_does_and_not_where_a_claim_is_not_seen(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:4] == [sys.executable, "-m", "fastrl.cli", "study"]
+        assert command[5:8] == ["--quick", "--out", str(tmp_path / command[4])]
+        failing = fails and command[4] == "blind"
+        text = "a table\n" + json.dumps(result(command[4], ("a − b", "level", False)))
+        return subprocess.CompletedProcess(command, int(failing), "" if failing else text)
+
+    monkeypatch.setattr(studies.subprocess, "run", run)
+    assert verify.main(["--studies", "--out", str(tmp_path)]) == int(fails)
+    shown = capsys.readouterr().out
+    assert ("study blind: exit status 1, no result" in shown) is fails
+    assert shown.count("0 of 1 seen; not: a − b (level)") == len(STUDIES) - int(fails)
+    assert list(json.loads((tmp_path / "studies.json").read_text())["results"]) == list(STUDIES)[int(fails) :]
+    with pytest.raises(SystemExit):
+        verify.main(["--studies", "--only", "juggling", "--out", str(tmp_path)])
+
+
+def test_output_without_a_result_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        studies.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 0, "a table\n")
+    )
+    with pytest.raises(RuntimeError, match="exit status 0, no result"):
+        run_quick("blind", tmp_path)
