@@ -38,8 +38,8 @@ class Arm:
 
     Attributes:
         name: of its folder, and in tables.
-        group: arms of one group share a learning rate, chosen on the group's first arm; empty: nothing is trained, and
-            one seed is enough.
+        group: arms of one group share a learning rate (and a β), chosen on the group's first arm; empty: nothing is
+            trained, and one seed is enough.
         options: what the study's :meth:`Study.run` reads.
         quick: also part of ``--quick``.
     """
@@ -59,6 +59,7 @@ class Job(NamedTuple):
     folder: Path  # of this job alone
     shared: Path  # of the seed: what :meth:`Study.prepare` made
     sets: Sequence[str]  # to measure on: ``REPORTED``, ``CHOOSING`` or both
+    beta: float | None = None  # of the method; None: the recipe's
 
 
 class Measured(NamedTuple):
@@ -91,6 +92,7 @@ class Study(ABC):
     about: ClassVar[About]
     measures: Mapping[str, str]  # measure -> its title; rates are chosen by the first
     rates: Sequence[float] = ()  # the grid of learning rates, equal for all groups; empty: the recipe's rate
+    betas: Mapping[str, Sequence[float]] = {}  # group -> the grid of its β, chosen after its rate; others have none
     seeds: int = 3
 
     def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:

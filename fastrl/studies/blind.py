@@ -36,6 +36,7 @@ KINDS = ("perpo", "dpo", "sft")
 SEEING, BLIND = "pictures", "grey"
 ANSWERS, PROMPTS, PER_STEP = 12, 1024, 16
 RATES = (5e-5, 1e-4, 2e-4)
+BETAS = (0.05, 0.1, 0.2)  # of PerPO and DPO; the middle is the papers'
 
 # The measure of each task; an answer's score is that of its record alone
 SHOWN = {
@@ -80,6 +81,7 @@ class Experiment(Study):
         # Lists are the data of PerPO and its baselines only; other methods are compared with themselves
         self.kinds = KINDS if method_for(self.recipe.method) is PerPO else (self.recipe.method.kind,)
         self.rates = RATES if own is None else ()
+        self.betas = {} if own is not None else {kind: BETAS for kind in KINDS if kind != "sft"}
         self.sets: dict[str, Sequence[Record]] = {}
         self.task = ""
 
@@ -121,7 +123,13 @@ class Experiment(Study):
 
     def settings(self) -> Mapping[str, Any]:
         if self.own is None:
-            return {"prompts": self._prompts, "steps": self.recipe.optim.steps, "held_out": self._held_out}
+            return {
+                "prompts": self._prompts,
+                "steps": self.recipe.optim.steps,
+                "held_out": self._held_out,
+                "rates": RATES,
+                "betas": BETAS,
+            }
         run = {key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in ("out", "seed")}
         given = {"held_out": self.own.held_out, "limit": self.own.limit, "max_new_tokens": self.own.max_new_tokens}
         return {"recipe": self.recipe.name, **given, "keys": run}

@@ -17,6 +17,13 @@ MARK = "done.json"
 SPENT = "prepared.json"
 
 
+class Chosen(NamedTuple):
+    """Settings of a group of arms; None: the recipe's."""
+
+    rate: float | None = None
+    beta: float | None = None
+
+
 class Cell(NamedTuple):
     """A finished job: what was measured, by set, the seconds it took (of the clock, and of the process), torch's
     threads and the code's commit (empty: none is known)."""
@@ -84,6 +91,7 @@ def run_job(study: Study, job: Job, commit: str = "") -> None:
         "arm": job.arm.name,
         "seed": job.seed,
         "rate": job.rate,
+        "beta": job.beta,
         "numbers": {name: dict(measured.numbers) for name, measured in found.items()},
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import fastrl
 from fastrl.evaluate.intervals import paired_interval
 from fastrl.studies.base import EXPECTED, REPORTED, Measured, Study
-from fastrl.studies.cells import Cell
+from fastrl.studies.cells import Cell, Chosen
 from fastrl.studies.machine import machine
 from fastrl.toy.demos.evidence import Scores, report
 from fastrl.toy.demos.table import print_rows
@@ -25,7 +25,7 @@ class _Named(NamedTuple):
 def outcome(
     study: Study,
     cells: Cells,
-    rates: Mapping[str, float | None],
+    chosen: Mapping[str, Chosen],
     out: Path,
     stopped: str = "",
     other_cpu_seconds: float = 0.0,
@@ -33,8 +33,8 @@ def outcome(
     """The results of a study; scores of every record, averaged over seeds, go to ``OUT/scores.jsonl``.
 
     Returns:
-        What the study is (``study``, ``question``, …), ``quick``, ``seeds`` (their number), ``rates`` by group,
-        ``records``; ``arms``: arm → measure → ``mean``, ``seeds`` (the value of each); ``changes``: comparison →
+        What the study is (``study``, ``question``, …), ``quick``, ``seeds`` (their number), ``rates`` and ``betas`` by
+        group, ``records``; ``arms``: arm → measure → ``mean``, ``seeds`` (the value of each); ``changes``: comparison →
         ``before``, ``after``, ``change``, ``low``, ``high`` (of the scores averaged over seeds, an interval over
         records) and ``seeds`` (the change on each); ``claims``: main comparison → ``expected``, ``found``, ``seen``
         (see :func:`seen`); ``findings``; ``stopped``, why nothing was trained (empty: it was);
@@ -63,7 +63,8 @@ def outcome(
         "quick": study.quick,
         "settings": dict(study.settings()),
         "seeds": len(seeds),
-        "rates": dict(rates),
+        "rates": {group: found.rate for group, found in chosen.items()},
+        "betas": {group: found.beta for group, found in chosen.items() if found.beta is not None},
         "records": len(ids),
         "arms": {arm: _means(cells, arm) for arm in dict.fromkeys(arm for arm, _ in cells)},
         "changes": changes,
@@ -125,13 +126,17 @@ def change_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def conditions(result: Mapping[str, Any]) -> str:
-    """One sentence: records, seeds, learning rates, quick or not."""
-    rates = ", ".join(f"{group} {rate:g}" for group, rate in result["rates"].items() if rate is not None)
+    """One sentence: records, seeds, learning rates and β, quick or not."""
+    rates, betas = (
+        ", ".join(f"{group} {value:g}" for group, value in result[of].items() if value is not None)
+        for of in ("rates", "betas")
+    )
     seeds = "one seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
     if result["quick"]:
         how = "quick: one seed, smaller, and no learning rate was chosen"
     else:
         how = f"{seeds}; learning rates " + (f"chosen on other records: {rates}" if rates else "are the recipe's")
+        how += f"; so was β: {betas}" if betas else ""
     stopped = f"; nothing was trained, as {result['stopped']}" if result["stopped"] else ""
     return f"{result['records']} records on which nothing was chosen; {how}{stopped}"
 

@@ -42,6 +42,7 @@ MIN_GAP = 0.3  # between the best and the worst of the 12 answers, without noise
 PROMPTS, STEPS, PER_STEP, HELD_OUT = 1024, 48, 16, 512
 QUICK_PROMPTS, QUICK_STEPS, QUICK_HELD_OUT = 512, 24, 256
 RATES = (5e-5, 1e-4, 2e-4)
+BETAS = (0.05, 0.1, 0.2)  # of the three methods that compare answers; the middle is the papers'
 
 
 class Experiment(Study):
@@ -64,6 +65,7 @@ class Experiment(Study):
         "greedy_half": "min(1, 2 IoU), greedy",
     }
     rates = RATES
+    betas = {kind: BETAS for kind in KINDS if kind != "sft"}  # noqa: RUF012
 
     def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:
         super().__init__(quick=quick, say=say)
@@ -116,7 +118,13 @@ class Experiment(Study):
         return {f"PerPO − {KINDS[kind]}, {where}": "rises" for kind in ("sft", "dpo", "lipo")}
 
     def settings(self) -> Mapping[str, Any]:
-        return {"prompts": self.prompts, "steps": self.recipe.optim.steps, "held_out": self.held_out, "rates": RATES}
+        return {
+            "prompts": self.prompts,
+            "steps": self.recipe.optim.steps,
+            "held_out": self.held_out,
+            "rates": RATES,
+            "betas": BETAS,
+        }
 
     def begin(self) -> None:
         self.sets = scene_sets(self.recipe.data.spec, self.held_out)

@@ -5,7 +5,8 @@
     OUT/ARM/seed-0/rate-0.0001/          one job: scores of every record (JSON lines), the run's files, done.json
     OUT/scores.jsonl, results.json, study.html
 
-Learning rates are chosen for each group of arms from one grid, by one seed, on a set of records that is not reported.
+Learning rates are chosen for each group of arms from one grid, by one seed, on a set of records that is not reported;
+so is β at the chosen rate, where a method has one (``rate-0.0001-beta-0.1``).
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from typing import Any
 from fastrl.data.disk import nothing_empty_left
 from fastrl.data.files import write_atomically
 from fastrl.studies.base import CHOOSING, REPORTED, Arm, Job, Study
-from fastrl.studies.cells import is_done, read_cell, spent_on
+from fastrl.studies.cells import Chosen, is_done, read_cell, spent_on
 from fastrl.studies.machine import code_commit
 from fastrl.studies.outcome import outcome
 from fastrl.studies.page import write_page
 from fastrl.studies.workers import Runs, runs_of
 
 FILE = "study.json"
+TITLES = {"rate": "learning rate", "beta": "β"}  # what is chosen, in this order
 
 
 def run_study(study: Study, out: Path, *, seeds: int | None = None, processes: int = 1) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def run_study(study: Study, out: Path, *, seeds: int | None = None, processes: i
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / FILE, json.dumps(described, indent=1) + "\n")
     arms = [arm for arm in study.arms() if arm.quick or not study.quick]
-    first = [_job(arm, 0, None, out) for arm in arms if not arm.group]
+    first = [_job(arm, 0, Chosen(), out) for arm in arms if not arm.group]
     finished = sum(is_done(job.folder) for job in first)
     with runs_of(study, processes, commit) as run:
         _run(study, run, first, counted=False)
@@ -71,16 +73,14 @@ def run_study(study: Study, out: Path, *, seeds: int | None = None, processes: i
         if stopped:
             study.say(f"nothing is trained: {stopped}")
             arms = [job.arm for job in first]
-        tried = rate_jobs(study, arms, out)
-        _run(study, run, [job for jobs in tried.values() for job in jobs])
-        rates = choose_rates(study, arms, tried)
-        jobs = [_job(arm, seed, rates[arm.group], out) for seed in range(count) for arm in arms if arm.group]
+        tried, chosen = choose(study, run, arms, out)
+        jobs = [_job(arm, seed, chosen[arm.group], out) for seed in range(count) for arm in arms if arm.group]
         _run(study, run, jobs, finished=finished, before=len(first))
     cells = {(job.arm.name, job.seed): read_cell(job.folder) for job in (*first, *jobs)}
-    others = {job.folder for jobs in tried.values() for job in jobs} - {job.folder for job in jobs}
+    others = {job.folder for job in tried} - {job.folder for job in jobs}
     spent = [spent_on(_shared(out, seed))[1] for seed in range(count)]
     spent += [read_cell(folder).cpu_seconds for folder in others]
-    result = outcome(study, cells, rates, out, stopped, sum(spent))
+    result = outcome(study, cells, chosen, out, stopped, sum(spent))
     write_atomically(out / "results.json", json.dumps(result, indent=1) + "\n")
     write_page(study, result, out / "study.html")
     return {**result, "out": str(out)}
@@ -112,31 +112,47 @@ def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from _settings(each, ".".join(filter(None, (name, key if (name, key) != ("", "settings") else ""))))
 
 
-def rate_jobs(study: Study, arms: Sequence[Arm], out: Path) -> dict[str, list[Job]]:
-    """By group, the jobs of its first arm with every rate of the grid and seed 0, also measured on the choosing set.
-    Quick studies and those without a grid have none."""
-    if len(study.rates) < 2 or study.quick:
-        return {}
-    found: dict[str, list[Job]] = {}
-    for arm in arms:
-        if arm.group and arm.group not in found:
-            found[arm.group] = [_job(arm, 0, rate, out, (CHOOSING, REPORTED)) for rate in study.rates]
-    return found
+def choose(study: Study, run: Runs, arms: Sequence[Arm], out: Path) -> tuple[list[Job], dict[str, Chosen]]:
+    """Choose the learning rate of each group from the study's grid, then its β if it has a grid, each by the first
+    measure of the group's first arm with seed 0 on the choosing set.
+
+    Quick studies choose nothing: they take the middle of each grid, as the choice of rates does for β.
+
+    Returns:
+        The jobs that were tried, and by group what was chosen; ``None`` where there is no grid: the recipe's.
+    """
+    first = {arm.group: arm for arm in reversed(arms) if arm.group}
+    chosen = {group: Chosen(_middle(study.rates), _middle(study.betas.get(group, ()))) for group in first}
+    tried: list[Job] = []
+    if study.quick:
+        return tried, chosen
+    for setting, title in TITLES.items():
+        grids = {group: study.rates if setting == "rate" else study.betas.get(group, ()) for group in first}
+        jobs = {
+            (group, value): _job(first[group], 0, chosen[group]._replace(**{setting: value}), out, (CHOOSING, REPORTED))
+            for group, grid in grids.items()
+            for value in (grid if len(grid) > 1 else ())
+        }
+        _run(study, run, list(jobs.values()))
+        tried += jobs.values()
+        for group in dict.fromkeys(group for group, _ in jobs):
+            best = _best(study, group, title, {value: job for (of, value), job in jobs.items() if of == group})
+            chosen[group] = chosen[group]._replace(**{setting: best})
+    return tried, chosen
 
 
-def choose_rates(study: Study, arms: Sequence[Arm], tried: Mapping[str, Sequence[Job]]) -> dict[str, float | None]:
-    """The rate of each group: that of the grid with the best first measure on the choosing set, by the finished
-    :func:`rate_jobs`; without them the middle of the grid, or the recipe's rate (None)."""
-    given = study.rates[len(study.rates) // 2] if study.rates else None
-    chosen = dict.fromkeys((arm.group for arm in reversed(arms) if arm.group), given)
+def _middle(grid: Sequence[float]) -> float | None:
+    return grid[len(grid) // 2] if grid else None
+
+
+def _best(study: Study, group: str, title: str, tried: Mapping[float, Job]) -> float:
+    """The value of a grid whose finished job has the best first measure on the choosing set; says all of them."""
     measure = next(iter(study.measures))
-    for group, jobs in tried.items():
-        cells = {job.rate or 0.0: read_cell(job.folder) for job in jobs}
-        means = {rate: fmean(cell.sets[CHOOSING].scores[measure]) for rate, cell in cells.items()}
-        chosen[group] = max(means, key=means.__getitem__)
-        shown = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in means.items())
-        study.say(f"{group}: learning rate {chosen[group]:g} ({measure} on the choosing set: {shown})")
-    return chosen
+    means = {value: fmean(read_cell(job.folder).sets[CHOOSING].scores[measure]) for value, job in tried.items()}
+    best = max(means, key=means.__getitem__)
+    shown = ", ".join(f"{value:g}: {mean:.4f}" for value, mean in means.items())
+    study.say(f"{group}: {title} {best:g} ({measure} on the choosing set: {shown})")
+    return best
 
 
 def folder_name(arm: str) -> str:
@@ -144,9 +160,11 @@ def folder_name(arm: str) -> str:
     return re.sub(r"[^\w.]+", "-", arm).strip("-")
 
 
-def _job(arm: Arm, seed: int, rate: float | None, out: Path, sets: Sequence[str] = (REPORTED,)) -> Job:
-    folder = out / folder_name(arm.name) / f"seed-{seed}"
-    return Job(arm, seed, rate, folder if rate is None else folder / f"rate-{rate:g}", _shared(out, seed), sets)
+def _job(arm: Arm, seed: int, chosen: Chosen, out: Path, sets: Sequence[str] = (REPORTED,)) -> Job:
+    values = {"rate": chosen.rate, "beta": chosen.beta}
+    name = "-".join(f"{setting}-{value:g}" for setting, value in values.items() if value is not None)
+    folder = out / folder_name(arm.name) / f"seed-{seed}" / name
+    return Job(arm, seed, chosen.rate, folder, _shared(out, seed), sets, chosen.beta)
 
 
 def _shared(out: Path, seed: int) -> Path:

@@ -43,9 +43,10 @@ def train_job(recipe: Recipe, job: Job, records: Sequence[Record] | None = None)
     ``records``: the data, instead of the recipe's. Raises ``KeyboardInterrupt`` if training was told to stop, which
     ends it early without an error.
     """
-    rate = {} if job.rate is None else {"optim.lr": job.rate}
+    given = {"optim.lr": job.rate, "method.beta": job.beta}
+    settings = {path: value for path, value in given.items() if value is not None}
     kept = {"checkpoint.every": 0, "checkpoint.final": False, "log.samples_every": 0, "log.to": [], "log.every": 20}
-    run = changed(recipe, {"out": str(job.folder / "run"), "seed": job.seed, **rate, **kept})
+    run = changed(recipe, {"out": str(job.folder / "run"), "seed": job.seed, **settings, **kept})
     policy = load_model(run)
     if train(run, policy=policy, records=records).interrupted:
         raise KeyboardInterrupt

@@ -224,10 +224,12 @@ def _end_with_parent() -> None:
 
 
 def described(task: Job | Setup) -> str:
-    """``PerPO, seed 1, rate 0.0001``."""
+    """``PerPO, seed 1, rate 0.0001, β 0.1``."""
     if isinstance(task, Setup):
         return f"what the arms of seed {task.seed} share"
-    return f"{task.arm.name}, seed {task.seed}" + ("" if task.rate is None else f", rate {task.rate:g}")
+    settings = {"rate": task.rate, "β": task.beta}
+    shown = "".join(f", {name} {value:g}" for name, value in settings.items() if value is not None)
+    return f"{task.arm.name}, seed {task.seed}{shown}"
 
 
 def setup_of(job: Job) -> Setup:

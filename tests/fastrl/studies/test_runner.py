@@ -85,6 +85,42 @@ def test_rates_are_chosen_for_each_group_by_seed_0_on_the_choosing_set(tmp_path:
     assert not (tmp_path / "a" / "seed-1" / "rate-0.1" / "choosing.jsonl").exists()
 
 
+class WithBeta(Fixed):
+    """Also has a β in one of its groups; 0.4 is best, and only at the best rate."""
+
+    betas = {"a": (0.1, 0.2, 0.4)}  # noqa: RUF012
+
+    def run(self, job: Job) -> Mapping[str, Measured]:
+        found = super().run(job)
+        more = {0.1: -0.2, 0.2: 0.0, 0.4: 0.5 if job.rate == 0.1 else -1.0}.get(job.beta or 0.0, 0.0)
+        shifted = {
+            n: m._replace(scores={k: [v + more for v in vs] for k, vs in m.scores.items()}) for n, m in found.items()
+        }
+        self.tried = [*getattr(self, "tried", []), (job.arm.name, job.seed, job.rate, job.beta)]
+        return shifted
+
+
+def test_beta_is_chosen_at_the_chosen_rate_and_no_job_is_run_twice(tmp_path: Path) -> None:
+    study = WithBeta()
+    result = run_study(study, tmp_path)
+    assert result["rates"] == {"a": 0.1, "b": 0.3}
+    assert result["betas"] == {"a": 0.4}
+    of_a = [job[1:] for job in study.tried if job[0] == "a"]
+    assert of_a == [(0, 0.1, 0.2), (0, 0.2, 0.2), (0, 0.3, 0.2), (0, 0.1, 0.1), (0, 0.1, 0.4), (1, 0.1, 0.4)]
+    assert {job[3] for job in study.tried if job[0] != "a"} == {None}
+    assert (tmp_path / "a" / "seed-1" / "rate-0.1-beta-0.4" / "done.json").is_file()
+    assert "so was β: a 0.4" in conditions(result)
+    again = WithBeta()
+    assert run_study(again, tmp_path)["betas"] == {"a": 0.4}
+    assert again.ran == []
+
+
+def test_a_quick_study_takes_the_middle_of_both_grids(tmp_path: Path) -> None:
+    study = WithBeta(quick=True)
+    assert run_study(study, tmp_path)["betas"] == {"a": 0.2}
+    assert study.tried == [("start", 0, None, None), ("a", 0, 0.2, 0.2), ("b", 0, 0.2, None)]
+
+
 def test_the_table_has_means_changes_intervals_and_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = Fixed()
     result = run_study(study, tmp_path)

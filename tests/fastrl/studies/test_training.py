@@ -43,7 +43,10 @@ def test_a_stopped_training_is_not_measured(stopped: bool, tmp_path: Path, monke
     else:
         assert train_job(recipe, job(tmp_path, 0.25)) == "the model"
         assert (runs[0].optim.lr, runs[0].seed, runs[0].out) == (0.25, 3, str(tmp_path / "run"))
+        assert runs[0].method.beta == recipe.method.beta
         assert not runs[0].checkpoint.final
+        train_job(recipe, job(tmp_path)._replace(beta=0.7))
+        assert (runs[1].optim.lr, runs[1].method.beta) == (recipe.optim.lr, 0.7)
 
 
 def test_both_sets_have_other_scenes_than_the_data() -> None:
