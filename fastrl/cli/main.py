@@ -378,7 +378,7 @@ def tiny_build(
     """Build a shipped model from nothing, in all its stages, as it ships. Nothing else is read.
 
     The same tree gives the same bytes on one machine, in one thread whatever OMP_NUM_THREADS says; docs/tiny.md says
-    what another machine gives. CPU minutes (of a busy AMD EPYC): perception 37, language 31, video 30, video-narrow 14,
+    what another machine gives. CPU minutes (of a busy AMD EPYC): perception 37, language 30, video 30, video-narrow 14,
     llava 20, all 101. Stages that the folder has are not built again, so an interrupted build continues and models
     share the stages that they begin with.
     """
