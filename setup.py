@@ -1,8 +1,9 @@
 """Builds the optional native extension; everything else about the package is in pyproject.toml.
 
 ``fastrl_kernels._C`` has the CPU paths for which Python is too slow (assignment, detection reward, decode step), or
-which are many small operators in torch (losses, advantages, overlaps). It needs a C++17 compiler but no torch headers.
-Without a compiler the build prints a notice and continues: the eager path computes the same.
+which are many small operators in torch (losses, advantages, overlaps, what lies between a layer's products). It needs
+a C++17 compiler but no torch headers. Without a compiler the build prints a notice and continues: the eager path
+computes the same.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class OptionalBuild(build_ext):
 
 SOURCES = (
     "module", "assignment", "detection_reward", "kernels", "decode_step", "weights", "advantage", "policy", "listwise",
-    "overlap", "logits",
+    "overlap", "logits", "pointwise", "pointwise_bodies",
 )  # fmt: skip
-HEADERS = ("common", "assignment", "exact", "wide", "kernels", "sampler", "team", "decode_step")
+HEADERS = ("common", "assignment", "exact", "wide", "kernels", "sampler", "team", "decode_step", "pointwise")
 
 native = Extension(
     "fastrl_kernels._C",

@@ -112,16 +112,14 @@ FASTRL_INLINE float largest(Floats<L> v) {
   return best;
 }
 
-// e^x to 2 ulp for x <= 88, from there on e^88; 0 below -86; NaN for NaN. x = n ln 2 + r with |r| <= ln(2) / 2, a
-// polynomial in r (coefficients: Cephes, expf) and 2^n by its bits.
+// e^x to 2 ulp for -86 <= x <= 88. x = n ln 2 + r with |r| <= ln(2) / 2, a polynomial in r (coefficients: Cephes,
+// expf) and 2^n by its bits.
 template <int L>
-FASTRL_INLINE Floats<L> exponential(Floats<L> x) {
+FASTRL_INLINE Floats<L> exponential_within(Floats<L> x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Floats<L> high = all<L>(88.0f), low = all<L>(-86.0f);
-  const Floats<L> capped = x > high ? high : (x < low ? low : x);
-  const Floats<L> shifted = capped * 1.44269504088896341f + kRound;
+  const Floats<L> shifted = x * 1.44269504088896341f + kRound;
   const Floats<L> n = shifted - kRound;
-  const Floats<L> r = (capped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Floats<L> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Floats<L> p = all<L>(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -134,7 +132,23 @@ FASTRL_INLINE Floats<L> exponential(Floats<L> x) {
   const Ints<L> scale_bits = (bits + 127) << 23;  // of kRound only bits above the exponent's remain, which are cut off
   Floats<L> scale;
   __builtin_memcpy(&scale, &scale_bits, sizeof scale);
-  return x < low ? Floats<L>{} : p * scale;
+  return p * scale;
+}
+
+constexpr float kLeastExponent = -86.0f;
+
+// The same for every x <= 0: 0 below -86; NaN for NaN.
+template <int L>
+FASTRL_INLINE Floats<L> exponential_below(Floats<L> x) {
+  const Floats<L> low = all<L>(kLeastExponent);
+  return x < low ? Floats<L>{} : exponential_within<L>(x < low ? low : x);
+}
+
+// The same for every x: from 88 on e^88.
+template <int L>
+FASTRL_INLINE Floats<L> exponential(Floats<L> x) {
+  const Floats<L> high = all<L>(88.0f);
+  return exponential_below<L>(x > high ? high : x);
 }
 
 }  // namespace fastrl

@@ -27,12 +27,13 @@ class Recorder(Protocol):
     def record(self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None: ...
 
 
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as Triton read it when kernels were decorated
 RECORDERS: list[Recorder] = []  # those of the active ``as_launched`` contexts, the innermost last
 
 
 def interpreting() -> bool:
     """True if the Triton interpreter replaces the compiler (``TRITON_INTERPRET=1``), as in the CPU tests."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return _INTERPRETING
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
@@ -45,7 +46,7 @@ def use_triton(*tensors: Tensor | None) -> bool:
 
 def use_operator(tensor: Tensor) -> bool:
     """True if a pointwise function takes its operator for ``tensor``: on the Triton path in a dtype of its kernels, and
-    on the meta device, where the operator is counted. Elsewhere plain torch is as fast, and differentiable."""
+    on the meta device, where the operator is counted. Elsewhere it is C++ (``_native_pointwise``) or plain torch."""
     return tensor.dtype != torch.float64 and (tensor.is_meta or use_triton(tensor))
 
 

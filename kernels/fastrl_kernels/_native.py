@@ -15,6 +15,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from fastrl_kernels import _common
 
 ABI_VERSION = 1
 
@@ -43,6 +48,18 @@ _SIGNATURES = {
     "fastrl_fold_tile": [c_void_p, *[c_int64] * 3, *[c_void_p] * 5, c_int],
     # tile, line, out, out_line, rows, width, scale, lse, mass, column, target, silent, threads
     "fastrl_differentiate_tile": [c_void_p, c_int64, c_void_p, *[c_int64] * 3, *[c_void_p] * 6, c_int],
+    # gate, up, gate_bias, up_bias, rows, n, kind, out, threads, parallel
+    "fastrl_gated": [*[c_void_p] * 4, *[c_int64] * 2, c_int, c_void_p, c_int, c_void_p],
+    # grad, gate, up, gate_bias, up_bias, rows, n, kind, grad_gate, grad_up, grad_biases, threads, parallel
+    "fastrl_gated_backward": [*[c_void_p] * 5, *[c_int64] * 2, c_int, *[c_void_p] * 3, c_int, c_void_p],
+    # residual, x, weight, eps, rows, n, total, out, threads, parallel
+    "fastrl_norm": [*[c_void_p] * 3, c_double, *[c_int64] * 2, *[c_void_p] * 2, c_int, c_void_p],
+    # grad, grad_total, total, weight, eps, rows, n, grad_in, grad_weight, threads, parallel
+    "fastrl_norm_backward": [*[c_void_p] * 4, c_double, *[c_int64] * 2, *[c_void_p] * 2, c_int, c_void_p],
+    # tensors, cos, sin, numbers, back, threads, parallel
+    "fastrl_rope": [*[c_void_p] * 4, *[c_int] * 2, c_void_p],
+    # q, k, v, cos, sin, numbers, q_out, keys, values, threads, parallel
+    "fastrl_rope_append": [*[c_void_p] * 9, c_int, c_void_p],
     # model, rows, sampler, steps, threads, parallel, level (see decode_step.py)
     "fastrl_decode": [*[c_void_p] * 3, c_int64, c_int, c_void_p, c_int],
     "fastrl_decode_level": [],
@@ -82,6 +99,15 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return lib, None
 
 
+@functools.cache
+def parallel() -> c_void_p | None:
+    """``GOMP_parallel`` of the OpenMP runtime that torch computes with, among all that its libraries need."""
+    try:
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p)
+    except (OSError, AttributeError):
+        return None
+
+
 def lacks(name: str) -> str | None:
     """Why this function cannot be called, or ``None`` where it can."""
     lib = library()
@@ -97,6 +123,22 @@ def computes(name: str, first: Tensor, *others: Tensor | None) -> bool:
     return all(x is None or x.dtype != torch.float64 for x in others)
 
 
+def reads(name: str, first: Tensor, *others: Tensor | None) -> bool:
+    """Whether this function may read these tensors' memory: built, all float32 on the CPU, and nobody watches or
+    replaces operators (a trace, a transform, a counter, Triton's interpreter), who would not see it."""
+    if torch.compiler.is_compiling() or not first.is_cpu or forward_ad._current_level >= 0 or lacks(name) is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None or torch._C._is_tracing():
+        return False
+    for x in (first, *others):
+        if x is not None and not (
+            (type(x) is Tensor or type(x) is Parameter) and x.dtype is torch.float32 and x.is_cpu
+            and x.layout is torch.strided and not x.is_neg() and not is_legacy_batchedtensor(x)
+        ):  # fmt: skip
+            return False
+    return not (_common.RECORDERS or _common.interpreting())
+
+
 def token_weights(
     completion: Tensor, mask: Tensor | None, completions: int, per_row: bool, denominator: float
 ) -> Tensor:
@@ -106,7 +148,7 @@ def token_weights(
     weight = torch.empty(completion.shape[0])
     _call(
         "fastrl_token_weights",
-        completion.data_ptr(), _pointer(kept), completion.shape[0], completions, per_row, denominator,
+        completion.data_ptr(), pointer(kept), completion.shape[0], completions, per_row, denominator,
         weight.data_ptr(),
     )  # fmt: skip
     return weight
@@ -130,8 +172,8 @@ def group_advantage(
     mean, std, constant = torch.empty(n_groups), torch.empty(n_groups), torch.empty(n_groups, dtype=torch.bool)
     _call(
         "fastrl_group_advantage",
-        *map(_pointer, (rewards, weights, group)), r, k, size, n_groups, leave_one_out, scale, unbiased, eps,
-        *map(_pointer, (advantage, reward, mean, std, constant)),
+        *map(pointer, (rewards, weights, group)), r, k, size, n_groups, leave_one_out, scale, unbiased, eps,
+        *map(pointer, (advantage, reward, mean, std, constant)),
     )  # fmt: skip
     return advantage, reward, mean, std, constant
 
@@ -157,7 +199,7 @@ def policy_rows(
     at = numbers.data_ptr() if isinstance(numbers, Tensor) else numbers
     _call(
         "fastrl_policy_rows",
-        *map(_pointer, given), at, n, advantage.shape[0], *choices, *map(_pointer, (loss, dlogp, partials)),
+        *map(pointer, given), at, n, advantage.shape[0], *choices, *map(pointer, (loss, dlogp, partials)),
     )  # fmt: skip
     return loss, dlogp, partials
 
@@ -171,7 +213,7 @@ def listwise_loss(
     loss, grad = torch.empty(b), torch.empty(b, k)
     _call(
         "fastrl_listwise_loss",
-        *map(_pointer, given), b, k, listmle, beta, gamma, *map(_pointer, (loss, grad)), torch.get_num_threads(),
+        *map(pointer, given), b, k, listmle, beta, gamma, *map(pointer, (loss, grad)), torch.get_num_threads(),
     )  # fmt: skip
     return loss, grad
 
@@ -183,7 +225,7 @@ def pairwise_iou(a: Tensor, b: Tensor, n_a: Tensor | None, n_b: Tensor | None, k
     out = torch.empty((problems, n) if reduce else (problems, n, m))
     _call(
         "fastrl_pairwise_iou",
-        *map(_pointer, given), problems, n, m, kind, reduce, out.data_ptr(), torch.get_num_threads(),
+        *map(pointer, given), problems, n, m, kind, reduce, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -193,7 +235,7 @@ def fold_tile(tile: Tensor, scale: Tensor, column: Tensor, top: Tensor, rest: Te
     vectors = (scale.contiguous(), column.contiguous(), top, rest, at_target)
     _call(
         "fastrl_fold_tile",
-        tile.data_ptr(), tile.stride(0), *tile.shape, *map(_pointer, vectors), torch.get_num_threads(),
+        tile.data_ptr(), tile.stride(0), *tile.shape, *map(pointer, vectors), torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -211,7 +253,7 @@ def differentiate_tile(
     vectors = [x.contiguous() for x in (scale, lse, mass, column, at_target, silent)]
     _call(
         "fastrl_differentiate_tile",
-        tile.data_ptr(), tile.stride(0), out.data_ptr(), out.stride(0), *tile.shape, *map(_pointer, vectors),
+        tile.data_ptr(), tile.stride(0), out.data_ptr(), out.stride(0), *tile.shape, *map(pointer, vectors),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -228,7 +270,7 @@ def linear_assignment(
     tensors = (cost, n_rows, n_cols)
     _call(
         "fastrl_linear_assignment",
-        cost.dtype == torch.float64, *map(_pointer, tensors), problems, n, m, maximize,
+        cost.dtype == torch.float64, *map(pointer, tensors), problems, n, m, maximize,
         match.data_ptr(), total.data_ptr(), status.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return match, total, status
@@ -255,7 +297,7 @@ def detection_reward(
     tensors = (pred, gt, n_pred, n_gt, pred_label, gt_label)
     _call(
         "fastrl_detection_reward",
-        pred.dtype == torch.float64, *map(_pointer, tensors), problems, n, gt.shape[1], boxes, sequence,
+        pred.dtype == torch.float64, *map(pointer, tensors), problems, n, gt.shape[1], boxes, sequence,
         threshold, scale, match.data_ptr(), quality.data_ptr(), parts.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return match, quality, parts
@@ -277,8 +319,13 @@ def _maybe_whole(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else _whole(tensor)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def call_team(name: str, *arguments: object) -> None:
+    """Call a function that shares its work among torch's threads."""
+    _call(name, *arguments, torch.get_num_threads(), parallel())
 
 
 def _call(name: str, *arguments: object) -> None:

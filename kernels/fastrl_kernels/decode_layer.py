@@ -19,6 +19,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from fastrl_kernels import _native_pointwise
 from fastrl_kernels._common import (
     FLOATS,
     check,
@@ -29,6 +30,7 @@ from fastrl_kernels._common import (
     readable,
     use_triton,
 )
+from fastrl_kernels._native import reads
 from fastrl_kernels._triton import tl, triton
 from fastrl_kernels.rms_norm import norm_block, norm_warps, power_of_two, rms_norm_kernel, rms_norm_reference
 
@@ -107,6 +109,8 @@ def add_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: float)
         ValueError: shapes do not match, the residual is not contiguous, or tensors are on different devices.
         TypeError: dtypes differ or are not floating.
     """
+    if reads("fastrl_norm", residual, x, weight) and _adds(residual, x, weight):
+        return _native_pointwise.add_rms_norm(residual, x, weight, float(eps))
     check_shape("residual", residual, (None, None))
     check(residual.is_contiguous(), "residual: changed in place, so it must be contiguous")
     check_dtype("residual", residual, FLOATS)
@@ -127,6 +131,28 @@ def add_rms_norm_reference(residual: Tensor, x: Tensor | None, weight: Tensor, e
     if x is not None:
         residual.add_(x)
     return rms_norm_reference(residual, weight, eps)
+
+
+def _adds(residual: Tensor, x: Tensor | None, weight: Tensor) -> bool:
+    """Whether shapes and strides fit; where not, what does not is said elsewhere."""
+    if residual.dim() != 2 or not residual.is_contiguous() or weight.shape != residual.shape[1:]:
+        return False
+    return x is None or x.shape == residual.shape
+
+
+def _appends(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, at: Tensor
+) -> bool:
+    """Whether shapes, strides and the slot fit; where not, what does not is said elsewhere."""
+    if q.dim() != 3 or k.dim() != 3 or keys.dim() != 4 or at.shape != (1,) or at.dtype != torch.int64:
+        return False
+    (rows, _, dim), (_, heads, slots, _) = q.shape, keys.shape
+    if dim % 2 or k.shape != (rows, heads, dim) or v.shape != k.shape or keys.shape != (rows, heads, slots, dim):
+        return False
+    if cos.shape != (rows, dim // 2) or sin.shape != cos.shape or values.shape != keys.shape:
+        return False
+    unit = keys.stride() == values.stride() and (keys.stride(-1) == 1 or dim == 1)
+    return unit and (rows == 0 or 0 <= int(at) < slots)
 
 
 @torch.library.custom_op("fastrl::rope_append", mutates_args=("keys", "values"))
@@ -169,6 +195,9 @@ def rope_append(
             range.
         TypeError: wrong dtypes.
     """
+    native = reads("fastrl_rope_append", q, k, v, cos, sin, keys, values) and readable(at)
+    if native and _appends(q, k, v, cos, sin, keys, values, at):
+        return _native_pointwise.rope_append(q, k, v, cos, sin, keys, values, int(at) if len(q) else 0)
     check_shape("q", q, (None, None, None))
     rows, _, dim = q.shape
     check(dim % 2 == 0, f"q: heads of {dim} numbers do not split into halves")

@@ -13,7 +13,6 @@ eager twin is the layers' own code, operator by operator.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
 from typing import NamedTuple
@@ -278,7 +277,7 @@ class DecodeStep:
         assert lib is not None
         done = lib.fastrl_decode(
             ctypes.byref(self._model), ctypes.byref(rows), None if sampler is None else ctypes.byref(sampler), steps,
-            torch.get_num_threads(), _parallel(), self._level,
+            torch.get_num_threads(), _native.parallel(), self._level,
         )  # fmt: skip
         if done == _BAD_ROWS:
             raise ValueError(
@@ -325,7 +324,7 @@ def unavailable() -> str | None:
         return "operators are watched or traced, and there are none here"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if torch.get_num_threads() > 1 and _parallel() is None:
+    if torch.get_num_threads() > 1 and _native.parallel() is None:
         return "torch's threads are not found (no GOMP_parallel in its OpenMP runtime)"
     return None
 
@@ -393,12 +392,3 @@ def _c_layer(layer: Layer) -> _CLayer:
         *(_c_linear(getattr(layer, name)) for name in linears),
         layer.scale,
     )
-
-
-@functools.cache
-def _parallel() -> c_void_p | None:
-    """``GOMP_parallel`` of the OpenMP runtime that torch computes with, among all that its libraries need."""
-    try:
-        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p)
-    except (OSError, AttributeError):
-        return None

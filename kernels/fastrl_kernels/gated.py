@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from fastrl_kernels import _native_pointwise
 from fastrl_kernels._activations import (
     activate,
     activation,
@@ -39,10 +40,12 @@ from fastrl_kernels._common import (
     refuse_forward_mode,
     use_operator,
 )
+from fastrl_kernels._native import reads
 from fastrl_kernels._triton import tl, triton
 
 _BLOCK = 1024
 _COLUMNS = 512  # of a program of the backward
+_NATIVE_FROM = {"silu": 32768, "gelu_tanh": 8192}  # numbers for which one call of C++ costs less than torch's two
 
 
 @triton.jit
@@ -232,6 +235,30 @@ def _gelu(approximate: str) -> str:
 
 
 def _gated(name: str, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, kind: str) -> Tensor:
+    if not _fits(gate, up, gate_bias, up_bias):
+        _check(gate, up, gate_bias, up_bias)
+    refuse_forward_mode(name, gate, up, gate_bias, up_bias)
+    if gate.numel() >= _NATIVE_FROM.get(kind, 0) and reads("fastrl_gated", gate, up, gate_bias, up_bias):
+        return _native_pointwise.gated(gate, up, gate_bias, up_bias, kind, _eager)
+    if use_operator(gate):
+        return _gated_op(gate, up, gate_bias, up_bias, kind)
+    return _eager(gate, up, gate_bias, up_bias, kind)
+
+
+def _fits(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> bool:
+    """Whether all is well; where not, ``_check`` says what is not."""
+    if gate.shape != up.shape or gate.dim() == 0 or (gate_bias is None) != (up_bias is None):
+        return False
+    dtype, device = gate.dtype, gate.device
+    if dtype not in FLOATS or up.dtype != dtype or up.device != device:
+        return False
+    return all(
+        bias is None or (bias.shape == gate.shape[-1:] and bias.dtype == dtype and bias.device == device)
+        for bias in (gate_bias, up_bias)
+    )
+
+
+def _check(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> None:
     check(gate.dim() > 0, "gate: expected at least one dimension")
     check_shape("up", up, tuple(gate.shape))
     check_dtype("gate", gate, FLOATS)
@@ -242,10 +269,6 @@ def _gated(name: str, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bia
             check_shape(told, bias, (gate.shape[-1],))
             check_dtype(told, bias, (gate.dtype,))
     check_same_device(gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias)
-    refuse_forward_mode(name, gate, up, gate_bias, up_bias)
-    if use_operator(gate):
-        return _gated_op(gate, up, gate_bias, up_bias, kind)
-    return _eager(gate, up, gate_bias, up_bias, kind)
 
 
 def _eager(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, kind: str) -> Tensor:

@@ -123,6 +123,34 @@ def lora_update(x: Tensor, low: Tensor, highs: list[Tensor], outputs: list[Tenso
         ValueError: shapes or counts do not match, an output is not contiguous, or tensors are on different devices.
         TypeError: dtypes differ or are not floating.
     """
+    if not _fits(x, low, highs, outputs):
+        _check(x, low, highs, outputs)
+    rank = highs[0].shape[1]
+    most = MOST_RANK if x.dtype != torch.float32 else MOST_RANK // 2
+    if not use_triton(x) or x.dtype == torch.float64 or not 0 < rank <= most:
+        lora_update_reference(x, low, highs, outputs, scale)
+    else:
+        _lora_update_op(x, low, list(highs), list(outputs), float(scale))
+
+
+def _fits(x: Tensor, low: Tensor, highs: list[Tensor], outputs: list[Tensor]) -> bool:
+    """Whether all is well; where not, ``_check`` says what is not."""
+    count, dtype, device = len(outputs), x.dtype, x.device
+    if not (1 <= count <= MOST_OUTPUTS and len(highs) == count and x.dim() == 2 and dtype in FLOATS):
+        return False
+    rows, columns = x.shape
+    rank = highs[0].shape[-1] if highs[0].dim() else -1
+    if low.shape != (count * rank, columns) or low.dtype != dtype or low.device != device:
+        return False
+    for high, out in zip(highs, outputs, strict=True):
+        if out.dim() != 2 or len(out) != rows or high.shape != (out.shape[1], rank) or not out.is_contiguous():
+            return False
+        if high.dtype != dtype or out.dtype != dtype or high.device != device or out.device != device:
+            return False
+    return True
+
+
+def _check(x: Tensor, low: Tensor, highs: list[Tensor], outputs: list[Tensor]) -> None:
     check_shape("x", x, (None, None))
     check_dtype("x", x, FLOATS)
     count = len(outputs)
@@ -139,11 +167,6 @@ def lora_update(x: Tensor, low: Tensor, highs: list[Tensor], outputs: list[Tenso
         check_dtype(f"outputs[{i}]", out, (x.dtype,))
         check(out.is_contiguous(), f"outputs[{i}]: changed in place, so it must be contiguous")
         check_same_device(**{"x": x, "low": low, f"highs[{i}]": high, f"outputs[{i}]": out})
-    most = MOST_RANK if x.dtype != torch.float32 else MOST_RANK // 2
-    if not use_triton(x) or x.dtype == torch.float64 or not 0 < rank <= most:
-        lora_update_reference(x, low, highs, outputs, scale)
-    else:
-        _lora_update_op(x, low, list(highs), list(outputs), float(scale))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrl_kernels import _native_pointwise
 from fastrl_kernels._common import (
     FLOATS,
     check,
@@ -34,6 +35,7 @@ from fastrl_kernels._common import (
     refuse_forward_mode,
     use_operator,
 )
+from fastrl_kernels._native import reads
 from fastrl_kernels._triton import tl, triton
 
 MAX_HIDDEN = 8192  # of a row that stays in the registers of one program
@@ -277,6 +279,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         ValueError: shapes do not match, or tensors are on different devices.
         TypeError: dtypes differ or are not floating.
     """
+    if reads("fastrl_norm", x, weight) and x.dim() > 0 and weight.shape == x.shape[-1:]:
+        return _native_pointwise.rms_norm(x, weight, float(eps), rms_norm_reference)
     _check(x, None, weight)
     refuse_forward_mode("rms_norm", x, weight)
     if not use_operator(x) or x.shape[-1] > MAX_HIDDEN:
@@ -302,8 +306,13 @@ def residual_rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor, eps: f
     Raises:
         ValueError, TypeError: as for :func:`rms_norm`.
     """
+    fits = x is not None and residual.dim() > 0 and residual.shape == x.shape and weight.shape == x.shape[-1:]
+    if x is not None and fits and reads("fastrl_norm", residual, x, weight):
+        return ResidualNorm(*_native_pointwise.residual_rms_norm(residual, x, weight, float(eps), rms_norm_reference))
     _check(residual, x, weight)
     refuse_forward_mode("residual_rms_norm", residual, x, weight)
+    if x is None and not use_operator(residual):
+        return ResidualNorm(residual, rms_norm(residual, weight, eps))
     if not use_operator(residual) or residual.shape[-1] > MAX_HIDDEN:
         return residual_rms_norm_reference(residual, x, weight, eps)
     if x is not None:

@@ -18,11 +18,13 @@ the three gradients straight into the projection's. Rotations are computed in fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastrl_kernels import _native_pointwise
 from fastrl_kernels._common import (
     FLOATS,
     check,
@@ -33,6 +35,7 @@ from fastrl_kernels._common import (
     refuse_forward_mode,
     use_operator,
 )
+from fastrl_kernels._native import reads
 from fastrl_kernels._triton import tl, triton
 from fastrl_kernels.rms_norm import power_of_two
 
@@ -237,6 +240,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, sections: Sequence[i
         ValueError: shapes do not match, or tensors are on different devices.
         TypeError: dtypes differ or are not floating.
     """
+    if reads("fastrl_rope", q, k, cos, sin) and _turns(q, k, cos, sin, sections):
+        twin = partial(rope_reference, cos=cos, sin=sin, sections=sections)
+        return Rotated(*_native_pointwise.rope(q, k, cos, sin, sections, twin))
     _check_rope(q, k, cos, sin, sections)
     refuse_forward_mode("rope", q, k, cos, sin)
     if not use_operator(q):
@@ -260,6 +266,9 @@ def qkv_rope(qkv: Tensor, cos: Tensor, sin: Tensor) -> RotatedSplit:
     Raises:
         ValueError, TypeError: as for :func:`rope`.
     """
+    if reads("fastrl_rope", qkv, cos, sin) and _splits(qkv, cos, sin):
+        twin = partial(qkv_rope_reference, cos=cos, sin=sin)
+        return RotatedSplit(*_native_pointwise.qkv_rope(qkv, cos, sin, twin))
     check_shape("qkv", qkv, (None, 3, None, None))
     check_dtype("qkv", qkv, FLOATS)
     _check_angles(cos, sin, (len(qkv), None), qkv.shape[-1])
@@ -304,6 +313,26 @@ def _merged(angles: Tensor, sections: Sequence[int]) -> Tensor:
     """[3, B, L, R] → [B, L, R], each column from its axis."""
     columns = angles.split(list(sections) * 2, dim=-1)
     return torch.cat([column[i % 3] for i, column in enumerate(columns)], -1)
+
+
+def _turns(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sections: Sequence[int] | None) -> bool:
+    """Whether shapes and sections fit, and the angles take no gradient; where not, what does not is said elsewhere."""
+    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 + (sections is not None) or cos.shape != sin.shape:
+        return False
+    (batch, _, length, dim), (own, tokens, width) = q.shape, cos.shape[-3:]
+    fits = k.shape == (batch, k.shape[1], length, dim) and tokens == length and own in (1, batch)
+    if not fits or width % 2 or width > dim or cos.requires_grad or sin.requires_grad:
+        return False
+    good = sections is None or (len(sections) == len(cos) == 3 and sum(sections) == width // 2 and min(sections) >= 0)
+    return good
+
+
+def _splits(qkv: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether shapes fit, and the angles take no gradient."""
+    if qkv.dim() != 4 or qkv.shape[1] != 3 or cos.dim() != 2 or cos.shape != sin.shape or len(cos) != len(qkv):
+        return False
+    width = cos.shape[1]
+    return width % 2 == 0 and width <= qkv.shape[3] and not (cos.requires_grad or sin.requires_grad)
 
 
 def _check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sections: Sequence[int] | None) -> None:

@@ -450,7 +450,7 @@ def test_where_operators_are_watched_autocast_is_on_or_kernels_interpreted_the_e
         assert "autocast" in str(reason(problem))
     assert "heads" in str(unfit(problem.embedding, problem.layers, problem.last, query_heads=3, key_heads=2))
     assert "layers" in str(unfit(problem.embedding, [], problem.last, query_heads=4, key_heads=2))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(decode_step, "interpreting", lambda: True)
     assert "interpreter" in str(reason(problem))
     monkeypatch.undo()
     monkeypatch.setattr(_native, "library", lambda: object())  # one built before there was a decode step
@@ -465,7 +465,7 @@ def test_where_operators_are_watched_autocast_is_on_or_kernels_interpreted_the_e
 def test_without_torchs_threads_one_thread_is_enough_and_several_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(SIZES["plain"])
     want = problem.step().hidden(problem.token, problem.copied(), problem.angles)
-    monkeypatch.setattr(decode_step, "_parallel", lambda: None)
+    monkeypatch.setattr(_native, "parallel", lambda: None)
     with threads(2):
         assert "GOMP_parallel" in str(reason(problem))
     with threads(1):
