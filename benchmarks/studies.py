@@ -17,13 +17,15 @@ from typing import Any
 Run = Callable[[str, Path], Mapping[str, Any]]
 
 
-def run_quick(name: str, out: Path) -> dict[str, Any]:
-    """The results of ``fastrl study NAME --quick`` in the folder ``out``, from the last line it prints.
+def run_quick(name: str, out: Path, processes: int = 1) -> dict[str, Any]:
+    """The results of ``fastrl study NAME --quick --jobs PROCESSES`` in the folder ``out``, from the last line it
+    prints.
 
     Raises:
         RuntimeError: the study failed or printed no JSON object.
     """
     command = [sys.executable, "-m", "fastrl.cli", "study", name, "--quick", "--out", str(out), "--json"]
+    command += ["--jobs", str(processes)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):

@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -39,8 +42,15 @@ def claim_of(method: str, task: str | None = None) -> Claim:
     return getattr(module, "CLAIMS", {}).get(task, module.CLAIM)
 
 
-def run_demo(method: str, task: str | None, seed: int, out: Path, family: str | None = None) -> dict[str, Any]:
-    """The demo's result, from the last line it prints; ``family``: see ``fastrl demo``.
+def run_demo(
+    method: str, task: str | None, seed: int, out: Path, family: str | None = None, threads: int | None = None
+) -> dict[str, Any]:
+    """The demo's result, from the last line it prints.
+
+    Args:
+        method, task, seed, family: see ``fastrl demo``.
+        out: folder of all runs.
+        threads: of torch in the demo's process (None: its own choice).
 
     Raises:
         RuntimeError: the demo failed or printed no JSON object.
@@ -49,7 +59,8 @@ def run_demo(method: str, task: str | None, seed: int, out: Path, family: str | 
     command = [sys.executable, "-m", "fastrl.cli", "demo", "--method", method, "--seed", str(seed), "--out", str(where)]
     command += ["--task", task] if task else []
     command += ["--family", family] if family else []
-    done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True)
+    environment = None if threads is None else os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, env=environment)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):
         raise RuntimeError(f"demo {method} {task or ''} seed {seed}: exit status {done.returncode}, no result")
@@ -136,39 +147,50 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--studies", action="store_true", help="every study in its quick form, instead of demos")
     parser.add_argument("--only", default="", metavar="TEXT", help="part of a demo's 'method task', or a study's name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="at once, each with its part of the cores")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folders [runs/verify, or a new one next to it]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="[benchmarks/results/verify.json; studies: in --out]")
     parser.add_argument("--family", metavar="TYPE", help="model type of the small models, of the demos that have it")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs: at least one at a time, got {args.jobs}")
     if args.studies:
         return _studies(args, parser)
     chosen = [(method, task) for method, task in jobs(args.family) if args.only in f"{method} {task or ''}"]
     if not chosen:
         parser.error(f"no demo matches {args.only!r}")
+    from fastrl.studies.workers import cores
     from fastrl.toy.demos import fresh
 
     out = args.out if args.out is not None else fresh(Path("runs/verify"))
-    results: list[dict[str, Any]] = []
-    failed: list[str] = []
-    for method, task in chosen:
-        for seed in args.seeds:
-            try:
-                results.append(run_demo(method, task, seed, out, args.family))
-            except RuntimeError as error:
-                failed.append(str(error))
+    runs = [(method, task, seed) for method, task in chosen for seed in args.seeds]
+    threads = None if args.jobs == 1 else max(1, cores() // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = list(pool.map(lambda run: _attempt(*run, out, args.family, threads), runs))
+    results = [each for each in done if isinstance(each, dict)]
+    failed = [each for each in done if isinstance(each, str)]
     broken = broken_claims(results)
     if results:
         from benchmarks.run import environment  # what results depend on, besides the seeds
 
         print(table(results))
-        _write(args.json or RESULTS, environment() | {"results": results, "broken": broken})
+        how = {"jobs": args.jobs} | ({} if threads is None else {"threads": threads})
+        _write(args.json or RESULTS, environment() | how | {"results": results, "broken": broken})
     held = [f"{method} {task or ''}: {claim_of(method, task).text}" for method, task in by_demo(results)]
     print("\n".join([*failed, *broken]) or "\n".join(["every claim holds:", *(f"  {line}" for line in held)]))
     return int(bool(failed or broken))
 
 
+def _attempt(*demo: Any) -> dict[str, Any] | str:
+    """The result of ``run_demo``, or why there is none."""
+    try:
+        return run_demo(*demo)
+    except RuntimeError as error:
+        return str(error)
+
+
 def _studies(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from benchmarks.studies import line, run_all
+    from benchmarks.studies import line, run_all, run_quick
     from fastrl.studies import STUDIES
     from fastrl.toy.demos import fresh
 
@@ -176,7 +198,7 @@ def _studies(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not names:
         parser.error(f"no study matches {args.only!r}")
     out = args.out if args.out is not None else fresh(Path("runs/verify-studies"))
-    results, failed = run_all(names, out)
+    results, failed = run_all(names, out, partial(run_quick, processes=args.jobs))
     for result in results.values():
         print(line(result))
     _write(args.json or out / "studies.json", {"results": results, "failed": failed})

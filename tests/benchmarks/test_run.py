@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import aot_table, measure, plot, run, verify
 from benchmarks.case import Case
+from fastrl.studies.workers import cores
 
 CPU = torch.device("cpu")
 PEAKS = {"flops": {"float32": 1e11}, "bytes_per_s": 1e10}
@@ -191,8 +192,12 @@ def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     outcomes = {0: (0.1, 0.3), 1: (0.3, 0.34)}
+    given: list[int | None] = []
 
-    def fake(method: str, task: str | None, seed: int, out: Path, family: str | None) -> dict[str, Any]:
+    def fake(
+        method: str, task: str | None, seed: int, out: Path, family: str | None, threads: int | None
+    ) -> dict[str, Any]:
+        given.append(threads)
         if seed == 2:
             raise RuntimeError("demo fell over")
         return result(seed, *outcomes[seed], task)
@@ -207,7 +212,15 @@ def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
     printed = capsys.readouterr().out
     assert "demo fell over" in printed
     assert "perception-r1 counting seed 1: sampled changed by +0.0400 [+0.0200, +0.0600], not above 0.05" in printed
-    assert len(json.loads(target.read_text())["broken"]) == 1
+    written = json.loads(target.read_text())
+    assert len(written["broken"]) == 1
+    assert set(given) == {None}
+    assert verify.main(["--only", "counting", "--jobs", "2", "--json", str(target)]) == 1
+    assert set(given[-3:]) == {max(1, cores() // 2)}
+    assert json.loads(target.read_text())["results"] == written["results"]
+    assert json.loads(target.read_text())["threads"] == given[-1]
+    with pytest.raises(SystemExit):
+        verify.main(["--jobs", "0", "--json", str(target)])
 
 
 def test_every_demo_makes_a_claim() -> None:
@@ -229,13 +242,16 @@ def test_a_demo_is_read_from_its_last_line(tmp_path: Path, monkeypatch: pytest.M
         returncode = 0
         stdout = 'a table\n{"metric": "iou", "before": 0.1, "after": 0.2, "seconds": 3}\n'
 
-    seen: list[list[str]] = []
+    seen: list[Any] = []
     monkeypatch.setattr(verify.subprocess, "run", lambda command, **_: seen.append(command) or Done)
     assert verify.run_demo("perpo", None, 2, tmp_path)["after"] == 0.2
     assert seen[0][seen[0].index("--out") + 1] == str(tmp_path / "perpo-2")
     assert "--family" not in seen[0]
     verify.run_demo("perpo", None, 2, tmp_path, "llava")
     assert seen[1][seen[1].index("--family") + 1] == "llava"
+    monkeypatch.setattr(verify.subprocess, "run", lambda command, env, **_: seen.append(env) or Done)
+    verify.run_demo("perpo", None, 2, tmp_path, threads=3)
+    assert seen[2]["OMP_NUM_THREADS"] == "3"
     monkeypatch.setattr(Done, "stdout", "no result")
     with pytest.raises(RuntimeError, match="demo perpo  seed 2: exit status 0, no result"):
         verify.run_demo("perpo", None, 2, tmp_path)
