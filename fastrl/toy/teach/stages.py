@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrl.data.files import write_atomically
+from fastrl.models.families.llava import Llava
 from fastrl.rewards.base import unknown
 from fastrl.toy.teach.architectures import WIDTH
 from fastrl.toy.teach.build import build
@@ -45,12 +46,12 @@ STAGES: Mapping[str, Stage] = {
     "video-1": Stage("video", "perception-1", steps=800, rows=8, retokenize=True),
     "video": Stage("video", "video-1", steps=400, rows=8, lr=1.5e-3),
     "llava-1": Stage("llava-pictures"),
-    "llava": Stage("llava", "llava-1", steps=600, rows=8),
+    Llava.model_type: Stage(Llava.model_type, "llava-1", steps=600, rows=8),
     "language-narrow": Stage("language", width=NARROW),
     "perception-narrow": Stage("perception", "language-narrow", steps=400, lr=1.5e-3, width=NARROW),
     "video-narrow": Stage("video", "perception-narrow", steps=800, rows=8, retokenize=True, width=NARROW),
 }
-SHIPPED = ("language", "llava", "perception", "video", "video-narrow")
+SHIPPED = ("language", Llava.model_type, "perception", "video", "video-narrow")
 
 
 def stages_of(name: str) -> dict[str, Stage]:
