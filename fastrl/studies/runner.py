@@ -121,7 +121,10 @@ def choose(study: Study, run: Runs, arms: Sequence[Arm], out: Path) -> tuple[lis
     Returns:
         The jobs that were tried, and by group what was chosen; ``None`` where there is no grid: the recipe's.
     """
-    first = {arm.group: arm for arm in reversed(arms) if arm.group}
+    first: dict[str, Arm] = {}
+    for arm in arms:
+        if arm.group:
+            first.setdefault(arm.group, arm)
     chosen = {group: Chosen(_middle(study.rates), _middle(study.betas.get(group, ()))) for group in first}
     tried: list[Job] = []
     if study.quick:
