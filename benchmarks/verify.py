@@ -64,7 +64,9 @@ def run_demo(
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines or not lines[-1].startswith("{"):
         raise RuntimeError(f"demo {method} {task or ''} seed {seed}: exit status {done.returncode}, no result")
-    return {"method": method, "task": task, "seed": seed, **json.loads(lines[-1])}
+    found = json.loads(lines[-1])
+    found.pop("out", None)  # a place on somebody's disk
+    return {"method": method, "task": task, "seed": seed, **found}
 
 
 def by_demo(results: list[dict[str, Any]]) -> dict[tuple[str, str | None], list[dict[str, Any]]]:

@@ -240,11 +240,13 @@ def test_verify_knows_every_demo() -> None:
 def test_a_demo_is_read_from_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Done:
         returncode = 0
-        stdout = 'a table\n{"metric": "iou", "before": 0.1, "after": 0.2, "seconds": 3}\n'
+        stdout = 'a table\n{"metric": "iou", "before": 0.1, "after": 0.2, "seconds": 3, "out": "here"}\n'
 
     seen: list[Any] = []
     monkeypatch.setattr(verify.subprocess, "run", lambda command, **_: seen.append(command) or Done)
-    assert verify.run_demo("perpo", None, 2, tmp_path)["after"] == 0.2
+    found = verify.run_demo("perpo", None, 2, tmp_path)
+    assert found["after"] == 0.2
+    assert "out" not in found
     assert seen[0][seen[0].index("--out") + 1] == str(tmp_path / "perpo-2")
     assert "--family" not in seen[0]
     verify.run_demo("perpo", None, 2, tmp_path, "llava")
