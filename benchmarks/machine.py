@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 from collections.abc import Sequence
@@ -26,6 +27,14 @@ def pin(threads: int | None) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, allowed[:threads])
     torch.set_num_threads(threads)
+
+
+def pin_or_exit(parser: argparse.ArgumentParser, threads: int | None) -> None:
+    """``pin`` for a command: what it cannot do is an error of its arguments."""
+    try:
+        pin(threads)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def cores() -> list[int]:

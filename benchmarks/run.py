@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Run
-from benchmarks.machine import Others, busy_before, cores, notice, pin
+from benchmarks.machine import Others, busy_before, cores, notice, pin_or_exit
 from benchmarks.measure import device_name, device_peaks, graphed, interleaved, peak_bytes, spread, unsteady
 from benchmarks.registry import cases
 
@@ -166,10 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch, on as many cores [all]")
     args = parser.parse_args(argv)
     device = default_device()
-    try:
-        pin(args.threads)
-    except ValueError as error:
-        parser.error(str(error))
+    pin_or_exit(parser, args.threads)
     try:
         chosen = cases("gpu" if device.type == "cuda" else "cpu", args.only)
     except ValueError as error:

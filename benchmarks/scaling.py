@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import Others, busy_before, notice, pin
+from benchmarks.machine import Others, busy_before, notice, pin_or_exit
 from benchmarks.measure import spread, unsteady
 from benchmarks.run import RESULTS, environment
 from benchmarks.versus.model import SMALL_VOCABULARY, build_folder
@@ -181,10 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds: at least 1, got {args.rounds}")
-    try:
-        pin(args.threads)
-    except ValueError as error:
-        parser.error(str(error))
+    pin_or_exit(parser, args.threads)
     busy = busy_before()
     print(notice(busy))
     report: dict[str, Any] = environment(_CPU) | {"busy": busy, "points": [], "growth": {}}

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import Others, busy_before, notice, pin
+from benchmarks.machine import Others, busy_before, notice, pin_or_exit
 from benchmarks.measure import spread
 from benchmarks.run import RESULTS, default_device, environment
 from benchmarks.table import quartiles
@@ -102,10 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds: at least 1, got {args.rounds}")
-    try:
-        pin(args.threads)
-    except ValueError as error:
-        parser.error(str(error))
+    pin_or_exit(parser, args.threads)
     device = torch.device(args.device) if args.device else default_device()
     size = "3b" if device.type == "cuda" else "small"
     busy = busy_before()

@@ -51,7 +51,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import QUIET, Others, busy_before, notice, pin
+from benchmarks.machine import QUIET, Others, busy_before, notice, pin_or_exit
 from benchmarks.measure import spread, unsteady
 from benchmarks.run import RESULTS, default_device, environment
 from benchmarks.versus.gradients import GradientMismatch, compare
@@ -289,10 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="[results/vs-trl-DEVICE.json; with --only: none]")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch, on as many cores [all]")
     args = parser.parse_args(argv)
-    try:
-        pin(args.threads)
-    except ValueError as error:
-        parser.error(str(error))
+    pin_or_exit(parser, args.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = torch.device(args.device) if args.device else default_device()
     size, trains = ("3b", ["lora", "full"]) if device.type == "cuda" else ("small", ["full"])

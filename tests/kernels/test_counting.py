@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fastrl_kernels import _counting, _linear_logprob_driver, _linear_policy_composed, _native
+from fastrl_kernels import (
+    _counting,
+    _linear_logprob_backward,
+    _linear_logprob_driver,
+    _linear_policy_composed,
+    _native,
+)
 from fastrl_kernels._counting import flops_of, named_arguments, scratch, scratch_of
 from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.linear_policy_loss import linear_policy_loss
@@ -256,6 +262,21 @@ def test_a_limit_of_a_tile_makes_slabs_narrower_and_never_narrow(rows: int, limi
     sizes = {"per_element": 4, "per_row": 0, "per_column": 0, "row_limit": rows}
     plan = _linear_logprob_driver.plan_tiles(rows, 151936, 4 << 30, tile_limit=limit, **sizes)
     assert (plan.rows, plan.columns) == (rows, expected)
+
+
+@pytest.mark.parametrize("op", [fastrl.linear_logprob, fastrl.linear_logprob_backward], ids=str)
+def test_tiles_on_a_cpu_fit_its_cache_though_scratch_would_hold_more(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = {"weight": torch.empty((65536, H), device="meta"), "scratch_bytes": 1 << 30, "lora_b": None}
+    named = named_arguments(op.default, calls()[op], {}) | large | {"lora_a": None}
+
+    def held(*, triton: bool) -> int:
+        return scratch(op.default, (), named, triton=triton).bounded
+
+    limited, on_a_gpu = held(triton=False), held(triton=True)
+    for module in (_linear_logprob_driver, _linear_logprob_backward):
+        monkeypatch.setattr(module, "EAGER_TILE", None)
+    assert limited < held(triton=False) / 2
+    assert on_a_gpu == held(triton=True)
 
 
 def test_flops_are_read_through_torchs_own_counter() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastrl_kernels import _native
 from fastrl_kernels.linear_logprob import linear_logprob
 from fastrl_kernels.token_logprob import token_logprob, token_logprob_reference
+from tests.helpers.gradients import same_bits_with_threads
 
 pytestmark = pytest.mark.skipif(
     any(_native.lacks(f"fastrl_{name}_tile") for name in ("fold", "differentiate")),
@@ -102,12 +103,4 @@ def test_what_they_do_not_compute_stays_with_torch(called: list[str]) -> None:
 
 def test_thread_count_changes_nothing() -> None:
     logits, target = torch.randn(300, 9000), torch.randint(0, 9000, (300,))
-    before, outs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            outs.append(_gradient(token_logprob, logits, target))
-    finally:
-        torch.set_num_threads(before)
-    for other in outs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
+    assert same_bits_with_threads((1, 2, 5), lambda: _gradient(token_logprob, logits, target))

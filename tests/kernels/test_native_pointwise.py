@@ -26,6 +26,7 @@ from fastrl_kernels import (
 from fastrl_kernels._activations import KINDS
 from fastrl_kernels._common import interpreting
 from fastrl_kernels.decode_layer import add_rms_norm, rope_append
+from tests.helpers.gradients import outputs_and_gradients, outputs_of, same_bits_with_threads
 
 NAMES = ("gated", "gated_backward", "norm", "norm_backward", "rope", "rope_append")
 pytestmark = [
@@ -78,17 +79,6 @@ NAMED = list(_calls((1, 1)))
 SHAPES = [(1, 1), (3, 15), (70, 129), (2, 3, 1030), (0, 8), (5, 0), (300, 257)]
 
 
-def _list(result: Any) -> list[Tensor]:
-    return list(result) if isinstance(result, tuple) else [result]
-
-
-def _results(function: Callable[..., Any], inputs: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    outs = _list(function(*leaves))
-    grads = [u.to(o.dtype) for u, o in zip(upstream, outs, strict=True)]
-    return [*(x.detach() for x in outs), *torch.autograd.grad(outs, leaves, grads)]
-
-
 def _near(got: list[Tensor], want: list[Tensor], tolerance: float = 2e-6) -> None:
     for mine, truth in zip(got, want, strict=True):
         assert mine.shape == truth.shape
@@ -97,11 +87,11 @@ def _near(got: list[Tensor], want: list[Tensor], tolerance: float = 2e-6) -> Non
 
 
 def _against_float64(ours: Callable[..., Any], twin: Callable[..., Any], inputs: list[Tensor]) -> None:
-    upstream = [torch.randn(x.shape) for x in _list(twin(*inputs))]
-    want = _results(twin, [x.double() for x in inputs], upstream)
-    _near(_results(ours, inputs, upstream), want)
+    upstream = [torch.randn(x.shape) for x in outputs_of(twin(*inputs))]
+    want = outputs_and_gradients(twin, [x.double() for x in inputs], upstream)
+    _near(outputs_and_gradients(ours, inputs, upstream), want)
     with torch.no_grad():
-        _near(_list(ours(*inputs)), want[: len(upstream)])
+        _near(outputs_of(ours(*inputs)), want[: len(upstream)])
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -119,11 +109,11 @@ def test_without_the_extension_torch_computes_the_same(
 ) -> None:
     ours, twin, shapes = _calls((9, 40))[name]
     inputs = [torch.randn(size) for size in shapes]
-    upstream = [torch.randn(x.shape) for x in _list(twin(*inputs))]
-    native = _results(ours, inputs, upstream)
+    upstream = [torch.randn(x.shape) for x in outputs_of(twin(*inputs))]
+    native = outputs_and_gradients(ours, inputs, upstream)
     assert len(called) == 2
     monkeypatch.setattr(_native, "lacks", lambda name: "left out")
-    _near(native, _results(ours, inputs, upstream))
+    _near(native, outputs_and_gradients(ours, inputs, upstream))
     assert len(called) == 2
 
 
@@ -131,24 +121,24 @@ def test_without_the_extension_torch_computes_the_same(
 def test_any_strides_are_read(called: list[str], name: str) -> None:
     ours, twin, shapes = _calls((33, 20))[name]
     inputs = [torch.randn(*reversed(size), 2)[..., 0].permute(*reversed(range(len(size)))) for size in shapes]
-    want = _results(twin, [x.double() for x in inputs], _ones(twin, inputs))
-    _near(_results(ours, inputs, _ones(twin, inputs)), want)
+    want = outputs_and_gradients(twin, [x.double() for x in inputs], _ones(twin, inputs))
+    _near(outputs_and_gradients(ours, inputs, _ones(twin, inputs)), want)
     assert len(called) == 2
 
 
 def _ones(twin: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
     """Gradients of a sum: of strides of 0."""
-    return [torch.ones(()).expand(x.shape) for x in _list(twin(*inputs))]
+    return [torch.ones(()).expand(x.shape) for x in outputs_of(twin(*inputs))]
 
 
 @pytest.mark.parametrize("name", ["residual_rms_norm", "silu_mul, biases", "gelu, bias"])
 def test_frozen_inputs_get_no_gradient(name: str) -> None:
     ours, _, shapes = _calls((6, 10))[name]
     inputs = [torch.randn(size, requires_grad=True) for size in shapes]
-    whole = torch.autograd.grad(sum(x.square().sum() for x in _list(ours(*inputs))), inputs)
+    whole = torch.autograd.grad(sum(x.square().sum() for x in outputs_of(ours(*inputs))), inputs)
     for kept in range(len(inputs)):
         given = [x if i == kept else x.detach() for i, x in enumerate(inputs)]
-        (one,) = torch.autograd.grad(sum(x.square().sum() for x in _list(ours(*given))), inputs[kept])
+        (one,) = torch.autograd.grad(sum(x.square().sum() for x in outputs_of(ours(*given))), inputs[kept])
         assert torch.equal(one, whole[kept])
 
 
@@ -170,10 +160,12 @@ def test_second_derivatives_and_many_gradients_at_once_are_the_twins(name: str) 
     inputs = [torch.randn(size, requires_grad=True) for size in shapes]
     found = []
     for function in (ours, twin):
-        firsts = torch.autograd.grad(sum(x.pow(3).sum() for x in _list(function(*inputs))), inputs, create_graph=True)
+        firsts = torch.autograd.grad(
+            sum(x.pow(3).sum() for x in outputs_of(function(*inputs))), inputs, create_graph=True
+        )
         found.append(torch.autograd.grad(sum(x.square().sum() for x in firsts), inputs))
     _near(list(found[0]), list(found[1]), 1e-5)
-    outs = [_list(function(*inputs)) for function in (ours, twin)]
+    outs = [outputs_of(function(*inputs)) for function in (ours, twin)]
     upstream = [torch.randn(3, *x.shape) for x in outs[0]]
     many = [torch.autograd.grad(out, inputs, upstream, is_grads_batched=True) for out in outs]
     _near(list(many[0]), list(many[1]), 1e-5)
@@ -310,13 +302,5 @@ def test_appending_equals_its_twin(called: list[str], rows: int, heads: int, kv_
 def test_thread_count_changes_nothing(name: str) -> None:
     ours, _, shapes = {**_calls((300, 700)), **_turns(2, 200, 8, 2, 64, 64)}[name]
     inputs = [torch.randn(size) for size in shapes]
-    upstream = [torch.randn(x.shape) for x in _list(ours(*inputs))]
-    before, outs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5, 2):
-            torch.set_num_threads(threads)
-            outs.append(_results(ours, inputs, upstream))
-    finally:
-        torch.set_num_threads(before)
-    for other in outs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
+    upstream = [torch.randn(x.shape) for x in outputs_of(ours(*inputs))]
+    assert same_bits_with_threads((1, 2, 5, 2), lambda: outputs_and_gradients(ours, inputs, upstream))

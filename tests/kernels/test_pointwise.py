@@ -22,20 +22,9 @@ from fastrl_kernels import (
 )
 from fastrl_kernels._activations import KINDS
 from fastrl_kernels._common import use_operator
+from tests.helpers.gradients import outputs_and_gradients, outputs_of
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def outputs_of(result: Any) -> list[Tensor]:
-    return list(result) if isinstance(result, tuple) else [result]
-
-
-def results(function: Callable[..., Any], inputs: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
-    """Outputs and gradients for random upstream gradients, of a stride of 0 where that is all there is."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = outputs_of(function(*leaves))
-    given = [u.to(o.dtype) for u, o in zip(upstream, out, strict=True)]
-    return [*(x.detach() for x in out), *torch.autograd.grad(out, leaves, given)]
 
 
 def check(name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str = "cpu", **options: Any) -> None:
@@ -45,9 +34,9 @@ def check(name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, device: 
     ours, twin = getattr(fastrl_kernels, name), getattr(reference, f"{name}_reference")
     like = outputs_of(twin(*inputs, *angles, **options))
     upstream = [torch.randn_like(x, dtype=torch.float64).to(dtype) for x in like]
-    got = results(lambda *x: ours(*x, *angles, **options), inputs, upstream)
+    got = outputs_and_gradients(lambda *x: ours(*x, *angles, **options), inputs, upstream)
     wide, exact = [x.double() for x in inputs], [x.double() for x in angles]
-    want = results(lambda *x: twin(*x, *exact, **options), wide, upstream)
+    want = outputs_and_gradients(lambda *x: twin(*x, *exact, **options), wide, upstream)
     for mine, truth in zip(got, want, strict=True):
         assert mine.dtype == dtype
         assert mine.shape == truth.shape
@@ -66,8 +55,8 @@ def check_norms(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu")
     twin = reference.residual_rms_norm_reference
     stream, weight = torch.randn(shape, dtype=dtype, device=device), torch.randn(hidden, dtype=dtype, device=device)
     upstream = [torch.randn_like(stream) for _ in range(2)]
-    got = results(lambda x, w: residual_rms_norm(x, None, w), [stream, weight], upstream)
-    want = results(lambda x, w: twin(x, None, w), [stream.double(), weight.double()], upstream)
+    got = outputs_and_gradients(lambda x, w: residual_rms_norm(x, None, w), [stream, weight], upstream)
+    want = outputs_and_gradients(lambda x, w: twin(x, None, w), [stream.double(), weight.double()], upstream)
     for mine, truth in zip(got, want, strict=True):
         tolerance = TOLERANCE[dtype] * max(1.0, float(truth.abs().max()) if truth.numel() else 1.0)
         torch.testing.assert_close(mine.double(), truth, rtol=TOLERANCE[dtype], atol=tolerance)
@@ -85,8 +74,8 @@ def check_gates(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu")
 
     inputs = [torch.randn(shape, device=device).to(dtype) for _ in range(2)]
     upstream = [torch.randn(shape, device=device)]
-    got = results(ours, [*inputs, *bias.unbind()], upstream)
-    want = results(
+    got = outputs_and_gradients(ours, [*inputs, *bias.unbind()], upstream)
+    want = outputs_and_gradients(
         lambda x, y, a, b: reference.silu_mul_reference(x, y, gate_bias=a, up_bias=b),
         [*(x.double() for x in inputs), *wide.unbind()],
         [u.to(dtype) for u in upstream],
@@ -179,7 +168,7 @@ def test_a_whole_graph_compiles_to_the_same_numbers(near: str, name: str) -> Non
     call, inputs = CALLS[name][0], inputs_of(name)
     compiled = torch.compile(lambda *x: tuple(outputs_of(call(*x))), backend="aot_eager", fullgraph=True)
     upstream = [torch.randn_like(x) for x in outputs_of(call(*inputs))]
-    want, got = results(call, inputs, upstream), results(compiled, inputs, upstream)
+    want, got = outputs_and_gradients(call, inputs, upstream), outputs_and_gradients(compiled, inputs, upstream)
     torch.testing.assert_close(got, want)
 
 
