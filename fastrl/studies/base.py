@@ -91,7 +91,8 @@ class Study(ABC):
 
     about: ClassVar[About]
     measures: Mapping[str, str]  # measure -> its title; rates are chosen by the first
-    rates: Sequence[float] = ()  # the grid of learning rates, equal for all groups; empty: the recipe's rate
+    rates: Sequence[float] = ()  # geometric grid of learning rates, equal for all groups; empty: the recipe's rate
+    chosen_by: Mapping[str, str] = {}  # group -> the measure by which its rate is chosen, if not by the first
     betas: Mapping[str, Sequence[float]] = {}  # group -> the grid of its β, chosen after its rate; others have none
     seeds: int = 3
 

@@ -3,14 +3,19 @@
 The proxy is the likelihood of the text that is trained on. For *what one frame tells* (what does the clip show?) it can
 rise without any look at time; the truth that matters is the trajectory of a subject, on clips that were not trained on.
 Both kinds of data are about the same clips. Each arm is one pass over its data. Two models are trained, one of
-half the width; how much a model's truth changes is compared between them.
+half the width; how much a model's truth changes, and as a part of what it begins with, is compared between them.
+
+More data is more steps as well: one pass is the paper's setting, and this study does not separate the two.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastrl.data import load_data
 from fastrl.data.scenes import Scenes
@@ -57,6 +62,8 @@ class Experiment(Study):
         "utr": "nats a token, UTR's text",
     }
     rates = RATES
+    # Each kind's rate is that which its own proxy likes best: the truth would choose the rate that hacks least
+    chosen_by = {f"{title}, {width}": kind for kind, title in KINDS.items() for width in WIDTHS}  # noqa: RUF012
 
     def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:
         super().__init__(quick=quick, say=say)
@@ -128,6 +135,20 @@ class Experiment(Study):
         larger = f"{KINDS['hack']}, {self.sizes[-1]} clips: change of the truth, {wide} − {narrow}"
         return {**found, larger: "falls"}
 
+    def findings(self, out: Path) -> Mapping[str, Any]:
+        """Part of the starting truth that one frame's data adds or takes, of the wide model less the narrow one's: the
+        wide model has more to lose."""
+        rows = [json.loads(line) for line in (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+        found = {}
+        for n in self.sizes:
+            states = {w: (start_of(w), arm_name("hack", n, w)) for w in WIDTHS}
+            if all(name in rows[0] for pair in states.values() for name in pair):
+                wide, narrow = (np.array([[row[s]["greedy"] for s in states[w]] for row in rows]) for w in WIDTHS)
+                value, low, high = relative_interval(wide, narrow)
+                title = f"{KINDS['hack']}, {n} clips: change of the truth as a part of the start's, wide − narrow"
+                found[title] = {"value": value, "low": low, "high": high}
+        return found
+
     def settings(self) -> Mapping[str, Any]:
         return {"sizes": self.sizes, "widths": WIDTHS, "held_out": self.held_out, "rates": RATES}
 
@@ -176,6 +197,24 @@ class Experiment(Study):
             for kind, records in texts.items()
         }
         return found._replace(scores={**found.scores, **likelihood})
+
+
+def relative_interval(
+    first: np.ndarray, second: np.ndarray, *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The relative change of ``first`` less that of ``second`` with its 95 % bootstrap interval over records.
+
+    ``first``, ``second``: [N, 2], scores of the same records before and after; the mean before is not 0.
+    """
+
+    def less(rows: Any) -> float:
+        (a, b), (c, d) = first[rows].mean(0), second[rows].mean(0)
+        return float(b / a - d / c)
+
+    generator = np.random.default_rng(seed)
+    drawn = [less(generator.integers(len(first), size=len(first))) for _ in range(draws)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return less(slice(None)), float(low), float(high)
 
 
 def overlap(answers: Sequence[str], records: Sequence[Record]) -> Sequence[float]:

@@ -65,6 +65,7 @@ class Experiment(Study):
         "greedy_half": "min(1, 2 IoU), greedy",
     }
     rates = RATES
+    seeds = 5
     betas = {kind: BETAS for kind in KINDS if kind != "sft"}  # noqa: RUF012
 
     def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:

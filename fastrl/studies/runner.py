@@ -6,7 +6,8 @@
     OUT/scores.jsonl, results.json, study.html
 
 Learning rates are chosen for each group of arms from one grid, by one seed, on a set of records that is not reported;
-so is β at the chosen rate, where a method has one (``rate-0.0001-beta-0.1``).
+so is β at the chosen rate, where a method has one (``rate-0.0001-beta-0.1``). A grid whose best value is its end grows
+there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from fastrl.studies.workers import Runs, runs_of
 
 FILE = "study.json"
 TITLES = {"rate": "learning rate", "beta": "β"}  # what is chosen, in this order
+WIDENED = 2  # values that a grid may grow by
+SETS = (CHOOSING, REPORTED)
 
 
 def run_study(study: Study, out: Path, *, seeds: int | None = None, processes: int = 1) -> dict[str, Any]:
@@ -42,7 +45,8 @@ def run_study(study: Study, out: Path, *, seeds: int | None = None, processes: i
             process (the order of sums), not on how many there are.
 
     Returns:
-        See ``fastrl.studies.outcome.outcome``; all of it but ``out`` is written to ``OUT/results.json``.
+        See ``fastrl.studies.outcome.outcome``, and :func:`values_tried` for what was chosen from; all of it but
+        ``out`` is written to ``OUT/results.json``.
 
     Raises:
         ValueError: no seed, or several for a quick study, the folder holds something else or another study or setting,
@@ -80,10 +84,20 @@ def run_study(study: Study, out: Path, *, seeds: int | None = None, processes: i
     others = {job.folder for job in tried} - {job.folder for job in jobs}
     spent = [spent_on(_shared(out, seed))[1] for seed in range(count)]
     spent += [read_cell(folder).cpu_seconds for folder in others]
-    result = outcome(study, cells, chosen, out, stopped, sum(spent))
+    result = outcome(study, cells, chosen, out, stopped, sum(spent)) | values_tried(tried)
     write_atomically(out / "results.json", json.dumps(result, indent=1) + "\n")
     write_page(study, result, out / "study.html")
     return {**result, "out": str(out)}
+
+
+def values_tried(jobs: Sequence[Job]) -> dict[str, dict[str, list[float]]]:
+    """``tried`` and ``tried_betas``: group → the learning rates, and values of β, of these jobs."""
+    found: dict[str, dict[str, list[float]]] = {"tried": {}, "tried_betas": {}}
+    for key, setting in zip(found, TITLES, strict=True):
+        for job in jobs:
+            value, values = getattr(job, setting), found[key].setdefault(job.arm.group, [])
+            found[key][job.arm.group] = sorted({*values, *([] if value is None else [value])})
+    return {key: {group: values for group, values in each.items() if values} for key, each in found.items()}
 
 
 def check_folder(out: Path, described: Mapping[str, Any]) -> None:
@@ -113,10 +127,12 @@ def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def choose(study: Study, run: Runs, arms: Sequence[Arm], out: Path) -> tuple[list[Job], dict[str, Chosen]]:
-    """Choose the learning rate of each group from the study's grid, then its β if it has a grid, each by the first
-    measure of the group's first arm with seed 0 on the choosing set.
+    """Choose the learning rate of each group from the study's grid, then its β if it has a grid, each with seed 0 on
+    the choosing set, by the group's first arm and ``Study.chosen_by``.
 
-    Quick studies choose nothing: they take the middle of each grid, as the choice of rates does for β.
+    A grid whose best value is its end says only that a better one may lie beyond. It goes on there in its own steps,
+    for this group, until the best lies inside or ``WIDENED`` values were added. Quick studies choose nothing: they take
+    the middle of each grid, as the choice of rates does for β.
 
     Returns:
         The jobs that were tried, and by group what was chosen; ``None`` where there is no grid: the recipe's.
@@ -131,16 +147,24 @@ def choose(study: Study, run: Runs, arms: Sequence[Arm], out: Path) -> tuple[lis
         return tried, chosen
     for setting, title in TITLES.items():
         grids = {group: study.rates if setting == "rate" else study.betas.get(group, ()) for group in first}
-        jobs = {
-            (group, value): _job(first[group], 0, chosen[group]._replace(**{setting: value}), out, (CHOOSING, REPORTED))
-            for group, grid in grids.items()
-            for value in (grid if len(grid) > 1 else ())
-        }
-        _run(study, run, list(jobs.values()))
-        tried += jobs.values()
-        for group in dict.fromkeys(group for group, _ in jobs):
-            best = _best(study, group, title, {value: job for (of, value), job in jobs.items() if of == group})
-            chosen[group] = chosen[group]._replace(**{setting: best})
+        wanted = {group: list(grid) for group, grid in grids.items() if len(grid) > 1}
+        means: dict[str, dict[float, float]] = {group: {} for group in wanted}
+        for _ in range(1 + WIDENED):
+            jobs = {
+                (group, value): _job(first[group], 0, chosen[group]._replace(**{setting: value}), out, SETS)
+                for group, values in wanted.items()
+                for value in values
+            }
+            _run(study, run, list(jobs.values()))
+            tried += jobs.values()
+            for (group, value), job in jobs.items():
+                means[group][value] = fmean(read_cell(job.folder).sets[CHOOSING].scores[_chosen_by(study, group)])
+            wanted = {group: beyond(means[group]) for group in wanted}
+        for group, found in means.items():
+            chosen[group] = chosen[group]._replace(**{setting: max(found, key=found.__getitem__)})
+            shown = ", ".join(f"{value:g}: {mean:.4f}" for value, mean in sorted(found.items()))
+            best = f"{group}: {title} {getattr(chosen[group], setting):g}"
+            study.say(f"{best} ({_chosen_by(study, group)} on the choosing set: {shown})")
     return tried, chosen
 
 
@@ -148,14 +172,17 @@ def _middle(grid: Sequence[float]) -> float | None:
     return grid[len(grid) // 2] if grid else None
 
 
-def _best(study: Study, group: str, title: str, tried: Mapping[float, Job]) -> float:
-    """The value of a grid whose finished job has the best first measure on the choosing set; says all of them."""
-    measure = next(iter(study.measures))
-    means = {value: fmean(read_cell(job.folder).sets[CHOOSING].scores[measure]) for value, job in tried.items()}
-    best = max(means, key=means.__getitem__)
-    shown = ", ".join(f"{value:g}: {mean:.4f}" for value, mean in means.items())
-    study.say(f"{group}: {title} {best:g} ({measure} on the choosing set: {shown})")
-    return best
+def _chosen_by(study: Study, group: str) -> str:
+    return study.chosen_by.get(group) or next(iter(study.measures))
+
+
+def beyond(means: Mapping[float, float]) -> list[float]:
+    """The next value of a geometric grid beyond that end of it which is the best so far; none if the best is inside."""
+    values = sorted(means)
+    best = max(values, key=means.__getitem__)
+    if best == values[-1]:
+        return [float(f"{best * (best / values[-2]):.6g}")]
+    return [float(f"{best * (best / values[1]):.6g}")] if best == values[0] else []
 
 
 def folder_name(arm: str) -> str:

@@ -16,7 +16,7 @@ from fastrl.cli.main import main
 from fastrl.studies import STUDIES, all_studies, study_class
 from fastrl.studies.base import EXPECTED, REPORTED, About, Arm, Job, Line, Measured, Plot, Study
 from fastrl.studies.outcome import change_rows, conditions, print_result, seen, verdict
-from fastrl.studies.runner import check_folder, folder_name, run_study
+from fastrl.studies.runner import beyond, check_folder, folder_name, run_study
 from fastrl.toy.demos.evidence import Compared, change
 
 
@@ -78,11 +78,34 @@ def test_rates_are_chosen_for_each_group_by_seed_0_on_the_choosing_set(tmp_path:
     reported = [job for job in study.ran if job[1] == 1 or job[0] in ("start", "b/long")]
     assert reported == [("start", 0, None), ("b/long", 0, 0.3), ("a", 1, 0.1), ("b", 1, 0.3), ("b/long", 1, 0.3)]
     assert sorted(job for job in study.ran if job not in reported) == [
-        *(("a", 0, rate) for rate in study.rates),
-        *(("b", 0, rate) for rate in study.rates),
+        *(("a", 0, rate) for rate in (0.05, *study.rates)),  # the best value of a grid is not left at its end
+        *(("b", 0, rate) for rate in (*study.rates, 0.45)),
     ]
+    assert result["tried"] == {"a": [0.05, 0.1, 0.2, 0.3], "b": [0.1, 0.2, 0.3, 0.45]}
+    assert result["tried_betas"] == {}
     assert (tmp_path / "a" / "seed-0" / "rate-0.1" / "choosing.jsonl").is_file()
     assert not (tmp_path / "a" / "seed-1" / "rate-0.1" / "choosing.jsonl").exists()
+
+
+def test_a_grid_grows_towards_its_best_end_and_not_for_ever(tmp_path: Path) -> None:
+    assert beyond({1.0: 0.0, 2.0: 1.0, 4.0: 0.0}) == []
+    assert beyond({4.0: 1.0, 1.0: 0.0, 2.0: 0.0}) == [8.0]
+    assert beyond({5e-5: 1.0, 1e-4: 0.0}) == [2.5e-5]
+
+    class Rising(Fixed):
+        def run(self, job: Job) -> Mapping[str, Measured]:
+            self.ran.append((job.arm.name, job.seed, job.rate))
+            return dict.fromkeys(
+                job.sets, Measured(["r"], {"score": [job.rate or 0.0], "falling": [-(job.rate or 0.0)]})
+            )
+
+    class Falling(Rising):
+        chosen_by = {"b": "falling"}  # noqa: RUF012
+
+    found = run_study(Rising(), tmp_path / "rising")
+    assert found["rates"] == {"a": 0.675, "b": 0.675}
+    assert found["tried"]["a"] == [0.1, 0.2, 0.3, 0.45, 0.675]
+    assert run_study(Falling(), tmp_path / "falling")["rates"] == {"a": 0.675, "b": 0.025}
 
 
 class WithBeta(Fixed):
@@ -106,7 +129,9 @@ def test_beta_is_chosen_at_the_chosen_rate_and_no_job_is_run_twice(tmp_path: Pat
     assert result["rates"] == {"a": 0.1, "b": 0.3}
     assert result["betas"] == {"a": 0.4}
     of_a = [job[1:] for job in study.tried if job[0] == "a"]
-    assert of_a == [(0, 0.1, 0.2), (0, 0.2, 0.2), (0, 0.3, 0.2), (0, 0.1, 0.1), (0, 0.1, 0.4), (1, 0.1, 0.4)]
+    rates, betas = (0.1, 0.2, 0.3, 0.05), (0.1, 0.4, 0.8)
+    assert of_a == [*((0, rate, 0.2) for rate in rates), *((0, 0.1, beta) for beta in betas), (1, 0.1, 0.4)]
+    assert result["tried_betas"] == {"a": [0.1, 0.2, 0.4, 0.8]}
     assert {job[3] for job in study.tried if job[0] != "a"} == {None}
     assert (tmp_path / "a" / "seed-1" / "rate-0.1-beta-0.4" / "done.json").is_file()
     assert "so was β: a 0.4" in conditions(result)
