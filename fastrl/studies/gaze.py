@@ -51,7 +51,9 @@ MIN_BEST = 0.9
 RATES = (1e-3, 2e-3, 4e-3)
 TRAINED = "RePer"
 FILE = "dialogues.jsonl"
+GAINED = f"{TRAINED} − start"
 KINDS = {"share": "attention inside named boxes", "saliency": "saliency of named boxes", "mass": "attention on image"}
+CLAIMED = ("saliency", "mass")
 
 
 class Experiment(Study):
@@ -63,7 +65,7 @@ class Experiment(Study):
         paper="RePer (arXiv:2504.07165), §4.4 (attention by turn, figure)",
         design="captions of scenes in three turns of reflection; the share of image attention inside the exact boxes "
         "of the named things, and its normalised scanpath saliency, by turn, before and after RePer",
-        expected="rises with every turn, and more so after training",
+        expected="saliency and attention on the image rise with every turn, and more so after training",
         minutes=45,
         quick_minutes=5,
     )
@@ -85,6 +87,9 @@ class Experiment(Study):
     def arms(self) -> Sequence[Arm]:
         return [Arm("start"), Arm(TRAINED, TRAINED)]
 
+    def differences(self) -> Mapping[str, tuple[str, str]]:
+        return {GAINED: (TRAINED, "start")}
+
     def comparisons(self) -> Sequence[Compared]:
         found = []
         for kind, title in KINDS.items():
@@ -99,12 +104,15 @@ class Experiment(Study):
             for arm in ("start", TRAINED)
             for t in (1, 2, 3)
         ]
-        return [*found, *shares, change("score of turn 3: after − before", "score 3", "start", TRAINED)]
+        more = [Compared(more_so(k), (GAINED, f"{k} 1"), (GAINED, f"{k} {TURNS}")) for k in CLAIMED]
+        return [*found, *shares, *more, change("score of turn 3: after − before", "score 3", "start", TRAINED)]
 
     def claims(self) -> Mapping[str, str]:
-        title = KINDS["mass"]
-        turns = {f"{TRAINED}: {title}, turn {b} − {a}": "rises" for a, b in pairwise(range(1, TURNS + 1))}
-        return {**turns, **{f"{KINDS['share']}, turn {t}: after − before": "rises" for t in range(1, TURNS + 1)}}
+        # Not on the share, which grows with the area of what is named
+        pairs = list(pairwise(range(1, TURNS + 1)))
+        turns = [f"{TRAINED}: {KINDS[kind]}, turn {b} − {a}" for kind in CLAIMED for a, b in pairs]
+        trained = [f"{KINDS['saliency']}, turn {turn}: after − before" for turn in range(1, TURNS + 1)]
+        return dict.fromkeys([*turns, *trained, *(more_so(kind) for kind in CLAIMED)], "rises")
 
     def settings(self) -> Mapping[str, Any]:
         sizes = {"pictures": self.pictures, "steps": self.recipe.optim.steps, "held_out": self.held_out}
@@ -127,6 +135,11 @@ class Experiment(Study):
         if job.arm.group:
             policy = train_job(changed(self.recipe, {"data.spec": f"reflection:{job.shared / FILE}"}), job)
         return {name: measured(policy, self.sets[name]) for name in job.sets}
+
+
+def more_so(kind: str) -> str:
+    """The comparison of how much a measure changes over all turns, after training less before."""
+    return f"{KINDS[kind]}, turn {TURNS} − 1: after − before"
 
 
 def pictures(count: int, seed: int) -> list[Record]:

@@ -36,6 +36,7 @@ KINDS = {"perpo": "PerPO", "lipo": "LiPO", "dpo": "DPO", "sft": "SFT"}
 SIGMAS = (0.0, 0.2, 0.4)
 LENGTHS = (2, 4, 8, 12)
 LONGEST = LENGTHS[-1]
+LONGER = f"PerPO, smooth: N {LONGEST} − N {LENGTHS[0]}"
 FORMS = ("smooth", "plateau")
 PLATEAU = 0.5  # IoU from which the plateau's reward is 1
 MIN_GAP = 0.3  # between the best and the worst of the 12 answers, without noise
@@ -54,7 +55,7 @@ class Experiment(Study):
         paper="PerPO (arXiv:2502.04371), grounding tables and §4.8 (list size)",
         design="one file of lists for each seed; PerPO, LiPO, DPO, SFT; noise σ 0, 0.2, 0.4 on smooth and plateau "
         "rewards; lists of 2, 4, 8, 12 answers with smooth rewards without noise",
-        expected="PerPO above SFT and DPO, growing with the length of lists",
+        expected="PerPO above SFT and DPO, above SFT also where rewards are noisy; better with longer lists",
         minutes=50,
         quick_minutes=4,
     )
@@ -99,7 +100,8 @@ class Experiment(Study):
                     change(f"PerPO − {KINDS[kind]}, {condition(*data)}", measure_of, arm_name(kind, *data), arm.name)
                     for kind in ("sft", "dpo", "lipo")
                 ]
-        return found
+        ends = (arm_name("perpo", "smooth", 0.0, n) for n in (LENGTHS[0], LONGEST))
+        return [*found, change(LONGER, "sampled", *ends)]
 
     def plots(self) -> Sequence[Plot]:
         noise = [
@@ -115,8 +117,9 @@ class Experiment(Study):
         return [*noise, Plot("smooth rewards without noise", "answers in a list", "sampled", lines)]
 
     def claims(self) -> Mapping[str, str]:
-        where = condition("smooth", 0.0, LONGEST)
-        return {f"PerPO − {KINDS[kind]}, {where}": "rises" for kind in ("sft", "dpo", "lipo")}
+        where, noisy = (condition("smooth", sigma, LONGEST) for sigma in (SIGMAS[0], SIGMAS[-1]))
+        others = [f"PerPO − {KINDS[kind]}, {where}" for kind in ("sft", "dpo", "lipo")]
+        return dict.fromkeys([*others, f"PerPO − {KINDS['sft']}, {noisy}", LONGER], "rises")
 
     def settings(self) -> Mapping[str, Any]:
         return {

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from fastrl.studies import gaze
-from fastrl.studies.gaze import Experiment, covered, named_boxes, pictures, saliency, share
+from fastrl.studies.base import REPORTED, Measured
+from fastrl.studies.cells import Cell
+from fastrl.studies.gaze import KINDS, TRAINED, Experiment, covered, named_boxes, pictures, saliency, share
+from fastrl.studies.outcome import outcome
 from fastrl.studies.runner import run_study
 
 
@@ -42,6 +45,36 @@ def test_pictures_are_the_same_for_a_seed_and_differ_between_seeds() -> None:
     assert [r.target["boxes"] for r in pictures(4, 1)] == [r.target["boxes"] for r in pictures(4, 1)]
     assert pictures(2, 1)[0].target != pictures(2, 2)[0].target
     assert all(len(r.target["names"]) == len(r.target["boxes"]) == len(r.target["objects"]) for r in pictures(9, 1))
+
+
+def looks(rise: float, study: Experiment) -> Cell:
+    """Scores of four pictures, of which saliency and attention on the image rise with every turn."""
+    rows = {name: [0.1 * i for i in range(4)] for name in study.measures}
+    for turn in (2, 3):
+        rows |= {f"{k} {turn}": [v + rise * (turn - 1) for v in rows[f"{k} 1"]] for k in ("saliency", "mass")}
+    return Cell({REPORTED: Measured([str(i) for i in range(4)], rows)}, 1.0, 1.0)
+
+
+def test_more_so_after_training_is_the_change_over_turns_after_less_before(tmp_path: Path) -> None:
+    study = Experiment()
+    cells = {("start", 0): looks(0.1, study), (TRAINED, 0): looks(0.3, study), (TRAINED, 1): looks(0.3, study)}
+    result = outcome(study, cells, {}, tmp_path)
+    for kind in ("saliency", "mass"):
+        name = f"{KINDS[kind]}, turn 3 − 1: after − before"
+        found = result["changes"][name]
+        assert (found["before"], found["change"]) == (pytest.approx(0.0, abs=1e-12), pytest.approx(0.4))
+        assert found["seeds"] == pytest.approx([0.4, 0.4])
+        assert result["claims"][name]["expected"] == "rises"
+    assert result["claims"][f"{KINDS['saliency']}, turn 2: after − before"]["seen"] is True
+
+
+def test_nothing_is_claimed_of_the_share_which_grows_with_what_is_named() -> None:
+    study = Experiment()
+    compared = {c.name: c for c in study.comparisons()}
+    claimed = {compared[name].after[1].split()[0] for name in study.claims()}
+    assert claimed == {"saliency", "mass"}
+    assert f"{TRAINED}: share − part of the picture, turn 3" in compared
+    assert f"{KINDS['share']}, turn 3: after − before" in compared
 
 
 @pytest.mark.gate

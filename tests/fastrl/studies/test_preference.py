@@ -67,6 +67,18 @@ def test_a_plateau_does_not_reveal_which_of_its_answers_is_better() -> None:
     assert len(set(places)) == sum(on_plateau(value) == 1.0 for value in TRUE.values())
 
 
+def test_it_is_claimed_that_longer_lists_are_better_and_sft_worse_under_noise() -> None:
+    study = Experiment()
+    compared, claims = {c.name: c for c in study.comparisons()}, study.claims()
+    longer = compared["PerPO, smooth: N 12 − N 2"]
+    assert (longer.before, longer.after) == (("perpo, smooth, N 2", "sampled"), ("perpo, smooth", "sampled"))
+    assert claims[longer.name] == "rises"
+    noisy = compared["PerPO − SFT, smooth, σ 0.4"]
+    assert (noisy.before[0], noisy.after[0]) == ("sft, smooth, σ 0.4", "perpo, smooth, σ 0.4")
+    assert claims[noisy.name] == "rises"
+    assert "PerPO − DPO, plateau" in compared
+
+
 @pytest.mark.gate
 def test_a_very_small_study_runs_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("QUICK_PROMPTS", 24), ("QUICK_STEPS", 2), ("QUICK_HELD_OUT", 6)):

@@ -36,6 +36,27 @@ def test_every_alpha_has_its_own_rate_and_the_control_too() -> None:
     assert [name for name, arm in arms.items() if arm.options.get("shuffled")] == [CONTROL]
 
 
+def test_that_the_reasons_help_is_claimed_of_the_same_turn_with_others_reasons() -> None:
+    study = Experiment()
+    compared, claims = {c.name: c for c in study.comparisons()}, study.claims()
+    for arm in (arm.name for arm in study.arms()):
+        for turn in (2, 3):
+            found = compared[f"{arm}: own − others' reasons, turn {turn}"]
+            assert (found.before, found.after) == ((arm, f"other {turn}"), (arm, f"score {turn}"))
+    assert {name: way for name, way in claims.items() if "reasons" in name} == {
+        "α 1: own − others' reasons, turn 2": "rises",
+        "α 1: own − others' reasons, turn 3": "rises",
+    }
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_fewer_false_captions_are_claimed_of_the_papers_best_alpha_too(quick: bool) -> None:
+    study = Experiment(quick=quick)
+    falling = {name for name, way in study.claims().items() if way == "falls"}
+    assert falling == {f"α {a} − α 0: false captions, turn 3" for a in (1, 10)}
+    assert falling <= {c.name for c in study.comparisons()}
+
+
 @pytest.mark.gate
 def test_a_very_small_study_trains_on_reasons_and_on_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"QUICK_PICTURES": 24, "QUICK_STEPS": 1, "QUICK_HELD_OUT": 6, "MIN_BEST": 0.5}
