@@ -7,10 +7,15 @@ by F1 of boxes with an IoU of at least 0.5 after an optimal match.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from fastrl.data import load_data
 from fastrl.evaluate.coco import evaluate_detection
+from fastrl.methods.sft import in_random_order
 from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
 from fastrl.run.setup import load_model
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 RECIPE = "perception-r1-detection-tiny"
 PARTS = ("format", "location", "class", "f1", "missing")  # in the order in which they are added
 SEQUENCE = "all, in sequence"
+UNORDERED = "all, in sequence, truths in random orders"
+MATCH, UNORDERED_MATCH = "optimal match − sequence", "optimal match − sequence, truths in random orders"
 HELD_OUT, QUICK_HELD_OUT = 384, 192
 QUICK_STEPS, QUICK_PROMPTS = 24, 16
 RATES = (1.5e-2, 3e-2, 6e-2)
@@ -37,7 +44,7 @@ class Experiment(Study):
         question="does every part of the detection reward, and its optimal match, help?",
         paper="Perception-R1 (arXiv:2504.07954), §3.3, Table 6 (parts) and Table 5 (matching)",
         design="GRPO on detection scenes; format, + location, + class, + F1, + missing; all parts with an optimal "
-        "match or with boxes in sequence; AP and F1",
+        "match or with boxes in sequence, of truths from left to right or in random orders; AP and F1",
         expected="AP rises with each part; in sequence is below an optimal match",
         minutes=55,
         quick_minutes=5,
@@ -62,13 +69,19 @@ class Experiment(Study):
         added = [Arm(arm_name(parts), "GRPO", {"parts": parts, "matching": "optimal"}) for parts in steps]
         # The rate is chosen on the whole reward, which stands first for that
         whole, rest = added[-1], added[:-1]
-        return [Arm("start"), whole, *rest, Arm(SEQUENCE, "GRPO", {"parts": PARTS, "matching": "sequence"})]
+        in_turn = {"parts": PARTS, "matching": "sequence"}
+        sequence = [Arm(SEQUENCE, "GRPO", in_turn), Arm(UNORDERED, "GRPO", {**in_turn, "unordered": True})]
+        return [Arm("start"), whole, *rest, *sequence]
 
     def comparisons(self) -> Sequence[Compared]:
         names = [arm_name(PARTS[: count + 1]) for count in range(len(PARTS))]
         pairs = [("start", names[0]), *pairwise(names)]
-        pairs += [("start", names[-1]), (SEQUENCE, names[-1])]
-        titles = {("start", names[-1]): "all parts", (SEQUENCE, names[-1]): "optimal match − sequence"}
+        titles = {
+            ("start", names[-1]): "all parts",
+            (SEQUENCE, names[-1]): MATCH,
+            (UNORDERED, names[-1]): UNORDERED_MATCH,
+        }
+        pairs += titles
         return [
             change(titles.get((before, after), after) + end, how, before, after)
             for how, end in (("greedy_ap", ", AP"), ("sampled_ap", ", AP sampled"), ("greedy", ", F1"))
@@ -77,7 +90,7 @@ class Experiment(Study):
 
     def claims(self) -> Mapping[str, str]:
         added = {f"{arm_name(PARTS[: count + 1])}, AP": "rises" for count in range(1, len(PARTS))}
-        return {**added, "optimal match − sequence, AP": "rises"}
+        return {**added, f"{MATCH}, AP": "rises", f"{UNORDERED_MATCH}, AP": "rises"}
 
     def settings(self) -> Mapping[str, Any]:
         per_step = self.recipe.data.prompts_per_step
@@ -95,10 +108,26 @@ class Experiment(Study):
             weights = {part: float(part in job.arm.options["parts"]) for part in PARTS}
             changes = {"reward.weights": weights, "data.seed": job.seed}
             options = {**self.recipe.reward.options, "matching": job.arm.options["matching"]}
-            policy = train_job(changed(self.recipe, changes | {"reward.options": options}), job)
+            records = Unordered(load_data(self.recipe.data.spec)) if job.arm.options.get("unordered") else None
+            policy = train_job(changed(self.recipe, changes | {"reward.options": options}), job, records)
         length = self.recipe.rollout.max_new_tokens
         scores = {"": f1, "_ap": ap_of_each}
         return {name: measure(policy, self.sets[name], length, scores, samples=1, whole=ap_of_all) for name in job.sets}
+
+
+class Unordered(Sequence["Record"]):
+    """Detection records, the objects of each in an order that depends on the record's number alone."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> Record:  # type: ignore[override]
+        record = self.records[number]
+        rng = torch.Generator().manual_seed(number)
+        return replace(record, target=in_random_order(record.task, record.target, rng))
 
 
 def f1(answers: Sequence[str], records: Sequence[Record]) -> Sequence[float]:

@@ -9,7 +9,7 @@ import pytest
 from fastrl.data import load_data
 from fastrl.recipe import load_recipe
 from fastrl.studies import rewards
-from fastrl.studies.rewards import PARTS, SEQUENCE, Experiment, ap_of_all, ap_of_each, f1
+from fastrl.studies.rewards import PARTS, SEQUENCE, UNORDERED, Experiment, Unordered, ap_of_all, ap_of_each, f1
 from fastrl.studies.runner import run_study
 
 
@@ -21,8 +21,24 @@ def test_parts_are_added_in_turn_and_the_whole_chooses_the_rate() -> None:
         "format": PARTS[:1],
         **{f"+ {part}": PARTS[: count + 1] for count, part in enumerate(PARTS) if count},
         SEQUENCE: PARTS,
+        UNORDERED: PARTS,
     }
-    assert {name for name, options in arms.items() if options["matching"] == "sequence"} == {SEQUENCE}
+    assert {name for name, options in arms.items() if options["matching"] == "sequence"} == {SEQUENCE, UNORDERED}
+    assert {name for name, options in arms.items() if options.get("unordered")} == {UNORDERED}
+
+
+def test_an_unordered_truth_is_the_same_objects_in_an_order_that_stays() -> None:
+    ordered = load_data("scenes:detection?n=40&seed=3&difficulty=4")
+    mixed = Unordered(ordered)
+    assert len(mixed) == 40
+    moved = 0
+    for number, record in enumerate(ordered):
+        found, again = mixed[number], mixed[number]
+        assert found.id == record.id
+        assert found.target == again.target
+        assert sorted(_truth(found)) == sorted(_truth(record))
+        moved += _truth(found) != _truth(record)
+    assert moved > 20
 
 
 def test_answers_are_judged_by_boxes_and_labels() -> None:
@@ -52,7 +68,9 @@ def test_a_very_small_study_trains_on_the_rewards_it_names(tmp_path: Path, monke
         monkeypatch.setattr(rewards, name, value)
     result = run_study(Experiment(quick=True), tmp_path)
     assert all({"greedy_ap", "AP"} <= set(row) for row in result["arms"].values())
-    assert "optimal match − sequence, AP" in result["changes"]
+    assert {"optimal match − sequence, AP", "optimal match − sequence, truths in random orders, AP"} <= set(
+        result["claims"]
+    )
     stored = {path.parts[-5]: load_recipe(path) for path in tmp_path.glob("*/seed-0/*/run/recipe.yaml")}
     assert stored["class"].reward.weights == {"format": 1, "location": 1, "class": 1, "f1": 0, "missing": 0}
     assert stored["all-in-sequence"].reward.options["matching"] == "sequence"
