@@ -1,22 +1,23 @@
 """Does reinforcement learning help where a truth has many right orders (Perception-R1 §4, perceptual perplexity)?
 
 A list of n objects can be written in n! orders. Supervised fine-tuning on the truth is told one of them, GRPO is paid
-for any. Both are trained on the same scenes with 1, 3 and 6 objects, and measured on scenes of each kind. Grounding is
-the control: one expression has one box, however many objects are in the picture, so that no gap should grow. A *record*
-of this study is a bundle of three scenes of each task, one of each kind, so that gaps can be compared with each other.
+for any. Both are trained on the same scenes with 1, 3 and 6 objects, and measured on scenes of each kind. Scenes of all
+kinds are drawn with six objects or more and shown with the first of them, so that sizes, kinds and places are the same
+for every number; what still differs is how crowded a picture is. Grounding is the control for that: one expression has
+one box, however many objects are in the picture, so that no gap should grow. A *record* of this study is one scene with
+1, 3 and 6 of its objects, of each task, so that gaps can be compared with each other.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import count, cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from fastrl.data import load_data
 from fastrl.data.scenes import tasks
-from fastrl.data.scenes.world import sample_scene
+from fastrl.data.scenes.world import Scene, sample_scene
 from fastrl.recipe import load_recipe
 from fastrl.run.setup import load_model
 from fastrl.studies.base import CHOOSING, REPORTED, About, Arm, Job, Measured, Say, Study
@@ -29,12 +30,14 @@ from fastrl.toy.demos.scenes import HELD_OUT_SEED, REPORTED_SEED
 if TYPE_CHECKING:
     from fastrl.data.records import Record
 
-OBJECTS = {1: 1, 3: 2, 6: 4}  # objects -> the scenes' difficulty
+OBJECTS = (1, 3, 6)
+DIFFICULTY = 4  # of all scenes, which have 4 to 7 objects
 ARMS = {"SFT": "SFT, one order", "shuffled": "SFT, random orders", "GRPO": "GRPO"}
 GROUNDING = {"grounding SFT": "grounding, SFT", "grounding GRPO": "grounding, GRPO"}
 STARTS = {"detection": "start", "grounding": "grounding, start"}
+GROUNDING_SPEC = "scenes:grounding?n=8192"  # names the task; the scenes are made here
 SIDE = 84  # of the pictures, in pixels
-DRAWN = 60  # scenes drawn, at most, for one that has the right number of objects
+DRAWN = 60  # scenes drawn, at most, for one that has six objects, each of which can be asked for
 HELD_OUT, QUICK_HELD_OUT = 256, 96
 STEPS, PER_STEP, QUICK_STEPS, QUICK_PER_STEP = 48, 24, 24, 12
 FACTORS = (0.5, 1.0, 2.0)  # of each recipe's own learning rate: the two train different parts of the model
@@ -47,9 +50,9 @@ class Experiment(Study):
         name="complexity",
         question="does reinforcement learning gain more on supervised fine-tuning the more orders a truth has?",
         paper="Perception-R1 (arXiv:2504.07954), Table 5 (SFT, RL) and Table 9 (perceptual perplexity)",
-        design="scenes with 1, 3, 6 objects; detection: SFT on the truth, from left to right or in random orders, "
-        "against GRPO on the same scenes for as many steps; grounding, whose truth has one order: SFT on the truth "
-        "against GRPO; rates are factors of each recipe's own",
+        design="scenes with 1, 3 or 6 of their objects; detection: SFT on the truth, from left to right or in random "
+        "orders, against GRPO on the same scenes for as many steps; grounding, whose truth has one order: SFT on the "
+        "truth against GRPO; rates are factors of each recipe's own",
         expected="in detection GRPO − SFT grows with the number of objects, in grounding it does not",
         minutes=35,
         quick_minutes=4,
@@ -71,7 +74,7 @@ class Experiment(Study):
             "SFT": load_recipe("sft-detection-tiny", {**small, "method.order": "truth"}),
             "shuffled": load_recipe("sft-detection-tiny", {**small, "method.order": "random"}),
             "GRPO": load_recipe("perception-r1-detection-tiny", small),
-            "grounding SFT": load_recipe("sft-detection-tiny", {**small, "data.spec": scenes_of("grounding")}),
+            "grounding SFT": load_recipe("sft-detection-tiny", {**small, "data.spec": GROUNDING_SPEC}),
             "grounding GRPO": load_recipe("perception-r1-grounding-tiny", small),
         }
         self.trained: dict[tuple[str, int], Sequence[Record]] = {}
@@ -110,7 +113,7 @@ class Experiment(Study):
     def begin(self) -> None:
         seeds = {CHOOSING: HELD_OUT_SEED, REPORTED: REPORTED_SEED}
         self.sets = {
-            name: {task: {n: scenes_with(n, self.held_out, seed, task) for n in OBJECTS} for task in STARTS}
+            name: {task: by_number(islice(bundles(task, seed), self.held_out)) for task in STARTS}
             for name, seed in seeds.items()
         }
         self.start = load_model(self.recipes["GRPO"])
@@ -125,12 +128,13 @@ class Experiment(Study):
         return {name: self._measure(policy, task, self.sets[name][task]) for name in job.sets}
 
     def _training(self, task: str, seed: int) -> Sequence[Record]:
-        """As many scenes as the steps take, of each kind in turn; the same for every arm of a task."""
+        """As many scenes as the steps take, each with another number of objects than the one before; the same for
+        every arm of a task."""
         if (task, seed) not in self.trained:
             recipe = self.recipes["GRPO"]
-            each = -(-recipe.optim.steps * recipe.data.prompts_per_step // len(OBJECTS))
-            made = [scenes_with(n, each, seed + 1, task) for n in OBJECTS]
-            self.trained[task, seed] = list(chain.from_iterable(zip(*made, strict=True)))
+            needed = range(recipe.optim.steps * recipe.data.prompts_per_step)
+            turns = zip(needed, bundles(task, seed + 1), cycle(OBJECTS), strict=False)
+            self.trained[task, seed] = [bundle[n] for _, bundle, n in turns]
         return self.trained[task, seed]
 
     def _measure(self, policy: Any, task: str, sets: Mapping[int, Sequence[Record]]) -> Measured:
@@ -141,38 +145,40 @@ class Experiment(Study):
             found = measure(policy, records, length, {f" {key}": each for key, each in measured.items()}, samples=0)
             scores |= {f"{key} {n}": found.scores[f"greedy {key}"] for key in measured}
         main = next(iter(measured))
-        bundles = zip(*(scores[f"{main} {n}"] for n in OBJECTS), strict=True)
-        mean = {"mean": [sum(values) / len(values) for values in bundles]}
-        # The bundles of both tasks are compared by their number
-        return Measured([f"bundle {i}" for i in range(len(mean["mean"]))], {**mean, **scores})
+        of_scenes = zip(*(scores[f"{main} {n}"] for n in OBJECTS), strict=True)
+        mean = {"mean": [sum(values) / len(values) for values in of_scenes]}
+        # The scenes of both tasks are compared by their number
+        return Measured([f"scene {i}" for i in range(len(mean["mean"]))], {**mean, **scores})
 
 
-def scenes_of(task: str, n: int = 8192, seed: int = 1, difficulty: int = 2) -> str:
-    """The spec of a task's scenes."""
-    return f"scenes:{task}?n={n}&seed={seed}&difficulty={difficulty}&size={SIDE}"
+def bundles(task: str, seed: int) -> Iterator[Mapping[int, Record]]:
+    """Number of objects → a record of a task: one scene after the other, each with 1, 3 and 6 of its objects.
+
+    Scenes of which one of the records cannot be made (too few objects; no expression that fits one object alone) are
+    left out. Raises ``ValueError`` if that is so of ``DRAWN`` scenes in a row.
+    """
+    left_out, most = 0, max(OBJECTS)
+    for number in count():
+        scene = sample_scene(random.Random(f"complexity/{seed}/{number}"), DIFFICULTY, SIDE)
+        found = {n: _record(task, scene, n, f"{seed}-{number}") for n in OBJECTS if len(scene.shapes) >= most}
+        made = {n: record for n, record in found.items() if record is not None}
+        if len(made) == len(OBJECTS):
+            left_out = 0
+            yield made
+        else:
+            left_out += 1
+            if left_out == DRAWN:
+                raise ValueError(f"{task}: none of {DRAWN} scenes in a row can be shown with {most} objects")
 
 
-def scenes_with(objects: int, count: int, seed: int, task: str = "detection") -> list[Record]:
-    """The first ``count`` scenes of a task and seed with exactly this many objects; ids say which kind they are."""
-    limit = DRAWN * count
-    fitting = (_detection if task == "detection" else _grounding)(objects, seed, limit)
-    found = [replace(record, id=f"{record.id}-{objects}") for record in islice(fitting, count)]
-    if len(found) < count:
-        raise ValueError(f"only {len(found)} of {limit} scenes have {objects} objects, {count} are needed")
-    return found
+def _record(task: str, scene: Scene, objects: int, number: str) -> Record | None:
+    """The record of a scene's first ``objects`` shapes."""
+    rng = random.Random(f"complexity/{task}/{number}/{objects}")
+    make = tasks.detection_record if task == "detection" else tasks.grounding_record
+    return make(rng, replace(scene, shapes=scene.shapes[:objects]), f"{task}-{number}-{objects}", DIFFICULTY)
 
 
-def _detection(objects: int, seed: int, limit: int) -> Iterator[Record]:
-    drawn = load_data(scenes_of("detection", limit, seed, OBJECTS[objects]))
-    return (record for record in drawn if len(record.target["boxes"]) == objects)
-
-
-def _grounding(objects: int, seed: int, limit: int) -> Iterator[Record]:
-    """Grounding's truth does not tell how many objects are in the picture: the scenes are drawn here."""
-    for number in range(limit):
-        rng = random.Random(f"complexity/{objects}/{seed}/{number}")
-        scene = sample_scene(rng, OBJECTS[objects], SIDE)
-        if len(scene.shapes) == objects:
-            record = tasks.grounding_record(rng, scene, f"grounding-{seed}-{number}", OBJECTS[objects])
-            if record is not None:
-                yield record
+def by_number(found: Iterable[Mapping[int, Record]]) -> dict[int, list[Record]]:
+    """Number of objects → the records of all scenes with as many."""
+    kept = list(found)
+    return {n: [each[n] for each in kept] for n in OBJECTS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,44 +13,44 @@ from fastrl.data.scenes import tasks
 from fastrl.data.scenes.world import Scene
 from fastrl.recipe import load_recipe
 from fastrl.studies import complexity
-from fastrl.studies.complexity import ARMS, GROUNDING, OBJECTS, Experiment, scenes_with
+from fastrl.studies.complexity import ARMS, GROUNDING, OBJECTS, Experiment, bundles
 from fastrl.studies.runner import folder_name, run_study
 
 
-@pytest.mark.parametrize("objects", OBJECTS)
-def test_scenes_have_exactly_so_many_objects_and_ids_of_their_own(objects: int) -> None:
-    found = scenes_with(objects, 3, seed=4)
-    assert [len(record.target["boxes"]) for record in found] == [objects] * 3
-    assert len({record.id for record in found}) == 3
-    assert all(record.id.endswith(f"-{objects}") for record in found)
-
-
-def test_too_few_scenes_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(complexity.OBJECTS, 6, 1)  # an easy scene has two objects at most
-    with pytest.raises(ValueError, match="only 0 of 60 scenes have 6 objects, 1 are needed"):
-        scenes_with(6, 1, seed=0)
-
-
-@pytest.mark.parametrize("objects", OBJECTS)
-def test_grounding_scenes_have_one_box_among_exactly_so_many_objects(
-    objects: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Scene] = []
-    make = tasks.grounding_record
+@pytest.mark.parametrize("task", ["detection", "grounding"])
+def test_a_scene_is_shown_with_1_3_and_6_of_its_objects(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Scene] = {}
+    name = f"{task}_record"
+    make = getattr(tasks, name)
 
     def note(rng: random.Random, scene: Scene, identity: str, difficulty: int) -> Record | None:
-        seen.append(scene)
+        seen[identity] = scene
         return make(rng, scene, identity, difficulty)
 
-    monkeypatch.setattr(tasks, "grounding_record", note)
-    found = scenes_with(objects, 3, seed=1, task="grounding")
-    assert [len(scene.shapes) for scene in seen] == [objects] * len(seen)
-    assert all(tuple(r.target["box"]) in {shape.box for scene in seen for shape in scene.shapes} for r in found)
-    assert {record.task for record in found} == {"grounding"}
-    assert len({record.id for record in found}) == 3
+    monkeypatch.setattr(tasks, name, note)
+    found = list(islice(bundles(task, 4), 4))
+    assert len({record.id for bundle in found for record in bundle.values()}) == 4 * len(OBJECTS)
+    for bundle in found:
+        assert tuple(bundle) == OBJECTS
+        assert {record.task for record in bundle.values()} == {task}
+        shapes = {n: seen[record.id].shapes for n, record in bundle.items()}
+        assert [len(each) for each in shapes.values()] == list(OBJECTS)
+        assert shapes[6][:3] == shapes[3]
+        assert shapes[3][:1] == shapes[1]
+        for n, record in bundle.items():
+            truth = record.target["boxes"] if task == "detection" else [record.target["box"]]
+            assert len(truth) == (n if task == "detection" else 1)
+            assert {tuple(box) for box in truth} <= {shape.box for shape in shapes[n]}
     monkeypatch.undo()
-    again = scenes_with(objects, 3, seed=1, task="grounding")
-    assert [record.target for record in again] == [record.target for record in found]
+    again = islice(bundles(task, 4), 4)
+    assert [[r.target for r in b.values()] for b in again] == [[r.target for r in b.values()] for b in found]
+    assert next(bundles(task, 5))[6].target != found[0][6].target
+
+
+def test_scenes_that_are_too_small_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(complexity, "DIFFICULTY", 1)  # an easy scene has two objects at most
+    with pytest.raises(ValueError, match="none of 60 scenes in a row can be shown with 6 objects"):
+        next(bundles("detection", 0))
 
 
 @pytest.mark.gate
