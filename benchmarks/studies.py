@@ -50,14 +50,17 @@ def run_all(names: Iterable[str], out: Path, run: Run = run_quick) -> tuple[dict
 
 def line(result: Mapping[str, Any]) -> str:
     """``temporal        203 s  does temporal perplexity …? 2 of 3 seen; not: top − random (falls)``"""
-    return f"{result['study']:12} {result['wall_seconds']:6.0f} s  {result['question']} {told(result)}"
+    return f"{result['study']:12} {result['wall_seconds']:6.0f} s  {result['question']} {told_of(result)}"
 
 
-def told(result: Mapping[str, Any]) -> str:
-    """Of how many main comparisons the interval agrees with the paper, and the others with what was found."""
+def told_of(result: Mapping[str, Any]) -> str:
+    """Of how many main comparisons the interval agrees with the paper, and the others, also those that it does not
+    decide, with what was found."""
     if result["stopped"]:
         return f"nothing was trained: {result['stopped']}"
     claims = result["claims"]
-    others = [f"{name} ({claim['found']})" for name, claim in claims.items() if not claim["seen"]]
-    seen = f"{len(claims) - len(others)} of {len(claims)} seen"
-    return seen + (f"; not: {', '.join(others)}" if others else "")
+    told = f"{sum(claim['seen'] is True for claim in claims.values())} of {len(claims)} seen"
+    for answer, title in ((False, "not"), (None, "not decided")):
+        names = [f"{name} ({claim['found']})" for name, claim in claims.items() if claim["seen"] is answer]
+        told += f"; {title}: {', '.join(names)}" if names else ""
+    return told

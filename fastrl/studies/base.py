@@ -18,6 +18,7 @@ Say = Callable[[str], None]
 EXPECTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"rises": ("rises",), "falls": ("falls",), "does not rise": ("falls", "level"), "does not fall": ("rises", "level")}
 )
+MARGIN = 0.02  # of a measure from 0 to 1: a change that a claim of no change still allows
 
 
 class About(NamedTuple):
@@ -94,6 +95,7 @@ class Study(ABC):
     rates: Sequence[float] = ()  # geometric grid of learning rates, equal for all groups; empty: the recipe's rate
     chosen_by: Mapping[str, str] = {}  # group -> the measure by which its rate is chosen, if not by the first
     betas: Mapping[str, Sequence[float]] = {}  # group -> the grid of its β, chosen after its rate; others have none
+    margins: Mapping[str, float] = {}  # measure -> how far it may change and still not rise or fall, if not ``MARGIN``
     seeds: int = 3
 
     def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:
@@ -109,7 +111,8 @@ class Study(ABC):
         are skipped."""
 
     def claims(self) -> Mapping[str, str]:
-        """Main comparisons -> what the paper leads one to expect of each (see ``EXPECTED``)."""
+        """Main comparisons -> what the paper leads one to expect of each (see ``EXPECTED``; of what shall not rise, or
+        not fall, ``margins`` says how sure the interval has to be)."""
         return {}
 
     def differences(self) -> Mapping[str, tuple[str, str]]:

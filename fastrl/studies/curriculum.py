@@ -1,7 +1,8 @@
 """From easy to hard with growing groups (Perception-R1 §3.4): order by the initial model's own rewards.
 
 The initial model answers every scene a few times (``fastrl score``); a scene's difficulty is 1 less its mean F1.
-Training draws from the easiest part of the scenes, which grows to all of them, while the answers per prompt grow. Order
+The paper splits its data by such a score and replaces easy data by harder data while the answers per prompt grow. Here
+no data is replaced: all scenes are ordered, and training draws from the easiest part of them, which grows to all. Order
 and groups are changed one at a time and together. Every arm samples as many answers and draws as many prompts.
 """
 
@@ -44,9 +45,10 @@ class Experiment(Study):
     about = About(
         name="curriculum",
         question="does training from easy to hard with growing groups help?",
-        paper="Perception-R1 (arXiv:2504.07954), §3.4 (detection; no number of its own is given)",
-        design="GRPO on detection scenes of all difficulties, ranked by the initial model's F1; shuffled or from easy "
-        "to hard, 8 answers per prompt or 4, 8, 12 in thirds of the steps; equal prompts and answers for every arm",
+        paper="Perception-R1 (arXiv:2504.07954), §3.4 (detection, easy data replaced by harder; no number of its own)",
+        design="GRPO on detection scenes of all difficulties, ranked by the initial model's F1; shuffled or from an "
+        "easiest part that grows to all (nothing is replaced), 8 answers per prompt or 4, 8, 12 in thirds of the "
+        "steps; equal prompts and answers for every arm",
         expected="easy to hard with growing groups above shuffled",
         minutes=45,
         quick_minutes=5,

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import fastrl
-from fastrl.evaluate.intervals import paired_interval
-from fastrl.studies.base import EXPECTED, REPORTED, Measured, Study
+from fastrl.evaluate.intervals import crossed_interval
+from fastrl.studies.base import EXPECTED, MARGIN, REPORTED, Measured, Study
 from fastrl.studies.cells import Cell, Chosen
 from fastrl.studies.machine import machine
-from fastrl.toy.demos.evidence import Scores, report
+from fastrl.toy.demos.evidence import Compared, Scores, write_scores
 from fastrl.toy.demos.table import print_rows
 
+MANY = 20  # seeds whose spread an interval can rest on
 Cells = Mapping[tuple[str, int], Cell]  # (arm, seed) -> its finished job
-
-
-class _Named(NamedTuple):
-    id: str
 
 
 def outcome(
@@ -35,9 +32,10 @@ def outcome(
     Returns:
         What the study is (``study``, ``question``, …), ``quick``, ``seeds`` (their number), ``rates`` and ``betas`` by
         group, ``records``; ``arms``: arm → measure → ``mean``, ``seeds`` (the value of each); ``changes``: comparison →
-        ``before``, ``after``, ``change``, ``low``, ``high`` (of the scores averaged over seeds, an interval over
-        records) and ``seeds`` (the change on each); ``claims``: main comparison → ``expected``, ``found``, ``seen``
-        (see :func:`seen`); ``findings``; ``stopped``, why nothing was trained (empty: it was);
+        ``before``, ``after``, ``change`` (means over seeds and records), ``low``, ``high`` (an interval over both) and
+        ``seeds`` (the change on each); ``claims``: main comparison → ``expected``, ``found``, ``seen`` (null: not
+        decided; see :func:`seen`) and, where a margin decides, ``margin``; ``findings``;
+        ``stopped``, why nothing was trained (empty: it was);
         ``seconds`` and ``cpu_seconds`` of these jobs; ``process_cpu_seconds``, which also has ``other_cpu_seconds``, of
         what seeds share and of the choice of rates; ``machine``, with torch's threads in each process; the ``commit``
         of the code (of jobs that ran on different ones, all; empty outside a checkout) and its ``version``.
@@ -49,13 +47,10 @@ def outcome(
     ids = _same_ids(cells)
     each = {seed: _with_differences(study, _states(cells, seed)) for seed in seeds}
     averaged = {state: _average([each[seed][state] for seed in seeds]) for state in each[seeds[0]]}
-    wanted = [c for c in study.comparisons() if c.before[0] in averaged and c.after[0] in averaged]
-    records = [_Named(identity) for identity in ids]
-    changes = report(out / "scores.jsonl", records, averaged, wanted)["changes"]
-    for name, before, after in wanted:
-        changes[name]["seeds"] = [
-            paired_interval(each[s][before[0]][before[1]], each[s][after[0]][after[1]], draws=1).change for s in seeds
-        ]
+    write_scores(out / "scores.jsonl", ids, averaged)
+    wanted = {c.name: c for c in study.comparisons() if c.before[0] in averaged and c.after[0] in averaged}
+    changes = {name: _change(compared, list(each.values())) for name, compared in wanted.items()}
+    margins = {name: study.margins.get(compared.after[1], MARGIN) for name, compared in wanted.items()}
     about, cpu = study.about._asdict(), sum(cell.cpu_seconds for cell in cells.values())
     return {
         "study": about.pop("name"),
@@ -68,7 +63,11 @@ def outcome(
         "records": len(ids),
         "arms": {arm: _means(cells, arm) for arm in dict.fromkeys(arm for arm, _ in cells)},
         "changes": changes,
-        "claims": {name: seen(expected, changes[name]) for name, expected in study.claims().items() if name in changes},
+        "claims": {
+            name: seen(expected, changes[name], margins[name])
+            for name, expected in study.claims().items()
+            if name in changes
+        },
         "findings": dict(study.findings(out)),
         "stopped": stopped,
         "seconds": sum(cell.seconds for cell in cells.values()),
@@ -85,10 +84,25 @@ def verdict(change: Mapping[str, Any]) -> str:
     return "rises" if change["low"] > 0 else "falls" if change["high"] < 0 else "level"
 
 
-def seen(expected: str, change: Mapping[str, Any]) -> dict[str, Any]:
-    """``expected`` of a comparison (see ``EXPECTED``), its verdict as ``found``, and whether they agree as ``seen``."""
+def seen(expected: str, change: Mapping[str, Any], margin: float = MARGIN) -> dict[str, Any]:
+    """``expected`` of a comparison (see ``EXPECTED``), its verdict as ``found``, and whether they agree as ``seen``.
+
+    That a measure does not rise, or does not fall, cannot be seen in an interval so wide that it may have: where the
+    verdict is level and the interval reaches further than ``margin`` in that direction, ``seen`` is None. ``margin`` is
+    part of the result for such claims.
+    """
     found = verdict(change)
-    return {"expected": expected, "found": found, "seen": found in EXPECTED[expected]}
+    agrees = found in EXPECTED[expected]
+    if "level" not in EXPECTED[expected]:
+        return {"expected": expected, "found": found, "seen": agrees}
+    reach = change["high"] if expected == "does not rise" else -change["low"]
+    decided = found != "level" or reach <= margin
+    return {"expected": expected, "found": found, "seen": agrees if decided else None, "margin": margin}
+
+
+def answer(claim: Mapping[str, Any]) -> str:
+    """``seen``, ``not seen`` or ``not decided``, of what :func:`seen` gives."""
+    return {True: "seen", False: "not seen", None: "not decided"}[claim["seen"]]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -108,6 +122,31 @@ def arm_rows(study: Study, result: Mapping[str, Any]) -> tuple[list[str], list[l
     return columns, rows
 
 
+def claim_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of main comparisons."""
+    columns = ["claimed of", "expected", "found", "95 % interval", "it was"]
+    rows = []
+    for name, claim in result["claims"].items():
+        change = result["changes"][name]
+        margin = f" (margin {claim['margin']:g})" if "margin" in claim else ""
+        shown = f"{change['change']:+.3f} {interval(change)}"
+        rows.append([name, claim["expected"] + margin, claim["found"], shown, answer(claim)])
+    return columns, rows
+
+
+def interval(change: Mapping[str, Any]) -> str:
+    """``[+0.010, +0.052]``."""
+    return f"[{change['low']:+.3f}, {change['high']:+.3f}]"
+
+
+def interval_of(result: Mapping[str, Any]) -> str:
+    """What the intervals of a result are of."""
+    if result["seeds"] == 1:
+        return "intervals (95 %) over records; with one seed they know nothing of other seeds"
+    few = f"; {result['seeds']} seeds give only a rough idea of their spread" if result["seeds"] < MANY else ""
+    return f"intervals (95 %) over records and seeds{few}"
+
+
 def change_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table of comparisons."""
     columns = ["compared", "from", "change", "95 % interval", "± seeds", "it"]
@@ -116,7 +155,7 @@ def change_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             name,
             f"{c['before']:.3f}",
             f"{c['change']:+.3f}",
-            f"[{c['low']:+.3f}, {c['high']:+.3f}]",
+            interval(c),
             spread(c["seeds"]).removeprefix(" ± ") or "–",
             verdict(c),
         ]
@@ -126,10 +165,14 @@ def change_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def conditions(result: Mapping[str, Any]) -> str:
-    """One sentence: records, seeds, learning rates and β, quick or not."""
+    """One sentence: records, seeds, learning rates and β (and which is an end of what was tried), quick or not."""
     rates, betas = (
-        ", ".join(f"{group} {value:g}" for group, value in result[of].items() if value is not None)
-        for of in ("rates", "betas")
+        ", ".join(
+            f"{group} {value:g}{_at_an_end(value, result.get(tried, {}).get(group, ()))}"
+            for group, value in result[of].items()
+            if value is not None
+        )
+        for of, tried in (("rates", "tried"), ("betas", "tried_betas"))
     )
     seeds = "one seed" if result["seeds"] == 1 else f"{result['seeds']} seeds"
     if result["quick"]:
@@ -146,13 +189,29 @@ def print_result(study: Study, result: Mapping[str, Any]) -> None:
     columns, rows = arm_rows(study, result)
     print_rows(f"{result['study']}: {result['question']}\n{conditions(result)}", columns, rows)
     columns, rows = change_rows(result)
-    print_rows("intervals over records of the scores averaged over seeds", columns, rows)
+    print_rows(interval_of(result), columns, rows)
     for name, claim in result["claims"].items():
-        print(f"{name}: expected: {claim['expected']}; {claim['found']}" + ("" if claim["seen"] else " (not seen)"))
+        told = "" if claim["seen"] else f" ({answer(claim)})"
+        print(f"{name}: expected: {claim['expected']}; {claim['found']}{told}")
     for name, found in result["findings"].items():
-        print(f"{name}: {found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]")
+        print(f"{name}: {found['value']:+.3f} {interval(found)}")
     spent = f"{result['seconds']:.0f} s of runs; {result['process_cpu_seconds']:.0f} of a core with all that they share"
     print(f"{spent}; page: {result['out']}/study.html")
+
+
+def _change(compared: Compared, each: Sequence[Mapping[str, Scores]]) -> dict[str, Any]:
+    """A comparison over seeds; ``each``: states by seed."""
+    before, after = ([states[state][measure] for states in each] for state, measure in compared[1:])
+    return {
+        "before": fmean(map(fmean, before)),
+        "after": fmean(map(fmean, after)),
+        **crossed_interval(before, after)._asdict(),
+        "seeds": [fmean(new) - fmean(old) for old, new in zip(before, after, strict=True)],
+    }
+
+
+def _at_an_end(value: float, tried: Sequence[float]) -> str:
+    return " (at an end of its grid)" if len(tried) > 1 and value in (min(tried), max(tried)) else ""
 
 
 def _same_ids(cells: Cells) -> Sequence[str]:

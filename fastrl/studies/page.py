@@ -10,7 +10,7 @@ from typing import Any
 from fastrl.report.page import figure_address, page, write_page_file
 from fastrl.report.text import label, shown
 from fastrl.studies.base import Plot, Study
-from fastrl.studies.outcome import arm_rows, change_rows, conditions
+from fastrl.studies.outcome import arm_rows, change_rows, claim_rows, conditions, interval, interval_of
 
 COLORS = {"rises": "#1a9850", "falls": "#d73027", "level": "#777777"}
 
@@ -25,14 +25,14 @@ def write_page(study: Study, result: Mapping[str, Any], path: Path) -> Path:
     code = f"fastrl {result['version']}" + (f", commit {result['commit']}" if result["commit"] else "")
     told = f"{conditions(result)}. {cost}, {code}."
     charts = [_forest(result["changes"]), *(_plot(plot, result["arms"]) for plot in study.plots())]
-    findings = [
-        [name, f"{f['value']:+.3f}", f"[{f['low']:+.3f}, {f['high']:+.3f}]"] for name, f in result["findings"].items()
-    ]
+    findings = [[name, f"{f['value']:+.3f}", interval(f)] for name, f in result["findings"].items()]
+    told_of = interval_of(result)
     parts = [
         f"<h1>{shown(about.question)}</h1>",
         *(f"<p><b>{name}.</b> {shown(text)}</p>" for name, text in texts.items()),
         f"<p>{shown(told)}</p>",
-        "<h2>Compared</h2><p>Intervals (95 %) are over records, of scores averaged over seeds.</p>",
+        *(["<h2>Expected and found</h2>", _table(*claim_rows(result))] if result["claims"] else []),
+        f"<h2>Compared</h2><p>{shown(told_of[0].upper() + told_of[1:])}.</p>",
         _table(*change_rows(result)),
         _table(["finding", "value", "95 % interval"], findings) if findings else "",
         "<h2>Arms</h2>",

@@ -65,6 +65,7 @@ class Experiment(Study):
         "sampled tokens": "tokens, sampled",
         "greedy tokens": "tokens, greedy",
     }
+    margins = {"sampled tokens": 1.0, "greedy tokens": 1.0}  # noqa: RUF012
     rates = RATES
 
     def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:

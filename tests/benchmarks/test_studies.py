@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from benchmarks import studies, verify
-from benchmarks.studies import line, run_all, run_quick, told
+from benchmarks.studies import line, run_all, run_quick, told_of
 from fastrl.studies import STUDIES
 
 
-def result(name: str, *found: tuple[str, str, bool], stopped: str = "") -> dict[str, Any]:
+def result(name: str, *found: tuple[str, str, bool | None], stopped: str = "") -> dict[str, Any]:
     claims = {claim: {"expected": "rises", "found": how, "seen": seen} for claim, how, seen in found}
     return {"study": name, "question": f"does {name} help?", "claims": claims, "stopped": stopped}
 
@@ -25,9 +25,11 @@ def test_a_line_says_what_was_asked_what_was_seen_and_how_long_it_took() -> None
     found = result("temporal", ("top − random", "level", False), ("top − bottom", "rises", True))
     shown = line({**found, "wall_seconds": 203.4})
     assert shown == "temporal        203 s  does temporal help? 1 of 2 seen; not: top − random (level)"
-    assert told(result("gaze", ("a", "rises", True))) == "1 of 1 seen"
+    assert told_of(result("gaze", ("a", "rises", True))) == "1 of 1 seen"
+    open_too = result("thinking", ("a", "level", None), ("b", "rises", False), ("c", "level", True))
+    assert told_of(open_too) == "1 of 3 seen; not: b (rises); not decided: a (level)"
     assert (
-        told(result("reflection", stopped="the base uses no reasons"))
+        told_of(result("reflection", stopped="the base uses no reasons"))
         == "nothing was trained: the base uses no reasons"
     )
 

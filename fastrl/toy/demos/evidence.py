@@ -45,16 +45,21 @@ def report(
     Returns:
         ``n``; ``changes``: comparison -> ``before``, ``after``, ``change``, ``low``, ``high``.
     """
-    lines = [
-        {"id": record.id, **{state: {name: each[i] for name, each in row.items()} for state, row in scores.items()}}
-        for i, record in enumerate(records)
-    ]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    write_scores(path, [record.id for record in records], scores)
     changes = {}
     for name, (old_state, old_measure), (new_state, new_measure) in comparisons:
         old, new = scores[old_state][old_measure], scores[new_state][new_measure]
         changes[name] = {"before": fmean(old), "after": fmean(new), **paired_interval(old, new)._asdict()}
     return {"n": len(records), "changes": changes}
+
+
+def write_scores(path: Path, ids: Sequence[str], scores: Mapping[str, Scores]) -> None:
+    """A line of JSON per record: ``id`` and, for each state, its measures."""
+    lines = [
+        {"id": identity, **{state: {name: each[i] for name, each in row.items()} for state, row in scores.items()}}
+        for i, identity in enumerate(ids)
+    ]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def per_record(values: Sequence[float], samples: int) -> list[float]:

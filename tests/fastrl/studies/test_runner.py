@@ -15,7 +15,16 @@ import pytest
 from fastrl.cli.main import main
 from fastrl.studies import STUDIES, all_studies, study_class
 from fastrl.studies.base import EXPECTED, REPORTED, About, Arm, Job, Line, Measured, Plot, Study
-from fastrl.studies.outcome import change_rows, conditions, print_result, seen, verdict
+from fastrl.studies.outcome import (
+    answer,
+    change_rows,
+    claim_rows,
+    conditions,
+    interval_of,
+    print_result,
+    seen,
+    verdict,
+)
 from fastrl.studies.runner import beyond, check_folder, folder_name, run_study
 from fastrl.toy.demos.evidence import Compared, change
 
@@ -153,10 +162,10 @@ def test_the_table_has_means_changes_intervals_and_seeds(tmp_path: Path, capsys:
     assert result["arms"]["a"]["AP"]["mean"] == pytest.approx(1.5)
     found = result["changes"]["a"]
     assert (found["before"], found["change"]) == (pytest.approx(0.0), pytest.approx(1.5))
-    assert found["low"] == pytest.approx(1.5)  # every record changed by as much
+    assert (found["low"], found["high"]) == (pytest.approx(1.0), pytest.approx(2.0))  # one seed's or the other's
     assert found["seeds"] == pytest.approx([1.0, 2.0])
     assert result["changes"]["a − b"]["change"] == pytest.approx(2.0)
-    assert [row[-1] for row in change_rows(result)[1]] == ["rises", "falls", "rises", "rises"]
+    assert [row[-1] for row in change_rows(result)[1]] == ["rises", "level", "level", "rises"]
     print_result(study, result)
     shown = capsys.readouterr().out
     assert "does a differ from b?" in shown
@@ -176,10 +185,101 @@ def test_claims_are_seen_or_not_by_the_intervals_of_their_comparisons(tmp_path: 
     result = run_study(study, tmp_path)
     assert result["claims"] == {  # b/long is not part of the quick form
         "a": {"expected": "rises", "found": "rises", "seen": True},
-        "b": {"expected": "does not fall", "found": "falls", "seen": False},
+        "b": {"expected": "does not fall", "found": "falls", "seen": False, "margin": 0.02},
     }
-    assert seen("does not rise", {"low": -0.1, "high": 0.1})["seen"]
     assert not seen("rises", {"low": -0.1, "high": 0.1})["seen"]
+
+
+@pytest.mark.parametrize(
+    ("expected", "low", "high", "said"),
+    [
+        ("does not rise", -0.1, 0.02, "seen"),
+        ("does not rise", -0.1, 0.03, "not decided"),  # it may have risen by more than the margin
+        ("does not rise", -0.3, -0.1, "seen"),
+        ("does not rise", 0.001, 0.01, "not seen"),
+        ("does not fall", -0.02, 0.1, "seen"),
+        ("does not fall", -0.03, 0.1, "not decided"),
+        ("does not fall", 0.1, 0.3, "seen"),
+        ("does not fall", -0.01, -0.001, "not seen"),
+        ("rises", -0.1, 0.1, "not seen"),
+        ("falls", -0.1, 0.1, "not seen"),
+    ],
+)
+def test_a_wide_interval_does_not_decide_that_nothing_changes(
+    expected: str, low: float, high: float, said: str
+) -> None:
+    assert answer(seen(expected, {"low": low, "high": high})) == said
+
+
+def test_a_study_has_margins_of_its_own_measures_and_shows_what_is_not_decided(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Level(Fixed):
+        def claims(self) -> Mapping[str, str]:
+            return {"b/long": "does not rise"}
+
+    class Coarse(Level):
+        margins = {"score": 1.0}  # noqa: RUF012
+
+    study = Level()
+    result = run_study(study, tmp_path)
+    assert result["claims"]["b/long"] == {"expected": "does not rise", "found": "level", "seen": None, "margin": 0.02}
+    assert json.loads((tmp_path / "results.json").read_text())["claims"]["b/long"]["seen"] is None
+    print_result(study, result)
+    assert "b/long: expected: does not rise; level (not decided)\n" in capsys.readouterr().out
+    ((name, expected, found, shown, said),) = claim_rows(result)[1]
+    assert (name, expected, found, said) == ("b/long", "does not rise (margin 0.02)", "level", "not decided")
+    assert shown == "+0.500 [+0.000, +1.000]"
+    page = (tmp_path / "study.html").read_text()
+    assert "".join(f"<td><bdi>{cell}</bdi></td>" for cell in (name, expected, found, shown, said)) in page
+    assert run_study(Coarse(), tmp_path)["claims"]["b/long"]["seen"] is True  # of the same finished jobs
+
+
+def test_the_page_without_claims_has_no_table_of_them(tmp_path: Path) -> None:
+    class Open(Fixed):
+        def claims(self) -> Mapping[str, str]:
+            return {}
+
+    run_study(Open(quick=True), tmp_path)
+    assert "Expected and found" not in (tmp_path / "study.html").read_text()
+
+
+def test_tables_say_what_their_intervals_are_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = Fixed()
+    result = run_study(study, tmp_path)
+    rough = "2 seeds give only a rough idea of their spread"
+    assert interval_of(result) == f"intervals (95 %) over records and seeds; {rough}"
+    assert interval_of({"seeds": 100}) == "intervals (95 %) over records and seeds"
+    one = "intervals (95 %) over records; with one seed they know nothing of other seeds"
+    assert interval_of({"seeds": 1}) == one
+    print_result(study, result)
+    assert interval_of(result) in " ".join(capsys.readouterr().out.split())  # lines are wrapped
+    assert interval_of(result)[1:] in (tmp_path / "study.html").read_text()
+
+
+def test_it_says_which_chosen_value_is_an_end_of_what_was_tried() -> None:
+    chosen = {"rates": {"a": 0.1, "b": 0.2, "c": None}, "betas": {"a": 0.4}}
+    result = {"records": 4, "seeds": 3, "quick": False, "stopped": "", **chosen}
+    assert "chosen on other records: a 0.1, b 0.2; so was β: a 0.4" in conditions(result)  # nothing is known of grids
+    known = {**result, "tried": {"a": [0.1, 0.2], "b": [0.1, 0.2, 0.4]}, "tried_betas": {"a": [0.1, 0.2, 0.4]}}
+    told = "a 0.1 (at an end of its grid), b 0.2; so was β: a 0.4 (at an end of its grid)"
+    assert told in conditions(known)
+    assert "end" not in conditions({**result, "tried": {"a": [0.1]}})  # nothing was chosen
+
+
+def test_intervals_know_of_seeds_and_untrained_arms_have_one(tmp_path: Path) -> None:
+    """Every record changes alike, so that all width is between seeds."""
+
+    class Both(Fixed):
+        def comparisons(self) -> Sequence[Compared]:
+            return [*super().comparisons(), change("b to a", "score", "b", "a")]
+
+    result = run_study(Both(), tmp_path, seeds=3)
+    found = result["changes"]["a"]
+    assert found["seeds"] == pytest.approx([1.0, 2.0, 3.0])
+    assert (found["low"], found["high"]) == (pytest.approx(1.0), pytest.approx(3.0))
+    paired = result["changes"]["b to a"]
+    assert (paired["low"], paired["high"]) == (pytest.approx(2.0), pytest.approx(2.0))  # seeds move both arms alike
 
 
 @pytest.mark.parametrize(
