@@ -171,7 +171,7 @@ def train(
         log = MetricsLog(out, loggers, about, progress.note) if writes else NoLog()
         stack.callback(log.close)
         outlets = Outlets(log, progress, listeners)
-        for text in (run.skipped, run.evaluation.skipped, *run.choices, *notes):
+        for text in (run.skipped, run.evaluation.skipped, run.evaluation.matching, *run.choices, *notes):
             outlets.note(done, text)
         if remark := run.method.loss_note(recipe.method, recipe.optim.updates_per_batch):
             outlets.say(remark)

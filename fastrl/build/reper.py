@@ -106,7 +106,8 @@ def build_dialogues(
 
     def work(portion: int, tally: Tally) -> list[str]:
         if not maker:  # a completed build loads no model
-            judge = critic if critic is not None else open_critic(options.critic, cache=out.with_suffix(".critic"))
+            cache = out.with_suffix(".critic")
+            judge = critic if critic is not None else open_critic(options.critic, cache=cache, say=say)
             maker.append(_Maker(policy if policy is not None else open_policy(options.model), judge, options, out))
         started = time.perf_counter()
         lines = maker[0].portion(records, portion, tally)

@@ -3,12 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastrl.captions.match import Similarity, embedding_similarity
+from fastrl.captions.match import OfReferences, Similarity, embedding_similarity
+
+PUBLISHED = "sentence-transformers/all-mpnet-base-v2"  # CAPTURE's model, in its public metric code
+AUTO, OFF = "auto", "none"  # besides models; a folder of such a name is "./auto"
+
+
+class Soft(NamedTuple):
+    """Soft matching as it was asked for: ``auto``, ``none`` or a model."""
+
+    similarity: Similarity | None = None  # None: it is off
+    matching: str = "rules"  # for results: by what facts are matched
+    note: str = ""  # why ``auto`` is off
+
+
+def open_soft(soft: str) -> Soft:
+    """Soft matching named by a user.
+
+    Args:
+        soft: ``auto``: by CAPTURE's model if a copy of it is on this machine, of facts from reference captions alone;
+            ``none``; or a folder or downloaded hub name of a sentence-embedding model, of all facts.
+
+    Raises:
+        ValueError: the model that is named cannot be loaded. For ``auto`` the reason is its ``note``.
+    """
+    if soft == OFF:
+        return Soft()
+    try:
+        similarity = open_similarity(PUBLISHED if soft == AUTO else soft)
+    except ValueError as error:
+        if soft != AUTO:
+            raise
+        why = str(error).removeprefix("soft matching: ") if _downloaded() else f"{PUBLISHED} is not on this machine"
+        how = f"get it with `hf download {PUBLISHED}`, or name another sentence-embedding model; none turns it off"
+        return Soft(note=f"soft matching of captions is off: {' '.join(why.split())}; {how}")
+    if soft == AUTO:
+        return Soft(OfReferences(similarity), f"rules, then {PUBLISHED}")
+    return Soft(similarity, f"rules, then {soft}")
 
 
 class Embedder:
@@ -30,15 +66,23 @@ class Embedder:
         return torch.stack([self._kept[phrase] for phrase in phrases])
 
 
-def open_similarity(folder: str) -> Similarity:
-    """Cosine similarity by the model in ``folder``. Raises ``ValueError`` where it cannot be loaded."""
+def _downloaded() -> bool:
+    """Whether the hub's cache has CAPTURE's model, or a part of it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(PUBLISHED, "config.json"), str)
+
+
+def open_similarity(model: str) -> Similarity:
+    """Cosine similarity by a model: a folder or a downloaded hub name. Raises ``ValueError`` where it cannot be
+    loaded; nothing is downloaded."""
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        model, found = AutoModel.from_pretrained(folder, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        network, found = AutoModel.from_pretrained(model, output_loading_info=True, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"soft matching: no sentence-embedding model in {folder!r}: {error}") from None
+        raise ValueError(f"soft matching: no sentence-embedding model in {model!r}: {error}") from None
     if missing := sorted(name for name in found["missing_keys"] if not name.startswith("pooler.")):  # never asked
-        raise ValueError(f"soft matching: the weights in {folder!r} lack {len(missing)}, the first: {missing[0]}")
-    return embedding_similarity(Embedder(model.eval(), tokenizer))
+        raise ValueError(f"soft matching: the weights in {model!r} lack {len(missing)}, the first: {missing[0]}")
+    return embedding_similarity(Embedder(network.eval(), tokenizer))

@@ -57,13 +57,30 @@ class Match:
     missing: tuple[Any, ...] = ()
 
 
+@dataclass(frozen=True)
+class OfReferences:
+    """Soft matching of facts parsed from reference captions alone: facts that a record lists (scenes) are complete and
+    in words of their own, and are matched by rules."""
+
+    similarity: Similarity
+
+    def __call__(self, a: Sequence[str], b: Sequence[str]) -> Sequence[Sequence[float]]:
+        """As the similarity that it holds."""
+        return self.similarity(a, b)
+
+
+def lists_facts(target: Mapping[str, Any]) -> bool:
+    """Whether the truth of a caption record is its own list of facts, and not what its references say."""
+    return all(kind in target for kind in TYPES)
+
+
 def truth_of(target: Mapping[str, Any], where: str) -> Truth:
     """The truth of a caption record's ``target``: its own facts, else those parsed from its references.
 
     Raises:
         ValueError: it has neither; the message begins with ``where`` (file and line).
     """
-    if all(kind in target for kind in TYPES):
+    if lists_facts(target):
         listed = {kind: target[kind] for kind in TYPES}
         facts = Facts(
             tuple(listed["objects"]),
@@ -78,7 +95,11 @@ def truth_of(target: Mapping[str, Any], where: str) -> Truth:
 
 
 def compare(caption: Facts, truth: Truth, similarity: Similarity | None = None) -> dict[str, Match]:
-    """Each type's match, averaged over the truth's sets of facts; types without any fact are left out."""
+    """Each type's match, averaged over the truth's sets of facts; types without any fact are left out.
+
+    ``similarity`` matches softly what rules do not; :class:`OfReferences` leaves a record's own facts to the rules."""
+    if truth.exact and isinstance(similarity, OfReferences):
+        similarity = None
     found: dict[str, list[Match]] = {}
     for reference in truth.facts:
         for kind in TYPES:

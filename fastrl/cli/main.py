@@ -168,7 +168,13 @@ def evaluate(
     attention: Annotated[
         Path | None, typer.Option(metavar="DIR", help="With --reflect: write attention maps here.")
     ] = None,
-    soft: Annotated[str | None, typer.Option(metavar="DIR", help="Captions: sentence-embedding model.")] = None,
+    soft: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="Captions: match softly by a sentence-embedding model; auto: CAPTURE's, if downloaded; none: rules.",
+        ),
+    ] = "auto",
     normalise: Annotated[str | None, typer.Option(help="OCR: nfc, or none (texts unchanged) [nfc].")] = None,
     out: Annotated[Path | None, typer.Option(help="Write answers and metrics to this JSONL file.")] = None,
     as_json: Json = False,

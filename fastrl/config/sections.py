@@ -434,9 +434,9 @@ class EvalRecipe(Section):
     none."""
     max_new_tokens: int | None = Field(None, ge=1, le=2**20)
     """Longest answer in tokens; none: the protocol's. Lower it if answers are short, to save time."""
-    soft: str | None = Field(None, min_length=1)
-    """Folder of a sentence-embedding model that matches the facts of captions softly, as `fastrl eval --soft`; none:
-    rules alone."""
+    soft: str = Field("auto", min_length=1)
+    """Soft matching of captions, as `fastrl eval --soft`: `none`, a sentence-embedding model (a folder or a downloaded
+    hub name), or `auto`: CAPTURE's model if it is on this machine, for reference captions alone."""
     batch: int = Field(64, ge=1)
     """Prompts answered at once. Lower it if memory is short."""
     patience: int | None = Field(None, ge=1)
@@ -448,6 +448,11 @@ class EvalRecipe(Section):
     @classmethod
     def _none(cls, value: Any) -> Any:
         return "" if value is None else value
+
+    @field_validator("soft", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "none" if value is None else value
 
 
 LOGGERS = ("tensorboard", "wandb", "trackio")

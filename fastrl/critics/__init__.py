@@ -1,13 +1,15 @@
 """Critics: ``open_critic("rule" | "model:DIR" | "http:URL")`` → an object that scores answers and gives reasons.
 
-- ``rule[?feedback=request|score|reason][&soft=DIR]``: compares the caption's facts with the record's truth; with the
-  sentence-embedding model in DIR also by soft matching
+- ``rule[?feedback=request|score|reason][&soft=none|auto|MODEL]``: compares the caption's facts with the record's truth;
+  with a sentence-embedding model also by soft matching. It is off unless it is asked for: scores of training data do
+  not depend on what a machine holds
 - ``model:DIR``: the model in any image-text folder, with the rubric prompt
 - ``http:URL[?model=NAME&…]``: an OpenAI-compatible chat endpoint (``https:`` too)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -21,13 +23,14 @@ KINDS = ("rule", "model", "http", "https")
 __all__ = ["Case", "Critic", "CriticError", "Critique", "RuleCritic", "Turn", "open_critic"]
 
 
-def open_critic(spec: str, *, cache: Path | None = None) -> Critic:
+def open_critic(spec: str, *, cache: Path | None = None, say: Callable[[str], None] = lambda text: None) -> Critic:
     """The critic that a spec names.
 
     Args:
         spec: ``kind[:where][?key=value&…]``. Keys of ``rule``: ``feedback``, ``soft``; of ``model``: ``attempts``,
             ``max_new_tokens``; of ``http``: ``model``, ``timeout``, ``retries``, ``concurrency``, ``key_env``.
         cache: folder in which an http critic stores every reply (default ``critic-cache``).
+        say: told why ``soft=auto`` is off.
 
     Raises:
         ValueError: an unknown kind or key, or an invalid value.
@@ -42,9 +45,12 @@ def open_critic(spec: str, *, cache: Path | None = None) -> Critic:
     if kind == "rule":
         chosen = _typed(spec, options, {"feedback": str, "soft": str})
         if "soft" in chosen:
-            from fastrl.captions.embedding import open_similarity
+            from fastrl.captions.embedding import open_soft
 
-            chosen["similarity"] = open_similarity(chosen.pop("soft"))
+            softly = open_soft(chosen.pop("soft"))
+            if softly.note:
+                say(softly.note)
+            chosen |= {"similarity": softly.similarity, "matching": softly.matching}
         return RuleCritic(**chosen)
     if kind == "model":
         from fastrl.critics.model import ModelCritic

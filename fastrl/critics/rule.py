@@ -20,14 +20,23 @@ class RuleCritic:
             score on a scale of 10; ``reason`` also names up to ``named`` wrong statements (which reveals some of the
             truth, as a strong critic would).
         similarity: soft matching (see ``fastrl.captions.match``).
+        matching: by what facts are matched, for results.
     """
 
     rules = True
 
-    def __init__(self, *, feedback: str = "request", similarity: Similarity | None = None, named: int = 2) -> None:
+    def __init__(
+        self,
+        *,
+        feedback: str = "request",
+        similarity: Similarity | None = None,
+        matching: str = "rules",
+        named: int = 2,
+    ) -> None:
         if feedback not in FEEDBACK:
             raise ValueError(f"rule critic: feedback must be one of {', '.join(FEEDBACK)}, got {feedback!r}")
         self.feedback, self.similarity, self.named = feedback, similarity, named
+        self.matching = matching
 
     def score(self, cases: Sequence[Case]) -> list[Critique]:
         """Raises ``ValueError`` for a record without truth."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from fastrl.captions.embedding import AUTO, OFF, Soft
 from fastrl.data import load_data
 from fastrl.data.blank import BlankImages
 from fastrl.data.decodable import Chosen, decoded
@@ -23,14 +24,14 @@ from fastrl.data.prompts import suffixed
 from fastrl.data.records import Dataset, Record
 from fastrl.evaluate import EVALUATIONS, evaluate
 from fastrl.evaluate.best import SAMPLED, Best, Mode, check_metric
-from fastrl.evaluate.run import MAX_NEW_TOKENS, caption_similarity, check_answerable, sample_records
+from fastrl.evaluate.run import MAX_NEW_TOKENS, check_answerable, sample_records
+from fastrl.evaluate.soft import caption_soft, is_free
 from fastrl.methods.rollouts import RecipeRewards
 from fastrl.rewards.base import unknown
 from fastrl.rewards.functions import Answer
 from fastrl.rollout.vllm_weights import RolloutError
 
 if TYPE_CHECKING:
-    from fastrl.captions import Similarity
     from fastrl.config.sections import EvalRecipe
     from fastrl.engine.base import Engine
     from fastrl.methods import Context
@@ -56,7 +57,7 @@ class HeldOut:
     mode: Mode
     rewards: RecipeRewards | None  # None: protocols only
     summary: str = ""  # summary of rows that did not become records
-    similarity: Similarity | None = None  # soft matching of captions
+    softly: Soft = field(default_factory=Soft)  # soft matching of captions
 
     def __len__(self) -> int:
         return sum(map(len, self.tasks.values()))
@@ -67,7 +68,7 @@ class HeldOut:
         for task, given in answers.items():
             if task in EVALUATIONS:
                 records, texts = [answer.record for answer in given], [answer.text for answer in given]
-                values = evaluate(task, records, texts, similarity=self.similarity)
+                values = evaluate(task, records, texts, similarity=self.softly.similarity)
                 found |= {f"{task}/{name}" if len(answers) > 1 else name: value for name, value in values.items()}
         if self.rewards is not None:
             every = [answer for given in answers.values() for answer in given]
@@ -108,8 +109,11 @@ def held_out(
     if recipe.data.blank_images:
         chosen = BlankImages(chosen)
     places: dict[str, list[int]] = {}
+    free = False
     for index in range(len(chosen)):  # one at a time: records may be rendered, or cut from a video, on access
-        places.setdefault(chosen[index].task, []).append(index)
+        record = chosen[index]
+        places.setdefault(record.task, []).append(index)
+        free |= is_free(record.task, record.target)
     tasks = {task: Chosen(chosen, indices) for task, indices in places.items()}
     scored = (section.metric or "").removeprefix(SAMPLED) == REWARD or not tasks.keys() <= EVALUATIONS.keys()
     rewards = RecipeRewards(recipe.reward, functions=functions) if scored else None
@@ -121,10 +125,10 @@ def held_out(
     if section.metric is None and len(tasks) > 1 and not scored:
         raise ValueError(f"eval.metric: required, as the set has several tasks. Allowed: {', '.join(names)}")
     metric = section.metric if section.metric is not None else REWARD if scored else names[0]
-    if section.soft is not None and "caption" not in tasks:
+    if section.soft not in (AUTO, OFF) and "caption" not in tasks:
         raise ValueError(f"eval.soft: matches words of captions; eval.spec has {', '.join(tasks)}")
-    similarity = caption_similarity("caption", section.soft)
-    return HeldOut(tasks, metric, check_metric(metric, names, section.mode), rewards, summary, similarity)
+    softly = caption_soft("caption", section.soft, free=free)
+    return HeldOut(tasks, metric, check_metric(metric, names, section.mode), rewards, summary, softly)
 
 
 def _names(tasks: Mapping[str, Sequence[Record]], rewards: RecipeRewards | None) -> list[str]:
@@ -191,6 +195,14 @@ class Evaluation:
         summary = self.held_out.summary if self.held_out is not None else ""
         return f"eval.spec: {summary}" if summary else ""
 
+    @property
+    def matching(self) -> str:
+        """A line about soft matching; empty if captions are matched by rules as a matter of course."""
+        softly = self.held_out.softly if self.held_out is not None else Soft()
+        if softly.note:
+            return f"eval.soft: {softly.note}"
+        return f"eval.soft: captions are matched by {softly.matching}" if softly.similarity is not None else ""
+
     def due(self, step: int) -> bool:
         """Whether an evaluation after ``step`` is scheduled and has not been made yet."""
         if self.held_out is None or step == self._last:
@@ -256,6 +268,8 @@ class Evaluation:
         assert self.held_out is not None
         section = self.section
         chosen = {"metric": self.held_out.metric, "mode": self.held_out.mode, "records": len(self.held_out)}
+        softly = self.held_out.softly
+        chosen |= {"matching": softly.matching} if softly.similarity is not None else {}
         return {"spec": section.spec, "adapter": section.adapter, "max_new_tokens": section.max_new_tokens, **chosen}
 
     def _metrics(self, step: int, *, greedy: bool) -> dict[str, float | None]:

@@ -23,6 +23,7 @@ from fastrl.data.reflection import SpokenTurn, dialogue_messages
 if TYPE_CHECKING:
     import torch
 
+    from fastrl.captions.embedding import Soft
     from fastrl.models.attention.readout import HeatMaps
     from fastrl.models.load import Policy
     from fastrl.rollout import Session
@@ -191,7 +192,7 @@ def reflect_on_image(
 
     if not image.is_file():
         raise FileNotFoundError(f"image not found: {image}")
-    judge = open_critic(critic)
+    judge = open_critic(critic, say=say)
     if judge.rules and not references:
         raise ValueError("--critic rule compares with true captions: give one or more with --reference TEXT")
     target = {"references": list(references)} if references else {}
@@ -245,20 +246,22 @@ def evaluate_reflection(
     pixels: tuple[int | None, int | None] = (None, None),
     limit: int | None = None,
     skip_bad: bool = False,
-    soft: str | None = None,
+    soft: str | None = "auto",
     out: Path | None = None,
     attention: Path | None = None,
     draw: HeatMaps | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, float]:
-    """``fastrl eval caption --reflect N``: caption metrics of each turn, as ``turn1/score`` and so on.
+) -> dict[str, Any]:
+    """``fastrl eval caption --reflect N``: caption metrics of each turn, as ``turn1/score`` and so on, and
+    ``matching`` (see ``run_evaluation``).
 
     Args:
         spec: caption records with truth (whatever the critic, metrics compare with it).
         model, critic, turns: see :func:`reflect_on_image`; max_new_tokens: default the caption protocol's.
         pixels: least and largest area of a resized picture; None: the model folder's.
-        limit, skip_bad: of the data; soft: sentence-embedding model for soft matching in the metrics; None: the
-            rule critic's, if it has one.
+        limit, skip_bad: of the data.
+        soft: soft matching in the metrics (:func:`fastrl.evaluate.soft.caption_soft`); for ``auto`` the rule critic's
+            model comes first, if it has one.
         out: write the dialogues to this JSONL file.
         attention: folder for attention maps; the mean by turn is also a metric (``turn1/image_attention``).
         draw: draws them (see :func:`write_attention`).
@@ -269,7 +272,7 @@ def evaluate_reflection(
     """
     from fastrl.data import load_data
     from fastrl.evaluate import evaluate
-    from fastrl.evaluate.run import MAX_NEW_TOKENS, caption_similarity
+    from fastrl.evaluate.run import MAX_NEW_TOKENS
     from fastrl.models.open import open_policy
 
     data = load_data(spec, skip_bad=skip_bad, deep=skip_bad)
@@ -277,9 +280,10 @@ def evaluate_reflection(
     wrong = next((record for record in records if record.task != "caption"), None)
     if wrong is not None:
         raise ValueError(f"{wrong.source or wrong.id}: a {wrong.task} record; reflection is evaluated on captions")
-    judge = open_critic(critic)
-    own = judge.similarity if isinstance(judge, RuleCritic) else None
-    similarity = caption_similarity("caption", soft) if soft is not None else own
+    judge = open_critic(critic, say=say)
+    softly = _softly(judge, soft, records)
+    if softly.note:
+        say(softly.note)
     policy = open_policy(model, min_pixels=pixels[0], max_pixels=pixels[1])
     found = reflect(
         policy,
@@ -298,9 +302,20 @@ def evaluate_reflection(
     metrics: dict[str, Any] = {}
     for number in range(turns):
         answers = [reflection.turns[number].answer for reflection in found]
-        of_turn = evaluate("caption", records, answers, similarity=similarity)
+        of_turn = evaluate("caption", records, answers, similarity=softly.similarity)
         metrics |= {f"turn{number + 1}/{name}": value for name, value in of_turn.items()}
+    metrics["matching"] = softly.matching
     if attention is not None:
         for number, mass in enumerate(write_attention(policy, found, attention, draw)["mean_mass"], start=1):
             metrics[f"turn{number}/image_attention"] = mass
     return metrics
+
+
+def _softly(judge: Critic, soft: str | None, records: Sequence[Record]) -> Soft:
+    """Soft matching in the metrics: as it is asked for, else by the rule critic's model, else ``auto``."""
+    from fastrl.captions.embedding import AUTO, Soft
+    from fastrl.evaluate.soft import caption_soft, is_free
+
+    if soft == AUTO and isinstance(judge, RuleCritic) and judge.similarity is not None:
+        return Soft(judge.similarity, judge.matching)
+    return caption_soft("caption", soft, free=any(is_free(record.task, record.target) for record in records))

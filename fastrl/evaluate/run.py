@@ -17,13 +17,13 @@ from fastrl.data.records import Record
 from fastrl.evaluate import EVALUATIONS, evaluate, load_predictions
 from fastrl.evaluate.frames import frame_report
 from fastrl.evaluate.predictions import RESIZE, Predictions, row_of
+from fastrl.evaluate.soft import caption_soft, is_free
 from fastrl.models.open import open_policy
 from fastrl.rewards.base import unknown
 from fastrl.rewards.ocr import Normalise
 
 if TYPE_CHECKING:
     from fastrl.batch import Completion
-    from fastrl.captions import Similarity
     from fastrl.models.load import Policy
     from fastrl.rollout import Generator, Sampling
     from fastrl.rollout.vllm import VllmGenerator
@@ -79,7 +79,7 @@ def run_evaluation(
     limit: int | None = None,
     skip_bad: bool = False,
     blank_images: bool = False,
-    soft: str | None = None,
+    soft: str | None = "auto",
     normalise: str | None = None,
     out: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -91,7 +91,8 @@ def run_evaluation(
     Of tasks with boxes or points, the result also holds ``frame``, in which they were read,
     and ``frame_changes``, how many answers another plausible frame would have scored otherwise (:func:`frame_report`).
     With ``blank_images`` the model sees grey pictures of the same size: what it scores then
-    it knows from the text. ``soft`` is a sentence-embedding model for the soft matching of captions, and ``normalise``
+    it knows from the text. ``soft`` names the sentence-embedding model by which captions are matched softly
+    (:func:`fastrl.evaluate.soft.caption_soft`; the result's ``matching`` says what was done), and ``normalise``
     says how pages are compared (see ``evaluate_ocr``; None: ``nfc``).
 
     Raises:
@@ -138,8 +139,11 @@ def run_evaluation(
             assert model is not None
             seen, answers = _model_answers(task, model, records, max_new_tokens, pixels)
         compared = "none" if normalise == "none" else "nfc"
-        metrics = dict(evaluate(task, seen, answers, similarity=caption_similarity(task, soft), normalise=compared))
-        metrics |= {"matching": matching(soft)} if task == "caption" else {}
+        softly = caption_soft(task, soft, free=any(is_free(r.task, r.target) for r in seen))
+        if softly.note:
+            say(softly.note)
+        metrics = dict(evaluate(task, seen, answers, similarity=softly.similarity, normalise=compared))
+        metrics |= {"matching": softly.matching} if task == "caption" else {}
         framed = frame_report(task, seen, answers)
         if framed is not None:
             metrics |= {"frame": framed.frame, "frame_changes": framed.changes}
@@ -149,22 +153,6 @@ def run_evaluation(
         if out is not None:
             _write(out, seen, answers, metrics)
     return metrics
-
-
-def caption_similarity(task: str, soft: str | None) -> Similarity | None:
-    """Soft matching by the model in ``soft``. Raises ``ValueError`` for other tasks than captions."""
-    if soft is None:
-        return None
-    if task != "caption":
-        raise ValueError(f"--soft matches words of captions; {task} has none")
-    from fastrl.captions.embedding import open_similarity
-
-    return open_similarity(soft)
-
-
-def matching(soft: str | None) -> str:
-    """How facts of captions were matched, for results: ``rules``, or the model that matched softly as well."""
-    return "rules" if soft is None else f"rules, then {soft}"
 
 
 def _file_answers(

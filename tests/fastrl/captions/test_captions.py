@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from fastrl.captions import (
     CAPTURE_WEIGHTS,
     Facts,
+    OfReferences,
     Truth,
     chair,
     compare,
@@ -24,14 +28,15 @@ from fastrl.captions import (
     weighted_f1,
 )
 from fastrl.captions.coco import CATEGORIES
-from fastrl.captions.embedding import open_similarity
+from fastrl.captions.embedding import PUBLISHED, Soft, open_similarity, open_soft
 from fastrl.critics import Case, open_critic
 from fastrl.data import load_data
 from fastrl.data.records import Record, question
 from fastrl.data.scenes.world import COLORS, KINDS
 from fastrl.evaluate import evaluate
-from fastrl.evaluate.during import held_out
-from fastrl.evaluate.run import caption_similarity, run_evaluation
+from fastrl.evaluate.during import Evaluation, held_out
+from fastrl.evaluate.run import run_evaluation
+from fastrl.evaluate.soft import caption_soft
 from fastrl.rewards.answer import Answer
 from tests.helpers.training import make_recipe
 
@@ -147,50 +152,164 @@ def test_embedding_similarity_is_a_cosine_cut_at_zero() -> None:
     assert table[0] == pytest.approx([1.0, 0.5**0.5, 0.0])
 
 
-def test_a_model_folder_matches_softly_from_the_critic_and_the_protocol(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a tiny sentence-embedding model."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
+    folder = tmp_path_factory.mktemp("embedder")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "boat", "lake", "pond", "a", "on", "the"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(words), **sizes)
-    BertModel(config).save_pretrained(tmp_path)
-    similarity = open_similarity(str(tmp_path))
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(words), intermediate_size=32, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and no network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def download(embedder: Path, hub: Path) -> None:
+    """Put CAPTURE's model, as it were, into the hub cache."""
+    place, commit = hub / f"models--{PUBLISHED.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    shutil.copytree(embedder, place / "snapshots" / commit)
+
+
+SAID = "A boat on the pond."
+BOAT = Record("r", "caption", (), question("caption"), {"references": ["A boat on the lake."]})
+
+
+def rule_score(critic: str, record: Record = BOAT, said: str = SAID) -> float:
+    (critique,) = open_critic(critic).score([Case(record, said)])
+    assert critique.score is not None
+    return critique.score
+
+
+def eval_metrics(folder: Path, soft: str | None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """``fastrl eval`` of the boat's caption."""
+    (folder / "c.jsonl").write_text(json.dumps({**BOAT.target, "id": "r"}))
+    (folder / "a.jsonl").write_text(json.dumps({"id": "r", "answer": SAID}))
+    spec = f"captions:{folder}/c.jsonl?images=none"
+    return run_evaluation("caption", spec, predictions=folder / "a.jsonl", soft=soft, say=say)
+
+
+def test_a_model_folder_matches_softly_from_the_critic_and_the_protocol(embedder: Path, tmp_path: Path) -> None:
+    similarity = open_similarity(str(embedder))
     alone, together = similarity(["boat"], ["lake"])[0][0], similarity(["boat", "a boat on the lake"], ["lake"])[0][0]
     assert alone == pytest.approx(together, abs=1e-5)  # padding belongs to no phrase
     assert similarity(["boat"], ["boat"])[0][0] == pytest.approx(1.0)
-    record = Record("r", "caption", (), question("caption"), {"references": ["A boat on the lake."]})
-    message = "A boat on the pond."
-    (hard,), (soft,) = (open_critic(s).score([Case(record, message)]) for s in ("rule", f"rule?soft={tmp_path}"))
-    assert hard.score is not None
-    assert soft.score is not None
-    assert hard.score < soft.score < 1
-    named = {"eval__spec": "given:records", "eval__soft": str(tmp_path), "eval__samples": 0}
-    measured = held_out(make_recipe(tmp_path, tmp_path / "run", **named), [record])
+    hard, soft = rule_score("rule"), rule_score(f"rule?soft={embedder}")
+    assert hard < soft < 1
+    assert rule_score("rule?soft=none") == hard
+    named = {"eval__spec": "given:records", "eval__soft": str(embedder), "eval__samples": 0}
+    measured = held_out(make_recipe(tmp_path, tmp_path / "run", **named), [BOAT])
     assert measured is not None
-    answers = {"caption": [Answer(message, [], record)]}
-    assert measured.metrics(answers)["score"] == pytest.approx(soft.score)
+    answers = {"caption": [Answer(SAID, [], BOAT)]}
+    assert measured.metrics(answers)["score"] == pytest.approx(soft)
     ocr = Record("o", "ocr", (Image.new("RGB", (28, 28)),), question("ocr"), {"text": "x"})
     with pytest.raises(ValueError, match=r"eval\.soft: matches words of captions; eval\.spec has ocr"):
         held_out(make_recipe(tmp_path, tmp_path / "run", **named), [ocr])
-    (tmp_path / "c.jsonl").write_text(json.dumps({"references": ["A boat on the lake."], "id": "r"}))
-    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "r", "answer": message}))
-    spec, found = f"captions:{tmp_path}/c.jsonl?images=none", {}
-    for folder in (None, str(tmp_path)):
-        found[folder] = run_evaluation("caption", spec, predictions=tmp_path / "a.jsonl", soft=folder)
-    assert [found[f]["matching"] for f in found] == ["rules", f"rules, then {tmp_path}"]
-    assert [found[f]["score"] for f in found] == pytest.approx([hard.score, soft.score])
-    weights = load_file(tmp_path / "model.safetensors")
+    found = [eval_metrics(tmp_path, soft) for soft in (None, "none", str(embedder))]
+    assert [each["matching"] for each in found] == ["rules", "rules", f"rules, then {embedder}"]
+    assert [each["score"] for each in found] == pytest.approx([hard, hard, soft])
+    assert evaluate("caption", [BOAT], [SAID], similarity=similarity)["score"] == pytest.approx(soft)
+
+
+def test_a_model_that_cannot_be_loaded_is_refused(embedder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(embedder, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
     weights.pop("embeddings.word_embeddings.weight")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lack 1, the first: embeddings\.word_embeddings\.weight"):
-        open_similarity(str(tmp_path))
-    assert evaluate("caption", [record], [message], similarity=similarity)["score"] == pytest.approx(soft.score)
+        open_similarity(str(folder))
     with pytest.raises(ValueError, match="no sentence-embedding model"):
         open_critic(f"rule?soft={tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match="captions"):
-        caption_similarity("ocr", str(tmp_path))
+        caption_soft("ocr", str(embedder), free=False)
+    assert caption_soft("ocr", "auto", free=False) == Soft()
+
+
+def test_evaluations_match_softly_where_capture_s_model_is_there(embedder: Path, hub: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    rules = eval_metrics(tmp_path, "auto", lines.append)
+    note = next(line for line in lines if "soft matching" in line)
+    assert note.startswith(f"soft matching of captions is off: {PUBLISHED} is not on this machine; get it with `hf ")
+    assert rules["matching"] == "rules"
+    assert rules == eval_metrics(tmp_path, "none")
+    download(embedder, hub)
+    softly = eval_metrics(tmp_path, "auto", lines.append)
+    assert softly["matching"] == f"rules, then {PUBLISHED}"
+    assert softly["score"] == pytest.approx(eval_metrics(tmp_path, str(embedder))["score"])
+    assert softly["score"] > rules["score"]
+    assert sum("soft matching" in line for line in lines) == 1
+    # A reward does not depend on what is on the machine unless that is asked for
+    assert rule_score("rule") == pytest.approx(rules["score"])
+    assert rule_score("rule?soft=auto") == pytest.approx(softly["score"])
+    run = tmp_path / "run"
+    kept = {}
+    for soft in ("auto", "none"):
+        recipe = make_recipe(tmp_path, run, eval__spec="given:records", eval__samples=0, eval__soft=soft)
+        measured = held_out(recipe, [BOAT])
+        assert measured is not None
+        kept[soft] = measured.metrics({"caption": [Answer(SAID, [], BOAT)]})["score"]
+    assert kept == pytest.approx({"auto": softly["score"], "none": rules["score"]})
+
+
+def test_what_is_on_the_machine_changes_no_score_of_a_scene(embedder: Path, hub: Path, tmp_path: Path) -> None:
+    spec, path = "scenes:caption?n=8&seed=3", tmp_path / "a.jsonl"
+    records = load_data(spec)
+    said = [f"There is a boat and a purple lake. {record.target['objects'][0]}." for record in records]
+    path.write_text(
+        "".join(json.dumps({"id": r.id, "answer": text}) + "\n" for r, text in zip(records, said, strict=True))
+    )
+    download(embedder, hub)
+    lines: list[str] = []
+    auto = run_evaluation("caption", spec, predictions=path, say=lines.append)
+    assert auto == run_evaluation("caption", spec, predictions=path, soft="none")
+    assert auto["matching"] == "rules"
+    assert not any("soft" in line for line in lines)
+    assert run_evaluation("caption", spec, predictions=path, soft=str(embedder))["score"] > auto["score"]  # as asked
+    # Also among records with references, and for a critic
+    both = [BOAT, records[0]]
+    similarity = open_similarity(str(embedder))
+    scores: list[Any] = [
+        evaluate("caption", both, [SAID, said[0]], similarity=each)["score"]
+        for each in (None, OfReferences(similarity), similarity)
+    ]
+    assert scores[0] < scores[1] < scores[2]
+    assert rule_score("rule?soft=auto", records[0], said[0]) == rule_score("rule", records[0], said[0])
+
+
+def test_a_broken_download_is_said(embedder: Path, hub: Path) -> None:
+    download(embedder, hub)
+    next(hub.rglob("model.safetensors")).unlink()
+    soft = open_soft("auto")
+    assert soft.similarity is None
+    assert soft.note.startswith("soft matching of captions is off: no sentence-embedding model in ")
+
+
+def test_a_resumed_run_that_matches_otherwise_starts_its_best_anew(embedder: Path, hub: Path, tmp_path: Path) -> None:
+    def evaluation() -> Evaluation:
+        recipe = make_recipe(tmp_path, tmp_path / "run", eval__spec="given:records", eval__samples=0)
+        return Evaluation(recipe, held_out(recipe, [BOAT]), None, None)  # type: ignore[arg-type]
+
+    before = evaluation()
+    before._last = 1
+    assert "is off" in before.matching
+    download(embedder, hub)
+    after = evaluation()
+    assert after.matching == f"eval.soft: captions are matched by rules, then {PUBLISHED}"
+    after.load(before.state())
+    assert after.note.startswith("the evaluation set or metric has changed")
 
 
 def test_capture_weights_are_normalised() -> None:

@@ -90,4 +90,5 @@ def test_real_dialogues_train_and_the_policy_is_evaluated(
     spec = f"captions:{coco / 'captions.json'}?instances={coco / 'instances.json'}&images={coco / 'images'}&limit=2"
     metrics = evaluate_reflection(spec, model=str(summary.model), turns=2, max_new_tokens=8)
     assert metrics["turn1/n"] == metrics["turn2/n"] == 2
+    assert metrics.pop("matching").startswith("rules")
     assert all(math.isfinite(value) for value in metrics.values())

@@ -155,6 +155,7 @@ def test_eval_reports_every_turn(tiny_folder: Callable[[str], Path], tmp_path: P
     metrics = evaluate_reflection(
         "scenes:caption?n=3&seed=6", model=str(tiny_folder("qwen2_5")), turns=2, max_new_tokens=4, limit=2, out=out
     )
+    assert metrics.pop("matching") == "rules"
     assert {name.partition("/")[0] for name in metrics} == {"turn1", "turn2"}
     assert metrics["turn2/n"] == 2
     assert len(out.read_text().splitlines()) == 2
