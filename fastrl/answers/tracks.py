@@ -157,7 +157,7 @@ def format_tracks(tracks: Iterable[Track], view: View | None = None) -> str:
     for position, track in enumerate(tracks, start=1):
         name = track.name
         if not _is_writable(name):
-            raise ValueError(f"track {track.identity}: name {name!r} cannot be written in trajectory text")
+            raise ValueError(f"track {track.identity}: name {name!r:.80} cannot be written in trajectory text")
         if not 0 <= track.identity < 10**9 or not track.boxes:
             raise ValueError(f"track {track.identity}: needs an identity from 0 to 999999999 and at least one box")
         frames = ""

@@ -30,7 +30,7 @@ from fastrl.config.registry import Registry, called
 from fastrl.data.decodable import decoded
 from fastrl.data.prompts import KEY, asked, template_of
 from fastrl.data.records import PROMPTS, Dataset, Record, question
-from fastrl.data.validate import DataError, Problem, fail, nearest
+from fastrl.data.validate import DataError, Problem, fail, nearest, short
 
 __all__ = [
     "ADAPTERS",
@@ -134,9 +134,9 @@ def register(name: str, load: Load, *, keys: Collection[str] | None = None, brin
     try:
         inspect.signature(load).bind("path", {})
     except TypeError as error:
-        raise TypeError(f"data adapter {name!r}: load must be a function of (path, query): {error}") from None
+        raise TypeError(f"data adapter {short(name)}: load must be a function of (path, query): {error}") from None
     if isinstance(name, str) and set(name) & set(":?&=/"):
-        raise ValueError(f"data adapter {name!r}: a name must not contain any of : ? & = /")
+        raise ValueError(f"data adapter {short(name)}: a name must not contain any of : ? & = /")
     from fastrl.data.rows import READING
 
     ADAPTERS.add(name, Adapter(load, None if keys is None else (*keys, *READING), brings))
@@ -170,7 +170,7 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
         known = f"a spec is adapter:path?key=value ({', '.join(ADAPTERS)})"
         raise fail(spec, "bad spec", f"names no adapter: {known}{hint}")
     if adapter not in ADAPTERS and own is None:
-        message = f"unknown data adapter {adapter!r}{nearest(adapter, ADAPTERS)}; a spec is adapter:path?key=value"
+        message = f"unknown data adapter {short(adapter)}{nearest(adapter, ADAPTERS)}; a spec is adapter:path?key=value"
         raise fail(spec, "bad spec", message)
     path, _, options = rest.partition("?")
     if not path:
@@ -179,7 +179,7 @@ def parse_spec(spec: str) -> tuple[str, str, dict[str, str]]:
     for option in filter(None, options.split("&")):
         key, equals, value = option.partition("=")
         if not equals or key in query:
-            raise fail(spec, "bad spec", f"option {option!r} must be key=value, each key once")
+            raise fail(spec, "bad spec", f"option {short(option)} must be key=value, each key once")
         query[key] = unquote(value)
     return adapter, path, query
 
@@ -263,7 +263,7 @@ def read_data(spec: str) -> Dataset:
     load, keys = opened.load, opened.keys
     for key in query:
         if keys is not None and key not in keys:
-            raise fail(spec, "bad option", f"unknown option {key!r} of {adapter}{nearest(key, keys)}")
+            raise fail(spec, "bad option", f"unknown option {short(key)} of {adapter}{nearest(key, keys)}")
     if isinstance(entry, Adapter):
         from fastrl.data.user import load_registered
 

@@ -4,7 +4,8 @@
   matching instance JSON, whose categories then count as present in the picture (for CHAIR).
 - JSONL (or a JSON list): ``{"image": …, "references": [str, …], "prompt"?: str, "objects"?: [str, …], "id"?}``;
   ``captions`` and ``human_captions`` are read as ``references`` too, and so are the columns of DetailCaps-4870
-  (``GT_Caption_GPT4O``, ``GT_Caption_GPT4V``, ``GT_Caption_Gemini15Pro``; the picture in ``binary``).
+  (``GT_Caption_GPT4O``, ``GT_Caption_GPT4V``, ``GT_Caption_Gemini15Pro``; the picture in ``binary``, as bytes or in
+  base64).
 
 Other query keys: ``images`` (folder), ``limit``, ``seed``, ``prompt`` (see ``prompts``; default the row's own, else
 RePer's). With
@@ -20,7 +21,7 @@ from typing import Any
 from fastrl.data import rows
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import IMAGE_FIELDS, LeftOut, load_rows, parse_json, read_text
-from fastrl.data.truth import read_truth
+from fastrl.data.truth import is_empty, read_truth
 from fastrl.data.validate import DataError, Problem, Row, fail, short
 
 KEYS = (*rows.KEYS, "instances", "prompt")
@@ -41,13 +42,13 @@ def _record(row: Row, pictures: bool) -> Record | LeftOut | None:
     identity = row.id()
     name, value = row.first(REFERENCES)
     value = read_truth(value)
-    detailed = [column for column in DETAILCAPS if row.fields.get(column)]
+    detailed = [column for column in DETAILCAPS if column in row.fields]
     if name not in row.fields and detailed:
-        name, value = detailed[0], [row.fields[column] for column in detailed]
+        name, value = detailed[0], [row.fields[each] for each in detailed if not is_empty(row.fields[each])]
     # DetailCaps has the bytes in ``binary`` and the name of the original in ``image``
     image = row.image("binary", *IMAGE_FIELDS) if pictures else None
     if name not in row.fields:
-        row.fail("missing field", f"no {' or '.join(REFERENCES)}")
+        row.fail("missing field", f"no {', '.join(REFERENCES)} or {', '.join(DETAILCAPS)}")
     elif not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
         row.fail("wrong type", f"{name} must be a list of captions, got {short(value)}")
     objects = row.truth("objects", [])

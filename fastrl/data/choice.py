@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from fastrl.answers.choice import LETTERS
 from fastrl.data import rows, videos
 from fastrl.data.choice_files import choice_rows
-from fastrl.data.pictures import AnyPicture
+from fastrl.data.pictures import AnyPicture, holds_picture
 from fastrl.data.qa import YES_NO_PROMPT, choice_question
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import LeftOut, choice_option, load_rows, read_rows, reading
@@ -133,7 +133,7 @@ class _Build:
     def _type(self, row: Row) -> str | None:
         if self.kind is not None and self.kind not in row.fields:
             has = ", ".join(map(str, row.fields))
-            row.fail("missing field", f"no column {self.kind!r}, which type= names; there are {short(has, 200)}")
+            row.fail("missing field", f"no column {short(self.kind)}, which type= names; there are {short(has, 200)}")
         names = (self.kind,) if self.kind is not None else self.layout.types
         value = next((row.fields[name] for name in names if row.fields.get(name) not in (None, "")), None)
         if value is None and self.layout.name == "MVBench":
@@ -145,9 +145,7 @@ def _inside(row: Row) -> bool:
     """Whether the row brings its pictures, and not the names of files."""
     value = row.fields.get("image", row.fields.get("images"))
     first = value[0] if isinstance(value, list | tuple) and value else value
-    if isinstance(first, Mapping):
-        return first.get("bytes") is not None
-    return first is not None and not isinstance(first, str)
+    return holds_picture(first)
 
 
 def _words(target: Mapping[str, Any]) -> str:

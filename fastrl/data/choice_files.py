@@ -83,7 +83,7 @@ def _tsv_rows(path: Path) -> Rows:
             names = next(reader, [])
             if len(set(names)) < len(names):
                 twice = next(name for name in names if names.count(name) > 1)
-                raise fail(str(path), "wrong header", f"column {twice!r} comes twice")
+                raise fail(str(path), "wrong header", f"column {short(twice)} comes twice")
             for number, cells in enumerate(reader):
                 where = f"{path}:{reader.line_num}"
                 if len(cells) == len(names):

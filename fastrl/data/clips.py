@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 from fastrl.answers import Track
 from fastrl.data.pictures import AnyPicture, file_of
 from fastrl.data.records import Record, question
-from fastrl.data.validate import TOLERANCE, Problem, fail
+from fastrl.data.validate import TOLERANCE, Problem, fail, short
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -168,7 +168,7 @@ def sample_frames(total: int, count: int, how: str = "uniform", seed: int | str 
     each stretch. Raises ``ValueError`` for an unknown ``how``.
     """
     if how not in SAMPLING:
-        raise ValueError(f"unknown frame sampling {how!r}; allowed: {', '.join(SAMPLING)}")
+        raise ValueError(f"unknown frame sampling {short(how)}; allowed: {', '.join(SAMPLING)}")
     if count >= total or how == "first":
         return list(range(1, min(count, total) + 1))
     edges = [i * total // count for i in range(count + 1)]

@@ -73,7 +73,7 @@ def _read(path: str) -> dict[str, Any]:
         raise DataError([data])
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise fail(path, "wrong type", f"no list {key!r}: not a COCO instance file")
+            raise fail(path, "wrong type", f"no list {short(key)}: not a COCO instance file")
     return data
 
 
@@ -109,7 +109,7 @@ def _options(query: Mapping[str, str], categories: Mapping[Any, str], path: str)
     asked = [name.strip() for name in query.get("categories", "").split(",") if name.strip()]
     for name in asked:
         if name not in names:
-            raise fail(path, "unknown category", f"unknown category {name!r}{nearest(name, names)}")
+            raise fail(path, "unknown category", f"unknown category {short(name)}{nearest(name, names)}")
     return _Options(
         choice_option(query, "task", ("detection", "counting"), path),
         [name for name in names if not asked or name in asked],

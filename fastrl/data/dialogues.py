@@ -22,6 +22,7 @@ from fastrl.answers import View, format_tracks, from_original
 from fastrl.answers.text import answer_region
 from fastrl.data.clips import Clip, Span, Subject, box_iou, sample_frames
 from fastrl.data.records import Record, question
+from fastrl.data.truth import short
 
 SPATIAL = ("box", "location", "appearance")
 TEMPORAL = ("span", "time", "action")
@@ -143,7 +144,7 @@ def pick_query(rng: random.Random, clip: Clip, subject: Subject, kind: str) -> Q
     Raises ``ValueError`` for an unknown kind.
     """
     if kind not in QUERIES:
-        raise ValueError(f"unknown kind of query {kind!r}; allowed: {', '.join(QUERIES)}")
+        raise ValueError(f"unknown kind of query {short(kind)}; allowed: {', '.join(QUERIES)}")
     possible = spatial_queries(subject) if kind == "spatial" else temporal_queries(subject)
     attributes = [a for a in QUERIES[kind] if any(q.attribute == a for q in possible)]
     for attribute in rng.sample(attributes, len(attributes)):
@@ -221,7 +222,7 @@ def ask(clip: Clip, subject: Subject, query: Query) -> str:
     if query.frame is not None and query.attribute in SPATIAL:
         return f"In frame {query.frame} there is {_thing(clip, subject, query)}. {_SPATIAL_END}"
     if query.kind != "temporal" or query.attribute not in TEMPORAL:
-        raise ValueError(f"no question about {query.attribute!r} in {query.kind} queries")
+        raise ValueError(f"no question about {short(query.attribute)} in {query.kind} queries")
     action = _action(subject, query)
     return f"Who {action or 'is seen'}{_when(clip, query, only=not action)}, and {_TEMPORAL_END}"
 

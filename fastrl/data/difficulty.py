@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrl.data.records import Record
-from fastrl.data.validate import DataError, Problem, fail, is_number
+from fastrl.data.validate import DataError, Problem, fail, is_number, short
 
 
 class Curriculum(NamedTuple):
@@ -31,7 +31,7 @@ def difficulty(record: Record, curriculum: Curriculum) -> float:
     by, where = curriculum.by, record.source or record.id
     if curriculum.scores is not None:
         if record.id not in curriculum.scores:
-            raise fail(where, "no difficulty", f"data.curriculum.scores has no line for record {record.id!r}")
+            raise fail(where, "no difficulty", f"data.curriculum.scores has no line for record {short(record.id)}")
         return curriculum.scores[record.id]
     value: Any = record.columns.get(by, record.target.get(by))
     if isinstance(value, str | list | tuple):
@@ -39,7 +39,7 @@ def difficulty(record: Record, curriculum: Curriculum) -> float:
     if not is_number(value):
         have = ", ".join(sorted({*record.columns, *record.target}))
         raise fail(
-            where, "no difficulty", f"data.curriculum.by: no number, list or text in {by!r}; the record has {have}"
+            where, "no difficulty", f"data.curriculum.by: no number, list or text in {short(by)}; the record has {have}"
         )
     return float(value)
 
@@ -60,7 +60,9 @@ def read_scores(path: Path, by: str) -> dict[str, float]:
         row = _parsed(line)
         identity, value = row.get("id"), row.get(by)
         if not isinstance(identity, str) or value is None or not is_number(value):
-            message = f"data.curriculum.scores needs id and a number {by!r} in every line; this one has {sorted(row)}"
+            message = (
+                f"data.curriculum.scores needs id and a number {short(by)} in every line; this one has {sorted(row)}"
+            )
             problems.append(Problem(f"{path}:{number}", "no difficulty", message))
         else:
             found[identity] = float(value)

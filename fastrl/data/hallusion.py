@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastrl.data import rows
-from fastrl.data.pictures import AnyPicture
+from fastrl.data.pictures import AnyPicture, holds_picture
 from fastrl.data.qa import YES_NO_PROMPT
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import load_rows, reading
@@ -62,7 +62,7 @@ def _record(row: Row, pictures: bool) -> Record | None:
 
 def _picture(row: Row, name: str, wanted: bool) -> tuple[AnyPicture, tuple[int, int]] | None:
     """The figure: the row's own, as tables have it, or the file of that name."""
-    if row.fields.get("image") is not None and not isinstance(row.fields["image"], str):
+    if holds_picture(row.fields.get("image")):
         return row.image("image")
     if not wanted:
         return None

@@ -96,7 +96,9 @@ class _Target:
         value = self.fields.get(name)
         if value is None and needed:
             has = ", ".join(map(str, self.fields)) or "none"
-            message = f"target has no {name!r}; its keys: {has} (truth of another kind makes a task of another name)"
+            message = (
+                f"target has no {short(name)}; its keys: {has} (truth of another kind makes a task of another name)"
+            )
             self.row.fail("missing field", message)
         return value
 

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import io
+import re
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fastrl.config.limits import MAX_IMAGE_PIXELS
+from fastrl.data.truth import clipped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +31,10 @@ WHITE = (255, 255, 255)
 _ORIENTATION = 0x0112  # the EXIF (and TIFF) tag
 _TURNED = (5, 6, 7, 8)  # its values that swap width and height
 _AS_IT_IS = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}  # formats that any server reads
+_DATA_URL = re.compile(r"\s*data:image/[\w.+-]{1,40};base64,")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_SHORTEST = 32  # characters of a picture's file in base64
+_SHOWN = 300  # characters of a picture's name in messages
 _large = threading.RLock()
 _header = threading.Lock()  # guards PIL's own limit, which is global
 
@@ -65,11 +73,32 @@ class Picture:
         if self.data is not None:
             return self.data
         if self.path is None or not is_file(self.path):
-            raise PictureError(f"image not found: {self}")
+            raise PictureError(f"image not found: {_shown(self)}")
         return self.path.read_bytes()
 
 
 AnyPicture: TypeAlias = "Path | str | Picture | Image"
+
+
+def base64_picture(text: str) -> bytes | None:
+    """The bytes of a picture's file that a text holds in base64, also as a data URL; None for any other text, such as a
+    file's name."""
+    url = _DATA_URL.match(text)
+    if url is None and (len(text) < _SHORTEST or _BASE64.fullmatch(text) is None):
+        return None
+    try:
+        data = base64.b64decode("".join(text[url.end() if url else 0 :].split()), validate=True)
+        read_header(Picture(data=data, max_pixels=sys.maxsize))
+    except (binascii.Error, ValueError, PictureError):
+        return None
+    return data
+
+
+def holds_picture(value: Any) -> bool:
+    """Whether a row's value is a picture, or the bytes of one in any form, and not the name of a file."""
+    if isinstance(value, Mapping):
+        return value.get("bytes") is not None
+    return value is not None and not (isinstance(value, str) and base64_picture(value) is None)
 
 
 def is_file(path: Path) -> bool:
@@ -132,7 +161,7 @@ def opened_picture(image: AnyPicture) -> Iterator[Image]:
         header = _header_of(raw, source)
         large = header.size[0] * header.size[1] > LARGE
         with _large if large else nullcontext():
-            picture = _decode(raw, header, str(source))
+            picture = _decode(raw, header, _shown(source))
             if picture is not raw:
                 raw.close()  # frees the compressed bytes and PIL's own copy
             yield picture
@@ -175,12 +204,17 @@ def _as_url(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def _shown(picture: Picture) -> str:
+    """A picture's name in messages: names come from rows and may be of any length."""
+    return clipped(str(picture), _SHOWN)
+
+
 # ---- opening
 
 
 def _open(source: Picture) -> Image:
     """The file opened by PIL, with its header read and checked. The caller closes it."""
-    name = str(source)
+    name = _shown(source)
     if source.data is None and (source.path is None or not is_file(source.path)):
         raise PictureError(f"image not found: {name}")
     raw = _read(source)
@@ -215,7 +249,7 @@ def _read(source: Picture) -> Image:
         except MemoryError:
             raise
         except Exception as error:  # PIL's readers raise many types of errors for a damaged file
-            raise _unreadable(str(source), error) from error
+            raise _unreadable(_shown(source), error) from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
 from fastrl.data.records import Dataset, Record, is_frame_label, lettered, question_of
-from fastrl.data.validate import DataError, Problem, fail, nearest
+from fastrl.data.validate import DataError, Problem, fail, nearest, short
 
 KEY = "prompt"
 # adapter -> values of the key that it reads itself (Perception-R1's prompt, the row's own)
@@ -70,10 +70,10 @@ def template_of(value: str | None, adapter: str, where: str) -> Template | None:
         raise fail(where, "bad option", message)
     odd = next((m for m in _PIECE.finditer(value) if m.group() in ("{", "}") or m.group(1) == ""), None)
     if odd is not None:
-        message = f"{KEY}={value!r}: {odd.group()!r} at {odd.start()} is no place for a word; a brace itself is {{{{"
-        raise fail(where, "bad option", message)
+        what = f"{odd.group()!r} at {odd.start()} is no place for a word; a brace itself is {{{{"
+        raise fail(where, "bad option", f"{KEY}={short(value, 200)}: {what}")
     if PLACE in value:
-        raise fail(where, "bad option", f"{KEY}={value!r}: pictures stand before the text; leave {PLACE} out")
+        raise fail(where, "bad option", f"{KEY}={short(value, 200)}: pictures stand before the text; leave {PLACE} out")
     return Template(value)
 
 
@@ -143,7 +143,7 @@ def fault(record: Record, template: Template, where: str) -> Problem | None:
     """Why a template does not fit a record, or None."""
     place = record.source or f"{where}: {record.id}"
     if template.task not in (None, record.task):
-        message = f"{KEY}={template.text!r} asks for {template.task}; this is a record for {record.task}"
+        message = f"{KEY}={short(template.text, 200)} asks for {template.task}; this is a record for {record.task}"
         return Problem(place, "prompt of another task", message)
     words = words_of(record)
     for name in template.names:

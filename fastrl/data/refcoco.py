@@ -32,7 +32,7 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
     split = query.get("split")
     splits = list(dict.fromkeys(str(ref.get("split")) for ref in refs))
     if split is not None and split not in splits:
-        raise fail(path, "bad option", f"no split {split!r}{nearest(split, splits)}")
+        raise fail(path, "bad option", f"no split {short(split)}{nearest(split, splits)}")
     instances = query.get("instances", str(Path(path).with_name("instances.json")))
     annotations, images = _instances(instances)
     chosen = [(number, ref) for number, ref in enumerate(refs) if split in (None, str(ref.get("split")))]
@@ -53,7 +53,7 @@ def _instances(path: str) -> tuple[dict[Any, Mapping[str, Any]], dict[Any, Mappi
     for name in ("annotations", "images"):
         entries = value.get(name) if isinstance(value, dict) else None
         if not isinstance(entries, list):
-            raise fail(path, "wrong type", f"no list {name!r}: not a COCO instance file")
+            raise fail(path, "wrong type", f"no list {short(name)}: not a COCO instance file")
         tables.append({e["id"]: e for e in entries if isinstance(e, dict) and isinstance(e.get("id"), int | str)})
     return tables[0], tables[1]
 

@@ -46,7 +46,7 @@ def int_option(query: Mapping[str, str], key: str, where: str, minimum: int = 0)
     except ValueError:
         value = None
     if value is None or value < minimum:
-        raise fail(where, "bad option", f"{key} must be an integer of at least {minimum}, got {query[key]!r}")
+        raise fail(where, "bad option", f"{key} must be an integer of at least {minimum}, got {short(query[key])}")
     return value
 
 
@@ -54,7 +54,7 @@ def choice_option(query: Mapping[str, str], key: str, allowed: Sequence[str], wh
     """The value of a query key among ``allowed``; default the first of them. Raises ``DataError``."""
     value = query.get(key, allowed[0])
     if value not in allowed:
-        raise fail(where, "bad option", f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+        raise fail(where, "bad option", f"{key} must be one of {', '.join(allowed)}, got {short(value)}")
     return value
 
 
@@ -193,7 +193,7 @@ def collect(results: Iterator[Result], limit: int | None, path: str, images: Ima
         elif isinstance(result, tuple):
             left_out += result
         elif result.id in seen:
-            message = f"id {result.id!r} is already the id of {seen[result.id]}"
+            message = f"id {short(result.id)} is already the id of {seen[result.id]}"
             problems.append(Problem(result.source, "duplicate id", message))
         else:
             seen[result.id] = result.source

@@ -12,6 +12,7 @@ from fastrl.data.balance import Balance, Shares
 from fastrl.data.identity import Change, Identity, Pictures, compare, identify
 from fastrl.data.orders import shuffled
 from fastrl.data.records import Record
+from fastrl.data.truth import short
 
 
 class DataChanged(ValueError):
@@ -173,7 +174,7 @@ class RecordStream:
         _check_state(state)
         for name, now in (("seed", self.seed), ("order", self.order)):
             if state[name] != now:
-                raise ValueError(f"cannot resume: data {name} was {state[name]!r} and is now {now!r}")
+                raise ValueError(f"cannot resume: data {name} was {short(state[name])} and is now {short(now)}")
         if before is not None and before.count != state["records"]:
             raise ValueError(
                 f"the data position is for {state['records']} records, but its data's identity for {before.count}"
@@ -248,7 +249,7 @@ def _check_state(state: Any) -> None:
         raise ValueError("the data position is not a JSON object")
     for name in (*counts, *(name for name in optional if name in state)):
         if not isinstance(state.get(name), int) or isinstance(state[name], bool) or state[name] < 0:
-            raise ValueError(f"the data position has {name} {state.get(name)!r}, which is not a count")
+            raise ValueError(f"the data position has {name} {short(state.get(name))}, which is not a count")
     rest = state.get("rest", [])
     if not isinstance(state.get("order"), str) or not isinstance(rest, list):
         raise ValueError("the data position has an order of the wrong type")

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastrl.data.validate import TableRow, fail, nearest
+from fastrl.data.pictures import base64_picture
+from fastrl.data.validate import TableRow, fail, nearest, short
 
 SUFFIXES = (".parquet", ".arrow")
 BATCH = 64  # rows in memory at once while a table is read
@@ -51,7 +52,7 @@ def table_files(path: Path, split: str | None = None) -> list[Path]:
         return [path]
     splits = _splits(path)
     if split is not None and split not in splits:
-        raise fail(str(path), "bad option", f"no split {split!r}{nearest(split, splits)}")
+        raise fail(str(path), "bad option", f"no split {short(split)}{nearest(split, splits)}")
     if split is None and len(splits) > 1:
         raise fail(str(path), "bad option", f"holds the splits {', '.join(splits)}: choose with split=")
     return splits[split if split is not None else next(iter(splits))]
@@ -92,7 +93,8 @@ class _Cell:
         def read() -> bytes:
             value = self._table.value(column, self._place)
             value = value if index is None else value[index]
-            return value["bytes"] if isinstance(value, dict) else value
+            value = value["bytes"] if isinstance(value, dict) else value
+            return (base64_picture(value) or b"") if isinstance(value, str) else value
 
         return read
 

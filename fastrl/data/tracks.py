@@ -117,7 +117,7 @@ def _dataset(
             problems += clip
             continue
         if clip.id in seen:
-            problems.append(Problem(clip.source, "duplicate id", f"an earlier clip has the id {clip.id!r}"))
+            problems.append(Problem(clip.source, "duplicate id", f"an earlier clip has the id {short(clip.id)}"))
             continue
         seen.add(clip.id)
         settled, wrong, worth_knowing = settle(clip)

@@ -81,6 +81,13 @@ def whole_number(value: Any) -> int | None:
     return None
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a table's cell holds nothing: null, NaN (which pandas writes for it), or blanks."""
+    return (
+        value is None or (isinstance(value, float) and value != value) or (isinstance(value, str) and not value.strip())
+    )
+
+
 def is_number(value: Any) -> bool:
     """A finite int or float; booleans and strings are not numbers."""
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -92,9 +99,17 @@ def is_number(value: Any) -> bool:
 
 
 def short(value: Any, limit: int = 80) -> str:
-    """``repr`` cut to ``limit`` characters."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """``repr`` cut to ``limit`` characters: how every message quotes a value that a user gave."""
+    text = repr(value[:limit] if isinstance(value, str | bytes) else value)  # a picture's bytes are not written out
+    cut = isinstance(value, str | bytes) and len(value) > limit
+    return text if len(text) <= limit and not cut else text[: limit - 1] + "…"
+
+
+def clipped(text: str, limit: int) -> str:
+    """A text with its middle left out where it is longer than ``limit``: of a path, its end says most."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}…{text[len(text) - (limit - limit // 2 - 1) :]}"
 
 
 def entry(value: Any, names: Sequence[str]) -> Any:

@@ -54,7 +54,7 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
             continue
         dialogue = _dialogue(row)
         if dialogue is not None and dialogue.clip.id in seen:
-            row.fail("duplicate id", f"id {dialogue.clip.id!r} is already the id of {seen[dialogue.clip.id]}")
+            row.fail("duplicate id", f"id {short(dialogue.clip.id)} is already the id of {seen[dialogue.clip.id]}")
         if dialogue is not None and not row.problems and count is not None and count < len(dialogue.clip):
             try:
                 dialogue = select_frames(dialogue, count, how, f"{seed}/{dialogue.clip.id}")
@@ -96,7 +96,7 @@ def _least_tpl(query: Mapping[str, str], path: str) -> float | None:
     try:
         return float(query["min_tpl"])
     except ValueError:
-        raise fail(path, "bad option", f"min_tpl must be a number, got {query['min_tpl']!r}") from None
+        raise fail(path, "bad option", f"min_tpl must be a number, got {short(query['min_tpl'])}") from None
 
 
 def _dialogue(row: Row) -> Dialogue | None:
@@ -127,10 +127,10 @@ def _query(row: Row, clip: Clip) -> Query | None:
         return None
     kind, attribute = str(value.get("kind")), str(value.get("attribute"))
     if kind not in QUERIES:
-        row.fail("bad query", f"query.kind {kind!r} is unknown{nearest(kind, QUERIES)}")
+        row.fail("bad query", f"query.kind {short(kind)} is unknown{nearest(kind, QUERIES)}")
         return None
     if attribute not in QUERIES[kind]:
-        row.fail("bad query", f"query.attribute {attribute!r} is not {kind}{nearest(attribute, QUERIES[kind])}")
+        row.fail("bad query", f"query.attribute {short(attribute)} is not {kind}{nearest(attribute, QUERIES[kind])}")
         return None
     names = ("frame",) if kind == "spatial" else ("first", "last")
     numbers = [n for n in (value.get(name) for name in names) if isinstance(n, int) and not isinstance(n, bool)]

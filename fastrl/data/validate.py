@@ -13,10 +13,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from fastrl.data.pictures import MAX_PIXELS, AnyPicture, Header, Picture, PictureError, is_file, read_header
+from fastrl.data.pictures import (
+    MAX_PIXELS,
+    AnyPicture,
+    Header,
+    Picture,
+    PictureError,
+    base64_picture,
+    is_file,
+    read_header,
+)
 from fastrl.data.truth import (
     TruthFault,
     box_value,
+    clipped,
     is_number,
     read_box,
     read_count,
@@ -26,22 +36,29 @@ from fastrl.data.truth import (
     whole_number,
 )
 
+MAX_WHERE, MAX_KIND, MAX_MESSAGE = 1000, 200, 2000  # characters of a problem's parts
 SHOWN = 20  # problems listed in one error message
 SHOWN_OF_A_KIND = 5
 HUNDREDS = 100  # longer side of a picture from which a box within 0 to 1 cannot be in pixels
 SIDES: Mapping[str, float | None] = MappingProxyType({"original": None, "unit": 1.0, "thousand": 1000.0})
 TOLERANCE = 1.0  # pixels a box or point may lie outside its image: annotations are rounded and masks touch borders
 T = TypeVar("T")
+MAX_PATH = 4096  # characters of the longest name that a file has anywhere
 MAX_ASPECT_RATIO = 200  # the Qwen-VL image processors refuse more
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: ``where`` is ``file:line``, ``kind`` a few words by which problems are counted."""
+    """One problem: ``where`` is ``file:line``, ``kind`` a few words by which problems are counted. All are bounded:
+    whatever a row holds, its message can be read."""
 
     where: str
     kind: str
     message: str
+
+    def __post_init__(self) -> None:
+        for name, limit in (("where", MAX_WHERE), ("kind", MAX_KIND), ("message", MAX_MESSAGE)):
+            object.__setattr__(self, name, clipped(getattr(self, name), limit))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
@@ -97,8 +114,8 @@ def fail(where: str, kind: str, message: str) -> DataError:
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """``"; did you mean 'x'? Allowed: …"`` for an unknown ``name``."""
-    names = list(allowed)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    names = [clipped(each, 80) for each in allowed]
+    close = difflib.get_close_matches(clipped(name, 80), names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} allowed: {', '.join(names) if len(names) <= 40 else f'{len(names)} names'}"
 
@@ -239,7 +256,8 @@ class Row:
     def image(self, *names: str) -> tuple[AnyPicture, tuple[int, int]] | None:
         """The row's image and its (width, height); declared ``width`` and ``height`` must agree with it.
 
-        The column holds a file name, the bytes of a file (in a table also as ``{"bytes", "path"}``), or a PIL image.
+        The column holds a file name, the bytes of a file (in a table also as ``{"bytes", "path"}``) or their base64, or
+        a PIL image.
         """
         name, value = self.first(names)
         if name not in self.fields:
@@ -267,7 +285,10 @@ class Row:
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         picture: AnyPicture
         if isinstance(value, str):
-            return self._file(where, value.strip())
+            data = base64_picture(value)
+            if data is None:
+                return self._file(where, value.strip())
+            value = data
         if isinstance(value, bytes):
             row, called = self.fields, f"{self.where}, {where}"
             if isinstance(row, TableRow):  # its bytes are read again when needed, not kept
@@ -291,6 +312,10 @@ class Row:
     def _file(self, where: str, name: str) -> tuple[AnyPicture, tuple[int, int]] | None:
         if not name:
             self.fail(f"empty {where}", f"{where} is empty")
+            return None
+        if len(name) > MAX_PATH:
+            given = f"a text of {len(name):,} characters: {short(name)}"
+            self.fail("missing image", f"{where} is neither a file's name nor a picture in base64, but {given}")
             return None
         if "://" in name:
             self.fail("missing image", f"image is a URL, not a file: {short(name)}; download it and give the file name")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, overload
 from fastrl.data.clips import SAMPLING, frame_files, read_video, sample_frames, video_info
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import choice_option, int_option, reading
-from fastrl.data.validate import ImageFolder, Problem, Reading, fail
+from fastrl.data.validate import ImageFolder, Problem, Reading, fail, short
 
 KEYS = ("videos", "frames", "sample", "fps")
 LONGEST_NAME = 250  # bytes; with a suffix no more than a file system takes
@@ -38,7 +38,7 @@ def with_videos(data: Dataset, path: str, query: Mapping[str, str]) -> Dataset:
     found = {name: find_video(folder, name) for name in dict.fromkeys(r.target["video"] for r in data)}
     kept = [r for r in data if found[r.target["video"]] is not None]
     problems = [
-        Problem(r.source, "missing video", f"no video or folder of frames {r.target['video']!r} in {folder}")
+        Problem(r.source, "missing video", f"no video or folder of frames {short(r.target['video'])} in {folder}")
         for r in data
         if found[r.target["video"]] is None
     ]

@@ -15,6 +15,7 @@ from fastrl.data.clips import Clip
 from fastrl.data.records import Record
 from fastrl.data.scenes.tasks import CLIP_MAKERS, MAKERS, scene_clip, scene_record
 from fastrl.data.scenes.world import LEVELS, Scene, Shape, Word, render, sample_scene
+from fastrl.data.truth import short
 
 __all__ = ["LEVELS", "MAKERS", "Scene", "Scenes", "Shape", "Word", "load", "render", "sample_scene", "scene_record"]
 
@@ -57,13 +58,13 @@ def load(path: str, query: Mapping[str, str]) -> Scenes:
     for key, value in query.items():
         if key not in options:
             allowed = ", ".join((*options, "prompt"))  # the latter is read before (``fastrl.data.prompts``)
-            raise ValueError(f"scenes: unknown key {key!r}; allowed: {allowed}")
+            raise ValueError(f"scenes: unknown key {short(key)}; allowed: {allowed}")
         if key == "frames" and path in MAKERS and path not in CLIP_MAKERS:
             raise ValueError(f"scenes:{path} has pictures, not clips: no frames to choose")
         try:
             options[key] = int(value)
         except ValueError:
-            raise ValueError(f"scenes: {key} must be an integer, got {value!r}") from None
+            raise ValueError(f"scenes: {key} must be an integer, got {short(value)}") from None
     if options["n"] < 0:
         raise ValueError(f"scenes: n must not be negative, got {options['n']}")
     return Scenes(path, **options)

@@ -15,6 +15,7 @@ from fastrl.data.records import Record, question
 from fastrl.data.scenes.clips import Clip, render_frame, sample_clip
 from fastrl.data.scenes.expressions import RELATIONS, pick_expression, related
 from fastrl.data.scenes.world import KINDS, Scene, Shape, render, sample_scene
+from fastrl.data.truth import short
 
 SHOWN = "What does the clip show?"
 OCR_FONT = 26  # pixels: words to be read are larger than distractors
@@ -29,7 +30,7 @@ def scene_record(task: str, index: int, seed: int, difficulty: int = 2, size: in
     """Record ``index`` of a task; the same arguments give the same record. Raises ``ValueError``: unknown task."""
     if task not in (*MAKERS, *CLIP_MAKERS):
         allowed = ", ".join(sorted({*MAKERS, *CLIP_MAKERS}))
-        raise ValueError(f"scenes task: expected one of {allowed}, got {task!r}")
+        raise ValueError(f"scenes task: expected one of {allowed}, got {short(task)}")
     rng = random.Random(f"{task}/{seed}/{index}")
     identity = f"{task}-{seed}-{index}"
     if task in CLIP_MAKERS:

@@ -12,6 +12,8 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fastrl.data.truth import short
+
 KINDS = ("circle", "square", "triangle", "diamond", "star", "cross")
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -149,7 +151,7 @@ def sample_scene(
     pixels of their corners, as in print.
     """
     if difficulty not in LEVELS:
-        raise ValueError(f"difficulty: expected one of {sorted(LEVELS)}, got {difficulty!r}")
+        raise ValueError(f"difficulty: expected one of {sorted(LEVELS)}, got {short(difficulty)}")
     if not 56 <= size <= 4096:
         raise ValueError(f"size: expected 56 to 4096 pixels, got {size}")
     level, scale = LEVELS[difficulty], size / 112
@@ -237,7 +239,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, kind: str, color: tuple[int, int, int]
     else:
         points = _POLYGONS.get(kind)
         if points is None:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {short(kind)}")
         draw.polygon([(x1 + round(u * w), y1 + round(v * h)) for u, v in points], fill=color)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from fastrl.answers import View, format_answer, matches_format, parse_boxes, parse_points, to_original
 from fastrl.data import DataError, Dataset, Record, load_data
-from fastrl.data.pictures import picture_size
+from fastrl.data.pictures import open_picture, picture_size
 from fastrl.data.refexp import bare_expression
 
 REAL = {
@@ -233,3 +234,39 @@ def test_captions_in_the_columns_of_detailcaps(tmp_path: Path) -> None:
     assert data[0].target["references"] == ["A cat.", "A grey cat.", "A cat sits."]
     assert picture_size(data[0].images[0]) == (30, 20)
     assert "binary" not in data[0].columns
+
+
+def test_detailcaps_with_pictures_in_base64(tmp_path: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(file, "png")
+    said = base64.b64encode(file.getvalue()).decode()
+    rows = [{"binary": text, "GT_Caption_GPT4O": "A cat."} for text in (said, f"data:image/png;base64,{said}")]
+    rows.append({**rows[0], "binary": "\n".join(said[i : i + 76] for i in range(0, len(said), 76))})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("d.parquet", "d.jsonl"):
+        data = load_data(f"captions:{tmp_path}/{name}")
+        assert [picture_size(record.images[0]) for record in data] == [(30, 20)] * 3
+        assert [open_picture(record.images[0]).getpixel((3, 3)) for record in data] == [(255, 0, 0)] * 3
+    (tmp_path / "d.jsonl").write_text(json.dumps({**rows[0], "binary": "A" * 80_024}))
+    with pytest.raises(DataError) as error:
+        load_data(f"captions:{tmp_path}/d.jsonl")
+    assert "binary is neither a file's name nor a picture in base64, but a text of 80,024 characters" in str(
+        error.value
+    )
+    assert len(str(error.value)) < 500
+
+
+def test_captions_say_which_columns_they_want(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"caption": "A cat."}))
+    with pytest.raises(
+        DataError, match="no references, captions, human_captions or GT_Caption_GPT4O, GT_Caption_GPT4V"
+    ):
+        load_data(f"captions:{tmp_path}/c.jsonl?images=none")
+    empty = {"GT_Caption_GPT4O": None, "GT_Caption_GPT4V": " ", "GT_Caption_Gemini15Pro": float("nan")}
+    rows = [empty, {**empty, "GT_Caption_GPT4V": "A cat."}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_data(f"captions:{tmp_path}/c.jsonl?images=none")
+    assert [record.target["references"] for record in data] == [["A cat."]]
+    assert data.reasons == {"no references": 1}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,25 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         {"frames": ["a.png", "a.png"], "width": 60, "height": 50, "fps": 2, "caption": "A dog.", "subjects": [TRACK]},
     ),
     "pope": ("pope", {"image": "a.png", "text": "Is there a dog?", "label": "no"}),
+    "AI2D": ("choice", {"question": "What?", "options": ["2", "1"], "answer": "1", "image": "a.png"}),
+    "MVBench": ("choice", {"video": "v", "question": "What?", "candidates": ["one", "2"], "answer": "2", "start": 1}),
 }
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # whose ids are made of other columns
+    "MMBench": ("choice", {"index": 1, "question": "Which?", "A": "cat", "B": "dog", "answer": "B", "image": "a.png"}),
+    "SEED": ("choice", {"question_id": 5, "question": "Who?", "choice_a": "a", "choice_b": "b", "answer": "A"}),
+    "TempCompass": ("choice", {"video_id": "v", "question": "Q\nA. a\nB. b", "answer": "A. a", "dim": "x"}),
+    "hallusion": (
+        "hallusion",
+        {"category": "VD", "subcategory": "s", "visual_input": "1", "question": "Is it?", "gt_answer": "1"}
+        | {"set_id": "0", "figure_id": "1", "question_id": "2", "image": "a.png"},
+    ),
+    "mme": ("mme", {"question_id": "7", "image": "a.png", "question": "Is it?", "answer": "Yes", "category": "color"}),
+    "detailcaps": ("captions", {"binary": "a.png", "GT_Caption_GPT4O": "A cat."}),
+}
+LONG: tuple[Any, ...] = ("x" * 20_000, "/9j/4AAQ" * 2_500, ["y" * 20_000], {"z" * 20_000: 1}, ["v" * 9] * 2_000)
 
 
-def changed(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def changed(row: dict[str, Any], values: Sequence[Any] = (*ODD, GONE)) -> Iterator[dict[str, Any]]:
     """The row with every value at every depth replaced by every odd one, or left out."""
 
     def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -105,7 +121,7 @@ def changed(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from places(inner, (*path, key))
 
     for path in places(row):
-        for odd in (*ODD, GONE):
+        for odd in values:
             other = copy.deepcopy(row)
             holder: Any = other
             for key in path[:-1]:
@@ -131,6 +147,26 @@ def test_every_odd_row_is_read_or_reported(tmp_path: Path, layout: str) -> None:
     assert data.problems
     for record in data:
         assert all(isinstance(message["content"], str | list) for message in record.messages)
+
+
+@pytest.mark.parametrize("layout", [*ROWS, *OTHERS])
+def test_no_message_repeats_a_long_value(tmp_path: Path, layout: str) -> None:
+    """A picture in the column of a text would fill the screen."""
+    adapter, row = (ROWS | OTHERS)[layout]
+    Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
+    file = tmp_path / "rows.jsonl"
+    long = [other | {"id": f"row {number}"} for number, other in enumerate(changed(row, LONG))]
+    file.write_text("".join(json.dumps(each) + "\n" for each in [*long, row | {"id": "x" * 20_000}, row | {"id": 7}]))
+    try:
+        data = read_data(f"{adapter}:{file}")
+    except DataError as error:
+        data = error
+    assert data.problems
+    for problem in data.problems:
+        assert len(problem.message) < 1000, problem
+        assert len(problem.where) < 1100
+        assert not re.search(r"(.)\1{499}", problem.message)
+    assert len(str(DataError(data.problems))) < 30_000
 
 
 @pytest.mark.parametrize("layout", [name for name, (adapter, _) in ROWS.items() if adapter == "rows"])

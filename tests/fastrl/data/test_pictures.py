@@ -340,3 +340,19 @@ def test_every_reader_of_a_record_sees_it_turned(tmp_path: Path, orientation: in
         axis = Figure().subplots()
         draw_answer(axis, record, "")
         assert (np.asarray(axis.images[0].get_array()) == want).all()
+
+
+def test_base64_of_a_picture_is_told_from_the_name_of_a_file() -> None:
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "gif")
+    said = base64.b64encode(file.getvalue()).decode()
+    assert pictures.base64_picture(said) == file.getvalue()
+    assert pictures.base64_picture(f"data:image/gif;base64,{said}") == file.getvalue()
+    assert pictures.holds_picture(said)
+    assert pictures.holds_picture(b"")
+    assert pictures.holds_picture({"bytes": b"", "path": None})
+    for name in ("", "a.png", "/9j/" * 20, "data:image/gif;base64,!", said[:-1], said + "=", "a/" * 40, f"{said}.gif"):
+        assert pictures.base64_picture(name) is None
+        assert not pictures.holds_picture(name)
+    assert not pictures.holds_picture(None)
+    assert not pictures.holds_picture({"bytes": None, "path": "a.png"})

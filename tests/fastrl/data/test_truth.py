@@ -11,7 +11,17 @@ import pytest
 from PIL import Image
 
 from fastrl.data import DataError, load_data
-from fastrl.data.truth import TruthFault, fields_of, read_box, read_count, read_list, read_names, read_points
+from fastrl.data.truth import (
+    TruthFault,
+    clipped,
+    fields_of,
+    read_box,
+    read_count,
+    read_list,
+    read_names,
+    read_points,
+    short,
+)
 from fastrl.rewards.adapters import record_from
 
 BOX = [10, 20, 200, 150]
@@ -142,3 +152,13 @@ def test_malformed_rows_are_bad_rows(folder: Path) -> None:
     for value in ("[1, 2", '[{"bbox_2d": [1, 2, 3, 4]}]', [{"bbox_2d": [1, 2], "label": "cat"}], {"boxes": [BOX]}):
         with pytest.raises(DataError):
             loaded(folder, "rows", {"problem": "Find.", "answer": value, "images": ["a.png"], "task": "detection"})
+
+
+def test_quoted_values_are_bounded() -> None:
+    assert short("abc") == "'abc'"
+    assert short("x" * 100) == "'" + "x" * 78 + "…"
+    assert short(bytes(10**6)).endswith("…")
+    assert len(short(bytes(10**6))) == len(short([1] * 1000)) == 80
+    assert short("x" * 79) == "'" + "x" * 78 + "…"
+    assert clipped("abcdef", 6) == "abcdef"
+    assert clipped("abcdefg", 6) == "abc…fg"
