@@ -1,13 +1,13 @@
 """PerPO's demo: three methods trained on one set of ranked lists of scene answers, measured on held-out scenes.
 
 PerPO, DPO (best against worst) and SFT (best only) start from the same model and use the same lists in the same order
-for the same number of steps.
+for the same number of steps, each at the learning rate that is best for it (``RATES``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from fastrl.build.perpo import build_lists, make_options
 from fastrl.data import load_data
 from fastrl.evaluate.refcoco import evaluate_grounding
 from fastrl.evaluate.run import sample_records
+from fastrl.models.families.llava import Llava
 from fastrl.models.open import open_policy
 from fastrl.recipe import Recipe, load_recipe
 from fastrl.rewards.base import unknown
@@ -23,7 +24,7 @@ from fastrl.rewards.grounding import GroundingReward
 from fastrl.run.setup import load_model
 from fastrl.toy.demos.claims import Claim, beyond_spread, gains
 from fastrl.toy.demos.evidence import Compared, Scores, change, per_record, print_evidence, report
-from fastrl.toy.demos.families import recipe_for
+from fastrl.toy.demos.families import DEFAULT, recipe_for
 from fastrl.toy.demos.scenes import REPORTED_SEED, scenes_like
 from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import train
@@ -36,6 +37,11 @@ TASKS = ("grounding",)
 METHODS = {"perpo": "PerPO", "dpo": "DPO (best, worst)", "sft": "SFT (best)"}
 PROMPTS, ANSWERS, STEPS, PER_STEP = 1024, 12, 64, 16
 SHOWN = 6  # scenes in the figure
+# Learning rates by family and kind, each chosen from the same grid.
+RATES: Mapping[str, Mapping[str, float]] = {
+    DEFAULT: {"perpo": 1e-4, "dpo": 1e-4, "sft": 1e-4},
+    Llava.model_type: {"perpo": 1e-4, "dpo": 1e-4, "sft": 1e-4},
+}
 CLAIM = Claim(
     "PerPO beats the starting model in mean IoU on every seed, by more than the spread between seeds",
     (gains("PerPO"), beyond_spread("PerPO")),
@@ -88,16 +94,12 @@ def run(
     policy = open_policy(base.model.path)
     say(f"measuring two sets of {held_out} held-out scenes before training …")
     before, unseen = measure(policy, records, length), {"start": measure(policy, reported, length).scores}
-    spec = scenes_like(base.data.spec, n=prompts, seed=seed)
-    gap = base.method.min_gap  # type: ignore[attr-defined]
-    options = make_options(task, base.model.path, spec, n=ANSWERS, min_gap=gap, max_new_tokens=length, seed=seed)
-    say(f"sampling and ranking {ANSWERS} answers to each of {prompts} scenes …")
-    lists = build_lists(options, out / "lists.jsonl", policy=policy)
-    say(f"{lists['kept']} lists, best {lists['mean_best']:.3f}, worst {lists['mean_worst']:.3f} on average")
+    lists = sample_lists(base, out / "lists.jsonl", prompts, seed, policy, say)
     after: dict[str, Measured] = {}
     for kind, title in METHODS.items():
-        say(f"training {title}: {steps} steps of {PER_STEP} lists …")
-        trained = _train(_recipe(name, kind, out, seed, steps))
+        rate = rates_of(family)[kind]
+        say(f"training {title}: {steps} steps of {PER_STEP} lists, learning rate {rate:g} …")
+        trained = train_on(out / "lists.jsonl", name, kind, rate, out / kind, seed, steps)
         after[kind], unseen[kind] = measure(trained, records, length), measure(trained, reported, length).scores
     _draw_comparison(before, after, out / "comparison.png")
     from fastrl.report.figures import before_after
@@ -116,7 +118,8 @@ def run(
             for name, found in {"start": before, **after}.items()
         },
         "unseen": report(out / "scores.jsonl", reported, unseen, COMPARED),
-        "lists": lists["kept"],
+        "rates": dict(rates_of(family)),
+        "lists": lists,
         "held_out": held_out,
         "steps": steps,
         "seed": seed,
@@ -125,6 +128,50 @@ def run(
     }
     print_table(result)
     return result
+
+
+def rates_of(family: str | None) -> Mapping[str, float]:
+    """Learning rate of each kind on the small model of a family (None: the default)."""
+    return RATES[family or DEFAULT]
+
+
+def sample_lists(base: Recipe, path: Path, prompts: int, seed: int, policy: Policy, say: Callable[[str], None]) -> int:
+    """Write ranked lists of the policy's answers to ``prompts`` scenes; the number of lists that were kept."""
+    options = make_options(
+        "grounding",
+        base.model.path,
+        scenes_like(base.data.spec, n=prompts, seed=seed),
+        n=ANSWERS,
+        min_gap=base.method.min_gap,  # type: ignore[attr-defined]
+        max_new_tokens=base.rollout.max_new_tokens,
+        seed=seed,
+    )
+    say(f"sampling and ranking {ANSWERS} answers to each of {prompts} scenes …")
+    lists = build_lists(options, path, policy=policy)
+    say(f"{lists['kept']} lists, best {lists['mean_best']:.3f}, worst {lists['mean_worst']:.3f} on average")
+    return lists["kept"]
+
+
+def train_on(lists: Path, name: str, kind: str, rate: float, out: Path, seed: int, steps: int = STEPS) -> Policy:
+    """The starting model after training on lists with one kind of loss at one learning rate; run folder ``out``."""
+    recipe = load_recipe(
+        name,
+        {
+            "method.kind": kind,
+            "data.spec": f"lists:{lists}",
+            "data.prompts_per_step": PER_STEP,
+            "optim.steps": steps,
+            "optim.lr": rate,
+            "checkpoint.every": 0,
+            "log.samples_every": 0,
+            "log.every": 10,
+            "out": str(out),
+            "seed": seed,
+        },
+    )
+    policy = load_model(recipe)
+    train(recipe, policy=policy)
+    return policy
 
 
 def measure(policy: Policy, records: Any, max_new_tokens: int, samples: int = 2) -> Measured:
@@ -145,27 +192,6 @@ def measure(policy: Policy, records: Any, max_new_tokens: int, samples: int = 2)
         each["greedy" if greedy else "sampled"] = per_record(reward.score(texts, asked)["iou"], n)
         greedy_answers = pairs
     return Measured(found[False], found[True], greedy_answers, each)
-
-
-def _recipe(name: str, kind: str, out: Path, seed: int, steps: int) -> Recipe:
-    changes: dict[str, Any] = {
-        "method.kind": kind,
-        "data.spec": f"lists:{out / 'lists.jsonl'}",
-        "data.prompts_per_step": PER_STEP,
-        "optim.steps": steps,
-        "checkpoint.every": 0,
-        "log.samples_every": 0,
-        "log.every": 10,
-        "out": str(out / kind),
-        "seed": seed,
-    }
-    return load_recipe(name, changes)
-
-
-def _train(recipe: Recipe) -> Policy:
-    policy = load_model(recipe)
-    train(recipe, policy=policy)
-    return policy
 
 
 def _both(found: Measured) -> list[tuple[str, dict[str, float]]]:
