@@ -98,9 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.run import environment  # what results depend on, besides the seed
 
     out = args.out if args.out is not None else fresh(Path("runs/perpo-rates"))
+    made = environment()
     rows = grid(args.family, out)
     before = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
-    before[args.family] = environment() | {"seed": SEED, "held_out": HELD_OUT, "chosen": chosen(rows), "grid": rows}
+    before[args.family] = made | {"seed": SEED, "held_out": HELD_OUT, "chosen": chosen(rows), "grid": rows}
     args.json.write_text(json.dumps(before, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
     return 0
