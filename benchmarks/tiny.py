@@ -34,13 +34,16 @@ Measure = Callable[["Policy", int], Scores]
 
 
 def scenes(task: str, size: int) -> Measure:
-    """Greedy answers to one question about each picture of ``size`` pixels; detection's AP as well."""
+    """Greedy answers to one question about each picture of ``size`` pixels, by every measure of the demo; detection's
+    AP as well."""
 
     def measure(policy: Policy, n: int) -> Scores:
         records = load_data(f"scenes:{task}?n={n}&seed={REPORTED_SEED}&difficulty=2&size={size}")
         found = perception_r1.measure(policy, records, task, LENGTHS[task], samples=1)
-        name = f"{task} {perception_r1.METRICS[task]}, {size} px"
-        return {name: found.greedy} | ({f"detection AP, {size} px": found.ap} if found.ap is not None else {})
+        keys = {name: key for key, (how, name) in perception_r1.keys_of(task).items() if how == "greedy"}
+        means = {f"{task} {name}, {size} px": found.mean(key) for name, key in keys.items()}
+        means |= {f"detection AP, {size} px": found.ap}
+        return {name: value for name, value in means.items() if value is not None}
 
     return measure
 

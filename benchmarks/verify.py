@@ -81,9 +81,10 @@ def table(results: list[dict[str, Any]]) -> str:
     """One line per run, and per demo the mean over seeds with the standard deviation of each change.
 
     The score is the one that the demo reports (for sampled answers if it samples), followed by that of greedy answers.
-    A demo that compares several models adds a line for each, with means over seeds; a counting demo adds a line with
-    the fraction of exact answers. Below each demo stand its comparisons on the set that nothing was chosen on, which
-    its claim is held to: the change on every seed with its 95 % interval over records, and the spread over seeds.
+    A demo that compares several models adds a line for each, with means over seeds; one with further measures
+    (counting: ``distance`` of matched points, and their reward ``points``) a line for each of them. Below each demo
+    stand its comparisons on the set that nothing was chosen on, which its claim is held to: the change on every seed
+    with its 95 % interval over records, the spread over seeds, and how many records it leaves out.
     """
     scores = f"{'before':>7} {'after':>7} {'change':>15}"
     lines = [f"{'demo':25} {'metric':9} {'seed':>5} {scores} | greedy {scores} {'seconds':>8}"]
@@ -92,11 +93,19 @@ def table(results: list[dict[str, Any]]) -> str:
         for row in rows:
             lines.append(_line(name, row["metric"], str(row["seed"]), [row]))
         lines.append(_line(name, rows[0]["metric"], "mean", rows))
-        if "exact_before" in rows[0]:
-            lines.append(_line(name, "exact", "mean", rows, "exact_"))
+        lines += [_line(name, further, "mean", rows, f"{further}_") for further in _further(method, task, rows)]
         lines += _compared(rows)
         lines += _unseen(rows)
     return "\n".join(lines)
+
+
+def _further(method: str, task: str | None, rows: list[dict[str, Any]]) -> list[str]:
+    """Measures of a demo besides its main one, the task's in its module's ``BESIDE``, that every run has."""
+    from fastrl.toy.demos import DEMOS
+
+    names = getattr(importlib.import_module(DEMOS[method]), "BESIDE", {}).get(task, ())
+    places = [f"{how}{{}}_{when}" for how in ("", "greedy_") for when in ("before", "after")]
+    return [name for name in names if all(row.get(place.format(name)) is not None for row in rows for place in places)]
 
 
 def _line(name: str, metric: str, seed: str, rows: list[dict[str, Any]], key: str = "") -> str:
@@ -125,11 +134,13 @@ def _compared(rows: list[dict[str, Any]]) -> list[str]:
 def _unseen(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"  on {rows[0]['unseen']['n']} others, 95 % intervals over them:"]
     for name in rows[0]["unseen"]["changes"]:
-        found = [row["unseen"]["changes"][name] for row in rows]
+        found = [row["unseen"]["changes"][name] for row in rows if name in row["unseen"]["changes"]]
         each = "  ".join(f"{c['change']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]" for c in found)
         spread = f"  ± {stdev(c['change'] for c in found):.3f}" if len(found) > 1 else ""
         means = f"{mean(c['before'] for c in found):.3f} {mean(c['after'] for c in found):.3f}"
-        lines.append(f"    {name:32} {means}  {each}{spread}")
+        without = [str(c.get("left_out", 0)) for c in found]
+        left_out = f"  without {', '.join(without)}" if set(without) != {"0"} else ""
+        lines.append(f"    {name:32} {means}  {each}{spread}{left_out}")
     return lines
 
 

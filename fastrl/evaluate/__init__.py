@@ -45,7 +45,8 @@ def evaluate(
     means in [0, 1].
 
     - grounding: ``acc@0.5 acc@0.75 acc@0.95 mean_iou``
-    - counting: ``accuracy``
+    - counting: ``accuracy``, ``point_distance`` (share of the picture's diagonal, lower is better; None if no record
+      has points) and ``unmatched``, a number of records (``evaluate_counting``)
     - detection: ``AP AP50 AP75`` (None, i.e. undefined, if the data has no object), and
       ``dropped unlabelled unknown_label``, numbers of boxes that are not scored (``evaluate_detection``)
     - caption: ``score fact_f1``, ``object_precision … relation_f1``, ``false_facts false_captions chair_i chair_s``

@@ -25,8 +25,8 @@ DIRECTIONS: Mapping[str, Mode] = MappingProxyType(
         ),
         **dict.fromkeys(
             (
-                *("edit_distance", "false_facts", "false_captions", "chair_i", "chair_s"),
-                *("unparsable", "dropped", "unlabelled", "unknown_label"),
+                *("edit_distance", "point_distance", "false_facts", "false_captions", "chair_i", "chair_s"),
+                *("unparsable", "unmatched", "dropped", "unlabelled", "unknown_label"),
             ),
             "min",
         ),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fastrl.answers import Parsed
+from fastrl.answers.frames import Frame
 from fastrl.data.records import Record
 from fastrl.rewards.base import Components, Reward
 from fastrl.rewards.format import format_scores, without_format
@@ -15,6 +16,8 @@ from fastrl.rewards.reading import LIMIT, Coords, batches, pad, read_points, to_
 from fastrl_kernels.detection_reward import detection_reward
 
 DIAGONAL = 1000.0 * math.sqrt(2.0)  # of an image in 0–1000 coordinates
+ANYWHERE = 4 * LIMIT  # a scale with which points are matched at any distance
+NEEDS = "needs true points or boxes, but this record has only a count"
 
 
 def true_points(record: Record) -> list[Coords] | None:
@@ -44,6 +47,36 @@ def matched_distances(
             pairs = [(predicted[i][p], truth[i][t]) for p, t in enumerate(row) if t >= 0]
             result[i] = [math.dist(p, t) for p, t in pairs]
     return result
+
+
+def point_distances(
+    answers: Sequence[str], records: Sequence[Record], *, frame: Frame | None = None, max_items: int = 512
+) -> list[float | None]:
+    """Mean distance of each answer's matched points from the true ones, a share of the picture's diagonal, in [0, 1].
+
+    The points (or centres of boxes) are matched one-to-one at the smallest total distance, as many pairs as the shorter
+    list has. Distances are taken in 0–1000 coordinates, in which both sides of a picture count alike, and divided by
+    their diagonal, 1000 √2; a point outside the picture is at most a diagonal away. Missing points cost nothing
+    and surplus ones even offer more to choose from: say the exact count beside it.
+
+    Args:
+        answers: texts, ``answers[i]`` to ``records[i]``.
+        records: counting records with points or boxes.
+        frame: what the answers' coordinates mean; None: each record's own.
+        max_items: points read from one answer.
+
+    Returns:
+        One distance per answer; None where nothing is matched: the answer or the record has no points.
+
+    Raises:
+        ValueError: a record has only a count.
+    """
+    read = [read_points(answer, max_items) for answer in answers]
+    predicted, truth = _in_thousand(read, records, frame)
+    return [
+        math.fsum(min(d / DIAGONAL, 1.0) for d in distances) / len(distances) if distances else None
+        for distances in matched_distances(predicted, truth, ANYWHERE)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +112,7 @@ class CountingReward(Reward):
     def misfit(self, record: Record) -> str | None:
         if self.score_by == "count" or true_points(record) is not None:
             return None
-        return (
-            f"counting reward score_by={self.score_by!r} needs true points or boxes, but this record has only a count; "
-            "use score_by='count'"
-        )
+        return f"counting reward score_by={self.score_by!r} {NEEDS}; use score_by='count'"
 
     def score(self, answers: Sequence[str], records: Sequence[Record]) -> Components:
         read = [read_points(answer, self.max_items) for answer in answers]
@@ -104,16 +134,11 @@ class CountingReward(Reward):
         return {"unparsable": [int(not p.parsable) for p in read], "dropped": [p.dropped for p in read]}
 
     def _points(self, read: Sequence[Parsed], records: Sequence[Record]) -> list[float]:
-        predicted, truth = [], []
-        for parsed, record in zip(read, records, strict=True):
-            known = true_points(record)
-            if known is None:
-                raise ValueError(f"{record.source or record.id}: {self.misfit(record)}")
-            view = view_of(record)
-            predicted.append(to_thousand(to_pixels(parsed, record, self.frame, boxes=False), view))
-            truth.append(to_thousand(known, view))
-        # The precursor matches pairs at any distance.
-        distances = matched_distances(predicted, truth, 4 * LIMIT if self.score_by == "precursor" else DIAGONAL)
+        for record in records:
+            if (why := self.misfit(record)) is not None:
+                raise ValueError(f"{record.source or record.id}: {why}")
+        predicted, truth = _in_thousand(read, records, self.frame)
+        distances = matched_distances(predicted, truth, ANYWHERE if self.score_by == "precursor" else DIAGONAL)
         return [
             self._pair_scores(d, parsed, len(p), len(t))
             for d, parsed, p, t in zip(distances, read, predicted, truth, strict=True)
@@ -127,6 +152,21 @@ class CountingReward(Reward):
         if self.score_by == "precursor":
             return math.fsum(max(-1.0, 1.0 - d / 1000.0 * math.sqrt(2.0)) for d in distances) / len(distances)
         return math.fsum(1.0 - d / DIAGONAL for d in distances) / max(n_pred, n_truth)
+
+
+def _in_thousand(
+    read: Sequence[Parsed], records: Sequence[Record], frame: Frame | None
+) -> tuple[list[list[Coords]], list[list[Coords]]]:
+    """Points of each answer and of its record, in 0–1000 coordinates."""
+    predicted, truth = [], []
+    for parsed, record in zip(read, records, strict=True):
+        known = true_points(record)
+        if known is None:
+            raise ValueError(f"{record.source or record.id}: matching points {NEEDS}")
+        view = view_of(record)
+        predicted.append(to_thousand(to_pixels(parsed, record, frame, boxes=False), view))
+        truth.append(to_thousand(known, view))
+    return predicted, truth
 
 
 def _exact(parsed: Parsed, record: Record) -> float:

@@ -154,13 +154,17 @@ def result(seed: int, before: float, after: float, task: str | None = "grounding
     scores = {"metric": "iou", "before": before, "after": after, "greedy_before": 0.6, "greedy_after": 0.61}
     change = {"before": before, "after": after, "change": after - before}
     interval = change | {"low": after - before - 0.02, "high": after - before + 0.02}
-    unseen = {"n": 512, "changes": {"sampled": interval, "greedy": interval}}
+    changes = {"sampled": interval, "greedy": interval}
+    if task == "counting":
+        fall = {"before": 0.2, "after": 0.1, "change": -0.1, "low": -0.12, "high": -0.08}
+        changes |= {"sampled, distance": fall, "greedy, distance": fall}
+    unseen = {"n": 512, "changes": changes}
     return {"method": "perception-r1", "task": task, "seed": seed, **scores, "seconds": 100.0 + seed, "unseen": unseen}
 
 
 def test_demo_table_has_every_run_and_the_mean_over_seeds() -> None:
     lines = verify.table([result(0, 0.2, 0.5), result(1, 0.2, 0.7), result(0, 0.5, 0.4, "counting")]).splitlines()
-    assert len(lines) == 1 + (3 + 3) + (2 + 3)
+    assert len(lines) == 1 + (3 + 3) + (2 + 5)
     sampled, greedy = lines[3].split("|")
     assert " ".join(sampled.split()) == "perception-r1 grounding iou mean 0.200 0.600 +0.400 ± 0.141"
     assert greedy.split() == ["0.600", "0.610", "+0.010", "±", "0.000", "100"]
@@ -171,12 +175,20 @@ def test_demo_table_has_every_run_and_the_mean_over_seeds() -> None:
     assert "±" not in lines[-1]  # of one seed
 
 
-def test_demo_table_has_the_share_of_exact_counts() -> None:
-    exact = {"exact_before": 0.3, "exact_after": 0.5, "greedy_exact_before": 0.4, "greedy_exact_after": 0.6}
-    rows = [result(seed, 0.6, 0.7, "counting") | exact for seed in range(2)]
-    last = verify.table(rows).splitlines()[-4]
-    assert " ".join(last.split("|")[0].split()) == "perception-r1 counting exact mean 0.300 0.500 +0.200 ± 0.000"
-    assert last.split("|")[1].split()[:3] == ["0.400", "0.600", "+0.200"]
+def test_demo_table_has_the_further_measures_of_counting_and_what_they_leave_out() -> None:
+    distances = {"distance_before": 0.3, "distance_after": 0.1}
+    points = {"points_before": 0.3, "points_after": 0.5}
+    further = distances | {f"greedy_{key}": value for key, value in distances.items()}
+    further |= points | {f"greedy_{key}": value + 0.1 for key, value in points.items()}
+    rows = [result(seed, 0.6, 0.7, "counting") | further for seed in range(2)]
+    rows[1]["unseen"]["changes"]["greedy"] = rows[1]["unseen"]["changes"]["greedy"] | {"left_out": 3}
+    lines = verify.table(rows).splitlines()
+    distance, reward, _, sampled, greedy = lines[-7:-2]
+    assert " ".join(distance.split("|")[0].split()) == "perception-r1 counting distance mean 0.300 0.100 -0.200 ± 0.000"
+    assert " ".join(reward.split("|")[0].split()) == "perception-r1 counting points mean 0.300 0.500 +0.200 ± 0.000"
+    assert reward.split("|")[1].split()[:3] == ["0.400", "0.600", "+0.200"]
+    assert "without" not in sampled
+    assert greedy.endswith("  without 0, 3")
 
 
 def test_demo_table_compares_models_where_a_demo_does() -> None:

@@ -25,18 +25,24 @@ class Claim:
 def gains(comparison: str, above: float = 0.0) -> Check:
     """On every seed the whole 95 % interval of a comparison on the reported set lies above ``above``."""
     return lambda results: [
-        f"seed {seed}: {comparison} changed by {_shown(c)}, not above {above:g}"
-        for seed, c in _compared(results, comparison)
-        if c["low"] <= above
+        *_missing(results, comparison),
+        *(
+            f"seed {seed}: {comparison} changed by {_shown(c)}, not above {above:g}"
+            for seed, c in _compared(results, comparison)
+            if c["low"] <= above
+        ),
     ]
 
 
 def loses(comparison: str) -> Check:
     """On every seed the whole interval lies below 0."""
     return lambda results: [
-        f"seed {seed}: {comparison} changed by {_shown(c)}, not below 0"
-        for seed, c in _compared(results, comparison)
-        if c["high"] >= 0
+        *_missing(results, comparison),
+        *(
+            f"seed {seed}: {comparison} changed by {_shown(c)}, not below 0"
+            for seed, c in _compared(results, comparison)
+            if c["high"] >= 0
+        ),
     ]
 
 
@@ -47,16 +53,26 @@ def beyond_spread(comparison: str) -> Check:
         changes = [(seed, c["change"]) for seed, c in _compared(results, comparison)]
         spread = max((c for _, c in changes), default=0.0) - min((c for _, c in changes), default=0.0)
         return [
-            f"seed {seed}: {comparison} changed by {changed:+.4f}, the spread between seeds is {spread:.4f}"
-            for seed, changed in changes
-            if changed <= max(spread, 0.0)
+            *_missing(results, comparison),
+            *(
+                f"seed {seed}: {comparison} changed by {changed:+.4f}, the spread between seeds is {spread:.4f}"
+                for seed, changed in changes
+                if changed <= max(spread, 0.0)
+            ),
         ]
 
     return check
 
 
 def _compared(results: Sequence[Result], comparison: str) -> list[tuple[int, Mapping[str, float]]]:
-    return [(r["seed"], r["unseen"]["changes"][comparison]) for r in results]
+    found = [(r["seed"], r["unseen"]["changes"].get(comparison)) for r in results]
+    return [(seed, change) for seed, change in found if change is not None]
+
+
+def _missing(results: Sequence[Result], comparison: str) -> list[str]:
+    """Seeds without the comparison, as no record has both scores: what was not measured holds no claim."""
+    seeds = [r["seed"] for r in results if comparison not in r["unseen"]["changes"]]
+    return [f"seed {seed}: {comparison} was not measured" for seed in seeds]
 
 
 def _shown(found: Mapping[str, float]) -> str:

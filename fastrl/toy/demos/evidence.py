@@ -16,6 +16,7 @@ from fastrl.evaluate.intervals import paired_interval
 from fastrl.toy.demos.table import print_rows
 
 Scores = Mapping[str, Sequence[float]]  # measure -> a score of each record
+Partial = Mapping[str, Sequence[float | None]]  # the same where a record may have none
 
 
 class Compared(NamedTuple):
@@ -32,24 +33,32 @@ def change(name: str, measure: str, before: str = "before", after: str = "after"
 
 
 def report(
-    path: Path, records: Sequence[Any], scores: Mapping[str, Scores], comparisons: Sequence[Compared]
+    path: Path, records: Sequence[Any], scores: Mapping[str, Partial], comparisons: Sequence[Compared]
 ) -> dict[str, Any]:
     """Write a line of scores per record, and return the means and intervals.
 
     Args:
         path: file of JSON lines: ``id`` and, for each state, its measures.
         records: of the reported set.
-        scores: state of the model (``before``, ``after``, a method) -> its scores.
+        scores: state of the model (``before``, ``after``, a method) -> its scores; None: the record has none.
         comparisons: to be made, by name.
 
     Returns:
-        ``n``; ``changes``: comparison -> ``before``, ``after``, ``change``, ``low``, ``high``.
+        ``n``; ``changes``: comparison -> ``before``, ``after``, ``change``, ``low``, ``high``, of the records that have
+        both scores, and ``left_out``, the number of the others if there are any. A comparison is missing if no record
+        has both.
     """
     write_scores(path, [record.id for record in records], scores)
     changes = {}
     for name, (old_state, old_measure), (new_state, new_measure) in comparisons:
-        old, new = scores[old_state][old_measure], scores[new_state][new_measure]
+        both = zip(scores[old_state][old_measure], scores[new_state][new_measure], strict=True)
+        pairs = [(old, new) for old, new in both if old is not None and new is not None]
+        if not pairs:
+            continue
+        old, new = zip(*pairs, strict=True)
         changes[name] = {"before": fmean(old), "after": fmean(new), **paired_interval(old, new)._asdict()}
+        if len(pairs) < len(records):
+            changes[name]["left_out"] = len(records) - len(pairs)
     return {"n": len(records), "changes": changes}
 
 
@@ -67,6 +76,12 @@ def per_record(values: Sequence[float], samples: int) -> list[float]:
     return [fmean(values[at : at + samples]) for at in range(0, len(values), samples)]
 
 
+def known_per_record(values: Sequence[float | None], samples: int) -> list[float | None]:
+    """:func:`per_record` over the scores that there are; None for a record without any."""
+    known = [[v for v in values[at : at + samples] if v is not None] for at in range(0, len(values), samples)]
+    return [fmean(each) if each else None for each in known]
+
+
 def print_evidence(unseen: Mapping[str, Any], what: str) -> None:
     """The comparisons with their 95 % intervals, on stdout."""
     rows = [
@@ -75,3 +90,6 @@ def print_evidence(unseen: Mapping[str, Any], what: str) -> None:
     ]
     title = f"{unseen['n']} other {what}, on which nothing was chosen; 95 % intervals over them"
     print_rows(title, ("compared", "before", "after", "change"), rows)
+    for name, c in unseen["changes"].items():
+        if "left_out" in c:
+            print(f"{name}: without {c['left_out']} {what} that have no score before or after")

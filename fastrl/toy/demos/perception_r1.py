@@ -8,7 +8,7 @@ inaccurate. (OCR keeps the size: in pictures of 84 pixels this model hardly read
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,9 +20,10 @@ from fastrl.evaluate.run import sample_records
 from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
 from fastrl.rewards.base import unknown
+from fastrl.rewards.counting import point_distances
 from fastrl.run.setup import load_model
-from fastrl.toy.demos.claims import Claim, gains
-from fastrl.toy.demos.evidence import Scores, change, per_record, print_evidence, report
+from fastrl.toy.demos.claims import Claim, gains, loses
+from fastrl.toy.demos.evidence import Compared, Partial, change, known_per_record, print_evidence, report
 from fastrl.toy.demos.scenes import REPORTED_SEED, scenes_like
 from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import train
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from fastrl.data.records import Record
     from fastrl.models.load import Policy
 
-# task -> the reward component that is reported
-METRICS = {"grounding": "iou", "counting": "points", "detection": "f1", "ocr": "text"}
+METRICS = {"grounding": "iou", "counting": "exact", "detection": "f1", "ocr": "text"}  # task -> its main measure
+BESIDE = {"counting": ("distance", "points")}  # other measures of a task: see ``scores_of``
+TITLES = {"exact": "exact count", "distance": "distance of points", "points": "matched points"}  # others are as named
 SHOWN = 6  # scenes in the figure
 CLAIM = Claim(
     "sampled answers gain more than 0.05 and greedy ones gain, on every seed",
@@ -40,9 +42,19 @@ CLAIM = Claim(
 )
 # claims of tasks that have another one
 CLAIMS = {
+    "counting": Claim(
+        "exact counts gain more than 0.05 sampled and gain greedily, and matched points come closer to the true ones, "
+        "on every seed",
+        (
+            gains("sampled", above=0.05),
+            gains("greedy"),
+            loses("sampled, distance"),
+            loses("greedy, distance"),
+        ),
+    ),
     "ocr": Claim(  # greedy answers are nearly all right from the start
         "sampled answers gain more than 0.05, on every seed", (gains("sampled", above=0.05),)
-    )
+    ),
 }
 
 
@@ -50,13 +62,15 @@ CLAIMS = {
 class Measured:
     """Held-out scores of a policy, and its greedy answers."""
 
-    sampled: float  # mean reward of answers sampled at temperature 1
-    greedy: float
-    exact: float | None  # counting: fraction of sampled answers with the right number, at any positions
-    greedy_exact: float | None
+    scores: Partial  # of each record, by key: ``sampled`` (at temperature 1) and ``greedy``; ``sampled_distance``, …
+    unmatched: dict[str, int]  # counting, ``sampled`` and ``greedy``: answers without a distance, as they have no point
     ap: float | None  # detection: COCO's AP of the greedy answers
     answers: list[tuple[Record, str]]
-    scores: Scores  # of each record: ``sampled``, ``greedy`` and, for counting, the same with ``_exact``
+
+    def mean(self, key: str) -> float | None:
+        """Mean score of the records that have one; None: no record has."""
+        known = [value for value in self.scores[key] if value is not None]
+        return fmean(known) if known else None
 
 
 def run(
@@ -99,13 +113,9 @@ def run(
         "method": "perception-r1",
         "task": task,
         "metric": METRICS[task],
-        "before": before.sampled,
-        "after": after.sampled,
-        "greedy_before": before.greedy,
-        "greedy_after": after.greedy,
-        **_exact(before, after),
+        **_means(before, after),
         **({"ap_before": before.ap, "ap_after": after.ap} if task == "detection" else {}),
-        "unseen": report(out / "scores.jsonl", reported, unseen, [change(name, name) for name in before.scores]),
+        "unseen": report(out / "scores.jsonl", reported, unseen, compared(task)),
         "held_out": held_out,
         "steps": recipe.optim.steps,
         "seed": seed,
@@ -116,61 +126,96 @@ def run(
     return result
 
 
-def measure(policy: Policy, records: Any, task: str, max_new_tokens: int, samples: int = 2) -> Measured:
-    """Mean reward of ``samples`` answers per record at temperature 1 (a fixed seed), and of the greedy one.
+def keys_of(task: str) -> dict[str, tuple[str, str]]:
+    """How scores are named: key -> (``sampled`` or ``greedy``, measure). The main measure's keys are the bare words."""
+    beside = {f"{how}_{name}": (how, name) for name in BESIDE.get(task, ()) for how in ("sampled", "greedy")}
+    return {how: (how, METRICS[task]) for how in ("sampled", "greedy")} | beside
 
-    Matched points alone overestimate: an answer independent of the picture, with the usual number of evenly spread
-    points, scores 0.79. So counting also reports the fraction of answers with the exact number. F1 of detection counts
+
+def compared(task: str) -> list[Compared]:
+    """Every score before and after training: ``sampled``, ``greedy``, ``sampled, distance``, …"""
+    return [change(key.replace("_", ", "), key) for key in keys_of(task)]
+
+
+def scores_of(task: str, answers: Sequence[str], records: Sequence[Record]) -> Partial:
+    """Measure -> a score of each answer.
+
+    Counting: ``exact`` (1 for the right number, else 0), ``distance`` of the matched points
+    (:func:`point_distances`; None where there are none) and ``points``, the reward of matched points. That reward alone
+    overestimates: the right number of points, all in the middle of the picture, score 0.79. F1 of detection counts
     boxes with an IoU of at least 0.5, whatever their labels; AP counts labels too.
     """
+    if task != "counting":
+        return {METRICS[task]: reward_for(task).score(answers, records)[METRICS[task]]}
+    return {
+        "exact": reward_for(task, score_by="count", format="none").score(answers, records)["points"],
+        "distance": point_distances(answers, records),
+        "points": reward_for(task, format="none").score(answers, records)["points"],
+    }
+
+
+def measure(policy: Policy, records: Any, task: str, max_new_tokens: int, samples: int = 2) -> Measured:
+    """Mean scores of ``samples`` answers per record at temperature 1 (a fixed seed), and scores of the greedy one."""
     from fastrl.rollout import Sampling
 
-    reward, name = reward_for(task), METRICS[task]
-    counter = reward_for("counting", score_by="count", format="none") if task == "counting" else None
-    each: dict[str, list[float]] = {}
-    greedy_answers: list[tuple[Record, str]] = []
-    for greedy in (False, True):
-        sampling = Sampling(
-            n=1 if greedy else samples, max_new_tokens=max_new_tokens, temperature=0.0 if greedy else 1.0
-        )
-        values: list[float] = []
-        right: list[float] = []
-        for record, completions in sample_records(policy, records, sampling, seed=0, portion=128):
-            texts = [completion.text for completion in completions]
-            values += reward(texts, record)[name]
-            right += counter(texts, record)["points"] if counter is not None else []
-            if greedy:
-                greedy_answers.append((record, completions[0].text))
-        key = "greedy" if greedy else "sampled"
-        each[key] = per_record(values, sampling.n)
-        each |= {f"{key}_exact": per_record(right, sampling.n)} if counter is not None else {}
-    means = {name: fmean(values) for name, values in each.items()}
-    exact = means.get("sampled_exact"), means.get("greedy_exact")
+    each: dict[tuple[str, str], list[float | None]] = {}
+    unmatched: dict[str, int] = {}
+    answered: dict[str, list[tuple[Record, str]]] = {}
+    for how, n, temperature in (("sampled", samples, 1.0), ("greedy", 1, 0.0)):
+        sampling = Sampling(n=n, max_new_tokens=max_new_tokens, temperature=temperature)
+        found = sample_records(policy, records, sampling, seed=0, portion=128)
+        answered[how] = [(record, completion.text) for record, completions in found for completion in completions]
+        scores = scores_of(task, [text for _, text in answered[how]], [record for record, _ in answered[how]])
+        each |= {(how, name): known_per_record(values, n) for name, values in scores.items()}
+        unmatched |= {how: scores["distance"].count(None)} if "distance" in scores else {}
     ap = None
     if task == "detection":
-        ap = evaluate_detection([r for r, _ in greedy_answers], [text for _, text in greedy_answers])["AP"]
-    return Measured(means["sampled"], means["greedy"], *exact, ap, greedy_answers, each)
+        ap = evaluate_detection([r for r, _ in answered["greedy"]], [text for _, text in answered["greedy"]])["AP"]
+    return Measured({key: each[name] for key, name in keys_of(task).items()}, unmatched, ap, answered["greedy"])
 
 
-def _exact(before: Measured, after: Measured) -> dict[str, float]:
-    """``exact_before``, ``exact_after`` and the same of greedy answers; empty for tasks other than counting."""
-    if before.exact is None or before.greedy_exact is None or after.exact is None or after.greedy_exact is None:
-        return {}
-    sampled = {"exact_before": before.exact, "exact_after": after.exact}
-    return sampled | {"greedy_exact_before": before.greedy_exact, "greedy_exact_after": after.greedy_exact}
+def _means(before: Measured, after: Measured) -> dict[str, float | None]:
+    """``before``, ``after``, ``greedy_before``, ``greedy_after`` and the same of other measures (``distance_before``,
+    ``greedy_distance_before``, …) and of ``unmatched``, a number of answers."""
+    found: dict[str, float | None] = {}
+    for when, measured in (("before", before), ("after", after)):
+        found |= {f"{key}_{when}".removeprefix("sampled_"): measured.mean(key) for key in measured.scores}
+        counted = {f"{how}_unmatched_{when}": number for how, number in measured.unmatched.items()}
+        found |= {key.removeprefix("sampled_"): number for key, number in counted.items()}
+    return found
 
 
 def print_table(result: dict[str, Any]) -> None:
     """The before/after table, on stdout."""
-    rows = [("sampled (temperature 1)", ""), ("greedy", "greedy_")]
-    if "exact_before" in result:
-        rows += [("sampled, exact count", "exact_"), ("greedy, exact count", "greedy_exact_")]
+    task, metric = result["task"], result["metric"]
+    shown = [(metric, ""), *((name, f"{name}_") for name in BESIDE.get(task, ()))]
+    named = {"": "sampled (temperature 1)", "greedy_": "greedy"}
+    rows = [
+        (f"{how}, {TITLES[name]}" if task in BESIDE else how, f"{prefix}{key}")
+        for name, key in shown
+        for prefix, how in named.items()
+    ]
     rows += [("greedy, AP", "ap_")] if "ap_before" in result else []
     pairs = [(label, result[f"{key}before"], result[f"{key}after"]) for label, key in rows]
     print_rows(
-        f"{result['method']}: {result['task']}, {result['held_out']} held-out scenes, mean {result['metric']}",
+        f"{result['method']}: {task}, {result['held_out']} held-out scenes, mean {TITLES.get(metric, metric)}",
         ("answers", "before", "after", "change"),
-        [(label, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}") for label, old, new in pairs],
+        [(label, *_cells(old, new)) for label, old, new in pairs],
     )
+    if "unmatched_before" in result:
+        print(
+            "distance: of matched points, a share of the picture's diagonal (less is better);\n"
+            f"sampled answers without a point: {result['unmatched_before']} before, {result['unmatched_after']} after"
+        )
     print_evidence(result["unseen"], "scenes")
     print(f"{result['seconds']:.0f} s; curves and figure in {result['out']}")
+
+
+def _cells(old: float | None, new: float | None) -> tuple[str, str, str]:
+    if old is None or new is None:
+        return _cell(old), _cell(new), "–"
+    return _cell(old), _cell(new), f"{new - old:+.3f}"
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fastrl.answers import View
 from fastrl.data.records import Record
 from fastrl.rewards import reward_for
+from fastrl.rewards.counting import point_distances
 
 Points = list[tuple[float, float]]
 
@@ -53,6 +54,26 @@ points_of_image = st.lists(st.tuples(coordinates, coordinates), max_size=5)
 def test_points_equal_the_best_of_all_matchings(predicted: Points, truth: Points) -> None:
     got = reward_for("counting")([as_boxes(predicted)], record(in_pixels(truth)))["points"][0]
     assert got == pytest.approx(best_score(predicted, truth), abs=1e-9)
+
+
+@given(st.lists(st.tuples(coordinates, coordinates), min_size=1, max_size=5), points_of_image)
+def test_distances_are_those_of_the_nearest_matching(truth: Points, predicted: Points) -> None:
+    (got,) = point_distances([as_boxes(predicted)], [record(in_pixels(truth))])
+    small, large = sorted([predicted, truth], key=len)
+    totals = [
+        sum(math.dist(a, b) for a, b in zip(small, chosen, strict=True))
+        for chosen in itertools.permutations(large, len(small))
+    ]
+    want = min(totals) / len(small) / (1000 * math.sqrt(2)) if small else None
+    assert got == pytest.approx(want, abs=1e-6)
+
+
+def test_a_distance_needs_points_on_both_sides() -> None:
+    answers = ["[]", "There are none.", as_boxes([(500, 500)]), as_boxes([(500, 500)])]
+    records = [record([(1000.0, 250.0)]), record([(1000.0, 250.0)]), record([]), record([(1000.0, 250.0)])]
+    assert point_distances(answers, records) == [None, None, None, 0.0]
+    with pytest.raises(ValueError, match="a: matching points needs true points or boxes, but this record has only a"):
+        point_distances(["[]"], [record(None, count=2)])
 
 
 def test_distance_is_measured_in_thousandths_of_each_side() -> None:

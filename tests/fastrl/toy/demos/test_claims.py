@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastrl.toy.demos import perception_r1, perpo, reper, utr
-from fastrl.toy.demos.claims import Claim
+from fastrl.toy.demos.claims import Check, Claim, beyond_spread, gains, loses
 
 HALF = 0.01  # half of the width of every interval
 
@@ -17,7 +17,7 @@ def results(*changes: float, **others: float) -> list[dict[str, Any]]:
     names = {
         **dict.fromkeys(("greedy", "UTR, greedy"), 0.2),
         **dict.fromkeys(("UTR against one frame", "UTR against one frame, greedy", "UTR against one frame, TPL"), 0.2),
-        "turn 3, false captions": -0.2,
+        **dict.fromkeys(("turn 3, false captions", "sampled, distance", "greedy, distance"), -0.2),
         **others,
     }
     found = []
@@ -34,6 +34,16 @@ def results(*changes: float, **others: float) -> list[dict[str, Any]]:
         (perception_r1.CLAIM, results(0.07, 0.08, 0.07), []),
         (perception_r1.CLAIM, results(0.07, 0.055), ["seed 1: sampled"]),  # 0.055 is above 0.05, its interval is not
         (perception_r1.CLAIM, results(0.07, greedy=0.005), ["seed 0: greedy"]),
+        (perception_r1.CLAIMS["counting"], results(0.07, 0.08), []),
+        (perception_r1.CLAIMS["counting"], results(0.055), ["seed 0: sampled changed"]),
+        (perception_r1.CLAIMS["counting"], results(0.07, greedy=0.0), ["seed 0: greedy changed"]),
+        # more right counts, with points that are no nearer
+        (
+            perception_r1.CLAIMS["counting"],
+            results(0.3, **{"sampled, distance": -0.005}),
+            ["seed 0: sampled, distance"],
+        ),
+        (perception_r1.CLAIMS["counting"], results(0.3, **{"greedy, distance": 0.2}), ["seed 0: greedy, distance"]),
         (perception_r1.CLAIMS["ocr"], results(0.07, greedy=-0.02), []),
         (perception_r1.CLAIMS["ocr"], results(0.055, greedy=0.5), ["seed 0: sampled"]),
         (perpo.CLAIM, results(0.05, 0.08, 0.06), []),
@@ -52,3 +62,10 @@ def test_a_claim_names_the_seeds_that_break_it(claim: Claim, found: list[dict[st
     lines = claim.broken(found)
     assert len(lines) == len(broken)
     assert all(line.startswith(start) for line, start in zip(lines, broken, strict=True))
+
+
+@pytest.mark.parametrize("check", [gains("sampled"), loses("sampled"), beyond_spread("sampled")])
+def test_what_was_not_measured_holds_no_claim(check: Check) -> None:
+    measured, other = results(0.2, 0.2)
+    del other["unseen"]["changes"]["sampled"]  # no record has a score before and after
+    assert "seed 1: sampled was not measured" in check([measured, other])

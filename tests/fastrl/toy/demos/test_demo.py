@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from fastrl.toy.demos import run_demo
+from fastrl.answers import View
+from fastrl.data.records import Record
+from fastrl.recipe import load_recipe
+from fastrl.toy.demos import perception_r1, perpo, run_demo
 
 KEYS = {"method", "metric", "before", "after", "greedy_before", "greedy_after", "seconds", "unseen"}
 
@@ -33,11 +36,15 @@ def test_perception_r1_measures_trains_and_measures_again(
     assert set(result) >= KEYS
     json.dumps(result)
     assert all(0 <= result[k] <= 1 for k in ("before", "after", "greedy_before", "greedy_after"))
-    exact = [f"{kind}exact_{when}" for kind in ("", "greedy_") for when in ("before", "after")]
     counts = task == "counting"  # matched points alone would favour answers without looking
-    assert [key in result and 0 <= result[key] <= 1 for key in exact] == [counts] * 4
+    assert result["metric"] == perception_r1.METRICS[task]
+    for name in ("distance", "points"):
+        keys = [f"{kind}{name}_{when}" for kind in ("", "greedy_") for when in ("before", "after")]
+        assert [key in result and 0 <= result[key] <= 1 for key in keys] == [counts] * 4
+    assert [result.get(f"{kind}unmatched_before") in range(17) for kind in ("", "greedy_")] == [counts] * 2
     printed = capsys.readouterr().out
     assert ("exact count" in printed) == counts
+    assert ("a share of the picture's diagonal" in printed) == counts
     assert ("greedy, AP" in printed) == (task == "detection")
     assert (0 <= result["ap_before"] <= 1) if task == "detection" else ("ap_before" not in result)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -45,7 +52,20 @@ def test_perception_r1_measures_trains_and_measures_again(
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert (tmp_path / "before_after.png").stat().st_size > 10_000
     shows_evidence(result, tmp_path, 8)
-    assert list(result["unseen"]["changes"])[:1] == ["sampled"]
+    beside = ["sampled, distance", "greedy, distance", "sampled, points", "greedy, points"] if counts else []
+    assert list(result["unseen"]["changes"]) == ["sampled", "greedy", *beside]
+
+
+def test_scores_of_counting_tell_a_right_number_from_points_at_the_right_place() -> None:
+    target = {"label": "dog", "count": 2, "points": [(10, 10), (70, 70)], "boxes": None}
+    row = Record("a", "counting", (), (), target, views=(View.unresized(80, 80),), frame="original")
+    answers = ["[[10, 10], [70, 70]]", "[[40, 40], [40, 40]]", "[[10, 10]]", "none"]
+    found = perception_r1.scores_of("counting", answers, [row] * 4)
+    assert found == {
+        "exact": [1.0, 1.0, 0.0, 0.0],
+        "distance": [0.0, pytest.approx(30 / 80), 0.0, None],
+        "points": [1.0, pytest.approx(1 - 30 / 80), 0.5, 0.0],
+    }
 
 
 @pytest.mark.gate
@@ -105,6 +125,9 @@ def test_perpo_on_a_small_llava_compares_three_ways_to_learn_from_the_same_lists
     assert set(result) >= KEYS
     assert list(result["models"]) == ["start", "perpo", "dpo", "sft"]
     shows_evidence(result, out, 6)
+    assert result["rates"] == perpo.RATES["llava"]
+    for kind, rate in result["rates"].items():
+        assert load_recipe(str(out / kind / "recipe.yaml")).optim.lr == rate
     assert (out / "perpo" / "recipe.yaml").read_text().count("tiny:llava") == 1
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fastrl.toy.demos.evidence import Compared, change, per_record, print_evidence, report
+from fastrl.toy.demos.evidence import Compared, change, known_per_record, per_record, print_evidence, report
 
 
 class Row(NamedTuple):
@@ -38,6 +38,29 @@ def test_every_record_has_a_line_and_every_comparison_an_interval(
     assert max(map(len, shown.splitlines())) <= 80
 
 
+def test_records_without_a_score_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {
+        "before": {"distance": [0.4, None, 0.2, 0.3], "other": [None, None, None, 0.1]},
+        "after": {"distance": [0.1, 0.0, 0.3, None], "other": [0.5, 0.5, 0.5, None]},
+    }
+    found = report(
+        tmp_path / "scores.jsonl", [Row(c) for c in "wxyz"], scores, [change("d", "distance"), change("o", "other")]
+    )
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert lines[1] == {
+        "id": "x",
+        "before": {"distance": None, "other": None},
+        "after": {"distance": 0.0, "other": 0.5},
+    }
+    assert list(found["changes"]) == ["d"]  # no record has the other before and after
+    both = found["changes"]["d"]
+    assert (both["before"], both["after"], both["change"]) == pytest.approx((0.3, 0.2, -0.1))
+    assert both["left_out"] == 2
+    print_evidence(found, "scenes")
+    assert "d: without 2 scenes that have no score before or after" in capsys.readouterr().out
+
+
 def test_samples_of_a_record_are_one_score() -> None:
+    assert known_per_record([0.0, None, None, None, 0.5, 1.0], 2) == [0.0, None, 0.75]
     assert per_record([0.0, 1.0, 0.5, 0.5], 2) == [0.5, 0.5]
     assert per_record([0.25, 1.0], 1) == [0.25, 1.0]
