@@ -3,6 +3,7 @@
 ``python -m benchmarks.perpo_rates`` builds the demo's lists once and trains each kind on them at each rate. The rate of
 a kind is the one of the highest mean IoU of sampled answers on the demo's first held-out set; claims are held to the
 second one (``fastrl.toy.demos.evidence``). Results go into ``results/perpo-rates.json``, by family of the small model.
+Where the best is at an end of the grid, ``--rates`` tries more, for every kind, and keeps what was tried before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fastrl.toy.demos.perpo import METHODS, PROMPTS, STEPS, measure, sample_list
 from fastrl.toy.demos.scenes import scenes_like
 
 RESULTS = Path(__file__).parent / "results" / "perpo-rates.json"
-GRID = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
+GRID = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 SEED, HELD_OUT = 0, 512
 
 Row = Mapping[str, Any]  # ``kind``, ``rate``, ``sampled`` and ``greedy`` mean IoU, ``cpu_seconds``
@@ -64,6 +65,13 @@ def grid(
     return rows
 
 
+def merged(before: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """All rows by kind and rate; of the same kind and rate the new one."""
+    rows = {(row["kind"], row["rate"]): row for row in (*before, *new)}
+    order = list(METHODS)
+    return [rows[key] for key in sorted(rows, key=lambda key: (order.index(key[0]), key[1]))]
+
+
 def chosen(rows: Sequence[Row]) -> dict[str, float]:
     """The rate of each kind: the highest ``sampled``; of equal ones the lowest rate."""
     kinds = dict.fromkeys(row["kind"] for row in rows)
@@ -90,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.perpo_rates", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--family", choices=RECIPES, default=DEFAULT, help=f"model type of the small model [{DEFAULT}]")
+    parser.add_argument("--rates", type=float, nargs="+", default=GRID, metavar="RATE", help="[the whole grid]")
     parser.add_argument("--out", type=Path, metavar="DIR", help="lists and runs [runs/perpo-rates, or a new one]")
     parser.add_argument(
         "--json", type=Path, default=RESULTS, metavar="FILE", help="[benchmarks/results/perpo-rates.json]"
@@ -99,8 +108,9 @@ def main(argv: list[str] | None = None) -> int:
 
     out = args.out if args.out is not None else fresh(Path("runs/perpo-rates"))
     made = environment()
-    rows = grid(args.family, out)
+    new = [{**row, "commit": made["commit"]} for row in grid(args.family, out, rates=args.rates)]
     before = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
+    rows = merged(before.get(args.family, {}).get("grid", []), new)
     before[args.family] = made | {"seed": SEED, "held_out": HELD_OUT, "chosen": chosen(rows), "grid": rows}
     args.json.write_text(json.dumps(before, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
