@@ -25,7 +25,7 @@ from fastrl.toy.demos.perpo import METHODS, PROMPTS, STEPS, measure, sample_list
 from fastrl.toy.demos.scenes import scenes_like
 
 RESULTS = Path(__file__).parent / "results" / "perpo-rates.json"
-GRID = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+GRID = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
 SEED, HELD_OUT = 0, 512
 
 Row = Mapping[str, Any]  # ``kind``, ``rate``, ``sampled`` and ``greedy`` mean IoU, ``cpu_seconds``
