@@ -180,7 +180,7 @@ def test_demo_table_has_the_further_measures_of_counting_and_what_they_leave_out
     points = {"points_before": 0.3, "points_after": 0.5}
     further = distances | {f"greedy_{key}": value for key, value in distances.items()}
     further |= points | {f"greedy_{key}": value + 0.1 for key, value in points.items()}
-    rows = [result(seed, 0.6, 0.7, "counting") | further for seed in range(2)]
+    rows: list[dict[str, Any]] = [result(seed, 0.6, 0.7, "counting") | further for seed in range(2)]
     rows[1]["unseen"]["changes"]["greedy"] = rows[1]["unseen"]["changes"]["greedy"] | {"left_out": 3}
     lines = verify.table(rows).splitlines()
     distance, reward, _, sampled, greedy = lines[-7:-2]

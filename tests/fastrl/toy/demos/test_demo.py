@@ -118,6 +118,13 @@ def test_reper_reflects_trains_and_reflects_again(
     assert "CHAIR-i" in capsys.readouterr().out
 
 
+def test_each_kind_has_its_own_rate_where_a_grid_was_tried() -> None:
+    base = load_recipe("perpo-grounding-llava-tiny", {"optim.lr": 3e-4})
+    assert perpo.rates_of(None, base) == perpo.RATES["qwen2_5_vl"]
+    assert len(set(perpo.RATES["qwen2_5_vl"].values())) > 1
+    assert perpo.rates_of("llava", base) == perpo.RATES.get("llava", dict.fromkeys(perpo.METHODS, 3e-4))
+
+
 @pytest.mark.gate
 def test_perpo_on_a_small_llava_compares_three_ways_to_learn_from_the_same_lists(tmp_path: Path) -> None:
     out = tmp_path / "demo"
@@ -125,7 +132,6 @@ def test_perpo_on_a_small_llava_compares_three_ways_to_learn_from_the_same_lists
     assert set(result) >= KEYS
     assert list(result["models"]) == ["start", "perpo", "dpo", "sft"]
     shows_evidence(result, out, 6)
-    assert result["rates"] == perpo.RATES["llava"]
     for kind, rate in result["rates"].items():
         assert load_recipe(str(out / kind / "recipe.yaml")).optim.lr == rate
     assert (out / "perpo" / "recipe.yaml").read_text().count("tiny:llava") == 1
