@@ -5,7 +5,8 @@ The layout is recognised by the columns (``LAYOUTS``) and reported in a note:
 - **MMBench**: TSV or table with ``index, question, hint, A, B, C, D, answer, category``, pictures in ``image`` (base64)
 - **SEED-Bench**: ``{"questions": […], "question_type": {…}}`` or rows of ``choice_a … choice_d``; pictures: ``data_id``
 - **AI2D**: ``question, options, answer`` (the place of the right option, from 0), ``image``
-- **MVBench**: a JSON list of ``video, question, candidates, answer`` (its text), with ``start`` and ``end`` in seconds
+- **MVBench**: a JSON list of ``video, question, candidates, answer`` (its text; of equal candidates the last is right,
+  as in the authors' code), with ``start`` and ``end`` in seconds
 - **TempCompass**: ``{video: {dim: [{question, answer}]}}`` or rows of ``video_id, question, answer, dim``; the options
   are lines of the question; yes/no questions have none
 - **Video-MME**: ``videoID, question, options`` (``A. …``), ``answer``
@@ -30,12 +31,13 @@ from fastrl.data.pictures import AnyPicture, holds_picture
 from fastrl.data.qa import YES_NO_PROMPT, choice_question
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import LeftOut, choice_option, load_rows, read_rows, reading
-from fastrl.data.truth import is_number, whole_number
+from fastrl.data.truth import is_empty, is_number, whole_number
 from fastrl.data.validate import DataError, Problem, Row, fail, short
 from fastrl.data.videos import with_videos
 
 KEYS = (*rows.KEYS, *videos.KEYS, "prompt", "type", "circular")
 _OPTION = re.compile(r"\s*(?:([A-Z])[.)]|((?:Caption|Option|Sentence) [A-Z0-9]):)\s*(\S.*)")
+_ALONE = re.compile(r"\s*\(?([A-Za-z])[).:]?\s*")
 _LETTERED = re.compile(r"([A-Z])\.\s*(.*)", re.S)
 
 
@@ -67,8 +69,9 @@ def load(path: str, query: Mapping[str, str]) -> Dataset:
         raise fail(path, "bad option", f"{key} is for questions about {other}; {layout.name} asks about {about}")
     circular = choice_option(query, "circular", ("no", "yes"), path) == "yes"
     plain = {key: value for key, value in query.items() if (key, value) != ("images", "none")}
-    named = "images" in plain and not reading(query, path).stated
-    build = _Build(layout, path, query.get("type"), None if query.get("images") == "none" else named)
+    stated = reading(query, path).stated
+    named = None if query.get("images") == "none" else "images" in plain and not stated
+    build = _Build(layout, path, query.get("type"), named, stated)
     data = load_rows(path, plain, build.record, given)
     note = Problem(path, "layout", f"read as {layout.name} rows")
     data = Dataset(data.records, data.problems, data.left_out, (note, *data.notes))
@@ -95,8 +98,9 @@ def _layout(given: Iterable[tuple[int, str, Mapping[str, Any] | Problem]], path:
 class _Build:
     """Rows of one layout → records."""
 
-    def __init__(self, layout: Layout, path: str, kind: str | None, named: bool | None) -> None:
+    def __init__(self, layout: Layout, path: str, kind: str | None, named: bool | None, stated: bool) -> None:
         self.layout, self.path, self.kind = layout, path, kind
+        self.stated = stated  # whether pictures may be missing
         self.named = named  # whether pictures given by name are opened; None: no pictures at all
 
     def record(self, row: Row) -> Record | LeftOut | None:
@@ -104,12 +108,10 @@ class _Build:
         layout = self.layout
         if layout.video is None and row.fields.get("data_type") == "video" and not _inside(row):
             return LeftOut("video", "asks about a video, which SEED-Bench cuts out of other data sets")
-        identity = row.fields.get(layout.identity, row.number)
+        identity = row.named(layout.identity)
         asked = layout.read(row)
-        video = row.text(layout.video) if layout.video is not None else None
+        video = _video(row, layout.video) if layout.video is not None else None
         images = self._pictures(row)
-        if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
-            row.fail("wrong type", f"{layout.identity} must be a string or an integer, got {short(identity)}")
         span = _span(row) if layout.video is not None else None
         kind = self._type(row)
         if row.problems or asked is None:
@@ -120,13 +122,18 @@ class _Build:
         target |= {"span": span} if span is not None else {}
         target |= {"type": kind} if kind is not None else {}
         messages = question("qa", images=len(images), prompt=_words(target))
-        return Record(str(identity), "qa", tuple(images), messages, target)
+        return Record(identity, "qa", tuple(images), messages, target)
 
     def _pictures(self, row: Row) -> list[AnyPicture]:
-        if self.layout.video is not None or self.named is None or not (self.named or _inside(row)):
+        if self.layout.video is not None or self.named is None:
             return []
-        if row.fields.get("image", row.fields.get("images")) is None:
-            row.fail("missing image", "no image")
+        value = row.fields.get("image", row.fields.get("images"))
+        gap = ("image" in row.fields or "images" in row.fields) and (is_empty(value) or value == [])
+        if gap or (self.named and value is None):
+            if not self.stated:
+                row.fail("missing image", "no image (images=none reads the questions alone)")
+            return []
+        if not (self.named or _inside(row)):
             return []
         return [picture for picture, _ in row.pictures()]
 
@@ -135,10 +142,10 @@ class _Build:
             has = ", ".join(map(str, row.fields))
             row.fail("missing field", f"no column {short(self.kind)}, which type= names; there are {short(has, 200)}")
         names = (self.kind,) if self.kind is not None else self.layout.types
-        value = next((row.fields[name] for name in names if row.fields.get(name) not in (None, "")), None)
+        value = next((row.fields[name] for name in names if not is_empty(row.fields.get(name))), None)
         if value is None and self.layout.name == "MVBench":
             return Path(self.path).stem  # one file for each of its tasks
-        return None if value is None else str(value).strip()
+        return None if value is None else _text(value)
 
 
 def _inside(row: Row) -> bool:
@@ -171,7 +178,7 @@ def _rotated(data: Dataset) -> Dataset:
     for record in data:
         options = record.target.get("choices") or [None]
         for turn in range(len(options)):
-            target = {**record.target, "groups": {"circular": record.id}}
+            target = {**record.target, "groups": {"circular": record.id}, "group_sizes": {"circular": len(options)}}
             if record.target.get("choices"):
                 target["choices"] = [*options[turn:], *options[:turn]]
                 target["answer"] = (record.target["answer"] - turn) % len(options)
@@ -196,10 +203,10 @@ def _asked(row: Row, text: str | None, choices: Sequence[str | None], place: int
 
 
 def _letter(row: Row, value: Any) -> int | None:
-    """The place of a letter."""
-    text = value.strip().upper() if isinstance(value, str) else ""
-    if len(text) == 1 and text in LETTERS:
-        return LETTERS.index(text)
+    """The place of a letter, as ``A``, ``a``, ``A.`` or ``(A)``."""
+    found = _ALONE.fullmatch(value) if isinstance(value, str) else None
+    if found:
+        return LETTERS.index(found.group(1).upper())
     row.fail("wrong answer", f"answer must be the letter of an option, got {short(value)}")
     return None
 
@@ -210,8 +217,19 @@ def _given(row: Row, name: str) -> str | None:
     if value is not None and not isinstance(value, str | int | float):
         row.fail("wrong type", f"{name} must be a text or a number, got {short(value)}")
         return None
-    empty = value is None or value != value or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
-    return None if empty else str(value).strip()
+    return None if value is None or is_empty(value) or str(value).strip().lower() == "nan" else _text(value)
+
+
+def _text(value: str | int | float) -> str:
+    """A text or number as a text; 2.0, as pandas writes 2 in a column with gaps, is 2."""
+    number = whole_number(value) if isinstance(value, float) else None
+    return str(value if number is None else number).strip()
+
+
+def _video(row: Row, name: str) -> str | None:
+    """The name of a video, which may be a number."""
+    value: Any = row.fields.get(name)
+    return _text(value) if is_number(value) else row.text(name)
 
 
 def _mmbench(row: Row) -> Asked | None:
@@ -237,11 +255,15 @@ def _options(row: Row) -> Asked | None:
 
 def _candidates(row: Row) -> Asked | None:
     """MVBench: the answer is the text of the right option."""
-    text, options, answer = row.text("question"), _texts(row, "candidates"), str(row.fields.get("answer")).strip()
-    if options.count(answer) != 1:
-        row.fail("wrong answer", f"the answer {short(answer)} is not one of the candidates {short(options)}")
+    text, options, answer = row.text("question"), _texts(row, "candidates"), _given(row, "answer")
+    if row.problems:
         return None
-    return _asked(row, text, options, options.index(answer))
+    places = [place for place, option in enumerate(options) if option is not None and option == answer]
+    if not places:
+        given = short(answer) if answer is not None else "(none)"
+        row.fail("wrong answer", f"the answer {given} is not one of the candidates {short(options)}")
+        return None
+    return _asked(row, text, options, places[-1])  # of equal ones the last, as in the authors' code
 
 
 def _in_text(row: Row) -> Asked | None:
@@ -263,24 +285,28 @@ def _in_text(row: Row) -> Asked | None:
     label = (right.group(1) or right.group(2)) if right else None
     places = [n for n, m in enumerate(options) if (m.group(1) or m.group(2)) == label or m.group(3).strip() == answer]
     if len(places) != 1:
-        row.fail("wrong answer", f"the answer {short(answer)} is not one of the options of the question")
+        which = "one of the options of the question" if not places else f"one option but {len(places)} equal ones"
+        row.fail("wrong answer", f"the answer {short(answer)} is not {which}")
         return None
     return _asked(row, asked, [match.group(3).strip() for match in options], places[0])
 
 
-def _texts(row: Row, name: str) -> list[str]:
-    """A list of options; numbers as texts."""
+def _texts(row: Row, name: str) -> list[str | None]:
+    """A list of options, numbers as texts; None for one that is empty, as tables fill lists of one length."""
     value = row.truth(name)
-    if not isinstance(value, list) or not all(isinstance(v, str | int | float) for v in value):
+    if not isinstance(value, list) or not all(v is None or isinstance(v, str | int | float) for v in value):
         row.fail("wrong type", f"{name} must be a list of texts, got {short(value)}")
         return []
-    return [str(v).strip() for v in value]
+    return [None if is_empty(v) else _text(v) for v in value]
 
 
-def _bare(options: Sequence[str]) -> list[str]:
+def _bare(options: Sequence[str | None]) -> list[str | None]:
     """Options without their letters, if all begin with their own."""
-    found = [_LETTERED.fullmatch(option) for option in options]
-    own = all(match and match.group(1) == letter for match, letter in zip(found, LETTERS, strict=False))
+    found = [_LETTERED.fullmatch(option or "") for option in options]
+    own = all(
+        option is None or (match and match.group(1) == letter)
+        for option, match, letter in zip(options, found, LETTERS, strict=False)
+    )
     return [match.group(2) if own and match else option for match, option in zip(found, options, strict=True)]
 
 

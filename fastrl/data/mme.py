@@ -22,6 +22,7 @@ from fastrl.data.page_ocr import IMAGE_SUFFIXES
 from fastrl.data.records import Dataset, Record, question
 from fastrl.data.rows import READING, int_option, load_rows, read_text, reading
 from fastrl.data.tables import is_table
+from fastrl.data.truth import read_id
 from fastrl.data.validate import Problem, Row, fail, short
 
 KEYS = ("images", "split", "limit", "prompt", *READING)
@@ -60,18 +61,21 @@ def _paired(data: Dataset, seen: Counter[str], path: str) -> Dataset:
 
 def _record(row: Row, seen: Counter[str], pictures: bool) -> Record | None:
     category, asked, answer = row.text("category"), row.text("question"), row.text("answer")
-    name = row.fields.get("question_id")
-    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-        row.fail("wrong type", f"question_id must be a string or an integer, got {short(name)}")
+    name = read_id(row.fields.get("question_id"))
+    if name is None:
+        row.fail(
+            "wrong type", f"question_id must be a string or an integer, got {short(row.fields.get('question_id'))}"
+        )
     said = answer.strip(" .").lower() if answer is not None else ""
     if answer is not None and said not in ("yes", "no"):
         row.fail("wrong answer", f"answer must be Yes or No, got {short(answer)}")
     image = row.image("image") if pictures else None
-    if row.problems or category is None or asked is None:
+    if row.problems or category is None or asked is None or name is None:
         return None
-    key = str(name) if str(name).startswith(f"{category}/") else f"{category}/{name}"
+    key = name if name.startswith(f"{category}/") else f"{category}/{name}"
     seen[key] += 1
-    target: dict[str, Any] = {"answer": said, "question": asked, "type": category, "groups": {"mme": key}}
+    target: dict[str, Any] = {"answer": said, "question": asked, "type": category}
+    target |= {"groups": {"mme": key}, "group_sizes": {"mme": 2}}
     messages = question("qa", images=int(image is not None), prompt=asked)
     return Record(f"{key}/{seen[key]}", "qa", (image[0],) if image else (), messages, target)
 

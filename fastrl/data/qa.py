@@ -21,6 +21,7 @@ from typing import Any
 from fastrl.data import rows, videos
 from fastrl.data.records import Dataset, Record, lettered, question
 from fastrl.data.rows import Rows, load_rows, read_text, reading
+from fastrl.data.truth import whole_number
 from fastrl.data.validate import Problem, Row, fail, short
 from fastrl.data.videos import with_videos
 
@@ -64,12 +65,13 @@ def _choice_record(row: Row) -> Record | None:
     answer = row.text("answer")
     if len(choices) < 2:
         row.fail("missing field", f"a question needs the options a0, a1, …; found {len(choices)}")
-    if answer is not None and not (answer.isascii() and answer.isdigit() and int(answer) < len(choices)):
+    place = whole_number(answer)  # "2.0" is pandas' 2
+    if answer is not None and (place is None or not 0 <= place < len(choices)):
         row.fail("wrong answer", f"answer must be the place of an option, 0 to {len(choices) - 1}; got {short(answer)}")
-    if row.problems or video is None or asked is None or answer is None:
+    if row.problems or video is None or asked is None or place is None:
         return None
     options = [choice for choice in choices if choice is not None]
-    target: dict[str, Any] = {"choices": options, "answer": int(answer), "video": video, "question": asked}
+    target: dict[str, Any] = {"choices": options, "answer": place, "video": video, "question": asked}
     if row.fields.get("type"):
         target["type"] = str(row.fields["type"]).strip()
     messages = question("qa", images=0, prompt=choice_question(asked, options))
@@ -77,19 +79,16 @@ def _choice_record(row: Row) -> Record | None:
 
 
 def _yes_no_record(row: Row, pictures: bool) -> Record | None:
-    identity = row.fields.get("question_id", row.fields.get("id", row.number))
-    if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
-        row.fail("wrong type", f"question_id must be a string or an integer, got {short(identity)}")
+    identity = row.named("question_id" if "question_id" in row.fields else "id")
     asked, label = row.text("text"), row.text("label")
     image = row.image("image") if pictures else None
-    if label is not None and label.lower() not in ("yes", "no"):
+    said = label.strip(" .").lower() if label is not None else ""
+    if label is not None and said not in ("yes", "no"):
         row.fail("wrong answer", f"label must be yes or no, got {short(label)}")
     if row.problems or asked is None or label is None:
         return None
     messages = question("qa", images=int(image is not None), prompt=f"{asked} {YES_NO_PROMPT}")
-    return Record(
-        str(identity), "qa", (image[0],) if image else (), messages, {"answer": label.lower(), "question": asked}
-    )
+    return Record(identity, "qa", (image[0],) if image else (), messages, {"answer": said, "question": asked})
 
 
 def _csv_rows(path: str) -> Rows:

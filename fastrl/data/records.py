@@ -88,7 +88,8 @@ class Record:
     - trajectory: ``tracks`` [{``id``, ``name``, ``boxes`` {frame number from 1: (x1, y1, x2, y2)}}, ...], ``frames``,
       ``seconds``, ``size``; for a dialogue also ``answer`` (the text to learn), ``query``, and ``tpl`` if known
     - qa: ``choices`` [str, ...] and ``answer`` (index of the right one, from 0), or ``answer`` yes or no; ``type``,
-      ``question``; ``groups``, under which answers are right only if all are (``fastrl.evaluate.qa``)
+      ``question``; ``groups``, under which answers are right only if all are, and ``group_sizes``, how many questions
+      each of them has (``fastrl.evaluate.groups``)
     """
 
     id: str

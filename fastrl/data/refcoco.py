@@ -93,4 +93,4 @@ def _sentences(
 
 
 def _entry(table: Mapping[Any, Mapping[str, Any]], key: Any) -> Mapping[str, Any] | None:
-    return table.get(key) if isinstance(key, int | str) else None
+    return table.get(key) if isinstance(key, int | float | str) else None  # 17.0 finds 17

@@ -81,6 +81,15 @@ def whole_number(value: Any) -> int | None:
     return None
 
 
+def read_id(value: Any) -> str | None:
+    """What names a row: a text that is not empty, or a whole number (also as 7.0, which pandas makes of 7 in a column
+    with gaps); None for anything else."""
+    if isinstance(value, str):
+        return value or None
+    number = whole_number(value) if is_number(value) else None
+    return None if number is None else str(number)
+
+
 def is_empty(value: Any) -> bool:
     """Whether a table's cell holds nothing: null, NaN (which pandas writes for it), or blanks."""
     return (

@@ -27,9 +27,11 @@ from fastrl.data.truth import (
     TruthFault,
     box_value,
     clipped,
+    is_empty,
     is_number,
     read_box,
     read_count,
+    read_id,
     read_points,
     read_truth,
     short,
@@ -234,11 +236,16 @@ class Row:
 
     def id(self) -> str:
         """The row's own ``id``, or its line number from 0."""
-        value = self.fields.get("id")
-        value = self.number if value is None else value
-        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            self.fail("wrong type", f"id must be a non-empty string or an integer, got {short(value)}")
-        return str(value)
+        return self.named("id")
+
+    def named(self, column: str) -> str:
+        """What names the row in ``column``, or its line number from 0 where that holds nothing."""
+        value = self.fields.get(column)
+        missing = value is None or (isinstance(value, float) and is_empty(value))
+        found = str(self.number) if missing else read_id(value)
+        if found is None:
+            self.fail("wrong type", f"{column} must be a non-empty string or an integer, got {short(value)}")
+        return found or ""
 
     def text(self, *names: str) -> str | None:
         """A non-empty string, stripped."""

@@ -14,7 +14,7 @@ from fastrl.evaluate.groups import group_metrics
 _NEXT_QA = re.compile(r"[CTD][A-Z]")  # its types: causal, temporal, descriptive, and which of each
 
 
-def evaluate_qa(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
+def evaluate_qa(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float | None]:
     """Metrics of answers to questions with options (``target["choices"]``, ``answer`` the place of the right one) or
     with ``answer`` yes or no.
 
@@ -46,7 +46,7 @@ def evaluate_qa(records: Sequence[Record], answers: Sequence[str]) -> dict[str, 
             letter = str(kind)[0] if _NEXT_QA.fullmatch(str(kind)) else str(kind)
             for name in dict.fromkeys((str(kind), letter)):
                 types.setdefault(name, []).append(right[-1])
-    result = {"accuracy": sum(right) / len(right)}
+    result: dict[str, float | None] = {"accuracy": sum(right) / len(right)}
     for name in sorted(types, key=lambda name: (len(name), name)):
         if len(name) > 1 or name in {str(r.target.get("type")) for r in records} or _shared(name, types):
             result[f"accuracy_{name}"] = sum(types[name]) / len(types[name])

@@ -239,3 +239,65 @@ def test_bad_files_and_options(folder: Path) -> None:
         load_data(f"{write(folder, [{**AI2D, 'image': 'b.png'}])}?images={folder}")
     with pytest.raises(DataError, match="did you mean 'circular'"):
         load_data(f"{write(folder, [AI2D])}?circulr=yes")
+
+
+def test_of_equal_candidates_the_last_is_right(folder: Path) -> None:
+    """As MVBench's own code has it, which walks through the candidates and keeps the last that is the answer."""
+    (record,) = load_data(write(folder, [{**MVBENCH, "candidates": ["a", "b", "a"], "answer": "a"}]))
+    assert (record.target["answer"], record.target["choices"]) == (2, ["a", "b", "a"])
+    (other,) = load_data(write(folder, [{**MVBENCH, "candidates": ["a", "b", "a"], "answer": "b"}]))
+    assert other.target["answer"] == 1
+    asked = {"video_id": "v", "dim": "x", "question": "Why?\nA. a\nB. a", "answer": "a"}
+    with pytest.raises(DataError, match="the answer 'a' is not one option but 2 equal ones"):
+        load_data(write(folder, [asked]))
+    (lettered,) = load_data(write(folder, [{**asked, "answer": "B. a"}]))
+    assert lettered.target["answer"] == 1
+
+
+@pytest.mark.parametrize("answer", ["B", "b", "B.", "(B)", "b)", " B: "])
+def test_letters_as_they_are_written(answer: str, folder: Path) -> None:
+    (record,) = load_data(write(folder, [{**VIDEO_MME, "answer": answer}]))
+    assert record.target["answer"] == 1
+
+
+def test_what_pandas_makes_of_numbers_and_gaps(folder: Path) -> None:
+    nan = float("nan")
+    row = {**MMBENCH, "index": 7.0, "C": nan, "D": None, "hint": nan, "category": nan, "l2": nan}
+    (record,) = load_data(write(folder, [row]))
+    assert record.id == "7"
+    assert record.target["choices"] == ["cat", "dog"]
+    assert "type" not in record.target
+    assert text(record).startswith("Which?\n")
+    assert load_data(write(folder, [{**row, "index": nan}, {**row, "index": None}])).records[1].id == "1"
+    (record,) = load_data(write(folder, [{**AI2D, "answer": 1.0, "options": [3.0, 1.5, None, nan], "id": 2.0}]))
+    assert (record.id, record.target["answer"], record.target["choices"]) == ("2", 1, ["3", "1.5"])
+    (record,) = load_data(write(folder, [{**MVBENCH, "candidates": [1.0, 2.0], "answer": 2, "start": 1, "end": 2}]))
+    assert (record.target["answer"], record.target["choices"]) == (1, ["1", "2"])
+    (record,) = load_data(write(folder, [{"video_id": 1052, "dim": "x", "question": "Is it?", "answer": "No."}]))
+    assert (record.target["video"], record.target["answer"]) == ("1052", "no")
+    for answer in (None, nan, ""):
+        with pytest.raises(DataError, match=r"the answer \(none\) is not one of the candidates"):
+            load_data(write(folder, [{**MVBENCH, "candidates": ["None", "nan"], "answer": answer}]))
+    for odd in (True, 1.5, [1]):
+        with pytest.raises(DataError, match="index must be a non-empty string or an integer"):
+            load_data(write(folder, [{**row, "index": odd}]))
+
+
+def test_a_missing_picture_is_no_question_without_one(folder: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    rows = [{**SEED, "question_id": n, "image": image} for n, image in enumerate(([png()], None, []))]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "seed.parquet")
+    data = load_data(f"choice:{folder}/seed.parquet", skip_bad=True)
+    assert ([record.id for record in data], data.reasons) == (["0"], {"missing image": 2})
+    assert len(load_data(f"choice:{folder}/seed.parquet?images=none")) == 3
+    assert len(load_data(f"choice:{folder}/seed.parquet?pictures=stated")) == 3
+    with pytest.raises(DataError, match=r"no image \(images=none reads the questions alone\)"):
+        load_data(tsv(folder, {**MMBENCH, "image": ""}))
+
+
+def test_pictures_in_base64_inside_a_table(folder: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    row = {**MMBENCH, "image": base64.b64encode(png((41, 31))).decode()}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "mmbench.parquet")
+    (record,) = load_data(f"choice:{folder}/mmbench.parquet")
+    assert picture_size(record.images[0]) == (41, 31)

@@ -80,3 +80,23 @@ def test_bad_rows(fields: dict[str, Any], message: str, folder: Path) -> None:
 def test_the_same_question_twice_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="id 'VD_illusion_0_1_2' is already the id"):
         load_data(write(folder, ROW, ROW))
+
+
+def test_a_table_that_lacks_a_picture_asks_no_question_about_it(folder: Path) -> None:
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    data = (folder / "pictures/VD/illusion/0_1.png").read_bytes()
+    rows = [{**ROW, "image": data}, {**ROW, "figure_id": "2", "image": None}, {**BARE, "image": None}]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "h.parquet")
+    with pytest.raises(DataError, match=r"image is empty, but the question is about VD/illusion/0_2\.png"):
+        load_data(f"hallusion:{folder}/h.parquet")
+    found = load_data(f"hallusion:{folder}/h.parquet", skip_bad=True)
+    assert [len(record.images) for record in found] == [1, 0]
+    assert [record.target["group_sizes"] for record in found] == [{"pair": 2, "figure": 1}, {"pair": 1}]
+    assert len(load_data(f"hallusion:{folder}/h.parquet?pictures=stated")) == 3
+
+
+def test_numbers_as_pandas_writes_them(folder: Path) -> None:
+    numbers = {"visual_input": 1, "set_id": 0.0, "figure_id": 1.0, "question_id": "2.0", "gt_answer": 1.0}
+    (record,) = load_data(write(folder, {**ROW, **numbers}))
+    (usual,) = load_data(write(folder, ROW))
+    assert (record.id, record.target) == (usual.id, usual.target)

@@ -94,3 +94,16 @@ def test_bad_folders(released: Path) -> None:
         load_data(f"mme:{released}?images={released}")
     with pytest.raises(DataError, match=r"no CATEGORY/NAME\.txt"):
         load_data(f"mme:{released / 'artwork/images'}")
+
+
+def test_odd_forms_of_the_same_values(tmp_path: Path) -> None:
+    rows = [{**PAIR[0], "question_id": 7, "answer": "yes."}, {**PAIR[1], "question_id": 7.0, "answer": " NO "}]
+    data = load_data(write(tmp_path, *rows))
+    assert [record.id for record in data] == ["color/7/1", "color/7/2"]
+    assert [record.target["answer"] for record in data] == ["yes", "no"]
+    with pytest.raises(DataError, match="question_id must be a string or an integer, got nan"):
+        load_data(write(tmp_path, {**PAIR[0], "question_id": float("nan")}))
+    broken = [*PAIR, {**PAIR[0], "question_id": "8", "image": None}, {**PAIR[1], "question_id": "8"}]
+    data = load_data(write(tmp_path, *broken), skip_bad=True)
+    assert len(data) == 2
+    assert sum(data.reasons.values()) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,10 @@ def test_bad_next_qa_rows(text: str, message: str, tmp_path: Path) -> None:
         ({"label": "perhaps"}, "label must be yes or no, got 'perhaps'"),
         ({"label": None}, "label must be a string"),
         ({"text": ""}, "text is empty"),
-        ({"question_id": [1]}, "question_id must be a string or an integer"),
+        ({"question_id": [1]}, "question_id must be a non-empty string or an integer"),
     ],
 )
 def test_bad_pope_rows(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
-    import json
-
     file = tmp_path / "p.jsonl"
     row = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "no", **fields}
     file.write_text(json.dumps(row) + "\n")
@@ -127,3 +126,15 @@ def test_unknown_options_name_the_nearest(data_dir: Path) -> None:
         load_data(f"nextqa:{data_dir}/video/nextqa/val_sample.csv?video=x")
     with pytest.raises(DataError, match="videos folder not found"):
         load_data(f"nextqa:{data_dir}/video/nextqa/val_sample.csv?videos=/none")
+
+
+def test_numbers_as_pandas_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "n.csv").write_text(HEAD + ROW.format(answer="2.0", qid=1))
+    assert load_data(f"nextqa:{tmp_path}/n.csv")[0].target["answer"] == 2
+    (tmp_path / "n.csv").write_text(HEAD + ROW.format(answer="1.5", qid=1))
+    with pytest.raises(DataError, match=r"answer must be the place of an option, 0 to 4; got '1\.5'"):
+        load_data(f"nextqa:{tmp_path}/n.csv")
+    row = {"question_id": 3.0, "image": "a.jpg", "text": "Is there a dog?", "label": "No."}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    (record,) = load_data(f"pope:{tmp_path}/p.jsonl")
+    assert (record.id, record.target["answer"]) == ("3", "no")

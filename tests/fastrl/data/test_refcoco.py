@@ -164,3 +164,12 @@ def test_bad_instances(tmp_path: Path) -> None:
         load_data(write(tmp_path, annotations=[{**a, "bbox": [50, 0, 30, 9]} for a in INSTANCES["annotations"]]))
     with pytest.raises(DataError, match=r"(?s)2 problems.*annotation 17 is of image 6, not of 5"):
         load_data(write(tmp_path, annotations=[{**a, "image_id": 6} for a in INSTANCES["annotations"]]))
+
+
+def test_numbers_as_pandas_writes_them(tmp_path: Path) -> None:
+    sentences = [{"sent_id": 3.0, "sent": "dog"}, {"sent_id": None, "sent": "the dog"}, {"sent_id": 4, "sent": " "}]
+    ref = {**REFS[1], "ann_id": 18.0, "image_id": 5.0, "sentences": sentences}
+    data = load_data(write(tmp_path, [ref]), skip_bad=True)
+    assert [record.id for record in data] == ["3", "1"]
+    assert [record.target["box"] for record in data] == [(0, 0, 9, 9)] * 2
+    assert data.reasons == {"empty expression": 1}

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastrl.data import load_data
+import pytest
+
+from fastrl.data import Dataset, load_data
 from fastrl.data.records import Record
 from fastrl.evaluate import evaluate
 from fastrl.evaluate.best import direction
@@ -17,7 +19,7 @@ def ask(answer: Any, **target: Any) -> Record:
     return Record(str(answer), "qa", (), (), {"answer": answer, **target})
 
 
-def hallusion(folder: Path, *asked: tuple[str, int, int, str]) -> list[Record]:
+def hallusion(folder: Path, *asked: tuple[str, int, int, str]) -> Dataset:
     """(category, figure, question, truth) as HallusionBench's rows."""
     rows = [
         {
@@ -33,7 +35,7 @@ def hallusion(folder: Path, *asked: tuple[str, int, int, str]) -> list[Record]:
         for category, figure, number, truth in asked
     ]
     (folder / "h.json").write_text(json.dumps(rows))
-    return list(load_data(f"hallusion:{folder}/h.json"))
+    return load_data(f"hallusion:{folder}/h.json", skip_bad=True)
 
 
 def test_hallusion_bench_s_three_accuracies(tmp_path: Path) -> None:
@@ -87,3 +89,56 @@ def test_circular_questions_count_once() -> None:
     assert metrics["accuracy"] == 0.75
     assert metrics["circular_accuracy"] == 0.5
     assert "circular_accuracy" not in evaluate("qa", [ask("yes")], ["yes"])
+
+
+def hallusion_metrics(folder: Path, options: str = "", *, gone: int | None = None) -> dict[str, Any]:
+    """Two figures, two questions about each; all answers are right. ``gone``: a row that cannot be read."""
+    hallusion(folder, ("VD", 0, 0, "1"), ("VD", 0, 1, "1"), ("VD", 1, 0, "1"), ("VD", 1, 1, "1"))
+    rows = json.loads((folder / "h.json").read_text())
+    if gone is not None:
+        rows[gone]["gt_answer"] = "maybe"
+    (folder / "h.json").write_text(json.dumps(rows))
+    data = load_data(f"hallusion:{folder}/h.json{options}", skip_bad=True)
+    assert data.skipped == (gone is not None)
+    return dict(evaluate("qa", data, ["yes"] * len(data)))
+
+
+def test_a_group_with_a_missing_question_is_not_right(tmp_path: Path) -> None:
+    whole = hallusion_metrics(tmp_path)
+    assert (whole["figure_accuracy"], whole["pair_accuracy"], whole["n"]) == (1.0, 1.0, 4)
+    assert not [name for name in whole if name.startswith("incomplete")]
+    skipped = hallusion_metrics(tmp_path, gone=1)
+    assert (skipped["figure_accuracy"], skipped["incomplete_figure"], skipped["n"]) == (1.0, 1, 3)
+    limited = hallusion_metrics(tmp_path, "?limit=2")  # all of a figure, of either question a half
+    assert (limited["figure_accuracy"], limited["pair_accuracy"]) == (1.0, None)
+    assert (limited["incomplete_pair"], limited.get("incomplete_figure")) == (2, None)
+    alone = hallusion_metrics(tmp_path, "?limit=1")
+    assert (alone["figure_accuracy"], alone["pair_accuracy"], alone["accuracy"]) == (None, None, 1.0)
+    shuffled = hallusion_metrics(tmp_path, "?limit=3&seed=1")
+    assert (shuffled["incomplete_figure"], shuffled["incomplete_pair"]) == (1, 1)
+
+
+def test_the_same_bad_question_twice_is_one(tmp_path: Path) -> None:
+    data = hallusion(tmp_path, ("VD", 0, 0, "1"), ("VD", 0, 0, "1"), ("VD", 0, 1, "1"))
+    metrics = evaluate("qa", data, ["yes", "yes"])
+    assert data.reasons == {"duplicate id": 1}
+    assert metrics["figure_accuracy"] == 1.0
+
+
+def test_what_a_limit_parts_is_left_out_of_mme_and_circular_eval(tmp_path: Path) -> None:
+    row = {"image": "7.png", "category": "color", "question": "Is it?", "answer": "Yes"}
+    rows = [{**row, "question_id": name} for name in ("7", "7", "8", "8")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_data(f"mme:{tmp_path}/m.jsonl?images=none")
+    metrics = evaluate("qa", data[:3], ["yes", "no", "yes"])
+    assert (metrics["accuracy_plus"], metrics["accuracy_plus_color"], metrics["incomplete_mme"]) == (0.0, 0.0, 1)
+    assert metrics["score_color"] == pytest.approx(200 / 3)
+    metrics = evaluate("qa", data[:1], ["yes"])
+    assert (metrics["accuracy"], metrics["accuracy_plus"]) == (1.0, None)
+    assert not [name for name in metrics if name.startswith("score")]
+    (tmp_path / "c.json").write_text(json.dumps([{"question": "What?", "options": ["a", "b"], "answer": 0}] * 2))
+    data = load_data(f"choice:{tmp_path}/c.json?circular=yes")
+    metrics = evaluate("qa", data[:3], ["A", "A", "A"])
+    assert (metrics["circular_accuracy"], metrics["incomplete_circular"]) == (0.0, 1)
+    assert evaluate("qa", data[1:2], ["B"])["circular_accuracy"] is None
+    assert direction("incomplete_circular") is None
