@@ -62,8 +62,8 @@ def report(
     return {"n": len(records), "changes": changes}
 
 
-def write_scores(path: Path, ids: Sequence[str], scores: Mapping[str, Scores]) -> None:
-    """A line of JSON per record: ``id`` and, for each state, its measures."""
+def write_scores(path: Path, ids: Sequence[str], scores: Mapping[str, Partial]) -> None:
+    """A line of JSON per record: ``id`` and, for each state, its measures (null: it has none)."""
     lines = [
         {"id": identity, **{state: {name: each[i] for name, each in row.items()} for state, row in scores.items()}}
         for i, identity in enumerate(ids)
