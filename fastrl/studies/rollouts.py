@@ -13,14 +13,20 @@ from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
 from fastrl.run.setup import load_model
 from fastrl.studies.base import About, Arm, Job, Line, Measured, Plot, Say, Study
-from fastrl.studies.training import changed, measure, scene_sets, train_job
+from fastrl.studies.training import Score, changed, distance, exact_count, measure, scene_sets, train_job
 from fastrl.toy.demos.evidence import Compared, change
 
 TASKS = ("grounding", "counting")
-MEASURED = {"grounding": ("iou", "IoU"), "counting": ("points", "points")}
+PAID = {"grounding": "iou", "counting": "points"}  # part of the reward, by which rates are chosen
+COUNTED = {"exact": "exact count", "distance": "distance of points"}  # counting's own measures
 SIZES, MIDDLE = (4, 8, 16), 8
 PROMPTS, QUICK_PROMPTS = 32, 16  # in a step, of groups of MIDDLE answers
 STEPS, QUICK_STEPS = 48, 16
+HOW = {"sampled": "", "greedy": ", greedy"}
+MEASURED = {  # task -> measure -> end of a comparison's name
+    "grounding": HOW,
+    "counting": {f"{how} {key}": f", {title}{end}" for key, title in COUNTED.items() for how, end in HOW.items()},
+}
 HELD_OUT, QUICK_HELD_OUT = 512, 192
 RATES = (1.5e-4, 3e-4, 6e-4)
 EQUAL = {"prompts": "equal prompts", "answers": "equal answers"}
@@ -39,7 +45,11 @@ class Experiment(Study):
         minutes=60,
         quick_minutes=5,
     )
-    measures = {"sampled": "reward, sampled", "greedy": "greedy"}  # noqa: RUF012
+    measures = {  # noqa: RUF012
+        "sampled": "IoU or matched points, sampled",
+        "greedy": "greedy",
+        **{f"{how} {key}": f"{title}, {how}" for key, title in COUNTED.items() for how in ("sampled", "greedy")},
+    }
     rates = RATES
 
     def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:
@@ -65,16 +75,16 @@ class Experiment(Study):
 
     def comparisons(self) -> Sequence[Compared]:
         found = []
-        for how, end in (("sampled", ""), ("greedy", ", greedy")):
-            for task in TASKS:
+        for task in TASKS:
+            for key, end in MEASURED[task].items():
                 middle, start = f"{task}, {MIDDLE}", f"{task}, start"
-                found.append(change(f"{middle} − start{end}", how, start, middle))
+                found.append(change(f"{middle} − start{end}", key, start, middle))
                 for equal, title in EQUAL.items():
                     few, many = arm_name(task, SIZES[0], equal), arm_name(task, SIZES[-1], equal)
                     found += [
-                        change(f"{task}, {title}: {MIDDLE} − {SIZES[0]}{end}", how, few, middle),
-                        change(f"{task}, {title}: {SIZES[-1]} − {MIDDLE}{end}", how, middle, many),
-                        change(f"{task}, {title}: {SIZES[-1]} − {SIZES[0]}{end}", how, few, many),
+                        change(f"{task}, {title}: {MIDDLE} − {SIZES[0]}{end}", key, few, middle),
+                        change(f"{task}, {title}: {SIZES[-1]} − {MIDDLE}{end}", key, middle, many),
+                        change(f"{task}, {title}: {SIZES[-1]} − {SIZES[0]}{end}", key, few, many),
                     ]
         return found
 
@@ -92,7 +102,9 @@ class Experiment(Study):
     def claims(self) -> Mapping[str, str]:
         few, many = SIZES[0], SIZES[-1]
         pairs = ((MIDDLE, few), (many, MIDDLE), (many, few))
-        return {f"{task}, {EQUAL['prompts']}: {b} − {a}": "rises" for task in TASKS for b, a in pairs}
+        ends = {("grounding", ""): "rises", ("counting", ", exact count"): "rises"}
+        ends[("counting", ", distance of points")] = "falls"
+        return {f"{t}, {EQUAL['prompts']}: {b} − {a}{end}": way for (t, end), way in ends.items() for b, a in pairs}
 
     def settings(self) -> Mapping[str, Any]:
         sizes = {"steps": self.steps, "prompts_per_step": self.prompts, "held_out": self.held_out}
@@ -104,14 +116,15 @@ class Experiment(Study):
 
     def run(self, job: Job) -> Mapping[str, Measured]:
         task = job.arm.options["task"]
-        recipe, part = self.recipes[task], MEASURED[task][0]
+        recipe, part = self.recipes[task], PAID[task]
         if job.arm.group:
             sizes = {"rollout.group_size": job.arm.options["size"], "data.prompts_per_step": job.arm.options["prompts"]}
             policy = train_job(changed(recipe, {**sizes, "data.seed": job.seed}), job)
         else:
             policy = load_model(recipe)
         reward, length = reward_for(task), recipe.rollout.max_new_tokens
-        scores = {"": lambda answers, records: reward.score(answers, records)[part]}
+        scores: dict[str, Score] = {"": lambda answers, records: reward.score(answers, records)[part]}
+        scores |= {" exact": exact_count, " distance": distance} if task == "counting" else {}
         found = {name: measure(policy, self.sets[task][name], length, scores) for name in job.sets}
         # All arms are compared on records of the same names; the tasks' scenes are not the same
         return {n: m._replace(ids=[f"scene {i}" for i in range(len(m.ids))]) for n, m in found.items()}

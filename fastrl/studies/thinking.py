@@ -24,7 +24,7 @@ from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
 from fastrl.run.setup import load_model
 from fastrl.studies.base import CHOOSING, REPORTED, About, Arm, Job, Measured, Say, Study
-from fastrl.studies.training import changed, measure, teach, train_job
+from fastrl.studies.training import changed, distance, exact_count, measure, teach, train_job
 from fastrl.toy.demos.evidence import Compared, change
 from fastrl.toy.demos.scenes import HELD_OUT_SEED, REPORTED_SEED
 
@@ -50,7 +50,7 @@ class Experiment(Study):
         question="does a thought before the answer help perception?",
         paper="Perception-R1 (arXiv:2504.07954), Table 5 (with and without thinking)",
         design="one model is taught to answer at once, one to describe the picture first, on the same scenes; then "
-        "GRPO for counting with the format reward of each; exact counts, matched points and tokens of the answers",
+        "GRPO for counting with the format reward of each; exact counts, how far points are off, and tokens",
         expected="thinking level or worse, and longer",
         minutes=45,
         quick_minutes=5,
@@ -60,12 +60,14 @@ class Experiment(Study):
         "greedy": "points, greedy",
         "sampled exact": "exact count, sampled",
         "greedy exact": "exact count, greedy",
+        "sampled distance": "distance of points, sampled",
+        "greedy distance": "distance of points, greedy",
         "sampled format": "format, sampled",
         "greedy format": "format, greedy",
         "sampled tokens": "tokens, sampled",
         "greedy tokens": "tokens, greedy",
     }
-    margins = {"sampled tokens": 1.0, "greedy tokens": 1.0}  # noqa: RUF012
+    margins = {"sampled tokens": 1.0, "greedy tokens": 1.0, "sampled distance": 0.01, "greedy distance": 0.01}  # noqa: RUF012
     rates = RATES
 
     def __init__(self, *, quick: bool = False, say: Say = lambda text: None) -> None:
@@ -88,7 +90,7 @@ class Experiment(Study):
             for grpo in (False, True):
                 plain, thinking = (arm_name(form, grpo) for form in FORMS)
                 found.append(change(f"{thinking} − {plain}: {title}", name, plain, thinking))
-        for name in ("sampled", "greedy exact"):
+        for name in ("sampled", "greedy exact", "greedy distance"):
             for form in FORMS:
                 taught, trained = arm_name(form, False), arm_name(form, True)
                 found.append(change(f"{trained} − taught: {self.measures[name]}", name, taught, trained))
@@ -97,8 +99,9 @@ class Experiment(Study):
     def claims(self) -> Mapping[str, str]:
         plain, thinking = (arm_name(form, True) for form in FORMS)
         less = f"{thinking} − {plain}"
-        better = {f"{less}: {self.measures[name]}": "does not rise" for name in ("sampled", "greedy", "greedy exact")}
-        return {**better, f"{less}: {self.measures['greedy tokens']}": "rises"}
+        better = {f"{less}: {self.measures[f'{how} exact']}": "does not rise" for how in ("sampled", "greedy")}
+        closer = {f"{less}: {self.measures[f'{how} distance']}": "does not fall" for how in ("sampled", "greedy")}
+        return {**better, **closer, f"{less}: {self.measures['greedy tokens']}": "rises"}
 
     def settings(self) -> Mapping[str, Any]:
         recipe = self.recipe
@@ -134,14 +137,14 @@ class Experiment(Study):
 
     def _measured(self, policy: Policy, records: Sequence[Record], form: str) -> Measured:
         points = reward_for("counting", format="thinking" if form == "thinking" else "strict")
-        exact = reward_for("counting", score_by="count", format="none")
 
         def tokens(answers: Sequence[str], records: Sequence[Record]) -> Sequence[float]:
             return [float(len(policy.tokenizer(answer, add_special_tokens=False)["input_ids"])) for answer in answers]
 
         scores = {
             "": lambda answers, asked: points.score(answers, asked)["points"],
-            " exact": lambda answers, asked: exact.score(answers, asked)["points"],
+            " exact": exact_count,
+            " distance": distance,
             " format": lambda answers, asked: points.score(answers, asked)["format"],
             " tokens": tokens,
         }

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from fastrl.data import load_data
 from fastrl.recipe import RecipeError, load_recipe
 from fastrl.studies import training
 from fastrl.studies.base import Arm, Job
-from fastrl.studies.training import changed, scene_sets, train_job
+from fastrl.studies.training import changed, distance, exact_count, scene_sets, train_job
 
 
 def job(folder: Path, rate: float | None = None) -> Job:
@@ -55,3 +56,16 @@ def test_both_sets_have_other_scenes_than_the_data() -> None:
     ids = [{record.id for record in records} for records in sets.values()]
     assert [len(each) for each in ids] == [3, 3]
     assert not ids[0] & ids[1]
+
+
+def test_a_count_is_right_or_not_and_an_answer_without_points_is_as_far_as_can_be() -> None:
+    records = [r for r in load_data("scenes:counting?n=40&seed=3&difficulty=3") if r.target["count"] == 2][:3]
+    right = ["[" + ", ".join(f'{{"bbox_2d": {box}}}' for box in r.target["boxes"]) + "]" for r in records]
+    side = records[0].images[0].size[0]  # type: ignore[union-attr]
+    centre = f'[{{"bbox_2d": {[side // 2] * 4}}}, {{"bbox_2d": {[side // 2] * 4}}}]'
+    answers = [right[0], "none that can be read", centre]
+    assert exact_count(answers, records) == [1.0, 0.0, 1.0]
+    found = distance(answers, records)
+    assert found[0] == pytest.approx(0.0, abs=1e-6)
+    assert found[1] == 1.0
+    assert found[2] > 0.05  # the right number in the wrong place
