@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,10 @@ from fastrl.captions.match import OfReferences, Similarity, embedding_similarity
 
 PUBLISHED = "sentence-transformers/all-mpnet-base-v2"  # CAPTURE's model, in its public metric code
 AUTO, OFF = "auto", "none"  # besides models; a folder of such a name is "./auto"
+
+
+class MissingModel(ValueError):
+    """A model that is not on this machine."""
 
 
 class Soft(NamedTuple):
@@ -39,7 +44,8 @@ def open_soft(soft: str) -> Soft:
     except ValueError as error:
         if soft != AUTO:
             raise
-        why = str(error).removeprefix("soft matching: ") if _downloaded() else f"{PUBLISHED} is not on this machine"
+        absent = isinstance(error, MissingModel)
+        why = f"{PUBLISHED} is not on this machine" if absent else str(error).removeprefix("soft matching: ")
         how = f"get it with `hf download {PUBLISHED}`, or name another sentence-embedding model; none turns it off"
         return Soft(note=f"soft matching of captions is off: {' '.join(why.split())}; {how}")
     if soft == AUTO:
@@ -66,11 +72,14 @@ class Embedder:
         return torch.stack([self._kept[phrase] for phrase in phrases])
 
 
-def _downloaded() -> bool:
-    """Whether the hub's cache has CAPTURE's model, or a part of it."""
-    from huggingface_hub import try_to_load_from_cache
+def _folder(model: str) -> Path:
+    """A model's folder, or that of its downloaded snapshot. Raises ``OSError`` or ``ValueError`` where there is none.
 
-    return isinstance(try_to_load_from_cache(PUBLISHED, "config.json"), str)
+    (transformers asks the hub for an adapter of a model that is named, whatever ``local_files_only`` says.)
+    """
+    from huggingface_hub import snapshot_download
+
+    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
 
 
 def open_similarity(model: str) -> Similarity:
@@ -79,8 +88,13 @@ def open_similarity(model: str) -> Similarity:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        network, found = AutoModel.from_pretrained(model, output_loading_info=True, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        folder = _folder(model)
+    except (OSError, ValueError):
+        what = "neither a folder nor the name of a downloaded model"
+        raise MissingModel(f"soft matching: no sentence-embedding model in {model!r}: {what}") from None
+    try:
+        network, found = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"soft matching: no sentence-embedding model in {model!r}: {error}") from None
     if missing := sorted(name for name in found["missing_keys"] if not name.startswith("pooler.")):  # never asked

@@ -17,6 +17,7 @@ Adapters, each in its own module with a ``load(path, query)`` (a new format need
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import re
@@ -253,6 +254,15 @@ def load_data(
 def read_data(spec: str) -> Dataset:
     """The data set that ``spec`` names, including its bad rows. Raises ``DataError`` like :func:`load_data`, except for
     bad rows."""
+    try:
+        return _read(spec)
+    except OSError as error:  # of looking for a file, before any adapter can say that it is not there
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise fail(spec, "missing file", "names a file by more characters than a name may have") from None
+
+
+def _read(spec: str) -> Dataset:
     adapter, path, query = parse_spec(spec)
     if adapter not in ADAPTERS:
         from fastrl.data.user import load

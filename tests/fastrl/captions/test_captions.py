@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,11 +169,15 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, and no network."""
+    """An empty hub cache. Whatever asks the network fails the test, though the hub is not said to be offline."""
     import huggingface_hub.constants
 
+    def asked(*place: Any, **options: Any) -> Any:
+        raise AssertionError(f"asked the network for {place}")
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
     return tmp_path / "hub"
 
 
@@ -224,7 +229,7 @@ def test_a_model_folder_matches_softly_from_the_critic_and_the_protocol(embedder
     assert evaluate("caption", [BOAT], [SAID], similarity=similarity)["score"] == pytest.approx(soft)
 
 
-def test_a_model_that_cannot_be_loaded_is_refused(embedder: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_refused(embedder: Path, hub: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(embedder, tmp_path / "broken")
     weights = load_file(folder / "model.safetensors")
     weights.pop("embeddings.word_embeddings.weight")
@@ -233,6 +238,8 @@ def test_a_model_that_cannot_be_loaded_is_refused(embedder: Path, tmp_path: Path
         open_similarity(str(folder))
     with pytest.raises(ValueError, match="no sentence-embedding model"):
         open_critic(f"rule?soft={tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="in 'nowhere': neither a folder nor the name of a downloaded model"):
+        open_soft("nowhere")
     with pytest.raises(ValueError, match="captions"):
         caption_soft("ocr", str(embedder), free=False)
     assert caption_soft("ocr", "auto", free=False) == Soft()

@@ -181,3 +181,16 @@ def test_odd_rows_of_a_stated_task(tmp_path: Path, layout: str, task: str) -> No
     except DataError as error:
         data = error
     assert data.problems
+
+
+@pytest.mark.parametrize(
+    "adapter", ["rows", "refexp", "captions", "choice", "hallusion", "mme", "refcoco", "coco", "ocr"]
+)
+def test_no_message_repeats_a_long_spec(tmp_path: Path, adapter: str) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"references": ["a"]}))
+    captions = f"captions:{tmp_path}/c.jsonl?"
+    rest = (f"{captions}images={'x' * 9000}", f"{captions}limit={'9' * 9000}", f"{captions}{'x' * 9000}=1")
+    for spec in (f"{adapter}:{'x' * 9000}", f"{adapter}:{'x/' * 9000}a.jsonl", *rest):
+        with pytest.raises(DataError) as error:
+            read_data(spec)
+        assert len(str(error.value)) < 3300
