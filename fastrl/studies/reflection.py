@@ -48,13 +48,13 @@ TURNS, LONGEST = 3, 64
 ALPHAS, QUICK_ALPHAS = (0, 1, 2, 5, 10), (0, 1, 10)
 CLAIMED = (1, 10)  # with which false captions are claimed to become fewer; the second is the paper's best
 CONTROL = "α 1, others' reasons"
-TAUGHT, QUICK_TAUGHT, ROWS, TEACHING_RATE = 1200, 450, 12, 2e-3  # lessons: steps, scenes of a step
+TAUGHT, QUICK_TAUGHT, ROWS, TEACHING_RATE = 1200, 250, 12, 2e-3  # lessons: steps, scenes of a step
 OWN, QUICK_OWN, DRAWN = (
     6144,
     2048,
     2,
 )  # scenes of which the taught model's own captions become lessons, captions of each
-OWN_STEPS, QUICK_OWN_STEPS, OWN_PER_STEP, OWN_RATE = 240, 80, 32, 1e-3
+OWN_STEPS, QUICK_OWN_STEPS, OWN_PER_STEP, OWN_RATE = 240, 60, 32, 1e-3
 RIGHT = 3  # of its right captions one in so many is a lesson
 MARK = "taught.json"
 PICTURES, QUICK_PICTURES, STEPS, QUICK_STEPS = 768, 192, 96, 24

@@ -45,7 +45,7 @@ COMPARED: tuple[Compared, ...] = (
     Compared("turn 1 to 3, before", ("before", "score_1"), ("before", "score_3")),
     Compared("turn 1 to 3, after", ("after", "score_1"), ("after", "score_3")),
 )
-PICTURES, HELD_OUT, TURNS, MAX_NEW_TOKENS = 1024, 256, 3, 64
+PICTURES, HELD_OUT, TURNS, MAX_NEW_TOKENS = 1024, 512, 3, 64
 MIN_BEST = 0.9  # dialogues end with captions better than this: as with the paper's model scores (its rules: 0.55)
 SHOWN = 2  # scenes whose captions are printed: the first ones
 
