@@ -112,4 +112,4 @@ def _list(as_json: bool) -> None:
         print(f"  paper     {about['paper']}")
         print(f"  design    {about['design']}")
         print(f"  expected  {about['expected']}")
-        print(f"  minutes   {about['minutes']} on two quiet cores, --quick {about['quick_minutes']}")
+        print(f"  minutes   {about['minutes']} on two quiet cores with --jobs 2, --quick {about['quick_minutes']}")

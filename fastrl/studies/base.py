@@ -29,8 +29,8 @@ class About(NamedTuple):
     paper: str  # and where in it
     design: str
     expected: str  # what the paper leads one to expect
-    minutes: int  # of the whole study on two quiet cores
-    quick_minutes: int
+    minutes: int  # of the whole study on two quiet cores, two jobs at a time
+    quick_minutes: int  # likewise
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Experiment(Study):
         design="the same ranked lists for every arm, pictures as they are or grey; PerPO, DPO and SFT; measured on "
         "pictures",
         expected="what seeing adds to training blind is larger for PerPO than for DPO",
-        minutes=30,
+        minutes=10,
         quick_minutes=4,
     )
     seeds = 5

@@ -54,7 +54,7 @@ class Experiment(Study):
         "orders, against GRPO on the same scenes for as many steps; grounding, whose truth has one order: SFT on the "
         "truth against GRPO; rates are factors of each recipe's own",
         expected="in detection GRPO − SFT grows with the number of objects, in grounding it does not",
-        minutes=35,
+        minutes=10,
         quick_minutes=4,
     )
     measures = {  # noqa: RUF012

@@ -50,7 +50,7 @@ class Experiment(Study):
         "easiest part that grows to all (nothing is replaced), 8 answers per prompt or 4, 8, 12 in thirds of the "
         "steps; equal prompts and answers for every arm",
         expected="easy to hard with growing groups above shuffled",
-        minutes=45,
+        minutes=10,
         quick_minutes=5,
     )
     measures = {  # noqa: RUF012

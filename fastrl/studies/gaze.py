@@ -66,7 +66,7 @@ class Experiment(Study):
         design="captions of scenes in three turns of reflection; the share of image attention inside the exact boxes "
         "of the named things, and its normalised scanpath saliency, by turn, before and after RePer",
         expected="saliency and attention on the image rise with every turn, and more so after training",
-        minutes=45,
+        minutes=10,
         quick_minutes=5,
     )
     rates = RATES

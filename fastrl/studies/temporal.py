@@ -3,19 +3,23 @@
 All dialogues are the same task (a spatial query about one moving shape, answered by its trajectory) about clips of the
 same number of frames. The halves are taken within dialogues of equally many actions, so that their answers are equally
 long. TPL is measured by the starting model, with grey pictures in place of the frames that are not shown.
+
+Built dialogues are all right; what the paper filters is collected data. So the same is done once more with a pool in
+which a third of the dialogues tell how the subject of another clip moves.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrl.build.utr import BuildOptions, build_dialogues
 from fastrl.data import load_data
 from fastrl.data.files import write_atomically
-from fastrl.evaluate.intervals import spearman_interval
+from fastrl.evaluate.intervals import paired_interval, spearman_interval
 from fastrl.evaluate.tpl import TemporalPerplexity, temporal_perplexity
 from fastrl.evaluate.trajectory import trajectory_ious
 from fastrl.recipe import load_recipe
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 RECIPE = "utr-tiny"
 HALVES = ("random", "top", "bottom")
+POOLS = {"right": "", "wrong": ", a third wrong"}  # pool -> end of the names of its halves
+WRONG = 3  # one dialogue in so many is, in the second pool
 POOL, QUICK_POOL, HELD_OUT, LONGEST = 512, 256, 256, 160
 DRAWN = 2  # clips drawn for each that is measured; those that do not move are left out
 MOVES = 3  # different boxes of a clip that moves
@@ -38,16 +44,17 @@ RATES = (2.5e-4, 5e-4, 1e-3)
 
 
 class Experiment(Study):
-    """The same training on the half with the highest TPL, the lowest, and a random one."""
+    """The same training on the half with the highest TPL, the lowest, and a random one; of two pools."""
 
     about = About(
         name="temporal",
         question="does temporal perplexity tell which dialogues are worth training on?",
         paper="Video-UTR (arXiv:2502.12081), temporal perplexity (eq. 6)",
-        design="one pool of UTR dialogues of the same task and length about moving clips; the half with the highest "
-        "TPL, the lowest, a random one; trajectory IoU on 256 unseen moving clips; rank correlations of TPL",
+        design="a pool of UTR dialogues of the same task and length about moving clips, and one with a third of wrong "
+        "answers; the half with the highest TPL, the lowest, a random one; trajectory IoU on 256 unseen moving clips; "
+        "rank correlations of TPL",
         expected="top at least random, random above bottom; TPL falls with the number of frames that explain an answer",
-        minutes=30,
+        minutes=15,
         quick_minutes=4,
     )
     measures = {"sampled": "trajectory IoU, sampled", "greedy": "greedy"}  # noqa: RUF012
@@ -60,18 +67,28 @@ class Experiment(Study):
         self.pool = QUICK_POOL if quick else POOL
 
     def arms(self) -> Sequence[Arm]:
-        return [Arm("start"), *(Arm(half, "UTR") for half in HALVES)]
+        return [
+            Arm("start"),
+            *(
+                Arm(half + end, "UTR", {"half": half, "pool": pool}, quick=pool == "right")
+                for pool, end in POOLS.items()
+                for half in HALVES
+            ),
+        ]
 
     def comparisons(self) -> Sequence[Compared]:
         pairs = (("start", "random"), ("random", "top"), ("bottom", "random"), ("bottom", "top"))
         return [
-            change(f"{after} − {before}{end}", how, before, after)
+            change(f"{after} − {before}{of_pool}{end}", how, named(before, of_pool), named(after, of_pool))
             for how, end in (("sampled", ""), ("greedy", ", greedy"))
+            for of_pool in POOLS.values()
             for before, after in pairs
         ]
 
     def claims(self) -> Mapping[str, str]:
-        return {"top − random": "does not fall", "random − bottom": "rises", "top − bottom": "rises"}
+        claims = {"top − random": "does not fall", "random − bottom": "rises", "top − bottom": "rises"}
+        wrong = POOLS["wrong"]
+        return {**claims, f"top − random{wrong}": "rises", f"top − bottom{wrong}": "rises"}
 
     def settings(self) -> Mapping[str, Any]:
         return {"pool": self.pool, "steps": self.recipe.optim.steps, "held_out": HELD_OUT, "rates": RATES}
@@ -82,26 +99,32 @@ class Experiment(Study):
         self.start = load_model(self.recipe)
 
     def prepare(self, seed: int, shared: Path) -> None:
-        path = shared / "tpl.jsonl"
-        if path.exists():
-            return
-        shared.mkdir(parents=True, exist_ok=True)
-        spec = scenes_like(self.recipe.data_spec, n=self.pool * DRAWN, seed=seed + 1)
-        options = BuildOptions(spec, frames=self.recipe.data.frames or 6, queries=("spatial",), seed=seed)
-        build_dialogues(options, shared / "dialogues.jsonl")
-        records = self._pool(shared)
-        self.say(f"temporal perplexity of {len(records)} dialogues …")
-        found = temporal_perplexity(self.start, records, absent="grey", seed=seed)
-        lines = [json.dumps({"id": each.id, "tpl": each.tpl, "tokens": each.tokens}) + "\n" for each in found]
-        write_atomically(path, "".join(lines))
+        if not (shared / tpl_file("right")).exists():
+            shared.mkdir(parents=True, exist_ok=True)
+            spec = scenes_like(self.recipe.data_spec, n=self.pool * DRAWN, seed=seed + 1)
+            options = BuildOptions(spec, frames=self.recipe.data.frames or 6, queries=("spatial",), seed=seed)
+            build_dialogues(options, shared / "dialogues.jsonl")
+        for pool in dict.fromkeys(
+            arm.options["pool"] for arm in self.arms() if arm.group and (arm.quick or not self.quick)
+        ):
+            path = shared / tpl_file(pool)
+            if path.exists():
+                continue
+            records = self._pool(shared, pool)
+            self.say(f"temporal perplexity of {len(records)} dialogues …")
+            found = temporal_perplexity(self.start, records, absent="grey", seed=seed)
+            lines = [
+                json.dumps({"id": each.id, "tpl": each.tpl, "tokens": each.tokens, "wrong": "wrong" in record.target})
+                for each, record in zip(found, records, strict=True)
+            ]
+            write_atomically(path, "".join(f"{line}\n" for line in lines))
 
     def run(self, job: Job) -> Mapping[str, Measured]:
         if not job.arm.group:
             return {name: self._measure_start(self.sets[name]) for name in job.sets}
-        records = self._pool(job.shared)
-        rows = [json.loads(line) for line in (job.shared / "tpl.jsonl").read_text(encoding="utf-8").splitlines()]
-        tpl = {row["id"]: row["tpl"] for row in rows}
-        chosen = half_of(records, [tpl[record.id] for record in records], job.arm.name)
+        pool = job.arm.options["pool"]
+        records, tpl = self._pool(job.shared, pool), {row["id"]: row["tpl"] for row in rows_of(job.shared, pool)}
+        chosen = half_of(records, [tpl[record.id] for record in records], job.arm.options["half"])
         policy = train_job(self.recipe, job, chosen)
         return {name: measure(policy, self.sets[name], LONGEST, {"": overlap}, samples=1) for name in job.sets}
 
@@ -112,18 +135,78 @@ class Experiment(Study):
         for name, key in (("greedy IoU before training", "greedy"), ("frames that explain the answer", "explaining")):
             value, low, high = spearman_interval(scores["tpl"], scores[key])
             found[f"rank correlation of TPL and {name}"] = {"value": value, "low": low, "high": high}
+        marked = [rows_of(path.parent, "wrong") for path in sorted(out.glob(f"seed-*/{tpl_file('wrong')}"))]
+        if marked:
+            kept = [row["wrong"] for rows in marked for row in upper(rows)]
+            value, low, high = paired_interval([0.0] * len(kept), [float(wrong) for wrong in kept])
+            found["part of the dialogues of highest TPL that is wrong, of a third"] = {
+                "value": value,
+                "low": low,
+                "high": high,
+            }
         return found
 
-    def _pool(self, shared: Path) -> list[Record]:
-        """The first ``pool`` dialogues about clips that move."""
+    def _pool(self, shared: Path, pool: str) -> list[Record]:
+        """The first ``pool`` dialogues about clips that move, as they are or a third of them with wrong answers."""
         records = load_data(f"utr:{shared / 'dialogues.jsonl'}")
-        return [record for record in records if moves(record)][: self.pool]
+        found = [record for record in records if moves(record)][: self.pool]
+        return with_wrong(found) if pool == "wrong" else found
 
     def _measure_start(self, records: Sequence[Record]) -> Measured:
         found = measure(self.start, records, LONGEST, {"": overlap}, samples=1)
         scored = temporal_perplexity(self.start, records, absent="grey", curve=True)
         extra = {"tpl": [each.tpl for each in scored], "explaining": [explaining(each) for each in scored]}
         return found._replace(scores={**found.scores, **extra})
+
+
+def named(half: str, of_pool: str) -> str:
+    """The arm of a half of a pool; all pools have one start."""
+    return half if half == "start" else half + of_pool
+
+
+def tpl_file(pool: str) -> str:
+    """Of the TPL of a pool's dialogues, in a seed's folder."""
+    return "tpl.jsonl" if pool == "right" else f"tpl-{pool}.jsonl"
+
+
+def rows_of(shared: Path, pool: str) -> list[dict[str, Any]]:
+    """``id``, ``tpl``, ``tokens`` and ``wrong`` of each dialogue of a pool."""
+    return [json.loads(line) for line in (shared / tpl_file(pool)).read_text(encoding="utf-8").splitlines()]
+
+
+def upper(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The half of highest TPL."""
+    return sorted(rows, key=lambda row: -row["tpl"])[: -(-len(rows) // 2)]
+
+
+def with_wrong(records: Sequence[Record]) -> list[Record]:
+    """The records, one in ``WRONG`` of those with equally many actions with the movement of the next such one.
+
+    Its ``target`` has ``wrong``, and names its own subject. A group with a single such record keeps it as it is.
+    """
+    found = list(records)
+    for members in by_actions(records).values():
+        chosen = members[1::WRONG]
+        for place, other in zip(chosen, chosen[1:] + chosen[:1], strict=True):
+            if place != other:
+                found[place] = moved_as(records[place], records[other])
+    return found
+
+
+def moved_as(record: Record, other: Record) -> Record:
+    """The record with the other one's movement in its answer."""
+    (own,), (theirs,) = record.target["tracks"], other.target["tracks"]
+    answer = other.target["answer"].replace(theirs["name"], own["name"], 1)
+    track = {**own, "boxes": theirs["boxes"], "spans": theirs["spans"]}
+    return replace(record, target={**record.target, "tracks": [track], "answer": answer, "wrong": True})
+
+
+def by_actions(records: Sequence[Record]) -> dict[int, list[int]]:
+    """Number of actions in a truth → the places of such records."""
+    groups: dict[int, list[int]] = {}
+    for number, record in enumerate(records):
+        groups.setdefault(sum(len(track["spans"]) for track in record.target["tracks"]), []).append(number)
+    return groups
 
 
 def moves(record: Record) -> bool:
@@ -147,11 +230,8 @@ def half_of(records: Sequence[Record], tpl: Sequence[float], which: str) -> list
     ``top`` and ``bottom``: of the highest and lowest TPL; ``random``: every other record (their order is random).
     Together, top and bottom are all records; where their number is odd the middle one is in both.
     """
-    groups: dict[int, list[int]] = {}
-    for number, record in enumerate(records):
-        groups.setdefault(sum(len(track["spans"]) for track in record.target["tracks"]), []).append(number)
     chosen: list[int] = []
-    for members in groups.values():
+    for members in by_actions(records).values():
         count = -(-len(members) // 2)
         ranked = sorted(members, key=lambda i: (-tpl[i], i))
         chosen += {"top": ranked[:count], "bottom": ranked[-count:], "random": members[::2]}[which]

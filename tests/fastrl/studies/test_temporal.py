@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from fastrl.data import load_data
 from fastrl.data.records import Record
 from fastrl.studies import temporal
 from fastrl.studies.runner import run_study
-from fastrl.studies.temporal import HALVES, Experiment, half_of, moves
+from fastrl.studies.temporal import HALVES, Experiment, half_of, moves, rows_of, tpl_file, upper, with_wrong
 
 
 def record(name: str, actions: int, places: int) -> Record:
@@ -43,6 +44,33 @@ def test_halves_have_the_highest_and_lowest_tpl_among_answers_of_the_same_length
     assert len(odd) == 2 + 1
 
 
+def test_a_third_of_a_pool_tells_how_other_subjects_move() -> None:
+    clips = load_data("scenes:utr?n=40&seed=5&size=84&difficulty=1&frames=8")
+    right = [replace(r, target={**r.target, "answer": text_of(r)}) for r in clips if len(r.target["tracks"]) == 1]
+    found = with_wrong(right)
+    wrong = [(old, new) for old, new in zip(right, found, strict=True) if "wrong" in new.target]
+    assert len(right) // 3 - 4 <= len(wrong) <= len(right) // 3 + 4
+    assert len(wrong) >= 4
+    moved = {json.dumps(track_of(old)["boxes"]): track_of(old) for old, _ in wrong}
+    for old, new in wrong:
+        assert (new.images, new.messages, track_of(new)["name"]) == (old.images, old.messages, track_of(old)["name"])
+        source = moved.pop(json.dumps(track_of(new)["boxes"]))  # each movement is told once
+        assert source["boxes"] != track_of(old)["boxes"]
+        assert len(source["spans"]) == len(track_of(old)["spans"])
+        assert new.target["answer"] == text_of(new)
+    assert [new for old, new in zip(right, found, strict=True) if new is not old] == [new for _, new in wrong]
+
+
+def track_of(record: Record) -> dict[str, Any]:
+    (track,) = record.target["tracks"]
+    return track
+
+
+def text_of(record: Record) -> str:
+    track = track_of(record)
+    return f"Track1: {track['name']}, {json.dumps([track['boxes'], track['spans']])}"
+
+
 @pytest.mark.gate
 def test_a_very_small_study_finds_halves_and_correlations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("QUICK_POOL", 12), ("HELD_OUT", 4)):
@@ -57,6 +85,18 @@ def test_a_very_small_study_finds_halves_and_correlations(tmp_path: Path, monkey
     rows = [json.loads(line) for line in (tmp_path / "seed-0" / "tpl.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     assert len({row["tpl"] for row in rows}) == 12
+    assert not any(row["wrong"] for row in rows)
+    full = Experiment()
+    full.pool, full.start = 12, study.start
+    full.prepare(0, tmp_path / "seed-0")
+    assert rows_of(tmp_path / "seed-0", "right") == rows
+    mixed = rows_of(tmp_path / "seed-0", "wrong")
+    changed = [new["tpl"] != pytest.approx(old["tpl"]) for old, new in zip(rows, mixed, strict=True)]
+    assert changed == [row["wrong"] for row in mixed]
+    assert 1 < sum(changed) <= 6
+    found = full.findings(tmp_path)["part of the dialogues of highest TPL that is wrong, of a third"]
+    assert found["value"] == sum(row["wrong"] for row in upper(mixed)) / 6
+    assert (tmp_path / "seed-0" / tpl_file("wrong")).is_file()
 
 
 def test_moving_records_are_what_is_measured() -> None:
