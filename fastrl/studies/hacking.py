@@ -53,7 +53,7 @@ class Experiment(Study):
         design="one pass over 64, 256, 1,024 clips, asked what one frame tells or UTR's questions, by two models, one "
         "of half the width; proxy: log-likelihood of such texts about unseen clips; truth: trajectory IoU there",
         expected="one frame: proxy up, truth down with more data, and more so for the wider model; UTR: both up",
-        minutes=60,
+        minutes=20,
         quick_minutes=4,
     )
     measures = {  # noqa: RUF012

@@ -42,7 +42,7 @@ class Experiment(Study):
         design="GRPO for grounding and counting with groups of 4, 8 and 16 answers; at equal prompts in a step, and at "
         "equal answers in a step (equal work of sampling); equal steps and one learning rate for all sizes of a task",
         expected="better with more answers, at equal prompts",
-        minutes=60,
+        minutes=15,
         quick_minutes=5,
     )
     measures = {  # noqa: RUF012
