@@ -76,7 +76,7 @@ class Experiment(Study):
         expected="turn t + 1 above turn t, and above the same turn with another picture's reasons; α > 0 lowers false "
         "facts (the paper's best α is 10)",
         minutes=60,
-        quick_minutes=11,  # lessons, which follow each other: counted as one core's seconds
+        quick_minutes=7,  # lessons, which follow each other in one thread: 270 counted seconds
     )
     rates = RATES
 
