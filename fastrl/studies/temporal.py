@@ -54,7 +54,7 @@ class Experiment(Study):
         "answers; the half with the highest TPL, the lowest, a random one; trajectory IoU on 256 unseen moving clips; "
         "rank correlations of TPL",
         expected="top at least random, random above bottom; TPL falls with the number of frames that explain an answer",
-        minutes=15,
+        minutes=20,
         quick_minutes=4,
     )
     measures = {"sampled": "trajectory IoU, sampled", "greedy": "greedy"}  # noqa: RUF012
