@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from fastrl.data.records import Record
-from fastrl.rewards.counting import CountingReward, point_distances, true_points
+from fastrl.rewards.counting import CountingReward, exact_counts, point_distances, true_points
 from fastrl.rewards.reading import view_of
+
+MOST = 20_000  # points read from one answer
 
 
 def evaluate_counting(records: Sequence[Record], answers: Sequence[str]) -> dict[str, float | None]:
@@ -24,9 +26,8 @@ def evaluate_counting(records: Sequence[Record], answers: Sequence[str]) -> dict
     those of them in which nothing is matched, because the answer has no point, have none and are counted as
     ``unmatched``. None: no record has one, as in data with counts alone.
     """
-    reward = CountingReward(score_by="count", format="none", max_items=20_000)
-    exact = reward.score(answers, records)["points"]
-    unparsable = reward.readable(answers, records).count(False)
+    exact = exact_counts(answers, records, max_items=MOST)
+    unparsable = CountingReward(max_items=MOST).readable(answers, records).count(False)
     placed = [i for i, record in enumerate(records) if true_points(record) and view_of(record) is not None]
     distances = point_distances([answers[i] for i in placed], [records[i] for i in placed])
     known = [distance for distance in distances if distance is not None]

@@ -8,7 +8,7 @@ independently of records (Owen, The pigeonhole bootstrap, Annals of Applied Stat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -124,12 +124,51 @@ def spearman_interval(
         raise ValueError(f"correlated scores: need the same two or more records, got {len(first)} and {len(second)}")
     if not 0 < level < 1 or draws < 1:
         raise ValueError(f"need a level in (0, 1) and at least one draw, got {level} and {draws}")
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    chosen = (generator.integers(len(a), size=len(a)) for _ in range(draws))
-    found = [_correlation(_ranks(a[rows]), _ranks(b[rows])) for rows in chosen]
+    scores = np.asarray([first, second], dtype=np.float64)
+    return _over_records(scores, lambda drawn: _correlation(*map(_ranks, drawn)), level, draws, seed)
+
+
+def relative_interval(
+    first: tuple[Sequence[float], Sequence[float]],
+    second: tuple[Sequence[float], Sequence[float]],
+    *,
+    level: float = LEVEL,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The relative change of one mean less that of another, with its percentile interval over records: 0 where both
+    lose the same part of what they began with.
+
+    Args:
+        first, second: scores [N] before and after, all of the same records in the same order.
+        level, draws, seed: see :func:`paired_interval`.
+
+    Raises:
+        ValueError: no record, different numbers of scores, a mean before that is 0, or a level outside (0, 1).
+    """
+    if len({len(scores) for scores in (*first, *second)}) > 1 or not first[0]:
+        raise ValueError(f"relative change: need the same records, got {[len(s) for s in (*first, *second)]}")
+    if not 0 < level < 1 or draws < 1:
+        raise ValueError(f"need a level in (0, 1) and at least one draw, got {level} and {draws}")
+    scores = np.asarray([*first, *second], dtype=np.float64)
+    if not scores[[0, 2]].mean(1).all():
+        raise ValueError("relative change: a mean before is 0")
+    return _over_records(scores, _relative, level, draws, seed)
+
+
+def _relative(scores: np.ndarray) -> float:
+    before, after, other_before, other_after = scores.mean(1)
+    return float(after / before - other_after / other_before)
+
+
+def _over_records(
+    scores: np.ndarray, value: Callable[[np.ndarray], float], level: float, draws: int, seed: int
+) -> Interval:
+    """What ``value`` makes of scores [K, N], with its percentile interval over drawn records."""
+    generator, records = np.random.default_rng(seed), scores.shape[1]
+    found = [value(scores[:, generator.integers(records, size=records)]) for _ in range(draws)]
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(_correlation(_ranks(a), _ranks(b)), float(low), float(high))
+    return Interval(value(scores), float(low), float(high))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -154,6 +154,13 @@ class CountingReward(Reward):
         return math.fsum(1.0 - d / DIAGONAL for d in distances) / max(n_pred, n_truth)
 
 
+def exact_counts(answers: Sequence[str], records: Sequence[Record], *, max_items: int = 512) -> list[float]:
+    """1 for each answer with as many points or boxes as there are objects, else 0; an unparsable or cut-off answer is
+    wrong even if there is none."""
+    read = (read_points(answer, max_items) for answer in answers)
+    return [_exact(parsed, record) for parsed, record in zip(read, records, strict=True)]
+
+
 def _in_thousand(
     read: Sequence[Parsed], records: Sequence[Record], frame: Frame | None
 ) -> tuple[list[list[Coords]], list[list[Coords]]]:

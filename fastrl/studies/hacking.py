@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastrl.data import load_data
 from fastrl.data.scenes import Scenes
 from fastrl.data.scenes.tasks import shown_in
+from fastrl.evaluate.intervals import relative_interval
 from fastrl.evaluate.tpl import temporal_perplexity
 from fastrl.evaluate.trajectory import trajectory_ious
 from fastrl.recipe import Recipe, load_recipe
@@ -143,7 +142,7 @@ class Experiment(Study):
         for n in self.sizes:
             states = {w: (start_of(w), arm_name("hack", n, w)) for w in WIDTHS}
             if all(name in rows[0] for pair in states.values() for name in pair):
-                wide, narrow = (np.array([[row[s]["greedy"] for s in states[w]] for row in rows]) for w in WIDTHS)
+                wide, narrow = (tuple([row[s]["greedy"] for row in rows] for s in states[w]) for w in WIDTHS)
                 value, low, high = relative_interval(wide, narrow)
                 title = f"{KINDS['hack']}, {n} clips: change of the truth as a part of the start's, wide − narrow"
                 found[title] = {"value": value, "low": low, "high": high}
@@ -197,24 +196,6 @@ class Experiment(Study):
             for kind, records in texts.items()
         }
         return found._replace(scores={**found.scores, **likelihood})
-
-
-def relative_interval(
-    first: np.ndarray, second: np.ndarray, *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """The relative change of ``first`` less that of ``second`` with its 95 % bootstrap interval over records.
-
-    ``first``, ``second``: [N, 2], scores of the same records before and after; the mean before is not 0.
-    """
-
-    def less(rows: Any) -> float:
-        (a, b), (c, d) = first[rows].mean(0), second[rows].mean(0)
-        return float(b / a - d / c)
-
-    generator = np.random.default_rng(seed)
-    drawn = [less(generator.integers(len(first), size=len(first))) for _ in range(draws)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return less(slice(None)), float(low), float(high)
 
 
 def overlap(answers: Sequence[str], records: Sequence[Record]) -> Sequence[float]:

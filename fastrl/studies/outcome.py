@@ -210,8 +210,9 @@ def _change(compared: Compared, each: Sequence[Mapping[str, Scores]]) -> dict[st
     }
 
 
-def _at_an_end(value: float, tried: Sequence[float]) -> str:
-    return " (at an end of its grid)" if len(tried) > 1 and value in (min(tried), max(tried)) else ""
+def _at_an_end(value: float, tried: Sequence[Sequence[float]]) -> str:
+    """``tried``: (value, mean) in order; empty where nothing was chosen."""
+    return " (at an end of its grid)" if tried and value in (tried[0][0], tried[-1][0]) else ""
 
 
 def _same_ids(cells: Cells) -> Sequence[str]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
+from fastrl.rewards.counting import exact_counts
 from fastrl.run.setup import load_model
 from fastrl.studies.base import About, Arm, Job, Line, Measured, Plot, Say, Study
-from fastrl.studies.training import Score, changed, distance, exact_count, measure, scene_sets, train_job
+from fastrl.studies.training import Score, changed, distance, measure, scene_sets, train_job
 from fastrl.toy.demos.evidence import Compared, change
 
 TASKS = ("grounding", "counting")
@@ -124,7 +125,7 @@ class Experiment(Study):
             policy = load_model(recipe)
         reward, length = reward_for(task), recipe.rollout.max_new_tokens
         scores: dict[str, Score] = {"": lambda answers, records: reward.score(answers, records)[part]}
-        scores |= {" exact": exact_count, " distance": distance} if task == "counting" else {}
+        scores |= {" exact": exact_counts, " distance": distance} if task == "counting" else {}
         found = {name: measure(policy, self.sets[task][name], length, scores) for name in job.sets}
         # All arms are compared on records of the same names; the tasks' scenes are not the same
         return {n: m._replace(ids=[f"scene {i}" for i in range(len(m.ids))]) for n, m in found.items()}

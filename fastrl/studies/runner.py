@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastrl.data.disk import nothing_empty_left
 from fastrl.data.files import write_atomically
@@ -30,8 +30,17 @@ from fastrl.studies.workers import Runs, runs_of
 
 FILE = "study.json"
 TITLES = {"rate": "learning rate", "beta": "β"}  # what is chosen, in this order
-WIDENED = 2  # values that a grid may grow by
-SETS = (CHOOSING, REPORTED)
+WIDENED = 3  # values that a grid may grow by
+
+
+class Tried(NamedTuple):
+    """A job of a grid, and what it scored on the choosing set by the measure that its group is chosen by."""
+
+    job: Job
+    mean: float
+
+
+Grids = dict[str, dict[float, Tried]]  # group → value of a setting
 
 
 def run_study(study: Study, out: Path, *, seeds: int | None = None, processes: int = 1) -> dict[str, Any]:
@@ -45,8 +54,9 @@ def run_study(study: Study, out: Path, *, seeds: int | None = None, processes: i
             process (the order of sums), not on how many there are.
 
     Returns:
-        See ``fastrl.studies.outcome.outcome``, and :func:`values_tried` for what was chosen from; all of it but
-        ``out`` is written to ``OUT/results.json``.
+        See ``fastrl.studies.outcome.outcome``; also ``tried`` and ``tried_betas``: group → the learning rates, and
+        values of β, that were tried, each with the mean it was chosen by. All of it but ``out`` is written to
+        ``OUT/results.json``.
 
     Raises:
         ValueError: no seed, or several for a quick study, the folder holds something else or another study or setting,
@@ -77,27 +87,20 @@ def run_study(study: Study, out: Path, *, seeds: int | None = None, processes: i
         if stopped:
             study.say(f"nothing is trained: {stopped}")
             arms = [job.arm for job in first]
-        tried, chosen = choose(study, run, arms, out)
+        chosen, tried = choose(study, run, arms, out)
         jobs = [_job(arm, seed, chosen[arm.group], out) for seed in range(count) for arm in arms if arm.group]
         _run(study, run, jobs, finished=finished, before=len(first))
     cells = {(job.arm.name, job.seed): read_cell(job.folder) for job in (*first, *jobs)}
-    others = {job.folder for job in tried} - {job.folder for job in jobs}
+    trials = [each.job for grids in tried.values() for found in grids.values() for each in found.values()]
+    others = {job.folder for job in trials} - {job.folder for job in jobs}
     spent = [spent_on(_shared(out, seed))[1] for seed in range(count)]
     spent += [read_cell(folder).cpu_seconds for folder in others]
-    result = outcome(study, cells, chosen, out, stopped, sum(spent)) | values_tried(tried)
+    result = outcome(study, cells, chosen, out, stopped, sum(spent))
+    for key, grids in zip(("tried", "tried_betas"), tried.values(), strict=True):
+        result[key] = {group: [[value, of[value].mean] for value in sorted(of)] for group, of in grids.items()}
     write_atomically(out / "results.json", json.dumps(result, indent=1) + "\n")
     write_page(study, result, out / "study.html")
     return {**result, "out": str(out)}
-
-
-def values_tried(jobs: Sequence[Job]) -> dict[str, dict[str, list[float]]]:
-    """``tried`` and ``tried_betas``: group → the learning rates, and values of β, of these jobs."""
-    found: dict[str, dict[str, list[float]]] = {"tried": {}, "tried_betas": {}}
-    for key, setting in zip(found, TITLES, strict=True):
-        for job in jobs:
-            value, values = getattr(job, setting), found[key].setdefault(job.arm.group, [])
-            found[key][job.arm.group] = sorted({*values, *([] if value is None else [value])})
-    return {key: {group: values for group, values in each.items() if values} for key, each in found.items()}
 
 
 def check_folder(out: Path, described: Mapping[str, Any]) -> None:
@@ -126,46 +129,54 @@ def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from _settings(each, ".".join(filter(None, (name, key if (name, key) != ("", "settings") else ""))))
 
 
-def choose(study: Study, run: Runs, arms: Sequence[Arm], out: Path) -> tuple[list[Job], dict[str, Chosen]]:
+def choose(study: Study, run: Runs, arms: Sequence[Arm], out: Path) -> tuple[dict[str, Chosen], dict[str, Grids]]:
     """Choose the learning rate of each group from the study's grid, then its β if it has a grid, each with seed 0 on
     the choosing set, by the group's first arm and ``Study.chosen_by``.
 
-    A grid whose best value is its end says only that a better one may lie beyond. It goes on there in its own steps,
-    for this group, until the best lies inside or ``WIDENED`` values were added. Quick studies choose nothing: they take
-    the middle of each grid, as the choice of rates does for β.
+    Quick studies choose nothing: they take the middle of each grid, as the choice of rates does for β.
 
     Returns:
-        The jobs that were tried, and by group what was chosen; ``None`` where there is no grid: the recipe's.
+        By group what was chosen (``None`` where there is no grid: the recipe's), and what was tried, by setting.
     """
     first: dict[str, Arm] = {}
     for arm in arms:
         if arm.group:
             first.setdefault(arm.group, arm)
     chosen = {group: Chosen(_middle(study.rates), _middle(study.betas.get(group, ()))) for group in first}
-    tried: list[Job] = []
-    if study.quick:
-        return tried, chosen
+    tried: dict[str, Grids] = {}
     for setting, title in TITLES.items():
-        grids = {group: study.rates if setting == "rate" else study.betas.get(group, ()) for group in first}
-        wanted = {group: list(grid) for group, grid in grids.items() if len(grid) > 1}
-        means: dict[str, dict[float, float]] = {group: {} for group in wanted}
-        for _ in range(1 + WIDENED):
-            jobs = {
-                (group, value): _job(first[group], 0, chosen[group]._replace(**{setting: value}), out, SETS)
-                for group, values in wanted.items()
-                for value in values
-            }
-            _run(study, run, list(jobs.values()))
-            tried += jobs.values()
-            for (group, value), job in jobs.items():
-                means[group][value] = fmean(read_cell(job.folder).sets[CHOOSING].scores[_chosen_by(study, group)])
-            wanted = {group: beyond(means[group]) for group in wanted}
-        for group, found in means.items():
-            chosen[group] = chosen[group]._replace(**{setting: max(found, key=found.__getitem__)})
-            shown = ", ".join(f"{value:g}: {mean:.4f}" for value, mean in sorted(found.items()))
-            best = f"{group}: {title} {getattr(chosen[group], setting):g}"
-            study.say(f"{best} ({_chosen_by(study, group)} on the choosing set: {shown})")
-    return tried, chosen
+        tried[setting] = {} if study.quick else _try(study, run, setting, first, chosen, out)
+        for group, found in tried[setting].items():
+            best = max(found, key=lambda value: found[value].mean)
+            chosen[group] = chosen[group]._replace(**{setting: best})
+            shown = ", ".join(f"{value:g}: {each.mean:.4f}" for value, each in sorted(found.items()))
+            study.say(f"{group}: {title} {best:g} ({_chosen_by(study, group)} on the choosing set: {shown})")
+    return chosen, tried
+
+
+def _try(
+    study: Study, run: Runs, setting: str, first: Mapping[str, Arm], chosen: Mapping[str, Chosen], out: Path
+) -> Grids:
+    """Run the first arm of every group that has a grid of a setting at each value of it.
+
+    A grid whose best value is its end says only that a better one may lie beyond. It goes on there in its own steps,
+    for this group, until the best lies inside or ``WIDENED`` values were added.
+    """
+    grids = {group: study.rates if setting == "rate" else study.betas.get(group, ()) for group in first}
+    wanted = {group: list(grid) for group, grid in grids.items() if len(grid) > 1}
+    found: Grids = {group: {} for group in wanted}
+    for _ in range(1 + WIDENED):
+        jobs = {
+            (group, value): _job(first[group], 0, chosen[group]._replace(**{setting: value}), out, (CHOOSING, REPORTED))
+            for group, values in wanted.items()
+            for value in values
+        }
+        _run(study, run, list(jobs.values()))
+        for (group, value), job in jobs.items():
+            scores = read_cell(job.folder).sets[CHOOSING].scores[_chosen_by(study, group)]
+            found[group][value] = Tried(job, fmean(scores))
+        wanted = {group: beyond({value: each.mean for value, each in of.items()}) for group, of in found.items()}
+    return found
 
 
 def _middle(grid: Sequence[float]) -> float | None:

@@ -104,27 +104,20 @@ class Experiment(Study):
             spec = scenes_like(self.recipe.data_spec, n=self.pool * DRAWN, seed=seed + 1)
             options = BuildOptions(spec, frames=self.recipe.data.frames or 6, queries=("spatial",), seed=seed)
             build_dialogues(options, shared / "dialogues.jsonl")
-        for pool in dict.fromkeys(
-            arm.options["pool"] for arm in self.arms() if arm.group and (arm.quick or not self.quick)
-        ):
+        for pool in ("right",) if self.quick else POOLS:
             path = shared / tpl_file(pool)
             if path.exists():
                 continue
             records = self._pool(shared, pool)
             self.say(f"temporal perplexity of {len(records)} dialogues …")
             found = temporal_perplexity(self.start, records, absent="grey", seed=seed)
-            lines = [
-                json.dumps({"id": each.id, "tpl": each.tpl, "tokens": each.tokens, "wrong": "wrong" in record.target})
-                for each, record in zip(found, records, strict=True)
-            ]
+            lines = [json.dumps({"id": each.id, "tpl": each.tpl, "tokens": each.tokens}) for each in found]
             write_atomically(path, "".join(f"{line}\n" for line in lines))
 
     def run(self, job: Job) -> Mapping[str, Measured]:
         if not job.arm.group:
             return {name: self._measure_start(self.sets[name]) for name in job.sets}
-        pool = job.arm.options["pool"]
-        records, tpl = self._pool(job.shared, pool), {row["id"]: row["tpl"] for row in rows_of(job.shared, pool)}
-        chosen = half_of(records, [tpl[record.id] for record in records], job.arm.options["half"])
+        chosen = self._half(job.shared, job.arm.options["pool"], job.arm.options["half"])
         policy = train_job(self.recipe, job, chosen)
         return {name: measure(policy, self.sets[name], LONGEST, {"": overlap}, samples=1) for name in job.sets}
 
@@ -135,11 +128,11 @@ class Experiment(Study):
         for name, key in (("greedy IoU before training", "greedy"), ("frames that explain the answer", "explaining")):
             value, low, high = spearman_interval(scores["tpl"], scores[key])
             found[f"rank correlation of TPL and {name}"] = {"value": value, "low": low, "high": high}
-        marked = [rows_of(path.parent, "wrong") for path in sorted(out.glob(f"seed-*/{tpl_file('wrong')}"))]
-        if marked:
-            kept = [row["wrong"] for rows in marked for row in upper(rows)]
-            value, low, high = paired_interval([0.0] * len(kept), [float(wrong) for wrong in kept])
-            found["part of the dialogues of highest TPL that is wrong, of a third"] = {
+        seeds = [path.parent for path in sorted(out.glob(f"seed-*/{tpl_file('wrong')}"))]
+        kept = [float("wrong" in record.target) for shared in seeds for record in self._half(shared, "wrong", "top")]
+        if kept:
+            value, low, high = paired_interval([0.0] * len(kept), kept)
+            found["part of the half of highest TPL that is wrong, of a third"] = {
                 "value": value,
                 "low": low,
                 "high": high,
@@ -151,6 +144,12 @@ class Experiment(Study):
         records = load_data(f"utr:{shared / 'dialogues.jsonl'}")
         found = [record for record in records if moves(record)][: self.pool]
         return with_wrong(found) if pool == "wrong" else found
+
+    def _half(self, shared: Path, pool: str, half: str) -> list[Record]:
+        records = self._pool(shared, pool)
+        lines = (shared / tpl_file(pool)).read_text(encoding="utf-8").splitlines()
+        tpl = {row["id"]: row["tpl"] for row in map(json.loads, lines)}
+        return half_of(records, [tpl[record.id] for record in records], half)
 
     def _measure_start(self, records: Sequence[Record]) -> Measured:
         found = measure(self.start, records, LONGEST, {"": overlap}, samples=1)
@@ -167,16 +166,6 @@ def named(half: str, of_pool: str) -> str:
 def tpl_file(pool: str) -> str:
     """Of the TPL of a pool's dialogues, in a seed's folder."""
     return "tpl.jsonl" if pool == "right" else f"tpl-{pool}.jsonl"
-
-
-def rows_of(shared: Path, pool: str) -> list[dict[str, Any]]:
-    """``id``, ``tpl``, ``tokens`` and ``wrong`` of each dialogue of a pool."""
-    return [json.loads(line) for line in (shared / tpl_file(pool)).read_text(encoding="utf-8").splitlines()]
-
-
-def upper(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The half of highest TPL."""
-    return sorted(rows, key=lambda row: -row["tpl"])[: -(-len(rows) // 2)]
 
 
 def with_wrong(records: Sequence[Record]) -> list[Record]:

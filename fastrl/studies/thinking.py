@@ -22,9 +22,10 @@ from fastrl.data.scenes import tasks
 from fastrl.data.scenes.world import sample_scene
 from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
+from fastrl.rewards.counting import exact_counts
 from fastrl.run.setup import load_model
 from fastrl.studies.base import CHOOSING, REPORTED, About, Arm, Job, Measured, Say, Study
-from fastrl.studies.training import changed, distance, exact_count, measure, teach, train_job
+from fastrl.studies.training import changed, distance, measure, teach, train_job
 from fastrl.toy.demos.evidence import Compared, change
 from fastrl.toy.demos.scenes import HELD_OUT_SEED, REPORTED_SEED
 
@@ -143,7 +144,7 @@ class Experiment(Study):
 
         scores = {
             "": lambda answers, asked: points.score(answers, asked)["points"],
-            " exact": exact_count,
+            " exact": exact_counts,
             " distance": distance,
             " format": lambda answers, asked: points.score(answers, asked)["format"],
             " tokens": tokens,

@@ -11,7 +11,7 @@ from fastrl.build.perpo import build_lists, make_options
 from fastrl.data import load_data
 from fastrl.evaluate.run import sample_records
 from fastrl.recipe import Recipe, build_recipe, load_recipe
-from fastrl.rewards.counting import CountingReward, point_distances
+from fastrl.rewards.counting import point_distances
 from fastrl.run.setup import load_model
 from fastrl.studies.base import CHOOSING, REPORTED, Job, Measured
 from fastrl.toy.demos.evidence import per_record
@@ -96,11 +96,6 @@ def make_lists(
     if not found["kept"]:
         raise ValueError(f"{spec}: none of {found['prompts']} lists has rewards that differ by {min_gap:g} or at all")
     return shared / LISTS
-
-
-def exact_count(answers: Sequence[str], records: Sequence[Record]) -> list[float]:
-    """1 for each answer with the right number of objects, else 0."""
-    return [value or 0.0 for value in CountingReward(score_by="count", format="none").score(answers, records)["points"]]
 
 
 def distance(answers: Sequence[str], records: Sequence[Record]) -> list[float]:

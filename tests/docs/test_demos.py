@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from tests.helpers.pages import CHANGE, signed
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "verify.json").read_text(encoding="utf-8"))
@@ -20,7 +21,6 @@ DEMOS = {  # as the table names them
     "RePer": ("reper", "caption"),
     "UTR": ("utr", "trajectory"),
 }
-_CHANGE = re.compile(r"([+−]\d+\.\d{3}) \[([+−]\d+\.\d{3}), ([+−]\d+\.\d{3})\]")
 
 
 def rows() -> list[tuple[str, str, str, list[tuple[str, ...]]]]:
@@ -30,12 +30,8 @@ def rows() -> list[tuple[str, str, str, list[tuple[str, ...]]]]:
     for line in table:
         name, measure, before, changes = (cell.strip() for cell in line.strip("|").split("|"))
         demo = name or demo
-        found.append((demo, measure, before, _CHANGE.findall(changes)))
+        found.append((demo, measure, before, CHANGE.findall(changes)))
     return found
-
-
-def signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
 
 
 def test_every_row_is_one_comparison_of_the_stored_run() -> None:

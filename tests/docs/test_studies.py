@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from fastrl.studies import STUDIES
+from tests.helpers.pages import CHANGE, signed
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
 STORED = sorted((ROOT / "benchmarks" / "results" / "studies").glob("*.json"))
-_CHANGE = re.compile(r"([+−]\d+\.\d{3}) \[([+−]\d+\.\d{3}), ([+−]\d+\.\d{3})\]")
 _CELL = re.compile(r"\| *(−?\d+\.\d{3}(?: ± \d+\.\d{3})?) *(?=\|)")
 _NUMBER = re.compile(r"(?<![\d.,])[+−]?\d+\.\d{3}(?!\d)")
 _ROW = re.compile(r"^\| \[`(\w+)`\]\(#\w+\) \|(.*)\|$", re.MULTILINE)
@@ -28,11 +28,6 @@ def stored(path: Path) -> dict[str, Any]:
 def section(name: str) -> str:
     """The page's section about a study."""
     return PAGE.split(f"\n### {name}\n")[1].split("\n### ")[0]
-
-
-def signed(value: float) -> str:
-    """A number as the page writes changes."""
-    return f"{value:+.3f}".replace("-", "−")
 
 
 def row(name: str) -> list[str]:
@@ -84,7 +79,7 @@ def test_every_number_of_a_section_is_stored(path: Path) -> None:
     found, text = stored(path), section(path.stem)
     measured = [*found["changes"].values(), *found["findings"].values()]
     known = {tuple(signed(c[k]) for k in ("change" if "change" in c else "value", "low", "high")) for c in measured}
-    shown = set(_CHANGE.findall(text))
+    shown = set(CHANGE.findall(text))
     assert shown
     assert shown <= known, shown - known
     rows = [row for arm in found["arms"].values() for row in arm.values()]

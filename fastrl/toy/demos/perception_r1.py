@@ -20,7 +20,7 @@ from fastrl.evaluate.run import sample_records
 from fastrl.recipe import load_recipe
 from fastrl.rewards import reward_for
 from fastrl.rewards.base import unknown
-from fastrl.rewards.counting import point_distances
+from fastrl.rewards.counting import exact_counts, point_distances
 from fastrl.run.setup import load_model
 from fastrl.toy.demos.claims import Claim, gains, loses
 from fastrl.toy.demos.evidence import Compared, Partial, change, known_per_record, print_evidence, report
@@ -148,7 +148,7 @@ def scores_of(task: str, answers: Sequence[str], records: Sequence[Record]) -> P
     if task != "counting":
         return {METRICS[task]: reward_for(task).score(answers, records)[METRICS[task]]}
     return {
-        "exact": reward_for(task, score_by="count", format="none").score(answers, records)["points"],
+        "exact": exact_counts(answers, records),
         "distance": point_distances(answers, records),
         "points": reward_for(task, format="none").score(answers, records)["points"],
     }

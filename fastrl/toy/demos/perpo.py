@@ -36,8 +36,8 @@ TASKS = ("grounding",)
 METHODS = {"perpo": "PerPO", "dpo": "DPO (best, worst)", "sft": "SFT (best)"}
 PROMPTS, ANSWERS, STEPS, PER_STEP = 1024, 12, 64, 16
 SHOWN = 6  # scenes in the figure
-# Learning rate of each kind by family: the best of one grid (2.5e-5, doubled up to 1.6e-3) in mean IoU of sampled
-# answers on the first held-out set, seed 0 (``python -m benchmarks.perpo_rates``, benchmarks/results/perpo-rates.json).
+# Learning rate of each kind by family: what ``fastrl study blind`` chose, which trains the same recipe on such lists
+# (benchmarks/results/studies/blind.json: ``tried``).
 RATES: Mapping[str, Mapping[str, float]] = {DEFAULT: {"perpo": 5e-5, "dpo": 1e-4, "sft": 8e-4}}
 CLAIM = Claim(
     "PerPO beats the starting model in mean IoU on every seed, by more than the spread between seeds",

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrl.evaluate.intervals import Interval, crossed_interval, paired_interval, spearman_interval
+from fastrl.evaluate.intervals import (
+    Interval,
+    crossed_interval,
+    paired_interval,
+    relative_interval,
+    spearman_interval,
+)
 
 Matrix = list[list[float]]
 
@@ -199,3 +206,25 @@ def test_rank_correlation_of_orders_and_constants() -> None:
             spearman_interval(first, second)
     with pytest.raises(ValueError, match="level in"):
         spearman_interval(values, values, level=1.0)
+
+
+def test_a_relative_change_is_a_part_of_what_there_was() -> None:
+    """Both lose a quarter: no difference, though one loses twice as much."""
+    before, after = [0.8, 0.4, 0.8], [0.6, 0.3, 0.6]
+    half = [value / 2 for value in before], [value / 2 for value in after]
+    assert relative_interval((before, after), half) == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
+    assert relative_interval((before, after), (before, before)) == pytest.approx((-0.25, -0.25, -0.25))
+    rng = np.random.default_rng(1)
+    a, b, c, d = rng.uniform(0.5, 1.0, (4, 64)).tolist()
+    found = relative_interval((a, b), (c, d))
+    assert found.change == pytest.approx(fmean(b) / fmean(a) - fmean(d) / fmean(c))
+    assert found.low < found.change < found.high
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [(([], []), "need the same records"), (([1.0], [1.0, 2.0]), "the same records"), (([0.0], [1.0]), "before is 0")],
+)
+def test_a_relative_change_of_nothing_is_an_error(first: tuple[list[float], list[float]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        relative_interval(first, (first[0], first[1]))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from fastrl.models.open import resolve_model
 from fastrl.recipe import load_recipe
 from fastrl.studies import hacking
-from fastrl.studies.hacking import KINDS, WIDTHS, Experiment, relative_interval, shown_of
+from fastrl.studies.hacking import KINDS, WIDTHS, Experiment, shown_of
 from fastrl.studies.runner import folder_name, run_study
 
 SPEC = "scenes:utr?n=3&seed=4&difficulty=1&size=84&frames=4"
@@ -40,17 +39,6 @@ def test_a_kind_is_trained_at_the_rate_that_its_own_proxy_likes_best() -> None:
     groups = {arm.group: arm.options["kind"] for arm in Experiment().arms() if arm.group}
     assert dict(Experiment.chosen_by) == groups
     assert set(groups.values()) < set(Experiment.measures)
-
-
-def test_a_relative_change_is_a_part_of_what_there_was() -> None:
-    """Both lose a quarter: no difference, though one loses twice as much."""
-    large = np.array([[0.8, 0.6], [0.4, 0.3], [0.8, 0.6]])
-    assert relative_interval(large, large / 2) == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
-    value, low, high = relative_interval(large, np.stack([large[:, 0], large[:, 0]], 1))
-    assert (value, low, high) == pytest.approx((-0.25, -0.25, -0.25))
-    rng = np.random.default_rng(1)
-    value, low, high = relative_interval(rng.uniform(0.5, 1.0, (64, 2)), rng.uniform(0.5, 1.0, (64, 2)))
-    assert low < value < high
 
 
 def test_each_plot_has_a_line_for_each_width_and_kind() -> None:

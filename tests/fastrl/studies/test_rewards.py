@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastrl.data import load_data
 from fastrl.recipe import load_recipe
 from fastrl.studies import rewards
+from fastrl.studies.base import Job
 from fastrl.studies.rewards import PARTS, SEQUENCE, UNORDERED, Experiment, Unordered, ap_of_all, ap_of_each, f1
 from fastrl.studies.runner import run_study
 
@@ -39,6 +41,21 @@ def test_an_unordered_truth_is_the_same_objects_in_an_order_that_stays() -> None
         assert sorted(_truth(found)) == sorted(_truth(record))
         moved += _truth(found) != _truth(record)
     assert moved > 20
+
+
+def test_only_one_arm_is_trained_on_truths_in_random_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(rewards, "train_job", lambda recipe, job, records: given.update({job.arm.name: records}))
+    study = Experiment(quick=True)
+    study.start = None  # type: ignore[assignment]
+    for arm in study.arms():
+        if arm.group:
+            study.run(Job(arm, 0, None, tmp_path, tmp_path, ()))
+    unordered = given.pop(UNORDERED)
+    assert set(given.values()) == {None}  # the recipe's own
+    ordered = load_data(study.recipe.data.spec)
+    assert len(unordered) == len(ordered)
+    assert sum(_truth(unordered[i]) != _truth(ordered[i]) for i in range(20)) > 5
 
 
 def test_answers_are_judged_by_boxes_and_labels() -> None:

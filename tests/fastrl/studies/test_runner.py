@@ -90,7 +90,11 @@ def test_rates_are_chosen_for_each_group_by_seed_0_on_the_choosing_set(tmp_path:
         *(("a", 0, rate) for rate in (0.05, *study.rates)),  # the best value of a grid is not left at its end
         *(("b", 0, rate) for rate in (*study.rates, 0.45)),
     ]
-    assert result["tried"] == {"a": [0.05, 0.1, 0.2, 0.3], "b": [0.1, 0.2, 0.3, 0.45]}
+    means = {"a": [0.95, 1.0, 0.9, 0.8], "b": [-1.2, -1.1, -1.0, -1.15]}
+    rates = {"a": [0.05, 0.1, 0.2, 0.3], "b": [0.1, 0.2, 0.3, 0.45]}
+    for group, tried in result["tried"].items():
+        assert [rate for rate, _ in tried] == rates[group]
+        assert [mean for _, mean in tried] == pytest.approx(means[group])
     assert result["tried_betas"] == {}
     assert (tmp_path / "a" / "seed-0" / "rate-0.1" / "choosing.jsonl").is_file()
     assert not (tmp_path / "a" / "seed-1" / "rate-0.1" / "choosing.jsonl").exists()
@@ -112,9 +116,9 @@ def test_a_grid_grows_towards_its_best_end_and_not_for_ever(tmp_path: Path) -> N
         chosen_by = {"b": "falling"}  # noqa: RUF012
 
     found = run_study(Rising(), tmp_path / "rising")
-    assert found["rates"] == {"a": 0.675, "b": 0.675}
-    assert found["tried"]["a"] == [0.1, 0.2, 0.3, 0.45, 0.675]
-    assert run_study(Falling(), tmp_path / "falling")["rates"] == {"a": 0.675, "b": 0.025}
+    assert found["rates"] == {"a": 1.0125, "b": 1.0125}
+    assert [rate for rate, _ in found["tried"]["a"]] == [0.1, 0.2, 0.3, 0.45, 0.675, 1.0125]
+    assert run_study(Falling(), tmp_path / "falling")["rates"] == {"a": 1.0125, "b": 0.0125}
 
 
 class WithBeta(Fixed):
@@ -140,7 +144,7 @@ def test_beta_is_chosen_at_the_chosen_rate_and_no_job_is_run_twice(tmp_path: Pat
     of_a = [job[1:] for job in study.tried if job[0] == "a"]
     rates, betas = (0.1, 0.2, 0.3, 0.05), (0.1, 0.4, 0.8)
     assert of_a == [*((0, rate, 0.2) for rate in rates), *((0, 0.1, beta) for beta in betas), (1, 0.1, 0.4)]
-    assert result["tried_betas"] == {"a": [0.1, 0.2, 0.4, 0.8]}
+    assert [beta for beta, _ in result["tried_betas"]["a"]] == [0.1, 0.2, 0.4, 0.8]
     assert {job[3] for job in study.tried if job[0] != "a"} == {None}
     assert (tmp_path / "a" / "seed-1" / "rate-0.1-beta-0.4" / "done.json").is_file()
     assert "so was β: a 0.4" in conditions(result)
@@ -261,10 +265,11 @@ def test_it_says_which_chosen_value_is_an_end_of_what_was_tried() -> None:
     chosen = {"rates": {"a": 0.1, "b": 0.2, "c": None}, "betas": {"a": 0.4}}
     result = {"records": 4, "seeds": 3, "quick": False, "stopped": "", **chosen}
     assert "chosen on other records: a 0.1, b 0.2; so was β: a 0.4" in conditions(result)  # nothing is known of grids
-    known = {**result, "tried": {"a": [0.1, 0.2], "b": [0.1, 0.2, 0.4]}, "tried_betas": {"a": [0.1, 0.2, 0.4]}}
+    first, second = [[0.1, 0.7], [0.2, 0.6]], [[0.1, 0.5], [0.2, 0.6], [0.4, 0.5]]
+    known = {**result, "tried": {"a": first, "b": second}, "tried_betas": {"a": [[0.2, 0.6], [0.4, 0.7]]}}
     told = "a 0.1 (at an end of its grid), b 0.2; so was β: a 0.4 (at an end of its grid)"
     assert told in conditions(known)
-    assert "end" not in conditions({**result, "tried": {"a": [0.1]}})  # nothing was chosen
+    assert "end" not in conditions({**result, "tried": {}, "tried_betas": {}})  # nothing was chosen
 
 
 def test_intervals_know_of_seeds_and_untrained_arms_have_one(tmp_path: Path) -> None:

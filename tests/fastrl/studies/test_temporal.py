@@ -12,8 +12,9 @@ import pytest
 from fastrl.data import load_data
 from fastrl.data.records import Record
 from fastrl.studies import temporal
+from fastrl.studies.base import Job
 from fastrl.studies.runner import run_study
-from fastrl.studies.temporal import HALVES, Experiment, half_of, moves, rows_of, tpl_file, upper, with_wrong
+from fastrl.studies.temporal import HALVES, Experiment, half_of, moves, tpl_file, with_wrong
 
 
 def record(name: str, actions: int, places: int) -> Record:
@@ -82,21 +83,35 @@ def test_a_very_small_study_finds_halves_and_correlations(tmp_path: Path, monkey
     assert set(result["arms"]["start"]) == {"sampled", "greedy", "tpl", "explaining"}
     assert len(result["findings"]) == 2
     assert all(-1 <= found["low"] <= found["high"] <= 1 for found in result["findings"].values())
-    rows = [json.loads(line) for line in (tmp_path / "seed-0" / "tpl.jsonl").read_text().splitlines()]
+    rows = read(tmp_path / "seed-0" / "tpl.jsonl")
     assert len(rows) == 12
     assert len({row["tpl"] for row in rows}) == 12
-    assert not any(row["wrong"] for row in rows)
     full = Experiment()
     full.pool, full.start = 12, study.start
     full.prepare(0, tmp_path / "seed-0")
-    assert rows_of(tmp_path / "seed-0", "right") == rows
-    mixed = rows_of(tmp_path / "seed-0", "wrong")
-    changed = [new["tpl"] != pytest.approx(old["tpl"]) for old, new in zip(rows, mixed, strict=True)]
-    assert changed == [row["wrong"] for row in mixed]
-    assert 1 < sum(changed) <= 6
-    found = full.findings(tmp_path)["part of the dialogues of highest TPL that is wrong, of a third"]
-    assert found["value"] == sum(row["wrong"] for row in upper(mixed)) / 6
-    assert (tmp_path / "seed-0" / tpl_file("wrong")).is_file()
+    assert read(tmp_path / "seed-0" / tpl_file("right")) == rows
+    mixed = read(tmp_path / "seed-0" / tpl_file("wrong"))
+    wrong = ["wrong" in record.target for record in full._pool(tmp_path / "seed-0", "wrong")]
+    assert [new["tpl"] != pytest.approx(old["tpl"]) for old, new in zip(rows, mixed, strict=True)] == wrong
+    assert 1 < sum(wrong) <= 6
+    # Each arm is trained on the half of the pool that it is named after
+    given: dict[str, list[Record]] = {}
+    monkeypatch.setattr(temporal, "train_job", lambda recipe, job, records: given.update({job.arm.name: records}))
+    for arm in full.arms():
+        if arm.group:
+            full.run(Job(arm, 0, None, tmp_path, tmp_path / "seed-0", ()))
+    assert list(given) == [*HALVES, *(f"{half}, a third wrong" for half in HALVES)]
+    parts = {name: sum("wrong" in record.target for record in records) for name, records in given.items()}
+    assert [parts[half] for half in HALVES] == [0, 0, 0]
+    ends = given["top, a third wrong"], given["bottom, a third wrong"]
+    assert {record.id for half in ends for record in half} == {row["id"] for row in rows}
+    assert sum("wrong" in record.target for record in {r.id: r for half in ends for r in half}.values()) == sum(wrong)
+    found = full.findings(tmp_path)["part of the half of highest TPL that is wrong, of a third"]
+    assert found["value"] == pytest.approx(parts["top, a third wrong"] / len(ends[0]))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_moving_records_are_what_is_measured() -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from fastrl.data import load_data
 from fastrl.recipe import RecipeError, load_recipe
+from fastrl.rewards.counting import exact_counts
 from fastrl.studies import training
 from fastrl.studies.base import Arm, Job
-from fastrl.studies.training import changed, distance, exact_count, scene_sets, train_job
+from fastrl.studies.training import changed, distance, scene_sets, train_job
 
 
 def job(folder: Path, rate: float | None = None) -> Job:
@@ -64,7 +65,7 @@ def test_a_count_is_right_or_not_and_an_answer_without_points_is_as_far_as_can_b
     side = records[0].images[0].size[0]  # type: ignore[union-attr]
     centre = f'[{{"bbox_2d": {[side // 2] * 4}}}, {{"bbox_2d": {[side // 2] * 4}}}]'
     answers = [right[0], "none that can be read", centre]
-    assert exact_count(answers, records) == [1.0, 0.0, 1.0]
+    assert exact_counts(answers, records) == [1.0, 0.0, 1.0]
     found = distance(answers, records)
     assert found[0] == pytest.approx(0.0, abs=1e-6)
     assert found[1] == 1.0
