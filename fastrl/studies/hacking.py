@@ -142,7 +142,8 @@ class Experiment(Study):
         for n in self.sizes:
             states = {w: (start_of(w), arm_name("hack", n, w)) for w in WIDTHS}
             if all(name in rows[0] for pair in states.values() for name in pair):
-                wide, narrow = (tuple([row[s]["greedy"] for row in rows] for s in states[w]) for w in WIDTHS)
+                scores = {s: [row[s]["greedy"] for row in rows] for pair in states.values() for s in pair}
+                wide, narrow = ((scores[start], scores[after]) for start, after in states.values())
                 value, low, high = relative_interval(wide, narrow)
                 title = f"{KINDS['hack']}, {n} clips: change of the truth as a part of the start's, wide − narrow"
                 found[title] = {"value": value, "low": low, "high": high}

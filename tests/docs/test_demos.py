@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fastrl.toy.demos import perpo
+from fastrl.toy.demos.families import DEFAULT
 from tests.helpers.pages import CHANGE, signed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +52,20 @@ def test_every_row_is_one_comparison_of_the_stored_run() -> None:
             for key in seeds[0]
         }
         assert (before, changes) in stored.values(), (demo, measure)
+
+
+def test_each_kind_of_perpo_has_the_rate_that_its_study_chose_and_the_page_shows_the_grid() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "studies" / "blind.json").read_text(encoding="utf-8"))
+    assert found["rates"] == perpo.RATES[DEFAULT]
+    page = (ROOT / "docs" / "perpo.md").read_text(encoding="utf-8")
+    rates = sorted({rate for tried in found["tried"].values() for rate, _ in tried})
+    assert "| learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |" in page
+    for kind, title in perpo.METHODS.items():
+        means = {rate: f"{mean:.3f}" for rate, mean in found["tried"][kind]}
+        best = found["rates"][kind]
+        assert rates[0] <= min(means) < best < max(means), "the best is inside its grid"
+        cells = [f"**{means[rate]}**" if rate == best else means.get(rate, "–") for rate in rates]
+        assert f"| {title} | " + " | ".join(cells) + " |" in page
 
 
 def test_the_commit_and_what_is_said_of_claims_are_those_of_the_run() -> None:
