@@ -13,8 +13,6 @@ from fastrl.cli.terminal import Json, print_json, say
 if TYPE_CHECKING:
     from fastrl.studies.base import Study
 
-OWN = "studies of your own recipe: blind"
-
 
 def study(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Which study; --list shows them.")] = None,
@@ -27,6 +25,9 @@ def study(
         int, typer.Option(min=1, metavar="N", help="Processes that run arms side by side, with 1/N of the cores each.")
     ] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder; an interrupted study continues [runs/study-…].")] = None,
+    family: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="blind: model type of the small model [qwen2_5_vl].")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="blind: a shipped recipe or YAML file instead of the study's.")
     ] = None,
@@ -51,12 +52,12 @@ def study(
     if name is None:
         raise ValueError("name a study; fastrl study --list shows them")
     own = {"held_out": held_out, "data": data, "model": model, "limit": limit, "max_new_tokens": max_new_tokens}
-    chosen = _make(name, quick, recipe, own, overrides or [])
+    chosen = _make(name, quick, family, recipe, own, overrides or [])
     from fastrl.studies.outcome import print_result
     from fastrl.studies.runner import run_study
 
-    ending = recipe_name(recipe) if recipe is not None else ""
-    where = out or Path("runs") / "-".join(filter(None, ("study", name, ending, "quick" if quick else "")))
+    of = recipe_name(recipe) if recipe is not None else family
+    where = out or Path("runs") / "-".join(filter(None, ("study", name, of, "quick" if quick else "")))
     try:
         result = run_study(chosen, where, seeds=seeds, processes=jobs)
     except KeyboardInterrupt:
@@ -72,7 +73,9 @@ def recipe_name(recipe: str) -> str:
     return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
 
 
-def _make(name: str, quick: bool, recipe: str | None, own: dict[str, Any], overrides: list[str]) -> Study:
+def _make(
+    name: str, quick: bool, family: str | None, recipe: str | None, own: dict[str, Any], overrides: list[str]
+) -> Study:
     from fastrl.config.shipped import shipped_recipes
     from fastrl.studies import STUDIES, study_class
 
@@ -81,18 +84,30 @@ def _make(name: str, quick: bool, recipe: str | None, own: dict[str, Any], overr
     kind = study_class(name)
     given = [f"--{key.replace('_', '-')}" for key, value in own.items() if value is not None]
     given += ["--set"] if overrides else []
+    if recipe is None and given:
+        raise ValueError(f"{given[0]} goes with --recipe: without it, a study has its own recipe and data")
+    if name == "blind":
+        return _make_blind(quick, family, recipe, own, overrides)
+    for option, value in (("--recipe", recipe), ("--family", family)):
+        if value is not None:
+            raise ValueError(f"{option}: {name} has its own recipes (studies of another one: blind)")
+    return kind(quick=quick, say=say)
+
+
+def _make_blind(
+    quick: bool, family: str | None, recipe: str | None, own: dict[str, Any], overrides: list[str]
+) -> Study:
+    from fastrl.studies.blind import Experiment, Own
+
     if recipe is None:
-        if given:
-            raise ValueError(f"{given[0]} goes with --recipe: without it, a study has its own recipe and data")
-        return kind(quick=quick, say=say)
-    if name != "blind":
-        raise ValueError(f"--recipe: {name} has its own recipes ({OWN})")
+        return Experiment(quick=quick, family=family, say=say)
+    if family is not None:
+        raise ValueError("--family chooses the small model, a --recipe names its own: leave one of them out")
     if own["held_out"] is None:
         raise ValueError("--recipe needs --held-out SPEC: data to evaluate on")
     if quick:
         raise ValueError("--quick makes the study's own recipe smaller; with --recipe, set optim.steps and --seeds 1")
     from fastrl.recipe import load_recipe
-    from fastrl.studies.blind import Experiment, Own
 
     changes = {"data.spec": own["data"], "model.path": own["model"]}
     named = [f"{key}={json.dumps(value)}" for key, value in changes.items() if value is not None]

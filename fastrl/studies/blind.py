@@ -26,12 +26,13 @@ from fastrl.run.setup import check_tasks, load_model, scorable_records
 from fastrl.studies.base import REPORTED, About, Arm, Job, Measured, Say, Study
 from fastrl.studies.training import changed, make_lists, measure, scene_sets, train_job
 from fastrl.toy.demos.evidence import Compared, change
+from fastrl.toy.demos.families import DEFAULT, recipe_for
 from fastrl.toy.demos.scenes import scenes_like
 
 if TYPE_CHECKING:
     from fastrl.data.records import Record
 
-RECIPE = "perpo-grounding-tiny"
+RECIPE = "perpo-grounding"  # of the small model of a family
 KINDS = ("perpo", "dpo", "sft")
 SEEING, BLIND = "pictures", "grey"
 ANSWERS, PROMPTS, PER_STEP = 12, 1024, 16
@@ -74,9 +75,18 @@ class Experiment(Study):
     )
     seeds = 5
 
-    def __init__(self, *, quick: bool = False, say: Say = lambda text: None, own: Own | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        quick: bool = False,
+        say: Say = lambda text: None,
+        own: Own | None = None,
+        family: str | None = None,
+    ) -> None:
+        """``family`` is the model type of the small model (None: Qwen2.5-VL). Raises ``ValueError`` for one that has no
+        small model."""
         super().__init__(quick=quick, say=say)
-        self.own = own
+        self.own, self.family = own, family or DEFAULT
         self.recipe = own.recipe if own is not None else self._small()
         # Lists are the data of PerPO and its baselines only; other methods are compared with themselves
         self.kinds = KINDS if method_for(self.recipe.method) is PerPO else (self.recipe.method.kind,)
@@ -86,7 +96,7 @@ class Experiment(Study):
         self.task = ""
 
     def again(self) -> Callable[..., Study]:
-        return partial(super().again(), own=self.own)
+        return partial(super().again(), own=self.own, family=self.family)
 
     @property
     def measures(self) -> Mapping[str, str]:  # type: ignore[override]
@@ -123,13 +133,9 @@ class Experiment(Study):
 
     def settings(self) -> Mapping[str, Any]:
         if self.own is None:
-            return {
-                "prompts": self._prompts,
-                "steps": self.recipe.optim.steps,
-                "held_out": self._held_out,
-                "rates": RATES,
-                "betas": BETAS,
-            }
+            sizes = {"prompts": self._prompts, "steps": self.recipe.optim.steps, "held_out": self._held_out}
+            other = {} if self.family == DEFAULT else {"family": self.family}
+            return {**other, **sizes, "rates": RATES, "betas": BETAS}
         run = {key: value for key, value in self.recipe.model_dump(mode="json").items() if key not in ("out", "seed")}
         given = {"held_out": self.own.held_out, "limit": self.own.limit, "max_new_tokens": self.own.max_new_tokens}
         return {"recipe": self.recipe.name, **given, "keys": run}
@@ -217,7 +223,7 @@ class Experiment(Study):
 
     def _small(self) -> Recipe:
         steps = {"optim.steps": 32 if self.quick else 64, "data.prompts_per_step": PER_STEP}
-        return load_recipe(RECIPE, steps)
+        return load_recipe(recipe_for(RECIPE, self.family), steps)
 
 
 def _arm(kind: str, blank: bool) -> str:

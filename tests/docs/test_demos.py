@@ -7,8 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastrl.toy.demos import perpo
-from fastrl.toy.demos.families import DEFAULT
+from fastrl.recipe import load_recipe
+from fastrl.studies import hacking
+from fastrl.toy.demos import perpo, utr
+from fastrl.toy.demos.families import DEFAULT, recipe_for
 from tests.helpers.pages import CHANGE, signed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +25,12 @@ DEMOS = {  # as the table names them
     "RePer": ("reper", "caption"),
     "UTR": ("utr", "trajectory"),
 }
+
+
+def rates_of(study: str) -> dict[str, float]:
+    """The learning rates that a stored study chose, by group of arms."""
+    found = ROOT / "benchmarks" / "results" / "studies" / f"{study}.json"
+    return json.loads(found.read_text(encoding="utf-8"))["rates"]
 
 
 def rows() -> list[tuple[str, str, str, list[tuple[str, ...]]]]:
@@ -66,6 +74,12 @@ def test_each_kind_of_perpo_has_the_rate_that_its_study_chose_and_the_page_shows
         assert rates[0] <= min(means) < best < max(means), "the best is inside its grid"
         cells = [f"**{means[rate]}**" if rate == best else means.get(rate, "–") for rate in rates]
         assert f"| {title} | " + " | ".join(cells) + " |" in page
+
+
+def test_the_sets_of_utr_and_reper_have_the_rates_that_their_studies_chose() -> None:
+    sets = {kind: rates_of("hacking")[f"{title}, wide"] for kind, title in hacking.KINDS.items()}
+    assert {DEFAULT: sets} == utr.RATES
+    assert load_recipe(recipe_for("reper-caption", None)).optim.lr == rates_of("gaze")["RePer"]
 
 
 def test_the_commit_and_what_is_said_of_claims_are_those_of_the_run() -> None:

@@ -1,8 +1,8 @@
-"""Which small model a demo uses: that of its method's default recipe, or the LLaVA one."""
+"""Which small model a demo uses, that of its method's default recipe or the LLaVA one, and at which learning rates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fastrl.models.families.llava import Llava
 from fastrl.models.families.qwen2_vl import Qwen2_5VL
@@ -23,3 +23,14 @@ def recipe_for(stem: str, family: str | None) -> str:
     if family not in RECIPES:
         raise ValueError(unknown("family of small models", family, RECIPES))
     return f"{stem}-{RECIPES[family]}"
+
+
+def rates_of(
+    chosen: Mapping[str, Mapping[str, float]], family: str | None, kinds: Iterable[str], rate: float
+) -> Mapping[str, float]:
+    """Learning rate of each kind that a demo compares, on the small model of a family (None: the default).
+
+    ``chosen`` has the rates by family; where nothing was chosen for one, all kinds train at ``rate`` and cannot be
+    compared with each other.
+    """
+    return chosen.get(family or DEFAULT) or dict.fromkeys(kinds, rate)

@@ -23,7 +23,7 @@ from fastrl.rewards.grounding import GroundingReward
 from fastrl.run.setup import load_model
 from fastrl.toy.demos.claims import Claim, beyond_spread, gains
 from fastrl.toy.demos.evidence import Compared, Scores, change, per_record, print_evidence, report
-from fastrl.toy.demos.families import DEFAULT, recipe_for
+from fastrl.toy.demos.families import DEFAULT, rates_of, recipe_for
 from fastrl.toy.demos.scenes import REPORTED_SEED, scenes_like
 from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import train
@@ -85,7 +85,7 @@ def run(
     started = time.perf_counter()
     name = recipe_for(f"perpo-{task}", family)
     base = load_recipe(name)
-    length, rates = base.rollout.max_new_tokens, rates_of(family, base)
+    length, rates = base.rollout.max_new_tokens, rates_of(RATES, family, METHODS, base.optim.lr)
     records = load_data(scenes_like(base.data.spec, n=held_out))
     reported = load_data(scenes_like(base.data.spec, n=held_out, seed=REPORTED_SEED))
     policy = open_policy(base.model.path)
@@ -124,12 +124,6 @@ def run(
     }
     print_table(result)
     return result
-
-
-def rates_of(family: str | None, base: Recipe) -> Mapping[str, float]:
-    """Learning rate of each kind on the small model of a family (None: the default); on one without a grid the
-    recipe's for all kinds, which then cannot be compared."""
-    return RATES.get(family or DEFAULT) or dict.fromkeys(METHODS, base.optim.lr)
 
 
 def sample_lists(base: Recipe, path: Path, prompts: int, seed: int, policy: Policy, say: Callable[[str], None]) -> int:

@@ -2,15 +2,15 @@
 
 A hack-prone set (what does the clip show? answerable from any frame) and a UTR set of equal size (where is this subject
 in all frames, and what does it do?) are made from the same scene clips. A copy of the small video model is trained on
-each for the same steps. Both are measured on UTR questions about unseen clips: by the overlap of the whole trajectory,
-and by temporal perplexity, which is how much better the model predicts the true answer from all frames than from one.
-The clips are longer than those the small model was trained on.
+each for the same steps, at the learning rate that is best for it (``RATES``). Both are measured on UTR questions about
+unseen clips: by the overlap of the whole trajectory, and by temporal perplexity, which is how much better the model
+predicts the true answer from all frames than from one. The clips are longer than those the small model was trained on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +26,7 @@ from fastrl.rewards.base import unknown
 from fastrl.run.setup import load_model
 from fastrl.toy.demos.claims import Claim, Result, gains
 from fastrl.toy.demos.evidence import Compared, Scores, change, print_evidence, report
-from fastrl.toy.demos.families import recipe_for
+from fastrl.toy.demos.families import DEFAULT, rates_of, recipe_for
 from fastrl.toy.demos.scenes import REPORTED_SEED, scenes_like
 from fastrl.toy.demos.table import print_rows
 from fastrl.trainer import train
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 CLIPS, HELD_OUT, REPORTED, MAX_NEW_TOKENS = 256, 64, 256, 160
 SETS = {"hack": "what one frame tells", "utr": "UTR"}
+# Learning rate of each set by family: what ``fastrl study hacking`` chose for the same model, each set's by the
+# likelihood of its own texts (benchmarks/results/studies/hacking.json: ``tried``)
+RATES: Mapping[str, Mapping[str, float]] = {DEFAULT: {"hack": 5e-4, "utr": 1e-3}}
 COLORS = {"start": "#999999", "hack": "#d73027", "utr": "#1a9850"}
 
 CLAIM = Claim(
@@ -100,6 +103,7 @@ def run(
     started = time.perf_counter()
     named = recipe_for("utr", family)
     base = load_recipe(named)
+    rates = rates_of(RATES, family, SETS, base.optim.lr)
     records = load_data(scenes_like(base.data_spec, n=held_out))
     others = load_data(scenes_like(base.data_spec, n=reported, seed=REPORTED_SEED))
     say(f"measuring two sets of {held_out} and {reported} held-out clips before training …")
@@ -110,8 +114,9 @@ def run(
     size = len(sets["utr"])
     say(f"made two sets of {size} about the same {clips} clips")
     for name, title in SETS.items():
-        recipe = load_recipe(named, _changes(source, out / name, seed, steps))
-        say(f"training on {title}: {recipe.optim.steps} steps of {recipe.data.prompts_per_step} …")
+        recipe = load_recipe(named, _changes(source, out / name, seed, steps) | {"optim.lr": rates[name]})
+        shown = f"{recipe.optim.steps} steps of {recipe.data.prompts_per_step}, learning rate {rates[name]:g}"
+        say(f"training on {title}: {shown} …")
         policy = load_model(recipe)
         train(recipe, records=sets[name], policy=policy)
         found[name], unseen[name] = measure(policy, records), measure(policy, others).scores
@@ -127,6 +132,7 @@ def run(
         "greedy_after": models["utr"]["greedy_mean_iou"],
         "models": models,
         "unseen": report(out / "scores.jsonl", others, unseen, COMPARED),
+        "rates": dict(rates),
         "dialogues": size,
         "held_out": held_out,
         "steps": recipe.optim.steps,

@@ -194,3 +194,14 @@ def test_the_demo_compares_three_methods(
         run_demo("perpo", task="juggling", out=tmp_path / "new")
     with pytest.raises(ValueError, match="is not empty, and a demo overwrites nothing"):
         run_demo("perpo", out=tmp_path)
+
+
+def test_the_small_model_of_another_family_is_another_study() -> None:
+    default, named, llava = Experiment(), Experiment(family="qwen2_5_vl"), Experiment(family="llava")
+    assert default.recipe.model.path == "tiny:perception"
+    assert llava.recipe.model.path == "tiny:llava"
+    assert default.settings() == named.settings() != llava.settings()
+    again = llava.again()()
+    assert isinstance(again, Experiment)
+    assert again.settings() == llava.settings()  # a worker makes the same study
+    assert again.rates == default.rates  # one grid for all

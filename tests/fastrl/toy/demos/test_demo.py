@@ -12,7 +12,8 @@ import pytest
 from fastrl.answers import View
 from fastrl.data.records import Record
 from fastrl.recipe import load_recipe
-from fastrl.toy.demos import perception_r1, perpo, run_demo
+from fastrl.toy.demos import perception_r1, perpo, run_demo, utr
+from fastrl.toy.demos.families import rates_of
 
 KEYS = {"method", "metric", "before", "after", "greedy_before", "greedy_after", "seconds", "unseen"}
 
@@ -79,7 +80,10 @@ def test_utr_trains_on_both_sets_of_the_same_clips(tmp_path: Path, family: str |
     json.dumps(result)
     assert list(result["models"]) == ["start", "hack", "utr"]
     assert (result["before"], result["after"]) == tuple(result["models"][m]["mean_iou"] for m in ("start", "utr"))
+    rates = utr.RATES.get(family or "qwen2_5_vl", dict.fromkeys(utr.SETS, load_recipe("utr-llava-tiny").optim.lr))
+    assert result["rates"] == rates
     for name in ("hack", "utr"):
+        assert load_recipe(str(tmp_path / name / "recipe.yaml")).optim.lr == rates[name]
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [1, 2]
         assert all(math.isfinite(row["loss"]) for row in rows)
@@ -118,11 +122,12 @@ def test_reper_reflects_trains_and_reflects_again(
     assert "CHAIR-i" in capsys.readouterr().out
 
 
-def test_each_kind_has_its_own_rate_where_a_grid_was_tried() -> None:
-    base = load_recipe("perpo-grounding-llava-tiny", {"optim.lr": 3e-4})
-    assert perpo.rates_of(None, base) == perpo.RATES["qwen2_5_vl"]
-    assert len(set(perpo.RATES["qwen2_5_vl"].values())) > 1
-    assert perpo.rates_of("llava", base) == perpo.RATES.get("llava", dict.fromkeys(perpo.METHODS, 3e-4))
+def test_each_kind_has_its_own_rate_where_one_was_chosen() -> None:
+    chosen = {"qwen2_5_vl": {"a": 1e-3, "b": 2e-3}}
+    assert rates_of(chosen, None, "ab", 3e-4) == rates_of(chosen, "qwen2_5_vl", "ab", 3e-4) == {"a": 1e-3, "b": 2e-3}
+    assert rates_of(chosen, "llava", "ab", 3e-4) == {"a": 3e-4, "b": 3e-4}
+    for demo, kinds in ((perpo, perpo.METHODS), (utr, utr.SETS)):
+        assert all(set(rates) == set(kinds) for rates in demo.RATES.values())
 
 
 @pytest.mark.gate
