@@ -1,4 +1,4 @@
-"""``make verify ARGS="--studies"``: every study in its quick form, a line of each: question, seen or not, seconds.
+"""The studies of ``make verify``: each in its quick form, a line of each: question, seen or not, seconds.
 
 A claim of a paper that is not seen is a result, not a failure: one seed and no choice of learning rates show little. A
 study that cannot be run is a failure.

@@ -1,6 +1,7 @@
-"""``make verify``: run every demo on three seeds in separate processes and check its claim; a table and a JSON.
+"""``make verify``: every demo on three seeds in separate processes with its claim checked, then every study in its
+quick form (``benchmarks.studies``); tables and JSON.
 
-``--studies``: run every study in its quick form instead (``benchmarks.studies``).
+``--demos`` or ``--studies``: one of the two.
 """
 
 from __future__ import annotations
@@ -155,27 +156,41 @@ def broken_claims(results: list[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the chosen demos, print and write; returns 1 if a demo failed or its claim does not hold."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.verify", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--studies", action="store_true", help="every study in its quick form, instead of demos")
+    """Run the chosen demos and studies, print and write; returns 1 if one failed or a demo's claim does not hold."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.verify", description=(__doc__ or "").split("\n\n")[0])
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--demos", action="store_true", help="the demos alone")
+    part.add_argument("--studies", action="store_true", help="the studies alone")
     parser.add_argument("--only", default="", metavar="TEXT", help="part of a demo's 'method task', or a study's name")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="of demos")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="at once, each with its part of the cores")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folders [runs/verify, or a new one next to it]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="[benchmarks/results/verify.json; studies: in --out]")
-    parser.add_argument("--family", metavar="TYPE", help="model type of the small models, of the demos that have it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of demos [benchmarks/results/verify.json]")
+    parser.add_argument(
+        "--family", metavar="TYPE", help="model type of the small models: demos alone, of those with it"
+    )
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs: at least one at a time, got {args.jobs}")
-    if args.studies:
-        return _studies(args, parser)
-    chosen = [(method, task) for method, task in jobs(args.family) if args.only in f"{method} {task or ''}"]
-    if not chosen:
-        parser.error(f"no demo matches {args.only!r}")
-    from fastrl.studies.workers import cores
+    if args.studies and (args.json or args.family):
+        parser.error(f"{'--json' if args.json else '--family'} is for demos; studies write studies.json in --out")
+    from fastrl.studies import STUDIES
     from fastrl.toy.demos import fresh
 
+    chosen = [(method, task) for method, task in jobs(args.family) if args.only in f"{method} {task or ''}"]
+    demos = [] if args.studies else chosen
+    studies = [] if args.demos or args.family else [name for name in STUDIES if args.only in name]
+    if not demos and not studies:
+        parser.error(f"no demo or study of those asked for matches {args.only!r}")
     out = args.out if args.out is not None else fresh(Path("runs/verify"))
+    failed = _demos(demos, args, out) if demos else False
+    return int((_studies(studies, args, out / "studies") if studies else False) or failed)
+
+
+def _demos(chosen: list[tuple[str, str | None]], args: argparse.Namespace, out: Path) -> bool:
+    """Run, print and write demos; whether one failed or misses its claim."""
+    from fastrl.studies.workers import cores
+
     runs = [(method, task, seed) for method, task in chosen for seed in args.seeds]
     threads = None if args.jobs == 1 else max(1, cores() // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -191,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         _write(args.json or RESULTS, environment() | how | {"results": results, "broken": broken})
     held = [f"{method} {task or ''}: {claim_of(method, task).text}" for method, task in by_demo(results)]
     print("\n".join([*failed, *broken]) or "\n".join(["every claim holds:", *(f"  {line}" for line in held)]))
-    return int(bool(failed or broken))
+    return bool(failed or broken)
 
 
 def _attempt(*demo: Any) -> dict[str, Any] | str:
@@ -202,21 +217,16 @@ def _attempt(*demo: Any) -> dict[str, Any] | str:
         return str(error)
 
 
-def _studies(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _studies(names: list[str], args: argparse.Namespace, out: Path) -> bool:
+    """Run, print and write studies in their quick form; whether one failed."""
     from benchmarks.studies import line, run_all, run_quick
-    from fastrl.studies import STUDIES
-    from fastrl.toy.demos import fresh
 
-    names = [name for name in STUDIES if args.only in name]
-    if not names:
-        parser.error(f"no study matches {args.only!r}")
-    out = args.out if args.out is not None else fresh(Path("runs/verify-studies"))
     results, failed = run_all(names, out, partial(run_quick, processes=args.jobs))
     for result in results.values():
         print(line(result))
-    _write(args.json or out / "studies.json", {"results": results, "failed": failed})
+    _write(out / "studies.json", {"results": results, "failed": failed})
     print("\n".join(failed) or f"all of {len(names)} studies ran; a claim that is not seen is a result, not a failure")
-    return int(bool(failed))
+    return bool(failed)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

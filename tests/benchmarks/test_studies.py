@@ -1,4 +1,4 @@
-"""``make verify ARGS="--studies"``: a line for each study; what cannot be run fails, what is not seen does not."""
+"""The studies of ``make verify``: a line for each; what cannot be run fails, what is not seen does not."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_verify_fails_where_a_study_does_and_not_where_a_claim_is_not_seen(
 ) -> None:
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert command[:4] == [sys.executable, "-m", "fastrl.cli", "study"]
-        assert command[5:8] == ["--quick", "--out", str(tmp_path / command[4])]
+        assert command[5:8] == ["--quick", "--out", str(tmp_path / "studies" / command[4])]
         failing = fails and command[4] == "blind"
         text = "a table\n" + json.dumps(result(command[4], ("a − b", "level", False)))
         return subprocess.CompletedProcess(command, int(failing), "" if failing else text)
@@ -63,9 +63,51 @@ def test_verify_fails_where_a_study_does_and_not_where_a_claim_is_not_seen(
     shown = capsys.readouterr().out
     assert ("study blind: exit status 1, no result" in shown) is fails
     assert shown.count("0 of 1 seen; not: a − b (level)") == len(STUDIES) - int(fails)
-    assert list(json.loads((tmp_path / "studies.json").read_text())["results"]) == list(STUDIES)[int(fails) :]
+    assert (
+        list(json.loads((tmp_path / "studies" / "studies.json").read_text())["results"]) == list(STUDIES)[int(fails) :]
+    )
     with pytest.raises(SystemExit):
         verify.main(["--studies", "--only", "juggling", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("given", "ran"),
+    [
+        ((), ["perpo", "blind", "gaze"]),
+        (("--demos",), ["perpo"]),
+        (("--studies",), ["blind", "gaze"]),
+        (("--family", "llava"), ["perpo"]),
+        (("--only", "gaze"), ["gaze"]),
+    ],
+)
+@pytest.mark.parametrize("failing", ["", "perpo", "gaze"])
+def test_verify_runs_demos_and_then_studies_or_one_of_the_two(
+    given: tuple[str, ...], ran: list[str], failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def run(name: str) -> dict[str, Any]:
+        seen.append(name)
+        if name == failing:
+            raise RuntimeError("exit status 2, no result")
+        return result(name)
+
+    demo = {"before": 0.1, "after": 0.2, "greedy_before": 0.1, "greedy_after": 0.2, "seconds": 1.0, "metric": "iou"}
+    shown = demo | {"method": "perpo", "task": None, "seed": 0, "unseen": {"n": 4, "changes": {}}}
+    monkeypatch.setattr(verify, "jobs", lambda family: [("perpo", None)])
+    monkeypatch.setattr(verify, "run_demo", lambda method, *rest: run(method) and shown)
+    monkeypatch.setattr(verify, "broken_claims", lambda results: [])
+    monkeypatch.setattr("fastrl.studies.STUDIES", ("blind", "gaze"))
+    monkeypatch.setattr(studies, "run_quick", lambda name, out, processes: run(name))
+    where = ("--out", str(tmp_path), *(() if "--studies" in given else ("--json", str(tmp_path / "demos.json"))))
+    assert verify.main([*given, *where, "--seeds", "0"]) == int(failing in ran)
+    assert seen == ran
+
+
+@pytest.mark.parametrize("given", [("--demos", "--studies"), ("--studies", "--family", "llava")])
+def test_what_is_for_the_other_part_is_refused(given: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        verify.main([*given, "--out", str(tmp_path)])
 
 
 def test_output_without_a_result_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
