@@ -79,7 +79,8 @@ def sampler_gap(logp: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
 def group_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
     """Rewards, advantages and lengths of a step's groups, from their completions.
 
-    ``reward/mean`` and one ``reward/NAME`` per component, ``reward/group_std`` (mean over groups), ``advantage/*``,
+    ``reward/mean`` and one ``reward/NAME`` per component, ``reward/group_std`` (mean over groups of several, as one
+    answer has no spread), ``advantage/*``,
     ``completion/length_*`` in tokens, ``completion/truncated`` (fraction cut at max_new_tokens). Keys for which the
     completions have no values are left out.
     """
@@ -91,8 +92,8 @@ def group_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
     if rewards:
         metrics |= {"reward/mean": statistics.fmean(rewards), "reward/min": min(rewards), "reward/max": max(rewards)}
         metrics["reward/std"] = statistics.pstdev(rewards)
-        spreads = [statistics.pstdev([c.scalars["reward"] for c in g.completions]) for g in groups if _rewarded(g)]
-        metrics["reward/group_std"] = statistics.fmean(spreads) if spreads else 0.0
+        spreads = [statistics.pstdev([c.scalars["reward"] for c in g.completions]) for g in groups if _comparable(g)]
+        metrics |= {"reward/group_std": statistics.fmean(spreads)} if spreads else {}
     components: dict[str, list[float]] = {}
     for completion in completions:
         for name, value in completion.rewards.items():
@@ -265,8 +266,8 @@ class NoLog:
     def close(self) -> None: ...
 
 
-def _rewarded(group: PromptGroup) -> bool:
-    return bool(group.completions) and all("reward" in c.scalars for c in group.completions)
+def _comparable(group: PromptGroup) -> bool:
+    return len(group.completions) > 1 and all("reward" in c.scalars for c in group.completions)
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

@@ -43,7 +43,8 @@ def is_done(folder: Path) -> bool:
 def set_up(study: Study, seed: int, training: bool, shared: Path) -> None:
     """Make what jobs of a seed share, and add the seconds that it took to ``SHARED/prepared.json``.
 
-    ``training``: also what only trained arms need. The seconds of a call that failed or was stopped count too.
+    ``training``: also what only trained arms need. The seconds of a call that failed or was stopped count too, and what
+    is not in the seed's folder because all seeds share it.
     """
     started, cpu = time.perf_counter(), time.process_time()
     try:
@@ -51,11 +52,11 @@ def set_up(study: Study, seed: int, training: bool, shared: Path) -> None:
         if training:
             study.prepare_training(seed, shared)
     finally:
-        if shared.is_dir():  # else nothing was made
-            before = spent_on(shared)
-            took = time.perf_counter() - started, time.process_time() - cpu
-            found = {"seconds": before[0] + took[0], "cpu_seconds": before[1] + took[1]}
-            write_atomically(shared / SPENT, json.dumps(found, indent=1) + "\n")
+        before = spent_on(shared)
+        took = time.perf_counter() - started, time.process_time() - cpu
+        found = {"seconds": before[0] + took[0], "cpu_seconds": before[1] + took[1]}
+        shared.mkdir(parents=True, exist_ok=True)
+        write_atomically(shared / SPENT, json.dumps(found, indent=1) + "\n")
 
 
 def spent_on(shared: Path) -> tuple[float, float]:

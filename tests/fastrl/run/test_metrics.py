@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastrl.run.metrics import over_ranks, sampler_gap
+from fastrl.run.metrics import group_metrics, over_ranks, sampler_gap
+from tests.helpers.scripted import text_group
 
 
 def test_one_row_stands_for_all_ranks() -> None:
@@ -31,3 +32,17 @@ def test_tokens_that_were_not_evaluated_are_no_gap() -> None:
     assert gap["sampler/ratio_mean"].item() == pytest.approx((torch.tensor(-0.5).exp().item() + 1) / 2)
     none = sampler_gap(torch.full((3,), torch.inf), batch)
     assert [none[f"sampler/{name}"].item() for name in ("gap_mean", "gap_max", "ratio_mean")] == [0.0, 0.0, 1.0]
+
+
+def test_one_answer_has_no_spread_of_rewards() -> None:
+    def rewarded(*rewards: float) -> Any:
+        found = text_group([2] * len(rewards), [0.0] * len(rewards))
+        for completion, reward in zip(found.completions, rewards, strict=True):
+            completion.scalars["reward"] = reward
+        return found
+
+    alone = group_metrics([rewarded(0.5), rewarded(0.7)])
+    assert alone["reward/mean"] == pytest.approx(0.6)
+    assert "reward/group_std" not in alone  # 0 would be taken for groups without anything to learn from
+    assert group_metrics([rewarded(0.5), rewarded(0.2, 0.4)])["reward/group_std"] == pytest.approx(0.1)
+    assert group_metrics([rewarded(0.5, 0.5)])["reward/group_std"] == 0.0

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,23 @@ def test_a_grid_grows_towards_its_best_end_and_not_for_ever(tmp_path: Path) -> N
     assert found["rates"] == {"a": 1.0125, "b": 1.0125}
     assert [rate for rate, _ in found["tried"]["a"]] == [0.1, 0.2, 0.3, 0.45, 0.675, 1.0125]
     assert run_study(Falling(), tmp_path / "falling")["rates"] == {"a": 1.0125, "b": 0.0125}
+
+
+def test_seconds_of_what_all_seeds_share_count_and_do_so_where_nothing_is_trained(tmp_path: Path) -> None:
+    class Taught(Fixed):
+        def prepare(self, seed: int, shared: Path) -> None:
+            base = shared.parent / "base"  # not in the seed's folder, which does not exist
+            end = time.process_time() + (0.0 if base.is_dir() else 0.3)
+            while time.process_time() < end:
+                pass
+            base.mkdir(exist_ok=True)
+
+        def obstacle(self, untrained: Mapping[str, Measured]) -> str:
+            return "the base does not do it"
+
+    found = run_study(Taught(), tmp_path)
+    assert found["stopped"]
+    assert found["process_cpu_seconds"] - found["cpu_seconds"] >= 0.3
 
 
 class WithBeta(Fixed):
