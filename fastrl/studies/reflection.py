@@ -33,6 +33,7 @@ from fastrl.recipe import Recipe, load_recipe
 from fastrl.rollout import Sampling
 from fastrl.run.setup import load_model
 from fastrl.studies.base import About, Arm, Job, Line, Measured, Plot, Say, Study
+from fastrl.studies.machine import cores
 from fastrl.studies.training import changed, scene_sets, teach, train_job
 from fastrl.toy.demos.evidence import Compared, change
 from fastrl.toy.demos.scenes import scenes_like
@@ -148,7 +149,8 @@ class Experiment(Study):
         if not (first / MARK).is_file():
             self.say(f"teaching {self.taught} steps of {ROWS} scenes to use reasons …")
             start, how = resolve_model("tiny:language"), {"rows": ROWS, "lr": TEACHING_RATE, "retokenize": True}
-            build("reasons", first, steps=self.taught, start=start, log=self.say, **how)
+            # All seeds and arms wait for this, so that it has all cores, with any number of processes
+            build("reasons", first, steps=self.taught, start=start, threads=cores(), log=self.say, **how)
             write_atomically(first / MARK, json.dumps({"steps": self.taught}) + "\n")
         if not (base / "config.json").is_file():
             found = own_lessons(open_policy(str(first)), self.own)

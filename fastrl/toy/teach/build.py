@@ -170,17 +170,16 @@ def scene_answer(record: Record, family: type[Family] = Qwen2_5VL) -> str:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch computes in one thread inside, and in as many as before after it."""
+def threads_of_torch(count: int) -> Iterator[None]:
+    """Torch computes in ``count`` threads inside, and in as many as before after it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-@one_thread()
 def build(
     kind: str,
     out: Path,
@@ -192,11 +191,13 @@ def build(
     start: Path | None = None,
     retokenize: bool = False,
     width: int = WIDTH,
+    threads: int = 1,
     log: Callable[[str], None] = print,
 ) -> None:
     """Build, teach and save the small model ``kind``. The same arguments give the same weights on the same machine.
 
-    It computes in one thread, however many torch is told to use: sums that are split among threads round otherwise.
+    It computes in ``threads`` threads, however many torch is told to use: sums that are split among others round
+    otherwise, and training enlarges that. What ships was made in one.
     With ``start`` it is initialised from that small model (see ``transfer.take_over``) and, unless ``retokenize``, uses
     its vocabulary. ``width`` is the hidden size of the text half (see ``architectures.TOWERS``). Raises ``ValueError``
     for an unknown kind or width, and for a ``start`` of another width.
@@ -216,23 +217,24 @@ def build(
     else:
         tokenizer = load_tokenizer(start)
     preprocessor = made_of.preprocessor(curriculum.size)
-    torch.manual_seed(seed)
-    kind_of_model = made_of.family.model_class()
-    model = kind_of_model(made_of.config(tokenizer, curriculum.size, width))
-    if start is not None:
-        old = read_weights(kind_of_model, Path(start), dtype=torch.float32)
-        old_tokenizer = load_tokenizer(start)
-        theirs = old.get_input_embeddings().weight.shape[1]
-        if theirs != width:
-            raise ValueError(f"{start}: a model of width {theirs} cannot begin one of width {width}")
-        # Of clips, coordinates are said from 0 to 1000, of pictures in pixels
-        moved = retokenize and curriculum.frames > 1
-        twins = coordinate_twins(tokenizer, old_tokenizer, curriculum.size) if moved else {}
-        take_over(model, tokenizer, old, old_tokenizer, twins)
-    make_row = RowMaker(curriculum, family_of(model.config), tokenizer, preprocessor, answer)
+    with threads_of_torch(threads):
+        torch.manual_seed(seed)
+        kind_of_model = made_of.family.model_class()
+        model = kind_of_model(made_of.config(tokenizer, curriculum.size, width))
+        if start is not None:
+            old = read_weights(kind_of_model, Path(start), dtype=torch.float32)
+            old_tokenizer = load_tokenizer(start)
+            theirs = old.get_input_embeddings().weight.shape[1]
+            if theirs != width:
+                raise ValueError(f"{start}: a model of width {theirs} cannot begin one of width {width}")
+            # Of clips, coordinates are said from 0 to 1000, of pictures in pixels
+            moved = retokenize and curriculum.frames > 1
+            twins = coordinate_twins(tokenizer, old_tokenizer, curriculum.size) if moved else {}
+            take_over(model, tokenizer, old, old_tokenizer, twins)
+        make_row = RowMaker(curriculum, family_of(model.config), tokenizer, preprocessor, answer)
 
-    def save(step: int) -> None:
-        save_folder(model, tokenizer, preprocessor, out)
+        def save(step: int) -> None:
+            save_folder(model, tokenizer, preprocessor, out)
 
-    train(model, make_row, steps=steps, rows=rows, seed=seed, lr=lr, log=log, save=save)
-    save(steps)
+        train(model, make_row, steps=steps, rows=rows, seed=seed, lr=lr, log=log, save=save)
+        save(steps)

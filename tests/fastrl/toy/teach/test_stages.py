@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastrl.models.open import WEIGHTS, resolve_model
+from fastrl.toy.teach import build as build_module
 from fastrl.toy.teach import stages
 from fastrl.toy.teach.architectures import TOWERS
 from fastrl.toy.teach.build import build
@@ -63,6 +64,15 @@ def test_a_stage_gives_the_same_bytes_with_any_number_of_threads(kind: str, star
     one, more = ({f.name: f.read_bytes() for f in folder.iterdir()} for folder in folders)
     assert len(one) > 5
     assert one == more
+
+
+def test_other_threads_are_those_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(build_module, "train", lambda *args, **options: seen.append(torch.get_num_threads()))
+    for threads in (1, 3):
+        build("perception", tmp_path, steps=1, rows=1, threads=threads, log=lambda _: None)
+    assert seen == [1, 3]
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.gate
