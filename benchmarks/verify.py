@@ -155,13 +155,29 @@ def broken_claims(results: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def with_others(found: dict[str, Any], target: Path) -> dict[str, Any]:
+    """A run of a part of the demos with the results of the others that ``target`` has from earlier runs, each row with
+    its commit; ``commit`` names all of them, ``modified`` and ``broken`` are of all, the rest is of this run."""
+    before = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {"results": []}
+    old, new = ([{"commit": each["commit"], **row} for row in each["results"]] for each in (before, found))
+    rows = [row for of_demo in (by_demo(old) | by_demo(new)).values() for row in of_demo]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    modified = found["modified"] or before.get("modified", False)
+    return {**found, "commit": commits, "modified": modified, "results": rows, "broken": broken_claims(rows)}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the chosen demos and studies, print and write; returns 1 if one failed or a demo's claim does not hold."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verify", description=(__doc__ or "").split("\n\n")[0])
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--demos", action="store_true", help="the demos alone")
     part.add_argument("--studies", action="store_true", help="the studies alone")
-    parser.add_argument("--only", default="", metavar="TEXT", help="part of a demo's 'method task', or a study's name")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="part of a demo's 'method task' (others' results are kept in --json), or of a study's name",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="of demos")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="at once, each with its part of the cores")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folders [runs/verify, or a new one next to it]")
@@ -203,7 +219,8 @@ def _demos(chosen: list[tuple[str, str | None]], args: argparse.Namespace, out: 
 
         print(table(results))
         how = {"jobs": args.jobs} | ({} if threads is None else {"threads": threads})
-        _write(args.json or RESULTS, environment() | how | {"results": results, "broken": broken})
+        found, target = environment() | how | {"results": results, "broken": broken}, args.json or RESULTS
+        _write(target, with_others(found, target) if args.only else found)
     held = [f"{method} {task or ''}: {claim_of(method, task).text}" for method, task in by_demo(results)]
     print("\n".join([*failed, *broken]) or "\n".join(["every claim holds:", *(f"  {line}" for line in held)]))
     return bool(failed or broken)

@@ -218,7 +218,8 @@ def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
     monkeypatch.setattr(verify, "jobs", lambda family: [("perception-r1", "grounding"), ("perception-r1", "counting")])
     target = tmp_path / "verify.json"
     assert verify.main(["--only", "grounding", "--seeds", "0", "--json", str(target)]) == 0
-    assert json.loads(target.read_text())["results"] == [result(0, 0.1, 0.3)]
+    (first,) = json.loads(target.read_text())["results"]
+    assert first == result(0, 0.1, 0.3) | {"commit": first["commit"]}
     assert "every claim holds" in capsys.readouterr().out
     assert verify.main(["--only", "counting", "--json", str(target)]) == 1
     printed = capsys.readouterr().out
@@ -226,6 +227,7 @@ def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
     assert "perception-r1 counting seed 1: sampled changed by +0.0400 [+0.0200, +0.0600], not above 0.05" in printed
     written = json.loads(target.read_text())
     assert len(written["broken"]) == 1
+    assert written["results"][0] == first  # the other demo's are kept
     assert set(given) == {None}
     assert verify.main(["--only", "counting", "--jobs", "2", "--json", str(target)]) == 1
     assert set(given[-3:]) == {max(1, cores() // 2)}
@@ -233,6 +235,26 @@ def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
     assert json.loads(target.read_text())["threads"] == given[-1]
     with pytest.raises(SystemExit):
         verify.main(["--jobs", "0", "--json", str(target)])
+
+
+def test_a_part_of_the_demos_keeps_the_results_of_the_others_with_their_commits(tmp_path: Path) -> None:
+    target = tmp_path / "verify.json"
+
+    def run(commit: str, *rows: dict[str, Any], modified: bool = False) -> dict[str, Any]:
+        return {"commit": commit, "modified": modified, "date": commit, "results": list(rows), "broken": []}
+
+    def merged(found: dict[str, Any]) -> tuple[Any, ...]:
+        result = verify.with_others(found, target)
+        target.write_text(json.dumps(result))
+        commits = [(row["task"], row["seed"], row["commit"]) for row in result["results"]]
+        return result["commit"], result["modified"], result["date"], len(result["broken"]), commits
+
+    assert merged(run("a", result(0, 0.1, 0.3))) == ("a", False, "a", 0, [("grounding", 0, "a")])
+    target.write_text(json.dumps(run("a", result(0, 0.1, 0.3), result(1, 0.1, 0.3), result(0, 0.3, 0.34, "counting"))))
+    both = [("grounding", 0, "b"), ("counting", 0, "a")]
+    assert merged(run("b", result(0, 0.1, 0.3))) == ("b, a", False, "b", 1, both)  # the seed that was not run is gone
+    both = [("grounding", 0, "b"), ("counting", 0, "c")]
+    assert merged(run("c", result(0, 0.3, 0.4, "counting"), modified=True)) == ("b, c", True, "c", 0, both)
 
 
 def test_every_demo_makes_a_claim() -> None:
