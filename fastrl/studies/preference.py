@@ -56,7 +56,7 @@ class Experiment(Study):
         design="one file of lists for each seed; PerPO, LiPO, DPO, SFT; noise σ 0, 0.2, 0.4 on smooth and plateau "
         "rewards; lists of 2, 4, 8, 12 answers with smooth rewards without noise",
         expected="PerPO above SFT and DPO, above SFT also where rewards are noisy; better with longer lists",
-        minutes=50,
+        minutes=35,
         quick_minutes=4,
     )
     measures = {  # noqa: RUF012
