@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastrl.toy.demos.claims import Claim
 
 RESULTS = Path(__file__).parent / "results" / "verify.json"
+OF_RUN = ("commit", "modified", "date", "jobs", "threads", "device")  # what a row's numbers depend on
 
 
 def jobs(family: str | None = None) -> list[tuple[str, str | None]]:
@@ -155,15 +156,40 @@ def broken_claims(results: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def with_others(found: dict[str, Any], target: Path) -> dict[str, Any]:
-    """A run of a part of the demos with the results of the others that ``target`` has from earlier runs, each row with
-    its commit; ``commit`` names all of them, ``modified`` and ``broken`` are of all, the rest is of this run."""
-    before = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {"results": []}
-    old, new = ([{"commit": each["commit"], **row} for row in each["results"]] for each in (before, found))
-    rows = [row for of_demo in (by_demo(old) | by_demo(new)).values() for row in of_demo]
+def stored_results(target: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run, each with what is known of that run (``OF_RUN``); none without a file.
+
+    Raises:
+        ValueError: the file has something else.
+    """
+    if not target.is_file():
+        return []
+    try:
+        found = json.loads(target.read_text(encoding="utf-8"))
+        return [{key: found[key] for key in OF_RUN} | row for row in found["results"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{target} has no results of demos ({type(error).__name__}: {error})") from None
+
+
+def with_others(
+    found: dict[str, Any],
+    before: list[dict[str, Any]],
+    chosen: list[tuple[str, str | None]],
+    every: list[tuple[str, str | None]],
+) -> dict[str, Any]:
+    """A run of the ``chosen`` of ``every`` demo with the rows that others have from ``before``, each row with its
+    ``OF_RUN``; ``commit`` names all commits, ``modified`` and ``broken`` are of all rows, the rest is of this run."""
+    kept = [row for row in before if _is_of(row, every) and not _is_of(row, chosen)]
+    rows = kept + [{key: found[key] for key in OF_RUN} | row for row in found["results"]]
+    rows.sort(key=lambda row: next(at for at, demo in enumerate(every) if _is_of(row, [demo])))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    modified = found["modified"] or before.get("modified", False)
+    modified = any(row["modified"] for row in rows)
     return {**found, "commit": commits, "modified": modified, "results": rows, "broken": broken_claims(rows)}
+
+
+def _is_of(row: dict[str, Any], demos: list[tuple[str, str | None]]) -> bool:
+    """Whether a row is of one of these demos; of one with a single task, none is asked for but one is noted."""
+    return any(row["method"] == method and task in (None, row.get("task")) for method, task in demos)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,24 +198,18 @@ def main(argv: list[str] | None = None) -> int:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--demos", action="store_true", help="the demos alone")
     part.add_argument("--studies", action="store_true", help="the studies alone")
-    parser.add_argument(
-        "--only",
-        default="",
-        metavar="TEXT",
-        help="part of a demo's 'method task' (others' results are kept in --json), or of a study's name",
-    )
+    only = "part of a demo's 'method task', whose results replace its earlier ones in --json, or of a study's name"
+    parser.add_argument("--only", default="", metavar="TEXT", help=only)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="of demos")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="at once, each with its part of the cores")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folders [runs/verify, or a new one next to it]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="of demos [benchmarks/results/verify.json]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of demos [benchmarks/results/verify[-TYPE].json]")
     parser.add_argument(
         "--family", metavar="TYPE", help="model type of the small models: demos alone, of those with it"
     )
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs: at least one at a time, got {args.jobs}")
-    if args.studies and (args.json or args.family):
-        parser.error(f"{'--json' if args.json else '--family'} is for demos; studies write studies.json in --out")
     from fastrl.studies import STUDIES
     from fastrl.toy.demos import fresh
 
@@ -198,13 +218,27 @@ def main(argv: list[str] | None = None) -> int:
     studies = [] if args.demos or args.family else [name for name in STUDIES if args.only in name]
     if not demos and not studies:
         parser.error(f"no demo or study of those asked for matches {args.only!r}")
+    if not demos and (args.json or args.family):
+        parser.error(f"{'--json' if args.json else '--family'} is for demos; studies write studies.json in --out")
+    target = args.json or RESULTS.with_name("-".join(filter(None, (RESULTS.stem, args.family))) + RESULTS.suffix)
+    try:
+        before = stored_results(target) if demos and args.only else []
+    except ValueError as error:
+        parser.error(str(error))
     out = args.out if args.out is not None else fresh(Path("runs/verify"))
-    failed = _demos(demos, args, out) if demos else False
+    failed = _demos(demos, before, target, args, out) if demos else False
     return int((_studies(studies, args, out / "studies") if studies else False) or failed)
 
 
-def _demos(chosen: list[tuple[str, str | None]], args: argparse.Namespace, out: Path) -> bool:
-    """Run, print and write demos; whether one failed or misses its claim."""
+def _demos(
+    chosen: list[tuple[str, str | None]],
+    before: list[dict[str, Any]],
+    target: Path,
+    args: argparse.Namespace,
+    out: Path,
+) -> bool:
+    """Run and print demos, and write them with the rows ``before`` of others; whether one failed or misses its
+    claim."""
     from fastrl.studies.workers import cores
 
     runs = [(method, task, seed) for method, task in chosen for seed in args.seeds]
@@ -219,8 +253,9 @@ def _demos(chosen: list[tuple[str, str | None]], args: argparse.Namespace, out: 
 
         print(table(results))
         how = {"jobs": args.jobs} | ({} if threads is None else {"threads": threads})
-        found, target = environment() | how | {"results": results, "broken": broken}, args.json or RESULTS
-        _write(target, with_others(found, target) if args.only else found)
+        how |= {} if args.family is None else {"family": args.family}
+        found = environment() | how | {"results": results, "failed": failed}
+        _write(target, with_others(found, before, chosen, jobs(args.family)))
     held = [f"{method} {task or ''}: {claim_of(method, task).text}" for method, task in by_demo(results)]
     print("\n".join([*failed, *broken]) or "\n".join(["every claim holds:", *(f"  {line}" for line in held)]))
     return bool(failed or broken)

@@ -56,7 +56,7 @@ def study(
     from fastrl.studies.outcome import print_result
     from fastrl.studies.runner import run_study
 
-    of = recipe_name(recipe) if recipe is not None else family
+    of = recipe_name(recipe) if recipe is not None else chosen.settings().get("family")
     where = out or Path("runs") / "-".join(filter(None, ("study", name, of, "quick" if quick else "")))
     try:
         result = run_study(chosen, where, seeds=seeds, processes=jobs)
@@ -90,7 +90,7 @@ def _make(
         return _make_blind(quick, family, recipe, own, overrides)
     for option, value in (("--recipe", recipe), ("--family", family)):
         if value is not None:
-            raise ValueError(f"{option}: {name} has its own recipes (studies of another one: blind)")
+            raise ValueError(f"{option}: {name} has its own recipes and models; blind takes others")
     return kind(quick=quick, say=say)
 
 

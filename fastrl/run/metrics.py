@@ -79,10 +79,9 @@ def sampler_gap(logp: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
 def group_metrics(groups: Sequence[PromptGroup]) -> dict[str, float]:
     """Rewards, advantages and lengths of a step's groups, from their completions.
 
-    ``reward/mean`` and one ``reward/NAME`` per component, ``reward/group_std`` (mean over groups of several, as one
-    answer has no spread), ``advantage/*``,
-    ``completion/length_*`` in tokens, ``completion/truncated`` (fraction cut at max_new_tokens). Keys for which the
-    completions have no values are left out.
+    ``reward/mean`` and one ``reward/NAME`` per component, ``reward/group_std`` (mean over groups of several answers:
+    one alone has no spread), ``advantage/*``, ``completion/length_*`` in tokens, ``completion/truncated`` (fraction cut
+    at max_new_tokens). Keys for which the completions have no values are left out.
     """
     completions = [c for g in groups for c in g.completions]
     if not completions:

@@ -37,7 +37,7 @@ from fastrl.studies.machine import cores
 from fastrl.studies.training import changed, scene_sets, teach, train_job
 from fastrl.toy.demos.evidence import Compared, change
 from fastrl.toy.demos.scenes import scenes_like
-from fastrl.toy.teach.build import build
+from fastrl.toy.teach.build import build, threads_of_torch
 from fastrl.toy.teach.reasons import Shuffled, critic, own_lesson
 
 if TYPE_CHECKING:
@@ -145,13 +145,16 @@ class Experiment(Study):
         self.sets: Mapping[str, Sequence[Record]] = scene_sets(SCENES, self.held_out)
 
     def prepare(self, seed: int, shared: Path) -> None:
-        base, first = base_of(shared), shared.parent / "lessons"
+        """Teach the base, in two parts, with all cores: every arm of every seed waits for it."""
+        with threads_of_torch(cores()):
+            self._teach(shared.parent / "lessons", base_of(shared))
+
+    def _teach(self, first: Path, base: Path) -> None:
         if not (first / MARK).is_file():
             self.say(f"teaching {self.taught} steps of {ROWS} scenes to use reasons …")
             start, how = resolve_model("tiny:language"), {"rows": ROWS, "lr": TEACHING_RATE, "retokenize": True}
-            # All seeds and arms wait for this, so that it has all cores, with any number of processes
             build("reasons", first, steps=self.taught, start=start, threads=cores(), log=self.say, **how)
-            write_atomically(first / MARK, json.dumps({"steps": self.taught}) + "\n")
+            write_atomically(first / MARK, json.dumps({"steps": self.taught, "threads": cores()}) + "\n")
         if not (base / "config.json").is_file():
             found = own_lessons(open_policy(str(first)), self.own)
             self.say(f"teaching {self.own_steps} steps on {len(found)} lessons from the model's own captions …")

@@ -219,7 +219,7 @@ def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
     target = tmp_path / "verify.json"
     assert verify.main(["--only", "grounding", "--seeds", "0", "--json", str(target)]) == 0
     (first,) = json.loads(target.read_text())["results"]
-    assert first == result(0, 0.1, 0.3) | {"commit": first["commit"]}
+    assert first == {key: first[key] for key in verify.OF_RUN} | result(0, 0.1, 0.3)
     assert "every claim holds" in capsys.readouterr().out
     assert verify.main(["--only", "counting", "--json", str(target)]) == 1
     printed = capsys.readouterr().out
@@ -231,30 +231,71 @@ def test_verify_fails_where_a_demo_fails_or_its_claim_does_not_hold(
     assert set(given) == {None}
     assert verify.main(["--only", "counting", "--jobs", "2", "--json", str(target)]) == 1
     assert set(given[-3:]) == {max(1, cores() // 2)}
-    assert json.loads(target.read_text())["results"] == written["results"]
-    assert json.loads(target.read_text())["threads"] == given[-1]
+    again = json.loads(target.read_text())
+    assert [row | {"jobs": 1, "threads": written["threads"]} for row in again["results"]] == written["results"]
+    assert again["threads"] == given[-1]
+    assert again["failed"] == ["demo fell over"]
     with pytest.raises(SystemExit):
         verify.main(["--jobs", "0", "--json", str(target)])
 
 
-def test_a_part_of_the_demos_keeps_the_results_of_the_others_with_their_commits(tmp_path: Path) -> None:
+def run_of(commit: str, *rows: dict[str, Any], modified: bool = False) -> dict[str, Any]:
+    known = dict.fromkeys(verify.OF_RUN, "x") | {"commit": commit, "modified": modified}
+    return {**known, "results": list(rows), "failed": []}
+
+
+def test_a_part_of_the_demos_keeps_the_results_of_the_others_with_what_is_known_of_their_run(tmp_path: Path) -> None:
     target = tmp_path / "verify.json"
+    every: list[tuple[str, str | None]] = [
+        ("perception-r1", "grounding"),
+        ("perception-r1", "counting"),
+        ("perpo", None),
+    ]
 
-    def run(commit: str, *rows: dict[str, Any], modified: bool = False) -> dict[str, Any]:
-        return {"commit": commit, "modified": modified, "date": commit, "results": list(rows), "broken": []}
-
-    def merged(found: dict[str, Any]) -> tuple[Any, ...]:
-        result = verify.with_others(found, target)
+    def merged(found: dict[str, Any], *chosen: tuple[str, str | None]) -> tuple[Any, ...]:
+        result = verify.with_others(found, verify.stored_results(target), list(chosen), every)
         target.write_text(json.dumps(result))
-        commits = [(row["task"], row["seed"], row["commit"]) for row in result["results"]]
-        return result["commit"], result["modified"], result["date"], len(result["broken"]), commits
+        rows = [(row["task"], row["seed"], row["commit"]) for row in result["results"]]
+        return result["commit"], result["modified"], len(result["broken"]), rows
 
-    assert merged(run("a", result(0, 0.1, 0.3))) == ("a", False, "a", 0, [("grounding", 0, "a")])
-    target.write_text(json.dumps(run("a", result(0, 0.1, 0.3), result(1, 0.1, 0.3), result(0, 0.3, 0.34, "counting"))))
-    both = [("grounding", 0, "b"), ("counting", 0, "a")]
-    assert merged(run("b", result(0, 0.1, 0.3))) == ("b, a", False, "b", 1, both)  # the seed that was not run is gone
+    grounding, counting = every[:2]
+    assert verify.stored_results(target) == []
+    gone = result(0, 0.1, 0.3) | {"method": "juggling"}
+    first = run_of("a", result(0, 0.1, 0.3), result(1, 0.1, 0.3), gone, result(0, 0.3, 0.34, "counting"))
+    target.write_text(json.dumps(first))
+    both = [("grounding", 0, "b"), ("counting", 0, "a")]  # the seed that was not run is gone
+    assert merged(run_of("b", result(0, 0.1, 0.3), modified=True), grounding) == ("b, a", True, 1, both)
     both = [("grounding", 0, "b"), ("counting", 0, "c")]
-    assert merged(run("c", result(0, 0.3, 0.4, "counting"), modified=True)) == ("b, c", True, "c", 0, both)
+    assert merged(run_of("c", result(0, 0.3, 0.4, "counting")), counting) == ("b, c", True, 0, both)
+    both = [("grounding", 0, "d"), ("counting", 0, "c")]
+    assert merged(run_of("d", result(0, 0.1, 0.3)), grounding) == ("d, c", False, 0, both)
+    # One that was asked for and failed on all seeds has no result
+    assert merged(run_of("e", result(0, 0.1, 0.3)), grounding, counting)[-1] == [("grounding", 0, "e")]
+    own = result(0, 0.1, 0.3) | {"method": "perpo"}  # its demo has one task, which is not asked for
+    target.write_text(json.dumps(run_of("e", own | {"commit": "f"}, result(0, 0.1, 0.3))))
+    assert [row["commit"] for row in verify.with_others(
+        run_of("g", own), verify.stored_results(target), every[2:], every
+    )["results"]] == ["e", "g"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"results": [{}]}', '{"results": 3}'])
+def test_a_file_that_others_results_cannot_be_kept_of_is_refused_before_anything_runs(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(verify, "run_demo", lambda *args: pytest.fail("a demo was run"))
+    (tmp_path / "verify.json").write_text(text)
+    with pytest.raises(SystemExit):
+        verify.main(["--only", "perpo", "--json", str(tmp_path / "verify.json")])
+    assert "has no results of demos" in capsys.readouterr().err
+
+
+def test_another_family_has_results_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "RESULTS", tmp_path / "verify.json")
+    monkeypatch.setattr(verify, "run_demo", lambda *args: result(0, 0.1, 0.3) | {"method": "perpo"})
+    monkeypatch.setattr(verify, "broken_claims", lambda results: [])
+    assert verify.main(["--only", "perpo", "--family", "llava", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["verify-llava.json"]
+    assert json.loads((tmp_path / "verify-llava.json").read_text())["family"] == "llava"
 
 
 def test_every_demo_makes_a_claim() -> None:

@@ -99,12 +99,20 @@ def test_verify_runs_demos_and_then_studies_or_one_of_the_two(
     monkeypatch.setattr(verify, "broken_claims", lambda results: [])
     monkeypatch.setattr("fastrl.studies.STUDIES", ("blind", "gaze"))
     monkeypatch.setattr(studies, "run_quick", lambda name, out, processes: run(name))
-    where = ("--out", str(tmp_path), *(() if "--studies" in given else ("--json", str(tmp_path / "demos.json"))))
-    assert verify.main([*given, *where, "--seeds", "0"]) == int(failing in ran)
+    monkeypatch.setattr(verify, "RESULTS", tmp_path / "verify.json")
+    assert verify.main([*given, "--out", str(tmp_path), "--seeds", "0"]) == int(failing in ran)
     assert seen == ran
 
 
-@pytest.mark.parametrize("given", [("--demos", "--studies"), ("--studies", "--family", "llava")])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--demos", "--studies"),
+        ("--studies", "--family", "llava"),
+        ("--studies", "--json", "x.json"),
+        ("--only", "gaze", "--json", "x.json"),  # no demo has this in its name
+    ],
+)
 def test_what_is_for_the_other_part_is_refused(given: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         verify.main([*given, "--out", str(tmp_path)])

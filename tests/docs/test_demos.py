@@ -82,6 +82,13 @@ def test_the_sets_of_utr_and_reper_have_the_rates_that_their_studies_chose() -> 
     assert load_recipe(recipe_for("reper-caption", None)).optim.lr == rates_of("gaze")["RePer"]
 
 
+def test_what_is_stored_was_measured_at_the_rates_that_demos_have_now() -> None:
+    for demo, method in ((perpo, "perpo"), (utr, "utr")):
+        found = [row["rates"] for row in STORED["results"] if row["method"] == method]
+        assert found == [demo.RATES[DEFAULT]] * len(found)
+        assert found
+
+
 def test_the_commit_and_what_is_said_of_claims_are_those_of_the_run() -> None:
     text = " ".join(README.split())
     assert f"commit `{STORED['commit']}` (`benchmarks/results/verify.json`)" in text

@@ -2,9 +2,10 @@
 
 A hack-prone set (what does the clip show? answerable from any frame) and a UTR set of equal size (where is this subject
 in all frames, and what does it do?) are made from the same scene clips. A copy of the small video model is trained on
-each for the same steps, at the learning rate that is best for it (``RATES``). Both are measured on UTR questions about
-unseen clips: by the overlap of the whole trajectory, and by temporal perplexity, which is how much better the model
-predicts the true answer from all frames than from one. The clips are longer than those the small model was trained on.
+each for the same steps, at the learning rate that was chosen for it (``RATES``). Both are measured on UTR questions
+about unseen clips: by the overlap of the whole trajectory, and by temporal perplexity, which is how much better the
+model predicts the true answer from all frames than from one. The clips are longer than those the small model was
+trained on.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 CLIPS, HELD_OUT, REPORTED, MAX_NEW_TOKENS = 256, 64, 256, 160
 SETS = {"hack": "what one frame tells", "utr": "UTR"}
-# Learning rate of each set by family: what ``fastrl study hacking`` chose for the same model, each set's by the
-# likelihood of its own texts (benchmarks/results/studies/hacking.json: ``tried``)
+# Learning rate of each set by family: what ``fastrl study hacking`` chose for the same model on four times the clips,
+# each set's by the likelihood of its own texts (benchmarks/results/studies/hacking.json: ``tried``)
 RATES: Mapping[str, Mapping[str, float]] = {DEFAULT: {"hack": 5e-4, "utr": 1e-3}}
 COLORS = {"start": "#999999", "hack": "#d73027", "utr": "#1a9850"}
 

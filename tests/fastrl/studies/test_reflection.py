@@ -12,6 +12,7 @@ from fastrl.models.open import open_policy, resolve_model
 from fastrl.recipe import load_recipe
 from fastrl.studies import reflection
 from fastrl.studies.base import Measured
+from fastrl.studies.machine import cores
 from fastrl.studies.reflection import CONTROL, Experiment, base_of, own_lessons
 from fastrl.studies.runner import run_study
 
@@ -100,6 +101,7 @@ def test_own_captions_become_lessons_and_the_base_is_taught_by_both_kinds(
     monkeypatch.setattr(reflection, "QUICK_HELD_OUT", 4)
     result = run_study(Experiment(quick=True), tmp_path)
     assert (tmp_path / "base" / "config.json").is_file()
+    assert json.loads((tmp_path / "lessons" / "taught.json").read_text()) == {"steps": 1, "threads": cores()}
     assert list(result["arms"]) == ["start"]  # one step teaches nothing
     assert "the base uses no reasons" in result["stopped"]
     assert "nothing was trained" in (tmp_path / "study.html").read_text()

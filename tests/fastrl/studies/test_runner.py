@@ -463,7 +463,7 @@ def test_the_list_shows_every_study(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (("blind", "--set", "optim.steps=1"), "--set goes with --recipe"),
         (("blind", "--recipe", "perpo-grounding-tiny"), "--recipe needs --held-out"),
         (("preference", "--recipe", "perpo-grounding-tiny", "--held-out", "x"), "preference has its own recipes"),
-        (("gaze", "--family", "llava"), "--family: gaze has its own recipes"),
+        (("gaze", "--family", "llava"), "--family: gaze has its own recipes and models; blind takes others"),
         (("blind", "--family", "llama"), "unknown family of small models 'llama'; did you mean 'llava'"),
         (
             ("blind", "--family", "llava", "--recipe", "perpo-grounding-tiny", "--held-out", "x"),
