@@ -46,7 +46,7 @@ class Experiment(Study):
         design="GRPO on detection scenes; format, + location, + class, + F1, + missing; all parts with an optimal "
         "match or with boxes in sequence, of truths from left to right or in random orders; AP and F1",
         expected="AP rises with each part; in sequence is below an optimal match",
-        minutes=55,
+        minutes=20,
         quick_minutes=5,
     )
     measures = {  # noqa: RUF012

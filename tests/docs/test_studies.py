@@ -88,5 +88,6 @@ def test_every_number_of_a_section_is_stored(path: Path) -> None:
     with_spread = {f"{unsigned(row['mean'])} ± {stdev(row['seeds']):.3f}" for row in rows if len(row["seeds"]) > 1}
     assert set(_CELL.findall(text)) <= means | with_spread
     changes = {number for each in known for number in each}
-    numbers = means | changes | {unsigned(value) for value in spreads}
+    of_seeds = {unsigned(value) for row in rows for value in row["seeds"]}
+    numbers = means | changes | of_seeds | {unsigned(value) for value in spreads}
     assert set(_NUMBER.findall(text)) <= numbers, set(_NUMBER.findall(text)) - numbers
