@@ -53,7 +53,7 @@ class Experiment(Study):
         design="one model is taught to answer at once, one to describe the picture first, on the same scenes; then "
         "GRPO for counting with the format reward of each; exact counts, how far points are off, and tokens",
         expected="thinking level or worse, and longer",
-        minutes=45,
+        minutes=20,
         quick_minutes=5,
     )
     measures = {  # noqa: RUF012

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pytest
+
 from fastrl.recipe import load_recipe
 from fastrl.studies import hacking
 from fastrl.toy.demos import perpo, utr
@@ -62,9 +64,12 @@ def test_every_row_is_one_comparison_of_the_stored_run() -> None:
         assert (before, changes) in stored.values(), (demo, measure)
 
 
-def test_each_kind_of_perpo_has_the_rate_that_its_study_chose_and_the_page_shows_the_grid() -> None:
-    found = json.loads((ROOT / "benchmarks" / "results" / "studies" / "blind.json").read_text(encoding="utf-8"))
-    assert found["rates"] == perpo.RATES[DEFAULT]
+@pytest.mark.parametrize(("family", "study"), [(DEFAULT, "blind"), ("llava", "blind-llava")])
+def test_each_kind_of_perpo_has_the_rate_that_its_study_chose_and_the_page_shows_the_grid(
+    family: str, study: str
+) -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "studies" / f"{study}.json").read_text(encoding="utf-8"))
+    assert found["rates"] == perpo.RATES[family]
     page = (ROOT / "docs" / "perpo.md").read_text(encoding="utf-8")
     rates = sorted({rate for tried in found["tried"].values() for rate, _ in tried})
     assert "| learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |" in page

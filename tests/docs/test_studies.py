@@ -15,7 +15,8 @@ from tests.helpers.pages import CHANGE, signed
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
-STORED = sorted((ROOT / "benchmarks" / "results" / "studies").glob("*.json"))
+RESULTS = sorted((ROOT / "benchmarks" / "results" / "studies").glob("*.json"))
+STORED = [path for path in RESULTS if "-" not in path.stem]  # NAME-FAMILY.json: with another small model
 _CELL = re.compile(r"\| *(−?\d+\.\d{3}(?: ± \d+\.\d{3})?) *(?=\|)")
 _NUMBER = re.compile(r"(?<![\d.,])[+−]?\d+\.\d{3}(?!\d)")
 _ROW = re.compile(r"^\| \[`(\w+)`\]\(#\w+\) \|(.*)\|$", re.MULTILINE)
@@ -47,11 +48,11 @@ def test_every_study_has_a_row_and_a_section() -> None:
 
 
 def test_stored_results_belong_to_studies() -> None:
-    assert {path.stem for path in STORED} <= set(STUDIES)
-    assert len(STORED) >= 1
-    for path in STORED:
-        found = stored(path)
-        assert found["study"] == path.stem
+    assert {path.stem for path in STORED} == set(STUDIES)
+    for path in RESULTS:
+        found, (name, *family) = stored(path), path.stem.split("-")
+        assert found["study"] == name
+        assert found["settings"].get("family") == (family[0] if family else None)
         assert not found["quick"] or found["seeds"] == 1
         assert re.fullmatch(r"[0-9a-f]{7}(, [0-9a-f]{7})*", found["commit"])  # several: it was continued on another
         assert "out" not in found  # a place on somebody's disk

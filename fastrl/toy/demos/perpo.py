@@ -16,6 +16,7 @@ from fastrl.build.perpo import build_lists, make_options
 from fastrl.data import load_data
 from fastrl.evaluate.refcoco import evaluate_grounding
 from fastrl.evaluate.run import sample_records
+from fastrl.models.families.llava import Llava
 from fastrl.models.open import open_policy
 from fastrl.recipe import Recipe, load_recipe
 from fastrl.rewards.base import unknown
@@ -37,8 +38,11 @@ METHODS = {"perpo": "PerPO", "dpo": "DPO (best, worst)", "sft": "SFT (best)"}
 PROMPTS, ANSWERS, STEPS, PER_STEP = 1024, 12, 64, 16
 SHOWN = 6  # scenes in the figure
 # Learning rate of each kind by family: what ``fastrl study blind`` chose, which trains the same recipe on such lists
-# (benchmarks/results/studies/blind.json: ``tried``).
-RATES: Mapping[str, Mapping[str, float]] = {DEFAULT: {"perpo": 5e-5, "dpo": 1e-4, "sft": 8e-4}}
+# (benchmarks/results/studies/blind.json and blind-llava.json: ``tried``).
+RATES: Mapping[str, Mapping[str, float]] = {
+    DEFAULT: {"perpo": 5e-5, "dpo": 1e-4, "sft": 8e-4},
+    Llava.model_type: {"perpo": 1e-4, "dpo": 1e-4, "sft": 4e-4},
+}
 CLAIM = Claim(
     "PerPO beats the starting model in mean IoU on every seed, by more than the spread between seeds",
     (gains("PerPO"), beyond_spread("PerPO")),
