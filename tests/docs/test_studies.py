@@ -73,6 +73,8 @@ def test_the_page_says_how_many_studies_ran_in_full() -> None:
     text = " ".join(PAGE.split())
     assert f"Of the {len(STUDIES)} studies, {full} ran in full" in text
     assert (f" and {quick} in their quick form" in text) is (quick > 0)
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (f"All {len(STUDIES)} ran in full" in readme) is (quick == 0)
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
