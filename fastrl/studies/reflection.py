@@ -77,7 +77,7 @@ class Experiment(Study):
         expected="turn t + 1 above turn t, and above the same turn with another picture's reasons; α > 0 lowers false "
         "facts (the paper's best α is 10)",
         minutes=45,  # 20 of them lessons, which follow each other
-        quick_minutes=7,  # lessons, which follow each other in one thread: 270 counted seconds
+        quick_minutes=5,
     )
     rates = RATES
 
