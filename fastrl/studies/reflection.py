@@ -76,7 +76,7 @@ class Experiment(Study):
         "turns with the captions' own reasons and with another picture's",
         expected="turn t + 1 above turn t, and above the same turn with another picture's reasons; α > 0 lowers false "
         "facts (the paper's best α is 10)",
-        minutes=45,  # 20 of them lessons, which follow each other
+        minutes=45,  # of which about 16 are lessons, and nothing else can run then
         quick_minutes=5,
     )
     rates = RATES
