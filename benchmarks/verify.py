@@ -166,7 +166,9 @@ def stored_results(target: Path) -> list[dict[str, Any]]:
         return []
     try:
         found = json.loads(target.read_text(encoding="utf-8"))
-        return [{key: found[key] for key in OF_RUN} | row for row in found["results"]]
+        rows = [{key: found[key] for key in OF_RUN} | row for row in found["results"]]
+        broken_claims([row for row in rows if _is_of(row, jobs(None))])  # rows that it cannot read are found now
+        return rows
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{target} has no results of demos ({type(error).__name__}: {error})") from None
 

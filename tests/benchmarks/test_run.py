@@ -278,7 +278,20 @@ def test_a_part_of_the_demos_keeps_the_results_of_the_others_with_what_is_known_
     )["results"]] == ["e", "g"]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"results": [{}]}', '{"results": 3}'])
+KNOWN = json.dumps(dict.fromkeys(verify.OF_RUN, "x"))[:-1]  # of a run, without the end of its object
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"results": [{}]}',
+        '{"results": 3}',
+        KNOWN + ', "results": [{}]}',
+        KNOWN + ', "results": [{"method": "utr", "task": "trajectory", "seed": 0}]}',  # nothing a claim is held to
+    ],
+)
 def test_a_file_that_others_results_cannot_be_kept_of_is_refused_before_anything_runs(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
