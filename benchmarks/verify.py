@@ -218,10 +218,12 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [(method, task) for method, task in jobs(args.family) if args.only in f"{method} {task or ''}"]
     demos = [] if args.studies else chosen
     studies = [] if args.demos or args.family else [name for name in STUDIES if args.only in name]
+    if args.studies and args.family:
+        parser.error("--family is for demos: studies have their own models")
     if not demos and not studies:
         parser.error(f"no demo or study of those asked for matches {args.only!r}")
-    if not demos and (args.json or args.family):
-        parser.error(f"{'--json' if args.json else '--family'} is for demos; studies write studies.json in --out")
+    if not demos and args.json:
+        parser.error("--json is for demos; studies write studies.json in --out")
     target = args.json or RESULTS.with_name("-".join(filter(None, (RESULTS.stem, args.family))) + RESULTS.suffix)
     try:
         before = stored_results(target) if demos and args.only else []

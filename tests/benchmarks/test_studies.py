@@ -105,17 +105,20 @@ def test_verify_runs_demos_and_then_studies_or_one_of_the_two(
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("given", "message"),
     [
-        ("--demos", "--studies"),
-        ("--studies", "--family", "llava"),
-        ("--studies", "--json", "x.json"),
-        ("--only", "gaze", "--json", "x.json"),  # no demo has this in its name
+        (("--demos", "--studies"), "not allowed with argument"),
+        (("--studies", "--family", "llava"), "--family is for demos"),
+        (("--studies", "--json", "x.json"), "--json is for demos"),
+        (("--only", "gaze", "--json", "x.json"), "--json is for demos"),  # no demo has this in its name
     ],
 )
-def test_what_is_for_the_other_part_is_refused(given: tuple[str, ...], tmp_path: Path) -> None:
+def test_what_is_for_the_other_part_is_refused(
+    given: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         verify.main([*given, "--out", str(tmp_path)])
+    assert message in capsys.readouterr().err
 
 
 def test_output_without_a_result_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

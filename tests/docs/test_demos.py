@@ -29,10 +29,10 @@ DEMOS = {  # as the table names them
 }
 
 
-def rates_of(study: str) -> dict[str, float]:
-    """The learning rates that a stored study chose, by group of arms."""
-    found = ROOT / "benchmarks" / "results" / "studies" / f"{study}.json"
-    return json.loads(found.read_text(encoding="utf-8"))["rates"]
+def results_of(name: str) -> dict[str, Any]:
+    """The stored results of a study; ``rates`` are those that it chose, by group of arms."""
+    found = ROOT / "benchmarks" / "results" / "studies" / f"{name}.json"
+    return json.loads(found.read_text(encoding="utf-8"))
 
 
 def rows() -> list[tuple[str, str, str, list[tuple[str, ...]]]]:
@@ -68,7 +68,7 @@ def test_every_row_is_one_comparison_of_the_stored_run() -> None:
 def test_each_kind_of_perpo_has_the_rate_that_its_study_chose_and_the_page_shows_the_grid(
     family: str, study: str
 ) -> None:
-    found = json.loads((ROOT / "benchmarks" / "results" / "studies" / f"{study}.json").read_text(encoding="utf-8"))
+    found = results_of(study)
     assert found["rates"] == perpo.RATES[family]
     page = (ROOT / "docs" / "perpo.md").read_text(encoding="utf-8")
     rates = sorted({rate for tried in found["tried"].values() for rate, _ in tried})
@@ -82,9 +82,9 @@ def test_each_kind_of_perpo_has_the_rate_that_its_study_chose_and_the_page_shows
 
 
 def test_the_sets_of_utr_and_reper_have_the_rates_that_their_studies_chose() -> None:
-    sets = {kind: rates_of("hacking")[f"{title}, wide"] for kind, title in hacking.KINDS.items()}
+    sets = {kind: results_of("hacking")["rates"][f"{title}, wide"] for kind, title in hacking.KINDS.items()}
     assert {DEFAULT: sets} == utr.RATES
-    assert load_recipe(recipe_for("reper-caption", None)).optim.lr == rates_of("gaze")["RePer"]
+    assert load_recipe(recipe_for("reper-caption", None)).optim.lr == results_of("gaze")["rates"]["RePer"]
 
 
 def test_what_is_stored_was_measured_at_the_rates_that_demos_have_now() -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from fastrl.data.records import Record
+from fastrl.models.load import Policy
 from fastrl.models.open import open_policy, resolve_model
 from fastrl.recipe import load_recipe
 from fastrl.studies import reflection
@@ -15,6 +19,7 @@ from fastrl.studies.base import Measured
 from fastrl.studies.machine import cores
 from fastrl.studies.reflection import CONTROL, Experiment, base_of, own_lessons
 from fastrl.studies.runner import run_study
+from fastrl.toy.teach.build import build
 
 
 def scores(own: float, other: float) -> dict[str, Measured]:
@@ -95,11 +100,28 @@ def test_own_captions_become_lessons_and_the_base_is_taught_by_both_kinds(
     assert len({lesson.id for lesson in found}) == len(found) > 4
     assert any(lesson.target["dialogue"][0].score < 1.0 for lesson in found)
     assert all(lesson.target["dialogue"][-1].score == pytest.approx(1.0) for lesson in found)
-    monkeypatch.setattr(reflection, "own_lessons", lambda policy, count: found)
+    threads: list[int] = []
+
+    def spied(*arguments: Any, **options: Any) -> None:
+        threads.append(options["threads"])
+        build(*arguments, **options)
+
+    def own(policy: Policy, count: int) -> list[Record]:
+        threads.append(torch.get_num_threads())
+        return found
+
+    monkeypatch.setattr(reflection, "build", spied)
+    monkeypatch.setattr(reflection, "own_lessons", own)
     for name, value in {"QUICK_TAUGHT": 1, "ROWS": 2, "QUICK_OWN_STEPS": 1, "OWN_PER_STEP": 4}.items():
         monkeypatch.setattr(reflection, name, value)
     monkeypatch.setattr(reflection, "QUICK_HELD_OUT", 4)
-    result = run_study(Experiment(quick=True), tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores() + 1)  # neither of what this process has nor of what a worker has
+    try:
+        result = run_study(Experiment(quick=True), tmp_path)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [cores(), cores()]  # in both parts of the teaching
     assert (tmp_path / "base" / "config.json").is_file()
     assert json.loads((tmp_path / "lessons" / "taught.json").read_text()) == {"steps": 1, "threads": cores()}
     assert list(result["arms"]) == ["start"]  # one step teaches nothing

@@ -496,3 +496,20 @@ def test_a_stopped_command_says_how_to_continue(
     monkeypatch.setattr("fastrl.studies.runner.run_study", stop)
     assert run_command(monkeypatch, "blind", "--quick", "--out", str(tmp_path)) == 130
     assert f"the same command continues {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [((), "study-blind"), (("--family", "qwen2_5_vl"), "study-blind"), (("--family", "llava"), "study-blind-llava")],
+)
+def test_the_small_model_of_another_family_has_a_folder_of_its_own(
+    given: tuple[str, ...], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(study: Study, out: Path, **options: Any) -> dict[str, Any]:
+        where.append(out)
+        raise KeyboardInterrupt
+
+    where: list[Path] = []
+    monkeypatch.setattr("fastrl.studies.runner.run_study", run)
+    assert run_command(monkeypatch, "blind", *given) == 130
+    assert where == [Path("runs") / folder]
